@@ -1,0 +1,527 @@
+"Shards: found, checked, split, shuffled, resumed; bad samples named and counted"
+
+import io
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import tarfile
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+
+from vlkd_lab import data as D
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+
+
+def transform(size):
+    steps = [T.Resize(size, T.InterpolationMode.BICUBIC), T.CenterCrop(size), T.ToTensor(), T.Normalize(MEAN, STD)]
+    return T.Compose(steps)
+
+
+def codes(captions):
+    return torch.tensor([[ord(letter) % 256 for letter in caption.ljust(24)[:24]] for caption in captions])
+
+
+VIEW = D.View(transform(16), codes)
+
+
+def picture(seed, size=(20, 20), kind="jpeg", mode="RGB"):
+    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(out := io.BytesIO(), kind)
+    return out.getvalue()
+
+
+def tar(path, members):
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def pair(n):
+    return [(f"{n:05d}.jpg", picture(n)), (f"{n:05d}.txt", f"picture {n}".encode()), (f"{n:05d}.cls", str(n % 3).encode())]
+
+
+def members(numbers):
+    return [member for n in numbers for member in pair(n)]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    "Five shards of unequal size, 70 samples"
+    folder, start = tmp_path_factory.mktemp("shards"), 0
+    for number, size in enumerate((10, 14, 20, 8, 18)):
+        tar(folder / f"part-{number:05d}.tar{'.gz' * (number == 3)}", members(range(start, start + size)))
+        start += size
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(shards):
+    return D.inspect_shards(shards, cache=False, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def keys(stream, count, start=0):
+    return [batch.keys for batch in islice(stream.batches(start), count)]
+
+
+def assert_same(a, b):
+    assert (a.keys, a.captions, a.labels, a.skipped) == (b.keys, b.captions, b.labels, b.skipped)
+    assert torch.equal(a.image, b.image) and torch.equal(a.text, b.text)
+
+
+# finding
+
+
+def test_all_ways_of_naming_shards(shards):
+    plain = [shards / f"part-{n:05d}.tar" for n in range(3)]
+    assert D.find_shards(f"{shards}/part-{{00000..00002}}.tar") == plain
+    assert D.find_shards(f"{shards}/part-0000{{0,1,2}}.tar") == plain
+    assert D.find_shards(plain) == D.find_shards([str(p) for p in plain]) == plain
+    assert D.find_shards("::".join(map(str, plain))) == D.find_shards(",".join(map(str, plain))) == plain
+    assert D.find_shards(plain[0]) == plain[:1]
+    assert len(D.find_shards(shards)) == 5 and len(D.find_shards(f"{shards}/*.gz")) == 1
+
+
+def test_paths_start_at_the_root(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs").mkdir()
+    tar(tmp_path / "a.tar", members([0]))
+    monkeypatch.chdir(tmp_path / "nbs")
+    assert D.project_root() == tmp_path and D.find_shards("a.tar") == [tmp_path / "a.tar"]
+
+
+def test_missing_shards_are_named(shards, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"part-\{00000..00009\}.tar: 6 of 10 not found \(part-00003.tar, part-00005") as error:
+        D.find_shards(f"{shards}/part-{{00000..00009}}.tar")
+    assert "part-00003.tar.gz" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nowhere.*nearest that does is"):
+        D.find_shards(tmp_path / "nowhere" / "a.tar")
+    with pytest.raises(FileNotFoundError, match="no shard"):
+        D.find_shards(tmp_path)
+    (tmp_path / "a.zip").touch()
+    cases = [("", "no shards"), ([], "no shards"), (tmp_path / "a.zip", "shards end in"), ("http://x/a.tar", "local"), ("{a", "braces")]
+    for wrong, words in cases:
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            D.find_shards(wrong)
+    with pytest.raises(ValueError, match="more than once"):
+        D.find_shards([shards / "part-00000.tar", shards])
+
+
+# preflight
+
+
+def test_count_and_report(report):
+    assert [shard.count for shard in report.shards] == [10, 14, 20, 8, 18] and report.total == 70 and not report.damaged
+    entry = json.loads(json.dumps(report.to_json()))
+    assert entry["total"] == 70 and entry["fingerprint"] == report.fingerprint and "70 samples" in str(report)
+
+
+def test_fingerprint(shards, report, tmp_path):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    assert D.inspect_shards(copy).fingerprint == report.fingerprint
+    path = copy / "part-00001.tar"
+    path.write_bytes(path.read_bytes().replace(b"picture 12", b"picture 13"))
+    os.utime(path, ns=(1, 1))
+    assert D.inspect_shards(copy).fingerprint != report.fingerprint
+    assert D.inspect_shards(copy / "part-00000.tar").fingerprint != report.fingerprint
+
+
+def test_large_files_are_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "_WHOLE", 1000)
+    monkeypatch.setattr(D, "_BLOCK", 10)
+    path = tmp_path / "a"
+    digests = set()
+    for change in (None, 0, -1):
+        content = bytearray(5000)
+        if change is not None:
+            content[change] = 1
+        path.write_bytes(content)
+        digests.add(D.content_digest(path))
+    assert len(digests) == 3
+
+
+def test_cache_follows_the_file(tmp_path):
+    path = tar(tmp_path / "a.tar", members(range(3)))
+    assert D.inspect_shards(path).total == D.inspect_shards(path).total == 3
+    tar(path, members(range(30)))
+    assert D.inspect_shards(path).total == 30
+    for file in (tmp_path / "cache").rglob("*.json"):
+        file.write_text("{broken")
+    assert D.inspect_shards(path).total == 30
+
+
+def test_stats_of_img2dataset(tmp_path):
+    path = tar(tmp_path / "00000.tar", members(range(3)))
+    stats = tmp_path / "00000_stats.json"
+    stats.write_text('{"successes": 7}')
+    os.utime(path, ns=(1, 1))
+    wrong = D.inspect_shards(path, cache=False)
+    assert wrong.shards[0].counted_by == "stats" and wrong.total == 7
+    with pytest.raises(ValueError, match="holds 3 samples, but the preflight counted 7"):
+        keys(D.PairStream(wrong, VIEW, 2), 9)
+    os.utime(stats, ns=(0, 0))
+    assert D.inspect_shards(path, cache=False).total == 3
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_damage_is_found(tmp_path, ending):
+    whole = tar(tmp_path / f"whole.{ending}", members(range(20))).read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2 // 512 * 512 + 100] ^= 255
+    cases = {"half": whole[: len(whole) // 2], "nothing": b"", "text": b"no tar"} | ({"flipped": flipped} if ending == "tar.gz" else {})
+    for name, content in cases.items():
+        (tmp_path / f"{name}.{ending}").write_bytes(content)
+    tar(tmp_path / f"empty.{ending}", [])
+    tar(tmp_path / f"twice.{ending}", [*pair(1), *pair(1)[:1]])
+    report = D.inspect_shards(tmp_path, cache=False)
+    assert {shard.name for shard in report.damaged} == {*cases, "empty", "twice"} and report.total == 20
+    with pytest.raises(ValueError, match="shards are damaged.*empty"):
+        D.check_split(report)
+    D.check_split(report, allow_damaged=True)
+    assert {key.split("/")[0] for row in keys(D.PairStream(report, VIEW, 5), 4) for key in row} == {"whole"}
+
+
+def test_tar_cut_between_members(tmp_path):
+    path = tar(tmp_path / "a.tar", members(range(4)))
+    with tarfile.open(path) as file:
+        last = file.getmembers()[-1]
+    path.write_bytes(path.read_bytes()[: last.offset])
+    assert "end mark" in D.count_samples(path)[1]
+
+
+def test_arithmetic_of_the_split(report):
+    D.check_split(report, workers=5)
+    D.check_split(report, workers=0, world_size=5, batch_size=14)
+    with pytest.raises(ValueError, match="5 shards cannot feed 3 workers × 2 processes = 6 readers; use at most 2 workers"):
+        D.check_split(report, workers=3, world_size=2)
+    with pytest.raises(ValueError, match="use at most 5 processes"):
+        D.check_split(report, world_size=6)
+    with pytest.raises(ValueError, match="70 samples are fewer than batch_size 36 × 2 processes = 72.*at most 35"):
+        D.check_split(report, world_size=2, batch_size=36)
+
+
+def test_shards_of_one_name_in_two_folders(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        tar(tmp_path / name / "00000.tar", members(range(3)))
+    stream = D.PairStream([tmp_path / "a", tmp_path / "b"], VIEW, 6)
+    assert {key.rsplit("/", 1)[0] for key in keys(stream, 1)[0]} == {"a/00000", "b/00000"}
+
+
+# order
+
+
+def test_every_sample_once_an_epoch_and_epochs_differ(report):
+    names = [name for row in keys(D.PairStream(report, VIEW, 10), 14) for name in row]
+    assert sorted(names[:70]) == sorted(names[70:]) and len(set(names[:70])) == 70
+    assert names[:70] != names[70:]
+
+
+def test_seed_decides(report):
+    runs = [keys(D.PairStream(report, VIEW, 10, seed=seed), 9) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1] != runs[2]
+    random.seed(5)
+    torch.manual_seed(5)
+    assert keys(D.PairStream(report, VIEW, 10, seed=1), 9) == runs[0]
+
+
+def test_both_levels_of_the_shuffle_change_with_the_epoch(shards):
+    plans = [tuple(plan[0]) for plan in islice(D.plan_epochs([5] * 6, 1), 8)]
+    assert len(set(plans)) > 4
+    one_shard = [name for row in keys(D.PairStream(shards / "part-00002.tar", VIEW, 10), 4) for name in row]
+    first, second = one_shard[:20], one_shard[20:]
+    assert sorted(first) == sorted(second) and first != second and first != sorted(first)
+
+
+def test_crops_change_with_epoch_and_sample(tmp_path):
+    alike = [(f"{n}.{end}", value) for n in range(6) for end, value in (("jpg", picture(0)), ("txt", b"x"))]
+    stream = D.PairStream(tar(tmp_path / "a.tar", alike), VIEW, 6, crop_scale=0.5)
+    images = torch.cat([batch.image for batch in islice(stream.batches(), 2)])
+    assert len({image.numpy().tobytes() for image in images}) == 12
+    plain = torch.cat([batch.image for batch in islice(replace(stream, crop_scale=1.0).batches(), 2)])
+    assert len({image.numpy().tobytes() for image in plain}) == 1
+
+
+def test_listing_order_does_not_matter(report):
+    reverse = D.DataReport(report.shards[::-1])
+    assert reverse.fingerprint == report.fingerprint and keys(D.PairStream(reverse, VIEW, 10), 8) == keys(D.PairStream(report, VIEW, 10), 8)
+
+
+def test_one_worker_is_like_none(report):
+    assert keys(D.PairStream(report, VIEW, 10, workers=1), 8) == keys(D.PairStream(report, VIEW, 10), 8)
+
+
+def test_readers_share_the_samples_of_an_epoch(report):
+    "Over two ranks of two workers, no sample is seen a third time before all were seen once"
+    streams = [D.PairStream(report, VIEW, 2, rank=rank, world_size=2, workers=2, seed=4) for rank in range(2)]
+    seen = Counter(name for stream in streams for row in keys(stream, 60) for name in row)
+    assert len(seen) == 70 and sum(seen.values()) == 240
+    assert max(seen.values()) - min(seen.values()) <= 2
+
+
+@pytest.mark.parametrize("counts,readers", [([10, 14, 20, 8, 18], 1), ([10, 14, 20, 8, 18], 3), ([5] * 7, 4), ([100, 1, 1, 1], 3)])
+def test_plan_reads_every_shard_once_and_keeps_step(counts, readers):
+    given = [0] * readers
+    for plan in islice(D.plan_epochs(counts, readers, seed=3), 40):
+        assert sorted(shard for mine in plan for shard in mine) == list(range(len(counts)))
+        given = [total + sum(counts[shard] for shard in mine) for total, mine in zip(given, plan, strict=True)]
+        assert max(given) - min(given) <= max(counts)
+
+
+def test_buffer():
+    items = list(range(100))
+    assert list(D.shuffled(items, 1, "a")) == list(D.shuffled(items, 0, "a")) == items
+    one, two = list(D.shuffled(items, 10, "a")), list(D.shuffled(items, 10, "b"))
+    assert sorted(one) == sorted(two) == items and one != two and one == list(D.shuffled(iter(items), 10, "a"))
+
+
+# resume
+
+
+@pytest.mark.parametrize("workers,rank,world,cache,crop", [(0, 0, 1, 256, 1.0), (0, 1, 2, 0, 0.5), (2, 0, 1, 256, 0.5), (2, 1, 2, 0, 1.0)])
+def test_resume_from_anywhere(report, workers, rank, world, cache, crop):
+    options = dict(workers=workers, rank=rank, world_size=world, cache_mb=cache, crop_scale=crop, seed=7, shuffle=12)
+    stream = D.PairStream(report, VIEW, 9, **options)
+    whole = list(islice(stream.batches(), 26))
+    for start in range(26) if not workers else (1, 2, 13, 24):
+        fresh = D.PairStream(report, VIEW, 9, **options)
+        for a, b in zip(whole[start : start + 2], fresh.batches(start), strict=False):
+            assert_same(a, b)
+
+
+def test_resume_skips_without_decoding(report, monkeypatch):
+    stream = D.PairStream(report, VIEW, 10)
+    decoded = []
+    original = D.decode_sample
+    monkeypatch.setattr(D, "decode_sample", lambda *a: decoded.append(1) or original(*a))
+    next(stream.batches(9))
+    assert len(decoded) == 10
+    opened = []
+    raw = D.raw_samples
+    monkeypatch.setattr(D, "raw_samples", lambda path: opened.append(path) or raw(path))
+    next(D.PairStream(report, VIEW, 10, cache_mb=0).batches(700))
+    assert len(opened) <= 10  # two epochs' shards at most, whatever the number of epochs skipped
+
+
+def test_memory_changes_nothing(report):
+    for crop in (1.0, 0.5):
+        with_memory, without = (D.PairStream(report, VIEW, 10, crop_scale=crop, cache_mb=mb) for mb in (256, 0))
+        for a, b in zip(islice(with_memory.batches(), 20), without.batches(), strict=False):
+            assert_same(a, b)
+        for a, b in zip(islice(with_memory.batches(3), 5), without.batches(3), strict=False):
+            assert_same(a, b)
+
+
+def test_memory_saves_reading_and_keeps_its_budget(report, monkeypatch):
+    stream = D.PairStream(report, VIEW, 10)
+    keys(stream, 16)
+    monkeypatch.setattr(D, "raw_samples", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(D, "decode_sample", lambda *a: pytest.fail("decoded again"))
+    keys(stream, 16)
+    monkeypatch.undo()
+    stream = D.PairStream(report, VIEW, 10)
+    stream._own.shelf.free = budget = 30_000
+    keys(stream, 30)
+    items = [item for kept in stream._own.shelf.kept.values() for item in kept]
+    held = sum(picture.nbytes for item in items if item.decoded for picture in item.decoded[0])
+    held += sum(item.size for item in items)
+    assert 0 < len(stream._own.shelf.kept) < 5 and held == budget - stream._own.shelf.free <= budget
+
+
+def test_stream_leaves_global_random_numbers_alone(report):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    keys(D.PairStream(report, VIEW, 10, workers=2), 2)
+    keys(D.PairStream(report, VIEW, 10, crop_scale=0.5), 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_stream_survives_pickling(report):
+    stream = D.PairStream(report, VIEW, 10)
+    assert keys(pickle.loads(pickle.dumps(replace(stream))), 3) == keys(stream, 3)
+
+
+WRONG = [dict(rank=1), dict(crop_scale=0), dict(workers=-1), dict(batch_size=0), dict(batch_size=71), dict(workers=6)]
+
+
+@pytest.mark.parametrize("option", WRONG)
+def test_wrong_options_stop_at_once(report, option):
+    with pytest.raises(ValueError, match="valid: |cannot feed|are fewer than"):
+        D.PairStream(**(dict(report=report, student=VIEW, batch_size=4) | option))
+
+
+# bad samples
+
+BAD = {
+    "truncated": ([("K.jpg", picture(0)[:500]), ("K.txt", b"x")], "image cannot be (decoded|opened)"),
+    "garbage": ([("K.jpg", b"not an image"), ("K.txt", b"x")], "no JPEG, PNG or WebP"),
+    "gif": ([("K.jpg", picture(0, kind="gif")), ("K.txt", b"x")], "no JPEG, PNG or WebP"),
+    "huge": ([("K.png", picture(0, (300, 400), "png")), ("K.txt", b"x")], "300 × 400 pixels is larger than max_pixels = 100,000"),
+    "narrow": ([("K.png", picture(0, (300, 2), "png")), ("K.txt", b"x")], "narrower"),
+    "no_image": ([("K.txt", b"x")], "no image"),
+    "no_caption": ([("K.jpg", picture(0))], "no caption"),
+    "latin1": ([("K.jpg", picture(0)), ("K.txt", b"caf\xe9")], "not UTF-8 at byte 3"),
+    "blank": ([("K.jpg", picture(0)), ("K.txt", b" \0\n")], "caption is empty"),
+    "class": ([("K.jpg", picture(0)), ("K.txt", b"x"), ("K.cls", b"cat")], "class is no integer"),
+    "json": ([("K.jpg", picture(0)), ("K.json", b'{"caption": 5}')], "no caption"),
+    "deep_json": ([("K.jpg", picture(0)), ("K.json", b"[" * 100_000)], "no caption"),
+}
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    folder, numbers = tmp_path_factory.mktemp("spoilt"), iter(range(60))
+    for shard in range(2):
+        content = members(islice(numbers, 10))
+        for name in list(BAD)[shard::2]:
+            content += [(member.replace("K", name), value) for member, value in BAD[name][0]] + members(islice(numbers, 3))
+        tar(folder / f"{shard}.tar", content)
+    return folder
+
+
+def test_every_kind_of_bad_sample_is_named(spoilt):
+    stream = D.PairStream(spoilt, VIEW, 12, max_pixels=100_000)
+    batches = list(islice(stream.batches(), 9))
+    reasons = {name.split("/")[1]: reason for batch in batches for name, reason in batch.skipped}
+    assert reasons.keys() == BAD.keys()
+    for name, (_, words) in BAD.items():
+        assert re.search(words, reasons[name]), (name, reasons[name])
+    assert all(len(batch) == 12 and len(set(batch.keys)) == 12 for batch in batches)
+    good = {f"{n:05d}" for n in range(56)}
+    assert {key.split("/")[1] for batch in batches for key in batch.keys} == good
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact_among_bad_samples(spoilt, workers):
+    stream = D.PairStream(spoilt, VIEW, 8, max_pixels=100_000, workers=workers)
+    whole = list(islice(stream.batches(), 12))
+    for start in range(0, 12, 1 + 4 * (workers > 0)):
+        for a, b in zip(whole[start : start + 3], replace(stream).batches(start), strict=False):
+            assert_same(a, b)
+
+
+def test_hopeless_data_stops(tmp_path):
+    path = tar(tmp_path / "a.tar", [(f"{n}.txt", b"words") for n in range(20)])
+    with pytest.raises(ValueError, match="cannot be filled.*no image"):
+        keys(D.PairStream(path, VIEW, 4), 1)
+    for read in (lambda: list(D.read_once(path, VIEW, 4)), lambda: D.load_pairs(path)):
+        with pytest.raises(ValueError, match="no usable sample.*no image"):
+            read()
+
+
+def test_guard(spoilt):
+    guard = D.BadSampleGuard(max_share=0.1, minimum=60, known=["0/huge", "1/huge"])
+    written = []
+    for batch in islice(D.PairStream(spoilt, VIEW, 10, max_pixels=100_000).batches(), 6):
+        guard.check()
+        written += guard.see(batch)
+    assert len(written) >= 8 and not any("huge" in entry["sample"] for entry in written)
+    with pytest.raises(ValueError, match=rf"{guard.bad} of 60 samples are bad.*more than the 10.0%.*/"):
+        guard.check()
+    D.BadSampleGuard(max_share=0).check()
+
+
+def test_captions_are_cleaned_and_kept_as_text():
+    fields = dict(jpg=picture(0))
+    read = lambda text: D.decode_sample(fields | {"txt": text})[1]  # noqa: E731
+    assert read(b"<script>alert(1)</script>\0 a\ndog") == "<script>alert(1)</script> a dog"
+    assert read("a \u202egod\u202c, caf\u00e9 \U0001f436".encode()) == "a god , caf\u00e9 \U0001f436"
+    assert len(read(b"x" * 10_000)) == 2000
+    lone = json.dumps({"caption": "a \ud800 b", "cls": 4}).encode()
+    assert D.decode_sample(fields | {"json": lone})[1:] == ("a b", 4)
+
+
+@pytest.mark.parametrize("kind,mode", [("png", "RGBA"), ("png", "L"), ("png", "P"), ("png", "LA"), ("webp", "RGB"), ("jpeg", "CMYK")])
+def test_other_modes_become_rgb(kind, mode):
+    assert D.decode_image(picture(0, kind=kind, mode=mode)).mode == "RGB"
+
+
+def test_nothing_is_unpickled(tmp_path):
+    mark = tmp_path / "owned"
+    bomb = f"cos\nsystem\n(S'touch {mark}'\ntR.".encode()
+    content = [(f"{n}.{end}", bomb) for n in range(4) for end in ("pyd", "pickle", "pth", "pt")]
+    content += [(f"{n}.{end}", value) for n in range(4) for end, value in (("jpg", picture(n)), ("txt", b"x"))]
+    path = tar(tmp_path / "a.tar", sorted(content))
+    assert len(keys(D.PairStream(path, VIEW, 4), 3)) == 3 and not mark.exists()
+    assert all(set(fields) == {"__key__", "__url__", "jpg", "txt"} for fields in D.raw_samples(path))
+
+
+# views
+
+
+@pytest.mark.parametrize("size", [16, 20, 33])
+def test_fast_preprocess_equals_the_original(size):
+    fast, original = D.FastPreprocess(transform(size)), transform(size)
+    images = [Image.open(io.BytesIO(picture(n, wh))) for n, wh in enumerate([(20, 20), (33, 50), (100, 40)])]
+    assert fast.exact
+    assert torch.allclose(fast(images), torch.stack([original(image) for image in images]), atol=1e-5)
+    opaque = D.FastPreprocess(lambda image: original(image))
+    assert opaque.exact and torch.allclose(opaque(images), fast(images), atol=1e-5)
+
+
+def test_what_is_not_affine_is_called_as_it_is(report):
+    odd = lambda image: transform(16)(image) ** 2  # noqa: E731
+    assert not D.FastPreprocess(odd).exact
+    stream = D.PairStream(report, D.View(odd, codes), 10)
+    for batch in islice(stream.batches(), 9):  # into the second epoch, from memory
+        first = D.load_pairs(report)
+        expected = torch.stack([odd(first.pil(first.keys.index(key))) for key in batch.keys])
+        assert torch.equal(batch.image, expected)
+
+
+def test_open_clip_transform_is_fast():
+    open_clip = pytest.importorskip("open_clip")
+    assert D.FastPreprocess(open_clip.image_transform(32, is_train=False)).exact
+    assert not D.FastPreprocess(open_clip.image_transform(32, is_train=True)).exact
+
+
+def test_teacher_view(report):
+    teacher = D.View(transform(24), lambda captions: codes(captions) + 1)
+    batch = next(D.PairStream(report, VIEW, 6, teacher=teacher, crop_scale=0.5).batches())
+    assert batch.teacher_image.shape == (6, 3, 24, 24) and torch.equal(batch.teacher_text, batch.text + 1)
+    small = torch.nn.functional.interpolate(batch.teacher_image, 16, mode="area")
+    assert torch.corrcoef(torch.stack([small.flatten(), batch.image.flatten()]))[0, 1] > 0.8  # the same box
+    for same in (None, VIEW, D.View(None, None), D.View(transform(16), codes)):
+        batch = next(D.PairStream(report, VIEW, 6, teacher=same).batches())
+        assert batch.teacher_image is None and batch.teacher_text is None
+
+
+def test_evaluation_reads_once_in_order(report, spoilt):
+    pairs = D.load_pairs(report)
+    assert len(pairs) == 70 and pairs.labels[:4] == (0, 1, 2, 0) and list(pairs.keys) == sorted(pairs.keys)
+    for way in (D.read_once(report, VIEW, 32), pairs.batches(VIEW, 32)):
+        batches = list(way)
+        assert [len(batch) for batch in batches] == [32, 32, 6]
+        assert torch.equal(torch.cat([batch.image for batch in batches])[69], D.FastPreprocess(VIEW.preprocess)([pairs.pil(69)])[0])
+        assert tuple(key for batch in batches for key in batch.keys) == pairs.keys
+    assert len(pairs[3:5]) == 2 and pairs[[4, 1]].captions == ("picture 4", "picture 1")
+    assert len(D.load_pairs(report, limit=13)) == 13
+    batches = list(D.read_once(spoilt, VIEW, 10, max_pixels=100_000))
+    assert sum(len(batch.skipped) for batch in batches) == len(BAD) and sum(map(len, batches)) == 56
+
+
+def test_gallery_draws_any_caption(report):
+    batch = next(D.PairStream(report, VIEW, 4).batches())
+    batch = replace(batch, captions=("<script>$\\frac{$", "$x", "", "word " * 400))
+    figure = D.show_batch(batch)
+    figure.canvas.draw()
+    assert "<script>$\\frac{$" in figure.axes[0].get_title()
