@@ -1,0 +1,379 @@
+"Losses against golden numbers of the reference implementations, tiled against plain, and the objective"
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlkd_lab import losses
+from vlkd_lab.features import Features
+from vlkd_lab.losses import (
+    LOSSES,
+    Objective,
+    Projection,
+    Term,
+    affinity_mimicking,
+    contrastive,
+    feature_mimicking,
+    gradient_share,
+    interactive_contrastive,
+    objective_parameters,
+    relational,
+)
+
+torch.set_num_threads(1)  # these tensors are small
+GOLDEN = Path(__file__).parent / "golden"
+DTYPES = [torch.float64, torch.float32]
+TILES = [0, 1, 2, 4, 5, 6, 100]  # 0 is the plain form; 4 and 5 do not divide the golden batch of 6
+
+
+def golden(file, section=""):
+    "The arrays of one section, names without it"
+    with np.load(GOLDEN / file) as arrays:
+        return {name.removeprefix(section): torch.from_numpy(arrays[name]) for name in arrays if name.startswith(section)}
+
+
+def leaf(values, dtype):
+    return values.to(dtype, copy=True).requires_grad_()
+
+
+def features(arrays, model, dtype, unit=False):
+    "Leaves and the Features made of them"
+    leaves = {name: leaf(arrays[f"{model}_{name}"], dtype) for name in ("image", "text", "logit_scale")}
+    rows = (F.normalize(leaves[name], dim=1) if unit else leaves[name] for name in ("image", "text"))
+    return leaves, Features(*rows, leaves["logit_scale"])
+
+
+def check_value(value, wanted, dtype):
+    rtol, atol = (1e-9, 1e-11) if dtype == torch.float64 else (1e-5, 0)
+    torch.testing.assert_close(value.detach().double(), wanted, rtol=rtol, atol=atol)
+
+
+def check_gradient(gradient, wanted, dtype):
+    assert gradient.dtype == dtype
+    if dtype == torch.float64:
+        torch.testing.assert_close(gradient, wanted, rtol=1e-9, atol=1e-11)
+    else:
+        assert (gradient.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def check(arrays, name, value, leaves, dtype):
+    "Value and every gradient that the archive has for the output `name`"
+    check_value(value, arrays[name], dtype)
+    value.backward()
+    wanted = {key.removeprefix(f"{name}__grad_"): grad for key, grad in arrays.items() if key.startswith(f"{name}__grad_")}
+    assert wanted
+    for key, grad in wanted.items():
+        check_gradient(leaves[key].grad, grad, dtype)
+    for key in leaves.keys() - wanted.keys():
+        assert leaves[key].grad is None or not leaves[key].grad.any(), key
+
+
+def named(leaves, model="student"):
+    return {f"{model}_{name}": value for name, value in leaves.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", TILES)
+def test_affinity_mimicking_is_golden(tile, dtype):
+    arrays = golden("affinity_mimicking.npz")
+    for name in ("affinity_mean", "distillclip_distill"):
+        leaves, student = features(arrays, "student", dtype)
+        teacher_leaves, teacher = features(arrays, "teacher", dtype)
+        check(arrays, name, affinity_mimicking(student, teacher, tile=tile), named(leaves), dtype)
+        assert all(value.grad is None for value in teacher_leaves.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", TILES)
+def test_contrastive_is_golden(tile, dtype):
+    arrays = golden("affinity_mimicking.npz")
+    for name in ("clip_loss", "distillclip_contrastive"):
+        leaves, student = features(arrays, "student", dtype)
+        check(arrays, name, contrastive(student, tile=tile), named(leaves), dtype)
+
+
+def test_two_workers_average_to_the_whole_batch():
+    arrays = golden("affinity_mimicking.npz")
+    _, student = features(arrays, "student", torch.float64)
+    _, teacher = features(arrays, "teacher", torch.float64)
+    ranks = [arrays[f"affinity_{way}_rank{rank}of2"] for way in ("img2text", "text2img") for rank in (0, 1)]
+    for tile in TILES:
+        check_value(affinity_mimicking(student, teacher, tile=tile), torch.stack(ranks).mean(), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [0, 1, 4, 6])
+@pytest.mark.parametrize("case", ["same_dim/", "projected/"])
+def test_relational_is_clip_kds_crd(case, tile, dtype):
+    arrays = golden("clip_kd.npz", case)
+    leaves, student = features(arrays, "student", dtype, unit=True)
+    teacher_leaves, teacher = features(arrays, "teacher", dtype)
+    check(arrays, "ckd", relational(student, teacher, tile=tile), named(leaves), dtype)
+    assert all(value.grad is None for value in teacher_leaves.values())
+    leaves, student = features(arrays, "student", dtype, unit=True)
+    check(arrays, "task", contrastive(student, tile=0), named(leaves), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("section", ["same_dim/", "same_dim_exp_scale/"])
+def test_same_width_losses_are_clip_kds(section, dtype):
+    arrays = golden("clip_kd.npz", "same_dim/")
+    for name in ("icl", "fd"):
+        leaves, student = features(arrays, "student", dtype, unit=True)
+        teacher_leaves, teacher = features(arrays, "teacher", dtype)
+        if name == "fd":
+            check(arrays, "fd", feature_mimicking(student, teacher), named(leaves), dtype)
+        else:
+            wanted = golden("clip_kd.npz", section)
+            scale = leaf(wanted["cross_logit_scale"], dtype)
+            value = interactive_contrastive(student, teacher, scale)
+            check(wanted, "icl", value, {**named(leaves), "cross_logit_scale": scale}, dtype)
+        assert all(value.grad is None for value in teacher_leaves.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["icl", "fd"])
+def test_projected_losses_are_clip_kds(name, dtype):
+    arrays = golden("clip_kd.npz", "projected/")
+    project = Projection(7, 10).to(dtype)
+    layers = {"visual_proj": project.image, "text_proj": project.text}
+    for key, layer in layers.items():
+        layer.load_state_dict({part: arrays[f"param/{key}.{part}"] for part in ("weight", "bias")})
+    leaves, student = features(arrays, "student", dtype)  # CLIP-KD projects features before they are normalised
+    _, teacher = features(arrays, "teacher", dtype)
+    parameters = {f"{key}.{part}": getattr(layer, part) for key, layer in layers.items() for part in ("weight", "bias")}
+    if name == "fd":
+        value, scale = feature_mimicking(project(student), teacher), {}
+    else:
+        scale = {"cross_logit_scale": leaf(arrays["cross_logit_scale"], dtype)}
+        value = interactive_contrastive(project(student), teacher, scale["cross_logit_scale"])
+    check(arrays, name, value, {**named(leaves), **parameters, **scale}, dtype)
+
+
+def random_features(pairs, width, scale, seed, dtype=torch.float64, spread=1.0):
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randn(pairs, width, generator=random, dtype=torch.float64)
+    text = image + spread * torch.randn(pairs, width, generator=random, dtype=torch.float64)
+    parts = F.normalize(image, dim=1), F.normalize(text, dim=1), torch.tensor(scale)
+    return Features(*(leaf(part, dtype) for part in parts))
+
+
+def value_and_gradients(loss, student):
+    value = loss(student)
+    return value.detach(), *torch.autograd.grad(value, (student.image, student.text, student.scale))
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0, 100.0, 2000.0])
+@pytest.mark.parametrize("tile", [1000, 150, 77])
+def test_tiles_equal_the_plain_form(tile, scale):
+    student = random_features(450, 24, scale, seed=0)
+    teacher = random_features(450, 40, scale, seed=1)
+    for loss in (
+        lambda f, side: contrastive(f, tile=side),
+        lambda f, side: affinity_mimicking(f, teacher, tile=side),
+        lambda f, side: relational(f, teacher, tile=side),
+    ):
+        plain = value_and_gradients(lambda f, loss=loss: loss(f, 0), student)
+        tiled = value_and_gradients(lambda f, loss=loss: loss(f, tile), student)
+        for got, wanted in zip(tiled, plain, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("scale", [1.0, 59.0, 100.0, 400.0])
+def test_float32_tiles_are_as_exact_as_the_plain_form_at_any_scale(scale):
+    "Both float32 forms against float64: the tiled error may not exceed a few times the plain one's"
+    given = random_features(300, 12, scale, seed=2), random_features(300, 9, scale, seed=3)
+    student, teacher = (Features(f.image.detach().float(), f.text.detach().float(), f.scale.detach().float()) for f in given)
+    student = Features(*(leaf(part, torch.float32) for part in (student.image, student.text, student.scale)))
+    exact = Features(*(leaf(part.detach(), torch.float64) for part in (student.image, student.text, student.scale)))
+    exact_teacher = Features(teacher.image.double(), teacher.text.double(), teacher.scale.double())
+    truth = value_and_gradients(lambda f: affinity_mimicking(f, exact_teacher, tile=0), exact)
+    plain = value_and_gradients(lambda f: affinity_mimicking(f, teacher, tile=0), student)
+    tiled = value_and_gradients(lambda f: affinity_mimicking(f, teacher, tile=64), student)
+    for got, reference, wanted in zip(tiled, plain, truth, strict=True):
+        size = wanted.abs().max()
+        assert (got - wanted).abs().max() <= 5 * (reference - wanted).abs().max() + 1e-6 * size
+
+
+def test_logits_too_wide_for_one_exponential():
+    "Rows whose logits all lie far below the rest of their tile must not vanish (float32, range 600)"
+    image = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    student = Features(image, image.roll(1, 0), torch.tensor(300.0))
+    student = Features(*(leaf(part, torch.float32) for part in (student.image, student.text, student.scale)))
+    plain, tiled = (value_and_gradients(lambda f, t=t: contrastive(f, tile=t), student) for t in (0, 4))
+    assert losses._middle(student.logits().detach()) is None
+    for got, wanted in zip(tiled, plain, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [0, 1, 8])
+def test_one_pair_has_nothing_to_learn(tile):
+    student, teacher = random_features(1, 5, 10.0, seed=0), random_features(1, 7, 10.0, seed=1)
+    for loss in (contrastive, lambda f, tile: affinity_mimicking(f, teacher, tile)):
+        value, *gradients = value_and_gradients(lambda f, loss=loss: loss(f, tile=tile), student)
+        assert abs(value) < 1e-12 and all(gradient.abs().max() < 1e-12 for gradient in gradients)
+
+
+class Largest(TorchDispatchMode):
+    "Entries of the largest tensor that any operation made"
+
+    numel = 0
+
+    def __torch_dispatch__(self, operation, types, given=(), options=None):
+        out = operation(*given, **(options or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("loss", [lambda s, t: contrastive(s), affinity_mimicking, relational])
+def test_memory_beyond_the_threshold_does_not_grow_with_the_square(loss, monkeypatch):
+    assert losses.TILE < losses.TILED_ABOVE
+    monkeypatch.setattr(losses, "TILED_ABOVE", 256)
+    monkeypatch.setattr(losses, "TILE", 64)
+    pairs = 300
+    student, teacher = random_features(pairs, 8, 20.0, 0, torch.float32), random_features(pairs, 8, 20.0, 1, torch.float32)
+    with Largest() as seen:
+        loss(student, teacher).backward()
+    assert 0 < seen.numel <= 64 * 64
+    with Largest() as seen:
+        contrastive(student, tile=0)
+    assert seen.numel == pairs**2  # the measure does see the plain form's matrix
+
+
+def test_small_batches_take_the_plain_form_and_frozen_students_cost_no_second_pass(monkeypatch):
+    student, teacher = random_features(8, 5, 10.0, 0), random_features(8, 7, 10.0, 1)
+    monkeypatch.setattr(losses, "_second_pass", None)
+    affinity_mimicking(student, teacher).backward()
+    with torch.no_grad():
+        affinity_mimicking(student, teacher, tile=4)
+    with pytest.raises(ValueError, match="tile is -1; valid are"):
+        contrastive(student, tile=-1)
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+def test_half_precision_and_autocast_accumulate_in_float32(tile):
+    student, teacher = random_features(48, 8, 100.0, 0, torch.bfloat16), random_features(48, 8, 100.0, 1, torch.bfloat16)
+    wide = Features(*(leaf(part.detach(), torch.float32) for part in (student.image, student.text, student.scale)))
+    wanted = value_and_gradients(lambda f: affinity_mimicking(f, teacher, tile=0), wide)
+    got, inside = [], []
+    for given, out in ((student, got), (wide, inside)):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = affinity_mimicking(given, teacher, tile=tile)
+        out.extend((value.detach(), *torch.autograd.grad(value, (given.image, given.text, given.scale))))
+    assert got[0].dtype == torch.float32 and got[1].dtype == torch.bfloat16
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=0)
+    for half, full, reference in zip(got[1:], inside[1:], wanted[1:], strict=True):
+        size = reference.abs().max().item()
+        torch.testing.assert_close(full, reference, rtol=0, atol=1e-5 * size)
+        torch.testing.assert_close(half.float(), reference, rtol=0, atol=1e-2 * size)
+
+
+def test_wrong_sizes_are_errors_that_name_both():
+    student, teacher = random_features(6, 4, 10.0, 0), random_features(6, 5, 10.0, 1)
+    with pytest.raises(ValueError, match="student has 4 pairs, teacher has 6 pairs"):
+        affinity_mimicking(student[:4], teacher)
+    with pytest.raises(ValueError, match="student has 4 pairs, teacher has 6 pairs"):
+        relational(teacher=teacher, student=student[:4])
+    with pytest.raises(ValueError, match="student has 6 images but 5 texts"):
+        contrastive(Features(student.image, student.text[:5], student.scale))
+    with pytest.raises(ValueError, match="teacher has 6 images but 5 texts"):
+        affinity_mimicking(student, Features(teacher.image, teacher.text[:5], teacher.scale))
+    with pytest.raises(ValueError, match="no pairs"):
+        contrastive(student[:0])
+    with pytest.raises(ValueError, match=r"feature_mimicking.*\(4 and 5\).*Projection\(4, 5\)"):
+        feature_mimicking(student, teacher)
+    with pytest.raises(ValueError, match=r"interactive_contrastive.*\(4 and 5\).*Projection\(4, 5\)"):
+        interactive_contrastive(student, teacher, 10.0)
+
+
+def test_objective_sums_weighted_terms_and_skips_zeros():
+    student, teacher = random_features(6, 4, 10.0, 0), random_features(6, 4, 12.0, 1)
+    calls = []
+    own = Term("own", lambda s, t: calls.append("own") or s.scale * 0 + 2.0, weight=0.25)
+    objective = Objective({"affinity_mimicking": 1.0, "contrastive": 0.5, "relational": 0.0}, own)
+    terms = objective(student, teacher)
+    assert list(terms.values) == ["affinity_mimicking", "contrastive", "own"]
+    wanted = affinity_mimicking(student, teacher) + 0.5 * contrastive(student) + 0.25 * 2.0
+    torch.testing.assert_close(terms.total, wanted)
+    assert terms.floats() == {"total": terms.total.item(), **{name: value.item() for name, value in terms.values.items()}}
+    silent = objective.with_weights(own=0.0, relational=3.0, feature_mimicking=7.0)
+    calls.clear()
+    terms = silent(student, teacher)
+    assert not calls and "own" not in terms.values
+    assert silent.weights == {"affinity_mimicking": 1.0, "contrastive": 0.5, "relational": 3.0, "own": 0.0, "feature_mimicking": 7.0}
+    assert objective.weights["own"] == 0.25
+    torch.testing.assert_close(terms["relational"], relational(student, teacher))
+    torch.testing.assert_close(
+        LOSSES["interactive_contrastive"].function(student, teacher), interactive_contrastive(student, teacher, 12.0)
+    )
+
+
+def test_objective_refuses_what_it_cannot_do():
+    own = Term("own", contrastive)
+    for weights, terms, message in (
+        ({"afinity": 1.0}, (), "no loss is called 'afinity'; valid names: affinity_mimicking, contrastive"),
+        ({"contrastive": -1.0}, (), "weight of contrastive is -1.0"),
+        ({"contrastive": math.nan}, (), "weight of contrastive is nan"),
+        ({"contrastive": math.inf}, (), "weight of contrastive is inf"),
+        ({"contrastive": 0.0}, (), "every weight is zero"),
+        ({}, (), "every weight is zero"),
+        ({}, (own, own), "in the way: own"),
+        ({}, (Term("total", contrastive),), "in the way: total"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Objective(weights, *terms)
+    with pytest.raises(ValueError, match="no loss is called 'afinity'"):
+        Objective({"contrastive": 1.0}).with_weights(afinity=1.0)
+
+
+def test_objective_projects_only_what_compares_rows_and_owns_its_parameters():
+    student, teacher = random_features(6, 4, 10.0, 0), random_features(6, 5, 12.0, 1)
+    project = Projection(4, 5).double()
+
+    class Learnt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, student, teacher):
+            return interactive_contrastive(student, teacher, self.log_scale.exp())
+
+    learnt = Learnt()
+    objective = Objective({"contrastive": 1.0, "feature_mimicking": 2000.0}, Term("icl", learnt, same_width=True), project=project)
+    terms = objective(student, teacher)
+    torch.testing.assert_close(terms["contrastive"], contrastive(student))
+    torch.testing.assert_close(terms["feature_mimicking"], feature_mimicking(project(student), teacher))
+    torch.testing.assert_close(terms["icl"], interactive_contrastive(project(student), teacher, math.exp(2.0)), check_dtype=False)
+    terms.total.backward()
+    parameters = objective_parameters(objective.with_weights(contrastive=0.0))
+    assert {id(p) for p in parameters} == {id(p) for p in (*project.parameters(), learnt.log_scale)}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_gradient_share_is_each_terms_part_of_the_pull():
+    student, teacher = random_features(6, 4, 10.0, 0), random_features(6, 4, 12.0, 1)
+    constant = Term("constant", lambda s, t: t.scale.detach() * 1.0)
+    objective = Objective({"affinity_mimicking": 0.5, "contrastive": 2.0, "relational": 0.0}, constant)
+    with torch.no_grad():  # as a view would call it
+        shares = gradient_share(objective, student, teacher)
+    norms = {}
+    for name, value in (("affinity_mimicking", 0.5 * affinity_mimicking(student, teacher)), ("contrastive", 2 * contrastive(student))):
+        norms[name] = torch.cat([g.flatten() for g in torch.autograd.grad(value, (student.image, student.text))]).norm().item()
+    assert shares == pytest.approx({**{k: v / sum(norms.values()) for k, v in norms.items()}, "constant": 0.0}, rel=1e-6)
+    assert student.image.grad is None
+    assert gradient_share(Objective({"feature_mimicking": 1.0}), teacher, teacher) == {"feature_mimicking": 0.0}
+
+
+def test_objective_prints_as_text_and_escaped_html():
+    objective = Objective({"affinity_mimicking": 1.0, "contrastive": 0.0}, Term("a<b", contrastive, 2.5, formula="x < y & z"))
+    text, page = repr(objective), objective._repr_html_()
+    assert [line.split()[0] for line in text.splitlines()] == ["1", "0", "2.5"] and LOSSES["affinity_mimicking"].formula in text
+    assert "a&lt;b" in page and "x &lt; y &amp; z" in page and "a<b" not in page
