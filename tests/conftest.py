@@ -1,0 +1,42 @@
+"""Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+from vlkd_lab.models import new_model, save_model, train_tokenizer
+from vlkd_lab.samples import write_shards
+
+TINY = dict(
+    embed_dim=16,
+    vision_cfg=dict(layers=2, width=32, head_width=8, patch_size=16, image_size=32),
+    text_cfg=dict(context_length=24, width=32, heads=4, layers=2),
+)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    "A folder with 3 × 40 training scenes and 48 validation scenes of 32 pixels"
+    folder = tmp_path_factory.mktemp("scenes")
+    write_shards(folder, 120, 0, split="train", per_shard=40, size=32)
+    write_shards(folder, 48, 0, split="val", per_shard=48, size=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    "The folder of a tiny untrained teacher with a tokenizer of its own"
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = train_tokenizer(["a small red star left of a large blue house"] * 9, folder / "tokenizer", 300, 24)
+    config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(vocab_size=len(tokenizer.tokenizer), hf_tokenizer_name="tiny"))
+    return save_model(new_model(config, tokenizer=tokenizer, seed=3), folder / "teacher")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Two test processes share two cores"
+    torch.set_num_threads(1)

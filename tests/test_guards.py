@@ -1,0 +1,173 @@
+"""What keeps the tree literate: the rules of style that a machine can check."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+from papermill.inspection import _infer_parameters, load_notebook_node
+from readme import readme
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
+MODULES = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
+JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
+FLOOR = {p.stem[3:]: int(p.stem[:2]) for p in MODULES}
+FLOOR |= {"balancing": 7, "fusion": 8, "widgets": 12}
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def exported(path):
+    return [source(c) for c in cells(path) if re.match(r"#\|\s*exports?\b", source(c))]
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
+def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
+    tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1
+    lines = [line for line in source(tagged[0]).splitlines() if line.strip()]
+    assert all(re.fullmatch(r"\w+: (int|float|str|bool) = .+  # .+", line) for line in lines), lines
+    found = {p.name: p for p in _infer_parameters(load_notebook_node(str(path)))}
+    assert list(found) == [line.split(":")[0] for line in lines] and len(found) <= 16
+    assert all(p.help and p.inferred_type_name in ("int", "float", "str", "bool") for p in found.values())
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
+def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
+    from vlkd_lab.trainers import Contrastive, TinyCLIP
+
+    kind = {"train_tinyclip": TinyCLIP, "train_teacher": Contrastive}[path.stem]
+    tagged = next(c for c in cells(path) if "parameters" in c["metadata"].get("tags", []))
+    names: dict = {}
+    exec(source(tagged), names)
+    names.pop("__builtins__"), names.pop("__annotations__", None)
+    defaults = kind()
+    own = {"steps"} if path.stem == "train_teacher" else set()
+    assert {k: v for k, v in names.items() if k not in own} == {k: getattr(defaults, k) for k in names if k not in own}
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
+def test_a_job_defines_no_long_function(path):
+    for cell in cells(path):
+        for node in ast.walk(ast.parse(source(cell))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 6, node.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_exported_cells_are_short(path):
+    for text in exported(path):
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
+        assert len(lines) <= 40, f"{len(lines)} lines: {lines[0]} {lines[1]}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_imports_point_down(path):
+    floor = FLOOR[path.stem[3:]]
+    for text in exported(path):
+        for name in re.findall(r"from vlkd_lab\.(\w+) import|import vlkd_lab\.(\w+)", text):
+            assert FLOOR["".join(name)] < floor, f"{path.stem} imports {name}"
+        for names in re.findall(r"from vlkd_lab import (.+)", text):
+            assert all(FLOOR[n.strip()] < floor for n in names.split(",") if n.strip() != "__version__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_every_public_name_is_used_in_a_visible_cell(path):
+    shown = [source(c) for c in cells(path) if not re.match(r"#\|\s*(export|exports|hide|default_exp)", source(c))]
+    used = {node.id for text in shown for node in ast.walk(ast.parse(_plain(text))) if isinstance(node, ast.Name)}
+    used |= {node.attr for text in shown for node in ast.walk(ast.parse(_plain(text))) if isinstance(node, ast.Attribute)}
+    later = "\n".join(source(c) for p in NOTEBOOKS if p != path for c in cells(p))
+    for text in exported(path):
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert node.name in used or re.search(rf"\b{node.name}\b", later), f"{path.stem}: no visible example of {node.name}"
+
+
+def _plain(text):
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_a_page_opens_in_the_usual_order(path):
+    everything = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first = source(everything[0])
+    assert first.startswith("# ") and "\n> " in first, "a title and a > line"
+    assert any(source(c).startswith("#| default_exp") for c in everything[:4])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_stored_outputs_are_small_and_whole(path):
+    stored = [c.get("outputs", []) for c in cells(path)]
+    assert sum(len(json.dumps(o)) for o in stored) < 100_000
+    assert not any(o["output_type"] == "error" for outputs in stored for o in outputs)
+    ids = [c["id"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    assert len(set(ids)) == len(ids)
+    text = path.read_text(encoding="utf-8")
+    assert "/work/" not in text and "/root/" not in text and "/home/" not in text, "a path of one machine"
+
+
+def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):
+    for path in [*JOBS, ROOT / "settings.ini"]:
+        shutil.copy(path, tmp_path)
+    command = [sys.executable, "-c", "from nbdev.clean import nbdev_clean; import sys; nbdev_clean(sys.argv[1])"]
+    for path in JOBS:
+        subprocess.run([*command, path.name], cwd=tmp_path, check=True, capture_output=True)
+        assert any("parameters" in c["metadata"].get("tags", []) for c in cells(tmp_path / path.name))
+
+
+def test_the_exported_library_is_what_the_notebooks_say(tmp_path):
+    for name in ("nbs", "settings.ini", "setup.py"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "vlkd_lab").mkdir()
+    shutil.copy(ROOT / "vlkd_lab" / "__init__.py", tmp_path / "vlkd_lab")
+    command = [sys.executable, "-c", "from nbdev.export import nbdev_export; nbdev_export()"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    fresh = {p.name: p.read_text() for p in (tmp_path / "vlkd_lab").glob("*.py")}
+    kept = {p.name: p.read_text() for p in (ROOT / "vlkd_lab").glob("*.py")}
+    assert set(fresh) == set(kept)
+    for name, text in fresh.items():
+        assert text == kept[name], f"{name}: run `make export`"
+
+
+def test_ruff_is_clean():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "vlkd_lab", "tests"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_requirements_stand_in_one_place():
+    settings = ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini")
+    assert "torch>=2.11" in settings["DEFAULT"]["requirements"].split()
+    assert not (ROOT / "requirements.txt").exists() and "install_requires=[" not in (ROOT / "setup.py").read_text()
+    wanted = {"AnswerDotAI": "fastcore<2"}
+    assert wanted["AnswerDotAI"] in settings["DEFAULT"]["dev_requirements"].split()
+
+
+def test_the_readme_is_the_index_notebook():
+    assert (ROOT / "README.md").read_text(encoding="utf-8") == readme(), "run `make readme`"
+    for target in re.findall(r"\]\(((?!https?:|#)[^)]+)\)", readme()):
+        assert (ROOT / target).exists(), target
+
+
+def test_importing_the_trainers_leaves_the_slow_libraries_alone():
+    code = "import sys, vlkd_lab.trainers; print([m for m in ('open_clip', 'transformers', 'matplotlib', 'plotly') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_words_about_one_machine():
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("tests/*.py"), *ROOT.glob("data_samples/*.md"), ROOT / "Makefile"]:
+        if path.is_file() and path.name != "test_guards.py":
+            assert not re.search(r"/work/|/root/|pypi\.org|extra-index-url", path.read_text(encoding="utf-8")), path

@@ -1,0 +1,26 @@
+"""Every notebook that exports a module is executed from the top, in its own process: a lesson that fails fails here."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+LESSONS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[:2].isdigit())
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_the_lessons_hold(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        if "#| eval: false" in cell.source:
+            cell.cell_type, cell.metadata = "raw", {}
+            cell.pop("outputs", None), cell.pop("execution_count", None)
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for name in ("data_samples", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "nbs").mkdir()
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "nbs")}}).execute()
