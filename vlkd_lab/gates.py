@@ -82,7 +82,7 @@ def final_gates(
     kept = [keep_top(group, int(count)) for group, count in zip(groups, _open_counts(groups), strict=True)]
     return torch.stack(kept).view_as(log_alpha) if kept else torch.zeros_like(log_alpha)
 
-# %% ../nbs/05_gates.ipynb #30e20669
+# %% ../nbs/05_gates.ipynb #2f01ce38
 _NORM = ("hidden",)
 _AXES = {
     "conv1.weight": ("hidden", "", "", ""), "class_embedding": _NORM, "positional_embedding": ("", "hidden"), "cls_emb": _NORM,
@@ -112,7 +112,7 @@ def locate(name: str) -> Place:
         return Place("", None, name, ())
     prefix, layer, tensor = _TENSOR_NAME.fullmatch(name).groups()
     if tensor not in _AXES:
-        raise ValueError(f"gates know no tensor named {name!r}: both towers must be open_clip's plain transformers, with {', '.join(_AXES)}")
+        raise ValueError(f"gates know no tensor named {name!r}: both towers must be open_clip's transformers, with {', '.join(_AXES)}")
     return Place("image" if prefix == "visual." else "text", None if layer is None else int(layer), tensor, _AXES[tensor])
 
 # %% ../nbs/05_gates.ipynb #cec99d4d
@@ -180,7 +180,7 @@ def gate_state(
         gated_state[name] = weight
     return gated_state
 
-# %% ../nbs/05_gates.ipynb #bf262371
+# %% ../nbs/05_gates.ipynb #4856a36b
 @contextmanager
 def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     "The model with other tensors in its parameters' places"
@@ -196,9 +196,8 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _normalised_over(norm: nn.LayerNorm, kept: Tensor) -> Iterator[None]:
-    "A LayerNorm whose input is zero outside `kept`, with statistics over `kept`; its weights are scaled by the caller"
-    count = kept.sum().clamp(min=1).item()
+def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: int) -> Iterator[None]:
+    "A LayerNorm whose input is zero outside the `count` channels of `kept`, with statistics over them; the caller scales its weights"
 
     def fill_with_mean(_, inputs):
         (x,) = inputs
@@ -212,7 +211,7 @@ def _normalised_over(norm: nn.LayerNorm, kept: Tensor) -> Iterator[None]:
         norm.eps = eps
         hook.remove()
 
-# %% ../nbs/05_gates.ipynb #5e593522
+# %% ../nbs/05_gates.ipynb #6b38101c
 @contextmanager
 def gated(
     model: nn.Module,  # the bare CLIP, not wrapped for data-parallel training
@@ -221,17 +220,17 @@ def gated(
 ) -> Iterator[nn.Module]:
     "The model under gates: `encode_image` and `encode_text` work inside, gradients reach its parameters and the gates"
     tensors = gate_state(dict(model.named_parameters()), values, shapes)
+    masks = {tower: gates.hidden.detach() > 0 for tower, gates in values.items() if gates.hidden is not None}
+    masks = {tower: (kept, count) for tower, kept in masks.items() if (count := max(int(kept.sum()), 1)) < len(kept)}
     with ExitStack() as stack:
         for name, norm in model.named_modules():
             tower = "image" if name.startswith("visual.") else "text"
-            hidden = values[tower].hidden if tower in values else None
-            if not isinstance(norm, nn.LayerNorm) or hidden is None or bool((hidden > 0).all()):
+            if not isinstance(norm, nn.LayerNorm) or tower not in masks:
                 continue
-            kept = hidden.detach() > 0
-            scale = (kept.sum().clamp(min=1).item() / len(kept)) ** 0.5
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * kept * scale
+            kept, count = masks[tower]
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * kept * (count / len(kept)) ** 0.5
             tensors[f"{name}.bias"] = tensors[f"{name}.bias"] * kept
-            stack.enter_context(_normalised_over(norm, kept))
+            stack.enter_context(_normalised_over(norm, kept, count))
         stack.enter_context(_swapped(model, tensors))
         yield model
 
@@ -302,7 +301,7 @@ def sparsity_penalty(
     gap = (target - expected).clamp(min=0)
     return lambda_1 * gap + lambda_2 * gap**2
 
-# %% ../nbs/05_gates.ipynb #d8e40a58
+# %% ../nbs/05_gates.ipynb #a03129bf
 class GateParameters(nn.Module):
     "What is learned about a CLIP's towers: log_alpha of every gate, and two multipliers"
 
@@ -317,14 +316,17 @@ class GateParameters(nn.Module):
         if unknown := sorted(set(kinds) - set(GATE_KINDS)):
             raise ValueError(f"no gates of kind {', '.join(unknown)}: choose from {', '.join(GATE_KINDS)}")
         self.shapes, self.costs, self.kinds = dict(shapes), dict(costs), tuple(kinds)
-        flat = lambda shape, kind: nn.Parameter(torch.full((sum(_group_sizes(shape, kind)),), start))
-        self.log_alpha = nn.ModuleDict({t: nn.ParameterDict({k: flat(s, k) for k in kinds}) for t, s in shapes.items()})
+        sizes = {t: {k: sum(_group_sizes(s, k)) for k in kinds} for t, s in shapes.items()}
+        towers = {t: {k: nn.Parameter(torch.full((n,), start)) for k, n in of.items()} for t, of in sizes.items()}
+        self.log_alpha = nn.ModuleDict({t: nn.ParameterDict(gates) for t, gates in towers.items()})
         self.lambda_1, self.lambda_2 = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(10.0))
 
     def groups(self, elementwise=lambda log_alpha: log_alpha) -> dict[str, dict[str, tuple[Tensor, ...]]]:
         "Tower -> kind -> one tensor per group, of a function of log_alpha"
-        split = lambda tower, kind, flat: elementwise(flat).split(_group_sizes(self.shapes[tower], kind))
-        return {t: {k: split(t, k, flat) for k, flat in kinds.items()} for t, kinds in self.log_alpha.items()}
+        return {
+            tower: {kind: elementwise(flat).split(_group_sizes(self.shapes[tower], kind)) for kind, flat in kinds.items()}
+            for tower, kinds in self.log_alpha.items()
+        }
 
     def parameter_groups(self, learning_rate: float = 0.02, lambda_learning_rate: float = 0.02) -> list[dict]:
         "Groups for the optimiser: the gates descend, the multipliers ascend; no weight decay"
@@ -466,21 +468,29 @@ def close_budget(
                     groups[i] = fewer
     return keep_counts(gates, counts)
 
-# %% ../nbs/05_gates.ipynb #c9bb1813
+# %% ../nbs/05_gates.ipynb #ca5e02d6
 def _uniform_choices(gates: Gates, tower: str) -> tuple[Tensor, Tensor, Tensor]:  # heads (R,), neurons (M,), distances (R, M)
     "Heads and neurons that every layer of a tower could keep, and how far each pair is from what the gates expect"
     shape, open_ = gates.shapes[tower], gates.open_probabilities()[tower]
     if any(kind.endswith("_block") for kind in gates.kinds):
         raise ValueError("the uniform form keeps every block: leave attention_block and mlp_block out of the gates' kinds")
-    expect = lambda groups, sizes: (sum(sizes) if groups is None else float(torch.cat(tuple(groups)).sum())) / shape.layers
-    heads, neurons = expect(open_.heads, shape.heads), expect(open_.neurons, shape.neurons)
+    heads, neurons = _expected_count(open_.heads, shape.heads), _expected_count(open_.neurons, shape.neurons)
     hidden = shape.width if open_.hidden is None else float(open_.hidden.sum())
     most = min(min(shape.heads), shape.width // shape.head_width)
     fewest = most if open_.hidden is None or open_.heads is None else 1
     r = torch.arange(fewest, most + 1).double()
     m = torch.arange(min(shape.neurons) if open_.neurons is None else 1, min(shape.neurons) + 1).double()
-    ratio = lambda counts, expected: (counts / max(expected, 0.5)).log() ** 2
-    return r, m, (ratio(r, heads) + ratio(r * shape.head_width, hidden))[:, None] + ratio(m, neurons)
+    return r, m, (_log_ratio(r, heads) + _log_ratio(r * shape.head_width, hidden))[:, None] + _log_ratio(m, neurons)
+
+
+def _expected_count(groups: Sequence[Tensor] | None, sizes: Sequence[int]) -> float:
+    "Gates that a layer is expected to keep, averaged over the layers"
+    return (sum(sizes) if groups is None else float(torch.cat(tuple(groups)).sum())) / len(sizes)
+
+
+def _log_ratio(counts: Tensor, expected: float) -> Tensor:
+    "Squared logarithm of how far counts are from what is expected"
+    return (counts / max(expected, 0.5)).log() ** 2
 
 
 def _tower_sizes(shape: TowerShape, r: Tensor, m: Tensor) -> Tensor:  # (R, M)
@@ -488,7 +498,7 @@ def _tower_sizes(shape: TowerShape, r: Tensor, m: Tensor) -> Tensor:  # (R, M)
     width = r * shape.head_width
     return (width * shape.layers)[:, None] * (4 * width[:, None] + 2 * m)
 
-# %% ../nbs/05_gates.ipynb #ba54b102
+# %% ../nbs/05_gates.ipynb #bc861672
 @torch.no_grad()
 def uniform_shapes(
     gates: Gates,  # of both towers; hidden channels and heads should be among the kinds
@@ -512,9 +522,12 @@ def uniform_shapes(
             row, col = divmod(cell, len(m_image))
             best = distance.flatten()[cell], r_image[row], m_image[col], r, m_text[column.flatten()[cell]]
     if best is None:
-        raise ValueError(f"no uniform form of these gates reaches sparsity {target}: gate hidden channels, heads and neurons; got {gates.kinds}")
-    plain = lambda s, r, m: TowerShape(int(r) * s.head_width, s.head_width, (int(r),) * s.layers, (int(m),) * s.layers)
-    return {"image": plain(image, *best[1:3]), "text": plain(text, *best[3:])}
+        raise ValueError(f"no uniform form reaches sparsity {target}: gate hidden channels, heads and neurons; got {gates.kinds}")
+    return {"image": _plain_shape(image, *best[1:3]), "text": _plain_shape(text, *best[3:])}
+
+
+def _plain_shape(shape: TowerShape, heads: Tensor, neurons: Tensor) -> TowerShape:
+    return TowerShape(int(heads) * shape.head_width, shape.head_width, (int(heads),) * shape.layers, (int(neurons),) * shape.layers)
 
 # %% ../nbs/05_gates.ipynb #5650e761
 def uniform_gates(gates: Gates, target: float) -> GateValues:
