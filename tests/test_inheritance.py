@@ -5,7 +5,7 @@ import open_clip
 import pytest
 import torch
 
-from vlkd_lab.inheritance import Kept, Plan, even_spread, front_step, inherit, plan_manual, plan_plot
+from vlkd_lab.inheritance import Kept, Plan, even_spread, front_step, inherit, plan_manual
 from vlkd_lab.models import model_config
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "weight_inherit.npz")
@@ -151,7 +151,7 @@ def test_a_plan_can_be_read_and_drawn():
         tower="image", block="visual.transformer.resblocks.0", source=0, blocks_of=6, width=(16, 24), heads=(2, 3), neurons=(64, 96)
     )
     assert "2 of 3" in str(plan) and "<td>2 of 3</td>" in plan._repr_html_()
-    assert len(plan_plot(plan).axes) == 6
+    assert len(plan.plot().axes) == 6
 
 
 def test_real_sizes_are_planned_without_weights():

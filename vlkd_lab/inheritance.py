@@ -18,8 +18,7 @@ from .gates import GateValues, TowerGates, kept_shapes, locate
 from .models import TowerShape
 
 # %% auto #0
-__all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'plan_plot', 'plan_gates',
-           'plan_uniform']
+__all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'plan_gates', 'plan_uniform']
 
 # %% ../nbs/06_inheritance.ipynb #2e3dc80d
 def _check_depth(teacher_layers: int, student_layers: int) -> None:
@@ -140,7 +139,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         lines.append([row["block"], f"{row['source']} of {row['blocks_of']}", *(f"{row[k][0]} of {row[k][1]}" for k in counted)])
     return lines
 
-# %% ../nbs/06_inheritance.ipynb #919996dd
+# %% ../nbs/06_inheritance.ipynb #3946ea54
 @dataclass(frozen=True, repr=False)
 class Plan:
     "What every tensor of a student copies from its teacher"
@@ -185,7 +184,7 @@ class Plan:
 
     def plot(self):  # a matplotlib figure
         "What is kept of every block of the teacher"
-        return plan_plot(self)
+        return _plot(self)
 
 # %% ../nbs/06_inheritance.ipynb #94a5c199
 def inherit(
@@ -286,7 +285,7 @@ def plan_manual(
         copies.append(Copy(name, source, kept))
     return Plan(tuple(copies), tuple(stacks.values()), tuple(widths.items()))
 
-# %% ../nbs/06_inheritance.ipynb #06d8aa43
+# %% ../nbs/06_inheritance.ipynb #8af8b0e8
 def _kept_mask(kept: Kept, unit: int = 1) -> Tensor:  # (size // unit,) bool
     "Which positions are kept, counted in units"
     mask = torch.zeros(kept.of, dtype=torch.bool)
@@ -311,7 +310,7 @@ def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  #
     }
 
 
-def plan_plot(plan: Plan):  # a matplotlib figure
+def _plot(plan: Plan):  # a matplotlib figure
     "What is kept of every block of the teacher"
     import matplotlib.pyplot as plt
 

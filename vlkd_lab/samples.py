@@ -338,7 +338,7 @@ def render(
     film = np.random.Generator(np.random.PCG64(scene.grain)).standard_normal((size, size, 1), dtype=np.float32)
     return Image.fromarray(np.clip(pixels + film * np.float32(scene.noise), 0, 255).astype(np.uint8))
 
-# %% ../nbs/01_samples.ipynb #7f3af28e
+# %% ../nbs/01_samples.ipynb #325730b2
 PHRASINGS = {  # shapes in the scene -> sentences of noun phrases {main} {other} {third}, ground {where}, relation {rel} {inverse}
     1: (
         "{main} {where}", "{where} there is {main}", "a picture of {main} {where}", "{main} alone {where}",
@@ -356,7 +356,7 @@ PHRASINGS = {  # shapes in the scene -> sentences of noun phrases {main} {other}
     ),
 }  # fmt: skip
 
-
+# %% ../nbs/01_samples.ipynb #95151033
 def _article(noun: str) -> str:
     "The noun phrase with its article"
     return ("an " if noun[0] in "aeiou" else "a ") + noun

@@ -39,12 +39,11 @@ from .samples import cached_shards
 
 # %% auto #0
 __all__ = ['parameter', 'check_parameters', 'notebook_parameters', 'FitParameters', 'TinyCLIP', 'Learner', 'parameter_groups',
-           'plain_backward', 'cached_backward', 'Phase', 'Diverged', 'seed_of', 'Fit', 'teacher_features', 'take_step',
-           'gate_terms', 'save_fit', 'resume_fit', 'obey', 'note', 'record', 'fit', 'known_bad', 'Job', 'find_data',
-           'make_accelerator', 'out_folder', 'open_job', 'open_tinyclip', 'state_digest', 'manual_shapes',
-           'learn_gates', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'stage_gates',
-           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'validation_scores', 'Contrastive',
-           'open_contrastive', 'read_captions', 'train_contrastive', 'train']
+           'plain_backward', 'cached_backward', 'Phase', 'Diverged', 'seed_of', 'Fit', 'take_step', 'fit', 'Job',
+           'find_data', 'make_accelerator', 'out_folder', 'open_tinyclip', 'state_digest', 'manual_shapes',
+           'learn_gates', 'gate_kinds', 'gate_steps', 'make_student', 'stage_plan', 'stage_gates', 'stage_count',
+           'stage_steps', 'run_stage', 'run_scratch', 'validation_scores', 'Contrastive', 'open_contrastive',
+           'read_captions', 'train_contrastive', 'train']
 
 # %% ../nbs/10_trainers.ipynb #b6fd964d
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -315,8 +314,8 @@ class Fit:
             return None
         return torch.tensor(self.options.hold_scale) if self.options.hold_scale else self.teacher.model.logit_scale.detach().exp()
 
-# %% ../nbs/10_trainers.ipynb #789108cb
-def teacher_features(fit: Fit, batch: Batch) -> Features | None:
+# %% ../nbs/10_trainers.ipynb #46a52595
+def _teacher_features(fit: Fit, batch: Batch) -> Features | None:
     "The teacher's features of the global batch, without a graph"
     if fit.teacher is None:
         return None
@@ -330,7 +329,7 @@ def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Featu
     rate = fit.factor * fit.phase.learning_rate_factor(fit.step, fit.options.warmup)
     for group in fit.optimizer.param_groups:
         group["lr"] = group["peak"] * (rate if group["scheduled"] else 1.0)
-    teacher, seen, terms = teacher_features(fit, batch), [], {}
+    teacher, seen, terms = _teacher_features(fit, batch), [], {}
 
     def loss(student: Features) -> Tensor:
         named = fit.objective(student, teacher)
@@ -343,7 +342,7 @@ def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Featu
     given["draw"] = None if gates is None else seed_of(fit.options.seed, fit.phase.folder, fit.step)
     fit.optimizer.zero_grad()
     total = cached_backward(**given, micro_batch=micro) if 0 < micro < len(batch) else plain_backward(**given)
-    terms |= {"total": total.item()} | gate_terms(fit)
+    terms |= {"total": total.item()} | _gate_terms(fit)
     norm = fit.accelerator.clip_grad_norm_(fit.learner.model.parameters(), fit.options.clip_norm)
     fit.optimizer.step()
     held = fit.held_scale()
@@ -351,7 +350,7 @@ def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Featu
     return terms | {"gradient_norm": float(norm), "learning_rate": rate * fit.options.learning_rate}, seen[0], teacher
 
 
-def gate_terms(fit: Fit) -> dict[str, float]:
+def _gate_terms(fit: Fit) -> dict[str, float]:
     "What the sparsity budget is doing: expected and target sparsity, penalty"
     if fit.learner.gates is None:
         return {}
@@ -359,15 +358,15 @@ def gate_terms(fit: Fit) -> dict[str, float]:
         expected, penalty = fit.learner.gates.expected_sparsity(), fit.learner.penalty(fit.step)
     return {"sparsity_penalty": float(penalty), "expected_sparsity": float(expected), "target_sparsity": fit.learner.target_at(fit.step)}
 
-# %% ../nbs/10_trainers.ipynb #8b3892b0
-def save_fit(fit: Fit) -> None:
+# %% ../nbs/10_trainers.ipynb #61ed37c8
+def _save_fit(fit: Fit) -> None:
     "Write the phase's checkpoint"
     if fit.accelerator.is_main_process:
         state = {"step": fit.step, "learner": fit.learner.state_dict(), "optimizer": fit.optimizer.state_dict()}
         save_checkpoint(fit.run, fit.phase.folder, state)
 
 
-def resume_fit(fit: Fit) -> bool:  # whether there was a checkpoint
+def _resume_fit(fit: Fit) -> bool:  # whether there was a checkpoint
     "Continue from the phase's checkpoint, metrics cut back to it; every process reads, the first one cuts"
     state = load_checkpoint(fit.run, fit.phase.folder, cut=fit.accelerator.is_main_process)
     if state is None:
@@ -378,38 +377,38 @@ def resume_fit(fit: Fit) -> bool:  # whether there was a checkpoint
     return True
 
 
-def obey(fit: Fit) -> None:
+def _obey(fit: Fit) -> None:
     "Do what control.json asks for: wait, stop, or change a value; every process hears the same"
     while True:
         asked = [fit.run.asked() if fit.accelerator.is_main_process else None]
         if fit.accelerator.num_processes > 1:
             broadcast_object_list(asked)
         if asked[0].get("stop"):
-            save_fit(fit)
+            _save_fit(fit)
             raise RunStopped(f"stopped at step {fit.step} of {fit.phase.folder}")
         if not asked[0].get("pause"):
             break
-        note(fit, state="paused")
+        _note(fit, state="paused")
         time.sleep(0.1)
     changes = {k: asked[0][k] for k in ("learning_rate_factor", "weights") if k in asked[0]}
     weights = fit.objective.weights | changes.get("weights", {})
     if changes.get("learning_rate_factor", fit.factor) != fit.factor or weights != fit.objective.weights:
         fit.factor, fit.objective = changes.get("learning_rate_factor", fit.factor), fit.objective.with_weights(**weights)
-        record(fit, {"event": "control", "stage": fit.phase.stage, "step": fit.global_step, **changes})
+        _record(fit, {"event": "control", "stage": fit.phase.stage, "step": fit.global_step, **changes})
 
 
-def note(fit: Fit, **status) -> None:
+def _note(fit: Fit, **status) -> None:
     "Into status.json, from the first process"
     if fit.accelerator.is_main_process:
         fit.run.set_status(stage=fit.phase.stage, phase=fit.phase.name, **status)
 
-# %% ../nbs/10_trainers.ipynb #acc02a7b
-def record(fit: Fit, *lines: dict, file: str = "metrics.jsonl") -> None:
+# %% ../nbs/10_trainers.ipynb #d394533b
+def _record(fit: Fit, *lines: dict, file: str = "metrics.jsonl") -> None:
     "Into metrics.jsonl or another file, from the first process"
     if lines and fit.accelerator.is_main_process:
         fit.run.log(*lines, file=file)
 
-# %% ../nbs/10_trainers.ipynb #3668123d
+# %% ../nbs/10_trainers.ipynb #0f675cea
 def fit(
     run: Run,  # a RunWriter that is open, or on other processes a Run
     phase: Phase,  # which steps of which stage
@@ -423,37 +422,37 @@ def fit(
 ) -> None:
     "Train for the steps of a phase, continuing from its checkpoint if there is one"
     job = Fit(run, phase, learner, objective, options, accelerator, teacher)
-    if not resume_fit(job):
-        save_fit(job)
-    note(job, state="running")
-    guard, saved, stream = data.BadSampleGuard(options.max_bad_share, known=known_bad(run)), time.monotonic(), None
+    if not _resume_fit(job):
+        _save_fit(job)
+    _note(job, state="running")
+    guard, saved, stream = data.BadSampleGuard(options.max_bad_share, known=_known_bad(run)), time.monotonic(), None
     if job.step == 0:
         _validate(job, validate)
     with tqdm(total=phase.steps, initial=job.step, desc=phase.folder, mininterval=2, disable=not accelerator.is_main_process) as bar:
         while job.step < phase.steps:
-            obey(job)
+            _obey(job)
             stream = stream or batches(job.global_step)
             line = _one_step(job, stream, guard)
             if job.step % options.validate_every == 0 or job.step == phase.steps:
                 _validate(job, validate)
             if job.step == phase.steps or time.monotonic() - saved >= options.checkpoint_seconds:
-                save_fit(job)
+                _save_fit(job)
                 saved = time.monotonic()
             bar.set_postfix(total=f"{line['total']:.3f}", refresh=False)
             bar.update()
 
-# %% ../nbs/10_trainers.ipynb #d2130dad
+# %% ../nbs/10_trainers.ipynb #8736f562
 def _one_step(job: Fit, stream: Iterator[Batch], guard: data.BadSampleGuard) -> dict:
     "Read a batch, take a step, log it; the line that was logged"
     start = time.perf_counter()
     batch = next(stream)
-    record(job, *guard.see(batch), file="bad_samples.jsonl")
+    _record(job, *guard.see(batch), file="bad_samples.jsonl")
     read = time.perf_counter()
     terms, student, teacher = take_step(job, batch.to(job.accelerator.device))
     job.step += 1
     line = {"stage": job.phase.stage, "phase": job.phase.name, "step": job.global_step, **terms}
     line |= {"samples": job.global_step * job.options.batch_size, "seconds": time.perf_counter() - start, "data_seconds": read - start}
-    record(job, line)
+    _record(job, line)
     if not math.isfinite(terms["total"]):
         raise Diverged(f"the loss became {terms['total']} at step {job.global_step} ({job.phase.folder}): try a smaller learning_rate")
     if job.accelerator.is_main_process:
@@ -470,15 +469,15 @@ def _validate(job: Fit, validate: Callable[[], dict[str, float]] | None) -> None
     "Log the scores of the student as it is"
     if validate is not None and job.accelerator.is_main_process and job.learner.gates is None:
         scores = validate()
-        record(job, {"event": "validation", "stage": job.phase.stage, "phase": job.phase.name, "step": job.global_step, **scores})
+        _record(job, {"event": "validation", "stage": job.phase.stage, "phase": job.phase.name, "step": job.global_step, **scores})
 
 
-def known_bad(run: Run) -> list[str]:
+def _known_bad(run: Run) -> list[str]:
     "Names of the samples that bad_samples.jsonl lists already"
     path = run.folder / "bad_samples.jsonl"
     return [json.loads(line)["sample"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
-# %% ../nbs/10_trainers.ipynb #e1da4315
+# %% ../nbs/10_trainers.ipynb #4f1e81eb
 @dataclass
 class Job:
     "A training job that is ready to run"
@@ -510,7 +509,7 @@ def find_data(where: str) -> list[Path]:
         raise ValueError(f"data={where!r} is not valid: write scenes:N with N pairs to generate, or name shards")
     return data.find_shards(cached_shards(int(count)))
 
-
+# %% ../nbs/10_trainers.ipynb #a3086914
 def make_accelerator(options: FitParameters) -> Accelerator:
     "Where and in which precision to train"
     from accelerate.state import AcceleratorState
@@ -534,8 +533,8 @@ def out_folder(options: FitParameters) -> Path:
     name = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
     return data.project_root() / "runs" / f"{type(options).__name__.lower()}-{name}"
 
-# %% ../nbs/10_trainers.ipynb #d0fe41af
-def open_job(
+# %% ../nbs/10_trainers.ipynb #72c51c33
+def _open_job(
     options: FitParameters,
     model: VLM,  # whose view of the data the stream takes
     accelerator: Accelerator,
@@ -558,7 +557,7 @@ def open_tinyclip(options: TinyCLIP) -> Job:
     weights, _, accelerator = options.weights(), gate_kinds(options), make_accelerator(options)
     teacher = load_model(_local(options.teacher), accelerator.device)
     shapes = _teacher_shapes(teacher, options)
-    job = open_job(options, teacher, accelerator, {"objective": weights, "teacher_sha256": state_digest(teacher.model)})
+    job = _open_job(options, teacher, accelerator, {"objective": weights, "teacher_sha256": state_digest(teacher.model)})
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
 
 
@@ -657,15 +656,15 @@ def gate_steps(options: TinyCLIP) -> int:
     "Steps of a stage in which gates are learned"
     return min(max(round(options.gate_share * options.steps), 1), options.steps - 1) if options.inheritance.startswith("auto") else 0
 
-# %% ../nbs/10_trainers.ipynb #88327116
-def copy_manually(job: Job, number: int, source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:
+# %% ../nbs/10_trainers.ipynb #1e440908
+def _copy_manually(job: Job, number: int, source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:
     "Manual inheritance: an even spread of layers, leading heads, channels and neurons; the scale is the teacher's"
     own, state = student.model.state_dict(), source.model.state_dict()
     shapes, widths = {name: tensor.shape for name, tensor in own.items()}, head_widths(student.config["model_cfg"])
     plan = plan_manual(state, shapes, widths, layers=even_spread)
     return own | inherit(state, plan) | {"logit_scale": state["logit_scale"].clone()}, plan
 
-# %% ../nbs/10_trainers.ipynb #3fb3a155
+# %% ../nbs/10_trainers.ipynb #d76ecfa8
 def make_student(job: Job, number: int) -> VLM:
     "The stage's student before distillation, with its plan, written to stage-K/init and stage-K/plan.json"
     options, folder = job.options, job.run.folder / f"stage-{number}"
@@ -683,7 +682,7 @@ def make_student(job: Job, number: int) -> VLM:
         student = new_model(options.student or base, like=job.teacher, towers=towers, seed=options.seed)
         weights = student.model.state_dict()
         if options.inheritance == "manual":
-            weights, plan = copy_manually(job, number, source, student)
+            weights, plan = _copy_manually(job, number, source, student)
     student.model.load_state_dict(weights)
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
@@ -776,7 +775,7 @@ def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
     joined = Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
     return recall(joined, ks=(1,))
 
-# %% ../nbs/10_trainers.ipynb #3d7f067b
+# %% ../nbs/10_trainers.ipynb #8988dd1e
 @dataclass(frozen=True)
 class Contrastive(FitParameters):
     "Parameters of a contrastive training from nothing"
@@ -805,7 +804,7 @@ def open_contrastive(options: Contrastive) -> Job:
         folder = out_folder(options) / "tokenizer"
         tokenizer = train_tokenizer(read_captions(find_data(options.data)), folder, options.vocabulary, options.context_length)
         model = replace(new_model(options.small(len(tokenizer.tokenizer)), tokenizer=tokenizer, seed=options.seed), name="teacher")
-    return open_job(options, model, accelerator, {"model": model.config["model_cfg"]})
+    return _open_job(options, model, accelerator, {"model": model.config["model_cfg"]})
 
 
 def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
