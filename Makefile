@@ -36,4 +36,5 @@ $(READY): settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	-git rev-parse --git-dir >/dev/null 2>&1 && $(BIN)/nbdev_install_hooks
 	touch $(READY)

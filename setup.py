@@ -19,6 +19,7 @@ setup(
     author=settings["author"],
     url=settings["git_url"],
     license="Apache-2.0",
+    keywords=settings["keywords"],
     packages=find_packages(include=["vlkd_lab", "vlkd_lab.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

@@ -132,7 +132,7 @@ def test_the_exported_library_is_what_the_notebooks_say(tmp_path):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     (tmp_path / "vlkd_lab").mkdir()
     shutil.copy(ROOT / "vlkd_lab" / "__init__.py", tmp_path / "vlkd_lab")
-    command = [sys.executable, "-c", "from nbdev.export import nbdev_export; nbdev_export()"]
+    command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     fresh = {p.name: p.read_text() for p in (tmp_path / "vlkd_lab").glob("*.py")}
     kept = {p.name: p.read_text() for p in (ROOT / "vlkd_lab").glob("*.py")}

@@ -556,7 +556,7 @@ def make_sample(
     about |= {"duplicate_of": None if source is None else f"{source:08d}"}
     return Sample(f"{index:08d}", image, caption(scene, variant=index if source is not None else 0), about)
 
-# %% ../nbs/01_samples.ipynb #9a833adc
+# %% ../nbs/01_samples.ipynb #13bca4b2
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     "A member whose bytes depend on its content alone"
     member = tarfile.TarInfo(name)
@@ -578,7 +578,7 @@ def _write_shard(folder: Path, shard: int, indices: range, quality: int, given: 
     path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": len(indices), "successes": len(indices)}) + "\n")
     return path
 
-
+# %% ../nbs/01_samples.ipynb #14d45ce3
 def write_shards(
     folder: str | Path,  # made if missing
     count: int,  # samples
