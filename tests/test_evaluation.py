@@ -82,7 +82,7 @@ def test_divergence_is_a_kl_per_batch():
 def test_alarms_are_raised_at_chance_and_for_nan():
     fine = {"zero_shot": 0.5, "image_to_text_r1": 0.3, "text_to_image_r1": 0.3}
     assert alarms("m", fine, 500, 16) == []
-    assert "chance among 500 pairs" in alarms("m", fine | {"image_to_text_r1": 0.002, "text_to_image_r1": 0.004}, 500, 16)[0]
+    assert "chance among 500 captions" in alarms("m", fine | {"image_to_text_r1": 0.002, "text_to_image_r1": 0.004}, 500, 16)[0]
     assert "16 classes" in alarms("m", fine | {"zero_shot": 0.07}, 500, 16)[0]
     assert "NaN" in alarms("m", {"image_to_text_r1": math.nan}, 500)[0]
 
@@ -99,7 +99,7 @@ def test_scores_are_those_of_the_features(tiny_teacher, scenes):
     vlm, pairs = load_model(tiny_teacher, "cpu"), load_pairs(f"{scenes}/val-000000.tar")
     scores, features, _ = score(vlm, pairs)
     assert len(features) == 48 and math.isnan(scores["zero_shot"])
-    assert {k: scores[k] for k in recall(features)} == recall(features)
+    assert {k: scores[k] for k in recall(features)} == recall(features, captions=pairs.captions)
     assert torch.allclose(encode_pairs(vlm, pairs, batch_size=7).image, features.image, atol=1e-6)
 
 

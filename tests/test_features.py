@@ -24,7 +24,19 @@ def test_recall_equals_sorting():
     order = (f.image @ f.text.T).argsort(dim=1, descending=True)
     found = [(order[i, :5] == i).any().item() for i in range(200)]
     assert recall(f, ks=(5,))["image_to_text_r5"] == pytest.approx(sum(found) / 200)
-    assert torch.equal(partner_ranks(f.image, f.text, chunk=7), partner_ranks(f.image, f.text))
+    own = torch.eye(200, dtype=torch.bool)
+    assert torch.equal(partner_ranks(f.image, f.text, own, chunk=7), partner_ranks(f.image, f.text, own))
+
+
+def test_repeated_captions_are_one_caption():
+    f = random_features(60)
+    captions = [f"caption {i % 7}" for i in range(60)]
+    f = Features(f.image, f.text[[i % 7 for i in range(60)]], f.scale)
+    found, scores = recall(f, ks=(1, 2), captions=captions), f.image @ f.text[:7].T
+    to_text = [scores[i].argsort(descending=True)[:2].tolist().index(i % 7) if i % 7 in scores[i].topk(2).indices else 9 for i in range(60)]
+    assert found["image_to_text_r2"] == pytest.approx(sum(r < 2 for r in to_text) / 60)
+    assert found["image_to_text_r1"] == pytest.approx(sum(r < 1 for r in to_text) / 60)
+    assert found["text_to_image_r1"] == pytest.approx(sum(int(scores[:, j].argmax()) % 7 == j for j in range(7)) / 7)
 
 
 def test_ties_are_not_rewarded():

@@ -116,7 +116,7 @@ def agreement(
         said["same_class"] = same(predict(student.image, student_classes), predict(teacher.image, teacher_classes))
     return said | {"affinity_divergence": affinity_divergence(student, teacher)}
 
-# %% ../nbs/11_evaluation.ipynb #fdcb5fbb
+# %% ../nbs/11_evaluation.ipynb #fb19471a
 def score(
     vlm: VLM,
     pairs: Pairs,
@@ -126,7 +126,7 @@ def score(
     "Zero-shot accuracy, retrieval and agreement with the teacher"
     features, rows = encode_pairs(vlm, pairs), None if classes is None else classifier(vlm, classes)
     scores = {"zero_shot": math.nan if rows is None else accuracy(predict(features.image, rows), pairs.labels)}
-    scores |= recall(features)
+    scores |= recall(features, captions=pairs.captions)
     if teacher is not None:
         scores |= agreement(features, teacher[0], rows, teacher[1])
     if not (features.image.isfinite().all() and features.text.isfinite().all()):
@@ -137,7 +137,7 @@ def score(
 def alarms(
     name: str,  # of the model, for the message
     scores: Mapping[str, float],  # as `score` gives them
-    pairs: int,  # pairs among which was retrieved
+    captions: int,  # distinct captions among which was retrieved
     classes: int | None = None,  # classes to choose from
 ) -> list[str]:  # empty when all is well
     "What must be said loudly: NaN, or no better than chance"
@@ -145,8 +145,8 @@ def alarms(
         return [f"{name}: its features are NaN"]
     found = []
     r1 = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
-    if r1 <= 3 / pairs:
-        found.append(f"{name}: R@1 of {r1:.2%} is chance among {pairs} pairs (1 in {pairs})")
+    if r1 <= 3 / captions:
+        found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions (1 in {captions})")
     if classes and scores["zero_shot"] <= 1.2 / classes:
         found.append(f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes")
     return found
@@ -164,7 +164,7 @@ def steps_to_reach(run: Run, stage: str, wanted: float) -> tuple[int, int] | Non
     reached = [step for step, value in validation_curve(run, stage) if value >= wanted]
     return (reached[0] - begun[0] + 1, reached[0]) if reached else None
 
-# %% ../nbs/11_evaluation.ipynb #b98dbb49
+# %% ../nbs/11_evaluation.ipynb #1cd0ac4e
 def job_models(job: Job) -> dict[str, VLM]:
     "The teacher, and every student that the job has finished"
     stages = [f"stage-{k + 1}" for k in range(stage_count(job.options))] + [f"scratch-{stage_count(job.options)}"]
@@ -204,7 +204,7 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
     for name, vlm in models.items():
         scores = score(vlm, pairs, classes, teacher=(features, rows))[0]
         table[name] = _row(job, name, vlm, latency[name], scores, scratch)
-        for alarm in alarms(name, scores, len(pairs), classes and len(classes.names)):
+        for alarm in alarms(name, scores, len(set(pairs.captions)), classes and len(classes.names)):
             job.run.warn(alarm)
     return pd.DataFrame(table).T
 

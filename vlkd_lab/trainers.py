@@ -746,7 +746,7 @@ def run_scratch(job: Job, number: int) -> VLM:
     steps = number * stage_steps(options)
     return _finish_fit(job, Phase(f"scratch-{number}", "contrast", steps), student, Objective({"contrastive": 1.0}), None)
 
-# %% ../nbs/10_trainers.ipynb #ced76678
+# %% ../nbs/10_trainers.ipynb #c3aac290
 def _finish_fit(job: Job, phase: Phase, student: VLM, objective: Objective, teacher: VLM | None) -> VLM:
     "Fit, save the student, mark the stage as done and drop its checkpoints"
     model = student.model.to(job.accelerator.device).train()
@@ -773,7 +773,7 @@ def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
     parts = [student.encode(batch.to(student.device)) for batch in pairs.batches(data.View(student.preprocess, student.tokenizer))]
     student.model.train(training)
     joined = Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
-    return recall(joined, ks=(1,))
+    return recall(joined, ks=(1,), captions=pairs.captions)
 
 # %% ../nbs/10_trainers.ipynb #8988dd1e
 @dataclass(frozen=True)
