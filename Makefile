@@ -11,7 +11,7 @@ train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
 
 test: $(READY)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
@@ -19,6 +19,7 @@ lab: $(READY)
 # every notebook as a page that needs no kernel, in _docs/
 docs: $(READY)
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs $(NOTEBOOKS)
+	cp -r nbs/images _docs/
 
 readme: $(READY)
 	$(BIN)/python tests/readme.py > README.md

@@ -168,3 +168,18 @@ def test_macs_follow_the_shape():
     assert count_cost(slim).macs == by_hand < count_cost(full).macs
     cost = count_cost(full)
     assert cost.parameters == cost.image_parameters + cost.text_parameters + 1
+
+
+def test_a_hub_id_is_loaded_through_open_clip(tmp_path, monkeypatch):
+    vlm = new_model(SMALL, seed=2)
+    vlm.model.eval()
+    save_model(vlm, tmp_path / "hub")
+    asked = []
+
+    def from_hub(model_id, filename=None, **_):
+        asked.append(model_id)
+        return str(tmp_path / "hub" / (filename or "open_clip_model.safetensors"))
+
+    monkeypatch.setattr("open_clip.factory.download_pretrained_from_hf", from_hub)
+    again, image = load_model("hf-hub:some/model", "cpu"), torch.randn(1, 3, 16, 16)
+    assert set(asked) == {"some/model"} and torch.equal(again.encode_image(image), vlm.encode_image(image))

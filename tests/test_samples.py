@@ -10,6 +10,7 @@ from PIL import Image
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.samples import (
     COLOURS,
+    HEADLINE,
     KINDS,
     LABEL_SETS,
     SHIFTS,
@@ -57,15 +58,14 @@ def test_a_shard_is_in_img2datasets_layout(tmp_path):
     assert set(found) == {f"{i:08d}.{kind}" for i in range(12) for kind in ("jpg", "txt", "json")}
     about = json.loads(found["00000003.json"])
     scene = make_scene(3, "train/0")
-    assert about["cls"] == list(KINDS).index(scene.things[0].kind) and found["00000003.txt"].decode() == caption(scene)
+    assert about["cls"] == about["labels"][HEADLINE] == list(COLOURS).index(scene.things[0].colour) and found[
+        "00000003.txt"
+    ].decode() == caption(scene)
     assert Image.open(io.BytesIO(found["00000003.jpg"])).size == (48, 48)
     assert json.loads((tmp_path / "train-000000_stats.json").read_text())["successes"] == 12
     assert inspect_shards(tmp_path).total == 12
     pairs = load_pairs(path)
-    assert (
-        pairs.labels[3] == about["cls"]
-        and (tmp_path / "classes.txt").read_text().split("\n")[about["cls"]] == KINDS[scene.things[0].kind][0]
-    )
+    assert pairs.labels[3] == about["cls"] and (tmp_path / "classes.txt").read_text().split("\n")[about["cls"]] == scene.things[0].colour
 
 
 def test_splits_never_meet():

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import os
@@ -5,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import open_clip
@@ -117,6 +119,7 @@ def test_missing_data_teacher_and_gpu_stop_before_anything(tiny, tmp_path):
 def test_notebook_parameters_pass_over_what_is_no_literal():
     given = {"stages": 2, "In": [""], "Out": {}, "_i": "x", "os": os, "fit": fit}
     assert notebook_parameters(TinyCLIP, given) == TinyCLIP(stages=2)
+    assert check_parameters(TinyCLIP, {"compare_scratch": "false"}).compare_scratch is False
     assert out_folder(TinyCLIP(stages=2)) != out_folder(TinyCLIP())
 
 
@@ -306,20 +309,31 @@ def test_snapshots_are_taken_only_for_a_watcher(tiny, tmp_path):
     assert tensors["student"].shape == (16, 16) and labels["stage"] == "stage-1"
 
 
-def test_bad_samples_are_named_in_the_run(tiny, tmp_path, scenes):
-    import io
-    import tarfile
-
-    with tarfile.open(tmp_path / "bad-000000.tar", "w") as out, tarfile.open(scenes / "train-000000.tar") as good:
+def damage(source, target, every):
+    "A copy of a shard in which every so-many-th image is cut short"
+    with tarfile.open(target, "w") as out, tarfile.open(source) as good:
         for member in good.getmembers():
             content = good.extractfile(member).read()
-            content = content[:60] if member.name == "00000003.jpg" or member.name.endswith("3.jpg") and "0003." in member.name else content
+            if member.name.endswith(".jpg") and int(member.name[:8]) % every == 3:
+                content = content[:60]
             member.size = len(content)
             out.addfile(member, io.BytesIO(content))
+
+
+def test_bad_samples_are_named_in_the_run(tiny, tmp_path, scenes):
+    damage(scenes / "train-000000.tar", tmp_path / "bad-000000.tar", every=100)
     job = job_of(tiny, data=str(tmp_path / "bad-000000.tar"), max_bad_share=0.5, stages=1, compare_scratch=False)
     train(job)
     named = [json.loads(line) for line in (job.run.folder / "bad_samples.jsonl").read_text().splitlines()]
-    assert len(named) == 1 and "0003" in named[0]["sample"] and named[0]["reason"]
+    assert len(named) == 1 and "00000003" in named[0]["sample"] and named[0]["reason"]
+
+
+def test_too_many_bad_samples_fail_the_run(tiny, tmp_path, scenes):
+    damage(scenes / "train-000000.tar", tmp_path / "bad-000000.tar", every=5)
+    job = job_of(tiny, data=str(tmp_path / "bad-000000.tar"), steps=20, stages=1, compare_scratch=False)
+    with pytest.raises(ValueError, match=r"samples are bad.*more than the 5.0% allowed"):
+        train(job)
+    assert Run(tiny["out"]).status()["state"] == "failed" and (job.run.folder / "bad_samples.jsonl").exists()
 
 
 def test_a_teacher_is_trained_from_nothing(tiny, tmp_path):

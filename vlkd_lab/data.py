@@ -877,7 +877,7 @@ def load_pairs(
         raise ValueError(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     return Pairs(*map(tuple, columns), tuple(skipped))
 
-# %% ../nbs/02_data.ipynb #593244c5
+# %% ../nbs/02_data.ipynb #826b72ff
 def show_batch(
     batch: Batch,
     mean: tuple[float, ...] | None = None,  # of the preprocess, per channel; None: every picture is stretched to its own range
@@ -902,4 +902,5 @@ def show_batch(
         axis.set_title(text, fontsize=7, parse_math=False)
         axis.axis("off")
     figure.tight_layout()
+    plt.close(figure)
     return figure

@@ -376,7 +376,7 @@ class Gates(GateParameters):
         "What is added to the loss while the sparsity asked for is `target`"
         return sparsity_penalty(self.expected_sparsity(), target, self.lambda_1, self.lambda_2)
 
-# %% ../nbs/05_gates.ipynb #088c16d7
+# %% ../nbs/05_gates.ipynb #e69f1abe
 def gate_plot(gates: Gates):  # a matplotlib figure
     "Open probabilities of every gate: one row a tower, one panel a kind, one line a layer"
     import matplotlib.pyplot as plt
@@ -394,6 +394,7 @@ def gate_plot(gates: Gates):  # a matplotlib figure
             axis.set_title(f"{tower} {kind}", fontsize=9)
             axis.set_yticks([])
     figure.colorbar(drawn, ax=axes, label="open probability")
+    plt.close(figure)
     return figure
 
 # %% ../nbs/05_gates.ipynb #873b5314

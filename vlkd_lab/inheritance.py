@@ -285,7 +285,7 @@ def plan_manual(
         copies.append(Copy(name, source, kept))
     return Plan(tuple(copies), tuple(stacks.values()), tuple(widths.items()))
 
-# %% ../nbs/06_inheritance.ipynb #8af8b0e8
+# %% ../nbs/06_inheritance.ipynb #a4ce01ee
 def _kept_mask(kept: Kept, unit: int = 1) -> Tensor:  # (size // unit,) bool
     "Which positions are kept, counted in units"
     mask = torch.zeros(kept.of, dtype=torch.bool)
@@ -327,6 +327,7 @@ def _plot(plan: Plan):  # a matplotlib figure
         axis.imshow(picture, aspect="auto", cmap="Blues", vmin=-0.15, vmax=1.2, interpolation="nearest")
         axis.set_title(f"{stack.tower} {title}", fontsize=9)
         axis.set_yticks(range(0, stack.of, max(1, stack.of // 6)))
+    plt.close(figure)
     return figure
 
 # %% ../nbs/06_inheritance.ipynb #63014a56

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 # %% auto #0
 __all__ = ['VERSION', 'KINDS', 'COLOURS', 'COLOUR_WORDS', 'SIZES', 'TEXTURES', 'COUNTS', 'RELATIONS', 'OPPOSITE', 'SETTINGS',
-           'RADII', 'OUTLINES', 'GROUNDS', 'PHRASINGS', 'LABEL_SETS', 'SHIFTS', 'Thing', 'Scene', 'make_scene',
-           'render', 'caption', 'read_caption', 'LabelSet', 'QA', 'questions', 'encode', 'near_duplicate', 'Sample',
-           'make_sample', 'write_shards', 'cached_shards', 'write_sentences', 'write_shipped', 'show_scenes']
+           'RADII', 'OUTLINES', 'GROUNDS', 'PHRASINGS', 'HEADLINE', 'LABEL_SETS', 'SHIFTS', 'Thing', 'Scene',
+           'make_scene', 'render', 'caption', 'read_caption', 'LabelSet', 'QA', 'questions', 'encode', 'near_duplicate',
+           'Sample', 'make_sample', 'write_shards', 'cached_shards', 'write_sentences', 'write_shipped', 'show_scenes']
 
 # %% ../nbs/01_samples.ipynb #4838deca
 VERSION = 1  # of the generator; raise it when the same seed gives other samples
@@ -98,7 +98,7 @@ class Scene:
             return "left" if dx < 0 else "right"
         return "above" if dy < 0 else "below"
 
-# %% ../nbs/01_samples.ipynb #2958382c
+# %% ../nbs/01_samples.ipynb #d0c91691
 def _random(*names) -> random.Random:
     "An own stream of chance for everything that has a name"
     return random.Random("/".join(map(str, names)))
@@ -128,17 +128,19 @@ def _layout(chance: random.Random, count: int) -> list[tuple[float, float]]:  # 
         return middle + _between(chance, -reach, reach)
 
     if count == 1:
-        return [(jitter(0.5, 0.16), jitter(0.5, 0.16))]
+        return [(jitter(0.5, 0.025), jitter(0.5, 0.025))]
     first = _pick(chance, (0.26, 0.74))
     across = _pick(chance, (0.28, 0.72)) if count == 3 else 0.5
-    reach = 0.04 if count == 3 else 0.12
-    places = [(jitter(along, 0.04), jitter(across, reach)) for along in (first, 1 - first)]
+    places = [(jitter(along, 0.02), jitter(across, 0.02)) for along in (first, 1 - first)]
     if count == 3:
-        places.append((jitter(0.5, 0.24), jitter(1 - across, 0.04)))
+        places.append((jitter(0.5, 0.04), jitter(1 - across, 0.02)))
     return places if chance.random() < 0.5 else [(y, x) for x, y in places]
 
-# %% ../nbs/01_samples.ipynb #461a602c
-RADII = {("small", True): (0.135, 0.16), ("small", False): (0.115, 0.13), ("large", True): (0.215, 0.26), ("large", False): (0.185, 0.21)}
+# %% ../nbs/01_samples.ipynb #ed07cec7
+RADII = {  # (size, whether it is the main shape) -> range of the radius, share of the side
+    ("small", True): (0.155, 0.165), ("small", False): (0.135, 0.145),
+    ("large", True): (0.23, 0.245), ("large", False): (0.19, 0.2),
+}  # fmt: skip
 
 
 def _kinds(chance: random.Random, count: int, tail: float) -> list[str]:
@@ -169,7 +171,7 @@ def make_scene(
         size = main_size if i == 0 or main_size == "small" else _pick(chance, list(SIZES))
         radius = _between(chance, *RADII[size, i == 0])
         tint = tuple(int(_between(chance, -16, 17)) for _ in range(3))
-        things.append(Thing(kind, colour, size, _pick(chance, list(TEXTURES)), x, y, radius, _between(chance, -0.35, 0.35), tint))
+        things.append(Thing(kind, colour, size, _pick(chance, list(TEXTURES)), x, y, radius, _between(chance, -0.08, 0.08), tint))
     light, noise, grain = _between(chance, 0.72, 1.2), _between(chance, 2, 12), int(chance.random() * 2**48)
     return Scene(_pick(chance, list(SETTINGS)), tuple(things), light, noise, grain)
 
@@ -356,17 +358,17 @@ PHRASINGS = {  # shapes in the scene -> sentences of noun phrases {main} {other}
     ),
 }  # fmt: skip
 
-# %% ../nbs/01_samples.ipynb #95151033
+# %% ../nbs/01_samples.ipynb #7969a727
 def _article(noun: str) -> str:
     "The noun phrase with its article"
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def _noun(thing: Thing, chance: random.Random, detail: float) -> str:
-    "Words for a shape: always its kind, nearly always its colour, size and texture each with probability `detail`"
+    "Words for a shape: always its kind, its colour more often than not, size and texture each with probability `detail`"
     size = [_pick(chance, SIZES[thing.size])] if chance.random() < detail else []
     texture = [_pick(chance, TEXTURES[thing.texture])] if chance.random() < detail else []
-    colour = [_pick(chance, COLOUR_WORDS[thing.colour])] if chance.random() < 0.9 else []
+    colour = [_pick(chance, COLOUR_WORDS[thing.colour])] if chance.random() < 0.6 else []
     order = size + texture + colour if chance.random() < 0.7 else size + colour + texture
     return _article(" ".join(order + [_pick(chance, KINDS[thing.kind])]))
 
@@ -394,7 +396,7 @@ def read_caption(text: str) -> dict[str, set[str]]:  # "kinds", "colours", "size
     padded = f" {text.replace(',', ' ')} "
     return {part: {key for key, words in table.items() if any(f" {word} " in padded for word in words)} for part, table in tables.items()}
 
-# %% ../nbs/01_samples.ipynb #78bccdf3
+# %% ../nbs/01_samples.ipynb #1b72adc4
 @dataclass(frozen=True)
 class LabelSet:
     "One way to sort scenes into classes"
@@ -415,19 +417,62 @@ def _first(table: dict) -> tuple[str, ...]:
     return tuple(words[0] for words in table.values())
 
 
-_A_THING = ("a {}", "a picture of a {}", "a drawing of a {}", "one shape, a {}", "a large {}", "a small {}")
-_A_LOOK = ("a {} shape", "a picture of a {} shape", "a drawing of a {} shape", "one shape, a {} one")
+def _prompts(*forms: str, count: int = 24) -> tuple[str, ...]:
+    "Templates in the captions' own words: `slot` becomes {}, everything else runs through what it could be, to average out"
+    kinds, sizes, settings, relations = (_first(t) for t in (KINDS, SIZES, SETTINGS, RELATIONS))
+    turns = {"size": (sizes, 1), "texture": (tuple(TEXTURES), 3), "colour": (tuple(COLOURS), 5), "kind": (kinds, 7)}
+    turns |= {"other": (kinds, 11), "where": (settings, 3), "relation": (relations, 1)}
+    rows = ({name: words[(i + i // len(words)) * step % len(words)] for name, (words, step) in turns.items()} for i in range(count))
+    return tuple(dict.fromkeys(forms[i % len(forms)].format(**row, slot="{}") for i, row in enumerate(rows)))
+
+
+HEADLINE = "colour"  # the label set that shards carry as `cls`
 LABEL_SETS: dict[str, LabelSet] = {
-    "kind": LabelSet(_first(KINDS), _A_THING, _labels(list(KINDS), lambda s: s.things[0].kind)),
-    "colour": LabelSet(tuple(COLOURS), _A_LOOK, _labels(list(COLOURS), lambda s: s.things[0].colour)),
-    "size": LabelSet(_first(SIZES), _A_LOOK, _labels(list(SIZES), lambda s: s.things[0].size)),
-    "texture": LabelSet(_first(TEXTURES), _A_LOOK, _labels(list(TEXTURES), lambda s: s.things[0].texture)),
-    "setting": LabelSet(_first(SETTINGS), ("a picture {}", "a shape {}", "two shapes {}"), _labels(list(SETTINGS), lambda s: s.setting)),
-    "count": LabelSet(("one shape", "two shapes", "three shapes"), ("{}", "just {}"), _labels(list(COUNTS), lambda s: len(s.things))),
-    "relation": LabelSet(_first(RELATIONS), ("a shape {} another",), _labels(list(RELATIONS), lambda s: s.relation)),
-    "second kind": LabelSet(_first(KINDS), ("a shape and a {}", "a picture of a shape and a {}"),
-                            _labels(list(KINDS), lambda s: s.things[1].kind if len(s.things) > 1 else None)),
-}  # fmt: skip
+    "kind": LabelSet(
+        _first(KINDS),
+        _prompts("a drawing of a {size} {texture} {colour} {slot}", "a {size} {texture} {slot} {where}", "{where} there is a {slot}"),
+        _labels(list(KINDS), lambda s: s.things[0].kind),
+    ),
+    "colour": LabelSet(
+        tuple(COLOURS),
+        _prompts("a drawing of a {size} {texture} {slot} {kind}", "a {size} {slot} {kind} {where}"),
+        _labels(list(COLOURS), lambda s: s.things[0].colour),
+    ),
+    "size": LabelSet(
+        _first(SIZES),
+        _prompts("a drawing of a {slot} {texture} {colour} {kind}", "a {slot} {colour} {kind} {where}"),
+        _labels(list(SIZES), lambda s: s.things[0].size),
+    ),
+    "texture": LabelSet(
+        _first(TEXTURES),
+        _prompts("a drawing of a {size} {slot} {colour} {kind}", "a {slot} {colour} {kind} {where}"),
+        _labels(list(TEXTURES), lambda s: s.things[0].texture),
+    ),
+}
+
+# %% ../nbs/01_samples.ipynb #135077c6
+LABEL_SETS |= {
+    "setting": LabelSet(
+        _first(SETTINGS),
+        _prompts("a {size} {texture} {colour} {kind} {slot}", "a {colour} {kind} {relation} a {other} {slot}"),
+        _labels(list(SETTINGS), lambda s: s.setting),
+    ),
+    "count": LabelSet(
+        ("one shape", "two shapes", "three shapes"),
+        _prompts("{slot} {where}, a {size} {texture} {colour} {kind}", "{slot} {where}, a {colour} {kind}"),
+        _labels(list(COUNTS), lambda s: len(s.things)),
+    ),
+    "relation": LabelSet(
+        _first(RELATIONS),
+        _prompts("a {size} {texture} {colour} {kind} {slot} a {other}", "a {colour} {kind} {slot} a {other} {where}"),
+        _labels(list(RELATIONS), lambda s: s.relation),
+    ),
+    "second kind": LabelSet(
+        _first(KINDS),
+        _prompts("a {size} {texture} {colour} {kind} {relation} a {slot}", "a {colour} {kind} {relation} a {slot} {where}"),
+        _labels(list(KINDS), lambda s: s.things[1].kind if len(s.things) > 1 else None),
+    ),
+}
 
 # %% ../nbs/01_samples.ipynb #a589c67f
 @dataclass(frozen=True)
@@ -522,7 +567,7 @@ def near_duplicate(image: Image.Image, chance: random.Random) -> Image.Image:
     brighter = ImageEnhance.Brightness(crop).enhance(_between(chance, 0.85, 1.15))
     return Image.open(io.BytesIO(encode(brighter, quality=int(_between(chance, 40, 90))))).convert("RGB")
 
-# %% ../nbs/01_samples.ipynb #7a8ddaf6
+# %% ../nbs/01_samples.ipynb #5c466ab7
 @dataclass(frozen=True)
 class Sample:
     "One image-text pair with what is known about it"
@@ -552,7 +597,7 @@ def make_sample(
     if shift is not None:
         image = SHIFTS[shift](image, chance)
     labels = {key: labels.label(scene) for key, labels in LABEL_SETS.items()}
-    about = {"cls": labels["kind"], "labels": labels, "questions": [[qa.question, qa.answer, qa.type] for qa in questions(scene)]}
+    about = {"cls": labels[HEADLINE], "labels": labels, "questions": [[qa.question, qa.answer, qa.type] for qa in questions(scene)]}
     about |= {"duplicate_of": None if source is None else f"{source:08d}"}
     return Sample(f"{index:08d}", image, caption(scene, variant=index if source is not None else 0), about)
 
@@ -578,7 +623,7 @@ def _write_shard(folder: Path, shard: int, indices: range, quality: int, given: 
     path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": len(indices), "successes": len(indices)}) + "\n")
     return path
 
-# %% ../nbs/01_samples.ipynb #14d45ce3
+# %% ../nbs/01_samples.ipynb #0f481dce
 def write_shards(
     folder: str | Path,  # made if missing
     count: int,  # samples
@@ -596,7 +641,7 @@ def write_shards(
     folder, given = Path(folder), dict(seed=seed, split=split, size=size, shift=shift, duplicates=duplicates, tail=tail)
     folder.mkdir(parents=True, exist_ok=True)
     make_sample(0, **given)
-    for name, lines in (("classes", LABEL_SETS["kind"].names), ("templates", LABEL_SETS["kind"].templates)):
+    for name, lines in (("classes", LABEL_SETS[HEADLINE].names), ("templates", LABEL_SETS[HEADLINE].templates)):
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     parts = [range(k, min(k + per_shard, count)) for k in range(0, count, per_shard)]
     jobs = [(folder, shard, part, quality, given) for shard, part in enumerate(parts)]
