@@ -200,6 +200,15 @@ def test_a_named_student_is_inherited_by_hand(tiny):
     assert max(m["step"] for m in job.run.metrics()) == 12, "one stage takes the steps of both"
 
 
+def test_a_student_of_another_width_needs_another_objective(tiny, tmp_path):
+    config = load_model(tiny["teacher"], "cpu").config["model_cfg"] | dict(embed_dim=8)
+    (tmp_path / "narrow.json").write_text(json.dumps(config))
+    named = dict(inheritance="manual", student=str(tmp_path / "narrow.json"))
+    with pytest.raises(ValueError, match="feature_mimicking needs equal joint widths, student 8, teacher 16"):
+        job_of(tiny, **named)
+    assert job_of(tiny, **named, losses="affinity_mimicking=1").options.student
+
+
 COMMAND = [sys.executable, "-m", "vlkd_lab.trainers"]
 
 
