@@ -396,7 +396,7 @@ def read_caption(text: str) -> dict[str, set[str]]:  # "kinds", "colours", "size
     padded = f" {text.replace(',', ' ')} "
     return {part: {key for key, words in table.items() if any(f" {word} " in padded for word in words)} for part, table in tables.items()}
 
-# %% ../nbs/01_samples.ipynb #1b72adc4
+# %% ../nbs/01_samples.ipynb #f87df80f
 @dataclass(frozen=True)
 class LabelSet:
     "One way to sort scenes into classes"
@@ -425,7 +425,7 @@ def _prompts(*forms: str, count: int = 24) -> tuple[str, ...]:
     rows = ({name: words[(i + i // len(words)) * step % len(words)] for name, (words, step) in turns.items()} for i in range(count))
     return tuple(dict.fromkeys(forms[i % len(forms)].format(**row, slot="{}") for i, row in enumerate(rows)))
 
-
+# %% ../nbs/01_samples.ipynb #53f1fc52
 HEADLINE = "colour"  # the label set that shards carry as `cls`
 LABEL_SETS: dict[str, LabelSet] = {
     "kind": LabelSet(
