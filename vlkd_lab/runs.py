@@ -53,10 +53,10 @@ def to_json(value: Any) -> Any:
         return [to_json(v) for v in value]
     return str(value) if isinstance(value, Path) else value
 
-# %% ../nbs/09_runs.ipynb #5ce8677b
+# %% ../nbs/09_runs.ipynb #6367cf9f
 CONTROLS = ("pause", "stop", "learning_rate_factor", "weights")  # what a watcher may ask for
 
-
+# %% ../nbs/09_runs.ipynb #5c62c543
 class Run:
     "A run folder: reading and controlling it; the job itself uses `RunWriter`"
 

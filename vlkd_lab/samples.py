@@ -503,7 +503,7 @@ def questions(scene: Scene) -> list[QA]:
         asked.append(QA(f"is the {word} left of, right of, above or below the {other}?", RELATIONS[scene.relation][0], "relation"))
     return asked
 
-# %% ../nbs/01_samples.ipynb #f80b9ee0
+# %% ../nbs/01_samples.ipynb #1fc92870
 def _noise(image: Image.Image, chance: random.Random) -> Image.Image:
     pixels = np.asarray(image, np.float32)
     film = np.random.Generator(np.random.PCG64(int(chance.random() * 2**48))).standard_normal(pixels.shape, dtype=np.float32)
@@ -527,7 +527,7 @@ def _sketch(image: Image.Image, chance: random.Random) -> Image.Image:
 def _grey(image: Image.Image, chance: random.Random) -> Image.Image:
     return image.convert("L").convert("RGB")
 
-
+# %% ../nbs/01_samples.ipynb #6d058bab
 def _covered(image: Image.Image, chance: random.Random) -> Image.Image:
     covered, side = image.copy(), image.width
     for _ in range(3):

@@ -841,7 +841,7 @@ def train_contrastive(job: Job) -> VLM:
     with job.run if job.accelerator.is_main_process else nullcontext():
         return _finish_fit(job, Phase("teacher", "contrast", job.options.steps), job.teacher, Objective({"contrastive": 1.0}), None)
 
-# %% ../nbs/10_trainers.ipynb #6b2b331a
+# %% ../nbs/10_trainers.ipynb #619a84e4
 def train(job: Job) -> None:
     "All stages, and scratch if asked for; in this process, or by torchrun when the options ask for several"
     if job.options.processes > 1 and job.accelerator.num_processes == 1:
@@ -857,7 +857,7 @@ def train(job: Job) -> None:
             job.run.warn(f"training diverged: {error}")
             raise
 
-
+# %% ../nbs/10_trainers.ipynb #d2492048
 def _launch(folder: Path, processes: int) -> None:
     "Continue a run folder's job in several processes under torchrun; an error carries the end of what they said"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
