@@ -305,3 +305,40 @@ def test_the_constraint_closes_gates_and_then_lets_go():
         gates.clamp_()
     assert gates.expected_sparsity() >= 0.49 and gates.lambda_1 > 10
     assert gate_plot(gates).axes
+
+
+def test_each_gate_scales_what_it_writes_and_nothing_else():
+    model = small_model()
+    shapes, state = tower_shapes(model.state_dict(), head_widths(SMALL)), model.state_dict()
+    half = {"hidden": torch.full((32,), 0.5), "heads": (torch.full((4,), 0.5),) * 3, "neurons": (torch.full((128,), 0.5),) * 3,
+            "attention_block": torch.full((3,), 0.5), "mlp_block": torch.full((3,), 0.5)}  # fmt: skip
+    written = {
+        "hidden": "conv1.weight class_embedding positional_embedding ln_pre.weight ln_pre.bias attn.out_proj.weight attn.out_proj.bias "
+        "mlp.c_proj.weight mlp.c_proj.bias",
+        "heads": "attn.in_proj_weight attn.in_proj_bias",
+        "neurons": "mlp.c_proj.weight",
+        "attention_block": "attn.out_proj.weight attn.out_proj.bias",
+        "mlp_block": "mlp.c_proj.weight mlp.c_proj.bias",
+    }
+    for kind, names in written.items():
+        under = gate_state(state, {"image": TowerGates(**{kind: half[kind]})}, shapes)
+        for name, weight in state.items():
+            expected = weight.clone()
+            if name.startswith("visual.") and any(name.endswith(f".{n}") for n in names.split()):
+                rows = slice(2 * len(weight) // 3, None) if kind == "heads" else slice(None)  # of q, k, v only the values
+                expected[rows] *= 0.5
+            assert torch.equal(under[name], expected), (kind, name)
+
+
+def test_the_joint_multipliers_gradients_are_golden():
+    gates = golden_gates("image", "text")
+    for i in range(9):
+        at = lambda name, i=i: float(GOLDEN[f"joint/lag_{name}"][i])  # noqa: E731
+        target = target_at(*(at(n) for n in ("pruned_steps", "start_sparsity", "target_sparsity", "warmup_steps")))
+        close(target, at("target_now"))
+        keys = [(k, tower) for k in (1, 2) for tower in ("image", "text")]
+        of = {(k, t): torch.tensor(at(f"lambda_{k}_{t}"), dtype=torch.float64, requires_grad=True) for k, t in keys}
+        means = [(of[k, "image"] + of[k, "text"]) / 2 for k in (1, 2)]
+        sparsity_penalty(gates.expected_sparsity(), target, *means).backward()
+        for (k, tower), multiplier in of.items():
+            close(multiplier.grad, at(f"grad_lambda_{k}_{tower}"))
