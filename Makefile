@@ -5,13 +5,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NOTEBOOKS := $(wildcard nbs/*.ipynb)
 
-.PHONY: train test lab docs readme export lint clean
+.PHONY: train test browser lab docs readme export lint screenshots clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
 
-test: $(READY)
+test: browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+# what the browser tests need: Chromium (Debian's package) and, to try both generations, ipykernel 6 in a folder of its own
+browser: $(READY)
+	@if ! command -v chromium chromium-browser google-chrome >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null \
+	      || echo "Chromium could not be installed: the browser tests will be skipped"; \
+	  else echo "No Chromium here, and no right to install it (apt-get install chromium): the browser tests will be skipped"; fi; fi
+	@[ -d .cache/ipykernel6/ipykernel ] || $(BIN)/python -m pip install --quiet --no-deps --target .cache/ipykernel6 "ipykernel<7" \
+	  || echo "ipykernel 6 could not be installed: the browser tests run under the newest alone"
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs

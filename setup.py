@@ -21,6 +21,7 @@ setup(
     license="Apache-2.0",
     keywords=settings["keywords"],
     packages=find_packages(include=["vlkd_lab", "vlkd_lab.*"]),
+    package_data={"vlkd_lab": ["static/*.js", "static/*.css"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},

@@ -17,8 +17,9 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
 MODULES = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
+BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_"))]
 FLOOR = {p.stem[3:]: int(p.stem[:2]) for p in MODULES}
-FLOOR |= {"balancing": 7, "fusion": 8, "widgets": 12}
+FLOOR |= {"balancing": 7, "fusion": 8}
 
 
 def cells(path, kind="code"):
@@ -33,7 +34,7 @@ def exported(path):
     return [source(c) for c in cells(path) if re.match(r"#\|\s*exports?\b", source(c))]
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", JOBS + BENCH, ids=lambda p: p.stem)
 def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
     tagged = [c for c in cells(path) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1
@@ -58,7 +59,7 @@ def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
     assert {k: v for k, v in names.items() if k not in own} == {k: getattr(defaults, k) for k in names if k not in own}
 
 
-@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", JOBS + BENCH, ids=lambda p: p.stem)
 def test_a_job_defines_no_long_function(path):
     for cell in cells(path):
         for node in ast.walk(ast.parse(source(cell))):
@@ -116,6 +117,7 @@ def test_stored_outputs_are_small_and_whole(path):
     assert len(set(ids)) == len(ids)
     text = path.read_text(encoding="utf-8")
     assert "/work/" not in text and "/root/" not in text and "/home/" not in text, "a path of one machine"
+    assert "widget-view" not in text and "widget-state" not in text, "widget state is kept out of notebooks"
 
 
 def test_nbdev_clean_keeps_the_parameters_tag(tmp_path):

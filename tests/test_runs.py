@@ -5,24 +5,29 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 from vlkd_lab.runs import (
+    Curves,
     Run,
     RunStopped,
     RunWriter,
+    Snapshots,
     begin,
+    in_effect,
+    is_watched,
+    kept_snapshots,
     load_checkpoint,
     newest_snapshot,
     read_json,
     rewind,
     save_checkpoint,
-    take_snapshot,
+    thinned,
     to_json,
-    wants_snapshot,
     watch,
     write_whole,
 )
@@ -52,7 +57,7 @@ def test_an_error_is_noted_and_raised(tmp_path, error, state):
         raise error
     status = Run(tmp_path).status()
     assert status["state"] == state
-    assert state == "stopped" or status["error"] == "ValueError: bad <b>"
+    assert state == "stopped" or status["error"] == "ValueError: bad <b>" and "test_runs.py" in status["traceback"]
 
 
 def test_two_writers_are_refused(tmp_path):
@@ -130,17 +135,139 @@ def test_warnings_are_kept_once(tmp_path):
     assert run.status()["warnings"] == ["chance"]
 
 
+def test_controls_are_checked_where_they_are_asked(tmp_path):
+    run = Run(tmp_path)
+    for wrong, valid in (
+        (dict(stop="yes"), "True or False"),
+        (dict(target_sparsity=1.0), "0 to 0.97"),
+        (dict(target_sparsity=math.nan), "0 to 0.97"),
+        (dict(learning_rate_factor=-1), "0 to 100"),
+        (dict(weights={"contrastve": 1.0}), "affinity_mimicking"),
+        (dict(weights={"contrastive": -1.0}), "from 0 up"),
+        (dict(learning_rate=1.0), "learning_rate_factor"),
+    ):
+        with pytest.raises(ValueError, match=valid):
+            run.control(**wrong)
+    assert run.asked() == {}
+    run.control(weights={"contrastive": 1.0})
+    run.control(weights={"relational": 0.5})
+    assert run.asked()["weights"] == {"contrastive": 1.0, "relational": 0.5}
+
+
+def _ask(folder, name, times):
+    for k in range(times):
+        Run(folder).control(weights={name: float(k)})
+
+
+def test_two_watchers_do_not_lose_each_others_wishes(tmp_path):
+    context = multiprocessing.get_context("fork")
+    askers = [context.Process(target=_ask, args=(tmp_path, name, 60)) for name in ("contrastive", "relational")]
+    for asker in askers:
+        asker.start()
+    for asker in askers:
+        asker.join()
+    assert Run(tmp_path).asked()["weights"] == {"contrastive": 59.0, "relational": 59.0}
+
+
+def test_a_look_does_not_keep_a_writer_out(tmp_path):
+    stop = []
+
+    def look():
+        while not stop:
+            Run(tmp_path).status()
+
+    with RunWriter(tmp_path):
+        pass
+    write_whole(tmp_path / "status.json", '{"state": "running"}')
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    try:
+        for _ in range(20):
+            with RunWriter(tmp_path):
+                pass
+    finally:
+        stop.append(True)
+        for looker in lookers:
+            looker.join()
+
+
+def test_curves_read_on_and_start_over_after_a_rewind(tmp_path):
+    curves = Curves(Run(tmp_path))
+    assert curves.read() == 0
+    with RunWriter(tmp_path) as run:
+        run.log({"stage": "stage-1", "phase": "gates", "step": 1, "total": 2.0, "expected_sparsity": 0.1})
+        run.log({"event": "validation", "stage": "stage-1", "step": 1, "image_to_text_r1": 0.5})
+        with (tmp_path / "metrics.jsonl").open("a") as handle:
+            handle.write('{"stage": "stage-1", "step": 2, "to')
+        assert curves.read() == 2
+        with (tmp_path / "metrics.jsonl").open("a") as handle:
+            handle.write('tal": "nan"}\n')
+        assert curves.read() == 1 and math.isnan(curves.column("stage-1", "total")[1])
+        assert list(curves.column("stage-1", "step")) == [1, 2] and len(curves.column("stage-1", "expected_sparsity")) == 2
+        rewind(run, 1)
+        run.log({"stage": "stage-1", "step": 2, "total": 1.0})
+        curves.read()
+    assert list(curves.column("stage-1", "total")) == [2.0, 1.0] and curves.events == []
+
+
+def test_long_curves_keep_their_shape_in_few_points():
+    import numpy as np
+
+    thin = thinned(np.concatenate([np.arange(1000.0), [np.nan]]), 10)
+    assert len(thin) == 10 and (np.diff(thin) > 0).all() and len(thinned(np.arange(5.0), 10)) == 5
+
+
+def test_what_is_in_effect_is_what_the_events_add_up_to():
+    events = [
+        {"event": "control", "weights": {"contrastive": 1.0, "relational": 2.0}},
+        {"event": "validation"},
+        {"event": "control", "weights": {"relational": 0.0}, "target_sparsity": 0.4},
+    ]
+    assert in_effect(events) == {"weights": {"contrastive": 1.0, "relational": 0.0}, "target_sparsity": 0.4}
+    assert in_effect(events[1:2]) == {}
+
+
 def test_snapshots_only_while_watched(tmp_path):
     run = Run(tmp_path)
-    assert not wants_snapshot(run) and newest_snapshot(run) is None
+    snapshots = Snapshots(run)
+    snapshots.offer(lambda: pytest.fail("nobody watches"))
+    assert not is_watched(run) and newest_snapshot(run) is None
     watch(run)
-    assert wants_snapshot(run)
-    take_snapshot(run, {"a": torch.eye(3).T}, step=4)
-    tensors, labels = newest_snapshot(run)
-    assert torch.equal(tensors["a"], torch.eye(3)) and labels == {"step": 4} and not wants_snapshot(run)
+    snapshots.offer(lambda: {"a": torch.eye(3).T}, step=4)
+    arrays, labels = newest_snapshot(run)
+    assert (arrays["a"] == torch.eye(3).numpy()).all() and labels["step"] == 4
+    snapshots.offer(lambda: pytest.fail("the last one is fresh"))
     os.utime(tmp_path / "snapshots" / "watching", (0, 0))
-    os.utime(tmp_path / "snapshots" / "newest.safetensors", (0, 0))
-    assert not wants_snapshot(run)
+    assert not is_watched(run)
+
+
+def test_snapshots_take_a_small_share_of_the_time(tmp_path):
+    snapshots = Snapshots(Run(tmp_path))
+    start = time.monotonic()
+    snapshots.take(lambda: time.sleep(0.05) or {"a": torch.zeros(1)})
+    cost = time.monotonic() - start
+    assert snapshots._next - start >= cost * 50, "one that takes 50 ms is followed by seconds without one"
+
+
+def test_kept_snapshots_stay_and_are_the_newest_too(tmp_path):
+    snapshots = Snapshots(Run(tmp_path))
+    for step in (3, 10, 20):
+        snapshots.take(lambda step=step: {"a": torch.tensor([step])}, keep=f"stage-1-gates-{step:08d}", step=step)
+    assert [labels["step"] for _, labels in kept_snapshots(Run(tmp_path))] == [3, 10, 20]
+    assert newest_snapshot(Run(tmp_path))[0]["a"] == 20
+
+
+def test_a_snapshot_does_not_follow_its_tensor(tmp_path):
+    tensor, snapshots = torch.zeros(2), Snapshots(Run(tmp_path))
+    newest = tmp_path / "snapshots" / "newest.safetensors"
+    snapshots._pending.append(([newest], {"a": tensor.clone()}, lambda wait=False: wait, {"time": 0}))
+    snapshots.take(lambda: {"a": tensor}, step=1)
+    assert newest_snapshot(Run(tmp_path)) is None, "a copy on its way holds nothing up and is not written half"
+    tensor += 1
+    snapshots.write_arrived(wait=True)
+    arrays, labels = newest_snapshot(Run(tmp_path))
+    assert labels["step"] == 1 and (arrays["a"] == 0).all()
 
 
 def _rewrite(path, times):

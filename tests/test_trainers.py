@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -15,20 +17,24 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from vlkd_lab.evaluation import compare, finish, job_models
 from vlkd_lab.features import Batch
 from vlkd_lab.gates import sparsity
 from vlkd_lab.losses import Objective
 from vlkd_lab.models import TowerShape, load_model, tower_shapes
-from vlkd_lab.runs import Run, RunStopped, RunWriter, newest_snapshot, watch
+from vlkd_lab.runs import Run, RunStopped, RunWriter, kept_snapshots, newest_snapshot, read_snapshot, watch
 from vlkd_lab.trainers import (
     Contrastive,
     Diverged,
     FitParameters,
     Learner,
     Phase,
+    StillTraining,
     TinyCLIP,
+    at_work,
     cached_backward,
     check_parameters,
+    current_student,
     find_data,
     fit,
     learn_gates,
@@ -38,9 +44,11 @@ from vlkd_lab.trainers import (
     open_tinyclip,
     out_folder,
     plain_backward,
+    probe_features,
     run_stage,
     stage_gates,
     stage_plan,
+    start,
     train,
     train_contrastive,
 )
@@ -212,7 +220,7 @@ def test_a_student_of_another_width_needs_another_objective(tiny, tmp_path):
 COMMAND = [sys.executable, "-m", "vlkd_lab.trainers"]
 
 
-def start(tiny, **changes):
+def start_process(tiny, **changes):
     given = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in (tiny | changes).items() if k != "out"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*COMMAND, tiny["out"], *given], env=environment, stderr=subprocess.PIPE, text=True)
@@ -220,12 +228,12 @@ def start(tiny, **changes):
 
 def test_killed_at_any_moment_it_ends_as_if_undisturbed(tiny, tmp_path):
     undisturbed, killed = (tiny | dict(out=str(tmp_path / name), checkpoint_seconds=0.0) for name in ("a", "b"))
-    process = start(undisturbed)
+    process = start_process(undisturbed)
     assert process.wait(timeout=300) == 0, process.stderr.read()[-2000:]
     random.seed(5)
     deaths = 0
     for lines in (2, 5, 9, 14, 19):  # killed soon after the metrics have this many lines
-        process = start(killed)
+        process = start_process(killed)
         while process.poll() is None and len(Run(killed["out"]).metrics()) < lines:
             time.sleep(0.002)
         time.sleep(random.random() * 0.05)
@@ -234,7 +242,7 @@ def test_killed_at_any_moment_it_ends_as_if_undisturbed(tiny, tmp_path):
             deaths += 1
         process.wait()
         assert Run(killed["out"]).status()["state"] in ("lost", "waiting")
-    process = start(killed)
+    process = start_process(killed)
     assert process.wait(timeout=300) == 0, process.stderr.read()[-2000:]
     assert deaths >= 3 and lines_of(killed["out"]) == lines_of(undisturbed["out"])
     a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
@@ -262,9 +270,9 @@ def test_another_run_is_not_overwritten(tiny):
 
 def toy_fit(tmp_path, tiny, **changes):
     "A short contrastive fit and its run"
-    job = job_of(tiny, **changes)
+    job = job_of(tiny, keep_snapshots=0, **changes)
     given = dict(learner=Learner(job.teacher.model), objective=Objective({"contrastive": 1.0}), batches=job.batches, options=job.options)
-    return job.run, lambda: fit(job.run, Phase("stage-1", "contrast", 6), **given, accelerator=job.accelerator)
+    return job.run, lambda: fit(job.run, Phase("stage-1", "contrast", 6), **given, accelerator=job.accelerator, probe=job.probe)
 
 
 def test_stop_keeps_what_was_done(tiny, tmp_path):
@@ -288,6 +296,184 @@ def test_values_change_in_mid_run_and_leave_an_event(tiny, tmp_path):
     steps = [m for m in run.metrics() if "total" in m]
     assert len(events) == 1 and events[0]["weights"] == {"contrastive": 2.0}
     assert all(m["learning_rate"] == 0 and m["total"] == pytest.approx(2 * m["contrastive"], rel=1e-5) for m in steps)
+
+
+def controls_of(run):
+    return [{k: v for k, v in m.items() if k not in ("event", "stage", "phase")} for m in run.metrics() if m.get("event") == "control"]
+
+
+def test_what_would_break_the_next_step_is_refused_and_training_goes_on(tiny, tmp_path):
+    run, go = toy_fit(tmp_path, tiny)
+    run.control(weights={"contrastive": 0.0}, learning_rate_factor=0.5)
+    with run:
+        go()
+    assert "every weight is zero" in run.status()["refused"] and controls_of(run) == []
+    assert len([m for m in run.metrics() if "total" in m]) == 6
+
+
+def test_nonsense_written_into_the_control_file_stops_nothing(tiny, tmp_path):
+    run, go = toy_fit(tmp_path, tiny)
+    run.folder.mkdir(exist_ok=True)
+    (run.folder / "control.json").write_text('{"learning_rate_factor": "fast"}')
+    with run:
+        go()
+    assert "learning_rate_factor" in run.status()["refused"] and len([m for m in run.metrics() if "total" in m]) == 6
+
+
+def test_a_run_with_changes_resumes_with_them(tiny, tmp_path):
+    job = job_of(tiny, stages=1, checkpoint_seconds=0.0)
+    job.run.control(learning_rate_factor=0.5, weights={"contrastive": 0.25})
+    fits = []
+
+    def stop_in_the_middle(step):
+        for k, batch in enumerate(job.stream.batches(step), start=step):
+            fits.append(k)
+            if len(fits) == 4:
+                job.run.control(stop=True)
+            yield batch
+
+    stopping = replace(job)
+    stopping.batches = stop_in_the_middle
+    with pytest.raises(RunStopped):
+        train(stopping)
+    before = len(job.run.metrics())
+    (job.run.folder / "control.json").unlink()
+    train(job_of(tiny, stages=1, checkpoint_seconds=0.0))
+    lines = job.run.metrics()
+    changed = {"step": 0, "learning_rate_factor": 0.5, "weights": {"contrastive": 0.25}}
+    assert controls_of(job.run) == [changed], "one event, not one a phase"
+    own = [m for m in lines if "total" in m and m["stage"] == "stage-1"]
+    assert len(own) == 6 and before < len(lines) and all("contrastive" in m for m in own)
+    phase = Phase("stage-1", "gates", 2, 0, 6)
+    assert own[0]["learning_rate"] == pytest.approx(0.5 * job.options.learning_rate * phase.learning_rate_factor(0, 2))
+    assert own[5]["learning_rate"] == pytest.approx(0.5 * job.options.learning_rate * phase.learning_rate_factor(5, 2))
+    scratch = [m for m in lines if "total" in m and m["stage"] == "scratch-1"]
+    assert scratch and all(m["total"] == pytest.approx(m["contrastive"]) for m in scratch), "the yardstick is not changed"
+
+
+def test_the_target_can_change_in_mid_run(tiny):
+    job = job_of(tiny, target_sparsity=0.6)
+    job.run.control(target_sparsity=0.3)
+    train(job)
+    reached = [json.loads((job.run.folder / f"stage-{k}" / "plan.json").read_text())["sparsity"] for k in (1, 2)]
+    assert 0.15 <= reached[0] < 0.25 and 0.3 <= reached[1] < 0.4
+    assert max(m["target_sparsity"] for m in job.run.metrics() if "target_sparsity" in m and "event" not in m) == pytest.approx(0.3)
+    assert controls_of(job.run) == [{"step": 0, "target_sparsity": 0.3}]
+
+
+def test_pausing_holds_and_says_so(tiny, tmp_path):
+    training = start(job_of(tiny, steps=300, stages=1, compare_scratch=False), beside=True)
+    run = training.job.run
+    wait_for(lambda: len(run.metrics()) > 5)
+    run.control(pause=True)
+    wait_for(lambda: run.status()["state"] == "paused")
+    count = len(run.metrics())
+    time.sleep(0.3)
+    assert len(run.metrics()) == count and start(training.job) is training, "a job at work is not started twice"
+    with pytest.raises(StillTraining, match="paused"):
+        training.done()
+    student = current_student(run)
+    assert student.model.logit_scale.isfinite() and run.status()["state"] == "paused"
+    run.control(pause=False)
+    wait_for(lambda: len(run.metrics()) > count)
+    assert run.status()["state"] == "running"
+    run.control(stop=True)
+    assert training.join() == "stopped"
+
+
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_student_can_be_had_at_any_time(tiny):
+    job = job_of(tiny, stages=1, checkpoint_seconds=0.0, steps=8, gate_share=0.5)
+    with pytest.raises(FileNotFoundError, match="not begun"):
+        current_student(job.run)
+    seen = {}
+
+    def looking(step):
+        for k, batch in enumerate(job.stream.batches(step), start=step):
+            if k in (2, 6):
+                seen[k] = current_student(Run(job.run.folder), seconds=0.0) if k == 99 else load_now(job.run)
+            yield batch
+
+    looking_job = replace(job)
+    looking_job.batches = looking
+    train(looking_job)
+    images = [sum(p.numel() for p in vlm.model.parameters()) for vlm in (seen[2], seen[6], current_student(job.run))]
+    whole = sum(p.numel() for p in job.teacher.model.parameters())
+    assert all(count <= whole for count in images) and images[1] < whole
+    finished = load_model(job.run.folder / "scratch-1" / "student", "cpu").model.state_dict()
+    assert all(torch.equal(finished[k], v) for k, v in current_student(job.run).model.state_dict().items())
+
+
+def load_now(run):
+    "The student as of the last checkpoint, without asking the running job (this thread is the job)"
+    from unittest import mock
+
+    with mock.patch("vlkd_lab.trainers._ask_for_checkpoint"):
+        return current_student(Run(run.folder))
+
+
+def test_watching_changes_nothing_that_is_trained(tiny, tmp_path):
+    def weights(out, **more):
+        job = job_of(tiny | dict(out=str(tmp_path / out)) | more, stages=1, compare_scratch=False)
+        if out == "watched":
+            job.run.control(gradient_share=True)
+            watch(job.run)
+        train(job)
+        return load_file(job.run.folder / "stage-1" / "student" / "vlkd_lab_model.safetensors")
+
+    alone, watched = weights("alone", keep_snapshots=0), weights("watched")
+    assert all(torch.equal(alone[k], watched[k]) for k in alone)
+    assert any(m.get("event") == "gradient_share" for m in Run(tmp_path / "watched").metrics())
+    assert kept_snapshots(Run(tmp_path / "alone")) == [] and len(kept_snapshots(Run(tmp_path / "watched"))) > 4
+
+
+def test_the_probe_lies_in_the_folder(tiny):
+    job = job_of(tiny, stages=1, compare_scratch=False, probe_pairs=10)
+    train(job)
+    probe = json.loads((job.run.folder / "probe.json").read_text())
+    assert len(probe["captions"]) == 10 and probe["labels"] == sorted(probe["labels"])
+    assert probe["pictures"][0].startswith("data:image/jpeg")
+    arrays, _ = read_snapshot(job.run.folder / "probe.safetensors")
+    newest = newest_snapshot(job.run)[0]
+    assert arrays["teacher"].shape == newest["student"].shape == (10, 10)
+    student = load_model(job.run.folder / "stage-1" / "student", "cpu")
+    seen = probe_features(Learner(student.model.eval()), job.probe)
+    assert torch.allclose(torch.tensor(newest["student"]).float(), seen.image @ seen.text.T, atol=2e-3)
+
+
+def test_a_failed_training_lets_go_of_its_tensors(tiny):
+    held = []
+
+    def fail(job):
+        with at_work(job, [("stage-1", 1)]):
+            tensor = torch.zeros(1000, 1000)
+            held.append(weakref.ref(tensor))
+            raise ArithmeticError("too <b>large</b>")
+
+    training = start(job_of(tiny), fail, beside=True)
+    with pytest.raises(RuntimeError, match="too <b>large</b>"):
+        training.join()
+    status = training.job.run.status()
+    assert held[0]() is None and status["state"] == "failed" and "ArithmeticError" in status["traceback"] and status["freed_bytes"] >= 0
+
+
+def test_a_stopped_job_can_be_evaluated(tiny):
+    job = job_of(tiny, stages=2, steps=400)
+    training = start(job, beside=True)
+    wait_for(lambda: any(m["stage"] == "stage-1" and m.get("phase") == "distil" and "total" in m for m in job.run.metrics()))
+    job.run.control(stop=True)
+    assert training.join() == "stopped"
+    models = job_models(job)
+    assert list(models) == ["teacher", "stage-1"]
+    table = compare(job)
+    result = finish(job, table)
+    assert "stopped before its end" in result["warnings"][-1] and job.run.result() is None and table.loc["stage-1", "steps"] > 100
 
 
 def test_an_unknown_control_is_refused(tiny, tmp_path):
@@ -314,8 +500,8 @@ def test_snapshots_are_taken_only_for_a_watcher(tiny, tmp_path):
     watch(run)
     with run:
         go()
-    tensors, labels = newest_snapshot(run)
-    assert tensors["student"].shape == (16, 16) and labels["stage"] == "stage-1"
+    arrays, labels = newest_snapshot(run)
+    assert arrays["student"].shape == (40, 40) and labels["stage"] == "stage-1"
 
 
 def damage(source, target, every):

@@ -26,7 +26,7 @@ from .features import Batch, Features
 # %% auto #0
 __all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'TowerShape', 'tower_shapes', 'tower_shape', 'head_widths', 'SlimAttention',
            'resize_towers', 'new_model', 'load_model', 'plain_config', 'save_model', 'train_tokenizer', 'Cost',
-           'count_cost', 'measure_latency']
+           'count_cost', 'shape_cost', 'measure_latency']
 
 # %% ../nbs/03_models.ipynb #d0ff1a22
 @dataclass(frozen=True)
@@ -461,6 +461,69 @@ def _count_macs(vlm: VLM, counter) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() // 2
+
+# %% ../nbs/03_models.ipynb #32fd2367
+_NOT_PLAIN = ("timm_model_name", "hf_model_name", "attentional_pool", "ls_init_value", "qk_norm", "scaled_cosine_attn", "scale_heads",
+              "scale_attn_inner", "scale_attn", "scale_fc", "embed_cls", "proj_bias")  # fmt: skip
+
+
+def _check_plain(config: Mapping) -> None:
+    "Refuse configurations whose towers hold more, or less, than a plain transformer"
+    given = {f"{part}.{k}": v for part in ("vision_cfg", "text_cfg") for k, v in config[part].items()}
+    strange = {k: v for k, v in given.items() if k.partition(".")[2] in _NOT_PLAIN and v is not None and v is not False}
+    strange |= {k: v for k, v in given.items() if k.endswith(("pool_type", "proj_type")) and v == "none"}
+    strange |= {k: v for k, v in given.items() if k.endswith("block_type") and v == "custom"}
+    strange |= {k: v for k, v in config.items() if k == "multimodal_cfg"}
+    if strange:
+        options = ", ".join(f"{k}={v!r}" for k, v in strange.items())
+        raise ValueError(f"the cost of plain transformer towers is counted, not of {options}: build the model and use count_cost")
+
+
+def _square(size: int | Sequence[int]) -> tuple[int, int]:  # pixels: (height, width)
+    "Both sides of what open_clip takes as one number or two"
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _block_costs(shape: TowerShape, tokens: int) -> tuple[int, int]:  # parameters, multiply-accumulates
+    "What all blocks of a tower cost; one without heads or neurons keeps its norms and its two output biases"
+    width, parameters, macs = shape.width, 0, 0
+    for heads, neurons in zip(shape.heads, shape.neurons, strict=True):
+        inner = heads * shape.head_width
+        weights = 4 * inner * width + 2 * width * neurons
+        parameters += weights + 3 * inner + neurons + 6 * width  # biases: in, hidden, two out; two norms
+        macs += weights * tokens + 2 * inner * tokens**2  # masked pairs count as well
+    return parameters, macs
+
+# %% ../nbs/03_models.ipynb #0548dcdb
+def _image_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parameters, multiply-accumulates
+    "The image tower with its projection"
+    vision, width = config["vision_cfg"], shape.width
+    sides, patch = _square(vision.get("image_size", 224)), _square(vision.get("patch_size", 16))
+    patches = (sides[0] // patch[0]) * (sides[1] // patch[1])
+    kernel, projection = 3 * patch[0] * patch[1] * width, width * config["embed_dim"]
+    norms = 2 if vision.get("no_ln_pre") else 4
+    parameters, macs = _block_costs(shape, patches + 1)
+    return parameters + kernel + (patches + 2 + norms) * width + projection, macs + kernel * patches + projection
+
+
+def _text_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parameters, multiply-accumulates
+    "The text tower with token embedding and projection; looking tokens up multiplies nothing"
+    text, width = config["text_cfg"], shape.width
+    tokens, projection = text.get("context_length", 77), width * config["embed_dim"]
+    parameters, macs = _block_costs(shape, tokens)
+    return parameters + (text.get("vocab_size", 49408) + tokens + 2) * width + projection, macs + projection
+
+
+def shape_cost(
+    config: Mapping,  # open_clip configuration that the towers were cut from, `VLM.config["model_cfg"]`
+    shapes: Mapping[str, TowerShape],  # "image", "text"; layers may differ
+) -> Cost:  # what `count_cost` finds in the built model
+    "Parameters and multiply-accumulates of towers of these sizes, without building them"
+    _check_plain(config)
+    image, image_macs = _image_cost(config, shapes["image"])
+    text, text_macs = _text_cost(config, shapes["text"])
+    text += config.get("init_logit_bias") is not None  # as `count_cost` has it
+    return Cost(image + text + 1, image, text, image_macs + text_macs)
 
 # %% ../nbs/03_models.ipynb #74cda596
 def measure_latency(

@@ -1,0 +1,266 @@
+"""The real thing: JupyterLab on the loopback address, a headless Chromium, the notebooks as a person runs them."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vlkd_lab.runs import Run
+from vlkd_lab.trainers import TinyCLIP, open_tinyclip, train
+
+ROOT = Path(__file__).parent.parent
+HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'> \"quotes\" \u202eright to left"
+KERNELS = {"ipykernel6": ROOT / ".cache" / "ipykernel6"}  # `make test` puts ipykernel 6 there, beside the newest in the environment
+
+jupyter_page = pytest.importorskip("jupyter_page", reason="no Playwright: pip install playwright; the browser tests did not run")
+pytestmark = [
+    pytest.mark.skipif(jupyter_page.find_chromium() is None, reason="no Chromium: apt-get install chromium; the browser tests did not run"),
+    pytest.mark.timeout(400),
+]
+
+
+def until(condition, seconds=30.0, every=0.05):
+    "Wait for a condition to become true; the value it had"
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(every)
+    return value
+
+
+def with_captions(source, target, caption):
+    "A copy of a shard in which every caption is this one with a number"
+    with tarfile.open(target, "w") as out, tarfile.open(source) as good:
+        for number, member in enumerate(good.getmembers()):
+            content = good.extractfile(member).read()
+            if member.name.endswith(".txt"):
+                content = f"{number} {caption}".encode()
+            if member.name.endswith(".json"):
+                content = json.dumps({**json.loads(content), "caption": caption}).encode()
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture
+def project(scenes, tiny_teacher, tmp_path):
+    "A project folder with tiny data, whose validation captions are hostile; parameters of a job that takes a minute"
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "nbs").mkdir()
+    for name in ("data_samples", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "val").mkdir()
+    with_captions(next(scenes.glob("val-*.tar")), tmp_path / "val" / "val-000000.tar", HOSTILE)
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=str(tmp_path / "val/val-000000.tar"), teacher=str(tiny_teacher))
+    return tmp_path, given | dict(stages=2, steps=1500, batch_size=16, device="cpu", out=str(tmp_path / "run"), compare_scratch=False)
+
+
+def notebook(name, project, kernel="python3", **parameters):
+    "A notebook of the project in its folder, with other parameters; cells by their first words"
+    page = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4)
+    cell = next(c for c in page.cells if "parameters" in c.metadata.get("tags", []))
+    cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    page.metadata.kernelspec = dict(name=kernel, display_name=kernel, language="python")
+    for c in page.cells:
+        c.pop("outputs", None)
+        if c.cell_type == "code":
+            c.outputs, c.execution_count = [], None
+    nbformat.write(page, project / "nbs" / f"{name}.ipynb")
+    return {c.source.split("\n")[-1]: number for number, c in enumerate(page.cells) if c.cell_type == "code"}, len(page.cells)
+
+
+def run_until(page, cells, last):
+    "Run the cells from the top until the one that ends with this line"
+    for line, number in cells.items():
+        assert page.run_cell(number), page.output_text(number)[-2000:]
+        if line == last:
+            return number
+    raise AssertionError(f"no cell ends with {last!r}: {list(cells)}")
+
+
+def frames(page):
+    return page.browser_page.locator(".vlkd-matrix canvas").evaluate_all("all => all.map(c => +c.dataset.frame)")
+
+
+def head(page, name):
+    return page.browser_page.locator(f'.vlkd-head [data-name="{name}"] b').first.inner_text()
+
+
+def press(page, name):
+    page.browser_page.locator(f'button[data-name="{name}"]').first.click()
+
+
+def steps(run):
+    return sum("total" in m for m in run.metrics())
+
+
+def controls(run):
+    return [m for m in run.metrics() if m.get("event") == "control"]
+
+
+@pytest.mark.parametrize("kernel", ["python3", "ipykernel6"])
+def test_a_bench_comes_alive_and_its_controls_act(project, kernel):
+    if kernel in KERNELS and not KERNELS[kernel].exists():
+        pytest.skip(f"no {kernel} in {KERNELS[kernel]}: make test installs it")
+    folder, given = project
+    cells, _ = notebook("train_tinyclip", folder, kernel, **given)
+    run, environment = Run(given["out"]), {"OMP_NUM_THREADS": "1"}
+    with jupyter_page.JupyterServer(folder, environment, KERNELS) as server, jupyter_page.open_page(server) as page:
+        page.open("nbs/train_tinyclip.ipynb")
+        bench = run_until(page, cells, "bench")
+        assert head(page, "state") == "new" and not (run.folder / "snapshots" / "newest.safetensors").exists()
+        assert page.run_cell(cells["training"]) and "working" in page.output_text(cells["training"])
+        until(lambda: frames(page)[:1] and frames(page)[0] > 1)
+        first, before = frames(page)[0], page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()")
+        until(lambda: frames(page)[0] > first + 2)
+        assert page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()") != before, "the picture changed"
+        assert len(frames(page)) == 9, "three affinities, and six canvases of gates"
+        assert page.browser_page.locator(".js-plotly-plot .scatterlayer .trace").count() >= 2
+        fits_and_shows_captions_as_text(page)
+        trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
+        assert page.run_cell(trying) and page.output(trying).locator("img").count() >= 4, "the kernel is free"
+        done = cells["bench.still()"]
+        assert page.run_cell(done) is False and "still training" in page.output_text(done)
+        sliders_reach_the_trainer(page, run)
+        pause_resume(page, run)
+        page.reload()
+        assert page.run_cell(bench)
+        until(lambda: frames(page)[:1] and frames(page)[0] > 1)
+        first = frames(page)[0]
+        until(lambda: frames(page)[0] > first)
+        press(page, "stop")
+        until(lambda: run.status()["state"] == "stopped", 20)
+        until(lambda: head(page, "state") == "stopped")
+        assert page.run_cell(done) and page.output(done).locator("img").count() == 1, "evaluation is possible, the still is a picture"
+        assert page.browser_page.evaluate("window.hacked") is None
+        assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+
+
+def fits_and_shows_captions_as_text(page):
+    "No sideways scrolling at 1280 pixels; arrow keys walk the matrix; a caption is text"
+    output = page.browser_page.locator(".jp-OutputArea-output:has(.vlkd-panel)")
+    width, shown = output.evaluate("e => [e.scrollWidth, e.clientWidth]")
+    assert width <= shown + 1
+    canvas = page.browser_page.locator(".vlkd-matrix canvas").first
+    canvas.focus()
+    page.browser_page.keyboard.press("ArrowRight")
+    said = page.browser_page.locator(".vlkd-matrix output").first.inner_text()
+    assert "<script>window.hacked=1</script>" in said and "image 0" in said and canvas.get_attribute("aria-label")
+    assert page.browser_page.locator(".vlkd-panel input:not([aria-label])").count() == 0
+
+
+def sliders_reach_the_trainer(page, run):
+    "A key on a slider is an event in the metrics; the quickest of three takes less than a second"
+    slider, waited = page.browser_page.locator('input[type=range][data-name="target_sparsity"]'), []
+    for wanted in (0.74, 0.73, 0.72):
+        slider.focus()
+        start = time.monotonic()
+        page.browser_page.keyboard.press("ArrowLeft")
+        until(lambda wanted=wanted: any(abs(e.get("target_sparsity", 9) - wanted) < 1e-6 for e in controls(run)), every=0.01)
+        waited.append(time.monotonic() - start)
+    assert min(waited) < 1.0, waited
+    exact = page.browser_page.locator('input[type=number][data-name="weights.contrastive"]')
+    exact.fill("0.5")
+    exact.press("Enter")
+    until(lambda: any(e.get("weights") == {"contrastive": 0.5} for e in controls(run)))
+    until(lambda: "contrastive" in run.metrics()[-1] or "contrastive" in run.metrics()[-2])
+    press(page, "gradient_share")
+    until(lambda: any(m.get("event") == "gradient_share" for m in run.metrics()))
+
+
+def pause_resume(page, run):
+    press(page, "pause")
+    until(lambda: run.status()["state"] == "paused")
+    count = steps(run)
+    until(lambda: head(page, "state") == "paused")
+    time.sleep(0.5)
+    assert steps(run) == count
+    press(page, "pause")
+    until(lambda: steps(run) > count)
+
+
+def test_a_second_notebook_watches_a_papermill_job(project):
+    folder, given = project
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb")]
+    command += [part for name, value in given.items() for part in ("-p", name, str(value))]
+    job = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = Run(given["out"])
+    cells, _ = notebook("watch_run", folder, run_folder=given["out"])
+    try:
+        with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+            page.open("nbs/watch_run.ipynb")
+            until(lambda: run.status()["state"] == "running" and steps(run) > 1, 90)
+            run_until(page, cells, "overlay(folders)")
+            until(lambda: frames(page)[:1] and frames(page)[0] > 1)
+            first = frames(page)[0]
+            until(lambda: frames(page)[0] > first)
+            pause_resume(page, run)
+            press(page, "stop")
+            until(lambda: run.status()["state"] == "stopped")
+            until(lambda: head(page, "state") == "stopped")
+            assert page.output(cells["overlay(folders)"]).locator(".js-plotly-plot").count() == 1
+            page.browser_page.goto("about:blank")
+            time.sleep(0.5)
+            assert job.wait(60) != 0, "a job that was stopped is no success"
+    finally:
+        job.kill()
+
+
+def test_an_error_in_training_shows_in_the_bench(project):
+    folder, given = project
+    cells, _ = notebook("train_tinyclip", folder, **given | dict(learning_rate=1e30, inheritance="none", stages=1, steps=60))
+    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        page.open("nbs/train_tinyclip.ipynb")
+        run_until(page, cells, "training")
+        alert = page.browser_page.locator('.vlkd-messages [role="alert"]')
+        alert.wait_for(timeout=30_000)
+        assert "Diverged" in alert.inner_text() and Run(given["out"]).status()["traceback"].startswith("Traceback")
+        page.browser_page.locator(".vlkd-messages summary").click()
+        assert "Traceback" in page.browser_page.locator(".vlkd-messages pre").inner_text()
+        assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
+
+
+def test_explorers_answer_clicks_and_sliders(project):
+    folder, given = project
+    job = open_tinyclip(TinyCLIP(**given | dict(steps=20, validate_every=20, gate_share=0.6)))
+    train(job)
+    opened = {
+        "explore_affinity": (dict(run_folder=given["out"], pairs=24), "AffinityExplorer(affinities, val[rows])"),
+        "explore_gates": (dict(run_folder=given["out"]), "explorer"),
+        "explore_clusters": (dict(val=given["val"], teacher=given["teacher"], clusters=3), "show(ClusterMap(state))"),
+    }
+    found = {name: notebook(name, folder, **parameters)[0] for name, (parameters, _) in opened.items()}
+    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        look = page.browser_page
+        for name, (_, last) in opened.items():
+            page.open(f"nbs/{name}.ipynb")
+            cell = page.output(run_until(page, found[name], last))
+            if name == "explore_affinity":
+                cell.locator("canvas").first.click(position={"x": 100, "y": 100})
+                cell.locator("table").wait_for()
+                assert "<script>window.hacked=1</script>" in cell.inner_text() and cell.locator("img").count() == 1
+                cell.locator('button[data-name="order"]').nth(2).click()
+                until(lambda cell=cell: "Click a cell" in cell.inner_text())
+            if name == "explore_gates":
+                before = cell.inner_text()
+                cell.locator('input[type=range][data-name="snapshot"]').focus()
+                look.keyboard.press("Home")
+                until(lambda cell=cell, before=before: "stage-1, step 0" in cell.inner_text() != before)
+                cell.locator('input[type=range][data-name="target"]').focus()
+                look.keyboard.press("Home")
+                until(lambda cell=cell: "target 0.00" in cell.inner_text())
+            if name == "explore_clusters":
+                until(lambda cell=cell: "UMAP 1 (seed 0)" in cell.inner_text(), 120)
+                cell.locator(".scatterlayer .point").nth(5).scroll_into_view_if_needed()
+                point = cell.locator(".scatterlayer .point").nth(5).bounding_box()
+                look.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+                cell.locator("img").wait_for()
+                assert "<script>window.hacked=1</script>" in cell.inner_text()
+        assert look.evaluate("window.hacked") is None

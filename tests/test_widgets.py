@@ -1,0 +1,334 @@
+"""What views know and show, without a browser: the page is played by hand."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlkd_lab import widgets
+from vlkd_lab.losses import LOSSES
+from vlkd_lab.runs import Run, RunWriter, Snapshots, is_watched, write_snapshot
+from vlkd_lab.widgets import (
+    DIVERGING,
+    MatrixView,
+    Panel,
+    RunView,
+    Still,
+    Watched,
+    attach,
+    curves_json,
+    differences,
+    duration,
+    escaped,
+    headline,
+    measured,
+    overlay,
+    overlay_json,
+    palette,
+    picture,
+    probe_affinities,
+    progress,
+    run_messages,
+    symmetric_limit,
+    term_curves,
+    to_bytes,
+    visible,
+)
+
+HOSTILE = "<script>alert(1)</script> \"'& \u202eevil \u2066x"
+
+
+@pytest.fixture
+def run(tmp_path):
+    "A run in the middle of its second stage, with a probe of four pairs and a snapshot"
+    with RunWriter(tmp_path / "run") as writer:
+        config = {"objective": {"affinity_mimicking": 1.0, "feature_mimicking": 300.0}, "method": "TinyCLIP"}
+        config["parameters"] = {"batch_size": 10, "target_sparsity": 0.75, "teacher": "t", "seed": 0}
+        (writer.folder / "config.json").write_text(json.dumps(config))
+        writer.set_status(plan=[["stage-1", 20], ["stage-2", 20], ["scratch-2", 40]], stage="stage-2", phase="distil", memory_bytes=2**30)
+        for step in range(1, 31):
+            stage = f"stage-{1 + (step > 20)}"
+            line = {"affinity_mimicking": 2.0, "feature_mimicking": 0.01, "total": 5.0, "seconds": 0.5, "data_seconds": 0.1}
+            writer.log({"stage": stage, "phase": "distil", "step": step, **line, "expected_sparsity": step / 60, "target_sparsity": 0.5})
+        writer.log({"event": "control", "stage": "stage-1", "step": 10, "weights": {"feature_mimicking": 100.0}})
+        writer.log({"event": "validation", "stage": "stage-1", "step": 20, "image_to_text_r1": 0.2, "text_to_image_r1": 0.4})
+        writer.log({"event": "gradient_share", "stage": "stage-1", "step": 20, "shares": {"affinity_mimicking": 0.7}})
+        write_snapshot(writer.folder / "probe.safetensors", {"teacher": torch.eye(4), "teacher_scale": torch.tensor([10.0])}, {})
+        probe = {"captions": [HOSTILE, "b", "c", "d"], "keys": list("abcd"), "labels": [0, 1, None, 1], "pictures": [""] * 4}
+        (writer.folder / "probe.json").write_text(json.dumps(probe))
+        student = {"student": torch.eye(4).half() * 0.5, "student_scale": torch.tensor([10.0])}
+        Snapshots(writer).take(lambda: student, stage="stage-2", phase="distil", step=30)
+        yield writer
+
+
+def test_text_from_strangers_shows_as_text():
+    assert escaped(HOSTILE) == "&lt;script&gt;alert(1)&lt;/script&gt; &quot;&#x27;&amp; \\u202eevil \\u2066x"
+    assert "\u202e" not in visible("a\u202eb\u200f\u061c") and visible("שלום é 漢") == "שלום é 漢"
+
+
+def test_bytes_of_a_matrix():
+    matrix = np.array([[-1.0, 0.0, 1.0], [np.nan, 5.0, -5.0]])
+    assert list(to_bytes(matrix, -1, 1)) == [0, 127, 254, 255, 254, 0]
+    assert list(to_bytes(np.zeros((1, 2)), 0, 0)) == [0, 0]
+
+
+def test_palettes_rise_in_lightness_and_the_diverging_one_is_white_at_zero():
+    colours = np.frombuffer(palette("Viridis"), dtype=np.uint8).reshape(256, 3)[:255].astype(float)
+    lightness = colours @ [0.2126, 0.7152, 0.0722]
+    assert (np.diff(lightness) > -0.01).all() and len(palette("Viridis")) == 768
+    middle = np.frombuffer(palette(DIVERGING), dtype=np.uint8).reshape(256, 3)[127]
+    assert (middle > 240).all()
+
+
+@pytest.mark.parametrize("values, limit", [([0.0], 0.01), ([0.03, -0.07], 0.1), ([0.5], 0.5), ([3.0], 3.0), ([np.nan, 0.2], 0.2)])
+def test_limits_of_a_difference_are_round(values, limit):
+    assert symmetric_limit(np.array(values)) == limit
+
+
+def test_a_frame_is_sent_when_the_last_was_drawn_or_given_up(monkeypatch):
+    view = MatrixView()
+    assert view.ready()
+    view.show(np.eye(2), 0, 1)
+    assert not view.ready()
+    view._hear({"drawn": 1})
+    assert view.ready() and view.seen
+    view.show(np.eye(2), 0, 1)
+    monkeypatch.setattr(widgets, "FRAME_SECONDS", 0.0)
+    assert view.ready() and view.number == 2 and len(view.frame) == 4
+
+
+def test_a_failing_answer_is_said_on_the_page():
+    panel = Panel()
+
+    def fail(wishes):
+        raise ValueError("no such " + HOSTILE)
+
+    panel.on_choice.append(fail)
+    panel._hear({"asked": {"order": "x"}})
+    assert panel.messages[-1]["kind"] == "error" and "\\u202e" in panel.messages[-1]["text"]
+
+
+def test_what_is_known_of_a_run(run):
+    watched = Watched(Run(run.folder))
+    assert watched.look() == {"curves", "snapshot"} and watched.look() == set()
+    weights = {"affinity_mimicking": 1.0, "feature_mimicking": 100.0}
+    assert watched.effect == {"learning_rate_factor": 1.0, "target_sparsity": 0.75, "weights": weights}
+    now = progress(watched)
+    assert now["samples_per_second"] == 20 and now["data_share"] == pytest.approx(0.2)
+    assert now["seconds_left"] == pytest.approx(50 * 0.5) and now["share"] == pytest.approx(30 / 80)
+    assert dict(headline(watched)) == {
+        "state": "running", "stage": "stage-2 · distil", "step": "30", "samples a second": "20", "waiting for data": "20%",
+        "memory": "1.00 GiB", "time left": "25 s",
+    }  # fmt: skip
+
+
+def test_a_run_that_is_new_has_a_view_too(tmp_path):
+    watched = Watched(Run(tmp_path / "none"))
+    assert watched.look() == set() and dict(headline(watched))["state"] == "new"
+    assert curves_json(watched)["data"] == [] and probe_affinities(watched) == {}
+    assert "image/png" not in attach(tmp_path / "none", live=False).still()._repr_mimebundle_()
+
+
+@pytest.mark.parametrize("seconds, said", [(float("nan"), "—"), (5.4, "5 s"), (65, "1 min 05 s"), (3 * 3600 + 62, "3 h 01 min")])
+def test_durations_are_said_as_people_say_them(seconds, said):
+    assert duration(seconds) == said
+
+
+def test_affinities_and_their_difference(run):
+    watched = Watched(Run(run.folder))
+    watched.look()
+    shown = probe_affinities(watched)
+    assert shown["teacher"][1:] == (0.0, 1.0) and shown["difference"][1:] == (-0.5, 0.5)
+    assert np.allclose(shown["difference"][0], -0.5 * np.eye(4))
+    rows = probe_affinities(watched, "image_to_text")["teacher"][0]
+    expected = torch.softmax(10 * torch.eye(4), dim=1).numpy()
+    assert np.allclose(rows, expected, atol=1e-6)
+    assert np.allclose(measured(np.eye(3), 2.0, "text_to_image").sum(axis=0), 1)
+    with pytest.raises(ValueError, match="cosine, image_to_text, text_to_image"):
+        measured(np.eye(2), 1.0, "dot")
+
+
+def test_every_step_counts_with_the_weight_it_had(run):
+    watched = Watched(Run(run.folder))
+    watched.look()
+    steps, values = term_curves(watched)["feature mimicking"]
+    assert np.allclose(values[:10], 3.0) and np.allclose(values[10:], 1.0) and list(steps) == list(range(1, 31))
+
+
+def test_curves_are_valid_plotly_and_mark_what_was_changed(run):
+    import plotly.graph_objects as go
+
+    watched = Watched(Run(run.folder))
+    watched.look()
+    drawn = curves_json(watched)
+    figure = go.Figure(drawn)
+    assert {trace.name for trace in figure.data} >= {"affinity mimicking", "stage-1", "expected sparsity", "gradient: affinity mimicking"}
+    assert [note.hovertext for note in figure.layout.annotations if note.text == "▼"] == ["step 10: feature_mimicking = 100"]
+    assert all(drawn["layout"][f"{a}axis{k}"]["title"]["text"] for a in "xy" for k in (1, 2, 3))
+    assert drawn["layout"]["width"] <= 850, "fits what JupyterLab leaves of 1280 pixels"
+
+
+def test_a_still_carries_its_own_picture(run):
+    watched = Watched(Run(run.folder))
+    watched.look()
+    shown = Still(curves_json(watched))._repr_mimebundle_()
+    image = Image.open(io.BytesIO(base64.b64decode(shown["image/png"])))
+    assert image.size == (830, 280) and len(image.convert("RGB").getcolors(100_000)) > 20
+    assert "application/vnd.plotly.v1+json" in shown
+    assert picture(curves_json(watched))[:4] == b"\x89PNG"
+
+
+def test_the_bench_shows_a_run_and_passes_wishes_on(run):
+    view = RunView(run.folder, live=True)
+    panel = view.widgets.panel
+    assert not view.seen and dict(panel.head)["state"] == "running" and not panel.off
+    assert panel.values["weights.feature_mimicking"] == 100.0 and panel.values["target_sparsity"] == 0.75
+    assert {spec["name"] for spec in panel.sliders} >= {f"weights.{term}" for term in LOSSES}
+    panel._hear({"asked": {"weights.contrastive": 0.5}})
+    panel._hear({"asked": {"pause": True}})
+    assert Run(run.folder).asked() == {"weights": {"contrastive": 0.5}, "pause": True} and view.seen
+    view.update()
+    assert panel.values["weights.contrastive"] == 0.5 and panel.buttons[0]["label"] == "Resume"
+    panel._hear({"asked": {"target_sparsity": 5}})
+    view.update()
+    assert "0 to 0.97" in panel.messages[-1]["text"]
+    assert "\u202e" not in view.widgets.affinity["teacher"].row_texts[0]
+    panel._hear({"asked": {"measure": "image_to_text"}})
+    for matrix in view.widgets.affinity.values():
+        matrix._hear({"drawn": matrix.number})
+    view.update()
+    assert view.widgets.affinity["student"].measure == "P(text | image)"
+    view.close()
+
+
+def test_nobody_watches_a_bench_that_no_page_shows(run, monkeypatch):
+    async def story():
+        view = RunView(run.folder, live=True)
+        os.utime(run.folder / "snapshots" / "watching", (0, 0))
+        view._touched = -1e9
+        monkeypatch.setattr(widgets, "LOOK_SECONDS", 0.01)
+        view.keep()
+        await asyncio.sleep(0.1)
+        alone = is_watched(Run(run.folder))
+        view.widgets.panel._hear({"seen": True})
+        await asyncio.sleep(0.2)
+        seen = is_watched(Run(run.folder))
+        numbers = [matrix.number for matrix in view.widgets.affinity.values()]
+        await asyncio.sleep(0.2)
+        assert numbers == [matrix.number for matrix in view.widgets.affinity.values()], "nothing new, nothing sent"
+        view.close()
+        return alone, seen
+
+    assert asyncio.run(story()) == (False, True)
+
+
+def test_a_page_that_draws_slowly_is_owed_one_frame(run, monkeypatch):
+    view = RunView(run.folder, live=True)
+    sent = view.widgets.affinity["student"].number
+    for k in range(20):
+        student = {"student": torch.eye(4) * k / 20, "student_scale": torch.ones(1)}
+        Snapshots(run).take(lambda student=student: student, stage="stage-2", phase="distil", step=k)
+        view.update()
+    assert view.widgets.affinity["student"].number == sent, "nothing is queued while the first frame is not drawn"
+    for matrix in view.widgets.affinity.values():
+        matrix._hear({"drawn": matrix.number})
+    view.update()
+    assert view.widgets.affinity["student"].number == sent + 1 and view.widgets.affinity["student"].matrix[0, 0] == pytest.approx(0.95)
+    view.close()
+
+
+def test_a_view_that_fails_says_so_and_goes_on(run, monkeypatch):
+    async def story():
+        view = RunView(run.folder, live=True)
+        monkeypatch.setattr(widgets, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(view.watched, "look", lambda: 1 / 0)
+        view.always = True
+        view.keep()
+        await asyncio.sleep(0.1)
+        view.close()
+        return view.failure
+
+    assert "ZeroDivisionError" in asyncio.run(story())
+
+
+def test_wishes_may_come_on_any_thread(run):
+    view = RunView(run.folder, live=True)
+    wishes = [{"weights.contrastive": 0.25}, {"target_sparsity": 0.5}, {"learning_rate_factor": 2.0}, {"gradient_share": True}]
+    threads = [threading.Thread(target=view.widgets.panel._hear, args=({"asked": wish},)) for wish in wishes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asked = Run(run.folder).asked()
+    assert asked == {"weights": {"contrastive": 0.25}, "target_sparsity": 0.5, "learning_rate_factor": 2.0, "gradient_share": True}
+    view.close()
+
+
+def test_an_error_is_said_with_its_traceback_and_what_was_freed(tmp_path):
+    with pytest.raises(ValueError), RunWriter(tmp_path) as writer:
+        raise ValueError(HOSTILE)
+    writer.set_status(freed_bytes=3 * 2**20)
+    watched = Watched(Run(tmp_path))
+    watched.look()
+    said = run_messages(watched, refused="weights: no")
+    assert said[0]["kind"] == "error" and "\u202e" not in said[0]["text"] and "3 MiB" in said[0]["text"] and "Traceback" in said[0]["more"]
+    assert said[-1] == {"kind": "warning", "text": "weights: no", "more": ""}
+
+
+def test_attach_gives_the_same_bench_again(run):
+    async def story():
+        first = attach(run.folder)
+        assert first is not attach(run.folder, live=True)
+        live = attach(run.folder, live=True)
+        assert live is attach(run.folder, live=True) and not first.live
+        live.close()
+        assert attach(run.folder, live=True) is not live
+        attach(run.folder, live=True).close()
+
+    asyncio.run(story())
+
+
+def test_what_a_page_holds_does_not_grow(run):
+    from ipywidgets import Widget
+    from ipywidgets.widgets.widget import _instances
+
+    view = RunView(run.folder, live=True)
+    held = len(_instances)
+    for k in range(50):
+        run.log({"stage": "stage-2", "phase": "distil", "step": 31 + k, "affinity_mimicking": 1.0, "total": 1.0, "seconds": 1.0})
+        view.always, view._drawn = True, -1e9
+        view.update()
+    assert len(_instances) == held and issubclass(MatrixView, Widget)
+    assert all(len(trace.x) <= 301 for trace in view.widgets.figure.data)
+    view.close()
+
+
+def test_several_runs_are_laid_over_each_other(run, tmp_path):
+    with RunWriter(tmp_path / "other") as other:
+        (other.folder / "config.json").write_text(json.dumps({"parameters": {"batch_size": 20, "target_sparsity": 0.75, "name": HOSTILE}}))
+        other.log({"stage": "stage-1", "step": 1, "total": 3.0})
+    view = overlay([run.folder, other.folder], live=False)
+    table = differences(view.runs)
+    assert list(table.loc["batch_size"]) == ["10", "20"] and "target_sparsity" not in table.index
+    assert "changed: weights" in table.index
+    html = view.still()._repr_mimebundle_()["text/html"]
+    assert "<script>" not in html and "data:image/png" in html
+    assert {trace["name"] for trace in overlay_json(view.runs)["data"]} == {"run", "other"}
+    with pytest.raises(ValueError, match="one run folder or more"):
+        overlay([])
+
+
+def test_looking_writes_nothing_into_a_run_that_is_not_there(tmp_path):
+    view = RunView(tmp_path / "none", live=True)
+    view.update()
+    assert not (tmp_path / "none").exists()
+    view.close()
+
+
