@@ -31,6 +31,10 @@ docs: $(READY)
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs $(NOTEBOOKS)
 	cp -r nbs/images _docs/
 
+# the pictures of README and docs, taken from a real page (a few minutes)
+screenshots: browser
+	$(BIN)/python tests/screenshots.py
+
 readme: $(READY)
 	$(BIN)/python tests/readme.py > README.md
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import papermill
 import pytest
+from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from vlkd_lab.runs import Run
@@ -85,6 +86,10 @@ def test_the_teacher_job_leaves_a_model(given, tmp_path):
     kept = {k: given[k] for k in ("data", "val", "steps", "batch_size", "device", "out")}
     notebook = execute("train_teacher", tmp_path / "out.ipynb", **kept, image_size=32, vocabulary=300, context_length=24)
     assert (tmp_path / "run/teacher/student/open_clip_config.json").exists() and "image_to_text_r1" in outputs(notebook)
+    assert "widget-view" not in outputs(notebook) and "widgets" not in notebook.metadata
+    lines = len(Run(tmp_path / "run").metrics())
+    execute("train_teacher", tmp_path / "again.ipynb", **kept, image_size=32, vocabulary=300, context_length=24)
+    assert len(Run(tmp_path / "run").metrics()) == lines, "a finished model is shown, not trained again"
 
 
 def test_papermill_lists_the_parameters():
@@ -93,3 +98,24 @@ def test_papermill_lists_the_parameters():
     names = "stages target_sparsity inheritance teacher student data val steps batch_size learning_rate seed precision device workers"
     for name in [*names.split(), "compare_scratch", "out"]:
         assert re.search(rf"^\s+{name}: \w+ \(default .*\)", shown, re.M), name
+
+
+def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path):
+    execute("train_tinyclip", tmp_path / "out.ipynb", **given | dict(compare_scratch=False, stages=1, steps=12))
+    other = given | dict(compare_scratch=False, stages=1, steps=12, learning_rate=2e-3, out=str(tmp_path / "other"))
+    execute("train_tinyclip", tmp_path / "other.ipynb", **other)
+    watched = execute("watch_run", tmp_path / "watch.ipynb", run_folder=given["out"], others=other["out"])
+    shown = outputs(watched)
+    assert '"image/png"' in shown and "learning_rate" in shown and "0.002" in shown and "finished" in shown
+    gates = execute("explore_gates", tmp_path / "gates.ipynb", run_folder=given["out"])
+    assert "multiply-accumulates" in outputs(gates) and "data:image/png" in outputs(gates)
+    affinity = execute("explore_affinity", tmp_path / "affinity.ipynb", run_folder=given["out"], pairs=16)
+    assert "mended since the cut" in outputs(affinity) and "data:image/jpeg" in outputs(affinity)
+    clusters = execute("explore_clusters", tmp_path / "clusters.ipynb", val=given["val"], teacher=given["teacher"], clusters=4)
+    assert '"image/png"' in outputs(clusters) and "samples" in outputs(clusters)
+    for notebook in (watched, gates, affinity, clusters):
+        assert "widget-view" not in outputs(notebook) and "widgets" not in notebook.metadata
+        page = HTMLExporter().from_notebook_node(notebook)[0]
+        assert page.count("data:image/") >= 1, "an exported page has its pictures"
+    with pytest.raises(PapermillExecutionError, match="is no run folder"):
+        execute("watch_run", tmp_path / "wrong.ipynb", run_folder=str(tmp_path / "nowhere"))

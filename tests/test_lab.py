@@ -141,6 +141,9 @@ def test_a_bench_comes_alive_and_its_controls_act(project, kernel):
         assert page.run_cell(done) and page.output(done).locator("img").count() == 1, "evaluation is possible, the still is a picture"
         assert page.browser_page.evaluate("window.hacked") is None
         assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+        page.save()
+        kept = nbformat.read(folder / "nbs" / "train_tinyclip.ipynb", 4).cells[bench].outputs[-1].data
+        assert "image/png" in kept and "application/vnd.jupyter.widget-view+json" in kept, "a saved notebook has the picture"
 
 
 def fits_and_shows_captions_as_text(page):

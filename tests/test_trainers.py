@@ -361,7 +361,7 @@ def test_the_target_can_change_in_mid_run(tiny):
     assert controls_of(job.run) == [{"step": 0, "target_sparsity": 0.3}]
 
 
-def test_pausing_holds_and_says_so(tiny, tmp_path):
+def test_pausing_holds_and_says_so(tiny):
     training = start(job_of(tiny, steps=300, stages=1, compare_scratch=False), beside=True)
     run = training.job.run
     wait_for(lambda: len(run.metrics()) > 5)
@@ -379,6 +379,13 @@ def test_pausing_holds_and_says_so(tiny, tmp_path):
     assert run.status()["state"] == "running"
     run.control(stop=True)
     assert training.join() == "stopped"
+
+
+def test_nothing_prints_from_a_thread(tiny, capfd):
+    job = job_of(tiny, stages=1)
+    capfd.readouterr()
+    assert start(job, beside=True).join() == "waiting"
+    assert capfd.readouterr() == ("", "")
 
 
 def wait_for(condition, seconds=30):
@@ -464,7 +471,7 @@ def test_a_failed_training_lets_go_of_its_tensors(tiny):
 
 
 def test_a_stopped_job_can_be_evaluated(tiny):
-    job = job_of(tiny, stages=2, steps=400)
+    job = job_of(tiny, stages=2, steps=200, compare_scratch=False)
     training = start(job, beside=True)
     wait_for(lambda: any(m["stage"] == "stage-1" and m.get("phase") == "distil" and "total" in m for m in job.run.metrics()))
     job.run.control(stop=True)
@@ -473,7 +480,11 @@ def test_a_stopped_job_can_be_evaluated(tiny):
     assert list(models) == ["teacher", "stage-1"]
     table = compare(job)
     result = finish(job, table)
-    assert "stopped before its end" in result["warnings"][-1] and job.run.result() is None and table.loc["stage-1", "steps"] > 100
+    assert "stopped before its end" in result["warnings"][-1] and job.run.result() is None and table.loc["stage-1", "steps"] > 50
+    assert start(job, beside=True).join() == "waiting", "started again, it goes on to its end"
+    assert list(job_models(job)) == ["teacher", "stage-1", "stage-2"]
+    finish(job, compare(job))
+    assert job.run.status()["state"] == "finished"
 
 
 def test_an_unknown_control_is_refused(tiny, tmp_path):

@@ -253,9 +253,10 @@ def test_a_view_that_fails_says_so_and_goes_on(run, monkeypatch):
         view.keep()
         await asyncio.sleep(0.1)
         view.close()
-        return view.failure
+        return [message["text"] for message in view.panel.messages]
 
-    assert "ZeroDivisionError" in asyncio.run(story())
+    said = asyncio.run(story())
+    assert "ZeroDivisionError" in said[-1] and len(said) == 1, "said once"
 
 
 def test_wishes_may_come_on_any_thread(run):
@@ -280,6 +281,13 @@ def test_an_error_is_said_with_its_traceback_and_what_was_freed(tmp_path):
     said = run_messages(watched, refused="weights: no")
     assert said[0]["kind"] == "error" and "\u202e" not in said[0]["text"] and "3 MiB" in said[0]["text"] and "Traceback" in said[0]["more"]
     assert said[-1] == {"kind": "warning", "text": "weights: no", "more": ""}
+
+
+def test_a_job_whose_process_is_gone_is_said_to_be(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": "running"}')
+    watched = Watched(Run(tmp_path))
+    watched.look()
+    assert "process is gone" in run_messages(watched)[0]["text"] and dict(headline(watched))["state"] == "lost"
 
 
 def test_attach_gives_the_same_bench_again(run):

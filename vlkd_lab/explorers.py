@@ -37,7 +37,7 @@ __all__ = ['MANY_GROUPS', 'MANY_POINTS', 'disagreement', 'Affinities', 'cell_htm
            'nearest', 'confusions', 'confusion_html', 'GateHistory', 'GateExplorer', 'Umap', 'ClusterState',
            'ClusterMap', 'purity', 'show']
 
-# %% ../nbs/13_explorers.ipynb #5ba3f92a
+# %% ../nbs/13_explorers.ipynb #11ca0310
 def disagreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:  # (B,) nats; probabilities (B, B) of each image's texts
     "How far the student's probabilities are from the teacher's, row by row (Kullback–Leibler)"
     return (teacher * (np.log(teacher + 1e-12) - np.log(student + 1e-12))).sum(axis=1)
@@ -50,7 +50,7 @@ class Affinities:
         self.features, self.captions, self.labels = {"teacher": teacher, "student": student}, list(captions), list(labels)
         self.cosine = {name: (f.image @ f.text.T).float().cpu().numpy() for name, f in self.features.items()}
         self.scale = {name: float(f.scale) for name, f in self.features.items()}
-        self.rows = np.arange(len(self.captions))
+        self.rows, self.by = np.arange(len(self.captions)), "given"
 
     def matrix(self, name: str, measure: str = "cosine") -> np.ndarray:  # (B, B) in the present order
         "One model's affinities"
@@ -61,7 +61,7 @@ class Affinities:
         orders = {"given": lambda: np.arange(len(self.captions)), "class": self._by_class, "disagreement": self._by_disagreement}
         if by not in orders:
             raise ValueError(f"order by {by!r} is not valid: choose one of {', '.join(orders)}")
-        self.rows = orders[by]()
+        self.rows, self.by = orders[by](), by
 
     def _by_class(self) -> np.ndarray:
         labels = self.labels or [None] * len(self.captions)
@@ -104,13 +104,13 @@ def _image_html(image: PIL.Image.Image, side: int = 96, alt: str = "") -> str:
     "A picture as a small JPEG inside the page"
     return f"<img alt='{escaped(alt)}' style='width:{side}px' src='{thumbnail(image, 2 * side)}'>"
 
-# %% ../nbs/13_explorers.ipynb #9940e936
+# %% ../nbs/13_explorers.ipynb #c95c950a
 class AffinityExplorer(Live):
     "Teacher, student and difference; click a cell and see what stands behind it"
 
     def __init__(self, affinities: Affinities, pairs: Pairs, live: bool | None = None):
         super().__init__(live)
-        self.affinities, self.pairs, self.measure, self.by, self.selected = affinities, pairs, "cosine", "given", None
+        self.affinities, self.pairs, self.measure, self.selected = affinities, pairs, "cosine", None
         if self.live:
             self.panel, self.detail, self.views = Panel(), ipywidgets.HTML(), widgets.affinity_views()
             self.panel.on_choice.append(self.ask)
@@ -120,15 +120,10 @@ class AffinityExplorer(Live):
             self.select(None)
             _draw_affinities(self)
 
-    @property
-    def seen(self) -> bool:
-        "Whether a page shows it"
-        return self.live and self.panel.seen
-
     def ask(self, wishes: Mapping[str, str]) -> None:
         "Another order or measure"
-        self.affinities.order(wishes.get("order", self.by))
-        self.by, self.measure = wishes.get("order", self.by), wishes.get("measure", self.measure)
+        self.affinities.order(wishes.get("order", self.affinities.by))
+        self.measure = wishes.get("measure", self.measure)
         self.select(None)
         _draw_affinities(self)
 
@@ -144,17 +139,15 @@ class AffinityExplorer(Live):
         "What is drawn"
         return widgets.with_difference({n: self.affinities.matrix(n, self.measure) for n in ("teacher", "student")}, self.measure)
 
-    def update(self) -> None:
-        "Nothing changes by itself"
-
     def still(self) -> _AffinityStill:
         "The matrices, and what stands behind the chosen cell or the worst"
         return _AffinityStill(self)
 
-# %% ../nbs/13_explorers.ipynb #f5f7302c
+# %% ../nbs/13_explorers.ipynb #5bea919b
 def _draw_affinities(explorer: AffinityExplorer) -> None:
     "Show the present order and measure"
-    buttons = [dict(name="order", label=f"order: {by}", value=by, pressed=by == explorer.by) for by in ("given", "class", "disagreement")]
+    orders, now = ("given", "class", "disagreement"), explorer.affinities.by
+    buttons = [dict(name="order", label=f"order: {by}", value=by, pressed=by == now) for by in orders]
     explorer.panel.buttons = buttons + widgets.measure_buttons(explorer.measure)
     captions = [widgets.visible(explorer.affinities.captions[i])[:200] for i in explorer.affinities.rows]
     for name, (matrix, low, high) in explorer.matrices().items():
@@ -210,7 +203,7 @@ def confusion_html(pairs: Pairs, rows: Sequence[tuple[int, int, int]], title: st
     head = "<tr><th></th><th>its caption</th><th>said before</th><th>says now</th></tr>"
     return f"<h4>{escaped(title)}: {len(rows)} of {len(pairs)} images</h4><table>{head}{cells}</table>"
 
-# %% ../nbs/13_explorers.ipynb #6c8cd906
+# %% ../nbs/13_explorers.ipynb #164201d2
 class GateHistory:
     "The gates of a run at the snapshots it kept, and what a cut would leave"
 
@@ -237,7 +230,7 @@ class GateHistory:
         "What is drawn of a snapshot"
         path, labels = self.snapshots[place]
         rows = gate_rows(read_snapshot(path)[0], source_shapes(self.run, labels["stage"]), ordered)
-        return {f"{tower} {kind}": (reduced(matrix), 0.0, 1.0) for (tower, kind), matrix in rows.items()}
+        return {f"{tower} {kind}": (reduced(matrix, 180), 0.0, 1.0) for (tower, kind), matrix in rows.items()}
 
     def cuts(self, place: int, targets: Sequence[float]) -> pd.DataFrame:  # a row a target
         "What would be left at each target if the gates of a snapshot were closed now"
@@ -275,7 +268,7 @@ def _cuts_json(table: pd.DataFrame, width: int = WIDTH, height: int = 240) -> di
         layout[f"yaxis{panel}"] = {"anchor": widgets.axis_name("x", panel), "title": {"text": title}, "rangemode": "tozero"}
     return {"data": data, "layout": layout}
 
-# %% ../nbs/13_explorers.ipynb #7a1b87e7
+# %% ../nbs/13_explorers.ipynb #716105ae
 class GateExplorer(Live):
     "A slider through the snapshots of a run's gates, and another for the target"
 
@@ -290,11 +283,6 @@ class GateExplorer(Live):
             self.box = ipywidgets.VBox([self.panel, widgets.gate_grid(self.views), self.table])
             _draw_gates(self)
 
-    @property
-    def seen(self) -> bool:
-        "Whether a page shows it"
-        return self.live and self.panel.seen
-
     def ask(self, wishes: Mapping[str, Any]) -> None:
         "Another snapshot, target or order"
         self.place = min(max(round(wishes.get("snapshot", self.place)), 0), len(self.history) - 1)
@@ -302,9 +290,6 @@ class GateExplorer(Live):
         self.ordered = bool(wishes.get("ordered", self.ordered))
         if self.live:
             _draw_gates(self)
-
-    def update(self) -> None:
-        "Nothing changes by itself"
 
     def still(self) -> _GateStill:
         "The gates at two moments, and what a cut at any target would leave"
@@ -513,7 +498,7 @@ def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -
     sizes_curve["showlegend"] = False
     return {"data": [*_map_traces(state), sizes_curve], "layout": layout}
 
-# %% ../nbs/13_explorers.ipynb #a775d275
+# %% ../nbs/13_explorers.ipynb #de941848
 class ClusterMap(Live):
     "A map of features and their clusters; click a point and see the sample"
 
@@ -528,11 +513,6 @@ class ClusterMap(Live):
             self.panel.on_choice.append(self.ask)
             self.box = ipywidgets.VBox([self.panel, self.figure, self.detail])
             _draw_clusters(self)
-
-    @property
-    def seen(self) -> bool:
-        "Whether a page shows it"
-        return self.live and self.panel.seen
 
     def feed(self, features, assignment) -> None:
         "Newer features and assignments of the same samples, as a trainer makes them"

@@ -1005,7 +1005,7 @@ def write_probe(job: Job) -> None:
 # %% ../nbs/10_trainers.ipynb #1b0ffb08
 #| export
 
-# %% ../nbs/10_trainers.ipynb #cb9a6a90
+# %% ../nbs/10_trainers.ipynb #e47036db
 @dataclass(frozen=True)
 class Contrastive(FitParameters):
     "Parameters of a contrastive training from nothing"
@@ -1045,6 +1045,9 @@ def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
 
 def train_contrastive(job: Job) -> VLM:
     "Train job.teacher; it is saved in the run's folder teacher/student"
+    folder = job.run.folder / "teacher"
+    if (folder / "done.json").exists():
+        return load_model(folder / "student", job.accelerator.device)
     with at_work(job, [("teacher", job.options.steps)]):
         return _finish_fit(job, Phase("teacher", "contrast", job.options.steps), job.teacher, Objective({"contrastive": 1.0}), None)
 

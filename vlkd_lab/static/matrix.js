@@ -91,7 +91,7 @@ class View {
     pen.clearRect(0, 0, width, height);
     this.ink = getComputedStyle(this.box).color;
     const { x, y, width: w, height: h } = this.place;
-    pen.imageSmoothingEnabled = model.get("columns") > w * ratio;
+    pen.imageSmoothingEnabled = false;
     pen.drawImage(pixels(model), x, y, w, h);
     this.axes(pen);
     this.bar(pen);

@@ -1,0 +1,80 @@
+"""Pictures of the bench and the explorers for README and docs, from a real page: `make screenshots`."""
+
+import io
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from jupyter_page import JupyterServer, open_page
+from PIL import Image
+from test_lab import notebook, run_until, until
+
+from vlkd_lab.runs import Run
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / "nbs" / "images"
+
+
+def save(element, name: str) -> None:
+    "An element of the page as a small PNG"
+    element.scroll_into_view_if_needed()
+    picture = Image.open(io.BytesIO(element.screenshot())).convert("RGB")
+    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
+    print(name, picture.size, (IMAGES / f"{name}.png").stat().st_size)
+
+
+def project(folder: Path) -> Path:
+    "A project of its own, so that no run is disturbed"
+    shutil.copy(ROOT / "settings.ini", folder)
+    (folder / "nbs").mkdir()
+    for name in ("data_samples", ".cache"):
+        (ROOT / name).mkdir(exist_ok=True)
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def bench(folder: Path, page, out: Path) -> None:
+    "The bench in the second stage of a run, after a change in mid-run"
+    run, cells = Run(out), notebook("train_tinyclip", folder, stages=2, steps=120, compare_scratch=False, out=str(out))[0]
+    page.open("nbs/train_tinyclip.ipynb")
+    page.browser_page.set_viewport_size({"width": 1280, "height": 1500})
+    run_until(page, cells, "training")
+    page.browser_page.locator('button[data-name="gradient_share"]').click()
+    until(lambda: [m["step"] for m in run.metrics()[-1:]] > [60], 300)
+    run.control(learning_rate_factor=0.7)
+    until(lambda: [m["step"] for m in run.metrics()[-1:]] > [155], 600)
+    time.sleep(2)
+    save(page.browser_page.locator(".jp-OutputArea-output:has(.vlkd-panel)"), "bench")
+    until(lambda: run.status()["state"] == "waiting", 600)
+
+
+def explorers(folder: Path, page, out: Path) -> None:
+    "A cell of the affinities chosen, and the map of clusters"
+    cells = notebook("explore_affinity", folder, run_folder=str(out))[0]
+    page.open("nbs/explore_affinity.ipynb")
+    output = page.output(run_until(page, cells, "AffinityExplorer(affinities, val[rows])"))
+    page.kernel_eval("from vlkd_lab.explorers import most_disputed")
+    row, column = (int(k) for k in page.kernel_eval("print(*most_disputed(affinities))").split())
+    canvas = output.locator("canvas").nth(1)
+    width, height = canvas.bounding_box()["width"] - 75, canvas.bounding_box()["height"] - 20  # of the matrix itself
+    canvas.click(position={"x": 17 + (column + 0.5) * width / 48, "y": 2 + (row + 0.5) * height / 48})
+    output.locator("table").wait_for()
+    save(output, "affinity")
+    cells = notebook("explore_clusters", folder)[0]
+    page.open("nbs/explore_clusters.ipynb")
+    output = page.output(run_until(page, cells, "show(ClusterMap(state))"))
+    until(lambda: "UMAP 1" in output.inner_text(), 180)
+    output.locator('button[data-name="colour_by"]').nth(2).click()
+    until(lambda: "wrong" in output.inner_text())
+    time.sleep(1)
+    save(output, "clusters")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = project(Path(temporary))
+        with JupyterServer(folder) as server, open_page(server) as page:
+            for part in (bench, explorers) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
+                part(folder, page, folder / "run")
