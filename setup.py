@@ -2,7 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
@@ -20,8 +20,8 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     keywords=settings["keywords"],
-    packages=find_packages(include=["vlkd_lab", "vlkd_lab.*"]),
-    package_data={"vlkd_lab": ["static/*.js", "static/*.css"]},
+    packages=find_namespace_packages(include=["vlkd_lab", "vlkd_lab.*"]),
+    package_data={"vlkd_lab.static": ["*.js", "*.css"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},

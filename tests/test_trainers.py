@@ -364,6 +364,7 @@ def test_the_target_can_change_in_mid_run(tiny):
 def test_pausing_holds_and_says_so(tiny):
     training = start(job_of(tiny, steps=300, stages=1, compare_scratch=False), beside=True)
     run = training.job.run
+    assert current_student(run).model.logit_scale.isfinite(), "the next cell finds a student"
     wait_for(lambda: len(run.metrics()) > 5)
     run.control(pause=True)
     wait_for(lambda: run.status()["state"] == "paused")

@@ -417,7 +417,7 @@ def _resume_fit(fit: Fit) -> bool:  # whether there was a checkpoint
     fit.optimizer.load_state_dict(state["optimizer"])
     return True
 
-# %% ../nbs/10_trainers.ipynb #48ee70d6
+# %% ../nbs/10_trainers.ipynb #76c7ecc0
 def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
     "What the first process finds, in every process"
     found = [find() if accelerator.is_main_process else None]
@@ -451,8 +451,9 @@ def _try_objective(objective: Objective, fit: Fit) -> None:
     if fit.teacher is None and any(term.weight and term.name != "contrastive" for term in objective.terms):
         raise ValueError("without a teacher only contrastive can be weighted")
     if fit.widths is not None:
-        student, teacher = (Features(torch.eye(2, w), torch.eye(2, w), torch.tensor(1.0)) for w in fit.widths)
-        objective(student, teacher)
+        device = fit.accelerator.device
+        rows = [torch.eye(2, width, device=device) for width in fit.widths]
+        objective(*(Features(r, r, torch.tensor(1.0, device=device)) for r in rows))
 
 # %% ../nbs/10_trainers.ipynb #f9164fa2
 def _obey(fit: Fit) -> None:
@@ -1066,7 +1067,7 @@ def train(job: Job) -> None:
         if job.options.compare_scratch:
             run_scratch(job, stages)
 
-# %% ../nbs/10_trainers.ipynb #34a1b6a8
+# %% ../nbs/10_trainers.ipynb #36859967
 class Training:
     "A job that trains beside the notebook"
 
@@ -1094,7 +1095,9 @@ class Training:
             _free(self.job.run)
 
     def done(self) -> str:  # the run's state: finished, waiting for its evaluation, or stopped
-        "Go on only if the job has ended"
+        "Go on only if the job has ended, or ends within a second"
+        if self.alive:
+            self._thread.join(1.0)
         if self.alive:
             raise StillTraining(self.job.run)
         if self.error:
@@ -1129,7 +1132,7 @@ def _free(run: RunWriter) -> None:
     if run.status()["state"] == "failed":
         run.set_status(freed_bytes=max(held - runs.memory_in_use(), 0))
 
-# %% ../nbs/10_trainers.ipynb #8ad63c88
+# %% ../nbs/10_trainers.ipynb #8207f465
 _TRAININGS: dict[Path, Training] = {}
 
 
@@ -1146,6 +1149,9 @@ def start(
     if has_page() if beside is None else beside:
         _TRAININGS[folder] = training
         training._thread.start()
+        deadline = time.monotonic() + 10
+        while training.alive and job.run.status()["state"] not in ("running", "paused") and time.monotonic() < deadline:
+            time.sleep(0.02)  # until it holds its folder, so that the next cell finds it at work
     else:
         work(job)
     return training
