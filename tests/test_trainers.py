@@ -473,11 +473,11 @@ def test_a_failed_training_lets_go_of_its_tensors(tiny):
     training = start(job_of(tiny), fail, beside=True)
     with pytest.raises(RuntimeError, match="too <b>large</b>"):
         training.join()
+    status = training.job.run.status()
+    assert held[0]() is None and status["state"] == "failed" and "ArithmeticError" in status["traceback"] and status["freed_bytes"] >= 0
     with pytest.raises(ArithmeticError) as kept:  # as a notebook keeps the last exception
         start(job_of(tiny), fail, beside=False)
     assert kept.tb is not None and held[1]() is None
-    status = training.job.run.status()
-    assert held[0]() is None and status["state"] == "failed" and "ArithmeticError" in status["traceback"] and status["freed_bytes"] >= 0
 
 
 def test_a_stopped_job_can_be_evaluated(tiny):
