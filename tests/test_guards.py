@@ -173,3 +173,8 @@ def test_no_words_about_one_machine():
     for path in [*ROOT.glob("*.*"), *ROOT.glob("tests/*.py"), *ROOT.glob("data_samples/*.md"), ROOT / "Makefile"]:
         if path.is_file() and path.suffix != ".ipynb" and path.name != "test_guards.py":
             assert not re.search(r"/work/|/root/|pypi\.org|extra-index-url", path.read_text(encoding="utf-8")), path
+
+
+def test_every_page_is_in_the_sidebar():
+    listed = set(re.findall(r"\w+\.ipynb", (ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in NOTEBOOKS}
