@@ -267,3 +267,18 @@ def test_explorers_answer_clicks_and_sliders(project):
                 cell.locator("img").wait_for()
                 assert "<script>window.hacked=1</script>" in cell.inner_text()
         assert look.evaluate("window.hacked") is None
+
+
+def test_run_all_stops_politely_where_the_end_is_needed(project):
+    folder, given = project
+    cells, _ = notebook("train_tinyclip", folder, **given)
+    run, done = Run(given["out"]), cells["bench.still()"]
+    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        page.open("nbs/train_tinyclip.ipynb")
+        page.browser_page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+        until(lambda: "still training" in page.output_text(done), 90)
+        trying = page.output(cells["retrieve(current_student(job.run), job.val, queries=4)"])
+        assert trying.locator("img").count() >= 4, "the student was there to be tried"
+        assert not any(page.output_text(number) for line, number in cells.items() if number > done)
+        press(page, "stop")
+        until(lambda: run.status()["state"] == "stopped")
