@@ -130,7 +130,13 @@ def check_controls(changes: Mapping[str, Any]) -> None:
         if not check(value):
             raise ValueError(f"{name}={value!r} is not valid: {name} must be {valid}")
 
-# %% ../nbs/09_runs.ipynb #05215f3f
+# %% ../nbs/09_runs.ipynb #2f0cbc6d
+def _merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    "Newer wishes over older ones; weights term by term"
+    weights = asked.get("weights", {}) | changes.get("weights", {})
+    return {**asked, **changes, **({"weights": weights} if weights else {})}
+
+# %% ../nbs/09_runs.ipynb #87dd9264
 class Run:
     "A run folder: reading and controlling it; the job itself uses `RunWriter`"
 
@@ -167,10 +173,7 @@ class Run:
         "Ask the job for something: pause=True, target_sparsity=0.6, weights={'contrastive': 0.5}; other weights stay"
         check_controls(changes)
         with _held(self.folder / "control.lock"):
-            asked = self.asked()
-            if "weights" in changes:
-                changes["weights"] = asked.get("weights", {}) | dict(changes["weights"])
-            asked |= to_json(changes)
+            asked = _merged(self.asked(), to_json(changes))
             write_whole(self.folder / "control.json", json.dumps(asked))
         return asked
 
@@ -362,7 +365,7 @@ def in_effect(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # by name
             values |= {name: event[name] for name in IN_MID_RUN if name in event} | ({"weights": merged} if merged else {})
     return values
 
-# %% ../nbs/09_runs.ipynb #bd54a3dd
+# %% ../nbs/09_runs.ipynb #bba041e8
 WATCH_SECONDS = 5.0  # a watcher who has not called `watch` for this long is gone
 SNAPSHOT_SECONDS = 0.3  # shortest time between two snapshots
 SNAPSHOT_SHARE = 0.01  # share of the training time that snapshots may take
@@ -382,7 +385,7 @@ def is_watched(run: Run) -> bool:
     except FileNotFoundError:
         return False
 
-
+# %% ../nbs/09_runs.ipynb #9b4690c0
 def write_snapshot(path: Path, arrays: Mapping[str, Tensor], labels: Mapping[str, Any]) -> None:
     "Small named tensors on the CPU, with labels, as one whole file"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ __all__ = ['parameter', 'check_parameters', 'notebook_parameters', 'has_page', '
            'Contrastive', 'open_contrastive', 'read_captions', 'train_contrastive', 'train', 'Training',
            'StillTraining', 'start', 'current_student']
 
-# %% ../nbs/10_trainers.ipynb #62c77b1e
+# %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
     "A dataclass field that knows what it means and which values are valid"
     return field(default=default, metadata=dict(meaning=meaning, valid=valid, check=check))
@@ -93,7 +93,7 @@ def notebook_parameters(kind: type, namespace: Mapping[str, Any]):
         given = {k: v for k, v in given.items() if k in names or difflib.get_close_matches(k, names, n=1, cutoff=0.8)}
     return check_parameters(kind, given)
 
-
+# %% ../nbs/10_trainers.ipynb #0f4d490e
 def has_page() -> bool:
     "Whether a person's notebook page runs this kernel, and not papermill, nbconvert or a script"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

@@ -84,7 +84,7 @@ def symmetric_limit(matrix: np.ndarray) -> float:  # above 0
     most = float(np.nanmax(np.abs(matrix))) if np.isfinite(matrix).any() else 0.0
     return next((limit for limit in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0) if most <= limit), most)
 
-# %% ../nbs/12_widgets.ipynb #2ca5ceea
+# %% ../nbs/12_widgets.ipynb #0e7345e7
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _PAGE = 96  # pixels an inch
 
@@ -105,7 +105,7 @@ def _colour_map(name: str):
     table = np.frombuffer(palette(name), dtype=np.uint8).reshape(-1, 3)[:255] / 255
     return ListedColormap(table).with_extremes(bad="#dddddd")
 
-
+# %% ../nbs/12_widgets.ipynb #5b00696c
 def _style_axis(panel, name: str, axis: Mapping[str, Any]) -> None:
     "Scale and ticks of an axis"
     from matplotlib.ticker import NullFormatter
@@ -719,17 +719,35 @@ def run_messages(watched: Watched, refused: str = "") -> list[dict]:
 LOOK_SECONDS = 0.3  # between two looks at the folder
 CURVE_SECONDS = 1.0  # between two drawings of the curves: Plotly is dearer than a canvas
 
-# %% ../nbs/12_widgets.ipynb #d6eee16d
-class Live:
-    "Something on a page that is kept up to date while it is seen, and has a still for where no kernel runs"
+# %% ../nbs/12_widgets.ipynb #a23f3966
+class _Shown:
+    "Something that a page shows as widgets, and anything else as a picture"
 
     box: ipywidgets.Widget | None = None  # what a live page shows
     panel: Panel | None = None  # its panel, by which it knows that it is seen
-    always = False  # kept up to date even when no page shows it
+    _handle = None  # of what it displayed
 
     def __init__(self, live: bool | None):
         self.live = has_page() if live is None else live
-        self.closed, self._task, self._handle = False, None, None
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        bundle = self.box._repr_mimebundle_() if self.live else self.still()._repr_mimebundle_()
+        self._handle = display(bundle, raw=True, display_id=True)
+
+    def leave_picture(self) -> None:
+        "Put a picture beside the widget, for the saved notebook: it shows where the widget's kernel is gone"
+        if self._handle is not None:
+            still = self.still()._repr_mimebundle_()
+            self._handle.update(still | self.box._repr_mimebundle_(), raw=True)
+
+# %% ../nbs/12_widgets.ipynb #443bb74a
+class Live(_Shown):
+    "A view that is kept up to date while it is seen"
+
+    always = False  # kept up to date even when no page shows it
+    closed, _task = False, None
 
     @property
     def seen(self) -> bool:
@@ -757,18 +775,6 @@ class Live:
         self.closed = True
         if self.box is not None:
             self.box.close()
-
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        bundle = self.box._repr_mimebundle_() if self.live else self.still()._repr_mimebundle_()
-        self._handle = display(bundle, raw=True, display_id=True)
-
-    def leave_picture(self) -> None:
-        "Put a picture beside the widget, for the saved notebook: it shows where the widget's kernel is gone"
-        if self._handle is not None:
-            still = self.still()._repr_mimebundle_()
-            self._handle.update(still | self.box._repr_mimebundle_(), raw=True)
 
 # %% ../nbs/12_widgets.ipynb #434e058b
 def _sync_figure(live: go.FigureWidget, drawn: Mapping[str, Any]) -> None:
