@@ -28,10 +28,11 @@ from .data import project_root
 from .losses import LOSSES
 
 # %% auto #0
-__all__ = ['CONTROLS', 'IN_MID_RUN', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'write_whole', 'read_json', 'to_json',
-           'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'save_checkpoint',
-           'load_checkpoint', 'rewind', 'begin', 'Curves', 'thinned', 'in_effect', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
+__all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'write_whole', 'read_json',
+           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
+           'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'Curves', 'thinned', 'in_effect', 'watch',
+           'is_watched', 'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots',
+           'find_run']
 
 # %% ../nbs/09_runs.ipynb #9417b659
 def write_whole(path: str | Path, text: str) -> None:
@@ -136,7 +137,10 @@ def _merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     weights = asked.get("weights", {}) | changes.get("weights", {})
     return {**asked, **changes, **({"weights": weights} if weights else {})}
 
-# %% ../nbs/09_runs.ipynb #87dd9264
+# %% ../nbs/09_runs.ipynb #2a2e6449
+WORKING = ("running", "paused")  # states in which a process holds the folder
+
+
 class Run:
     "A run folder: reading and controlling it; the job itself uses `RunWriter`"
 
@@ -161,7 +165,7 @@ class Run:
     def status(self) -> dict:
         "State of the job: new, running, paused, waiting (between cells), stopped, failed, finished, or lost when its process is gone"
         status = read_json(self.folder / "status.json", {"state": "new"})
-        if status["state"] in ("running", "paused") and not is_written(self):
+        if status["state"] in WORKING and not is_written(self):
             status["state"] = "lost"
         return status
 

@@ -774,7 +774,7 @@ def _shrunk(full: TowerShape, layers: int, heads: int) -> TowerShape:
     neurons = full.neurons[0] * heads // full.heads[0]
     return TowerShape(heads * full.head_width, full.head_width, (heads,) * layers, (neurons,) * layers)
 
-# %% ../nbs/10_trainers.ipynb #3d87280c
+# %% ../nbs/10_trainers.ipynb #42a28e01
 def learn_gates(
     job: Job,
     number: int,  # of the stage
@@ -808,7 +808,7 @@ def _cut(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape], values: 
 def stage_target(job: Job, number: int) -> float:
     "Sparsity at the end of a stage: its share of the run's target, as it stands now"
     final = agree(job.accelerator, lambda: runs.in_effect(job.run.metrics()).get("target_sparsity", job.options.target_sparsity))
-    return final * number / job.options.stages
+    return replace(job.options, target_sparsity=final).targets()[number - 1]
 
 
 def gate_kinds(options: TinyCLIP) -> tuple[str, ...]:
@@ -1003,9 +1003,6 @@ def write_probe(job: Job) -> None:
     probe = {"captions": pairs.captions, "keys": pairs.keys, "labels": pairs.labels, "pictures": pictures}
     write_whole(job.run.folder / "probe.json", json.dumps(probe))
 
-# %% ../nbs/10_trainers.ipynb #1b0ffb08
-#| export
-
 # %% ../nbs/10_trainers.ipynb #e47036db
 @dataclass(frozen=True)
 class Contrastive(FitParameters):
@@ -1132,7 +1129,7 @@ def _free(run: RunWriter) -> None:
     if run.status()["state"] == "failed":
         run.set_status(freed_bytes=max(held - runs.memory_in_use(), 0))
 
-# %% ../nbs/10_trainers.ipynb #8207f465
+# %% ../nbs/10_trainers.ipynb #7cc647f9
 _TRAININGS: dict[Path, Training] = {}
 
 
@@ -1150,20 +1147,20 @@ def start(
         _TRAININGS[folder] = training
         training._thread.start()
         deadline = time.monotonic() + 10
-        while training.alive and job.run.status()["state"] not in ("running", "paused") and time.monotonic() < deadline:
+        while training.alive and job.run.status()["state"] not in runs.WORKING and time.monotonic() < deadline:
             time.sleep(0.02)  # until it holds its folder, so that the next cell finds it at work
     else:
         work(job)
     return training
 
-# %% ../nbs/10_trainers.ipynb #c1ceb5e4
+# %% ../nbs/10_trainers.ipynb #d847c3b7
 def current_student(
     run: Run,
     device: str | torch.device = "cpu",
     seconds: float = 60.0,  # how long to wait for a running job's checkpoint
 ) -> VLM:
     "A copy of the student that a run is working on, or worked on last, as it is now"
-    if run.status()["state"] in ("running", "paused"):
+    if run.status()["state"] in runs.WORKING:
         _ask_for_checkpoint(run, seconds)
     status = run.status()
     stage, phase = status.get("stage"), status.get("phase")
@@ -1188,7 +1185,7 @@ def _ask_for_checkpoint(run: Run, seconds: float) -> None:
     "Wait until a running job has written a checkpoint that is newer than this call"
     asked, deadline = time.time(), time.monotonic() + seconds
     run.control(checkpoint=asked)
-    while run.status().get("checkpoint", 0) < asked and run.status()["state"] in ("running", "paused"):
+    while run.status().get("checkpoint", 0) < asked and run.status()["state"] in runs.WORKING:
         if time.monotonic() > deadline:
             raise TimeoutError(f"the job of {run.folder} wrote no checkpoint within {seconds:g} seconds")
         time.sleep(0.02)
