@@ -525,3 +525,42 @@ def test_gallery_draws_any_caption(report):
     figure = D.show_batch(batch)
     figure.canvas.draw()
     assert "<script>$\\frac{$" in figure.axes[0].get_title()
+
+
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_an_index_stands_for_its_shard_wherever_a_shard_can(tmp_path, ending):
+    tar(tmp_path / f"a{ending}", members(range(30)))
+    [whole] = D.inspect_shards(tmp_path / f"a{ending}").shards
+    every = [sample["__key__"] for sample in D.raw_samples(whole.path)]
+    index = D.write_index(tmp_path / "kept" / "a.kept.json", whole, every[3::2])
+    assert D.copy_samples(tmp_path / "copy" / "a.tar", whole.path, set(every[3::2])) == 14
+    by_index, by_copy = (D.inspect_shards(where) for where in (tmp_path / "kept", tmp_path / "copy"))
+    assert by_index.total == by_copy.total == 14 and by_index.shards[0].name == "a" and str(by_index.shards[0].path).endswith(".kept.json")
+    a, b = (D.PairStream(report, D.View(transform(8), codes), 4, seed=1) for report in (by_index, by_copy))
+    for one, other in zip(islice(a.batches(), 6), islice(b.batches(), 6), strict=True):
+        assert one.keys == other.keys and torch.equal(one.image, other.image) and one.captions == other.captions
+    assert_same(next(a.batches(5)), list(islice(a.batches(), 6))[5])
+    assert json.loads(index.read_text())["shard"] == f"../a{ending}", "both can be moved together"
+
+
+def test_an_index_of_another_shard_is_reported(tmp_path):
+    tar(tmp_path / "a.tar", members(range(9)))
+    [whole] = D.inspect_shards(tmp_path / "a.tar").shards
+    key = next(D.raw_samples(whole.path))["__key__"]
+    for name, shard in {"changed": replace(whole, digest="0" * 64), "gone": replace(whole, path=tmp_path / "b.tar")}.items():
+        D.write_index(tmp_path / "i" / f"{name}.kept.json", shard, [key])
+    (tmp_path / "i" / "broken.kept.json").write_text('{"shard": 3')
+    report = D.inspect_shards(tmp_path / "i")
+    assert {s.name: s.problem.split("(")[0].split(str(tmp_path))[0].strip() for s in report.damaged} == {
+        "broken": "no index of a shard",
+        "changed": "its shard",
+        "gone": "its shard",
+    }
+    assert not report.usable
+
+
+def test_label_sets_come_with_the_pairs(tmp_path):
+    extra = [("00000.json", b'{"labels": {"size": 1, "shape": null}}'), ("00001.json", b'{"labels": {"size": 0, "shape": 2}}')]
+    tar(tmp_path / "a.tar", sorted([*members(range(2)), *extra]))
+    pairs = D.load_pairs(tmp_path / "a.tar")
+    assert pairs.sets == {"size": (1, 0), "shape": (None, 2)} and pairs[[1]].sets == {"size": (0,), "shape": (2,)}

@@ -10,8 +10,10 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from PIL import Image
+from test_widgets import HOSTILE as HOSTILE_CAPTION
+from test_widgets import MARKUP, clusters_snapshot, write_clusters
 
-from vlkd_lab import explorers
+from vlkd_lab import explorers, widgets
 from vlkd_lab.data import load_pairs
 from vlkd_lab.explorers import (
     Affinities,
@@ -22,16 +24,18 @@ from vlkd_lab.explorers import (
     GateHistory,
     Umap,
     cell_html,
+    cluster_table,
     confusion_html,
     confusions,
     disagreement,
     most_disputed,
     purity,
+    run_clusters,
 )
 from vlkd_lab.features import Features
 from vlkd_lab.gates import sparsity
 from vlkd_lab.models import count_cost, load_model, tower_shapes
-from vlkd_lab.runs import find_run
+from vlkd_lab.runs import Run, find_run
 from vlkd_lab.trainers import TinyCLIP, full_shapes, open_tinyclip, train
 from vlkd_lab.widgets import visible
 
@@ -262,3 +266,49 @@ def test_purity_counts_classes_of_clusters(state):
     labels = state.labels[state.assignment == 0]
     assert list(table["samples"]) == [6, 4, 2] and table["share"].iloc[0] == np.bincount(labels).max() / 6
     assert "\u202e" not in table["class"].iloc[0]
+
+
+@pytest.fixture
+def clustered(tmp_path):
+    "A run with clusters that has kept two students, and a yardstick"
+    run = Run(tmp_path / "clustered")
+    with pytest.raises(ValueError, match="holds no clusters"):
+        run_clusters(run)
+    write_clusters(run, count=4)
+    with pytest.raises(ValueError, match="keeps no snapshot"):
+        cluster_table(run)
+    clusters_snapshot(run, [1] * 6, step=0, keep="first")
+    clusters_snapshot(run, [0, 0, 1, 1, 2, 0], step=9, keep="last")
+    return run
+
+
+def test_before_and_after_of_a_run_with_clusters(clustered):
+    table = cluster_table(clustered)
+    assert list(table.index) == ["teacher", "student, step 0", "student, step 9"]
+    assert table["agreement"].tolist() == pytest.approx([1, 1 / 3, 5 / 6]) and table["purity"].tolist() == pytest.approx([1, 1 / 3, 5 / 6])
+    assert table["empty clusters"].tolist() == [1, 3, 1] and table["largest cluster"].tolist() == [2, 6, 3]
+
+
+def test_the_student_of_a_run_on_its_teachers_plane(clustered):
+    state = run_clusters(clustered)
+    assert np.allclose(state.plane.mean, widgets.RunClusters(clustered).teacher.mean(axis=0))
+    assert state.choices()["colour_by"] == ("cluster", "class", "moved") and state.labels.tolist() == [0, 1, -1, 1, 0, 0]
+    state.choose(colour_by="moved")
+    stayed, moved, _ = explorers._clusters_json(state)["data"]
+    assert moved["customdata"] == [5] and moved["marker"]["symbol"] == "x" and len(stayed["x"]) == 5
+    assert run_clusters(clustered, 0).assignment.tolist() == [1] * 6
+    table = purity(state)
+    assert table["teacher's cluster"].tolist() == [0, 1, 2] and table["its share"].tolist() == pytest.approx([2 / 3, 1, 1])
+
+
+def test_the_map_of_a_run_shows_thumbnails_and_captions_as_text(clustered, monkeypatch):
+    monkeypatch.setattr(explorers, "_UMAP", "raise SystemExit('no umap here')")
+    look = ClusterMap(run_clusters(clustered), live=True)
+    for row, text in ((0, MARKUP), (1, HOSTILE_CAPTION)):
+        look.select(row)
+        assert "data:image/jpeg" in look.detail.value and look.detail.value.count("<img") == 1 and "teacher: cluster 0" in look.detail.value
+        assert text not in look.detail.value and "\u202e" not in look.detail.value
+    look.ask({"colour_by": "moved"})
+    assert [trace.name for trace in look.figure.data[:2]] == ["centre of the teacher", "another centre"]
+    assert look.still().png[:4] == b"\x89PNG"
+    look.close()

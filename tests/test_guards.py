@@ -19,7 +19,7 @@ MODULES = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
 BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_"))]
 FLOOR = {p.stem[3:]: int(p.stem[:2]) for p in MODULES}
-FLOOR |= {"balancing": 7, "fusion": 8}
+FLOOR |= {"fusion": 8}
 
 
 def cells(path, kind="code"):
@@ -47,9 +47,10 @@ def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
 def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
+    from vlkd_lab.clip_cid import ClipCid
     from vlkd_lab.trainers import Contrastive, TinyCLIP
 
-    kind = {"train_tinyclip": TinyCLIP, "train_teacher": Contrastive}[path.stem]
+    kind = {"train_tinyclip": TinyCLIP, "train_teacher": Contrastive, "train_clip_cid": ClipCid}[path.stem]
     tagged = next(c for c in cells(path) if "parameters" in c["metadata"].get("tags", []))
     names: dict = {}
     exec(source(tagged), names)

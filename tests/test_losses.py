@@ -14,16 +14,21 @@ from vlkd_lab import losses
 from vlkd_lab.features import Features
 from vlkd_lab.losses import (
     LOSSES,
+    ClusterTerms,
     Objective,
     Projection,
     Term,
     affinity_mimicking,
+    cluster_classification,
+    cluster_distribution,
     contrastive,
     feature_mimicking,
     gradient_share,
+    instance_discrimination,
     interactive_contrastive,
     objective_parameters,
     relational,
+    sample_classes,
 )
 
 torch.set_num_threads(1)  # these tensors are small
@@ -377,3 +382,71 @@ def test_objective_prints_as_text_and_escaped_html():
     text, page = repr(objective), objective._repr_html_()
     assert [line.split()[0] for line in text.splitlines()] == ["1", "0", "2.5"] and LOSSES["affinity_mimicking"].formula in text
     assert "a&lt;b" in page and "x &lt; y &amp; z" in page and "a<b" not in page
+
+
+def clip_cid_rows(dtype, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(n, 8, generator=random, dtype=torch.float64), dim=1).to(dtype) for n in (12, 12, 7)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("margin", [0.0, 0.3])
+def test_cluster_terms_against_their_formulas(dtype, margin):
+    student, teacher, centers = clip_cid_rows(dtype)
+    own = (teacher @ centers.T).argmax(1)
+    leaves = [rows.clone().requires_grad_() for rows in (student, student)]
+    value = cluster_classification(leaves[0], centers, own, 20.0, margin)
+    angle = (leaves[1].double() @ centers.double().T).clamp(-1, 1).acos()
+    asked = 20.0 * (angle + margin * F.one_hot(own, 7).double()).cos()
+    wanted = -(asked - asked.logsumexp(1, keepdim=True))[torch.arange(12), own].mean()
+    check_value(value, wanted.detach(), dtype)
+    value.backward(), wanted.backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-3, atol=1e-5)
+    p, q = ((s * rows.double() @ centers.double().T).softmax(1) for s, rows in ((9.0, teacher), (20.0, student)))
+    check_value(cluster_distribution(student, teacher, centers, 20.0, 9.0), (p * (p / q).log()).sum(1).mean(), dtype)
+
+
+def test_a_margin_makes_the_task_harder_and_never_wraps_around():
+    centers = torch.eye(4)
+    away = -centers[:1] * 0.999999
+    losses_ = [cluster_classification(away, centers, torch.tensor([0]), 32.0, m).item() for m in (0.0, 0.1, 0.3, 1.0)]
+    assert losses_ == sorted(losses_) and math.isfinite(losses_[-1])
+    leaf_ = centers[:1].clone().requires_grad_()
+    cluster_classification(leaf_, centers, torch.tensor([0]), 32.0, 0.3).backward()
+    assert leaf_.grad.isfinite().all(), "a row that lies on its centre"
+
+
+def test_sampled_classes_hold_the_batchs_own_and_repeat():
+    for share, count in ((0.1, 100), (1.0, 1000), (0.0001, 3)):
+        classes = sample_classes(torch.tensor([5, 5, 999, 0]), 1000, share, seed=4)
+        assert len(classes) == count and {0, 5, 999} <= set(classes.tolist()) and torch.equal(classes, classes.unique())
+    others = torch.stack([F.one_hot(sample_classes(torch.tensor([3]), 50, 0.5, seed=s), 50).sum(0) for s in range(400)]).float().mean(0)
+    assert others[3] == 1 and ((others[torch.arange(50) != 3] - 24 / 49).abs() < 0.12).all(), "every other class equally often"
+    with pytest.raises(ValueError, match="share=0"):
+        sample_classes(torch.tensor([1]), 10, 0.0)
+
+
+def test_cluster_terms_refuse_rows_of_another_width_and_hold_no_gradient():
+    student, teacher, centers = clip_cid_rows(torch.float32)
+    with pytest.raises(ValueError, match="Projection"):
+        cluster_classification(student[:, :5], centers, torch.zeros(12, dtype=torch.long))
+    holder = ClusterTerms(centers, share=0.5)
+    terms = holder.terms({"cluster_classification": 1.0, "cluster_distribution": 2.0})
+    objective = Objective({"contrastive": 0.0}, *terms)
+    pair = [Features(rows.clone().requires_grad_(), rows, torch.tensor(10.0)) for rows in (student, teacher)]
+    objective.draw(7)
+    objective(*pair).total.backward()
+    assert holder.draw == 7 and pair[0].image.grad is not None and pair[1].image.grad is None
+    weighted = objective(*pair)
+    assert weighted.total == weighted["cluster_classification"] + 2 * weighted["cluster_distribution"]
+    with pytest.raises(ValueError, match="cluster terms need centres"):
+        Objective({"contrastive": 1.0}).with_weights(cluster_distribution=1.0)(*pair)
+
+
+@pytest.mark.parametrize("tile", [0, 3, 100])
+def test_instance_discrimination_is_two_contrastive_losses(tile):
+    student, teacher, _ = clip_cid_rows(torch.float64)
+    a, b = Features(student, teacher.flip(0), torch.tensor(3.0)), Features(teacher, student.roll(2, 0), torch.tensor(5.0))
+    wanted = sum(contrastive(Features(x, y, torch.tensor(7.0).double()), 0) for x, y in ((a.image, b.image), (a.text, b.text))) / 2
+    torch.testing.assert_close(instance_discrimination(a, b, 7.0, tile), wanted)
+    assert LOSSES["instance_discrimination"].function(a, b) == instance_discrimination(a, b, 5.0), "the teacher's own scale"

@@ -50,7 +50,6 @@ from vlkd_lab.trainers import (
     stage_plan,
     start,
     train,
-    train_contrastive,
 )
 
 
@@ -467,7 +466,7 @@ def test_a_failed_training_lets_go_of_its_tensors(tiny):
         raise ArithmeticError("too <b>large</b>")
 
     def fail(job):
-        with at_work(job, [("stage-1", 1)]):
+        with at_work(job):
             one_step()
 
     training = start(job_of(tiny), fail, beside=True)
@@ -555,7 +554,9 @@ def test_too_many_bad_samples_fail_the_run(tiny, tmp_path, scenes):
 def test_a_teacher_is_trained_from_nothing(tiny, tmp_path):
     given = {k: tiny[k] for k in ("data", "val", "steps", "batch_size", "device", "validate_every", "validate_pairs")}
     options = check_parameters(Contrastive, given | dict(out=str(tmp_path / "t"), image_size=32, vocabulary=300, context_length=16))
-    teacher = train_contrastive(open_contrastive(options))
+    job = open_contrastive(options)
+    train(job)
+    teacher = load_model(job.run.folder / "teacher" / "student")
     again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 't/teacher/student'}")
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 't/teacher/student'}")(["a red star"])
     assert torch.allclose(

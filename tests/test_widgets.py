@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from vlkd_lab import widgets
+from vlkd_lab.data import thumbnail
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.runs import Run, RunWriter, Snapshots, is_watched, write_snapshot
 from vlkd_lab.widgets import (
@@ -23,6 +24,8 @@ from vlkd_lab.widgets import (
     Still,
     Watched,
     attach,
+    cluster_purity,
+    clusters_json,
     curves_json,
     differences,
     duration,
@@ -340,3 +343,93 @@ def test_looking_writes_nothing_into_a_run_that_is_not_there(tmp_path):
     view.close()
 
 
+MARKUP = "<img src=x onerror=alert(1)>"
+
+
+def unit_rows(rows, seed):
+    return torch.nn.functional.normalize(torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def write_clusters(run, count=3):
+    "Six images of a run whose teacher has `count` clusters, two images in each of the first three"
+    arrays = dict(centers=unit_rows(count, 0), teacher=unit_rows(6, 1).half(), sizes=torch.arange(count) + 10)
+    arrays["assignment"] = torch.tensor([0, 0, 1, 1, 2, 2], dtype=torch.int32)
+    write_snapshot(run.folder / "clusters.safetensors", arrays, {})
+    said = {"captions": [MARKUP, HOSTILE, *"cdef"], "keys": list("abcdef"), "labels": [0, 1, None, 1, 0, 0]}
+    pictures = [thumbnail(Image.new("RGB", (8, 8), (40 * k, 0, 0))) for k in range(6)]
+    (run.folder / "clusters.json").write_text(json.dumps(said | {"pictures": pictures}))
+
+
+def clusters_snapshot(run, found, step, keep=""):
+    arrays = {"clusters_student": unit_rows(6, 2 + step).half(), "clusters_assignment": torch.tensor(found, dtype=torch.int32)}
+    arrays |= {"student": torch.eye(4).half(), "student_scale": torch.tensor([10.0])}
+    Snapshots(run).take(lambda: arrays, keep=keep, stage="student", phase="distil", step=step)
+
+
+def looked_at(run):
+    watched = Watched(Run(run.folder))
+    watched.look()
+    return watched
+
+
+def test_agreement_purity_and_moved_images_of_a_run_with_clusters(run):
+    write_clusters(run)
+    clusters_snapshot(run, [1, 1, 0, 0, 2, 0], step=1)  # one image stays; two pairs go together
+    watched = looked_at(run)
+    drawn = clusters_json(watched)
+    stayed, moved, centres, teacher, student = drawn["data"]
+    plane, features = watched.clusters.plane, watched.arrays["clusters_student"].astype(np.float32)
+    assert np.allclose(np.stack([moved["x"], moved["y"]], axis=1), plane.project(features[[0, 1, 2, 3, 5]]), atol=1e-5)
+    assert len(stayed["x"]) == 1 and moved["marker"]["symbol"] == "x" and stayed["marker"]["symbol"] == "circle"
+    assert moved["marker"]["color"] == [widgets.COLOURS[k] for k in (1, 1, 0, 0, 0)] and len(centres["x"]) == 3
+    assert list(teacher["y"]) == [2, 2, 2] and list(student["y"]) == [3, 2, 1]
+    said = drawn["layout"]["annotations"][0]["text"]
+    assert "step 1: 17% of the images" in said and "purity 83%" in said, "1 of 6, and 5 of 6"
+    assert cluster_purity(np.array([7, 7, 7]), np.array([4, 4, 0])) == pytest.approx(2 / 3)
+    words = " ".join(moved["hovertext"])
+    assert "&lt;img src=x" in words and "<img" not in words and "<script>" not in words and "\u202e" not in words
+    assert moved["hovertext"][0].endswith("class 0<br>student: cluster 1<br>teacher: cluster 0")
+
+
+def test_many_clusters_share_one_scale_also_in_the_picture(run):
+    write_clusters(run, count=300)
+    clusters_snapshot(run, [0, 0, 1, 1, 2, 2], step=1)
+    drawn = clusters_json(looked_at(run))
+    stayed, moved, centres, *_ = drawn["data"]
+    assert all((line["marker"]["cmin"], line["marker"]["cmax"]) == (0, 299) for line in (stayed, moved))
+    assert len(moved["x"]) == 0 and len(centres["x"]) == 200 and centres["hovertext"][0] == "cluster 299: 309 training images"
+    assert Image.open(io.BytesIO(picture(drawn))).size == (830, 330)
+
+
+def test_the_map_of_a_bench_is_updated_in_place(run):
+    from ipywidgets.widgets.widget import _instances
+
+    write_clusters(run)
+    clusters_snapshot(run, [1, 1, 0, 0, 2, 0], step=1)
+    view = RunView(run.folder, live=True)
+    figure, held = view.widgets.clusters, len(_instances)
+    assert figure in view.box.children and view.box.children.index(figure) == 3
+    traces, title = figure.data, view.widgets.figure.layout.yaxis3.title.text
+    clusters_snapshot(run, [0, 0, 1, 1, 2, 0], step=2)
+    recalls = {"image_to_text_r1": 0.2, "text_to_image_r1": 0.4}
+    run.log({"event": "validation", "stage": "student", "step": 30, **recalls, "cluster_agreement": 0.75, "cluster_purity": 0.8})
+    view.always, view._drawn = True, -1e9
+    view.update()
+    assert view.widgets.clusters is figure and all(new is old for new, old in zip(figure.data, traces, strict=True))
+    assert len(_instances) == held and len(traces[0].x) == 5 and len(traces[1].marker.color) == len(traces[1].hovertext) == 1
+    assert "step 2: 83%" in figure.layout.annotations[0].text and list(traces[4].y) == [3, 2, 1]
+    line = next(line for line in view.widgets.figure.data if line.name == "cluster agreement")
+    assert list(line.y) == [0.75] and title == "sparsity; share of the gradient"
+    assert view.widgets.figure.layout.yaxis3.title.text == "sparsity; cluster agreement; gradient"
+    view.close()
+
+
+def test_a_still_has_the_map_and_a_run_without_clusters_has_none(run):
+    height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).still().png)).height  # noqa: E731
+    view, without = RunView(run.folder, live=True), height()
+    assert view.widgets.clusters is None and len(view.box.children) == 4 and clusters_json(view.watched) == {}
+    view.close()
+    write_clusters(run)
+    assert height() == without, "before its first snapshot"
+    clusters_snapshot(run, [0, 0, 1, 1, 2, 0], step=2)
+    assert height() == without + 330

@@ -650,23 +650,27 @@ def write_shards(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         return list(tqdm(pool.map(_write_shard, *zip(*jobs, strict=True)), total=len(jobs), desc=f"{split} shards"))
 
-# %% ../nbs/01_samples.ipynb #673056b9
+# %% ../nbs/01_samples.ipynb #98cd85a9
 def cached_shards(
     count: int,  # samples
     seed: int = 0,
     split: str = "train",
     cache: str | Path | None = None,  # folder of the cache; None: .cache/scenes beside settings.ini, or in the working directory
     workers: int | None = None,  # processes; None: one a core
+    duplicates: float = 0.0,  # share of near-duplicates
+    tail: float = 0.0,  # Zipf exponent of the kinds' frequencies
 ) -> Path:  # the folder that holds the shards
     "Shards of `count` samples, made on first use"
     here = Path.cwd()
     root = next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
-    folder = Path(cache or root / ".cache" / "scenes") / f"{split}-{count}-seed{seed}-v{VERSION}"
+    special = f"-duplicates{duplicates:g}" * bool(duplicates) + f"-tail{tail:g}" * bool(tail)
+    folder = Path(cache or root / ".cache" / "scenes") / f"{split}-{count}-seed{seed}{special}-v{VERSION}"
     if not folder.exists():
         beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             workers = workers or min(os.cpu_count() or 1, 8)
-            write_shards(beside, count, seed, split, per_shard=max(1, min(1000, count // 16)), workers=workers if count >= 2000 else 1)
+            given = dict(duplicates=duplicates, tail=tail, workers=workers if count >= 2000 else 1)
+            write_shards(beside, count, seed, split, per_shard=max(1, min(1000, count // 16)), **given)
             os.replace(beside, folder)
         except OSError:
             if not folder.exists():  # another process may have been first

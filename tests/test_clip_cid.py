@@ -1,0 +1,215 @@
+"""CLIP-CID as a job: what it prepares, what it refuses, and that a killed one ends as if undisturbed."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlkd_lab import trainers
+from vlkd_lab.balancing import nearest_center
+from vlkd_lab.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
+from vlkd_lab.data import inspect_shards, load_pairs
+from vlkd_lab.evaluation import compare, finish, probe_table
+from vlkd_lab.models import load_model, new_model, save_model
+from vlkd_lab.runs import Run, kept_snapshots, newest_snapshot, read_snapshot
+from vlkd_lab.stores import FeatureStore, fill, store_key
+from vlkd_lab.trainers import check_parameters, train
+
+
+@pytest.fixture
+def tiny(scenes, tiny_teacher, tmp_path):
+    "Parameters of a job that takes seconds"
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=str(tiny_teacher), device="cpu")
+    given |= dict(steps=6, batch_size=16, warmup=2, validate_every=3, validate_pairs=40, map_images=24, clusters=6, removed_share=0.3)
+    return given | dict(out=str(tmp_path / "run"), compare_scratch=False)
+
+
+def job_of(tiny, **changes):
+    return open_clip_cid(check_parameters(ClipCid, tiny | changes))
+
+
+def lines_of(folder):
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+
+
+def test_what_the_job_prepares_is_what_it_trains_on(tiny):
+    job = job_of(tiny)
+    train(job)
+    kept = {job.stored.keys[row] for row in job.balance.keep.tolist()}
+    assert job.balanced.total == len(kept) == 120 - job.linkage.removed(job.threshold) == 84
+    assert {key for batch, _ in zip(job.batches(0), range(12), strict=False) for key in batch.keys} <= kept
+    found = read_snapshot(job.run.folder / "clusters.safetensors")[0]
+    assert found["sizes"].sum() == 84 and found["sizes"].min() > 0 and np.allclose(np.linalg.norm(found["centers"], axis=1), 1, atol=1e-5)
+    arrays, labels = newest_snapshot(job.run)
+    again = nearest_center(torch.from_numpy(arrays["clusters_student"]).float(), torch.from_numpy(found["centers"]))[0]
+    assert (again.numpy() == arrays["clusters_assignment"]).mean() > 0.9 and labels["stage"] == "student"
+    events = [line for line in job.run.metrics() if line.get("event") == "validation"]
+    assert len(events) == 3 and all(0 <= event["cluster_agreement"] <= 1 for event in events)
+    table = compare(job)
+    assert list(table.index) == ["teacher", "student"] and set(finish(job, table)["models"]) == {"teacher", "student"}
+    assert job.run.status()["state"] == "finished"
+
+
+def test_each_half_can_be_used_alone(tiny, tmp_path):
+    whole = job_of(tiny, removed_share=0.0)
+    assert whole.balanced.total == 120 and not (whole.run.folder / "balanced").exists()
+    job = job_of(tiny, out=str(tmp_path / "half"))
+    assert job.balanced.total == 84
+    pairs = load_pairs(inspect_shards(job.run.folder / "balanced"))
+    assert len(pairs) == 84 and set(pairs.keys) == {job.stored.keys[row] for row in job.balance.keep.tolist()}
+    other = trainers.open_tinyclip(
+        trainers.TinyCLIP(
+            **{k: tiny[k] for k in ("val", "teacher", "device", "batch_size")}, data=f"{job.run.folder}/balanced", out=f"{tmp_path}/t"
+        )
+    )
+    assert other.report.total == 84, "any job takes the balanced data"
+
+
+@pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="beside", crop_scale=0.6)], ids=str)
+def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, monkeypatch):
+    if changes.pop("wide", False):
+        config = json.loads((tiny_teacher / "open_clip_config.json").read_text())["model_cfg"] | dict(embed_dim=24)
+        (tmp_path / "wide.json").write_text(json.dumps(config))
+        changes = dict(student=str(tmp_path / "wide.json"))
+    tiny = tiny | changes | dict(checkpoint_seconds=0.0)
+    train(job_of(tiny))
+    step, taken = trainers.take_step, []
+
+    def dies(fit, batch):
+        taken.append(fit.step)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(fit, batch)
+
+    monkeypatch.setattr(trainers, "take_step", dies)
+    out = str(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        train(job_of(tiny, out=out))
+    assert Run(out).status()["state"] == "stopped"
+    train(job_of(tiny, out=out))
+    assert lines_of(out) == lines_of(tiny["out"]) and taken == [0, 1, 2, 3, 3, 4, 5]
+    for path in ("student/student/open_clip_model.safetensors",):
+        a, b = load_file(f"{out}/{path}"), load_file(f"{tiny['out']}/{path}")
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_second_start_finds_everything(tiny, monkeypatch):
+    train(job_of(tiny))
+    lines = lines_of(tiny["out"])
+    for name in ("link", "cluster", "write_balanced"):
+        monkeypatch.setattr(f"vlkd_lab.balancing.{name}", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr("vlkd_lab.stores.encode_shard", lambda *a, **k: pytest.fail("encoded again"))
+    train(job_of(tiny))
+    assert lines_of(tiny["out"]) == lines
+
+
+def test_stored_features_teach_as_the_teacher_does(tiny, tmp_path):
+    train(job_of(tiny))
+    train(job_of(tiny, teacher_features="beside", out=str(tmp_path / "beside")))
+    a, b = ([line["total"] for line in lines_of(out) if "total" in line] for out in (tiny["out"], tmp_path / "beside"))
+    assert len(a) == 6 and a == pytest.approx(b, rel=2e-3)
+
+
+def test_every_term_moves_the_student_and_its_scale_reaches_it(tiny, tmp_path):
+    totals = {}
+    for k, changes in enumerate(
+        (
+            {},
+            dict(cluster_scale=8.0),
+            dict(teacher_cluster_scale=8.0),
+            dict(cluster_margin=0.3),
+            dict(instance_scale=5.0),
+            dict(losses="contrastive:1"),
+        )
+    ):
+        job = job_of(tiny, out=str(tmp_path / str(k)), **changes)
+        student = new_student(job)
+        batch = next(job.batches(0))
+        terms = cid_objective(job, student)(student.encode(batch), job.source.encode(batch))
+        totals[str(changes)] = {name: value.item() for name, value in terms.values.items()}
+    plain = totals["{}"]
+    differs = {key: {name for name in plain if name in found and found[name] != plain[name]} for key, found in totals.items()}
+    assert differs["{'cluster_scale': 8.0}"] == {"cluster_classification", "cluster_distribution"}
+    assert differs["{'teacher_cluster_scale': 8.0}"] == {"cluster_distribution"}
+    assert differs["{'cluster_margin': 0.3}"] == {"cluster_classification"}
+    assert differs["{'instance_scale': 5.0}"] == {"instance_discrimination"}
+    assert set(totals["{'losses': 'contrastive:1'}"]) == {"contrastive"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(threshold=1.9), "all images are one group"),
+        (dict(removed_share=0.9999), "removed_share"),
+        (dict(clusters=500), "there are 120 images"),
+        (dict(clusters=100), "only 84 images are left"),
+        (dict(crop_scale=0.5), "teacher_features='beside'"),
+        (dict(losses="cluster:1"), "cluster_classification"),
+        (dict(inheritance="auto"), "'manual'"),
+        (dict(cluster_margin=-1.0), "from 0 to 1.5"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_stops_with_a_line(changes, message, tiny):
+    with pytest.raises(ValueError, match=message) as error:
+        job = job_of(tiny, **changes)
+        _ = job.balanced, job.clusters
+    assert "\n" not in str(error.value)
+
+
+def test_a_threshold_below_every_distance_is_refused(tiny):
+    nearest = job_of(tiny).linkage.distances[0]
+    job = job_of(tiny, threshold=max(float(nearest) * 0.9, 0.01), removed_share=0.0, out=tiny["out"] + "2")
+    if nearest > 0.012:
+        with pytest.raises(ValueError, match="nothing: the nearest two images are"):
+            _ = job.balanced
+
+
+def test_another_teachers_store_is_refused(tiny, tiny_teacher, tmp_path):
+    teacher = load_model(tiny_teacher)
+    other = new_model(teacher.config["model_cfg"], like=teacher, seed=9)
+    save_model(other, tmp_path / "other")
+    other = load_model(tmp_path / "other")
+    report = inspect_shards(tiny["data"])
+    fill(FeatureStore(report, store_key(other), tmp_path / "store"), other, progress=False)
+    with pytest.raises(ValueError, match=r"holds features of the teacher .*other"):
+        job_of(tiny, features=str(tmp_path / "store"))
+
+
+def test_the_student_can_inherit(tiny, tmp_path):
+    job = job_of(tiny, inheritance="manual")
+    inherited, fresh = new_student(job).model.state_dict(), new_student(job, inherited=False).model.state_dict()
+    rows = inherited["token_embedding.weight"]
+    assert not torch.equal(rows, fresh["token_embedding.weight"])
+    assert torch.equal(rows, job.teacher.model.state_dict()["token_embedding.weight"][:, : rows.shape[1]])
+
+
+def test_the_command_line_starts_and_continues_it_in_two_processes(tiny, tmp_path):
+    out = tmp_path / "cli"
+    given = [f"{name}={value}" for name, value in (tiny | dict(processes=2)).items() if name != "out"]
+    done = subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out), "method=ClipCid", *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = lines_of(out)
+    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
+    subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out)], check=True, capture_output=True)
+    assert lines_of(out) == lines and Run(out).config()["method"] == "ClipCid"
+
+
+def test_linear_probes_on_every_label_set(tiny, tiny_teacher, scenes):
+    train_pairs, val = load_pairs(tiny["data"]), load_pairs(tiny["val"])
+    table = probe_table({"teacher": load_model(tiny_teacher)}, train_pairs, val)
+    assert {"kind", "colour", "setting", "mean"} <= set(table.columns) and table.loc["teacher"].between(0, 1).all()
+    assert table.loc["teacher", "mean"] == pytest.approx(table.drop(columns="mean").loc["teacher"].mean())
+    part = val[:5]
+    assert part.sets["colour"] == val.sets["colour"][:5] == val.labels[:5]
+
+
+def test_snapshots_without_a_teacher_have_no_clusters(tiny):
+    job = job_of(tiny, compare_scratch=True)
+    train(job)
+    found = {labels["stage"]: set(read_snapshot(path)[0]) for path, labels in kept_snapshots(job.run)}
+    assert "clusters_student" in found["student"] and "clusters_student" not in found["scratch"]
