@@ -72,9 +72,28 @@ def explorers(folder: Path, page, out: Path) -> None:
     save(output, "clusters")
 
 
+def clip_cid(folder: Path, page, out: Path) -> None:
+    "The bench of a CLIP-CID run with its map of clusters, and a threshold chosen by slider"
+    out, data = folder / "cid", "scenes:4000,duplicates:0.6,tail:1"
+    run, cells = Run(out), notebook("train_clip_cid", folder, data=data, steps=200, compare_scratch=False, out=str(out))[0]
+    page.open("nbs/train_clip_cid.ipynb")
+    page.browser_page.set_viewport_size({"width": 1280, "height": 1500})
+    run_until(page, cells, "training")
+    until(lambda: [m["step"] for m in run.metrics()[-1:]] > [150], 600)
+    time.sleep(2)
+    save(page.browser_page.locator(".jp-OutputArea-output:has(.vlkd-panel)"), "clip_cid")
+    until(lambda: run.status()["state"] == "waiting", 600)
+    cells = notebook("explore_balance", folder)[0]
+    page.open("nbs/explore_balance.ipynb")
+    output = page.output(run_until(page, cells, "explorer"))
+    until(lambda: output.locator("img").count() > 8)
+    time.sleep(1)
+    save(output, "balance")
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         folder = project(Path(temporary))
         with JupyterServer(folder) as server, open_page(server) as page:
-            for part in (bench, explorers) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
+            for part in (bench, explorers, clip_cid) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
                 part(folder, page, folder / "run")

@@ -158,7 +158,7 @@ def test_what_cannot_work_stops_with_a_line(changes, message, tiny):
     with pytest.raises(ValueError, match=message) as error:
         job = job_of(tiny, **changes)
         _ = job.balanced, job.clusters
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not (Run(tiny["out"]).folder / "student").exists()
 
 
 def test_a_threshold_below_every_distance_is_refused(tiny):
@@ -178,6 +178,7 @@ def test_another_teachers_store_is_refused(tiny, tiny_teacher, tmp_path):
     fill(FeatureStore(report, store_key(other), tmp_path / "store"), other, progress=False)
     with pytest.raises(ValueError, match=r"holds features of the teacher .*other"):
         job_of(tiny, features=str(tmp_path / "store"))
+    assert not Run(tiny["out"]).folder.exists(), "nothing is written"
 
 
 def test_the_student_can_inherit(tiny, tmp_path):

@@ -92,6 +92,26 @@ def test_the_teacher_job_leaves_a_model(given, tmp_path):
     assert len(Run(tmp_path / "run").metrics()) == lines, "a finished model is shown, not trained again"
 
 
+def test_the_clip_cid_job_tells_its_story_and_its_clusters_can_be_explored(given, tmp_path):
+    kept = {k: given[k] for k in ("data", "val", "teacher", "steps", "batch_size", "out")}
+    notebook = execute("train_clip_cid", tmp_path / "out.ipynb", **kept, removed_share=0.3, clusters=6, map_images=20)
+    shown = outputs(notebook)
+    for wanted in ("120 pairs, 84 stay", "cluster_distribution", "removed", "scratch", "R@10", "setting", "mean"):
+        assert wanted in shown, wanted
+    assert len(re.findall('"image/png"', shown)) >= 4 and "data:image/jpeg" in shown, "pictures that need no kernel"
+    run = Run(tmp_path / "run")
+    assert run.status()["state"] == "finished" and set(run.result()["models"]) == {"teacher", "student", "scratch"}
+    clusters = execute("explore_clusters", tmp_path / "clusters.ipynb", run_folder=given["out"])
+    assert "agreement" in outputs(clusters) and '"image/png"' in outputs(clusters)
+    chosen = dict(data=given["data"], teacher=given["teacher"], threshold=0.05, write=str(tmp_path / "chosen"))
+    balance = execute("explore_balance", tmp_path / "balance.ipynb", **chosen)
+    assert "removed" in outputs(balance) and (tmp_path / "chosen" / "balance.json").exists()
+    for each in (notebook, clusters, balance):
+        assert "widget-view" not in outputs(each) and "widgets" not in each.metadata
+    with pytest.raises(PapermillExecutionError, match="would remove everything"):
+        execute("train_clip_cid", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "wrong"), threshold=1.9, clusters=6))
+
+
 def test_papermill_lists_the_parameters():
     command = [sys.executable, "-m", "papermill", "--help-notebook", str(ROOT / "nbs/train_tinyclip.ipynb")]
     shown = subprocess.run(command, capture_output=True, text=True).stdout

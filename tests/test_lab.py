@@ -282,3 +282,33 @@ def test_run_all_stops_politely_where_the_end_is_needed(project):
         assert not any(page.output_text(number) for line, number in cells.items() if number > done)
         press(page, "stop")
         until(lambda: run.status()["state"] == "stopped")
+
+
+def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(project):
+    folder, given = project
+    kept = {name: given[name] for name in ("data", "val", "teacher", "batch_size", "out")}
+    wanted = dict(clusters=6, removed_share=0.3, steps=1500, compare_scratch=False, device="cpu", map_images=24)
+    cells, _ = notebook("train_clip_cid", folder, **kept | wanted)
+    looking, _ = notebook("explore_balance", folder, data=given["data"], teacher=given["teacher"])
+    run = Run(given["out"])
+    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        page.open("nbs/train_clip_cid.ipynb")
+        bench = run_until(page, cells, "training") and page.output(cells["bench"])
+        map_of = bench.locator(".js-plotly-plot").nth(1)
+        bench.locator(".js-plotly-plot").nth(1).wait_for(timeout=60_000)
+        said = until(lambda: next((line for line in map_of.inner_text().split("\n") if "have the teacher's centre; purity" in line), ""))
+        until(lambda: "purity" in map_of.inner_text() and said not in map_of.inner_text(), 60)  # a later step
+        assert map_of.locator(".scatterlayer .point").count() >= 24
+        slider = bench.locator('input[type=number][data-name="weights.cluster_distribution"]')
+        slider.fill("0.5")
+        slider.press("Enter")
+        until(lambda: any(e.get("weights") == {"cluster_distribution": 0.5} for e in controls(run)))
+        press(page, "stop")
+        until(lambda: run.status()["state"] == "stopped", 20)
+        page.open("nbs/explore_balance.ipynb")
+        output = page.output(run_until(page, looking, "explorer"))
+        until(lambda: head(page, "removed") == "43.3%" and output.locator("img").count() > 4)
+        output.locator('input[type=range][data-name="threshold"]').focus()
+        page.browser_page.keyboard.press("Home")
+        until(lambda: head(page, "threshold") == "0.010" and head(page, "removed") != "43.3%")
+        assert page.browser_page.evaluate("window.hacked") is None

@@ -101,7 +101,7 @@ def _forest(count: int, edges: np.ndarray, distances: np.ndarray) -> tuple[np.nd
     chosen = order[np.sort(tree.data).astype(np.int64) - 1]
     return edges[chosen], distances[chosen]
 
-# %% ../nbs/07_balancing.ipynb #40807a7a
+# %% ../nbs/07_balancing.ipynb #8ddb3f50
 _PAIRS = 1 << 16  # pairs that are looked at in one go
 _LEVELS = 16
 
@@ -119,7 +119,7 @@ class _Growing:
         for start in range(0, len(i), _PAIRS):
             part = slice(start, start + _PAIRS)
             a, b = i[part], j[part]
-            level = np.searchsorted(self.levels, np.maximum(low[part], self.finest), side="right") - 1
+            level = np.searchsorted(self.levels, np.maximum(low[part].astype(np.float64), self.finest), side="right") - 1
             new = self.labels[level, a] != self.labels[level, b]
             a, b = a[new], b[new]
             distances = exact_distances(self.rows, a, b)
@@ -302,7 +302,7 @@ def join_linkages(parts: Sequence[Linkage]) -> Linkage:
     found = _forest(parts[0].count, np.concatenate([p.edges for p in parts]), np.concatenate([p.distances for p in parts]))
     return Linkage(parts[0].count, parts[0].finest, parts[0].most, *found, min(p.recall for p in parts))
 
-# %% ../nbs/07_balancing.ipynb #02847be3
+# %% ../nbs/07_balancing.ipynb #69438992
 @dataclass(frozen=True)
 class Balance:
     "Groups of near-duplicates, and which rows stay"
@@ -310,6 +310,7 @@ class Balance:
     group: Tensor  # (N,) int64, numbered in the order of their first rows
     keep: Tensor  # (M,) int64 rows, ascending; one of every group
     threshold: float  # Euclidean
+    recall: float = 1.0  # share of the true pairs that were looked at; below 1 only where a coarse partition was needed
 
     @property
     def removed_share(self) -> float:
@@ -342,7 +343,7 @@ def _nearest_to_centre(rows: np.ndarray, group: np.ndarray) -> np.ndarray:  # (g
     near = away <= least[group] + 1e-12
     return np.minimum.reduceat(np.where(near, np.arange(count), count)[order], starts)
 
-# %% ../nbs/07_balancing.ipynb #feb2eaed
+# %% ../nbs/07_balancing.ipynb #aa58cd9b
 def balance_at(
     linkage: Linkage,
     embeddings: Tensor | np.ndarray,  # the (N, D) unit rows that it was made of
@@ -353,7 +354,7 @@ def balance_at(
     if len(rows) != linkage.count:
         raise ValueError(f"the linkage is of {linkage.count} rows, embeddings has {len(rows)}: they must be the same")
     keep = np.sort(_nearest_to_centre(rows, group))
-    return Balance(torch.from_numpy(group), torch.from_numpy(keep), float(threshold))
+    return Balance(torch.from_numpy(group), torch.from_numpy(keep), float(threshold), linkage.recall)
 
 
 def semantic_balance(
@@ -423,7 +424,7 @@ def lost_per_class(
     table["removed"] = 1 - table["kept"] / table["images"]
     return table.sort_values("images")
 
-# %% ../nbs/07_balancing.ipynb #e8813448
+# %% ../nbs/07_balancing.ipynb #392cabc8
 def write_balanced(
     report: DataReport,  # of the shards
     keys: Sequence[str],  # N names "shard/key", as a store gives them
@@ -433,13 +434,13 @@ def write_balanced(
     progress: bool = True,
 ) -> list[Path]:  # one file a shard that keeps anything
     "What a balance leaves, as data that every job reads; samples that a store has no features of go too"
-    folder, kept = Path(folder), {}
+    folder, kept, by_name = Path(folder), {}, {shard.name: shard for shard in report.usable}
     if form not in ("index", "shards"):
         raise ValueError(f"form={form!r} is not valid: choose 'index' or 'shards'")
     for row in balance.keep.tolist():
-        shard = next(name for name in _names(keys[row]) if name in {s.name for s in report.usable})
+        shard = next(name for name in _names(keys[row]) if name in by_name)
         kept.setdefault(shard, []).append(keys[row][len(shard) + 1 :])
-    written, by_name = [], {shard.name: shard for shard in report.usable}
+    written = []
     for name in tqdm(sorted(kept), desc="balanced shards", disable=not progress):
         shard, path = by_name[name], folder / f"{name}{'.kept.json' if form == 'index' else '.tar'}"
         if form == "shards":
@@ -447,7 +448,8 @@ def write_balanced(
         else:
             write_index(path, shard, kept[name])
         written.append(path)
-    about = {"threshold": balance.threshold, "images": len(balance.group), "kept": len(balance.keep), "fingerprint": report.fingerprint}
+    about = {"threshold": balance.threshold, "images": len(balance.group), "kept": len(balance.keep), "recall": balance.recall}
+    about["fingerprint"] = report.fingerprint
     (folder / "balance.json").write_text(json.dumps(about, indent=1))
     return written
 
