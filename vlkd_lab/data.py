@@ -39,10 +39,10 @@ from .features import Batch
 
 # %% auto #0
 __all__ = ['project_root', 'find_shards', 'raw_samples', 'write_index', 'read_index', 'copy_samples', 'count_samples',
-           'ShardReport', 'content_digest', 'DataReport', 'inspect_shards', 'check_split', 'BadSample', 'decode_image',
-           'clean_caption', 'decode_sample', 'label_sets', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled',
-           'crop_box', 'PairStream', 'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped',
-           'show_batch', 'thumbnail']
+           'ShardReport', 'content_digest', 'DataReport', 'inspect_shards', 'check_split', 'BadSample', 'NoSample',
+           'decode_image', 'clean_caption', 'decode_sample', 'label_sets', 'View', 'FastPreprocess', 'plan_epochs',
+           'shuffled', 'crop_box', 'PairStream', 'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible',
+           'escaped', 'show_batch', 'thumbnail']
 
 # %% ../nbs/02_data.ipynb #8a275301
 def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
@@ -337,7 +337,7 @@ class DataReport:
             lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
         return "\n".join(lines + [f"damaged: {s.name}: {s.problem}" for s in self.damaged])
 
-# %% ../nbs/02_data.ipynb #9e73d003
+# %% ../nbs/02_data.ipynb #fd830d1d
 def inspect_shards(
     shards: str | Path | list,  # what `find_shards` takes, or what it returned
     cache: bool = True,  # remember the result by path, size and time of change
@@ -345,11 +345,19 @@ def inspect_shards(
 ) -> DataReport:
     "Count, check and fingerprint shards; damage is reported, not raised"
     paths = find_shards(shards)
-    names = [re.sub(r"\.(tar|tar\.gz|tgz|kept\.json)$", "", path.name) for path in paths]
-    if len(set(names)) < len(names):
-        names = [f"{path.parent.name}/{name}" for path, name in zip(paths, names, strict=True)]
+    names = _distinct_names(paths)
     bar = tqdm(zip(paths, names, strict=True), total=len(paths), desc="inspecting shards", delay=2, disable=not progress)
     return DataReport(tuple(_inspect(path, name, cache) for path, name in bar))
+
+# %% ../nbs/02_data.ipynb #3d669dcf
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    "File names without endings, with as many folders before them as it takes to tell them apart; if nothing else does, with endings"
+    plain = [path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|kept\.json)$", "", path.name)) for path in paths]
+    for depth in range(1, max(len(path.parts) for path in plain) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in plain]
+        if len(set(names)) == len(names):
+            return names
+    return ["/".join(path.parts[-2:]) for path in paths]
 
 # %% ../nbs/02_data.ipynb #09d5f5ab
 def check_split(
@@ -375,13 +383,17 @@ def check_split(
         need = f"batch_size {batch_size} × {world_size} processes = {batch_size * world_size} samples a step"
         raise ValueError(f"{report.total} samples are fewer than {need}; use a batch_size of at most {report.total // world_size}")
 
-# %% ../nbs/02_data.ipynb #5bd7391b
+# %% ../nbs/02_data.ipynb #5ae5769e
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
 _LONGEST, _NARROWEST = 2000, 50
 
 
 class BadSample(ValueError):
     "A sample that cannot be used; the message is the reason"
+
+
+class NoSample(ValueError):
+    "Not one sample of what was read can be used"
 
 
 def decode_image(
@@ -873,7 +885,7 @@ class BadSampleGuard:
                 "mend the data, or allow a larger share"
             )
 
-# %% ../nbs/02_data.ipynb #20b44676
+# %% ../nbs/02_data.ipynb #97d72ae4
 def _in_order(report: DataReport, limit: int | None) -> Iterator[tuple[int, _Item]]:
     "(0, sample) for the first `limit` samples in the order of the shards"
     shelf = _Shelf(report.usable, budget=0)
@@ -900,7 +912,7 @@ def read_once(
             rows, skipped = [], []
         rows.append((name, pair))
     if not rows:
-        raise ValueError(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
+        raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     yield _as_batch(studio, rows, skipped)
 
 # %% ../nbs/02_data.ipynb #32f92910
@@ -938,7 +950,7 @@ class Pairs:
             teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
             yield Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels)
 
-# %% ../nbs/02_data.ipynb #5586ca7f
+# %% ../nbs/02_data.ipynb #4d108e82
 def load_pairs(
     data: DataReport | str | Path | list,  # from `inspect_shards`, or what it takes
     limit: int | None = None,  # samples read at most, good or bad: the first ones
@@ -956,7 +968,7 @@ def load_pairs(
             column.append(value)
         found.append(label_sets(item.fields))
     if not columns[0]:
-        raise ValueError(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
+        raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     sets = {name: tuple(labels.get(name) for labels in found) for name in dict.fromkeys(name for labels in found for name in labels)}
     return Pairs(*map(tuple, columns), tuple(skipped), sets)
 

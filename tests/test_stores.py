@@ -1,0 +1,307 @@
+"A teacher's features on disk: the teacher's own, computed once, never another's"
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from safetensors import safe_open
+from test_data import members, own_cache, tar  # noqa: F401
+
+from vlkd_lab import stores as S
+from vlkd_lab.data import PairStream, View, inspect_shards, load_pairs, write_index
+from vlkd_lab.models import load_model, new_model
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher):
+    return load_model(tiny_teacher, "cpu")
+
+
+@pytest.fixture(scope="module")
+def other(teacher):
+    "Another teacher of the same shape and view"
+    return new_model(TINY, like=teacher, seed=8)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    "Three shards of 5, 7 and 4 pairs; the second has two bad samples, one of them first"
+    (tmp_path / "in").mkdir()
+    tar(tmp_path / "in" / "a.tar", members(range(5)))
+    bad = [("00000.jpg", b"no picture"), ("00000.txt", b"x")]
+    tar(tmp_path / "in" / "b.tar.gz", bad + members([5, 6, 7]) + [("00007x.jpg", b"\xff\xd8\xff"), *bad[1:]] + members(range(8, 12)))
+    tar(tmp_path / "in" / "c.tar", [member for member in members(range(12, 16)) if not member[0].endswith("14.cls")])
+    return tmp_path / "in"
+
+
+def store_of(vlm, files, where=""):
+    return S.FeatureStore(inspect_shards(files, progress=False), S.store_key(vlm), where)
+
+
+def fill(store, vlm, *sides, **options):
+    return S.fill(store, vlm, sides or S.SIDES, progress=False, **options)
+
+
+def files(store):
+    return {store.path(name, side) for name in store.shards for side in S.SIDES}
+
+
+@torch.no_grad()
+def straight(vlm, data):
+    "Names and rows of both sides, a sample at a time"
+    pairs = load_pairs(data)
+    images = [vlm.encode_image(vlm.preprocess(pairs.pil(k))[None]) for k in range(len(pairs))]
+    return pairs, {"image": torch.cat(images), "text": vlm.encode_text(vlm.tokenizer(list(pairs.captions)))}
+
+
+@pytest.mark.parametrize("batch_size", [3, 256])
+def test_rows_are_the_teachers_own_and_bad_samples_leave_no_gap(teacher, shards, batch_size):
+    modes = []
+    watch = teacher.model.visual.register_forward_pre_hook(lambda model, given: modes.append(model.training))
+    teacher.model.train()
+    store = store_of(teacher, sorted(shards.iterdir())[::-1])
+    assert len(store.missing()) == 6 and fill(store, teacher, batch_size=batch_size) == 6 and not store.missing()
+    watch.remove()
+    assert modes and not any(modes) and teacher.model.training and not teacher.model.eval().training
+    pairs, expected = straight(teacher, shards)
+    for side in S.SIDES:
+        stored = S.load(store, side)
+        assert stored.keys == pairs.keys and stored.rows.dtype == np.float16 and stored.rows.shape == (16, 16)
+        assert stored.labels.tolist() == [-1 if label is None else label for label in pairs.labels] and -1 in stored.labels
+        assert np.abs(stored.rows - expected[side].numpy()).max() < 2**-11
+        assert np.allclose(np.linalg.norm(stored.unit(), axis=1), 1, atol=1e-6)
+    assert [len(S.shard_features(store, name, "text").keys) for name in store.shards] == [5, 7, 4]
+
+
+def test_a_killed_job_goes_on_where_it_was(teacher, shards, monkeypatch):
+    store, seen, encode = store_of(teacher, shards), [], S.encode_shard
+
+    def killed(vlm, shard, *more):
+        seen.append(shard.name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return encode(vlm, shard, *more)
+
+    monkeypatch.setattr(S, "encode_shard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fill(store, teacher)
+    assert [name for name, _ in store.missing()] == ["b", "b", "c", "c"] and S.shard_features(store, "a", "image").keys
+    assert fill(store_of(teacher, shards), teacher, "image") == 2 and store.missing() == [("b", "text"), ("c", "text")]
+    assert fill(store, teacher) == 2 and fill(store, teacher) == 0 and seen == ["a", "b", "b", "c", "b", "c"]
+
+
+def test_a_file_is_never_seen_half_written(teacher, shards, monkeypatch):
+    store, save = store_of(teacher, shards), S.save_file
+    fill(store, teacher, "text")
+    before = {path: path.read_bytes() for path in files(store) if path.exists()}
+
+    def full(arrays, path, metadata):
+        save(arrays, path, metadata)
+        assert not any(path == visible for visible in files(store)), "written beside"
+        path.write_bytes(path.read_bytes()[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(S, "save_file", full)
+    store.path("a", "text").unlink()
+    with pytest.raises(OSError, match="no space"):
+        fill(store, teacher)
+    assert len(store.missing()) == 4 and not store.path("a", "text").exists()
+    assert all(path.read_bytes() == content for path, content in before.items() if path.exists())
+    for length in (0, 7, 200, len(before[store.path("b", "text")]) - 1):
+        store.path("b", "text").write_bytes(before[store.path("b", "text")][:length])
+        assert store.problem("b", "text") == "unreadable, or of another version"
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_processes_share_the_shards(teacher, scenes, tmp_path, world_size):
+    stores = [store_of(teacher, f"{scenes}/train-*.tar", tmp_path / "out") for _ in range(world_size)]
+    written = [fill(store, teacher, "text", rank=rank, world_size=world_size) for rank, store in enumerate(stores)]
+    assert sum(written) == 3 and max(written) - min(written) <= 1 and not stores[0].missing(["text"])
+
+
+def test_only_what_is_of_this_shard_and_this_teacher_is_used(teacher, other, shards):
+    store = store_of(teacher, shards)
+    fill(store, teacher)
+    plain, preprocess, tokenizer = S.store_key(teacher), teacher.preprocess, teacher.tokenizer
+    changed = dict(
+        weights=other,
+        preprocess=replace(teacher, preprocess=lambda image: preprocess(image.rotate(2))),
+        normalisation=replace(teacher, preprocess=lambda image: preprocess(image) + 0.02),
+        tokenizer=replace(teacher, tokenizer=lambda texts: tokenizer([text.replace("cat", "cut") for text in texts])),
+        context=replace(teacher, tokenizer=lambda texts: tokenizer(texts)[:, :-1]),
+    )
+    for what, vlm in changed.items():
+        key = S.store_key(vlm)
+        assert (key.weights != plain.weights, key.view != plain.view) == (what == "weights", what != "weights"), what
+        theirs = S.FeatureStore(inspect_shards(shards), key)
+        assert len(theirs.missing()) == 6 and not files(theirs) & files(store)
+        theirs.path("a", "image").parent.mkdir(exist_ok=True)
+        theirs.path("a", "image").write_bytes(store.path("a", "image").read_bytes())
+        assert "of another teacher" in theirs.problem("a", "image")
+        with pytest.raises(ValueError, match="a.image.safetensors: the image features of a are of another teacher.*fill"):
+            S.shard_features(theirs, "a", "image")
+    assert S.store_key(replace(teacher, preprocess=lambda image: preprocess(image))) == plain
+    tar(shards / "a.tar", members([0, 1, 2, 3, 9]))
+    after = store_of(teacher, shards)
+    assert after.missing() == [("a", "image"), ("a", "text")] and "changed since" in after.problem("a", "text")
+    assert fill(after, teacher) == 2 and S.load(after).keys[4] == "a/00009"
+
+
+def test_a_folder_of_another_teacher_is_refused_by_both_names(teacher, other, shards, tmp_path):
+    fill(store_of(teacher, shards, tmp_path / "out"), teacher, "text")
+    assert not store_of(teacher, shards, tmp_path / "out").missing(["text"])
+    mine, theirs = S.store_key(teacher), S.store_key(other)
+    said = f"{mine.teacher}.*{mine.weights[:12]}.* not of {theirs.teacher} .{theirs.weights[:12]}.*another folder"
+    with pytest.raises(ValueError, match=said):
+        store_of(other, shards, tmp_path / "out")
+    with pytest.raises(ValueError, match="holds features of the teacher"):
+        S.FeatureStore(inspect_shards(shards), replace(mine, view="0" * 64), tmp_path / "out")
+
+
+def test_shards_in_a_read_only_folder_have_their_features_in_the_cache(teacher, shards, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(S.os, "access", lambda path, mode: path != shards)
+    store = store_of(teacher, shards)
+    assert fill(store, teacher, "text") == 3 and not store.missing(["text"]) and not (shards / "features").exists()
+    assert all(tmp_path / ".cache" / "features" in path.parents for path in files(store))
+
+
+@pytest.mark.parametrize("where", ["", "out"])
+def test_an_index_has_its_shards_rows(teacher, shards, tmp_path, where):
+    where = where and tmp_path / where
+    store = store_of(teacher, shards, where)
+    fill(store, teacher)
+    report = {shard.name: shard for shard in inspect_shards(shards).shards}
+    for name, keys in (("a", ["00003", "00001"]), ("b", ["00000", "00008", "00011"])):
+        write_index(tmp_path / "chosen" / f"{name}.kept.json", report[name], keys)
+    part, whole = store_of(teacher, tmp_path / "chosen", where), S.load(store)
+    rows = [whole.keys.index(key) for key in ("a/00001", "a/00003", "b/00008", "b/00011")]
+    assert not part.missing() and S.load(part).keys == tuple(whole.keys[row] for row in rows), "00000 is a bad sample"
+    assert (S.load(part).rows == whole.rows[rows]).all() and (S.load(part).labels == whole.labels[rows]).all()
+    memory = S.StoredTeacher(part, teacher.scale)
+    assert memory._row("b/00011", "text").tolist() == S.load(store, "text").rows[rows[-1]].tolist()
+    with pytest.raises(ValueError, match="no features of a/00002"):
+        memory._row("a/00002", "text")
+
+
+def test_a_stored_teacher_answers_for_shuffled_batches_of_folders_with_the_same_names(teacher, tmp_path):
+    for k, folder in enumerate("xyz"):
+        (tmp_path / folder).mkdir()
+        for shard in range(2):
+            tar(tmp_path / folder / f"{shard}.tar", members(range(8 * k + 4 * shard, 8 * k + 4 * shard + 4)))
+    report = inspect_shards([tmp_path / "z", tmp_path / "x", tmp_path / "y"])
+    store = S.FeatureStore(report, S.store_key(teacher))
+    assert fill(store, teacher) == 12 and len(files(store)) == 12
+    memory = S.StoredTeacher(store, teacher.scale)
+    for batch in islice(PairStream(report, View(teacher.preprocess, teacher.tokenizer), 6, seed=2).batches(), 5):
+        with torch.no_grad():
+            said, expected = memory.encode(batch), teacher.encode(batch)
+        for side in S.SIDES:
+            rows = getattr(said, side)
+            assert torch.allclose(rows, getattr(expected, side), atol=2**-11) and torch.allclose(rows.norm(dim=1), torch.ones(6))
+        assert said.scale == expected.scale and not said.scale.requires_grad
+    for name in ("x/0/00099", "0/00000", "nowhere/1"):
+        with pytest.raises(ValueError, match=f"no features of {name}"):
+            memory._row(name, "image")
+
+
+def test_many_shards_pass_through_a_small_memory(teacher, shards):
+    store = store_of(teacher, shards)
+    fill(store, teacher)
+    for name in "abcacb":
+        kept = S.shard_features(store, name, "image", most=2)
+        assert kept.keys == S.encode_shard(teacher, store.shards[name][0])["image"].keys and len(store._open) <= 2
+
+
+def test_files_are_safetensors_and_nothing_else(teacher, shards, tmp_path):
+    store = store_of(teacher, shards, tmp_path / "out")
+    fill(store, teacher)
+    assert {path for path in (tmp_path / "out").iterdir()} == files(store) | {tmp_path / "out" / "store.json"}
+    for path in files(store):
+        with safe_open(path, "np") as file:
+            assert set(file.keys()) == {"keys", "labels", "rows"}
+        path.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+        assert "unreadable" in store.problem(*path.name.split(".")[:2])
+
+
+def test_features_that_are_not_finite_name_their_sample(teacher, shards):
+    broken = replace(teacher, preprocess=lambda image: teacher.preprocess(image) * float("nan"))
+    with pytest.raises(ValueError, match="image features of a/00000 are not finite"):
+        S.fill(store_of(broken, shards), broken, progress=False)
+
+
+def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards):
+    command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | dict(RANK="1", WORLD_SIZE="2"))
+    assert done.returncode == 0 and "1 files written" in done.stdout, done.stderr
+    store = store_of(teacher, shards)
+    assert store.missing(["image"]) == [("a", "image"), ("c", "image")]
+    assert S._main([str(shards), str(tiny_teacher)]) == 5 and not store.missing()
+
+
+@pytest.mark.parametrize("change", [dict(quick_gelu=True), dict(vision_cfg=TINY["vision_cfg"] | dict(head_width=16))])
+def test_the_same_weights_in_another_network_are_another_teacher(teacher, change):
+    one, two = (new_model(TINY | more, like=teacher, seed=1) for more in ({}, change))
+    assert not torch.allclose(one.encode_image(torch.ones(1, 3, 32, 32)), two.encode_image(torch.ones(1, 3, 32, 32)), atol=1e-6)
+    assert S.store_key(one) != S.store_key(two)
+
+
+def test_a_store_is_not_filled_by_another_teacher(teacher, other, shards):
+    with pytest.raises(ValueError, match="teacher"):
+        fill(store_of(teacher, shards), other)
+
+
+def test_of_two_teachers_at_an_empty_folder_the_second_is_refused(teacher, other, shards, tmp_path):
+    mine, theirs = store_of(teacher, shards, tmp_path / "out"), store_of(other, shards, tmp_path / "out")
+    fill(mine, teacher)
+    with pytest.raises(ValueError, match="holds features of the teacher"):
+        fill(theirs, other)
+
+
+def test_a_shard_without_a_usable_sample_does_not_stop_the_others(teacher, shards):
+    tar(shards / "bad.tar", [("1.jpg", b"no picture"), ("1.txt", b"x")])
+    store = store_of(teacher, shards)
+    fill(store, teacher)
+    assert not store.missing() and len(S.load(store).keys) == 16
+
+
+def test_a_huge_class_index_does_not_stop_the_others(teacher, shards):
+    tar(shards / "c.tar", [(name, b"1099511627776" if name.endswith("cls") else value) for name, value in members([12])])
+    assert fill(store_of(teacher, shards), teacher) == 6
+
+
+@pytest.mark.parametrize("where", ["", "out"])
+def test_an_index_of_an_index_has_the_shards_rows_too(teacher, shards, tmp_path, where):
+    store = store_of(teacher, shards, where and tmp_path / where)
+    fill(store, teacher)
+    inner = write_index(tmp_path / "1" / "a.kept.json", inspect_shards(shards / "a.tar").shards[0], ["00001", "00003"])
+    outer = write_index(tmp_path / "2" / "a.kept.json", inspect_shards(inner).shards[0], ["00003"])
+    assert not store_of(teacher, outer, where and tmp_path / where).missing()
+
+
+def test_an_index_under_another_name_has_the_shards_rows(teacher, shards, tmp_path):
+    fill(store_of(teacher, shards, tmp_path / "out"), teacher)
+    index = write_index(tmp_path / "chosen.kept.json", inspect_shards(shards / "a.tar").shards[0], ["00001"])
+    assert not store_of(teacher, index, tmp_path / "out").missing()
+
+
+def test_shards_whose_folders_have_the_same_name_are_all_kept(teacher, tmp_path):
+    for k, folder in enumerate("xy"):
+        (tmp_path / folder / "train").mkdir(parents=True)
+        tar(tmp_path / folder / "train" / "0.tar", members([k]))
+    store = store_of(teacher, [tmp_path / "x" / "train", tmp_path / "y" / "train"])
+    fill(store, teacher)
+    assert len(S.load(store).keys) == 2
+
+
+def test_features_beside_shards_that_became_read_only_are_used(teacher, shards, monkeypatch):
+    fill(store_of(teacher, shards), teacher)
+    monkeypatch.setattr(S.os, "access", lambda path, mode: path != shards)
+    assert not store_of(teacher, shards).missing()
