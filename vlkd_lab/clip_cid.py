@@ -27,15 +27,14 @@ from .stores import FeatureStore, Stored, load, store_key
 from .trainers import Distillation, Fit, Job, Phase, finish_fit, manual_shapes, parameter, seed_of, validation_features
 
 # %% auto #0
-__all__ = ['OPENERS', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
+__all__ = ['SAMPLED_ABOVE', 'OPENERS', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
 
-# %% ../nbs/11_clip_cid.ipynb #b8a01a60
+# %% ../nbs/11_clip_cid.ipynb #7fc9a642
 def _from(low: float, high: float, words: str = "") -> dict:
     return dict(valid=words or f"from {low:g} to {high:g}", check=lambda v: low <= v <= high)
 
 
 _POSITIVE = dict(valid="above 0", check=lambda v: v > 0)
-_PART = dict(valid="above 0, at most 1", check=lambda v: 0 < v <= 1)
 _SOURCES = dict(valid="one of 'stored', 'beside'", check=lambda v: v in ("stored", "beside"))
 
 
@@ -58,7 +57,7 @@ class ClipCid(Distillation):
     cluster_scale: float = parameter(32.0, "multiplier of the student's cosines with the centres", **_POSITIVE)
     teacher_cluster_scale: float = parameter(32.0, "multiplier of the teacher's", **_POSITIVE)
     cluster_margin: float = parameter(0.0, "radians added to the angle to the own centre (MLCD: 0.25 to 0.3)", **_from(0, 1.5))
-    class_share: float = parameter(1.0, "share of the clusters that a step's softmax runs over (MLCD: 0.1)", **_PART)
+    class_share: float = parameter(0.0, "share of the clusters in a step's softmax; 0: all up to 10,000, above 0.1 (MLCD)", **_from(0, 1))
     instance_scale: float = parameter(0.0, "multiplier in instance discrimination; 0: the teacher's own", **_from(0, 1000))
     teacher_features: str = parameter("stored", "read from the store, or computed at every step", **_SOURCES)
     map_images: int = parameter(256, "validation images on the live map of clusters", "at least 3", lambda v: v >= 3)
@@ -211,7 +210,7 @@ class ClipCidJob(_Clustered, Job):
     def look(self, fit: Fit) -> Mapping[str, Tensor]:
         return _seen_clusters(self, fit)
 
-# %% ../nbs/11_clip_cid.ipynb #c2be0215
+# %% ../nbs/11_clip_cid.ipynb #e83a7eb8
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
     options, base = job.options, job.teacher.config["model_cfg"]
@@ -225,11 +224,15 @@ def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     return student
 
 
+SAMPLED_ABOVE = 10_000  # clusters
+
+
 def cid_objective(job: ClipCidJob, student: VLM) -> Objective:
     "The terms asked for, over the job's clusters"
     options, weights = job.options, job.options.weights()
     centers = job.clusters.centers.to(job.accelerator.device)
-    holder = ClusterTerms(centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, options.class_share)
+    share = options.class_share or (1.0 if len(centers) <= SAMPLED_ABOVE else 0.1)
+    holder = ClusterTerms(centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, share)
     own = holder.terms(weights) + _instance_term(options, weights)
     width, wanted = (model_config(vlm.config["model_cfg"])["embed_dim"] for vlm in (student, job.teacher))
     plain = {name: weight for name, weight in weights.items() if name not in {term.name for term in own}}
