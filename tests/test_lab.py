@@ -226,7 +226,7 @@ def test_an_error_in_training_shows_in_the_bench(project):
         alert.wait_for(timeout=30_000)
         assert "Diverged" in alert.inner_text() and Run(given["out"]).status()["traceback"].startswith("Traceback")
         page.browser_page.locator(".vlkd-messages summary").click()
-        assert "Traceback" in page.browser_page.locator(".vlkd-messages pre").inner_text()
+        until(lambda: "Traceback" in page.browser_page.locator(".vlkd-messages pre").inner_text())
         assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
 
 

@@ -102,10 +102,11 @@ function render({ model, el }) {
   };
 
   const drawMessages = () => {
+    const open = messages.querySelector("details[open]") !== null; // what somebody reads stays open when messages change
     messages.replaceChildren(...model.get("messages").map(({ kind, text, more }) => {
       const line = make("p", { className: `vlkd-${kind}`, textContent: text, dir: "auto" });
       if (kind === "error") line.setAttribute("role", "alert");
-      return more ? make("details", {}, make("summary", {}, line), make("pre", { textContent: more })) : line;
+      return more ? make("details", { open }, make("summary", {}, line), make("pre", { textContent: more })) : line;
     }));
   };
 
