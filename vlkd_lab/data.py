@@ -39,10 +39,10 @@ from .features import Batch
 
 # %% auto #0
 __all__ = ['project_root', 'find_shards', 'raw_samples', 'write_index', 'read_index', 'copy_samples', 'count_samples',
-           'ShardReport', 'content_digest', 'DataReport', 'inspect_shards', 'check_split', 'BadSample', 'NoSample',
-           'decode_image', 'clean_caption', 'decode_sample', 'label_sets', 'View', 'FastPreprocess', 'plan_epochs',
-           'shuffled', 'crop_box', 'PairStream', 'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible',
-           'escaped', 'show_batch', 'thumbnail']
+           'ShardReport', 'content_digest', 'DataReport', 'inspect_shards', 'shards_in_name', 'check_split',
+           'BadSample', 'NoSample', 'decode_image', 'clean_caption', 'decode_sample', 'label_sets', 'View',
+           'FastPreprocess', 'plan_epochs', 'shuffled', 'crop_box', 'PairStream', 'BadSampleGuard', 'read_once',
+           'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
 
 # %% ../nbs/02_data.ipynb #8a275301
 def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
@@ -358,6 +358,14 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return ["/".join(path.parts[-2:]) for path in paths]
+
+# %% ../nbs/02_data.ipynb #6de4c16b
+def shards_in_name(
+    name: str,  # of a sample, "shard/key"; both may hold folders
+) -> list[str]:  # the shortest first
+    "What may be the shard in a sample's name"
+    parts = name.split("/")
+    return ["/".join(parts[:k]) for k in range(1, len(parts))]
 
 # %% ../nbs/02_data.ipynb #09d5f5ab
 def check_split(

@@ -137,10 +137,10 @@ def _merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     weights = asked.get("weights", {}) | changes.get("weights", {})
     return {**asked, **changes, **({"weights": weights} if weights else {})}
 
-# %% ../nbs/09_runs.ipynb #2a2e6449
+# %% ../nbs/09_runs.ipynb #fcb0f1b4
 WORKING = ("running", "paused")  # states in which a process holds the folder
 
-
+# %% ../nbs/09_runs.ipynb #c80f244c
 class Run:
     "A run folder: reading and controlling it; the job itself uses `RunWriter`"
 
