@@ -32,7 +32,7 @@ __all__ = ['Linkage', 'load_linkage', 'exact_distances', 'link', 'join_linkages'
            'usable_threshold', 'plot_balance', 'lost_per_class', 'write_balanced', 'find_pictures', 'gallery',
            'groups_html', 'Clusters', 'default_clusters', 'nearest_center', 'cluster']
 
-# %% ../nbs/07_balancing.ipynb #2d29bedf
+# %% ../nbs/07_balancing.ipynb #3a7cba1b
 @dataclass(frozen=True)
 class Linkage:
     "The shortest connections of N rows: what is needed to know their groups at any threshold from `finest` to `most`"
@@ -67,9 +67,12 @@ class Linkage:
         return float(max(np.nextafter(self.distances[wanted - 1], np.inf), self.finest))
 
     def save(self, path: str | Path) -> None:
-        "Write it as safetensors"
+        "Write it as safetensors, whole"
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
         about = {name: repr(float(getattr(self, name))) for name in ("count", "finest", "most", "recall")}
-        save_file({"edges": np.ascontiguousarray(self.edges), "distances": self.distances}, path, metadata=about)
+        save_file({"edges": np.ascontiguousarray(self.edges), "distances": self.distances}, beside, metadata=about)
+        os.replace(beside, path)
 
 # %% ../nbs/07_balancing.ipynb #ce9d63e9
 def load_linkage(path: str | Path) -> Linkage:

@@ -49,11 +49,11 @@ __all__ = ['METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_para
            'Distillation', 'TinyCLIP', 'Learner', 'probe_features', 'parameter_groups', 'plain_backward',
            'cached_backward', 'Phase', 'Diverged', 'seed_of', 'Fit', 'take_step', 'agree', 'change', 'fit', 'Work',
            'Job', 'find_data', 'make_accelerator', 'out_folder', 'open_run', 'TinyClipJob', 'open_tinyclip',
-           'find_model', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'make_student',
-           'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps',
-           'run_stage', 'run_scratch', 'finish_fit', 'validation_features', 'validation_scores', 'at_work',
-           'write_probe', 'Contrastive', 'open_contrastive', 'read_captions', 'ContrastiveJob', 'train', 'Training',
-           'StillTraining', 'start', 'current_student', 'open_job']
+           'find_model', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually',
+           'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count',
+           'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'validation_features', 'validation_scores',
+           'at_work', 'write_probe', 'Contrastive', 'open_contrastive', 'read_captions', 'ContrastiveJob', 'train',
+           'Training', 'StillTraining', 'start', 'current_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -913,15 +913,15 @@ def gate_steps(options: TinyCLIP) -> int:
     "Steps of a stage in which gates are learned"
     return min(max(round(options.gate_share * options.steps), 1), options.steps - 1) if options.inheritance.startswith("auto") else 0
 
-# %% ../nbs/10_trainers.ipynb #1e440908
-def _copy_manually(job: Job, number: int, source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:
+# %% ../nbs/10_trainers.ipynb #a77664b0
+def copy_manually(source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
     "Manual inheritance: an even spread of layers, leading heads, channels and neurons; the scale is the teacher's"
     own, state = student.model.state_dict(), source.model.state_dict()
     shapes, widths = {name: tensor.shape for name, tensor in own.items()}, head_widths(student.config["model_cfg"])
     plan = plan_manual(state, shapes, widths, layers=even_spread)
     return own | inherit(state, plan) | {"logit_scale": state["logit_scale"].clone()}, plan
 
-# %% ../nbs/10_trainers.ipynb #162a8ffc
+# %% ../nbs/10_trainers.ipynb #ff93d020
 def make_student(job: Job, number: int) -> VLM:
     "The stage's student before distillation, with its plan, written to stage-K/init and stage-K/plan.json"
     options, folder = job.options, job.run.folder / f"stage-{number}"
@@ -939,7 +939,7 @@ def make_student(job: Job, number: int) -> VLM:
         student = new_model(options.student or base, like=job.teacher, towers=towers, seed=options.seed)
         weights = student.model.state_dict()
         if options.inheritance == "manual":
-            weights, plan = _copy_manually(job, number, source, student)
+            weights, plan = copy_manually(source, student)
     student.model.load_state_dict(weights)
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
