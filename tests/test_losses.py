@@ -1,6 +1,7 @@
 "Losses against golden numbers of the reference implementations, tiled against plain, and the objective"
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -450,3 +451,80 @@ def test_instance_discrimination_is_two_contrastive_losses(tile):
     wanted = sum(contrastive(Features(x, y, torch.tensor(7.0).double()), 0) for x, y in ((a.image, b.image), (a.text, b.text))) / 2
     torch.testing.assert_close(instance_discrimination(a, b, 7.0, tile), wanted)
     assert LOSSES["instance_discrimination"].function(a, b) == instance_discrimination(a, b, 5.0), "the teacher's own scale"
+
+
+SCORES = {"vl": losses.vision_language_score, "pvl": losses.pseudo_vision_language_score, "udist": losses.unimodal_distance}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("prefix", ["", "alt_"])
+@pytest.mark.parametrize("name", SCORES)
+def test_dime_fm_is_golden(name, prefix, dtype):
+    arrays = golden("dime_fm.npz")
+    rows = {key: arrays[key].to(dtype) for key in ("student_image", "teacher_image", "teacher_text")}
+    student = rows["student_image"].requires_grad_()
+    texts = [rows["teacher_text"]] if name == "vl" else []
+    given = dict(temperature=float(arrays[f"alt_t_{name}"])) if prefix else {}
+    value = SCORES[name](student, rows["teacher_image"], *texts, **given)
+    value.backward()
+    wanted, slope = arrays[f"{prefix}{name}"], arrays[f"{prefix}{name}__grad_student_image"]
+    if dtype == torch.float64:
+        torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(student.grad, slope, rtol=1e-9, atol=1e-11)
+    else:
+        torch.testing.assert_close(value.detach().double(), wanted, rtol=3e-5, atol=0)
+        assert (student.grad.double() - slope).abs().max() <= 1e-4 * slope.abs().max()
+
+
+@pytest.mark.parametrize("total", ["total_no_flags", "total_pvl_flag", "total_both_flags", "alt_total"])
+def test_dime_fms_objective_is_golden(total):
+    arrays = golden("dime_fm.npz")
+    alt = "alt_" if total == "alt_total" else ""
+    weight = {name: float(arrays[f"{alt or 'default_'}w_{name}_loss"]) for name in SCORES}
+    weight |= {"pvl": 0.0, "udist": 0.0} if total == "total_no_flags" else {"udist": 0.0} if total == "total_pvl_flag" else {}
+    taus = [float(arrays[f"alt_t_{name}" if alt else f"default_t_{name}"]) for name in SCORES]
+    terms = [replace(term, weight=w) for term, w in zip(losses.score_terms(100.0, taus), weight.values(), strict=True)]
+    student = arrays["student_image"].requires_grad_()
+    teacher = Features(arrays["teacher_image"], arrays["teacher_text"], torch.tensor(100.0))
+    said = Objective({}, *terms)(Features(student, student[:0], torch.tensor(1.0)), teacher)
+    said.total.backward()
+    torch.testing.assert_close(said.total.detach(), arrays[total], rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(student.grad, arrays[f"{total}__grad_student_image"], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_dime_fm_in_half_precision_under_autocast_and_at_its_floor(name):
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(6, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    texts = [text] if name == "vl" else []
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = SCORES[name](image + 0.1, image, *texts)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, SCORES[name](image + 0.1, image, *texts), rtol=1e-6, atol=0)
+    assert SCORES[name](5 * image, image, *texts).abs() < 1e-5 < inside
+    assert SCORES[name](image.half(), image.half(), *[t.half() for t in texts]).dtype == torch.float32
+    student, teacher = image.clone().requires_grad_(), image.clone().requires_grad_()
+    SCORES[name](student + 0.1, teacher, *texts).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+def test_a_students_own_texts_count_and_may_be_of_another_width():
+    generator = torch.Generator().manual_seed(1)
+    image, text, own = (torch.randn(rows, width, generator=generator) for rows, width in ((6, 8), (4, 8), (6, 5)))
+    texts = torch.randn(4, 5, generator=generator, requires_grad=True)
+    value = losses.vision_language_score(own, image, text, student_text=texts)
+    value.backward()
+    assert texts.grad.abs().sum() > 0
+    kept = losses.vision_language_score(image + 1, image, text)
+    torch.testing.assert_close(losses.vision_language_score(image + 1, image, text, student_text=text), kept)
+    with pytest.raises(ValueError, match="student_image is 5 wide, the texts 8"):
+        losses.vision_language_score(own, image, text)
+    with pytest.raises(ValueError, match="student_text has 3 rows, teacher_text 4"):
+        losses.vision_language_score(own, image, text, student_text=texts[:3])
+
+
+def test_one_sentence_is_no_error_and_none_is():
+    image = torch.randn(5, 8)
+    assert losses.vision_language_score(image, image.flip(0), torch.randn(1, 8)).isfinite()
+    with pytest.raises(ValueError, match=r"teacher_text must be \(rows, width\) with at least one row"):
+        losses.vision_language_score(image, image, torch.randn(0, 8))

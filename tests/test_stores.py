@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import pytest
@@ -14,7 +14,18 @@ from safetensors import safe_open
 from test_data import members, own_cache, tar  # noqa: F401
 
 from vlkd_lab import stores as S
-from vlkd_lab.data import PairStream, View, inspect_shards, load_pairs, write_index
+from vlkd_lab.data import (
+    BadSample,
+    PairStream,
+    View,
+    decode_sample,
+    find_images,
+    find_sentences,
+    inspect_shards,
+    load_pairs,
+    raw_samples,
+    write_index,
+)
 from vlkd_lab.models import load_model, new_model
 
 
@@ -54,10 +65,18 @@ def files(store):
 
 @torch.no_grad()
 def straight(vlm, data):
-    "Names and rows of both sides, a sample at a time"
-    pairs = load_pairs(data)
-    images = [vlm.encode_image(vlm.preprocess(pairs.pil(k))[None]) for k in range(len(pairs))]
-    return pairs, {"image": torch.cat(images), "text": vlm.encode_text(vlm.tokenizer(list(pairs.captions)))}
+    "Names, classes and rows of each side, a sample at a time"
+    found = {"image": ([], [], []), "text": ([], [], [])}
+    for shard in inspect_shards(data).usable:
+        for sample, (side, (keys, labels, rows)) in product(raw_samples(shard.path), found.items()):
+            try:
+                image, caption, label = decode_sample(sample, sides=(side,))
+            except BadSample:
+                continue
+            row = vlm.encode_image(vlm.preprocess(image)[None]) if side == "image" else vlm.encode_text(vlm.tokenizer([caption]))
+            for column, value in zip((keys, labels, rows), (f"{shard.name}/{sample['__key__']}", label, row), strict=True):
+                column.append(value)
+    return {side: (tuple(keys), labels, torch.cat(rows)) for side, (keys, labels, rows) in found.items()}
 
 
 @pytest.mark.parametrize("batch_size", [3, 256])
@@ -69,14 +88,14 @@ def test_rows_are_the_teachers_own_and_bad_samples_leave_no_gap(teacher, shards,
     assert len(store.missing()) == 6 and fill(store, teacher, batch_size=batch_size) == 6 and not store.missing()
     watch.remove()
     assert modes and not any(modes) and teacher.model.training and not teacher.model.eval().training
-    pairs, expected = straight(teacher, shards)
-    for side in S.SIDES:
+    for side, (keys, labels, rows) in straight(teacher, shards).items():
         stored = S.load(store, side)
-        assert stored.keys == pairs.keys and stored.rows.dtype == np.float16 and stored.rows.shape == (16, 16)
-        assert stored.labels.tolist() == [-1 if label is None else label for label in pairs.labels] and -1 in stored.labels
-        assert np.abs(stored.rows - expected[side].numpy()).max() < 2**-11
+        assert stored.keys == keys and stored.rows.dtype == np.float16 and stored.rows.shape == (len(keys), 16)
+        assert stored.labels.tolist() == [-1 if label is None else label for label in labels] and -1 in stored.labels
+        assert np.abs(stored.rows - rows.numpy()).max() < 2**-11
         assert np.allclose(np.linalg.norm(stored.unit(), axis=1), 1, atol=1e-6)
-    assert [len(S.shard_features(store, name, "text").keys) for name in store.shards] == [5, 7, 4]
+    counts = {side: [len(S.shard_features(store, name, side).keys) for name in store.shards] for side in S.SIDES}
+    assert counts == {"image": [5, 7, 4], "text": [5, 9, 4]}, "a caption without a picture is a sentence all the same"
 
 
 def test_a_killed_job_goes_on_where_it_was(teacher, shards, monkeypatch):
@@ -186,9 +205,9 @@ def test_an_index_has_its_shards_rows(teacher, shards, tmp_path, where):
     assert not part.missing() and S.load(part).keys == tuple(whole.keys[row] for row in rows), "00000 is a bad sample"
     assert (S.load(part).rows == whole.rows[rows]).all() and (S.load(part).labels == whole.labels[rows]).all()
     memory = S.StoredTeacher(part, teacher.scale)
-    assert memory._row("b/00011", "text").tolist() == S.load(store, "text").rows[rows[-1]].tolist()
-    with pytest.raises(ValueError, match="no features of a/00002"):
-        memory._row("a/00002", "text")
+    assert memory._row(part, "b/00011", "text").tolist() == S.shard_features(store, "b", "text").rows[-1].tolist()
+    with pytest.raises(ValueError, match="no text features of a/00002"):
+        memory._row(part, "a/00002", "text")
 
 
 def test_a_stored_teacher_answers_for_shuffled_batches_of_folders_with_the_same_names(teacher, tmp_path):
@@ -208,8 +227,8 @@ def test_a_stored_teacher_answers_for_shuffled_batches_of_folders_with_the_same_
             assert torch.allclose(rows, getattr(expected, side), atol=2**-11) and torch.allclose(rows.norm(dim=1), torch.ones(6))
         assert said.scale == expected.scale and not said.scale.requires_grad
     for name in ("x/0/00099", "0/00000", "nowhere/1"):
-        with pytest.raises(ValueError, match=f"no features of {name}"):
-            memory._row(name, "image")
+        with pytest.raises(ValueError, match=f"no image features of {name}"):
+            memory._row(store, name, "image")
 
 
 def test_many_shards_pass_through_a_small_memory(teacher, shards):
@@ -226,7 +245,7 @@ def test_files_are_safetensors_and_nothing_else(teacher, shards, tmp_path):
     assert {path for path in (tmp_path / "out").iterdir()} == files(store) | {tmp_path / "out" / "store.json"}
     for path in files(store):
         with safe_open(path, "np") as file:
-            assert set(file.keys()) == {"keys", "labels", "rows"}
+            assert set(file.keys()) == {"keys", "labels", "rows", "captioned"}
         path.write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
         assert "unreadable" in store.problem(*path.name.split(".")[:2])
 
@@ -305,3 +324,70 @@ def test_features_beside_shards_that_became_read_only_are_used(teacher, shards, 
     fill(store_of(teacher, shards), teacher)
     monkeypatch.setattr(S.os, "access", lambda path, mode: path != shards)
     assert not store_of(teacher, shards).missing()
+
+
+def test_each_side_is_read_for_itself_and_pairs_are_known(teacher, tmp_path):
+    alone = [("x.jpg", members([3])[0][1]), ("y.jpg", members([4])[0][1]), ("y.txt", b"\xff"), ("z.txt", b"alone")]
+    tar(tmp_path / "a.tar", [*members(range(3)), *alone])
+    store = store_of(teacher, tmp_path)
+    fill(store, teacher)
+    pairs = load_pairs(tmp_path)
+    assert S.load(store).keys == (*pairs.keys, "a/x", "a/y") and S.load(store, "text").keys == (*pairs.keys, "a/z")
+    assert S.load(store, captioned=True).keys == pairs.keys and len(S.load(store, captioned=True).rows) == 3
+
+
+def test_text_files_and_folders_of_pictures_have_features(teacher, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "said.txt").write_bytes(b"one red star\n\ncaf\xe9\n" + b"two blue houses\n" * 30)
+    (tmp_path / "seen").mkdir()
+    for name, content in members(range(4)):
+        if name.endswith("jpg"):
+            (tmp_path / "seen" / name).write_bytes(content)
+    texts = store_of(teacher, find_sentences("said.txt"))
+    images = store_of(teacher, find_images("seen"))
+    fill(texts, teacher, "text"), fill(images, teacher, "image")
+    with torch.no_grad():
+        star = teacher.encode_text(teacher.tokenizer(["one red star"]))[0]
+    assert np.abs(S.load(texts, "text").rows[0] - star.numpy()).max() < 2**-11
+    assert S.load(texts, "text").keys[:2] == ("said-000000/000000001", "said-000000/000000004") and len(S.load(texts, "text").keys) == 31
+    assert S.load(images).rows.shape == (4, 16) and not S.load(images).labels.tolist().count(0)
+    (tmp_path / "said.txt").write_text("something else\n" * 32)
+    changed = store_of(teacher, find_sentences("said.txt"))
+    assert changed.missing(["text"]) and fill(changed, teacher, "text") == 1
+    os.remove("seen/00002.jpg")
+    (gone,) = inspect_shards([shard[0].path for shard in images.shards.values()]).damaged
+    assert gone.problem.endswith("were changed since the part was made")
+
+
+def test_numbered_crops_have_features_of_their_own(teacher, shards):
+    store, sides = store_of(teacher, shards), S.crop_sides(0.4, 3)
+    assert fill(store, teacher, *sides, "text") == 12 and store.missing(["image"])
+    stream = PairStream(shards, View(teacher.preprocess, teacher.tokenizer), 8, crop_scale=0.4, crops=3)
+    memory = S.StoredTeacher(store, teacher.scale, crop_scale=0.4)
+    met = set()
+    for batch in islice(stream.batches(), 9):
+        with torch.no_grad():
+            assert torch.allclose(memory.encode(batch).image, teacher.encode_image(batch.image), atol=2e-3)
+        met |= set(zip(batch.keys, batch.crops, strict=True))
+    assert len(met) == 48, "three epochs see every crop"
+    with pytest.raises(ValueError, match="no side 'image-crop2-0'"):
+        fill(store, teacher, "image-crop2-0")
+
+
+def test_a_batch_that_is_no_pairs_takes_its_texts_from_another_store(teacher, other, shards, tmp_path):
+    (tmp_path / "more").mkdir()
+    tar(tmp_path / "more" / "d.tar", members(range(20, 29)))
+    store, texts = store_of(teacher, shards), store_of(teacher, tmp_path / "more")
+    fill(store, teacher, "image"), fill(texts, teacher, "text")
+    image = next(PairStream(shards, View(teacher.preprocess, None), 8).batches())
+    text = next(PairStream(tmp_path / "more", View(None, teacher.tokenizer), 5).batches())
+    batch = replace(image, text=text.text, text_keys=text.keys)
+    said = S.StoredTeacher(store, teacher.scale, texts=texts).encode(batch)
+    with torch.no_grad():
+        assert torch.allclose(said.image, teacher.encode_image(image.image), atol=2e-3) and len(said.text) == 5
+        assert torch.allclose(said.text, teacher.encode_text(text.text), atol=2e-3)
+    with pytest.raises(ValueError, match="no text features of a/|no text features of b|no text features of c"):
+        S.StoredTeacher(store, teacher.scale, texts=texts).encode(replace(image, text=text.text))
+    with pytest.raises(ValueError, match="not of"):
+        fill(texts, other, "text")

@@ -98,14 +98,14 @@ def _once(job: ClipCidJob, path: Path, needs: Sequence[str], make: Callable[[], 
             make()
         job.accelerator.wait_for_everyone()
 
-# %% ../nbs/11_clip_cid.ipynb #c4bbf3ca
+# %% ../nbs/11_clip_cid.ipynb #98c80821
 class _Prepared:
     "What a job computes before it trains; each is kept where a later start finds it"
 
     @cached_property
     def stored(self) -> Stored:
-        "The teacher's image features, all of them"
-        return load(self.store)
+        "The teacher's image features of all pairs"
+        return load(self.store, captioned=True)
 
     @cached_property
     def linkage(self) -> Linkage:

@@ -73,18 +73,20 @@ def recall(
     }
     return {f"{way}_r{k}": (rank < k).float().mean().item() for way, rank in ranks.items() for k in ks}
 
-# %% ../nbs/00_features.ipynb #e162fe47
+# %% ../nbs/00_features.ipynb #4e44f309
 @dataclass(frozen=True)
 class Batch:
-    "B image-text pairs as the student, and where it differs the teacher, wants to see them"
+    "B image-text pairs, or B images and M texts, as the student, and where it differs the teacher, wants to see them"
 
     image: Tensor  # (B, 3, H, W) preprocessed for the student
-    text: Tensor  # (B, L) token ids of the student's tokenizer
+    text: Tensor  # (B, L) token ids of the student's tokenizer; (M, L) where they belong to no image
     teacher_image: Tensor | None = None  # (B, 3, H', W'); None: the student's serves
     teacher_text: Tensor | None = None  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
     captions: tuple[str, ...] = ()  # B captions as they stand in the shard; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
+    crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
+    text_keys: tuple[str, ...] = ()  # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
     skipped: tuple[tuple[str, str], ...] = field(default=())  # (sample name, reason) met while this batch was filled
 
     def for_teacher(self) -> Batch:
