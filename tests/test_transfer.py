@@ -119,6 +119,8 @@ def test_zero_shot_is_the_slow_one(models, val):
     for name, vlm in models.items():
         slow = [by_hand(vlm, labelled) for labelled in sets.values()]
         assert table.loc[name].tolist() == pytest.approx([*slow, sum(slow) / 3])
+    many = LabelledSet(val[[*range(48)] * 6], sets["kind"].labels * 6, sets["kind"].classes)
+    assert zero_shot_table(models, {"many": many})["many"].tolist() == table["kind"].tolist(), "more pictures than are seen at once"
 
 
 def test_shared_pictures_are_seen_once_a_model(models, val):
@@ -209,6 +211,7 @@ def test_pairs_that_are_no_scenes(models, val):
     plain, names = replace(val, sets={}), Classes(LABEL_SETS[HEADLINE].names)
     own = transfer(models, plain, plain, classes=names, shifts=())
     assert list(own.zero_shot.columns) == list(own.linear_probe.columns) == ["class", "mean"]
+    assert len(transfer(models, val, classes=names, shifts=()).zero_shot.columns) == 9, "scenes have more than their class"
     rows = classifier(models["student"], names)
     assert own.zero_shot.loc["student", "class"] == accuracy(predict(encode_pairs(models["student"], val).image, rows), val.labels)
     with pytest.raises(ValueError, match="known are kind"):

@@ -234,7 +234,7 @@ def steps_to_reach(run: Run, stage: str, wanted: float) -> tuple[int, int] | Non
     reached = [step for step, value in validation_curve(run, stage) if value >= wanted]
     return (reached[0] - begun[0] + 1, reached[0]) if reached else None
 
-# %% ../nbs/11_evaluation.ipynb #b3f6d97d
+# %% ../nbs/11_evaluation.ipynb #a0c93539
 def _job_stages(job: Job) -> list[str]:
     "All stages of a job, scratch last if it is asked for"
     return [stage for stage, _ in job.plan]
@@ -258,7 +258,10 @@ def job_models(job: Job) -> dict[str, VLM]:
 def _kept(job: Job, vlm: VLM) -> float:  # share of the teacher's prunable weights; nan for towers that are no transformers
     if job.costs is None:
         return math.nan
-    shapes = tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
+    try:
+        shapes = tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
+    except (ValueError, KeyError):
+        return math.nan
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
 
 

@@ -116,11 +116,11 @@ def read_part(path: Path, whole: bool = True) -> dict:  # the fields of a Part, 
             raise ValueError(f"{path}: no part of a text file or folder ({str(error).splitlines()[0]})") from None
         return {}
 
-# %% ../nbs/01_sources.ipynb #bc116c3f
+# %% ../nbs/01_sources.ipynb #d4a6d7fe
 def text_parts(
     source: Path,  # a text file, one sentence a line
     cache: Path,  # folder under which the parts are written; made if missing
-    per_part: int = 20_000,  # sentences
+    per_part: int = 0,  # sentences; 0: as many as make 64 parts, from 200 to 20,000
 ) -> list[Path]:  # the parts in their order
     "A text file cut into parts; those of an earlier call serve while the file has not changed"
     source = source.resolve()
@@ -135,12 +135,22 @@ def text_parts(
             raise ValueError(f"{source} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8")
     if start.startswith(b"\x1f\x8b"):
         raise ValueError(f"{source} is compressed: unpack it, for example with gunzip -k")
-    parts = _cut_lines(source, per_part)
+    parts = _cut_lines(source, per_part or _one_of_64(_count_lines(source), 200, 20_000))
     if not parts:
         raise ValueError(f"{source} holds no sentence: it has {stamp[0]} bytes and no line that is not blank")
     return _write_parts(home, LINES, parts, stamp)
 
-# %% ../nbs/01_sources.ipynb #2bb5b4a7
+# %% ../nbs/01_sources.ipynb #dda293ae
+def _one_of_64(count: int, least: int, most: int) -> int:
+    return min(max(-(-count // 64), least), most)
+
+
+def _count_lines(source: Path) -> int:
+    "Line feeds in a file"
+    with open(source, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 22), b""))
+
+
 def _cut_lines(source: Path, per_part: int) -> list[Part]:
     "The parts of a file, read once"
     parts, digests, bad, example = [], [], 0, ""
@@ -163,7 +173,7 @@ def _cut_lines(source: Path, per_part: int) -> list[Part]:
         raise ValueError(f"{source} is no UTF-8 text: {said}; convert it to UTF-8, one sentence a line")
     return parts
 
-# %% ../nbs/01_sources.ipynb #8ed1c353
+# %% ../nbs/01_sources.ipynb #9e197752
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 
 
@@ -185,7 +195,7 @@ def pictures_below(
 def picture_parts(
     source: Path,  # a folder
     cache: Path,  # folder under which the parts are written; made if missing
-    per_part: int = 1000,  # pictures
+    per_part: int = 0,  # pictures; 0: as many as make 64 parts, from 16 to 1000
 ) -> list[Path]:  # the parts in their order
     "A folder of pictures cut into parts; those of an earlier call serve while nothing has changed in it"
     source, files = source.resolve(), pictures_below(source.resolve())
@@ -195,6 +205,7 @@ def picture_parts(
     home = _home(cache, source)
     if (kept := _kept(home, FILES, stamp)) is not None:
         return kept
+    per_part = per_part or _one_of_64(len(files), 16, 1000)
     groups = [files[k : k + per_part] for k in range(0, len(files), per_part)]
     parts = [_picture_part(source, f"{source.name}-{k:06d}", group) for k, group in enumerate(groups)]
     return _write_parts(home, FILES, parts, stamp)

@@ -39,10 +39,10 @@ __all__ = ['SEQUENTIAL', 'DIVERGING', 'STATIC', 'FRAME_SECONDS', 'SEEN_SECONDS',
            'axis_name', 'picture', 'png_html', 'stacked', 'Still', 'Pulsed', 'MatrixView', 'Plane', 'cluster_purity',
            'RunClusters', 'Watched', 'softmax', 'measured', 'with_difference', 'probe_affinities', 'duration',
            'progress', 'headline', 'term_curves', 'curve', 'curve_style', 'curves_json', 'heatmaps_json',
-           'gate_matrices', 'drawn_gates', 'clusters_json', 'Panel', 'slider', 'run_sliders', 'run_values',
-           'run_buttons', 'measure_buttons', 'run_messages', 'Live', 'affinity_views', 'gate_views', 'gate_grid',
-           'RunWidgets', 'RunView', 'kept_students', 'RunStill', 'attach', 'differences', 'overlay_json', 'RunsView',
-           'RunsStill', 'overlay']
+           'gate_matrices', 'drawn_gates', 'clusters_json', 'kept_students', 'first_scores', 'sentences_html', 'Panel',
+           'slider', 'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages', 'Live',
+           'affinity_views', 'gate_views', 'gate_grid', 'SentenceBox', 'RunWidgets', 'RunView', 'RunStill',
+           'NearestSentences', 'attach', 'differences', 'overlay_json', 'RunsView', 'RunsStill', 'overlay']
 
 # %% ../nbs/12_widgets.ipynb #d208618a
 SEQUENTIAL, DIVERGING = "Viridis", "RdBu"  # of Plotly's colour scales
@@ -559,7 +559,7 @@ def _validation_lines(watched: Watched) -> list[dict]:
         lines.append(curve(*zip(*found, strict=True), stage, 2, line=style, mode="lines+markers", marker={"size": 4}, showlegend=False))
     return lines
 
-# %% ../nbs/12_widgets.ipynb #7bf24874
+# %% ../nbs/12_widgets.ipynb #8fc62e8e
 def _budget_lines(watched: Watched) -> list[dict]:
     lines, shares = [], {}
     own = [stage for stage in watched.curves.columns if not stage.startswith("scratch")]
@@ -584,14 +584,14 @@ def _agreement_lines(watched: Watched) -> list[dict]:
     return [curve(*zip(*found, strict=True), "cluster agreement", 3, **style)] if found else []
 
 
-def _budget_title(lines: Sequence[Mapping[str, Any]]) -> str:
+def _budget_title(watched: Watched, lines: Sequence[Mapping[str, Any]]) -> str:
     "What the third panel shows, in words"
     names = {line["name"] for line in lines}
-    if "cluster agreement" not in names:
-        return "sparsity; share of the gradient"
-    return ("sparsity; " if "expected sparsity" in names else "") + "cluster agreement; gradient"
+    sparsity = ["sparsity"] * ("expected sparsity" in names or "target_sparsity" in watched.config.get("parameters", ()))
+    clusters = ["cluster agreement"] * ("cluster agreement" in names)
+    return "; ".join([*sparsity, *clusters, "gradient" if clusters else "share of the gradient"])
 
-# %% ../nbs/12_widgets.ipynb #6dcee44a
+# %% ../nbs/12_widgets.ipynb #5ab8b10d
 def _changes_said(event: Mapping[str, Any]) -> str:
     "A control event in words"
     parts = {name: value for name, value in event.items() if name in CONTROLS and name != "weights"} | event.get("weights", {})
@@ -630,7 +630,7 @@ def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict
     layout |= {"shapes": shapes, "annotations": notes, "hovermode": "closest"}
     layout["legend"] = {"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 0, "font": {"size": 10}}
     budget = _budget_lines(watched)
-    titles = ("weighted term, nats", "R@1, mean of both directions", _budget_title(budget))
+    titles = ("weighted term, nats", "R@1, mean of both directions", _budget_title(watched, budget))
     for panel, (title, domain) in enumerate(zip(titles, ([0, 0.29], [0.38, 0.63], [0.73, 1]), strict=True), start=1):
         layout[f"xaxis{panel}"] = {"domain": domain, "anchor": axis_name("y", panel), "title": {"text": "step"}, "zeroline": False}
         layout[f"yaxis{panel}"] = {"anchor": axis_name("x", panel), "title": {"text": title, "standoff": 4}, "zeroline": False}
@@ -753,7 +753,56 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
     traces = [*_image_traces(clusters, features.astype(np.float32), found), _centre_trace(clusters), *_size_traces(clusters, found)]
     return {"data": traces, "layout": layout}
 
-# %% ../nbs/12_widgets.ipynb #e41c2a90
+# %% ../nbs/12_widgets.ipynb #dfbee3be
+def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
+    "The kept snapshots of what a run distils, without those of a yardstick trained from nothing"
+    return [(path, labels) for path, labels in kept_snapshots(run) if not labels["stage"].startswith("scratch")]
+
+
+def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was; None when no snapshot was kept
+    "The student's scores of the probe before its training"
+    for path, labels in kept_students(run)[:1]:
+        arrays = read_snapshot(path)[0]
+        return (arrays["student"], f"student, step {labels['step']}") if "student" in arrays else None
+    return None
+
+
+def _nearest(scores: np.ndarray, sentences: Sequence[str], best: int, marked: set[int]) -> str:  # (S,) of one image
+    "An image's nearest sentences as HTML, the marked ones bold"
+    said = []
+    for k in np.argsort(-scores.astype(np.float32), kind="stable")[:best]:
+        text = escaped(sentences[k][:160])
+        said.append(f"{f'<b>{text}</b>' if k in marked else text} <small>{scores[k]:.2f}</small>")
+    return "<br>".join(said)
+
+
+def sentences_html(
+    watched: Watched,
+    rows: Sequence[int],  # of the probe's images
+    best: int = 4,  # sentences of each
+    first: tuple[np.ndarray, str] | None = None,  # from `first_scores`; None: not shown
+) -> str:  # empty for a run without sentences
+    "Images of the probe with their nearest sentences under the teacher, the student before, and the student now"
+    probe = watched.probe
+    if "sentences" not in probe or not watched.teacher:
+        return ""
+    now = f"student, {watched.labels.get('stage', '')} step {watched.labels.get('step', 0)}".replace("student step", "step")
+    columns = {"teacher": watched.teacher["teacher"]} | ({first[1]: first[0]} if first else {})
+    columns |= {now: watched.arrays["student"]} if "student" in watched.arrays else {}
+    lines = "".join(_sentence_line(probe, row, columns, best) for row in rows)
+    head = "".join(f"<th style='text-align:left'>{escaped(name)}</th>" for name in ("image", *columns))
+    return f"<table style='font-size:12px'><tr>{head}</tr>{lines}</table>"
+
+# %% ../nbs/12_widgets.ipynb #8691a844
+def _sentence_line(probe: Mapping[str, Any], row: int, columns: Mapping[str, np.ndarray], best: int) -> str:
+    "One image"
+    marked = set(np.argsort(-columns["teacher"][row], kind="stable")[:best].tolist())
+    picture = f"<img alt='' style='width:64px' src='{escaped(probe['pictures'][row])}'><br>{escaped(probe['captions'][row][:80])}"
+    cells = "".join(f"<td style='text-align:left;vertical-align:top'>{_nearest(s[row], probe['sentences'], best, marked)}</td>"
+                    for s in columns.values())  # fmt: skip
+    return f"<tr><td style='text-align:left;vertical-align:top;max-width:160px'>{picture}</td>{cells}</tr>"
+
+# %% ../nbs/12_widgets.ipynb #28f5172c
 class Panel(Pulsed):
     "The head line, the controls and the messages of a run"
 
@@ -791,7 +840,8 @@ def run_sliders(watched: Watched) -> list[dict]:
     if "target_sparsity" in effect:
         specs.insert(0, slider("target_sparsity", "target sparsity", 0, 0.97, "share of prunable weights removed at the end of the run"))
     base = watched.config.get("objective", {"contrastive": 1.0})
-    for term in [*base, *(t for t in LOSSES if t not in base and "teacher" in parameters)]:
+    others = watched.config.get("terms", LOSSES) if "teacher" in parameters else ()
+    for term in [*base, *(t for t in others if t not in base)]:
         high = 4 * base.get(term, 0.0) or 4.0
         specs.append(slider(f"weights.{term}", term.replace("_", " "), 0, high, f"weight of {term} in the loss", high / 80, most=1e9))
     return specs
@@ -945,14 +995,50 @@ def gate_grid(views: Mapping[str, MatrixView]) -> ipywidgets.GridBox:
     "Three canvases a row"
     return ipywidgets.GridBox(list(views.values()), layout={"grid_template_columns": "repeat(3, 274px)", "grid_gap": "0 8px"})
 
-# %% ../nbs/12_widgets.ipynb #b9c01b05
-class RunWidgets:
+# %% ../nbs/12_widgets.ipynb #4c4369c3
+class SentenceBox:
+    "The nearest sentences of an image that was chosen in a matrix"
+
+    def __init__(self):
+        self.widget, self.image, self._first = ipywidgets.HTML(), 0, None
+
+    def show(self, watched: Watched, image: int | None = None) -> None:
+        "Bring it up to date, for another image if one is given; it stays empty where the probe has no sentences"
+        self.image = self.image if image is None else int(image)
+        if "sentences" in watched.probe:
+            self._first = self._first or first_scores(watched.run)
+            self.widget.value = sentences_html(watched, [min(self.image, len(watched.probe["captions"]) - 1)], first=self._first)
+
+# %% ../nbs/12_widgets.ipynb #f75bbc91
+class _Matrices:
+    "Canvases of a probe's affinities"
+
+    def __init__(self):
+        self.affinity = affinity_views()
+
+    def show_affinities(self, watched: Watched, measure: str) -> None:
+        "The probe's affinities"
+        captions = [visible(text)[:200] for text in watched.probe.get("captions", ())]
+        at = f"student: {watched.labels.get('stage', '')}, step {watched.labels.get('step', 0)}"
+        titles = {"student": at, "difference": "student − teacher"}
+        for name, (matrix, low, high) in probe_affinities(watched, measure).items():
+            sentences = [visible(text)[:200] for text in watched.probe["sentences"]] if "sentences" in watched.probe else captions
+            words = dict(measure=MEASURES[measure], title=titles.get(name, name), row_texts=captions, column_texts=sentences)
+            self.affinity[name].show(matrix, low, high, **words)
+
+# %% ../nbs/12_widgets.ipynb #eb96fdeb
+class RunWidgets(_Matrices):
     "The widgets of a bench: panel, curves, affinities, clusters, gates"
 
     def __init__(self, watched: Watched):
+        super().__init__()
         self.panel, self.figure = Panel(), _live_figure(curves_json(watched))
-        self.affinity, self.clusters, self.gates, self.gate_box = affinity_views(), None, {}, gate_grid({})
-        self.box = ipywidgets.VBox([self.panel, self.figure, ipywidgets.HBox(list(self.affinity.values())), self.gate_box])
+        self.clusters, self.gates, self.gate_box = None, {}, gate_grid({})
+        self.sentences = SentenceBox()
+        for view in self.affinity.values():
+            view.on_choice.append(lambda cell: self.sentences.show(watched, cell[0]))
+        matrices = ipywidgets.HBox(list(self.affinity.values()))
+        self.box = ipywidgets.VBox([self.panel, self.figure, matrices, self.sentences.widget, self.gate_box])
 
     def show_panel(self, state: Mapping[str, Any]) -> None:
         "Only what differs goes over the wire"
@@ -963,15 +1049,6 @@ class RunWidgets:
     def ready(self) -> bool:
         "Whether the page has drawn every matrix that it was sent"
         return all(view.ready() for view in (*self.affinity.values(), *self.gates.values()))
-
-    def show_affinities(self, watched: Watched, measure: str) -> None:
-        "The probe's affinities"
-        captions = [visible(text)[:200] for text in watched.probe.get("captions", ())]
-        at = f"student: {watched.labels.get('stage', '')}, step {watched.labels.get('step', 0)}"
-        titles = {"student": at, "difference": "student − teacher"}
-        for name, (matrix, low, high) in probe_affinities(watched, measure).items():
-            words = dict(measure=MEASURES[measure], title=titles.get(name, name), row_texts=captions, column_texts=captions)
-            self.affinity[name].show(matrix, low, high, **words)
 
     def show_clusters(self, drawn: Mapping[str, Any]) -> None:
         "The map of a run with clusters, made when there is one"
@@ -1033,7 +1110,7 @@ class RunView(Live):
         self.watched.look()
         return RunStill(self.watched, self.measure)
 
-# %% ../nbs/12_widgets.ipynb #9eafdb44
+# %% ../nbs/12_widgets.ipynb #b3709991
 def _update_view(view: RunView) -> None:
     "Show what a bench has to show and its page is ready for"
     now, watched, widgets = time.monotonic(), view.watched, view.widgets
@@ -1045,6 +1122,7 @@ def _update_view(view: RunView) -> None:
     if "snapshot" in view._due and (view.always or widgets.ready()):
         view._due = view._due - {"snapshot"} | {"clusters"}
         widgets.show_affinities(watched, view.measure)
+        widgets.sentences.show(watched)
         widgets.show_gates(gate_matrices(watched))
     state = watched.status["state"]
     due = view._due & {"curves", "clusters"}
@@ -1058,7 +1136,7 @@ def _update_view(view: RunView) -> None:
         view.leave_picture()
     view._was = state
 
-# %% ../nbs/12_widgets.ipynb #a5c42dc3
+# %% ../nbs/12_widgets.ipynb #2822f23e
 def _run_picture(watched: Watched, measure: str = "cosine") -> bytes | None:  # PNG; None when there is nothing to see yet
     "A run's curves, affinities, clusters and gates"
     parts = []
@@ -1067,7 +1145,7 @@ def _run_picture(watched: Watched, measure: str = "cosine") -> bytes | None:  # 
     if watched.curves.columns:
         parts.append(picture(curves_json(watched)))
     if shown := probe_affinities(watched, measure):
-        parts.append(picture(heatmaps_json(shown, MEASURES[measure])))
+        parts.append(picture(heatmaps_json(shown, MEASURES[measure], ("sentence" if "sentences" in watched.probe else "text", "image"))))
     if shown := clusters_json(watched):
         parts.append(picture(shown))
     if shown := gate_matrices(watched):
@@ -1082,11 +1160,6 @@ def _settle(watched: Watched) -> None:
         watched.arrays, watched.labels = read_snapshot(kept[-1][0])
 
 
-def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
-    "The kept snapshots of what a run distils, without those of a yardstick trained from nothing"
-    return [(path, labels) for path, labels in kept_snapshots(run) if not labels["stage"].startswith("scratch")]
-
-
 class RunStill:
     "A bench's picture with its head line as text"
 
@@ -1097,6 +1170,30 @@ class RunStill:
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         said = self.text if self.png else f"{self.text}; there is nothing to draw yet, `still()` draws it later"
         return {"text/plain": said} | ({"image/png": base64.b64encode(self.png).decode()} if self.png else {})
+
+# %% ../nbs/12_widgets.ipynb #9c9300ca
+class NearestSentences:
+    "Some images of a run's probe with their nearest sentences, as a table"
+
+    def __init__(
+        self,
+        folder: str | Path,  # of a run that distils from sentences
+        images: int = 4,  # spread evenly over the probe
+        best: int = 3,  # sentences of each
+    ):
+        run = Run(project_root() / folder)
+        watched = Watched(run)
+        watched.look()
+        if "sentences" not in watched.probe:
+            raise ValueError(f"{run.folder} has no probe of sentences: only runs that distil from sentences have one, once they have begun")
+        if watched.status["state"] not in runs.WORKING:
+            _settle(watched)
+        count = len(watched.probe["captions"])
+        rows = [k * count // images for k in range(min(images, count))]
+        self.html = sentences_html(watched, rows, best, first_scores(run))
+
+    def _repr_html_(self) -> str:
+        return self.html
 
 # %% ../nbs/12_widgets.ipynb #18bb762d
 _VIEWS: dict[Path, RunView] = {}
