@@ -113,6 +113,7 @@ def test_ties_keep_the_earlier_line_and_a_shuffle_changes_nothing_else(tmp_path,
     one = select(written(tmp_path, lines), teacher, images, 60)
     random.Random(1).shuffle(lines)
     other = select(written(tmp_path, lines), teacher, images, 60)
+    assert select(tmp_path / "0.txt", teacher, images, 60, near=2, reserve=1).counts["near-duplicates"] == 59, "60 candidates"
     scores, times = np.unique(one.scores, return_counts=True)
     alone = {text for text, score in zip(one.sentences, one.scores, strict=True) if score in scores[times == 1] and score > one.cut}
     assert np.array_equal(one.scores, other.scores) and 40 < len(alone) < 60 and alone <= set(other.sentences)
@@ -159,10 +160,12 @@ def test_what_is_held_stays_bounded(tmp_path, teacher, images, monkeypatch):
 
 
 def test_a_row_does_not_depend_on_its_company(teacher):
-    texts = [line.decode("utf-8", "ignore") for line in corpus_lines(90, 4)]
+    texts = [line.decode("utf-8", "ignore") for line in corpus_lines(90, 4)][:101]
     with torch.no_grad():
-        whole = C._encode(texts, teacher)
+        whole, passes = C._encode(texts, teacher), []
+        C._encode(texts, replace(teacher, tokenizer=lambda part: passes.append(len(part)) or teacher.tokenizer(part)))
         assert torch.equal(torch.cat([C._encode([text], teacher) for text in texts[:20]]), whole[:20])
+        assert len(set(passes)) == 1 and sum(passes) % len(texts), "the last pass is filled up"
         assert torch.allclose(whole.float(), teacher.encode_text(teacher.tokenizer(texts)), atol=1e-3)
 
 
@@ -237,6 +240,7 @@ def test_hostile_text_is_shown_as_text(tmp_path, teacher, images):
 
 def test_prompts_and_lists(tmp_path):
     assert C.class_prompts(["cat", "{}", "cat"]) == [t.replace("{}", name) for name in ("cat", "{}") for t in C.TEMPLATES]
+    assert C.class_prompts(["a{0}"], ["{x} {}", "{} or {}"]) == ["{x} a{0}", "a{0} or a{0}"]
     for wrong in (dict(names="cat"), dict(names=["cat"], templates=["a {", "{}"]), dict(names=["cat"], templates="a {}")):
         with pytest.raises(ValueError, match="names and templates|'a {'"):
             C.class_prompts(**wrong)

@@ -48,9 +48,10 @@ def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
 def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
     from vlkd_lab.clip_cid import ClipCid
+    from vlkd_lab.dime_fm import DimeFm
     from vlkd_lab.trainers import Contrastive, TinyCLIP
 
-    kind = {"train_tinyclip": TinyCLIP, "train_teacher": Contrastive, "train_clip_cid": ClipCid}[path.stem]
+    kind = {"train_tinyclip": TinyCLIP, "train_teacher": Contrastive, "train_clip_cid": ClipCid, "train_dime_fm": DimeFm}[path.stem]
     tagged = next(c for c in cells(path) if "parameters" in c["metadata"].get("tags", []))
     names: dict = {}
     exec(source(tagged), names)

@@ -10,7 +10,9 @@ import papermill
 import pytest
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
+from PIL import Image
 
+from vlkd_lab.data import load_pairs
 from vlkd_lab.runs import Run
 
 ROOT = Path(__file__).parent.parent
@@ -110,6 +112,29 @@ def test_the_clip_cid_job_tells_its_story_and_its_clusters_can_be_explored(given
         assert "widget-view" not in outputs(each) and "widgets" not in each.metadata
     with pytest.raises(PapermillExecutionError, match="would remove everything"):
         execute("train_clip_cid", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "wrong"), threshold=1.9, clusters=6))
+
+
+def test_the_dime_fm_job_tells_its_story_with_and_without_captions(given, tmp_path):
+    kept = {k: given[k] for k in ("data", "val", "teacher", "steps", "batch_size", "out")}
+    said = [f"sentence {k} about a {'red' if k % 2 else 'blue'} star\n" for k in range(80)] + ["<script>alert(1)</script> on the sea\n"] * 9
+    (tmp_path / "said.txt").write_text("".join(said))
+    kept |= dict(sentences=str(tmp_path / "said.txt"), sentence_batch=20)
+    notebook = execute("train_dime_fm", tmp_path / "out.ipynb", **kept, probe_pairs=8)
+    shown = outputs(notebook)
+    for wanted in ("vision_language_score", "scratch", "R@10", "zero-shot", "Linear-probe", "noise", "student, step 0", "sentences: "):
+        assert wanted in shown, wanted
+    assert "<script>alert" not in shown and len(re.findall('"image/png"', shown)) >= 4 and "data:image/jpeg" in shown
+    assert "widget-view" not in shown and "widgets" not in notebook.metadata
+    run = Run(tmp_path / "run")
+    assert run.status()["state"] == "finished" and set(run.result()["models"]) == {"teacher", "student", "scratch"}
+    (tmp_path / "seen").mkdir()
+    for k, image in enumerate(load_pairs(given["val"]).images[:24]):
+        Image.fromarray(image).save(tmp_path / "seen" / f"{k}.png")
+    loose = kept | dict(data=str(tmp_path / "seen"), out=str(tmp_path / "loose"), compare_scratch=False, grounded=30)
+    shown = outputs(execute("train_dime_fm", tmp_path / "loose.ipynb", **loose))
+    assert "30 samples" in shown and "zero-shot" in shown and set(Run(tmp_path / "loose").result()["models"]) == {"teacher", "student"}
+    with pytest.raises(PapermillExecutionError, match="have no captions: choose compare_scratch=False"):
+        execute("train_dime_fm", tmp_path / "wrong.ipynb", **loose | dict(out=str(tmp_path / "wrong"), compare_scratch=True))
 
 
 def test_papermill_lists_the_parameters():

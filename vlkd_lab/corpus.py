@@ -199,8 +199,8 @@ def _unit_images(images: Tensor, width: int) -> Tensor:  # (M, width) float16
         raise ValueError(f"images must be unit rows; row {row} has length {float(norms[row]):g}: divide each row by its length")
     return images.half()
 
-# %% ../nbs/07_corpus.ipynb #1f37eb66
-_IMAGES = 2048  # that a block of sentences is compared with at once
+# %% ../nbs/07_corpus.ipynb #460e7a99
+_IMAGES = 1024  # that a block of sentences is compared with at once
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _evaluating(vlm: VLM) -> Iterator[None]:
 
 def _encode(texts: Sequence[str], vlm: VLM) -> Tensor:  # (B, D) float16 unit rows on the teacher's device
     "Features of some sentences, every pass with the same number of rows"
-    rows, found = 64 if vlm.device.type == "cpu" else 512, []
+    rows, found = 32 if vlm.device.type == "cpu" else 512, []
     for start in range(0, len(texts), rows):
         part = list(texts[start : start + rows])
         tokens = vlm.tokenizer(part + part[:1] * (rows - len(part)))
@@ -266,14 +266,14 @@ class _Candidates:
         self.cut = self.parts[0][0][-1] if len(rows) == self.room else -math.inf
         return self.parts[0]
 
-# %% ../nbs/07_corpus.ipynb #7fd8bac3
+# %% ../nbs/07_corpus.ipynb #23b10d00
 def _squares(a: Tensor, b: Tensor) -> Tensor:  # (A, D), (B, D) float64 that hold half-precision rows -> (A, B)
     "Squared distances, exact"
     return (a * a).sum(dim=1)[:, None] + (b * b).sum(dim=1) - 2 * a @ b.T
 
 
 def _distinct(
-    texts: Sequence[str], features: Tensor, count: int, near: float, side: int = 512
+    texts: Sequence[str], features: Tensor, count: int, near: float, side: int = 256
 ) -> tuple[list[int], dict[int, tuple[str, int]]]:  # rows that are kept; of others the reason, and the row that is kept instead
     "From the best down those that are near to none that is kept"
     kept, gone, words = [], {}, {}

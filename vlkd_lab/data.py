@@ -1030,7 +1030,7 @@ def read_once(
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     yield _as_batch(studio, rows, skipped)
 
-# %% ../nbs/02_data.ipynb #32f92910
+# %% ../nbs/02_data.ipynb #0af7dd94
 @dataclass(frozen=True)
 class Pairs:
     "Decoded pairs in memory"
@@ -1060,8 +1060,8 @@ class Pairs:
         lenses, words = _shared_views(student, teacher or View(None, None))
         for start in range(0, len(self), batch_size):
             part = self[start : start + batch_size]
-            images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses]
-            texts = [tokens(list(part.captions)) for tokens in words]
+            images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses] or [torch.zeros(len(part), 0)]
+            texts = [tokens(list(part.captions)) for tokens in words] or [torch.zeros(len(part), 0, dtype=torch.long)]
             teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
             yield Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels)
 

@@ -1,0 +1,324 @@
+"DIME-FM as a job: two streams, two stores, towers of any family, and that a killed one ends as if undisturbed"
+
+import json
+import re
+import subprocess
+import sys
+from itertools import islice
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file
+
+from vlkd_lab import trainers
+from vlkd_lab.data import find_images, inspect_shards
+from vlkd_lab.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
+from vlkd_lab.evaluation import compare, finish
+from vlkd_lab.features import Batch
+from vlkd_lab.models import load_model, new_model, save_model
+from vlkd_lab.runs import Run, kept_snapshots, read_snapshot
+from vlkd_lab.samples import write_sentences
+from vlkd_lab.stores import FeatureStore, fill, store_key
+from vlkd_lab.trainers import check_parameters, make_accelerator, train
+
+
+@pytest.fixture
+def tiny(scenes, tiny_teacher, tmp_path):
+    "Parameters of a job that takes seconds"
+    write_sentences(tmp_path / "said.txt", 250)
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=str(tiny_teacher), device="cpu")
+    given |= dict(steps=6, batch_size=16, sentence_batch=24, warmup=2, validate_every=3, validate_pairs=40)
+    return given | dict(sentences=str(tmp_path / "said.txt"), out=str(tmp_path / "run"), compare_scratch=False, probe_pairs=8)
+
+
+def job_of(tiny, **changes):
+    return open_dime_fm(check_parameters(DimeFm, tiny | changes))
+
+
+def lines_of(folder):
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+
+
+def test_the_streams_are_independent_of_each_other(tiny, tmp_path):
+    job = job_of(tiny)
+    batches = list(islice(job.unpaired(0), 12))
+    assert all(len(batch) == 16 and len(batch.text_keys) == 24 and not batch.captions for batch in batches)
+    for start in (1, 7):
+        resumed = islice(job_of(tiny).unpaired(start), 3)
+        assert [(b.keys, b.text_keys) for b in resumed] == [(b.keys, b.text_keys) for b in batches[start : start + 3]]
+    more = list(islice(job_of(tiny, sentence_batch=5, out=str(tmp_path / "more")).unpaired(0), 12))
+    assert [b.keys for b in more] == [b.keys for b in batches], "the number of sentences does not touch the images"
+    other = list(islice(job_of(tiny, batch_size=8, out=str(tmp_path / "other")).unpaired(0), 12))
+    assert [b.text_keys for b in other] == [b.text_keys for b in batches]
+    seeded = list(islice(job_of(tiny, seed=1, out=str(tmp_path / "seed")).unpaired(0), 2))
+    assert seeded[0].keys != batches[0].keys and seeded[0].text_keys != batches[0].text_keys
+
+
+def test_a_step_is_the_formula_and_moves_the_image_tower_alone(tiny):
+    job = job_of(tiny)
+    student, before = new_student(job), job.teacher.model.state_dict()
+    batch = next(job.unpaired(0))
+    with torch.no_grad():
+        V, U = job.source.encode(batch).image, job.source.encode(batch).text
+        I = student.encode_image(batch.image)  # noqa: E741
+    divergence = lambda p, q: (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()  # noqa: E731
+    expected = 0.7 * (divergence(100 * V @ U.T, 100 * I @ U.T) + divergence(100 * U @ V.T, 100 * U @ I.T))
+    expected += 0.3 * 2 * divergence(100 / 3 * V @ V.T, 100 / 3 * I @ V.T)
+    train(job)
+    assert lines_of(tiny["out"])[1]["total"] == pytest.approx(float(expected), rel=1e-4)
+    after = load_model(f"{tiny['out']}/student/student", "cpu").model.state_dict()
+    kept = {name for name in after if name in before and after[name].shape == before[name].shape and torch.equal(after[name], before[name])}
+    assert kept >= {name for name in after if not name.startswith("visual.")}, "text tower and scale are the teacher's, bit for bit"
+    fresh = new_student(job).model.state_dict()
+    assert not any(torch.equal(after[name], fresh[name]) for name in after if name.startswith("visual.") and "in_proj_weight" in name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(text_tower="student"),
+        dict(teacher_features="beside", crop_scale=0.5),
+        dict(augmentations=3, crop_scale=0.5),
+        dict(micro_batch=5),
+    ],
+    ids=str,
+)
+def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tmp_path, monkeypatch):
+    tiny = tiny | changes | dict(checkpoint_seconds=0.0)
+    train(job_of(tiny))
+    step, taken = trainers.take_step, []
+
+    def dies(fit, batch):
+        taken.append(fit.step)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(fit, batch)
+
+    monkeypatch.setattr(trainers, "take_step", dies)
+    out = str(tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        train(job_of(tiny, out=out))
+    train(job_of(tiny, out=out))
+    assert lines_of(out) == lines_of(tiny["out"]) and taken == [0, 1, 2, 3, 3, 4, 5]
+    a, b = (load_file(f"{folder}/student/student/open_clip_model.safetensors") for folder in (out, tiny["out"]))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("text_tower", ["teacher", "student"])
+def test_gradient_caching_gives_the_same_step_for_sides_of_any_length(tiny, text_tower, tmp_path):
+    job = job_of(tiny, text_tower=text_tower)
+    accelerator, learner = make_accelerator(job.options), ImageLearner if text_tower == "teacher" else UnpairedLearner
+    batch = next(job.unpaired(0))
+    teacher, objective = job.source.encode(batch), dime_objective(job.options)
+    loss = lambda student: objective(student, teacher).total  # noqa: E731
+    found = []
+    for micro in (0, 1, 5, 16, 30):
+        student = new_student(job)
+        trained = learner(student.model)
+        given = dict(learner=trained, batch=batch, loss=loss, accelerator=accelerator)
+        total = trainers.cached_backward(**given, micro_batch=micro) if micro else trainers.plain_backward(**given)
+        grads = {name: p.grad.clone() for name, p in student.model.named_parameters() if p.grad is not None}
+        assert {name.startswith("visual.") for name in grads} == ({True} if text_tower == "teacher" else {True, False})
+        found.append((total, grads))
+    for total, grads in found[1:]:
+        torch.testing.assert_close(total, found[0][0])
+        assert set(grads) == set(found[0][1])
+        for name, whole in found[0][1].items():
+            assert (grads[name] - whole).abs().max() <= 1e-4 * max(whole.abs().max(), 1e-3), name
+
+
+def test_stored_features_teach_as_the_teacher_does_also_through_numbered_crops(tiny, tmp_path):
+    cropped = tiny | dict(augmentations=2, crop_scale=0.5)
+    totals = []
+    for k, given in enumerate((tiny, tiny | dict(teacher_features="beside"), cropped, cropped | dict(teacher_features="beside"))):
+        train(job_of(given, out=str(tmp_path / str(k))))
+        totals.append([line["total"] for line in lines_of(tmp_path / str(k)) if "total" in line])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-2) and totals[2] == pytest.approx(totals[3], rel=1e-2)
+    assert totals[0] != pytest.approx(totals[2], rel=1e-3)
+
+
+def test_students_of_other_families_open_elsewhere(tiny, tmp_path):
+    (tmp_path / "wide.json").write_text(json.dumps(TINY | dict(embed_dim=24, text_cfg=TINY["text_cfg"] | dict(width=16, heads=2))))
+    for name, changes in {
+        "timm": dict(student="timm:resnet10t", image_size=64),
+        "wide": dict(student=str(tmp_path / "wide.json")),
+        "both": dict(student=str(tmp_path / "wide.json"), text_tower="student", image_size=48),
+    }.items():
+        job = job_of(tiny, out=str(tmp_path / name), steps=3, compare_scratch=name == "both", **changes)
+        train(job)
+        folder = tmp_path / name / "student" / "student"
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        own = load_model(folder, "cpu")
+        picture = job.val.pil(0)
+        seen = preprocess(picture)[None]
+        assert seen.shape == (1, 3, *[changes.get("image_size", 32)] * 2) and torch.equal(seen[0], own.preprocess(picture))
+        with torch.no_grad():
+            assert torch.allclose(model.eval().encode_image(seen, normalize=True), own.encode_image(seen))
+            assert own.encode_text(own.tokenizer(["a star"])).shape == (1, 16), "of the teacher's joint width"
+        table = compare(job)
+        assert table.loc["student", "kept"] != table.loc["student", "kept"] if name == "timm" else table.loc["student", "kept"] > 0
+        assert {"scratch"} <= set(table.index) or name != "both"
+        finish(job, table)
+
+
+def test_a_student_starts_where_it_is_told(tiny, tmp_path):
+    job = job_of(tiny, inheritance="manual")
+    plain = new_student(job, inherited=False).model.state_dict()
+    assert not torch.equal(new_student(job).model.state_dict()["visual.conv1.weight"], plain["visual.conv1.weight"])
+    other = new_model(TINY | dict(embed_dim=24), like=job.teacher, seed=77)
+    save_model(other, tmp_path / "other")
+    (tmp_path / "same.json").write_text(json.dumps(TINY))
+    given = dict(student=str(tmp_path / "same.json"), start_from=str(tmp_path / "other"))
+    started = new_student(job_of(tiny, out=str(tmp_path / "start"), **given)).model.state_dict()
+    assert torch.equal(started["visual.conv1.weight"], other.model.state_dict()["visual.conv1.weight"])
+    assert started["visual.proj"].shape == (32, 16), "its map to the joint width is new"
+    with pytest.raises(ValueError, match=r"start_from=.* has another image tower than the student: \d+ of \d+ weights do not fit"):
+        new_student(job_of(tiny, out=str(tmp_path / "no"), student="", student_share=0.3, start_from=str(tmp_path / "other")))
+
+
+def test_a_folder_of_pictures_and_prompts_are_enough(tiny, tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").touch()
+    monkeypatch.chdir(tmp_path)
+    job = job_of(tiny)
+    (tmp_path / "seen").mkdir()
+    for k in range(30):
+        job.val.pil(k).save(tmp_path / "seen" / f"{k}.png")
+    (tmp_path / "classes.txt").write_text("red <b>star</b>\nblue house\n")
+    (tmp_path / "one.txt").write_text("one sentence\n")
+    own = job_of(tiny, data="seen", sentences="one.txt", class_names="classes.txt", sentence_batch=9, out="loose", steps=2)
+    train(own)
+    assert own.report.total == 30 and own.sentence_report.total == 9 and inspect_shards(find_images("seen")).total == 30
+    assert "a photo of a red <b>star</b>." in (tmp_path / "loose/prompts.txt").read_text()
+    with pytest.raises(ValueError, match="compare_scratch=True trains on pairs, and the images of data='seen' have no captions"):
+        job_of(tiny, data="seen", compare_scratch=True, out="refused")
+    with pytest.raises(ValueError, match="one.txt holds 1 sentence; give more"):
+        job_of(tiny, data="seen", sentences="one.txt", out="refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_most_grounded_sentences_are_chosen_once(tiny, tmp_path, monkeypatch):
+    job = job_of(tiny, grounded=60)
+    assert job.sentence_report.total == 60 == len((tmp_path / "run/sentences.txt").read_text().splitlines())
+    assert list(job.selection.sentences) == (tmp_path / "run/sentences.txt").read_text().splitlines()
+    monkeypatch.setattr("vlkd_lab.corpus.select_sentences", lambda *a, **k: pytest.fail("selected again"))
+    assert job_of(tiny, grounded=60).sentence_report.fingerprint == job.sentence_report.fingerprint
+    with pytest.raises(ValueError, match="selects from text files, and sentences=.* names shards"):
+        job_of(tiny, grounded=60, sentences=tiny["data"], out=str(tmp_path / "no"))
+
+
+def test_captions_of_shards_are_sentences(tiny, scenes):
+    job = job_of(tiny, sentences=f"{scenes}/val-000000.tar")
+    assert job.sentence_report.total == 48 and next(job.unpaired(0)).text_keys[0].startswith("val-000000/")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(losses="contrastive:1"), "contrastive needs pairs; without pairs there are vision_language_score"),
+        (dict(losses="vision_score:1"), "no loss 'vision_score'"),
+        (dict(text_tower="none"), "one of 'teacher', 'student'"),
+        (dict(sentence_batch=500), "holds 250 sentences; give more"),
+        (dict(sentence_batch=1), "at least 2"),
+        (dict(student="timm:resnet10t", text_tower="student"), "has no text tower"),
+        (dict(student="timm:resnet10x"), "timm has no model 'resnet10x'; near: "),
+        (dict(student="ViT-B-33"), "no configuration 'ViT-B-33'"),
+        (dict(crop_scale=0.5), "augmentations=4"),
+        (dict(augmentations=2), "with crop_scale=1"),
+        (dict(score_temperature=0.0), "above 0"),
+        (dict(processes=5, batch_size=20), "sentence_batch=24 cannot be split over 5 processes"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_work_stops_with_a_line(changes, message, tiny):
+    with pytest.raises(ValueError, match=message) as error:
+        job_of(tiny, **changes)
+    assert "\n" not in str(error.value) and not Run(tiny["out"]).folder.exists()
+
+
+def test_another_teachers_store_is_refused(tiny, tiny_teacher, tmp_path):
+    teacher = load_model(tiny_teacher)
+    save_model(new_model(teacher.config["model_cfg"], like=teacher, seed=9), tmp_path / "other")
+    other = load_model(tmp_path / "other")
+    fill(FeatureStore(inspect_shards(tiny["data"]), store_key(other), tmp_path / "store"), other, progress=False)
+    with pytest.raises(ValueError, match=r"holds features of the teacher .*other"):
+        job_of(tiny, features=str(tmp_path / "store"))
+    assert not Run(tiny["out"]).folder.exists(), "nothing is written"
+
+
+def test_a_term_that_needs_pairs_is_refused_in_mid_run(tiny):
+    job, refused = job_of(tiny), []
+    taken = trainers.take_step
+
+    def asks(fit, batch):
+        found = taken(fit, batch)
+        if fit.step == 2:
+            for wish in (dict(contrastive=1.0), dict(unimodal_distance=0.5)):
+                try:
+                    trainers.change(fit, {"weights": wish})
+                except ValueError as error:
+                    refused.append(str(error))
+        return found
+
+    trainers.take_step = asks
+    try:
+        train(job)
+    finally:
+        trainers.take_step = taken
+    assert refused == ["contrastive needs pairs: images and texts of this run do not belong together"]
+    assert "unimodal_distance" in [line for line in job.run.metrics() if "total" in line][-1]
+    assert job.run.config()["terms"] == ["vision_language_score", "pseudo_vision_language_score", "unimodal_distance"]
+
+
+def test_options_reach_the_terms(tiny, tmp_path):
+    found = {}
+    for k, changes in enumerate(
+        ({}, dict(score_scale=20.0), dict(score_temperature=2.0), dict(pseudo_temperature=2.0), dict(distance_temperature=2.0))
+    ):
+        losses = "vision_language_score:1, pseudo_vision_language_score:1, unimodal_distance:1"
+        job = job_of(tiny, out=str(tmp_path / str(k)), losses=losses, **changes)
+        batch, student = next(job.unpaired(0)), new_student(job)
+        with torch.no_grad():
+            seen = student.encode(Batch(batch.image, student.tokenizer(["a star"])))
+            found[str(changes)] = {n: v.item() for n, v in dime_objective(job.options)(seen, job.source.encode(batch)).values.items()}
+    plain = found["{}"]
+    differs = [{name.split("_")[0] for name in plain if own[name] != plain[name]} for own in list(found.values())[1:]]
+    assert differs == [{"vision", "pseudo", "unimodal"}, {"vision"}, {"pseudo"}, {"unimodal"}]
+
+
+def test_the_probe_is_of_sentences_and_its_scores_are_snapshots(tiny):
+    job = job_of(tiny, compare_scratch=True)
+    train(job)
+    probe = json.loads((job.run.folder / "probe.json").read_text())
+    assert len(probe["sentences"]) == len(set(probe["sentences"])) == 16 and len(probe["captions"]) == 8
+    taught = read_snapshot(job.run.folder / "probe.safetensors")[0]["teacher"]
+    said = (job.run.folder.parent / "said.txt").read_text().splitlines()
+    assert taught.shape == (8, 16) and set(probe["sentences"]) <= set(said)
+    with torch.no_grad():
+        texts = job.teacher.encode_text(job.teacher.tokenizer(probe["sentences"]))
+        image = job.teacher.encode_image(job.teacher.preprocess(job.val.pil(job.probe_rows[3]))[None])
+    assert torch.allclose(torch.from_numpy(taught[3]), (image @ texts.T)[0], atol=1e-4)
+    shapes = {labels["stage"]: read_snapshot(path)[0]["student"].shape for path, labels in kept_snapshots(job.run)}
+    assert shapes == {"student": (8, 16), "scratch": (8, 16)}
+
+
+def test_the_command_line_starts_and_continues_it_in_two_processes(tiny, tmp_path):
+    out = tmp_path / "cli"
+    given = [f"{name}={value}" for name, value in (tiny | dict(processes=2, text_tower="student", micro_batch=5)).items() if name != "out"]
+    done = subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out), "method=DimeFm", *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = lines_of(out)
+    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
+    subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out)], check=True, capture_output=True)
+    assert lines_of(out) == lines and Run(out).config()["method"] == "DimeFm"
+
+
+def test_broken_lines_are_counted_and_named(tiny, tmp_path):
+    (tmp_path / "said.txt").write_bytes((tmp_path / "said.txt").read_bytes() + b"caf\xe9\n" * 5)
+    job = job_of(tiny, sentence_batch=200, steps=3)
+    train(job)
+    named = [json.loads(line) for line in (job.run.folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert {entry["reason"] for entry in named} == {f"line {k} is not UTF-8 at byte 3" for k in range(251, 256)}
+    assert all(re.fullmatch(r"said-\d{6}/\d{9}", entry["sample"]) for entry in named)
