@@ -27,7 +27,7 @@ from .trainers import Distillation, Job, Learner, Phase, at_least, finish_fit, m
 
 # %% auto #0
 __all__ = ['PROBE_POOL', 'EACH', 'OPENERS', 'DimeFm', 'student_config', 'new_student', 'UnpairedLearner', 'ImageLearner',
-           'open_dime_fm', 'DimeFmJob', 'dime_objective']
+           'open_dime_fm', 'nearest_each', 'DimeFmJob', 'dime_objective']
 
 # %% ../nbs/11_dime_fm.ipynb #9c2f1582
 _POSITIVE = dict(valid="above 0", check=lambda v: v > 0)
@@ -275,11 +275,11 @@ class _Streams(_Sentences):
         for image, text in zip(self.images.batches(step), self.texts.batches(step), strict=False):
             yield replace(image, text=text.text, text_keys=text.keys, captions=(), skipped=image.skipped + text.skipped)
 
-# %% ../nbs/11_dime_fm.ipynb #962eb6ff
+# %% ../nbs/11_dime_fm.ipynb #289b9c29
 PROBE_POOL = 2000  # sentences of the corpus among which the probe's are found
 EACH = 2  # sentences of the probe for each of its images
 
-
+# %% ../nbs/11_dime_fm.ipynb #6f7dfbbc
 class _Probe:
     "What is looked at while it trains: images of the validation set beside sentences of the corpus, and scores"
 
@@ -309,7 +309,6 @@ class _Probe:
         batch = next(pairs.batches(self.view, batch_size=len(pairs), teacher=teacher))
         return replace(batch, text=self.teacher.tokenizer(list(self.chosen_sentences))).to(self.accelerator.device)
 
-# %% ../nbs/11_dime_fm.ipynb #8748c7b2
     @cached_property
     def said(self) -> Tensor:  # (N, D) unit rows
         "The validation captions under the teacher's text tower"
@@ -326,7 +325,7 @@ class _Probe:
         student.model.train()
         return recall(Features(torch.cat(rows), self.said, self.teacher.scale), ks=(1,), captions=self.val.captions)
 
-
+# %% ../nbs/11_dime_fm.ipynb #1b486dc2
 def nearest_each(
     scores: np.ndarray,  # (P, S) of images against sentences
     texts: list[str],  # S sentences, of which equal ones count once
