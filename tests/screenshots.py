@@ -91,9 +91,26 @@ def clip_cid(folder: Path, page, out: Path) -> None:
     save(output, "balance")
 
 
+def dime_fm(folder: Path, page, out: Path) -> None:
+    "The bench of a DIME-FM run, with an image's nearest sentences"
+    out = folder / "dime"
+    run, cells = Run(out), notebook("train_dime_fm", folder, data="scenes:4000", steps=300, compare_scratch=False, out=str(out))[0]
+    page.open("nbs/train_dime_fm.ipynb")
+    page.browser_page.set_viewport_size({"width": 1280, "height": 1500})
+    number = run_until(page, cells, "bench")
+    run_until(page, {line: n for line, n in cells.items() if n > number}, "training")
+    until(lambda: [m["step"] for m in run.metrics()[-1:]] > [200], 600)
+    canvas = page.browser_page.locator(".vlkd-matrix canvas").first
+    canvas.click(position={"x": 60, "y": 120})
+    page.browser_page.locator(".jp-OutputArea-output:has(.vlkd-panel) table b").first.wait_for()
+    time.sleep(2)
+    save(page.browser_page.locator(".jp-OutputArea-output:has(.vlkd-panel)"), "dime_fm")
+    until(lambda: run.status()["state"] == "waiting", 600)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         folder = project(Path(temporary))
         with JupyterServer(folder) as server, open_page(server) as page:
-            for part in (bench, explorers, clip_cid) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
+            for part in (bench, explorers, clip_cid, dime_fm) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
                 part(folder, page, folder / "run")

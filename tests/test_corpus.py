@@ -218,9 +218,12 @@ def test_written_sentences_are_one_a_line_and_the_report_lies_beside(tmp_path, t
         path = C.write_selection(found, tmp_path / "new" / "kept.txt")
         assert tuple(path.read_text(encoding="utf-8").splitlines()) == found.sentences == C.read_lines(path)
     about = json.loads((tmp_path / "new" / "kept.json").read_text())
+    again = C.read_selection(path)
+    assert str(again) == str(found) and again.dropped == found.dropped and (again.scores == found.scores).all()
     assert about["counts"] == found.counts and about["near"] == 0.05 and about["sources"] == ["0.txt"]
     assert about["scores"]["1"] == found.scores[0] and about["cut"] == found.scores[-1]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["kept.json", "kept.txt"] and str(tmp_path) not in json.dumps(about)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["kept.json", "kept.safetensors", "kept.txt"]
+    assert str(tmp_path) not in json.dumps(about)
     with pytest.raises(ValueError, match=".json"):
         C.write_selection(found, tmp_path / "kept.json")
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from itertools import islice
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -13,7 +14,7 @@ from conftest import TINY
 from safetensors.torch import load_file
 
 from vlkd_lab import trainers
-from vlkd_lab.data import find_images, inspect_shards
+from vlkd_lab.data import escaped, find_images, inspect_shards, visible
 from vlkd_lab.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
 from vlkd_lab.evaluation import compare, finish
 from vlkd_lab.features import Batch
@@ -22,6 +23,7 @@ from vlkd_lab.runs import Run, kept_snapshots, read_snapshot
 from vlkd_lab.samples import write_sentences
 from vlkd_lab.stores import FeatureStore, fill, store_key
 from vlkd_lab.trainers import check_parameters, make_accelerator, train
+from vlkd_lab.widgets import NearestSentences, RunView, curves_json
 
 
 @pytest.fixture
@@ -302,6 +304,30 @@ def test_the_probe_is_of_sentences_and_its_scores_are_snapshots(tiny):
     assert torch.allclose(torch.from_numpy(taught[3]), (image @ texts.T)[0], atol=1e-4)
     shapes = {labels["stage"]: read_snapshot(path)[0]["student"].shape for path, labels in kept_snapshots(job.run)}
     assert shapes == {"student": (8, 16), "scratch": (8, 16)}
+
+
+def test_the_bench_shows_scores_of_sentences_and_what_is_nearest(tiny, tmp_path):
+    hostile = "<img src=x onerror=alert(1)> \u202e a red star"
+    (tmp_path / "said.txt").write_text("".join(f"{hostile} {k}\n" for k in range(40)))
+    job = job_of(tiny, sentence_batch=20)
+    train(job)
+    bench = RunView(job.run.folder, live=True)
+    canvases, probe = bench.widgets.affinity, bench.watched.probe
+    assert {name: view.matrix.shape for name, view in canvases.items()} == dict.fromkeys(("teacher", "student", "difference"), (8, 16))
+    assert canvases["student"].column_texts == [visible(text) for text in probe["sentences"]] and len(canvases["student"].row_texts) == 8
+    names = [spec["name"] for spec in bench.panel.sliders]
+    assert [name for name in names if name.startswith("weights.")] == [f"weights.{name}" for name in job.run.config()["terms"]]
+    canvases["difference"]._hear({"chosen": [5, 3]})
+    shown = bench.widgets.sentences.widget.value
+    order = np.argsort(-bench.watched.teacher["teacher"][5], kind="stable")
+    assert escaped(probe["sentences"][order[0]]) in shown and "student, step 0" in shown
+    assert "<img src=x" not in shown and "\u202e" not in shown
+    assert escaped(probe["captions"][5])[:40] in shown and shown.count("<b>") >= 4
+    assert bench.still().png and "<img src=x" not in NearestSentences(job.run.folder, images=8).html
+    assert curves_json(bench.watched)["layout"]["yaxis3"]["title"]["text"] == "share of the gradient"
+    bench.close()
+    with pytest.raises(ValueError, match="has no probe of sentences"):
+        NearestSentences(tmp_path / "nowhere")
 
 
 def test_the_command_line_starts_and_continues_it_in_two_processes(tiny, tmp_path):

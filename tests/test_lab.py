@@ -312,3 +312,30 @@ def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(project):
         page.browser_page.keyboard.press("Home")
         until(lambda: head(page, "threshold") == "0.010" and head(page, "removed") != "43.3%")
         assert page.browser_page.evaluate("window.hacked") is None
+
+
+def test_a_click_shows_an_images_nearest_sentences_before_and_now(project):
+    folder, given = project
+    kept = {name: given[name] for name in ("data", "val", "teacher", "batch_size", "out")}
+    (folder / "said.txt").write_text("".join(f"{k} {HOSTILE}\n" for k in range(60)), encoding="utf-8")
+    wanted = dict(sentences=str(folder / "said.txt"), sentence_batch=20, steps=1500, compare_scratch=False, device="cpu", probe_pairs=12)
+    cells, _ = notebook("train_dime_fm", folder, **kept | wanted)
+    run = Run(given["out"])
+    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        page.open("nbs/train_dime_fm.ipynb")
+        bench = run_until(page, cells, "training") and page.output(cells["bench"])
+        table = bench.locator("table:has(th:text('student, step 0'))")
+        table.wait_for(timeout=60_000)
+        own = table.locator("tr").nth(1).inner_text()
+        canvas = bench.locator(".vlkd-matrix canvas").nth(1)
+        until(lambda: frames(page)[1] > 2, 60)
+        canvas.click(position={"x": 60, "y": 110})
+        until(lambda: table.locator("tr").nth(1).inner_text() != own)
+        said = table.inner_text()
+        assert "<script>window.hacked=1</script>" in said and table.locator("img").count() == 1 and table.locator("b").count() >= 4
+        later = until(lambda: next((text for text in [table.locator("th").last.inner_text()] if "step 0" not in text), ""), 60)
+        until(lambda: table.locator("th").last.inner_text() != later, 60)  # it goes on with the training
+        assert not any("contrastive" in text for text in bench.locator("label").all_inner_texts()), "no slider for a term that needs pairs"
+        press(page, "stop")
+        until(lambda: run.status()["state"] == "stopped", 20)
+        assert page.browser_page.evaluate("window.hacked") is None

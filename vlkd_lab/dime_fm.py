@@ -115,13 +115,15 @@ def _start_from(student: VLM, name: str) -> None:
                          f"such as {lost[0]}; name its architecture as student")  # fmt: skip
     student.model.visual.load_state_dict(own | fits)
 
-# %% ../nbs/11_dime_fm.ipynb #318571f3
+# %% ../nbs/11_dime_fm.ipynb #b2f40d81
 class UnpairedLearner(Learner):
     "A student whose images and texts are not pairs"
 
     def __init__(self, model):  # an open_clip model, changed by training
         super().__init__(model)
-        model.logit_scale.requires_grad_(False)
+        for name in ("logit_scale", "logit_bias"):
+            if getattr(model, name, None) is not None:
+                getattr(model, name).requires_grad_(False)
 
 
 class ImageLearner(UnpairedLearner):
@@ -139,7 +141,7 @@ class ImageLearner(UnpairedLearner):
         rows = self.model.encode_image(image, normalize=True).float()
         return rows, rows[:0], self.model.logit_scale.exp().float()
 
-# %% ../nbs/11_dime_fm.ipynb #d30cccdd
+# %% ../nbs/11_dime_fm.ipynb #38074313
 class _Sentences:
     "The texts of a job"
 
@@ -161,7 +163,9 @@ class _Sentences:
 
     @cached_property
     def selection(self) -> corpus.Selection:
-        "The most visually grounded sentences, judged by up to 20,000 of the images"
+        "The most visually grounded sentences, judged by up to 20,000 of the images; those of an earlier start if there are any"
+        if (self.run.folder / "sentences.txt").exists():
+            return corpus.read_selection(self.run.folder / "sentences.txt")
         files = dict.fromkeys(read_part(part)["part"].source for part in self.all_sentences)
         given = dict(near=self.options.near, progress=self.talks)
         return corpus.select_sentences(list(files), self.teacher, self.judges, self.options.grounded, **given)

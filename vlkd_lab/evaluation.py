@@ -153,7 +153,7 @@ def alarms(
         found.append(f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes")
     return found
 
-# %% ../nbs/11_evaluation.ipynb #be98499d
+# %% ../nbs/11_evaluation.ipynb #27bd20cd
 STRENGTHS = (0.3, 3.0, 30.0, 300.0)  # inverse regularisation that is tried; unit rows want large ones
 
 
@@ -191,7 +191,8 @@ def probe_table(
     test: Pairs,
 ) -> pd.DataFrame:  # a row a model, a column a label set, and their mean
     "Linear-probe accuracy on every label set"
-    sets, rows = all_label_sets(train), {}
+    known = all_label_sets(train).items()
+    sets, rows = {name: labels for name, labels in known if len(set(labels) - {None}) > 1}, {}  # with one class there is nothing to fit
     wanted = {name: labels for name, labels in all_label_sets(test).items() if name in sets}
     for name, vlm in models.items():
         seen = [encode_pairs(vlm, pairs).image for pairs in (train, test)]
