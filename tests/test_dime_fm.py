@@ -202,6 +202,9 @@ def test_a_folder_of_pictures_and_prompts_are_enough(tiny, tmp_path, monkeypatch
 
 
 def test_the_most_grounded_sentences_are_chosen_once(tiny, tmp_path, monkeypatch):
+    (tmp_path / "names.txt").write_text("star\nhouse\n")
+    prompted = job_of(tiny, grounded=60, class_names=str(tmp_path / "names.txt"), out=str(tmp_path / "prompted"))
+    assert prompted.sentence_report.total == 68, "prompts are not selected from, they join"
     job = job_of(tiny, grounded=60)
     assert job.sentence_report.total == 60 == len((tmp_path / "run/sentences.txt").read_text().splitlines())
     assert list(job.selection.sentences) == (tmp_path / "run/sentences.txt").read_text().splitlines()
@@ -230,6 +233,8 @@ def test_captions_of_shards_are_sentences(tiny, scenes):
         (dict(crop_scale=0.5), "augmentations=4"),
         (dict(augmentations=2), "with crop_scale=1"),
         (dict(score_temperature=0.0), "above 0"),
+        (dict(grounded=10), "a step takes sentence_batch=24"),
+        (dict(inheritance="manual", image_size=48), "positions are inherited one by one"),
         (dict(processes=5, batch_size=20), "sentence_batch=24 cannot be split over 5 processes"),
     ],
     ids=str,
@@ -330,9 +335,12 @@ def test_the_bench_shows_scores_of_sentences_and_what_is_nearest(tiny, tmp_path)
         NearestSentences(tmp_path / "nowhere")
 
 
-def test_the_command_line_starts_and_continues_it_in_two_processes(tiny, tmp_path):
+@pytest.mark.parametrize("changes", [dict(text_tower="student", micro_batch=5), dict(grounded=80, class_names="names.txt")], ids=str)
+def test_the_command_line_starts_and_continues_it_in_two_processes(changes, tiny, tmp_path):
+    (tmp_path / "names.txt").write_text("red star\nblue house\n")
+    changes = changes | ({"class_names": str(tmp_path / "names.txt")} if "class_names" in changes else {})
     out = tmp_path / "cli"
-    given = [f"{name}={value}" for name, value in (tiny | dict(processes=2, text_tower="student", micro_batch=5)).items() if name != "out"]
+    given = [f"{name}={value}" for name, value in (tiny | changes | dict(processes=2)).items() if name != "out"]
     done = subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out), "method=DimeFm", *given], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = lines_of(out)

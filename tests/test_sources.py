@@ -36,7 +36,7 @@ def test_every_sentence_once_in_its_order(here, end, per_part):
     found = [(int(sample["__key__"]), sample["txt"].decode()) for part in parts for sample in S.part_samples(part)]
     assert found == [(number, line) for number, line in enumerate(lines, start=1) if line]
     counts = [S.read_part(part)["part"].count for part in parts]
-    assert sum(counts) == len(found) and all(count == (per_part or 200) for count in counts[:-1])
+    assert sum(counts) == len(found) and all(count == (per_part or 16) for count in counts[:-1])
     assert not any(map(S.part_problem, parts))
 
 
@@ -74,7 +74,7 @@ def test_a_few_broken_lines_are_bad_samples(here):
     assert report.total == 102 and not report.damaged
     (batch,) = read_once(report, View(None, keep_numbers), 200)
     assert len(batch) == 100 and dict(batch.skipped) == {
-        "said-000000/000000051": "line 51 is not UTF-8 at byte 3", "said-000000/000000052": "line 52 holds a NUL byte at byte 1",
+        "said-000003/000000051": "line 51 is not UTF-8 at byte 3", "said-000003/000000052": "line 52 holds a NUL byte at byte 1",
     }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def test_parts_are_made_again_only_when_something_changed(here):
     assert inspect_shards(find_sentences("said.txt")).fingerprint != fingerprint
     (here / "said.txt").write_text("a star\n" * 20)
     after = find_sentences("said.txt")
-    assert len(after) == 1 and inspect_shards(after).total == 20 and len(list(before[0].parent.glob("*.lines.json"))) == 1
+    assert len(after) == 2 and inspect_shards(after).total == 20 and len(list(before[0].parent.glob("*.lines.json"))) == 2
     os.remove("said.txt")
     assert "is gone" in inspect_shards(after).damaged[0].problem
     after[0].write_text("{}")

@@ -118,11 +118,11 @@ def read_part(path: Path, whole: bool = True) -> dict:  # the fields of a Part, 
             raise ValueError(f"{path}: no part of a text file or folder ({str(error).splitlines()[0]})") from None
         return {}
 
-# %% ../nbs/01_sources.ipynb #d4a6d7fe
+# %% ../nbs/01_sources.ipynb #d335cff9
 def text_parts(
     source: Path,  # a text file, one sentence a line
     cache: Path,  # folder under which the parts are written; made if missing
-    per_part: int = 0,  # sentences; 0: as many as make 64 parts, from 200 to 20,000
+    per_part: int = 0,  # sentences; 0: as many as make 64 parts, from 16 to 20,000
 ) -> list[Path]:  # the parts in their order
     "A text file cut into parts; those of an earlier call serve while the file has not changed"
     source = source.resolve()
@@ -137,7 +137,7 @@ def text_parts(
             raise ValueError(f"{source} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8")
     if start.startswith(b"\x1f\x8b"):
         raise ValueError(f"{source} is compressed: unpack it, for example with gunzip -k")
-    parts = _cut_lines(source, per_part or _one_of_64(_count_lines(source), 200, 20_000))
+    parts = _cut_lines(source, per_part or _one_of_64(_count_lines(source), 16, 20_000))
     if not parts:
         raise ValueError(f"{source} holds no sentence: it has {stamp[0]} bytes and no line that is not blank")
     return _write_parts(home, LINES, parts, stamp)

@@ -1156,7 +1156,7 @@ def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
     "R@1 both ways among the validation pairs"
     return recall(validation_features(student, pairs), ks=(1,), captions=pairs.captions)
 
-# %% ../nbs/10_trainers.ipynb #4fa72bc4
+# %% ../nbs/10_trainers.ipynb #3e941315
 @contextmanager
 def at_work(job: Job) -> Iterator[None]:
     "Hold the run folder while the job trains"
@@ -1179,7 +1179,7 @@ def at_work(job: Job) -> Iterator[None]:
 @torch.no_grad()
 def write_probe(job: Job) -> None:
     "The fixed pairs of the views, once a run: captions, classes, thumbnails; the teacher's cosines when it distils"
-    if job.probe is None or (job.run.folder / "probe.json").exists():
+    if (job.run.folder / "probe.json").exists() or job.probe is None:
         return
     pairs = job.val[job.probe_rows]
     if job.teaches:

@@ -1009,7 +1009,7 @@ class SentenceBox:
             self._first = self._first or first_scores(watched.run)
             self.widget.value = sentences_html(watched, [min(self.image, len(watched.probe["captions"]) - 1)], first=self._first)
 
-# %% ../nbs/12_widgets.ipynb #f75bbc91
+# %% ../nbs/12_widgets.ipynb #4653b619
 class _Matrices:
     "Canvases of a probe's affinities"
 
@@ -1024,9 +1024,10 @@ class _Matrices:
         for name, (matrix, low, high) in probe_affinities(watched, measure).items():
             sentences = [visible(text)[:200] for text in watched.probe["sentences"]] if "sentences" in watched.probe else captions
             words = dict(measure=MEASURES[measure], title=titles.get(name, name), row_texts=captions, column_texts=sentences)
+            words |= dict(column_label="sentence", column_name="sentence") if "sentences" in watched.probe else {}
             self.affinity[name].show(matrix, low, high, **words)
 
-# %% ../nbs/12_widgets.ipynb #eb96fdeb
+# %% ../nbs/12_widgets.ipynb #a2e997b0
 class RunWidgets(_Matrices):
     "The widgets of a bench: panel, curves, affinities, clusters, gates"
 
@@ -1037,8 +1038,7 @@ class RunWidgets(_Matrices):
         self.sentences = SentenceBox()
         for view in self.affinity.values():
             view.on_choice.append(lambda cell: self.sentences.show(watched, cell[0]))
-        matrices = ipywidgets.HBox(list(self.affinity.values()))
-        self.box = ipywidgets.VBox([self.panel, self.figure, matrices, self.sentences.widget, self.gate_box])
+        self.box = ipywidgets.VBox([self.panel, self.figure, ipywidgets.HBox(list(self.affinity.values())), self.gate_box])
 
     def show_panel(self, state: Mapping[str, Any]) -> None:
         "Only what differs goes over the wire"
@@ -1049,6 +1049,13 @@ class RunWidgets(_Matrices):
     def ready(self) -> bool:
         "Whether the page has drawn every matrix that it was sent"
         return all(view.ready() for view in (*self.affinity.values(), *self.gates.values()))
+
+    def show_sentences(self, watched: Watched) -> None:
+        "The chosen image's nearest sentences, below the matrices of a probe that has some"
+        if "sentences" in watched.probe:
+            if self.sentences.widget not in self.box.children:
+                self.box.children = (*self.box.children[:3], self.sentences.widget, *self.box.children[3:])
+            self.sentences.show(watched)
 
     def show_clusters(self, drawn: Mapping[str, Any]) -> None:
         "The map of a run with clusters, made when there is one"
@@ -1110,7 +1117,7 @@ class RunView(Live):
         self.watched.look()
         return RunStill(self.watched, self.measure)
 
-# %% ../nbs/12_widgets.ipynb #b3709991
+# %% ../nbs/12_widgets.ipynb #4c0b802d
 def _update_view(view: RunView) -> None:
     "Show what a bench has to show and its page is ready for"
     now, watched, widgets = time.monotonic(), view.watched, view.widgets
@@ -1122,7 +1129,7 @@ def _update_view(view: RunView) -> None:
     if "snapshot" in view._due and (view.always or widgets.ready()):
         view._due = view._due - {"snapshot"} | {"clusters"}
         widgets.show_affinities(watched, view.measure)
-        widgets.sentences.show(watched)
+        widgets.show_sentences(watched)
         widgets.show_gates(gate_matrices(watched))
     state = watched.status["state"]
     due = view._due & {"curves", "clusters"}
