@@ -59,7 +59,7 @@ def test_a_file_without_a_last_line_feed_and_one_with_very_long_lines(here, monk
         (bytes(range(256)) * 40, "lines cannot be read"),
         (gzip.compress(b"a star\n"), "is compressed: unpack it"),
     ],
-    ids=str,
+    ids=["empty", "blank", "utf-16", "utf-32", "latin-1", "nul", "binary", "gzip"],
 )
 def test_what_is_no_text_is_refused_in_a_line(here, content, message):
     (here / "wrong.txt").write_bytes(content)
