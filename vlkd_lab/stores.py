@@ -225,7 +225,7 @@ def _check_owner(store: FeatureStore) -> None:
                 f"not of {store.key.teacher} ({store.key.weights[:12]}): name another folder, or leave it empty"
             )
 
-# %% ../nbs/06_stores.ipynb #e40be073
+# %% ../nbs/06_stores.ipynb #c711e1d0
 def fill(
     store: FeatureStore,
     vlm: VLM,  # the store's teacher
@@ -249,7 +249,7 @@ def fill(
     mine, written = [name for k, name in enumerate(store.shards) if k % world_size == rank], 0
     todo = {name: lacks for name in mine if (lacks := [side for side in sides if store.problem(name, side)])}
     pairs = sum(store.shards[name][0].count for name in todo)
-    with tqdm(total=pairs, desc="teacher features", unit="pair", disable=not (todo and progress)) as bar:
+    with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
         for name, lacks in todo.items():
             shard = store.shards[name][0]
             about = {"format": _FORMAT, "digest": shard.digest, "count": shard.count, **asdict(store.key)}
