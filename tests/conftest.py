@@ -7,8 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from vlkd_lab import trainers
 from vlkd_lab.models import new_model, save_model, train_tokenizer
+from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
 
 TINY = dict(
@@ -40,3 +43,38 @@ def tiny_teacher(tmp_path_factory):
 def one_thread():
     "Two test processes share two cores"
     torch.set_num_threads(1)
+
+
+def lines_of(folder):
+    "A run's metrics without what a clock said"
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+
+
+@pytest.fixture
+def killed_in_its_fourth_step(monkeypatch):
+    "Train a job of six steps that dies in its fourth, and start it again; the steps that were begun"
+
+    def train_twice(open_job):  # () -> the job
+        step, taken = trainers.take_step, []
+
+        def dies(fit, batch):
+            taken.append(fit.step)
+            if len(taken) == 4:
+                raise KeyboardInterrupt
+            return step(fit, batch)
+
+        monkeypatch.setattr(trainers, "take_step", dies)
+        job = open_job()
+        with pytest.raises(KeyboardInterrupt):
+            trainers.train(job)
+        assert job.run.status()["state"] == "stopped"
+        trainers.train(open_job())
+        return taken
+
+    return train_twice
+
+
+def same_weights(one, other):
+    "Whether two runs left the same student, bit for bit"
+    a, b = (load_file(f"{folder}/student/student/open_clip_model.safetensors") for folder in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import lines_of, same_weights
 
 from vlkd_lab import trainers
 from vlkd_lab.balancing import nearest_center
@@ -30,10 +30,6 @@ def tiny(scenes, tiny_teacher, tmp_path):
 
 def job_of(tiny, **changes):
     return open_clip_cid(check_parameters(ClipCid, tiny | changes))
-
-
-def lines_of(folder):
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
 
 
 def test_what_the_job_prepares_is_what_it_trains_on(tiny):
@@ -70,31 +66,16 @@ def test_each_half_can_be_used_alone(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="beside", crop_scale=0.6)], ids=str)
-def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, monkeypatch):
+def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, killed_in_its_fourth_step):
     if changes.pop("wide", False):
         config = json.loads((tiny_teacher / "open_clip_config.json").read_text())["model_cfg"] | dict(embed_dim=24)
         (tmp_path / "wide.json").write_text(json.dumps(config))
         changes = dict(student=str(tmp_path / "wide.json"))
     tiny = tiny | changes | dict(checkpoint_seconds=0.0)
     train(job_of(tiny))
-    step, taken = trainers.take_step, []
-
-    def dies(fit, batch):
-        taken.append(fit.step)
-        if len(taken) == 4:
-            raise KeyboardInterrupt
-        return step(fit, batch)
-
-    monkeypatch.setattr(trainers, "take_step", dies)
     out = str(tmp_path / "killed")
-    with pytest.raises(KeyboardInterrupt):
-        train(job_of(tiny, out=out))
-    assert Run(out).status()["state"] == "stopped"
-    train(job_of(tiny, out=out))
-    assert lines_of(out) == lines_of(tiny["out"]) and taken == [0, 1, 2, 3, 3, 4, 5]
-    for path in ("student/student/open_clip_model.safetensors",):
-        a, b = load_file(f"{out}/{path}"), load_file(f"{tiny['out']}/{path}")
-        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert killed_in_its_fourth_step(lambda: job_of(tiny, out=out)) == [0, 1, 2, 3, 3, 4, 5]
+    assert lines_of(out) == lines_of(tiny["out"]) and same_weights(out, tiny["out"])
 
 
 def test_a_second_start_finds_everything(tiny, monkeypatch):

@@ -591,7 +591,7 @@ def _budget_title(watched: Watched, lines: Sequence[Mapping[str, Any]]) -> str:
     clusters = ["cluster agreement"] * ("cluster agreement" in names)
     return "; ".join([*sparsity, *clusters, "gradient" if clusters else "share of the gradient"])
 
-# %% ../nbs/12_widgets.ipynb #5ab8b10d
+# %% ../nbs/12_widgets.ipynb #44fc7287
 def _changes_said(event: Mapping[str, Any]) -> str:
     "A control event in words"
     parts = {name: value for name, value in event.items() if name in CONTROLS and name != "weights"} | event.get("weights", {})
@@ -622,7 +622,7 @@ def _vertical(x: float, panel: int, colour: str, dash: str) -> dict:
     place = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "xref": axis_name("x", panel), "yref": axis_name("y", panel) + " domain"}
     return place | {"line": {"color": colour, "dash": dash, "width": 1}, "layer": "below"}
 
-
+# %% ../nbs/12_widgets.ipynb #11696a7e
 def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict:  # Plotly JSON: data, layout
     "Losses, validation and budget of a run"
     shapes, notes = _marks(watched)
@@ -1009,12 +1009,12 @@ class SentenceBox:
             self._first = self._first or first_scores(watched.run)
             self.widget.value = sentences_html(watched, [min(self.image, len(watched.probe["captions"]) - 1)], first=self._first)
 
-# %% ../nbs/12_widgets.ipynb #4653b619
+# %% ../nbs/12_widgets.ipynb #79b86831
 class _Matrices:
-    "Canvases of a probe's affinities"
+    "Canvases of a probe's affinities, and of gates"
 
     def __init__(self):
-        self.affinity = affinity_views()
+        self.affinity, self.gates, self.gate_box = affinity_views(), {}, gate_grid({})
 
     def show_affinities(self, watched: Watched, measure: str) -> None:
         "The probe's affinities"
@@ -1027,15 +1027,28 @@ class _Matrices:
             words |= dict(column_label="sentence", column_name="sentence") if "sentences" in watched.probe else {}
             self.affinity[name].show(matrix, low, high, **words)
 
-# %% ../nbs/12_widgets.ipynb #a2e997b0
+    def show_gates(self, matrices: Matrices) -> None:
+        "The gates that there are, a canvas each"
+        if set(matrices) != set(self.gates):
+            for view in self.gates.values():
+                view.close()
+            self.gates = gate_views(matrices)
+            self.gate_box.children = list(self.gates.values())
+        for name, (matrix, low, high) in matrices.items():
+            self.gates[name].show(matrix, low, high)
+
+    def ready(self) -> bool:
+        "Whether the page has drawn every matrix that it was sent"
+        return all(view.ready() for view in (*self.affinity.values(), *self.gates.values()))
+
+# %% ../nbs/12_widgets.ipynb #616bcc05
 class RunWidgets(_Matrices):
     "The widgets of a bench: panel, curves, affinities, clusters, gates"
 
     def __init__(self, watched: Watched):
         super().__init__()
         self.panel, self.figure = Panel(), _live_figure(curves_json(watched))
-        self.clusters, self.gates, self.gate_box = None, {}, gate_grid({})
-        self.sentences = SentenceBox()
+        self.clusters, self.sentences = None, SentenceBox()
         for view in self.affinity.values():
             view.on_choice.append(lambda cell: self.sentences.show(watched, cell[0]))
         self.box = ipywidgets.VBox([self.panel, self.figure, ipywidgets.HBox(list(self.affinity.values())), self.gate_box])
@@ -1045,10 +1058,6 @@ class RunWidgets(_Matrices):
         with self.panel.hold_sync():
             for name, value in state.items():
                 setattr(self.panel, name, value)
-
-    def ready(self) -> bool:
-        "Whether the page has drawn every matrix that it was sent"
-        return all(view.ready() for view in (*self.affinity.values(), *self.gates.values()))
 
     def show_sentences(self, watched: Watched) -> None:
         "The chosen image's nearest sentences, below the matrices of a probe that has some"
@@ -1064,16 +1073,6 @@ class RunWidgets(_Matrices):
             self.box.children = (*self.box.children[:-1], self.clusters, self.gate_box)
         elif drawn:
             _sync_figure(self.clusters, drawn)
-
-    def show_gates(self, matrices: Matrices) -> None:
-        "The gates that there are, a canvas each"
-        if set(matrices) != set(self.gates):
-            for view in self.gates.values():
-                view.close()
-            self.gates = gate_views(matrices)
-            self.gate_box.children = list(self.gates.values())
-        for name, (matrix, low, high) in matrices.items():
-            self.gates[name].show(matrix, low, high)
 
 # %% ../nbs/12_widgets.ipynb #7eb95cdf
 def _wish(run: Run, name: str, value: Any) -> None:
