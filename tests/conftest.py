@@ -1,6 +1,7 @@
 """Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlkd_lab import trainers
+from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
 from vlkd_lab.models import new_model, save_model, train_tokenizer
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
@@ -37,6 +39,17 @@ def tiny_teacher(tmp_path_factory):
     tokenizer = train_tokenizer(["a small red star left of a large blue house"] * 9, folder / "tokenizer", 300, 24)
     config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(vocab_size=len(tokenizer.tokenizer), hf_tokenizer_name="tiny"))
     return save_model(new_model(config, tokenizer=tokenizer, seed=3), folder / "teacher")
+
+
+TINY_BLIP = BlipShape(2, 32, 4, 2, 32, 4, 2, 2, image_neurons=64, text_neurons=64, image_size=32, patch_size=8, joint_width=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_blip(tmp_path_factory):
+    "The folder of a tiny untrained BLIP whose words are those of the scenes"
+    folder = tmp_path_factory.mktemp("blip")
+    said = ["a small red star left of a large blue house on the grass", "what colour is the star?", "how many shapes are there? two"]
+    return save_blip(new_blip(TINY_BLIP, train_wordpiece(said * 9, folder / "words", 120, 32), seed=3), folder / "blip")
 
 
 @pytest.fixture(autouse=True)
@@ -76,5 +89,5 @@ def killed_in_its_fourth_step(monkeypatch):
 
 def same_weights(one, other):
     "Whether two runs left the same student, bit for bit"
-    a, b = (load_file(f"{folder}/student/student/open_clip_model.safetensors") for folder in (one, other))
+    a, b = (load_file(next(Path(folder, "student/student").glob("*model.safetensors"))) for folder in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)

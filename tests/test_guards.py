@@ -49,9 +49,11 @@ def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
 def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
     from vlkd_lab.clip_cid import ClipCid
     from vlkd_lab.dime_fm import DimeFm
+    from vlkd_lab.dlip import BlipTraining, Dlip
     from vlkd_lab.trainers import Contrastive, TinyCLIP
 
-    kind = {"train_tinyclip": TinyCLIP, "train_teacher": Contrastive, "train_clip_cid": ClipCid, "train_dime_fm": DimeFm}[path.stem]
+    kinds = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
+    kind = kinds[path.stem.removeprefix("train_")]
     tagged = next(c for c in cells(path) if "parameters" in c["metadata"].get("tags", []))
     names: dict = {}
     exec(source(tagged), names)

@@ -13,6 +13,7 @@ from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
 from vlkd_lab.data import load_pairs
+from vlkd_lab.fusion import TASKS, load_blip
 from vlkd_lab.runs import Run
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +138,31 @@ def test_the_dime_fm_job_tells_its_story_with_and_without_captions(given, tmp_pa
     assert "30 samples" in shown and "zero-shot" in shown and set(Run(tmp_path / "loose").result()["models"]) == {"teacher", "student"}
     with pytest.raises(PapermillExecutionError, match="have no captions: choose compare_scratch=False"):
         execute("train_dime_fm", tmp_path / "wrong.ipynb", **loose | dict(out=str(tmp_path / "wrong"), compare_scratch=True))
+
+
+@pytest.mark.parametrize("tasks", ["", "captioning"])
+def test_the_dlip_job_tells_its_story(given, tiny_blip, tasks, tmp_path):
+    kept = {k: given[k] for k in ("data", "val", "steps", "out")} | dict(teacher=str(tiny_blip), batch_size=8, tasks=tasks)
+    notebook = execute("train_dlip", tmp_path / "out.ipynb", **kept, student="image:1x16, text:1x16", validate_pairs=12, probe_pairs=6)
+    shown = outputs(notebook)
+    for wanted in ("decoder_cross_attention", "multiply-accumulates", "CIDEr", "scratch", "run folder", "parameters"):
+        assert wanted in shown, wanted
+    assert ("R@10" in shown and "answer relation" in shown) == (tasks == "")
+    assert len(re.findall('"image/png"', shown)) >= 5 and "data:image/jpeg" in shown, "data, plan, bench, words' maps, curves"
+    assert "widget-view" not in shown and "widgets" not in notebook.metadata
+    run = Run(tmp_path / "run")
+    assert run.status()["state"] == "finished" and set(run.result()["models"]) == {"teacher", "student", "scratch"}
+
+
+def test_the_blip_job_leaves_a_model_that_teaches(given, tmp_path):
+    kept = {k: given[k] for k in ("data", "val", "steps", "out", "device")} | dict(batch_size=8, image_size=32, warmup=2)
+    small = dict(sizes="image:1x32, text:1x32, fusion:1, decoder:1", head_width=16, joint_width=8, validate_pairs=12, probe_pairs=6)
+    shown = outputs(execute("train_blip", tmp_path / "out.ipynb", **kept, **small))
+    assert "CIDEr" in shown and "image_text_contrast" in shown and "what colour is" in shown
+    made = load_blip(tmp_path / "run" / "teacher" / "student", "cpu")
+    assert made.tasks == tuple(TASKS)
+    with pytest.raises(PapermillExecutionError, match="cooking"):
+        execute("train_blip", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "wrong"), tasks="cooking"))
 
 
 def test_papermill_lists_the_parameters():

@@ -42,8 +42,9 @@ from .sources import FILES, LINES, part_problem, part_samples, picture_parts, re
 __all__ = ['project_root', 'find_shards', 'find_images', 'find_sentences', 'raw_samples', 'write_index', 'read_index',
            'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport', 'inspect_shards',
            'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'decode_image', 'clean_caption', 'decode_sample',
-           'label_sets', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled', 'crop_box', 'Crops', 'PairStream',
-           'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
+           'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled', 'crop_box', 'Crops',
+           'PairStream', 'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch',
+           'thumbnail']
 
 # %% ../nbs/02_data.ipynb #8a275301
 def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
@@ -537,13 +538,27 @@ def label_sets(
     except Exception:  # no JSON, no labels, another form
         return {}
 
-# %% ../nbs/02_data.ipynb #2e3d215b
+# %% ../nbs/02_data.ipynb #8dcab4cb
+def asked_questions(
+    fields: dict[str, bytes],  # one raw sample
+) -> tuple[tuple[str, str, str], ...]:  # (question, answer, type) each; untrusted text, cleaned; empty when there are none
+    "The questions that a sample's JSON asks"
+    try:
+        found = list(json.loads(fields.get("json", b"{}"))["questions"])
+    except Exception:  # no JSON, no questions, another form
+        return ()
+    triples = [asked for asked in found if isinstance(asked, list) and len(asked) == 3 and all(isinstance(text, str) for text in asked)]
+    cleaned = [tuple(clean_caption(text) for text in asked) for asked in triples]
+    return tuple(asked for asked in cleaned if asked[0] and asked[1])
+
+# %% ../nbs/02_data.ipynb #1e11fb65
 @dataclass(frozen=True)
 class View:
     "How a model wants to see a pair; in a student's view None means that this side is not read"
 
     preprocess: Callable[[Image.Image], Tensor] | None  # PIL image to (3, H, W)
     tokenizer: Callable[[list[str]], Tensor] | None  # captions to (B, L) token ids
+    questions: bool = False  # whether the questions about each picture are read too
 
 # %% ../nbs/02_data.ipynb #33a52bac
 class FastPreprocess:
@@ -714,32 +729,33 @@ class Crops:
         chosen = f"crop {self.seed} {epoch} {item.place}" if number < 0 else f"numbered crop {number} {item.key}"
         return crop_box(*size, self.scale, chosen) if self.scale < 1 else None
 
-# %% ../nbs/02_data.ipynb #85316e8a
+# %% ../nbs/02_data.ipynb #7f6085c8
 class _Studio:
     "Makes items into what student and teacher see"
 
     def __init__(self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None, shelf: _Shelf | None = None):
         self.crops, self.max_pixels, self.shelf = crops or Crops(), max_pixels, shelf
         self.lenses, self.words = _shared_views(student, teacher or View(None, None))
-        self.sides = ("image",) * bool(self.lenses) + ("text",) * bool(self.words)
+        self.sides, self.asks = ("image",) * bool(self.lenses) + ("text",) * bool(self.words), student.questions
         self.still = self.crops.scale >= 1 and all(lens.exact for lens in self.lenses)  # the same pixels in every epoch
 
     def see(self, item: _Item, epoch: int = 0) -> tuple[list, str, int | None, int]:  # a picture for every lens, caption, class, crop
         "What the models see of an item in an epoch; raises BadSample"
         if item.problem:
             raise BadSample(item.problem)
-        pictures, caption, label = item.decoded or self._decode(item)
+        pictures, caption, label, asked = item.decoded or self._decode(item)
         number = self.crops.number(item, epoch)
         if not self.still:
             image = Image.fromarray(pictures[0])
             box = self.crops.box(image.size, item, epoch, number)
             pictures = [_cut(image, box, lens) for lens in self.lenses]
-        return pictures, caption, label, number
+        return pictures, caption, label, number, asked
 
     def _decode(self, item: _Item) -> tuple[list[np.ndarray], str, int | None]:
         "Decode once; keep the result in place of the file's bytes where the budget allows"
         try:
             image, caption, label = decode_sample(item.fields, self.max_pixels, self.sides)
+            asked = asked_questions(item.fields) if self.asks else ()
         except BadSample as error:
             item.problem = str(error)
             raise
@@ -747,8 +763,8 @@ class _Studio:
         grown = sum(picture.nbytes for picture in pictures) - item.size
         if item.kept and grown <= self.shelf.free:
             self.shelf.free -= grown
-            item.decoded, item.fields = (pictures, caption, label), {}
-        return pictures, caption, label
+            item.decoded, item.fields = (pictures, caption, label, asked), {}
+        return pictures, caption, label, asked
 
 # %% ../nbs/02_data.ipynb #127122b9
 def _cut(image: Image.Image, box: tuple | None, lens: FastPreprocess) -> np.ndarray | Tensor:  # (3, H, W)
@@ -782,7 +798,7 @@ def _same_lens(a: FastPreprocess, b: FastPreprocess) -> bool:
     images = [Image.fromarray(noise[:h, :w]) for h, w in ((a.height, a.width), (150, 200), (150, 90))]
     return torch.allclose(a(images), b(images), atol=1e-5)
 
-# %% ../nbs/02_data.ipynb #8da7579e
+# %% ../nbs/02_data.ipynb #c71b2c0d
 def _shared_views(student: View, teacher: View) -> tuple[list[FastPreprocess], list[_Words]]:
     "Lenses and tokenizers: the student's, and the teacher's where they differ"
     lenses = [] if student.preprocess is None else [FastPreprocess(student.preprocess)]
@@ -798,16 +814,16 @@ def _shared_views(student: View, teacher: View) -> tuple[list[FastPreprocess], l
 
 
 def _as_batch(studio: _Studio, rows: list[tuple], skipped: list[tuple[str, str]]) -> Batch:
-    "Rows of (name, (pictures, caption, class, crop)) as one batch; a side that is not read has no columns"
+    "Rows of (name, (pictures, caption, class, crop, questions)) as one batch; a side that is not read has no columns"
     names, seen = zip(*rows, strict=True)
-    pictures, captions, labels, crops = zip(*seen, strict=True)
+    pictures, captions, labels, crops, asked = zip(*seen, strict=True)
     columns = zip(studio.lenses, zip(*pictures, strict=True), strict=True)
     images = [lens.normalise(np.stack(column)) if lens.exact else torch.stack(column) for lens, column in columns]
     texts = [words(list(captions)) for words in studio.words]
     images, texts = images or [torch.zeros(len(names), 0)], texts or [torch.zeros(len(names), 0, dtype=torch.long)]
     teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-    numbers = crops if studio.crops.fixed else ()
-    return Batch(images[0], texts[0], teacher_image, teacher_text, names, captions, labels, numbers, skipped=tuple(skipped))
+    given = dict(crops=crops if studio.crops.fixed else (), questions=asked if studio.asks else (), skipped=tuple(skipped))
+    return Batch(images[0], texts[0], teacher_image, teacher_text, names, captions, labels, **given)
 
 # %% ../nbs/02_data.ipynb #a66c3384
 def _good_and_bad(studio: _Studio, items: Iterable[tuple[int, _Item]]) -> Iterator[tuple[str, tuple | None, str]]:
@@ -1024,7 +1040,7 @@ def read_once(
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     yield _as_batch(studio, rows, skipped)
 
-# %% ../nbs/02_data.ipynb #0af7dd94
+# %% ../nbs/02_data.ipynb #d6020807
 @dataclass(frozen=True)
 class Pairs:
     "Decoded pairs in memory"
@@ -1035,6 +1051,7 @@ class Pairs:
     keys: tuple[str, ...]  # "shard/key"
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) of those left out
     sets: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)  # further label sets by name, as the JSON's "labels" has them
+    questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # lists of (question, answer, type), as the JSON has them; or empty
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1043,7 +1060,8 @@ class Pairs:
         "The pairs at `rows`"
         chosen = range(len(self))[rows] if isinstance(rows, slice) else list(rows)
         columns = (tuple(column[i] for i in chosen) for column in (self.images, self.captions, self.labels, self.keys))
-        return Pairs(*columns, sets={name: tuple(labels[i] for i in chosen) for name, labels in self.sets.items()})
+        sets = {name: tuple(labels[i] for i in chosen) for name, labels in self.sets.items()}
+        return Pairs(*columns, sets=sets, questions=tuple(self.questions[i] for i in chosen if self.questions))
 
     def pil(self, row: int) -> Image.Image:
         "One image"
@@ -1057,16 +1075,17 @@ class Pairs:
             images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses] or [torch.zeros(len(part), 0)]
             texts = [tokens(list(part.captions)) for tokens in words] or [torch.zeros(len(part), 0, dtype=torch.long)]
             teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-            yield Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels)
+            given = dict(questions=part.questions) if student.questions else {}
+            yield Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels, **given)
 
-# %% ../nbs/02_data.ipynb #4d108e82
+# %% ../nbs/02_data.ipynb #1a869446
 def load_pairs(
     data: DataReport | str | Path | list,  # from `inspect_shards`, or what it takes
     limit: int | None = None,  # samples read at most, good or bad: the first ones
     max_pixels: int = 50_000_000,  # as in `decode_image`
 ) -> Pairs:
     "An evaluation set, decoded"
-    columns, skipped, found = ([], [], [], []), [], []
+    columns, skipped, found, asked = ([], [], [], []), [], [], []
     for _, item in _in_order(_as_report(data), limit):
         try:
             image, caption, label = decode_sample(item.fields, max_pixels)
@@ -1076,10 +1095,11 @@ def load_pairs(
         for column, value in zip(columns, (np.asarray(image), caption, label, item.name), strict=True):
             column.append(value)
         found.append(label_sets(item.fields))
+        asked.append(asked_questions(item.fields))
     if not columns[0]:
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     sets = {name: tuple(labels.get(name) for labels in found) for name in dict.fromkeys(name for labels in found for name in labels)}
-    return Pairs(*map(tuple, columns), tuple(skipped), sets)
+    return Pairs(*map(tuple, columns), tuple(skipped), sets, tuple(asked) if any(asked) else ())
 
 # %% ../nbs/02_data.ipynb #1190d0a5
 _TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that change the writing direction

@@ -105,7 +105,29 @@ class Stack:
     of: int  # blocks in the teacher
     sources: tuple[int, ...]  # the teacher's block for each of the student's
 
-# %% ../nbs/06_inheritance.ipynb #6f83affa
+# %% ../nbs/06_inheritance.ipynb #a42ac350
+@dataclass(frozen=True)
+class _Form:
+    "Where a transformer block says how large it is"
+
+    heads: str  # the weight whose rows are heads
+    packed: int  # how often it counts them: 3 where query, key and value are one
+    width: str
+    neurons: str
+
+
+_FORMS = (
+    _Form("attn.in_proj_weight", 3, "ln_1.weight", "mlp.c_fc.weight"),  # open_clip
+    _Form("self_attn.qkv.weight", 3, "layer_norm1.weight", "mlp.fc1.weight"),  # BLIP's image tower
+    _Form("attention.self.query.weight", 1, "attention.output.LayerNorm.weight", "intermediate.dense.weight"),  # BLIP's text
+)
+
+
+def _form(copies: Mapping[str, Copy], block: str) -> _Form:
+    "The form of a block, by the names of its tensors"
+    return next(form for form in _FORMS if all(block + name in copies for name in (form.heads, form.width, form.neurons)))
+
+# %% ../nbs/06_inheritance.ipynb #375662a9
 def _rows(plan: Plan) -> list[dict[str, Any]]:
     "One row per block: tower, block, source, and (kept, of) for heads and neurons, or channels of a ResNet"
     copies, rows = {copy.name: copy for copy in plan.copies}, []
@@ -116,8 +138,9 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
             if block + "conv2.weight" in copies:
                 row |= dict(channels=_kept_of(copies[block + "conv2.weight"]))
             else:
-                heads = _kept_of(copies[block + "attn.in_proj_weight"], 3 * dict(plan.head_width)[stack.tower])
-                width, neurons = _kept_of(copies[block + "ln_1.weight"]), _kept_of(copies[block + "mlp.c_fc.weight"])
+                form = _form(copies, block)
+                heads = _kept_of(copies[block + form.heads], form.packed * dict(plan.head_width)[stack.tower])
+                width, neurons = _kept_of(copies[block + form.width]), _kept_of(copies[block + form.neurons])
                 row |= dict(width=width, heads=heads, neurons=neurons)
             rows.append(row)
     return rows
@@ -139,7 +162,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         lines.append([row["block"], f"{row['source']} of {row['blocks_of']}", *(f"{row[k][0]} of {row[k][1]}" for k in counted)])
     return lines
 
-# %% ../nbs/06_inheritance.ipynb #3946ea54
+# %% ../nbs/06_inheritance.ipynb #e14b5ffd
 @dataclass(frozen=True, repr=False)
 class Plan:
     "What every tensor of a student copies from its teacher"
@@ -151,7 +174,8 @@ class Plan:
     @property
     def layers(self) -> dict[str, tuple]:
         "The teacher's layer for each of the student's, by tower; of a ResNet one tuple per stage"
-        sources = {tower: tuple(s.sources for s in self.stacks if s.tower == tower) for tower in ("image", "text")}
+        towers = dict.fromkeys(stack.tower for stack in self.stacks)
+        sources = {tower: tuple(s.sources for s in self.stacks if s.tower == tower) for tower in towers}
         return {t: stages if len(stages) > 1 else stages[0] for t, stages in sources.items() if stages}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -206,8 +230,10 @@ def inherit(
         student[copy.name] = tensor.clone(memory_format=torch.contiguous_format)
     return student
 
-# %% ../nbs/06_inheritance.ipynb #c0e6b9fd
-_BLOCK_NAME = re.compile(r"((?:visual\.|text\.)?(?:transformer\.resblocks|layer[1-4])\.)(\d+)\.(.+)")
+# %% ../nbs/06_inheritance.ipynb #976e45a6
+_OPEN_CLIP = r"(?:visual\.|text\.)?(?:transformer\.resblocks|layer[1-4])\."
+_BLIP = r"vision_model\.encoder\.layers\.|text_encoder\.encoder\.layer\.|text_decoder\.bert\.encoder\.layer\."
+_BLOCK_NAME = re.compile(rf"({_OPEN_CLIP}|{_BLIP})(\d+)\.(.+)")
 _NOT_INHERITED = ("logit_scale", "logit_bias")
 
 
@@ -220,7 +246,7 @@ def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> d
         if want > have:
             raise ValueError(f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be deeper")
         rule = layers.get(tower, even_spread) if isinstance(layers, Mapping) else layers
-        stage = int(prefix[-2]) - 1 if "layer" in prefix else None
+        stage = int(prefix[-2]) - 1 if prefix[-2].isdigit() else None
         if stage is not None and not callable(rule):
             rule = rule[stage]
         sources = tuple(rule(have, want) if callable(rule) else rule)
@@ -240,15 +266,20 @@ def _depth(names: Mapping[str, Any], prefix: str) -> int:
 
 def _tower(name: str, names: Mapping[str, Any]) -> str:
     "The tower of a tensor; without a prefix it is the text tower, unless the state is an image tower alone"
+    if name.startswith(("vision_", "text_decoder.")):
+        return "image" if name.startswith("vision_") else "decoder"
     alone = "conv1.weight" in names and not name.startswith("text.")
     return "image" if name.startswith("visual.") or alone else "text"
 
-# %% ../nbs/06_inheritance.ipynb #266569fb
+# %% ../nbs/06_inheritance.ipynb #f6d34563
 def _fixed_axes(tensor: str, dims: int) -> tuple[int, ...]:
     "Axes of a tensor along which student and teacher must agree"
     if dims == 4:
         return (2, 3)
-    return (0,) if tensor.endswith(("token_embedding.weight", "positional_embedding")) else ()
+    if dims == 3:
+        return (1,)  # positions of a BLIP's image tower
+    by_number = ("token_embedding.weight", "positional_embedding", "_embeddings.weight", "predictions.bias")
+    return (0,) if tensor.endswith(by_number) else ()
 
 
 def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width: int) -> tuple[Kept, ...]:
@@ -258,8 +289,8 @@ def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width
         raise ValueError(f"{sizes}; a student cannot be larger than its teacher")
     if any(want[axis] != have[axis] for axis in _fixed_axes(name, len(have))):
         raise ValueError(f"{sizes}; vocabulary, patch or kernel size and number of positions must be equal (resize positions first)")
-    parts = 3 if ".attn.in_proj_" in name else 1
-    by_heads = parts == 3 or "attnpool" in name and re.search(r"\.[qkv]_proj\.", name)
+    parts = 3 if ".attn.in_proj_" in name or ".self_attn.qkv." in name else 1
+    by_heads = parts == 3 or "attnpool" in name and re.search(r"\.[qkv]_proj\.", name) or re.search(r"\.self\.(query|key|value)\.", name)
     if by_heads and (want[0] % (parts * head_width) or have[0] % (parts * head_width)):
         raise ValueError(f"{sizes}; neither side may split a head of width {head_width}")
     return tuple(Kept.leading(w, h, parts if axis == 0 else 1) for axis, (w, h) in enumerate(zip(want, have, strict=True)))
@@ -285,7 +316,7 @@ def plan_manual(
         copies.append(Copy(name, source, kept))
     return Plan(tuple(copies), tuple(stacks.values()), tuple(widths.items()))
 
-# %% ../nbs/06_inheritance.ipynb #a4ce01ee
+# %% ../nbs/06_inheritance.ipynb #ae90f8fe
 def _kept_mask(kept: Kept, unit: int = 1) -> Tensor:  # (size // unit,) bool
     "Which positions are kept, counted in units"
     mask = torch.zeros(kept.of, dtype=torch.bool)
@@ -302,11 +333,12 @@ def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  #
     if f"{stack.prefix}0.conv2.weight" in copies:
         name = f"{stack.prefix.removeprefix('visual.')[:-1]} channels"
         return {name: [(s, _kept_mask(copies[b + "conv2.weight"].kept[0])) for b, s in first.items()]}
-    queries = {s: copies[b + "attn.in_proj_weight"].kept[0] for b, s in first.items()}
+    form = _form(copies, next(iter(first)))
+    queries = {s: copies[b + form.heads].kept[0] for b, s in first.items()}
     return {
-        "channels": [(s, _kept_mask(copies[b + "ln_1.weight"].kept[0])) for b, s in first.items()],
-        "heads": [(s, _kept_mask(kept, d)[: kept.of // (3 * d)]) for s, kept in queries.items()],
-        "neurons": [(s, _kept_mask(copies[b + "mlp.c_fc.weight"].kept[0])) for b, s in first.items()],
+        "channels": [(s, _kept_mask(copies[b + form.width].kept[0])) for b, s in first.items()],
+        "heads": [(s, _kept_mask(kept, d)[: kept.of // (form.packed * d)]) for s, kept in queries.items()],
+        "neurons": [(s, _kept_mask(copies[b + form.neurons].kept[0])) for b, s in first.items()],
     }
 
 

@@ -477,7 +477,7 @@ def unimodal_distance(
         factor = scale / temperature
         return 2 * _score_divergence(factor * image @ image.T, factor * wanted @ wanted.T)
 
-# %% ../nbs/04_losses.ipynb #cb4a54d6
+# %% ../nbs/04_losses.ipynb #17676ede
 @dataclass(frozen=True)
 class Term:
     "One summand of an objective"
@@ -489,6 +489,8 @@ class Term:
     same_width: bool = False  # compares student rows with teacher rows; an objective's projection is put before it
     unpaired: bool = False  # needs no text that belongs to an image: B images and M texts will do
     chance: Any = None  # what draws at random; its `draw` is the seed of the next step
+    alone: bool = False  # needs no teacher
+    module: str = ""  # the part of a BLIP that it is about; empty: any two towers will do
 
 
 def score_terms(
@@ -515,12 +517,12 @@ def score_terms(
 def _no_centers(student: Features, teacher: Features) -> Tensor:
     raise ValueError("cluster terms need centres: only a run that has clustered its teacher's features can weight them (`ClusterTerms`)")
 
-# %% ../nbs/04_losses.ipynb #97b84f0e
+# %% ../nbs/04_losses.ipynb #77baaa70
 LOSSES = {
     term.name: term
     for term in (
         Term("affinity_mimicking", affinity_mimicking, formula="½[CE(s·ITᵀ, softmax t·VUᵀ) + CE(s·TIᵀ, softmax t·UVᵀ)]"),
-        Term("contrastive", lambda student, teacher: contrastive(student), formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]"),
+        Term("contrastive", lambda student, teacher: contrastive(student), formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]", alone=True),
         Term("relational", relational, formula="½[KL(s·ITᵀ ‖ t·VUᵀ) + KL(s·TIᵀ ‖ t·UVᵀ)]"),
         Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", same_width=True),
         Term(

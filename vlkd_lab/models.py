@@ -27,10 +27,11 @@ from .features import Batch, Features
 
 # %% auto #0
 __all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'TowerShape', 'tower_shapes', 'tower_shape',
-           'head_widths', 'SlimAttention', 'resize_towers', 'at_size', 'new_model', 'load_model', 'state_digest',
-           'plain_config', 'save_model', 'train_tokenizer', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
+           'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'at_size', 'new_model', 'load_model',
+           'state_digest', 'plain_config', 'save_model', 'train_tokenizer', 'Cost', 'count_cost', 'shape_cost',
+           'measure_latency']
 
-# %% ../nbs/03_models.ipynb #5ba7d3ec
+# %% ../nbs/03_models.ipynb #62500d89
 @dataclass(frozen=True)
 class VLM:
     "A two-tower model together with its own preprocessing and tokenizer"
@@ -63,6 +64,10 @@ class VLM:
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
+
+    def save(self, folder: str | Path) -> Path:  # the folder
+        "Save the model for `load_model`"
+        return save_model(self, folder)
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
@@ -278,7 +283,7 @@ def resize_towers(
     _resize_text_tower(slim, shapes["text"])
     return slim
 
-# %% ../nbs/03_models.ipynb #ffc92a1d
+# %% ../nbs/03_models.ipynb #a841dc79
 def _build(config: Mapping, towers: Mapping[str, TowerShape] | None = None) -> nn.Module:
     "A model of this configuration with fresh weights"
     import open_clip
@@ -301,12 +306,15 @@ def _plain(preprocess_cfg: Mapping) -> dict:
     return settings | {"size": size[0] if isinstance(size, list) and size[0] == size[-1] else size}
 
 
-def _preprocess(preprocess_cfg: Mapping) -> Callable:
+def preprocessing(
+    preprocess_cfg: Mapping,  # as open_clip writes it: size, mean, std, interpolation, resize_mode, …
+) -> Callable:  # PIL image -> (3, H, W)
+    "What a configuration does to a picture"
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
 
-# %% ../nbs/03_models.ipynb #166ea037
+# %% ../nbs/03_models.ipynb #98434e9b
 def at_size(
     vlm: VLM,
     image_size: int,  # pixels on a side
@@ -317,7 +325,7 @@ def at_size(
     preprocess_cfg = vlm.config["preprocess_cfg"] | {"size": image_size}
     config = deepcopy(vlm.config["model_cfg"])
     config["vision_cfg"]["image_size"] = image_size
-    return replace(vlm, preprocess=_preprocess(preprocess_cfg), config=vlm.config | dict(model_cfg=config, preprocess_cfg=preprocess_cfg))
+    return replace(vlm, preprocess=preprocessing(preprocess_cfg), config=vlm.config | dict(model_cfg=config, preprocess_cfg=preprocess_cfg))
 
 
 def new_model(
@@ -338,7 +346,7 @@ def new_model(
         preprocess_cfg, preprocess, tokenizer = like.config["preprocess_cfg"], like.preprocess, like.tokenizer
     else:
         preprocess_cfg = _plain(asdict(open_clip.transform.PreprocessCfg(size=config["vision_cfg"].get("image_size", 224))))
-        preprocess, tokenizer = _preprocess(preprocess_cfg), tokenizer or _tokenizer_of(config)
+        preprocess, tokenizer = preprocessing(preprocess_cfg), tokenizer or _tokenizer_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(config, towers)
@@ -355,7 +363,7 @@ def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
         return HFTokenizer(str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options)
     return SimpleTokenizer(**options)
 
-# %% ../nbs/03_models.ipynb #7ddbbadc
+# %% ../nbs/03_models.ipynb #b109e268
 _SLIM_CONFIG = "vlkd_lab_config.json"
 
 
@@ -376,7 +384,7 @@ def load_model(
         model = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
         preprocess_cfg = _plain(model.visual.preprocess_cfg)
         config = dict(model_cfg=open_clip.get_model_config(source), preprocess_cfg=preprocess_cfg, towers=None)
-        vlm = VLM(model, _preprocess(preprocess_cfg), open_clip.get_tokenizer(source), config, name)
+        vlm = VLM(model, preprocessing(preprocess_cfg), open_clip.get_tokenizer(source), config, name)
     vlm.model.to(device).eval()
     return vlm
 
@@ -452,14 +460,14 @@ def save_model(
     (folder / f"{name}_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
-# %% ../nbs/03_models.ipynb #cdd8952b
+# %% ../nbs/03_models.ipynb #70a4e27e
 def _load_slim(folder: Path, name: str) -> VLM:
     "A model that `save_model` wrote in the layout of its own"
     config = json.loads((folder / _SLIM_CONFIG).read_text(encoding="utf-8"))
     config["towers"] = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
     model = _build(config["model_cfg"], config["towers"])
     model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
-    return VLM(model, _preprocess(config["preprocess_cfg"]), _tokenizer_of(config["model_cfg"], folder), config, name)
+    return VLM(model, preprocessing(config["preprocess_cfg"]), _tokenizer_of(config["model_cfg"], folder), config, name)
 
 # %% ../nbs/03_models.ipynb #01c905aa
 def train_tokenizer(

@@ -96,7 +96,9 @@ function render({ model, el }) {
     if (shape !== made) {
       made = shape;
       parts = Object.fromEntries(specs.map((spec) => [spec.name, new Slider(spec, ask)]));
-      sliders.replaceChildren(...Object.values(parts).map((part) => part.element));
+      const headed = (spec, k) => spec.group && spec.group !== specs[k - 1]?.group;
+      const children = (spec, k) => [...(headed(spec, k) ? [make("h4", { textContent: spec.group })] : []), parts[spec.name].element];
+      sliders.replaceChildren(...specs.flatMap(children));
     }
     for (const [name, value] of Object.entries(model.get("values"))) parts[name]?.set(value, model.get("off"));
   };

@@ -1,0 +1,372 @@
+"DLIP as a job: what a step learns, that a killed one ends as if undisturbed, and what is refused before any work"
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY_BLIP, lines_of, same_weights
+
+from vlkd_lab import fusion, trainers
+from vlkd_lab.blip_terms import GROUPS, blip_terms
+from vlkd_lab.dlip import (
+    BlipLearner,
+    BlipTraining,
+    Dlip,
+    dlip_objective,
+    find_blip,
+    make_student,
+    open_blip_training,
+    open_dlip,
+    student_sizes,
+)
+from vlkd_lab.fusion import TASKS, load_blip, see
+from vlkd_lab.losses import Objective
+from vlkd_lab.runs import Run, kept_snapshots, read_json, read_snapshot
+from vlkd_lab.samples import write_shards
+from vlkd_lab.trainers import Fit, Phase, check_parameters, current_student, make_accelerator, start, train
+
+
+@pytest.fixture
+def tiny(scenes, tiny_blip, tmp_path):
+    "Parameters of a job that takes seconds"
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=str(tiny_blip), device="cpu")
+    given |= dict(steps=6, batch_size=8, warmup=2, validate_every=3, validate_pairs=24, queue=21)
+    return given | dict(out=str(tmp_path / "run"), compare_scratch=False, probe_pairs=6, student="image:1x16, text:1x16")
+
+
+def job_of(tiny, **changes):
+    return open_dlip(check_parameters(Dlip, tiny | changes))
+
+
+def first_step(job, **changes):
+    "Terms and gradients of a job's first step, the student in double precision"
+    options = trainers.check_parameters(Dlip, {**vars(job.options), **changes})
+    student = make_student(job)[0]
+    objective = dlip_objective(options, job.teacher, student, job.tasks)
+    learner = BlipLearner(student.model.train(), student, job.tasks, options)
+    trial = Fit(
+        Run(job.run.folder / "trial"), Phase("student", "distil", 6), learner, objective, options, make_accelerator(options), job.teacher
+    )
+    sums, seen, taught = learner.learn(trial, next(job.batches(0)))
+    return sums, {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}, learner, seen, taught
+
+
+def test_a_step_has_every_term_and_moves_every_part(tiny):
+    job = job_of(tiny)
+    sums, grads, learner, seen, taught = first_step(job)
+    assert set(sums) == {term.name for term in blip_terms()} | {"total"} and all(math.isfinite(value) for value in sums.values())
+    assert sums["total"] == pytest.approx(sum(value for name, value in sums.items() if name != "total"), rel=1e-5)
+    still = {name for name, _ in learner.model.named_parameters()} - set(grads)
+    assert not still, still
+    assert all(p.grad is None for p in job.teacher.model.parameters()) and all(p.grad is None for p in learner.slow.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(seen.negatives, taught.negatives or seen.negatives, strict=True))
+    assert torch.equal(seen.passes["pairs"].targets, taught.passes["pairs"].targets), "both judge the same pairs"
+
+
+def test_the_base_losses_are_their_formulas(tiny):
+    job = job_of(tiny, losses="base:1", queue=0, soft_share=0.0)
+    sums, _, learner, *_ = first_step(job)
+    batch, words = next(job.batches(0)), learner.blip.tokenizer
+    student = make_student(job)[0].model
+    with torch.no_grad():
+        image, text = student.encode_image(batch.image), student.encode_text(batch.text)
+        logits, same = (
+            student.logit_scale.exp() * image @ text.T,
+            torch.tensor([[a == b for b in batch.captions] for a in batch.captions]).double(),
+        )
+        expected = (
+            -((same / same.sum(1, keepdim=True)) * logits.log_softmax(1)).sum(1).mean()
+            - ((same / same.sum(1)) * logits.T.log_softmax(1)).sum(1).mean()
+        )
+        assert sums["image_text_contrast"] == pytest.approx(float(expected / 2), rel=1e-4)
+        tokens, mask = fusion.trimmed(batch.text, words.pad)
+        written = student.run_decoder(fusion.begun(tokens, words.dec), mask, student.run_image(batch.image).states)
+        nats = []
+        for row in range(len(tokens)):
+            for place in range(int(mask[row].sum()) - 1):
+                shares = written.logits[row, place].log_softmax(0)
+                nats.append(float(-0.9 * shares[tokens[row, place + 1]] - 0.1 * shares.mean()))
+    assert sums["language_modelling"] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+
+
+def test_micro_batches_give_the_same_step(tiny):
+    losses = "image_text_contrast:1, language_modelling:1, answering:1, image_features:1, text_features:1, image_attention:1"
+    whole, wanted, learner, *_ = first_step(job_of(tiny, losses=losses))
+    for micro in (2, 3, 5):
+        sums, grads, other, *_ = first_step(job_of(tiny, losses=losses), micro_batch=micro)
+        assert sums == pytest.approx(whole, rel=1e-4)
+        assert set(grads) == set(wanted)
+        for name in wanted:
+            assert (grads[name] - wanted[name]).abs().max() <= 1e-3 * max(float(wanted[name].abs().max()), 1e-3), name
+        assert torch.allclose(other.queue.held()[0], learner.queue.held()[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(micro_batch=3), dict(image_size=16), dict(tasks="captioning, answering")], ids=["plain", "micro", "size", "words"]
+)
+def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tmp_path, killed_in_its_fourth_step):
+    tiny = tiny | changes | dict(checkpoint_seconds=0.0)
+    train(job_of(tiny))
+    out = str(tmp_path / "killed")
+    assert killed_in_its_fourth_step(lambda: job_of(tiny, out=out)) == [0, 1, 2, 3, 3, 4, 5]
+    assert lines_of(out) == lines_of(tiny["out"]) and same_weights(out, tiny["out"])
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(tiny):
+    job = job_of(tiny, student="image:2x32", losses="distillation:1")
+    sums, *_ = first_step(job)
+    assert all(abs(value) < 1e-4 for value in sums.values()), sums
+
+
+def test_scratch_has_the_students_sizes_and_no_weight_of_the_teacher(tiny):
+    job = job_of(tiny, compare_scratch=True, steps=2)
+    train(job)
+    student, scratch = (load_blip(job.run.folder / stage / "student", "cpu") for stage in ("student", "scratch"))
+    begun = load_blip(job.run.folder / "scratch" / "init", "cpu")
+    assert student.shape == scratch.shape == student_sizes(job.options, job.teacher)
+    inherited = make_student(job)[0].model.state_dict()
+    assert not torch.equal(begun.model.state_dict()["text_encoder.embeddings.word_embeddings.weight"],
+                           inherited["text_encoder.embeddings.word_embeddings.weight"])  # fmt: skip
+    lines = [line for line in job.run.metrics() if "total" in line and line["stage"] == "scratch"]
+    assert set(lines[0]) & set(GROUPS["distillation"]) == set() and set(GROUPS["base"]) <= set(lines[0])
+
+
+def test_what_no_term_asks_for_is_not_run(tiny, monkeypatch):
+    job, made = job_of(tiny, losses="language_modelling:1"), []
+    monkeypatch.setattr(
+        "vlkd_lab.dlip.see", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or see(*given, **more)
+    )
+    first_step(job)
+    assert made and all(tuple(tasks) == ("captioning",) for tasks in made)
+
+
+def test_the_slow_copy_and_the_queue_are_those_of_the_formula(tiny):
+    job = job_of(tiny, momentum=0.9, steps=3, checkpoint_seconds=0.0, keep_snapshots=0)
+    seen = []
+    step = trainers.take_step
+
+    def watched(fit, batch):
+        before = {n: w.clone() for n, w in fit.learner.slow.named_parameters()}
+        found = step(fit, batch)
+        own = dict(fit.learner.model.named_parameters())
+        for name, weight in fit.learner.slow.named_parameters():
+            torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * own[name])
+        seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.held()[0])))
+        return found
+
+    job_step, trainers.take_step = trainers.take_step, watched
+    try:
+        train(job)
+    finally:
+        trainers.take_step = job_step
+    assert seen == [(8, 8), (16, 16), (24, 21)], "a queue of 21 pairs, which 8 does not divide"
+
+
+def test_views_find_where_words_look(tiny):
+    job = job_of(tiny)
+    train(job)
+    about = read_json(job.run.folder / "probe.json")
+    assert len(about["words"]) == 6 and about["words"][0][-1] == "[SEP]"
+    taught, _ = read_snapshot(job.run.folder / "probe.safetensors")
+    files = kept_snapshots(job.run)
+    seen, _ = read_snapshot(files[-1] if not isinstance(files[-1], tuple) else files[-1][0])
+    for name in ("cross_fusion", "cross_decoder"):
+        mine, theirs = seen[f"student_{name}"], taught[f"teacher_{name}"]
+        assert mine.shape == theirs.shape and mine.shape[0] == 6 and mine.shape[2] == 16
+        assert (theirs.astype(float).sum(-1)[0, : len(about["words"][0])] > 0.2).all() and theirs.astype(float).sum(-1).max() < 1.01
+    words = len(about["words"][0])
+    assert words == mine.shape[1] or (mine[0, words:] == 0).all(), "nothing behind the end"
+
+
+def test_one_text_stands_for_its_attention(tiny):
+    "The views' maps are the mean over heads and layers of what the passes kept"
+    job = job_of(tiny)
+    maps = job.probed()[0]["teacher_cross_decoder"]
+    batch, words = job.probe, job.teacher.tokenizer
+    tokens, mask = fusion.trimmed(batch.text, words.pad)
+    with torch.no_grad():
+        made = job.teacher.model.run_decoder(
+            fusion.begun(tokens, words.dec), mask, job.teacher.model.run_image(batch.image).states, maps=True
+        )
+    by_hand = sum(layer[2, head, 1, 1:] for layer in made.cross for head in range(layer.shape[1])) / (
+        len(made.cross) * made.cross[0].shape[1]
+    )
+    torch.testing.assert_close(maps[2, 1].float(), by_hand, atol=1e-3, rtol=1e-2)
+
+
+def test_weights_change_in_mid_run_and_foreign_terms_are_refused(tiny):
+    job = job_of(tiny, steps=40, losses="base:1")
+    training = start(job, beside=True)
+    job.run.control(weights={"decoder_features": 2.0})
+    training.join()
+    changed = [m for m in job.run.metrics() if m.get("event") == "control"]
+    assert changed and changed[0]["weights"] == {"decoder_features": 2.0}
+    after = [m for m in job.run.metrics() if "total" in m and m["step"] > changed[0]["step"]]
+    assert after and all("decoder_features" in m for m in after)
+    student, phase = make_student(job)[0], Phase("student", "distil", 2)
+    learner = BlipLearner(student.model, student, job.tasks, job.options)
+    objective = dlip_objective(job.options, job.teacher, student, job.tasks)
+    fit = Fit(Run(job.run.folder / "trial"), phase, learner, objective, job.options, make_accelerator(job.options), job.teacher)
+    with pytest.raises(ValueError, match="affinity_mimicking is a term of two towers"):
+        trainers.change(fit, {"weights": {"affinity_mimicking": 1.0}})
+    assert "affinity_mimicking" not in fit.objective.weights
+
+
+def test_a_stopped_job_has_a_student_to_look_at(tiny):
+    job = job_of(tiny, steps=500)
+    training = start(job, beside=True)
+    found = current_student(job.run)
+    job.run.control(stop=True)
+    assert training.join() == "stopped"
+    assert isinstance(found, fusion.Blip) and fusion.write_captions(found, job.probe.image[:1], longest=4)
+
+
+@pytest.mark.parametrize("task", ["captioning", "answering", "retrieval"])
+def test_a_published_teacher_teaches_what_it_has(task, tiny, tiny_blip, tmp_path):
+    fusion.export_blip(load_blip(tiny_blip, "cpu"), tmp_path / "out", task)
+    job = job_of(tiny, teacher=str(tmp_path / "out"), steps=2)
+    train(job)
+    wanted = {"captioning": ("captioning",), "answering": ("answering",), "retrieval": ("retrieval", "matching")}[task]
+    assert job.tasks == wanted and load_blip(job.run.folder / "student" / "student", "cpu").tasks == wanted
+    line = [m for m in job.run.metrics() if "total" in m][-1]
+    assert ("decoder_logits" in line) == (task != "retrieval") and ("similarities" in line) == (task == "retrieval")
+    with pytest.raises(ValueError, match="is not computed for"):
+        job_of(
+            tiny,
+            teacher=str(tmp_path / "out"),
+            out=str(tmp_path / "no"),
+            losses="base:1, decoder_logits:1" if task == "retrieval" else "base:1, text_features:1",
+        )
+
+
+def test_a_teacher_from_nothing_learns_and_can_be_trained_on(tiny, tmp_path):
+    given = {name: tiny[name] for name in ("data", "val", "device", "batch_size", "validate_every", "validate_pairs", "queue")}
+    small = dict(
+        sizes="image:1x32, text:1x32, fusion:1, decoder:1", image_size=32, head_width=16, joint_width=8, context_length=24, warmup=2
+    )
+    job = open_blip_training(check_parameters(BlipTraining, given | small | dict(steps=9, out=str(tmp_path / "first"))))
+    train(job)
+    scores = [m for m in job.run.metrics() if m.get("event") == "validation"]
+    assert scores[-1]["caption_loss"] < scores[0]["caption_loss"] and job.tasks == tuple(TASKS)
+    made = tmp_path / "first" / "teacher" / "student"
+    again = open_blip_training(check_parameters(BlipTraining, given | dict(start_from=str(made), steps=1, out=str(tmp_path / "second"))))
+    assert again.teacher.shape == load_blip(made, "cpu").shape
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.teacher.model.state_dict().values(), load_blip(made, "cpu").model.state_dict().values(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (dict(losses="decoder_logit:1"), "no term or group 'decoder_logit'"),
+        (dict(losses="affinity_mimicking:1"), "no term or group 'affinity_mimicking'"),
+        (dict(losses="base"), "write NAME:WEIGHT"),
+        (dict(losses="base:0"), "no term has a weight"),
+        (dict(losses="base:-1"), "finite numbers from 0 up|is not valid"),
+        (dict(student="image:2"), "image:LAYERSxWIDTH"),
+        (dict(student="image:2x33"), "multiple"),
+        (dict(student="image:3x32"), "deeper|larger"),
+        (dict(student_share=0.0), "student_share=0.0 is not valid"),
+        (dict(tasks="retrieval, cooking"), "no task 'cooking'"),
+        (dict(tasks="matching"), "name both"),
+        (dict(teacher="data_samples/teacher"), "config.json"),
+        (dict(teacher="no/such-blip"), "no BLIP 'no/such-blip'"),
+        (dict(teacher_features="stored"), "teacher_features='stored' is not valid"),
+        (dict(batch_size=1), "batch_size=1 is not valid"),
+        (dict(image_size=30), "patch_size"),
+        (dict(start_from="data_samples/teacher"), "config.json"),
+    ],
+    ids=str,
+)
+def test_bad_parameters_stop_before_any_work(changes, said, tiny):
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        job_of(tiny, **changes)
+    assert not Run(tiny["out"]).metrics()
+
+
+def test_questions_are_needed_for_answers_only(tiny, tmp_path):
+    import tarfile
+
+    write_shards(tmp_path / "plain", 40, 0, split="train", per_shard=40, size=32)
+    source = next((tmp_path / "plain").glob("*.tar"))
+    bare = tmp_path / "bare" / "train-000000.tar"
+    bare.parent.mkdir()
+    with tarfile.open(source) as full, tarfile.open(bare, "w") as kept:
+        for member in full.getmembers():
+            if not member.name.endswith("json"):
+                kept.addfile(member, full.extractfile(member))
+    job = job_of(tiny, data=str(bare), steps=1)
+    assert job.tasks == ("retrieval", "matching", "captioning") and "answering" not in job.run.config()["terms"]
+    train(job)
+    with pytest.raises(ValueError, match="has no `questions`"):
+        job_of(tiny, data=str(bare), tasks="answering", out=str(tmp_path / "no"))
+
+
+def test_two_processes_learn_together(tiny, tmp_path):
+    given = tiny | dict(steps=3, losses="base:1, image_features:1, similarities:1", keep_snapshots=0, probe_pairs=0, processes=2)
+    given = [f"{k}={v}" for k, v in given.items() if k != "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "vlkd_lab.trainers", str(tmp_path / "two"), "method=Dlip", *given], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [m for m in Run(tmp_path / "two").metrics() if "total" in m]
+    assert len(lines) == 3 and all(math.isfinite(m["total"]) for m in lines)
+    assert load_blip(tmp_path / "two" / "student" / "student", "cpu").tasks == tuple(TASKS)
+
+
+HALF = """
+import json, sys
+import torch
+from vlkd_lab import dlip, trainers
+from vlkd_lab.runs import Run
+from vlkd_lab.features import Batch
+job = dlip.open_dlip(trainers.check_parameters(dlip.Dlip, json.loads(sys.argv[1])))
+rank, world = job.accelerator.process_index, job.accelerator.num_processes
+student = dlip.make_student(job)[0]
+objective = dlip.dlip_objective(job.options, job.teacher, student, job.tasks)
+learner = dlip.BlipLearner(student.model.train(), student, job.tasks, job.options)
+phase = trainers.Phase("student", "distil", 6)
+fit = trainers.Fit(Run(job.run.folder / "trial"), phase, learner, objective, job.options, job.accelerator, job.teacher)
+batch = next(job.val.batches(job.view, batch_size=8))
+part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+mine = Batch(batch.image[part], batch.text[part], keys=batch.keys[part], captions=batch.captions[part], questions=batch.questions[part])
+sums, *_ = learner.learn(fit, mine)
+if rank == 0:
+    grads = {n: p.grad for n, p in student.model.named_parameters()}
+    torch.save({"grads": grads, "queue": learner.queue.held()[0], "sums": sums}, sys.argv[2])
+"""
+
+
+def test_the_gradient_of_two_processes_is_that_of_one(tiny, tmp_path):
+    losses = "image_text_contrast:1, similarities:1, image_features:1, text_features:1, image_attention:1"
+    (tmp_path / "half.py").write_text(HALF)
+    found = []
+    for world in (1, 2):
+        given = json.dumps(tiny | dict(losses=losses, batch_size=8, out=str(tmp_path / f"of-{world}")))
+        command = (
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else [sys.executable]
+        )
+        done = subprocess.run([*command, str(tmp_path / "half.py"), given, str(tmp_path / f"{world}.pt")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(tmp_path / f"{world}.pt", weights_only=True))
+    one, two = found
+    assert torch.allclose(one["queue"], two["queue"], atol=1e-6), "all processes' pairs enter the queue, in rank order"
+    assert one["sums"]["image_text_contrast"] == pytest.approx(two["sums"]["image_text_contrast"], rel=1e-4)
+    for name, whole in one["grads"].items():
+        if whole is not None:
+            assert (two["grads"][name] - whole).abs().max() <= 1e-3 * max(float(whole.abs().max()), 1e-3), name
+
+
+def test_the_shipped_shape_of_a_run_folder(tiny):
+    job = job_of(tiny)
+    config = job.run.config()
+    assert config["method"] == "Dlip" and set(config["terms"]) == {term.name for term in blip_terms()}
+    assert config["objective"]["fusion_cross_attention"] == 1.0 and json.dumps(config["student"])
+    assert Objective({}, *blip_terms()).weights.keys() == config["objective"].keys()
+    assert find_blip(job.options.teacher).shape == job.teacher.shape and job.teacher.shape.image_width == TINY_BLIP.image_width
+    assert job.view.questions and next(job.batches(0)).questions[0], "questions are read with the pairs"
