@@ -108,9 +108,27 @@ def dime_fm(folder: Path, page, out: Path) -> None:
     until(lambda: run.status()["state"] == "waiting", 600)
 
 
+def dlip(folder: Path, page, out: Path) -> None:
+    "The bench of a DLIP run, a word chosen: where it looks, teacher and student"
+    out = folder / "dlip"
+    run, cells = Run(out), notebook("train_dlip", folder, data="scenes:4000", steps=200, compare_scratch=False, out=str(out))[0]
+    page.open("nbs/train_dlip.ipynb")
+    page.browser_page.set_viewport_size({"width": 1280, "height": 1900})
+    number = run_until(page, cells, "bench")
+    run_until(page, {line: n for line, n in cells.items() if n > number}, "training")
+    until(lambda: [m["step"] for m in run.metrics()[-1:]] > [60], 600)
+    cross = page.browser_page.locator(".vlkd-cross").first
+    cross.locator('button[data-name="image-2"]').click()
+    cross.locator('button[data-name^="word-"]', has_text="drop").first.click()
+    until(lambda: [m["step"] for m in run.metrics()[-1:]] > [150], 600)
+    time.sleep(2)
+    save(page.browser_page.locator(".jp-OutputArea-output:has(.vlkd-panel)"), "dlip")
+    until(lambda: run.status()["state"] == "waiting", 600)
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         folder = project(Path(temporary))
         with JupyterServer(folder) as server, open_page(server) as page:
-            for part in (bench, explorers, clip_cid, dime_fm) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
+            for part in (bench, explorers, clip_cid, dime_fm, dlip) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
                 part(folder, page, folder / "run")

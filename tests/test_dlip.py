@@ -370,3 +370,14 @@ def test_the_shipped_shape_of_a_run_folder(tiny):
     assert Objective({}, *blip_terms()).weights.keys() == config["objective"].keys()
     assert find_blip(job.options.teacher).shape == job.teacher.shape and job.teacher.shape.image_width == TINY_BLIP.image_width
     assert job.view.questions and next(job.batches(0)).questions[0], "questions are read with the pairs"
+
+
+def test_a_blip_is_no_teacher_for_two_towers_but_can_be_looked_at(tiny_blip, tiny):
+    from vlkd_lab.dime_fm import DimeFm, open_dime_fm
+
+    with pytest.raises(ValueError, match="is a BLIP: what is wanted here has two towers"):
+        open_dime_fm(check_parameters(DimeFm, dict(teacher=str(tiny_blip), data=tiny["data"], val=tiny["val"], device="cpu")))
+    given = dict(teacher=str(tiny_blip), data=tiny["data"], val=tiny["val"], device="cpu")
+    with pytest.raises(ValueError, match="is a BLIP"):
+        trainers.open_tinyclip(check_parameters(trainers.TinyCLIP, given))
+    assert isinstance(trainers.find_model(tiny_blip, fused=True), fusion.Blip)

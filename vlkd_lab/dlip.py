@@ -490,7 +490,7 @@ def find_blip(name: str | Path, device: str | torch.device = "cpu") -> Blip:
     here = data.project_root() / name
     return load_blip(here if here.is_dir() else name, device)
 
-# %% ../nbs/11_dlip.ipynb #df80fdf7
+# %% ../nbs/11_dlip.ipynb #9222bac8
 class _Distilled(_FusedJob):
     "The data as student and teacher see them"
 
@@ -499,7 +499,7 @@ class _Distilled(_FusedJob):
         maps = cross_maps(self.teacher, self.teacher.model, pairs, self.tasks)
         tokens, mask = fusion.trimmed(self.probe.text[:LOOKED], words.pad)
         said = [words.tokenizer.convert_ids_to_tokens(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
-        return {f"teacher_{name}": found.cpu() for name, found in maps.items()}, {"words": said}
+        return {f"teacher_{name}": found.cpu() for name, found in maps.items()}, {"words": [["start", *row[1:]] for row in said]}
 
     @property
     def teacher_view(self) -> data.View | None:

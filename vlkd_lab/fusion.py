@@ -31,10 +31,10 @@ from .models import VLM, preprocessing
 
 # %% auto #0
 __all__ = ['PARTS', 'TASKS', 'MEAN', 'STD', 'BlipTokenizer', 'trimmed', 'train_wordpiece', 'BlipShape', 'decoder_sources',
-           'shape_parameters', 'blip_config', 'read_shape', 'BlipNetwork', 'Blip', 'new_blip', 'load_blip', 'save_blip',
-           'export_blip', 'FusedBatch', 'fused_batch', 'see', 'begun', 'write_about', 'write_captions', 'answer',
-           'student_shape', 'shrunk', 'plan_blip', 'inherit_blip', 'clip_sizes', 'adopt_image_tower', 'BlipCost',
-           'blip_cost']
+           'shape_parameters', 'blip_config', 'read_shape', 'BlipNetwork', 'Blip', 'new_blip', 'is_blip', 'load_blip',
+           'save_blip', 'export_blip', 'FusedBatch', 'fused_batch', 'see', 'begun', 'write_about', 'write_captions',
+           'answer', 'student_shape', 'shrunk', 'plan_blip', 'inherit_blip', 'clip_sizes', 'adopt_image_tower',
+           'BlipCost', 'blip_cost']
 
 # %% ../nbs/08_fusion.ipynb #52784a15
 class BlipTokenizer:
@@ -390,7 +390,7 @@ def _assemble(network: BlipNetwork, config: Any, eyes: dict, tokenizer: BlipToke
     settings = dict(model_cfg=about | dict(blip=config.to_dict()), preprocess_cfg=eyes)
     return Blip(network.eval(), preprocessing(eyes), tokenizer, settings, name, tasks)
 
-# %% ../nbs/08_fusion.ipynb #94c4f63d
+# %% ../nbs/08_fusion.ipynb #e9ea30b9
 _FILES = ("config.json", "preprocessor_config.json", "vocab.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
 _OWN = "vlkd_lab"  # the entry of config.json that holds what transformers does not know
 
@@ -416,6 +416,17 @@ def _folder_of(name: str) -> Path:
         raise FileNotFoundError(f"no BLIP {name!r}: there is no such folder, and the hub said {said}") from None
 
 
+def is_blip(
+    folder: str | Path,  # need not exist
+) -> bool:
+    "Whether a folder holds a BLIP, and not a model of open_clip"
+    try:
+        said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and said.get("model_type") == "blip" and not (Path(folder) / "open_clip_config.json").exists()
+
+# %% ../nbs/08_fusion.ipynb #c0e7f056
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     "Weights by name, from safetensors or by PyTorch's restricted loader"
     safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"

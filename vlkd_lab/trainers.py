@@ -898,12 +898,12 @@ class TinyClipJob(Job):
         if self.options.compare_scratch:
             run_scratch(self, count)
 
-# %% ../nbs/10_trainers.ipynb #94484be9
+# %% ../nbs/10_trainers.ipynb #2ab7e5e4
 def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     "Check data, teacher and plan, and write the run's config.json; nothing is trained"
     weights, _, accelerator = options.weights(), gate_kinds(options), make_accelerator(options)
     options.check_stored()
-    teacher = load_model(_local(options.teacher), accelerator.device)
+    teacher = find_model(options.teacher, accelerator.device)
     shapes = _teacher_shapes(teacher, options)
     _check_widths(options, teacher)
     towers = shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
@@ -923,14 +923,22 @@ def _check_widths(options: TinyCLIP, teacher: VLM) -> None:
                 "use losses='affinity_mimicking=1'"
             )
 
-# %% ../nbs/10_trainers.ipynb #ead17e01
+# %% ../nbs/10_trainers.ipynb #6bd9c67f
 def _local(name: str | Path) -> str:
     "A folder of the project by its path from the project's root; any other name as it is"
     return str(data.project_root() / name) if (data.project_root() / name).is_dir() else str(name)
 
 
-def find_model(name: str | Path, device: str | torch.device = "cpu") -> VLM:
+def find_model(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    fused: bool = False,  # whether a BLIP will do as well
+) -> VLM:
     "A model by a folder (its path may begin at the project's root), hf-hub:ID or open_clip's NAME/TAG, ready to be looked at"
+    if fusion.is_blip(_local(name)):
+        if not fused:
+            raise ValueError(f"{name} is a BLIP: what is wanted here has two towers (train_dlip takes BLIPs)")
+        return fusion.load_blip(_local(name), device)
     vlm = load_model(_local(name), device)
     vlm.model.eval()
     return vlm
@@ -1381,7 +1389,7 @@ def start(
         work(job)
     return training
 
-# %% ../nbs/10_trainers.ipynb #f12928fa
+# %% ../nbs/10_trainers.ipynb #1b2df5b3
 def current_student(
     run: Run,
     device: str | torch.device = "cpu",
@@ -1407,7 +1415,7 @@ def current_student(
 
 def load_student(folder: Path, device: str | torch.device = "cpu") -> VLM:
     "A model that a job has saved: two towers, or a BLIP"
-    return fusion.load_blip(folder, device) if (folder / "config.json").exists() else load_model(folder, device)
+    return fusion.load_blip(folder, device) if fusion.is_blip(folder) else load_model(folder, device)
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -992,7 +992,7 @@ def cross_maps(watched: Watched, image: int) -> dict[str, dict[str, np.ndarray]]
                 found.setdefault(module, {})[model] = rows.reshape(len(rows), side, side)
     return found
 
-# %% ../nbs/12_widgets.ipynb #aae2783a
+# %% ../nbs/12_widgets.ipynb #9da6bafc
 def _decoded(uri: str, side: int) -> np.ndarray:  # (side, side, 3) 0 to 1; white where there is no picture
     "A thumbnail squeezed into a square, as the models see it"
     import io
@@ -1006,17 +1006,17 @@ def _decoded(uri: str, side: int) -> np.ndarray:  # (side, side, 3) 0 to 1; whit
 
 
 def _densest(models: Iterable[np.ndarray]) -> float:  # of maps (g, g) of one token
-    "The brightest end of a scale: the densest patch of any model, in units of an even spread, and at least 4 of them"
-    return max([4.0, *(float(shares.max()) * shares.shape[-1] ** 2 for shares in models)])
+    "The brightest end of a scale: the densest patch of any model, in units of an even spread, and at least 3 of them"
+    return max([3.0, *(float(shares.max()) * shares.shape[-1] ** 2 for shares in models)])
 
 
 def _laid_over(pixels: np.ndarray, shares: np.ndarray, densest: float) -> np.ndarray:  # (S, S, 3) of (S, S, 3) and (g, g)
-    "A map over the grey of a picture; static/cross.js does the same"
+    "A map over the grey of a picture: patches glow that get more than an even spread; static/cross.js does the same"
     side = shares.shape[-1]
     at = np.arange(len(pixels)) * side // len(pixels)
-    value = np.clip(shares * side**2 / densest, 0, 1)[np.ix_(at, at)]
-    colours = np.frombuffer(palette(HEAT), dtype=np.uint8).reshape(-1, 3)[(value * 254).round().astype(int)] / 255
-    grey, weight = 0.75 * pixels @ [0.2126, 0.7152, 0.0722], 0.15 + 0.65 * value[..., None]
+    glow = np.clip((shares * side**2 - 1) / (densest - 1), 0, 1)[np.ix_(at, at)]
+    colours = np.frombuffer(palette(HEAT), dtype=np.uint8).reshape(-1, 3)[(120 + 134 * glow).round().astype(int)] / 255
+    grey, weight = 0.85 * pixels @ [0.2126, 0.7152, 0.0722], 0.85 * np.sqrt(glow)[..., None]
     return (1 - weight) * grey[..., None] + weight * colours
 
 

@@ -15,8 +15,8 @@ function percent(share) {
   return `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 }
 
-function weight(byte) {
-  return 0.15 + (0.65 * byte) / TOP; // how much of the map's colour a patch takes; the still does the same
+function glow(byte, even) {
+  return Math.min(Math.max((byte - even) / (TOP - even), 0), 1); // above an even spread, 0 to 1; the still does the same
 }
 
 class Panel {
@@ -44,7 +44,7 @@ class Panel {
     pen.fillStyle = "#ffffff";
     pen.fillRect(0, 0, canvas.width, canvas.height);
     if (picture) {
-      pen.filter = "grayscale(1) brightness(0.75)";
+      pen.filter = "grayscale(1) brightness(0.85)";
       pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
       pen.filter = "none";
     }
@@ -53,10 +53,11 @@ class Panel {
   }
 
   colours(palette) {
-    const { side } = this.spec, small = make("canvas", { width: side, height: side }), image = new ImageData(side, side);
+    const { side, high } = this.spec, even = TOP / (high * side * side), small = make("canvas", { width: side, height: side }), image = new ImageData(side, side);
     this.bytes.forEach((byte, i) => {
-      for (let c = 0; c < 3; c++) image.data[4 * i + c] = palette.getUint8(3 * Math.min(byte, TOP) + c);
-      image.data[4 * i + 3] = byte > TOP ? 0 : Math.round(255 * weight(byte));
+      const value = glow(byte, even);
+      for (let c = 0; c < 3; c++) image.data[4 * i + c] = palette.getUint8(3 * Math.round(120 + 134 * value) + c);
+      image.data[4 * i + 3] = byte > TOP ? 0 : Math.round(255 * 0.85 * Math.sqrt(value));
     });
     small.getContext("2d").putImageData(image, 0, 0);
     return small;
