@@ -396,19 +396,13 @@ def _find_tasks(options: _Base, able: Sequence[str], report: data.DataReport) ->
         raise ValueError(f"tasks={options.tasks!r} is not valid here: the JSON of data={options.data!r} has no `questions`")
     return asked or tuple(task for task in able if task != "answering" or questions)
 
-# %% ../nbs/11_dlip.ipynb #fc62cad0
-class BlipTrainingJob(_FusedJob):
-    "Trains `teacher`, from nothing"
+# %% ../nbs/11_dlip.ipynb #6f63b86e
+@dataclass
+class BlipTrainingJob(_FusedJob, trainers.TeacherJob):
+    "A BLIP, by its own losses"
 
-    teaches = False
-
-    @property
-    def plan(self) -> list[tuple[str, int]]:
-        return [("teacher", self.options.steps)]
-
-    def work(self) -> None:
-        if not (self.run.folder / "teacher" / "done.json").exists():
-            self.train_from_nothing(Phase("teacher", "pretrain", self.options.steps), self.teacher)
+    def learn(self) -> None:
+        self.train_from_nothing(Phase("teacher", "pretrain", self.options.steps), self.teacher)
 
 
 def read_texts(shards: Sequence[Path], most: int = 20_000) -> list[str]:

@@ -53,8 +53,8 @@ __all__ = ['METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_para
            'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes',
            'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch',
            'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
-           'open_contrastive', 'read_captions', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start',
-           'current_student', 'load_student', 'open_job']
+           'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
+           'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -1276,9 +1276,8 @@ def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     texts = (sample["txt"] for shard in shards for sample in data.raw_samples(shard) if "txt" in sample)
     return [data.clean_caption(text.decode("utf-8", "replace")) for text in islice(texts, most)]
 
-# %% ../nbs/10_trainers.ipynb #2b120be5
-@dataclass
-class ContrastiveJob(Job):
+# %% ../nbs/10_trainers.ipynb #40bbc522
+class TeacherJob(Job):
     "Trains `teacher`; it is saved in the run's folder teacher/student"
 
     teaches = False
@@ -1289,8 +1288,19 @@ class ContrastiveJob(Job):
 
     def work(self) -> None:
         if not (self.run.folder / "teacher" / "done.json").exists():
-            phase = Phase("teacher", "contrast", self.options.steps)
-            finish_fit(self, phase, self.teacher, Objective({"contrastive": 1.0}), None)
+            self.learn()
+
+    @abstractmethod
+    def learn(self) -> None:
+        "Train the teacher to the end of its stage"
+
+
+@dataclass
+class ContrastiveJob(TeacherJob):
+    "Two towers, contrastively"
+
+    def learn(self) -> None:
+        finish_fit(self, Phase("teacher", "contrast", self.options.steps), self.teacher, Objective({"contrastive": 1.0}), None)
 
 # %% ../nbs/10_trainers.ipynb #5785c3df
 def train(job: Job) -> None:
