@@ -339,3 +339,33 @@ def test_a_click_shows_an_images_nearest_sentences_before_and_now(project):
         press(page, "stop")
         until(lambda: run.status()["state"] == "stopped", 20)
         assert page.browser_page.evaluate("window.hacked") is None
+
+
+def test_a_chosen_word_shows_where_teacher_and_student_look(project, tiny_blip):
+    folder, given = project
+    kept = {name: given[name] for name in ("data", "val", "out")} | dict(teacher=str(tiny_blip), batch_size=8, steps=3000)
+    kept |= dict(student="image:1x16, text:1x16", validate_pairs=12, compare_scratch=False, device="cpu")
+    cells, _ = notebook("train_dlip", folder, **kept)
+    run = Run(given["out"])
+    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        page.open("nbs/train_dlip.ipynb")
+        bench = run_until(page, cells, "training") and page.output(cells["bench"])
+        cross = bench.locator(".vlkd-cross")
+        cross.locator("canvas").first.wait_for(timeout=60_000)
+        titles = cross.locator("figcaption").all_inner_texts()
+        assert len(titles) == 4 and "teacher" in titles[0] and "student" in titles[1], "reading and writing, both models"
+        until(lambda: int(cross.get_attribute("data-frame")) > 2, 60)
+        said = cross.locator(".vlkd-overlap").inner_text()
+        cross.locator('button[data-name="word-3"]').click()
+        word = cross.locator('button[data-name="word-3"]').inner_text()
+        until(lambda: cross.locator(".vlkd-overlap").inner_text().startswith(f"“{word}”"))
+        until(lambda: cross.locator('button[data-name="word-3"]').get_attribute("aria-pressed") == "true")
+        assert "overlap" in said and "overlap" in cross.locator(".vlkd-overlap").inner_text()
+        cross.locator('button[data-name="image-2"]').click()
+        until(lambda: cross.locator('button[data-name="image-2"]').get_attribute("aria-pressed") == "true")
+        frame = int(cross.get_attribute("data-frame"))
+        until(lambda: int(cross.get_attribute("data-frame")) > frame + 2, 60)  # it goes on with the training
+        assert any("decoder cross attention" in text for text in bench.locator("label").all_inner_texts())
+        press(page, "stop")
+        until(lambda: run.status()["state"] == "stopped", 20)
+        assert page.browser_page.evaluate("window.hacked") is None
