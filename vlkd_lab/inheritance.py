@@ -162,7 +162,14 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         lines.append([row["block"], f"{row['source']} of {row['blocks_of']}", *(f"{row[k][0]} of {row[k][1]}" for k in counted)])
     return lines
 
-# %% ../nbs/06_inheritance.ipynb #e14b5ffd
+# %% ../nbs/06_inheritance.ipynb #6d1774b6
+def _html_rows(lines: Sequence[Sequence[str]]) -> str:
+    "The table for a notebook"
+    rows = [("th" if line[1] == "from block" else "td", line) for line in lines]
+    cells = ["".join(f"<{kind}>{text}</{kind}>" for text in line) for kind, line in rows]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+# %% ../nbs/06_inheritance.ipynb #08de0a5e
 @dataclass(frozen=True, repr=False)
 class Plan:
     "What every tensor of a student copies from its teacher"
@@ -174,9 +181,8 @@ class Plan:
     @property
     def layers(self) -> dict[str, tuple]:
         "The teacher's layer for each of the student's, by tower; of a ResNet one tuple per stage"
-        towers = dict.fromkeys(stack.tower for stack in self.stacks)
-        sources = {tower: tuple(s.sources for s in self.stacks if s.tower == tower) for tower in towers}
-        return {t: stages if len(stages) > 1 else stages[0] for t, stages in sources.items() if stages}
+        sources = {stack.tower: tuple(s.sources for s in self.stacks if s.tower == stack.tower) for stack in self.stacks}
+        return {tower: stages if len(stages) > 1 else stages[0] for tower, stages in sources.items()}
 
     def rows(self) -> list[dict[str, Any]]:
         "One row per block of the student, for a data frame or a table"
@@ -186,9 +192,7 @@ class Plan:
         return "\n".join(f"{line[0]:<36}" + "".join(f"{cell:>16}" for cell in line[1:]) for line in _table(self.rows()))
 
     def _repr_html_(self) -> str:
-        table = [("th" if line[1] == "from block" else "td", line) for line in _table(self.rows())]
-        rows = ["".join(f"<{cell}>{text}</{cell}>" for text in line) for cell, line in table]
-        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+        return _html_rows(_table(self.rows()))
 
     def to_json(self) -> str:
         "Compact text: every distinct selection is written once"
@@ -316,7 +320,7 @@ def plan_manual(
         copies.append(Copy(name, source, kept))
     return Plan(tuple(copies), tuple(stacks.values()), tuple(widths.items()))
 
-# %% ../nbs/06_inheritance.ipynb #ae90f8fe
+# %% ../nbs/06_inheritance.ipynb #2c0033c7
 def _kept_mask(kept: Kept, unit: int = 1) -> Tensor:  # (size // unit,) bool
     "Which positions are kept, counted in units"
     mask = torch.zeros(kept.of, dtype=torch.bool)
@@ -341,7 +345,7 @@ def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  #
         "neurons": [(s, _kept_mask(copies[b + form.neurons].kept[0])) for b, s in first.items()],
     }
 
-
+# %% ../nbs/06_inheritance.ipynb #a39761db
 def _plot(plan: Plan):  # a matplotlib figure
     "What is kept of every block of the teacher"
     import matplotlib.pyplot as plt

@@ -1406,18 +1406,55 @@ class _Matrices:
         "Whether the page has drawn every matrix that it was sent"
         return all(view.ready() for view in (*self.affinity.values(), *self.gates.values()))
 
-# %% ../nbs/12_widgets.ipynb #ab95f091
-class RunWidgets(_Matrices):
-    "The widgets of a bench: panel, curves, affinities, clusters, gates"
+# %% ../nbs/12_widgets.ipynb #b2ec2d77
+class _Further(_Matrices):
+    "The widgets that only some runs have: sentences, cross-attention, clusters"
+
+    def __init__(self):
+        super().__init__()
+        self.clusters, self.cross, self.sentences = None, None, SentenceBox()
+        self.affinity_box = ipywidgets.HBox(list(self.affinity.values()))
+        self.box = ipywidgets.VBox([self.affinity_box, self.gate_box])
+
+    def _insert(self, widget: ipywidgets.Widget) -> None:
+        "Below what is there, above the gates"
+        self.box.children = (*self.box.children[:-1], widget, self.gate_box)
+
+    def show_sentences(self, watched: Watched) -> None:
+        "The chosen image's nearest sentences, below the matrices of a probe that has some"
+        if "sentences" in watched.probe:
+            if self.sentences.widget not in self.box.children:
+                self._insert(self.sentences.widget)
+            self.sentences.show(watched)
+
+    def show_cross(self, watched: Watched) -> None:
+        "Where the models look for a chosen word, of a probe whose texts are read with their images"
+        if self.cross is None and cross_maps(watched, 0):
+            self.cross = CrossView(watched)
+            self._insert(self.cross)
+            if not probe_affinities(watched):  # there is no joint space
+                self.affinity_box.children = ()
+        elif self.cross is not None:
+            self.cross.show()
+
+    def show_clusters(self, drawn: Mapping[str, Any]) -> None:
+        "The map of a run with clusters, made when there is one"
+        if drawn and self.clusters is None:
+            self.clusters = _live_figure(drawn)
+            self._insert(self.clusters)
+        elif drawn:
+            _sync_figure(self.clusters, drawn)
+
+# %% ../nbs/12_widgets.ipynb #6dca421f
+class RunWidgets(_Further):
+    "The widgets of a bench: panel, curves, affinities, what only some runs have, gates"
 
     def __init__(self, watched: Watched):
         super().__init__()
         self.panel, self.figure = Panel(), _live_figure(curves_json(watched))
-        self.clusters, self.cross, self.sentences = None, None, SentenceBox()
         for view in self.affinity.values():
             view.on_choice.append(lambda cell: self.sentences.show(watched, cell[0]))
-        self.affinity_box = ipywidgets.HBox(list(self.affinity.values()))
-        self.box = ipywidgets.VBox([self.panel, self.figure, self.affinity_box, self.gate_box])
+        self.box.children = (self.panel, self.figure, *self.box.children)
 
     def show_panel(self, state: Mapping[str, Any]) -> None:
         "Only what differs goes over the wire"
@@ -1425,34 +1462,9 @@ class RunWidgets(_Matrices):
             for name, value in state.items():
                 setattr(self.panel, name, value)
 
-    def show_sentences(self, watched: Watched) -> None:
-        "The chosen image's nearest sentences, below the matrices of a probe that has some"
-        if "sentences" in watched.probe:
-            if self.sentences.widget not in self.box.children:
-                self.box.children = (*self.box.children[:3], self.sentences.widget, *self.box.children[3:])
-            self.sentences.show(watched)
-
-    def show_cross(self, watched: Watched) -> None:
-        "Where the models look for a chosen word, of a probe whose texts are read with their images"
-        if self.cross is None and cross_maps(watched, 0):
-            self.cross = CrossView(watched)
-            self.box.children = (*self.box.children[:-1], self.cross, self.gate_box)
-            if not probe_affinities(watched):  # there is no joint space
-                self.affinity_box.children = ()
-        elif self.cross is not None:
-            self.cross.show()
-
     def ready(self) -> bool:
         "Whether the page has drawn what it was sent"
         return super().ready() and (self.cross is None or self.cross.ready())
-
-    def show_clusters(self, drawn: Mapping[str, Any]) -> None:
-        "The map of a run with clusters, made when there is one"
-        if drawn and self.clusters is None:
-            self.clusters = _live_figure(drawn)
-            self.box.children = (*self.box.children[:-1], self.clusters, self.gate_box)
-        elif drawn:
-            _sync_figure(self.clusters, drawn)
 
 # %% ../nbs/12_widgets.ipynb #7eb95cdf
 def _wish(run: Run, name: str, value: Any) -> None:
