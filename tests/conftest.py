@@ -87,6 +87,19 @@ def killed_in_its_fourth_step(monkeypatch):
     return train_twice
 
 
+@pytest.fixture
+def ends_as_if_undisturbed(killed_in_its_fourth_step, tmp_path):
+    "Train a job of six steps to the end, and once more with a death in its fourth: metrics and weights are the same"
+
+    def check(open_job):  # run folder -> the job
+        whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+        trainers.train(open_job(whole))
+        assert killed_in_its_fourth_step(lambda: open_job(killed)) == [0, 1, 2, 3, 3, 4, 5]
+        assert lines_of(killed) == lines_of(whole) and same_weights(killed, whole)
+
+    return check
+
+
 def same_weights(one, other):
     "Whether two runs left the same student, bit for bit"
     a, b = (load_file(next(Path(folder, "student/student").glob("*model.safetensors"))) for folder in (one, other))

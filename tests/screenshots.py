@@ -91,14 +91,20 @@ def clip_cid(folder: Path, page, out: Path) -> None:
     save(output, "balance")
 
 
-def dime_fm(folder: Path, page, out: Path) -> None:
-    "The bench of a DIME-FM run, with an image's nearest sentences"
-    out = folder / "dime"
-    run, cells = Run(out), notebook("train_dime_fm", folder, data="scenes:4000", steps=300, compare_scratch=False, out=str(out))[0]
-    page.open("nbs/train_dime_fm.ipynb")
-    page.browser_page.set_viewport_size({"width": 1280, "height": 1500})
+def begun(name: str, folder: Path, page, height: int, **parameters) -> Run:
+    "The run of a job notebook, its bench shown and its training begun"
+    out = folder / name
+    cells = notebook(f"train_{name}", folder, compare_scratch=False, out=str(out), **parameters)[0]
+    page.open(f"nbs/train_{name}.ipynb")
+    page.browser_page.set_viewport_size({"width": 1280, "height": height})
     number = run_until(page, cells, "bench")
     run_until(page, {line: n for line, n in cells.items() if n > number}, "training")
+    return Run(out)
+
+
+def dime_fm(folder: Path, page, out: Path) -> None:
+    "The bench of a DIME-FM run, with an image's nearest sentences"
+    run = begun("dime_fm", folder, page, 1500, data="scenes:4000", steps=300)
     until(lambda: [m["step"] for m in run.metrics()[-1:]] > [200], 600)
     canvas = page.browser_page.locator(".vlkd-matrix canvas").first
     canvas.click(position={"x": 60, "y": 120})
@@ -110,12 +116,7 @@ def dime_fm(folder: Path, page, out: Path) -> None:
 
 def dlip(folder: Path, page, out: Path) -> None:
     "The bench of a DLIP run, a word chosen: where it looks, teacher and student"
-    out = folder / "dlip"
-    run, cells = Run(out), notebook("train_dlip", folder, data="scenes:4000", steps=200, compare_scratch=False, out=str(out))[0]
-    page.open("nbs/train_dlip.ipynb")
-    page.browser_page.set_viewport_size({"width": 1280, "height": 1900})
-    number = run_until(page, cells, "bench")
-    run_until(page, {line: n for line, n in cells.items() if n > number}, "training")
+    run = begun("dlip", folder, page, 1900, data="scenes:4000", steps=200)
     until(lambda: [m["step"] for m in run.metrics()[-1:]] > [60], 600)
     cross = page.browser_page.locator(".vlkd-cross").first
     cross.locator('button[data-name="image-2"]').click()

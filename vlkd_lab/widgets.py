@@ -37,14 +37,15 @@ if TYPE_CHECKING:
 __all__ = ['SEQUENTIAL', 'DIVERGING', 'STATIC', 'FRAME_SECONDS', 'SEEN_SECONDS', 'Matrices', 'MEASURES', 'COLOURS', 'GREY',
            'WIDTH', 'MODULE_NAMES', 'TABLE_KINDS', 'DECADES', 'MOST_CENTRES', 'CROSS', 'HEAT', 'LOOK_SECONDS',
            'CURVE_SECONDS', 'palette', 'to_bytes', 'symmetric_limit', 'axis_name', 'picture', 'png_html', 'stacked',
-           'Still', 'Pulsed', 'MatrixView', 'Plane', 'cluster_purity', 'RunClusters', 'Watched', 'softmax', 'measured',
-           'with_difference', 'probe_affinities', 'duration', 'progress', 'headline', 'term_curves', 'modules_of',
-           'kind_of', 'module_curves', 'module_table', 'curve', 'curve_style', 'curves_json', 'heatmaps_json',
-           'gate_matrices', 'drawn_gates', 'validation_scores_of', 'clusters_json', 'kept_students', 'first_scores',
-           'sentences_html', 'on_grid', 'overlap', 'cross_maps', 'cross_picture', 'CrossView', 'Panel', 'slider',
-           'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages', 'Live', 'affinity_views',
-           'gate_views', 'gate_grid', 'SentenceBox', 'RunWidgets', 'RunView', 'RunStill', 'NearestSentences',
-           'CrossAttention', 'attach', 'differences', 'overlay_json', 'RunsView', 'RunsStill', 'overlay']
+           'Still', 'script', 'Pulsed', 'MatrixView', 'Plane', 'cluster_purity', 'RunClusters', 'Watched', 'softmax',
+           'measured', 'with_difference', 'probe_affinities', 'duration', 'progress', 'headline', 'term_curves',
+           'modules_of', 'kind_of', 'module_curves', 'module_table', 'curve', 'curve_style', 'curves_json',
+           'heatmaps_json', 'gate_matrices', 'drawn_gates', 'validation_scores_of', 'clusters_json', 'kept_students',
+           'first_scores', 'sentences_html', 'on_grid', 'overlap', 'cross_maps', 'cross_picture', 'CrossView', 'Panel',
+           'slider', 'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages', 'Live',
+           'affinity_views', 'gate_views', 'gate_grid', 'SentenceBox', 'RunWidgets', 'RunView', 'RunStill',
+           'NearestSentences', 'CrossAttention', 'attach', 'differences', 'overlay_json', 'RunsView', 'RunsStill',
+           'overlay']
 
 # %% ../nbs/12_widgets.ipynb #d208618a
 SEQUENTIAL, DIVERGING = "Viridis", "RdBu"  # of Plotly's colour scales
@@ -245,10 +246,15 @@ class Still:
         image = base64.b64encode(picture(self.drawn)).decode()
         return {"application/vnd.plotly.v1+json": page, "image/png": image, "text/plain": "a figure"}
 
-# %% ../nbs/12_widgets.ipynb #9372daaf
+# %% ../nbs/12_widgets.ipynb #06fd02f1
 STATIC = Path(runs.__file__).parent / "static"  # beside the modules
 FRAME_SECONDS = 2.0  # a frame that no page has drawn after this long is given up
 SEEN_SECONDS = WATCH_SECONDS  # a page that has said nothing for this long is gone
+
+
+def script(name: str) -> str:
+    "A widget's JavaScript, behind what all of them share"
+    return "\n".join((STATIC / part).read_text(encoding="utf-8") for part in ("page.js", name))
 
 
 class Pulsed(anywidget.AnyWidget):
@@ -300,11 +306,11 @@ class _Framed(Pulsed):
                 setattr(self, name, value)
             self.number += 1
 
-# %% ../nbs/12_widgets.ipynb #04e5fe70
+# %% ../nbs/12_widgets.ipynb #9dd807b4
 class MatrixView(_Framed):
     "A matrix on a canvas: hover, arrow keys, click or Enter to choose a cell"
 
-    _esm = STATIC / "matrix.js"
+    _esm = script("matrix.js")
     rows, columns = traitlets.Int(0).tag(sync=True), traitlets.Int(0).tag(sync=True)
     low, high = traitlets.Float(0.0).tag(sync=True), traitlets.Float(1.0).tag(sync=True)
     title, measure = traitlets.Unicode("").tag(sync=True), traitlets.Unicode("").tag(sync=True)
@@ -1103,11 +1109,11 @@ def _write(page, x: float, y: float, text: str, **style) -> None:
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
-# %% ../nbs/12_widgets.ipynb #1b43935e
+# %% ../nbs/12_widgets.ipynb #30de790e
 class CrossView(_Framed):
     "Where teacher and student look for a chosen word of a chosen image"
 
-    _esm = STATIC / "cross.js"
+    _esm = script("cross.js")
     pictures, captions, words = traitlets.List().tag(sync=True), traitlets.List().tag(sync=True), traitlets.List().tag(sync=True)
     image, word = traitlets.Int(0).tag(sync=True), traitlets.Int(1).tag(sync=True)
     panels, said = traitlets.List().tag(sync=True), traitlets.Unicode("").tag(sync=True)  # one of each map; their overlap in words
@@ -1162,11 +1168,11 @@ def _word_panels(found: Mapping[str, Mapping[str, np.ndarray]], word: int) -> tu
             alike.append(f"{module} {share:.2f}")
     return panels, frame, alike
 
-# %% ../nbs/12_widgets.ipynb #d883bfb4
+# %% ../nbs/12_widgets.ipynb #0f5fca19
 class Panel(Pulsed):
     "The head line, the controls and the messages of a run"
 
-    _esm = STATIC / "panel.js"
+    _esm = script("panel.js")
     head, buttons, sliders = traitlets.List().tag(sync=True), traitlets.List().tag(sync=True), traitlets.List().tag(sync=True)
     values, off = traitlets.Dict().tag(sync=True), traitlets.Bool(False).tag(sync=True)  # of the sliders, and whether they can be moved
     messages, share = traitlets.List().tag(sync=True), traitlets.Float(0.0).tag(sync=True)  # share of the work that is done

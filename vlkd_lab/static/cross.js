@@ -3,13 +3,6 @@
 
 const TOP = 254; // the byte of the largest share
 const SIDE = 198; // of a picture with its map, CSS pixels
-const PULSE_MS = 2000; // how often a visible view says that it is seen
-
-function make(name, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(name), properties);
-  element.append(...children);
-  return element;
-}
 
 function percent(share) {
   return `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
@@ -98,11 +91,10 @@ function render({ model, el }) {
   section.dataset.lmSuppressShortcuts = "true"; // JupyterLab takes the letters and arrow keys otherwise
   el.append(section);
   const parts = [], pictures = new Map();
-  let asked = 0;
 
   const picture = (uri) => {
     // A picture that has been decoded, or nothing until then.
-    if (!pictures.has(uri) && uri) pictures.set(uri, Object.assign(new Image(), { onload: soon, src: uri }));
+    if (!pictures.has(uri) && uri) pictures.set(uri, Object.assign(new Image(), { onload: () => view.soon(), src: uri }));
     const found = pictures.get(uri);
     return found?.complete && found.naturalWidth ? found : null;
   };
@@ -130,24 +122,8 @@ function render({ model, el }) {
     section.dataset.frame = model.get("number");
   };
 
-  const seen = () => document.visibilityState === "visible" && el.isConnected && el.getClientRects().length && model.send({ drawn: model.get("number") });
-  function soon() {
-    // However many changes arrive, one picture a frame of the screen.
-    if (asked) return;
-    asked = requestAnimationFrame(() => {
-      asked = 0;
-      draw();
-      seen();
-    });
-  }
-  model.on("change", soon);
-  const pulse = setInterval(seen, PULSE_MS);
-  soon();
-  return () => {
-    clearInterval(pulse);
-    cancelAnimationFrame(asked);
-    model.off("change", soon);
-  };
+  const view = follow(model, el, draw);
+  return view.stop;
 }
 
 export default { render };

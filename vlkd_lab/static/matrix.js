@@ -4,12 +4,6 @@ const MISSING = 255; // the byte of an entry that is not a number
 const BAR = 12; // width of the colour bar, CSS pixels
 const TEXT = 13; // height of a line of text
 
-const PULSE_MS = 2000; // how often a visible view says that it is seen
-
-function visible(el) {
-  return document.visibilityState === "visible" && el.isConnected && el.getClientRects().length > 0;
-}
-
 function short(text, most) {
   return text.length > most ? text.slice(0, most - 1) + "…" : text;
 }
@@ -184,25 +178,7 @@ class View {
 
 function render({ model, el }) {
   const view = new View(model, el);
-  let asked = 0;
-  const seen = () => visible(el) && model.send({ drawn: model.get("number") });
-  const soon = () => {
-    // However many changes arrive, one picture a frame of the screen.
-    if (asked) return;
-    asked = requestAnimationFrame(() => {
-      asked = 0;
-      view.draw();
-      seen();
-    });
-  };
-  model.on("change", soon);
-  const pulse = setInterval(seen, PULSE_MS);
-  soon();
-  return () => {
-    clearInterval(pulse);
-    cancelAnimationFrame(asked);
-    model.off("change", soon);
-  };
+  return follow(model, el, () => view.draw()).stop;
 }
 
 export default { render };

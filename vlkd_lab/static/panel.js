@@ -1,17 +1,10 @@
 // Draws the head line, the controls and the messages of a run. Values are state in Python (vlkd_lab.widgets.Panel);
 // a moved slider or a pressed button only says what is wished. All text goes in as text, never as HTML.
 
-const PULSE_MS = 2000; // how often a visible panel says that it is seen
 const TOUCHED_MS = 1500; // for this long after a touch, what arrives from Python does not move a slider
 
 const LOG = { to: Math.log10, from: (x) => 10 ** x };
 const LINEAR = { to: (x) => x, from: (x) => x };
-
-function make(name, properties = {}, ...children) {
-  const element = Object.assign(document.createElement(name), properties);
-  element.append(...children);
-  return element;
-}
 
 function rounded(value) {
   return +value.toPrecision(4);
@@ -112,7 +105,7 @@ function render({ model, el }) {
     }));
   };
 
-  const seen = () => document.visibilityState === "visible" && el.isConnected && el.getClientRects().length && model.send({ seen: true });
+  const seen = () => visible(el) && model.send({ seen: true });
   const jobs = [["head share", drawHead], ["buttons", drawButtons], ["sliders values off", drawSliders], ["messages", drawMessages]];
   const listeners = jobs.map(([names, draw]) => [names.split(" ").map((name) => `change:${name}`).join(" "), draw]);
   for (const [events, draw] of listeners) {
