@@ -1,6 +1,8 @@
 """Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -98,6 +100,19 @@ def ends_as_if_undisturbed(killed_in_its_fourth_step, tmp_path):
         assert lines_of(killed) == lines_of(whole) and same_weights(killed, whole)
 
     return check
+
+
+def in_two_processes(method, given):
+    "Train six steps from the command line in two processes, and start the finished run once more; its run folder"
+    out, python = given["out"], [sys.executable, "-m", "vlkd_lab.trainers"]
+    words = [f"{name}={value}" for name, value in (given | dict(processes=2)).items() if name != "out"]
+    done = subprocess.run([*python, out, f"method={method}", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = lines_of(out)
+    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
+    subprocess.run([*python, out], check=True, capture_output=True)
+    assert lines_of(out) == lines and Run(out).config()["method"] == method
+    return Path(out)
 
 
 def same_weights(one, other):

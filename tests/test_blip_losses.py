@@ -179,6 +179,11 @@ def test_wrong_partners_are_wrong_however_sure_the_model_is(dtype, size):
                         assert (names[drawn] != names).all()
 
 
+def test_a_model_that_has_diverged_still_has_wrong_partners():
+    text, image = hard_negatives(torch.full((4, 4), torch.nan), torch.arange(4), seed=0)
+    assert all(partner != own for partners in (text.tolist(), image.tolist()) for own, partner in enumerate(partners))
+
+
 def test_seeds_decide_and_the_global_generator_is_left_alone():
     scores, names = noise(6, 6), torch.arange(6)
     before = torch.get_rng_state()

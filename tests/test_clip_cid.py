@@ -1,13 +1,11 @@
 """CLIP-CID as a job: what it prepares, what it refuses, and that a killed one ends as if undisturbed."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import lines_of, same_weights
+from conftest import in_two_processes, lines_of
 
 from vlkd_lab import trainers
 from vlkd_lab.balancing import nearest_center
@@ -66,16 +64,12 @@ def test_each_half_can_be_used_alone(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="beside", crop_scale=0.6)], ids=str)
-def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, killed_in_its_fourth_step):
+def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, ends_as_if_undisturbed):
     if changes.pop("wide", False):
         config = json.loads((tiny_teacher / "open_clip_config.json").read_text())["model_cfg"] | dict(embed_dim=24)
         (tmp_path / "wide.json").write_text(json.dumps(config))
         changes = dict(student=str(tmp_path / "wide.json"))
-    tiny = tiny | changes | dict(checkpoint_seconds=0.0)
-    train(job_of(tiny))
-    out = str(tmp_path / "killed")
-    assert killed_in_its_fourth_step(lambda: job_of(tiny, out=out)) == [0, 1, 2, 3, 3, 4, 5]
-    assert lines_of(out) == lines_of(tiny["out"]) and same_weights(out, tiny["out"])
+    ends_as_if_undisturbed(lambda out: job_of(tiny | changes, checkpoint_seconds=0.0, out=out))
 
 
 def test_a_second_start_finds_everything(tiny, monkeypatch):
@@ -170,15 +164,8 @@ def test_the_student_can_inherit(tiny, tmp_path):
     assert torch.equal(rows, job.teacher.model.state_dict()["token_embedding.weight"][:, : rows.shape[1]])
 
 
-def test_the_command_line_starts_and_continues_it_in_two_processes(tiny, tmp_path):
-    out = tmp_path / "cli"
-    given = [f"{name}={value}" for name, value in (tiny | dict(processes=2)).items() if name != "out"]
-    done = subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out), "method=ClipCid", *given], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = lines_of(out)
-    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
-    subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out)], check=True, capture_output=True)
-    assert lines_of(out) == lines and Run(out).config()["method"] == "ClipCid"
+def test_the_command_line_starts_and_continues_it_in_two_processes(tiny):
+    in_two_processes("ClipCid", tiny)
 
 
 def test_linear_probes_on_every_label_set(tiny, tiny_teacher, scenes):

@@ -2,15 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from itertools import islice
 
 import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import TINY, lines_of
+from conftest import TINY, in_two_processes, lines_of
 
 from vlkd_lab import trainers
 from vlkd_lab.data import escaped, find_images, inspect_shards, visible
@@ -317,14 +315,7 @@ def test_the_bench_shows_scores_of_sentences_and_what_is_nearest(tiny, tmp_path)
 def test_the_command_line_starts_and_continues_it_in_two_processes(changes, tiny, tmp_path):
     (tmp_path / "names.txt").write_text("red star\nblue house\n")
     changes = changes | ({"class_names": str(tmp_path / "names.txt")} if "class_names" in changes else {})
-    out = tmp_path / "cli"
-    given = [f"{name}={value}" for name, value in (tiny | changes | dict(processes=2)).items() if name != "out"]
-    done = subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out), "method=DimeFm", *given], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = lines_of(out)
-    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
-    subprocess.run([sys.executable, "-m", "vlkd_lab.trainers", str(out)], check=True, capture_output=True)
-    assert lines_of(out) == lines and Run(out).config()["method"] == "DimeFm"
+    in_two_processes("DimeFm", tiny | changes)
 
 
 def test_broken_lines_are_counted_and_named(tiny, tmp_path):

@@ -99,7 +99,7 @@ def queued_contrast(
         total = total + F.cross_entropy(scale * queries.float() @ candidates.T, alpha * believed + (1 - alpha) * same)
     return total / 2
 
-# %% ../nbs/03_blip_losses.ipynb #9f5880ab
+# %% ../nbs/03_blip_losses.ipynb #5db57c37
 @torch.no_grad()
 def hard_negatives(
     similarity: Tensor,  # (B, B) scaled cosines, image i against text j
@@ -115,7 +115,7 @@ def hard_negatives(
     drawn = []
     for scores, fine in ((similarity, other), (similarity.T, other)):
         chances = scores.float().masked_fill(~fine, -torch.inf).softmax(dim=1)
-        drawn.append(torch.multinomial(chances.clamp(min=1e-12) * fine, 1, generator=generator)[:, 0])
+        drawn.append(torch.multinomial(chances.nan_to_num(0.0).clamp(min=1e-12) * fine, 1, generator=generator)[:, 0])
     return drawn[0], drawn[1]
 
 # %% ../nbs/03_blip_losses.ipynb #3117c4d3

@@ -239,7 +239,7 @@ def steps_to_reach(run: Run, stage: str, wanted: float) -> tuple[int, int] | Non
     reached = [step for step, value in validation_curve(run, stage) if value >= wanted]
     return (reached[0] - begun[0] + 1, reached[0]) if reached else None
 
-# %% ../nbs/11_evaluation.ipynb #176a63ed
+# %% ../nbs/11_evaluation.ipynb #461a30a0
 def _job_stages(job: Job) -> list[str]:
     "All stages of a job, scratch last if it is asked for"
     return [stage for stage, _ in job.plan]
@@ -256,7 +256,7 @@ def job_models(job: Job) -> dict[str, VLM]:
     found = {stage: load_student(job.run.folder / stage / "student", job.accelerator.device) for stage in saved}
     at = job.run.status()
     if at["state"] in ("stopped", "failed", "lost") and at.get("stage") not in (*saved, None):
-        found[at["stage"]] = current_student(job.run, job.accelerator.device)
+        found[at["stage"]] = current_student(job.run, job.accelerator.device, stage=at["stage"])
     return {"teacher": job.teacher} | found
 
 

@@ -39,7 +39,7 @@ class Features:
     def __len__(self) -> int:
         return len(self.image)
 
-# %% ../nbs/00_features.ipynb #2424106d
+# %% ../nbs/00_features.ipynb #0b15ac80
 @dataclass(frozen=True)
 class Pass:
     "What one run of B sequences through a stack of layers left behind"
@@ -51,6 +51,11 @@ class Pass:
     cross_mask: Tensor | None = None  # (B, K) bool; None: all K count
     logits: Tensor | None = None  # (B, C) of its first position, or (B, L, V) of every position
     targets: Tensor | None = None  # (B,) or (B, L) which class or token is right; -100: nothing is asked
+
+    def first(self, count: int) -> Pass:
+        "The run of the first sequences alone"
+        rows = {f.name: getattr(self, f.name)[:count] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **rows, **{name: tuple(maps[:count] for maps in getattr(self, name)) for name in ("attention", "cross")})
 
     def detach(self) -> Pass:
         "The same run, through which no gradient flows"

@@ -626,7 +626,7 @@ def _no_text() -> tuple[Tensor, Tensor]:
 def _name_of(caption: str) -> int:  # below 2**63
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
-# %% ../nbs/08_fusion.ipynb #c1841d9b
+# %% ../nbs/08_fusion.ipynb #394f34b9
 def see(
     network: BlipNetwork,
     batch: FusedBatch,
@@ -651,11 +651,8 @@ def see(
         passes["pairs"] = _matched_pairs(network, batch, image, negatives, tokenizer, maps)
     if "captioning" in tasks:
         passes["caption"] = network.run_decoder(begun(batch.text, tokenizer.dec), batch.text_mask, image.states, prompt=prompt, maps=maps)
-    if "answering" in tasks and len(batch.asks):
-        asked = begun(batch.question, tokenizer.enc)
-        question = passes["question"] = network.run_text(asked, batch.question_mask, image.states[batch.asks], maps)
-        given = (network.question_states(question), batch.question_mask)
-        passes["answer"] = network.run_decoder(begun(batch.answer, tokenizer.dec), batch.answer_mask, *given, maps=maps)
+    if "answering" in tasks:
+        passes |= _asked(network, batch, image, tokenizer, maps)
     return FusedFeatures(*rows, network.logit_scale.exp(), passes, negatives=negatives if "matching" in tasks else None)
 
 
@@ -663,7 +660,20 @@ def begun(tokens: Tensor, first: int) -> Tensor:
     "The same texts with another first token"
     return torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, 1:]], dim=1)
 
-# %% ../nbs/08_fusion.ipynb #f42d7fcc
+# %% ../nbs/08_fusion.ipynb #f3ab6a19
+def _asked(network: BlipNetwork, batch: FusedBatch, image: Pass, tokenizer: BlipTokenizer, maps: bool) -> dict[str, Pass]:
+    "The questions before their images, and the answers; where nothing is asked, passes of no rows"
+    asks, question, question_mask, answer, answer_mask = batch.asks, batch.question, batch.question_mask, batch.answer, batch.answer_mask
+    if not len(asks):  # one row is run, and none of it kept
+        asks, word = asks.new_zeros(1), question.new_full((1, 1), tokenizer.sep)
+        question = answer = word
+        question_mask = answer_mask = torch.ones_like(word, dtype=torch.bool)
+    asked = network.run_text(begun(question, tokenizer.enc), question_mask, image.states[asks], maps)
+    given = (network.question_states(asked), question_mask)
+    said = network.run_decoder(begun(answer, tokenizer.dec), answer_mask, *given, maps=maps)
+    return {name: seen.first(len(batch.asks)) for name, seen in (("question", asked), ("answer", said))}
+
+
 def _matched_pairs(
     network: BlipNetwork, batch: FusedBatch, image: Pass, negatives: tuple[Tensor, Tensor], tokenizer: BlipTokenizer, maps: bool
 ) -> Pass:
@@ -733,15 +743,16 @@ def answer(
     seen = blip.model.run_text(begun(tokens, words.enc), mask, blip.model.run_image(images.to(blip.device)).states)
     return write_about(blip, blip.model.question_states(seen), mask, beams, longest)
 
-# %% ../nbs/08_fusion.ipynb #f8103774
+# %% ../nbs/08_fusion.ipynb #f12be778
 def student_shape(
     teacher: BlipShape,
     sizes: str,  # "image:LAYERSxWIDTH, text:LAYERSxWIDTH, fusion:LAYERS, decoder:LAYERS", any of them
     image_size: int = 0,  # pixels on a side; 0: as the teacher
+    named: str = "student",  # how a message calls the sizes
 ) -> BlipShape:
     "The teacher's sizes with some of them replaced; heads keep their width"
     forms = "image:LAYERSxWIDTH, text:LAYERSxWIDTH, fusion:LAYERS, decoder:LAYERS"
-    shape, wrong = teacher, f"student={sizes!r} is not valid: write {forms}, any of them"
+    shape, wrong = teacher, f"{named}={sizes!r} is not valid: write {forms}, any of them"
     given: dict[str, list[int]] = {}
     try:
         for part in filter(None, sizes.replace(" ", "").split(",")):

@@ -467,17 +467,16 @@ def _timed(blip: Blip, run: Callable) -> float:
         torch.cuda.synchronize(blip.device)
     return time.perf_counter() - start
 
-# %% ../nbs/12_tasks.ipynb #8d9374f3
+# %% ../nbs/12_tasks.ipynb #f7fc140f
 def _works(blip: Blip, pairs: Pairs, beams: int) -> dict[str, Callable]:  # task -> what is timed
     "One run of each of a model's tasks"
     batch = next(pairs.batches(View(blip.preprocess, blip.tokenizer), len(pairs))).to(blip.device)
     asked = [several[0][0] if several else "what is it?" for several in pairs.questions or ((),) * len(pairs)]
     tokens, mask = trimmed(batch.text, blip.tokenizer.pad)
-    with evaluating(blip.model):
-        states = blip.model.run_image(batch.image).states
+    look = lambda: blip.model.run_image(batch.image).states  # noqa: E731
     runs = {
         "retrieval": lambda: (blip.encode_image(batch.image), blip.encode_text(batch.text)),
-        "matching": lambda: blip.model.match(blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, states)),
+        "matching": lambda: blip.model.match(blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, look())),
         "captioning": lambda: write_captions(blip, batch.image, beams),
         "answering": lambda: answer(blip, batch.image, asked, beams),
     }

@@ -475,12 +475,13 @@ def _gate_terms(fit: Fit) -> dict[str, float]:
         expected, penalty = fit.learner.gates.expected_sparsity(), fit.learner.penalty(fit.step)
     return {"sparsity_penalty": float(penalty), "expected_sparsity": float(expected), "target_sparsity": fit.learner.target_at(fit.step)}
 
-# %% ../nbs/10_trainers.ipynb #b4637a2d
+# %% ../nbs/10_trainers.ipynb #a314d20a
 def _save_fit(fit: Fit) -> None:
     "Write the phase's checkpoint"
     if fit.accelerator.is_main_process:
         state = {"step": fit.step, "learner": fit.learner.state_dict(), "optimizer": fit.optimizer.state_dict()}
         state["objective"] = [p.detach() for p in fit.extra]
+        state["scaler"] = fit.accelerator.scaler.state_dict() if fit.accelerator.scaler else {}  # of fp16's gradients
         save_checkpoint(fit.run, fit.phase.folder, state)
 
 
@@ -492,6 +493,8 @@ def _resume_fit(fit: Fit) -> bool:  # whether there was a checkpoint
     fit.step = state["step"]
     fit.learner.load_state_dict(state["learner"])
     fit.optimizer.load_state_dict(state["optimizer"])
+    if fit.accelerator.scaler and state.get("scaler"):
+        fit.accelerator.scaler.load_state_dict(state["scaler"])
     with torch.no_grad():
         for own, saved in zip(fit.extra, state.get("objective", ()), strict=True):
             own.copy_(saved)
@@ -1399,24 +1402,28 @@ def start(
         work(job)
     return training
 
-# %% ../nbs/10_trainers.ipynb #1b2df5b3
+# %% ../nbs/10_trainers.ipynb #a8f2fda6
 def current_student(
     run: Run,
     device: str | torch.device = "cpu",
     seconds: float = 60.0,  # how long to wait for a running job's checkpoint
+    stage: str = "",  # of the run; empty: the one at work, but the last student rather than `scratch`
 ) -> VLM:
     "A copy of the student that a run is working on, or worked on last, as it is now"
     if run.status()["state"] in runs.WORKING:
         _ask_for_checkpoint(run, seconds)
     status = run.status()
-    stage, phase = status.get("stage"), status.get("phase")
-    if stage is None:
+    at, phase = status.get("stage"), status.get("phase")
+    if at is None:
         raise FileNotFoundError(f"{run.folder} has no student yet: its training has not begun")
-    state, folder = load_checkpoint(run, f"{stage}/{phase}", cut=False), run.folder / stage
+    finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
+    before = [path.parent.name for path in finished if path.parent.name != "scratch"] if at == "scratch" else []
+    folder = run.folder / (stage or (before or [at])[-1])
     if (folder / "done.json").exists():
         return load_student(folder / "student", device)
+    state = load_checkpoint(run, f"{folder.name}/{phase}", cut=False)
     if phase == "gates" and state is not None:
-        return _student_under_gates(run, stage, state["learner"], device)
+        return _student_under_gates(run, folder.name, state["learner"], device)
     student = load_student(folder / "init", device)
     if state is not None:
         student.model.load_state_dict(_part(state["learner"], "model."))
