@@ -415,8 +415,9 @@ def test_the_student_can_be_had_at_any_time(tiny):
     images = [sum(p.numel() for p in vlm.model.parameters()) for vlm in (seen[2], seen[6], current_student(job.run))]
     whole = sum(p.numel() for p in job.teacher.model.parameters())
     assert all(count <= whole for count in images) and images[1] < whole
-    finished = load_model(job.run.folder / "scratch-1" / "student", "cpu").model.state_dict()
-    assert all(torch.equal(finished[k], v) for k, v in current_student(job.run).model.state_dict().items())
+    for given, stage in (({}, "stage-1"), (dict(stage="scratch-1"), "scratch-1")):
+        finished = load_model(job.run.folder / stage / "student", "cpu").model.state_dict()
+        assert all(torch.equal(finished[k], v) for k, v in current_student(job.run, **given).model.state_dict().items()), stage
 
 
 def load_now(run):

@@ -1402,7 +1402,7 @@ def start(
         work(job)
     return training
 
-# %% ../nbs/10_trainers.ipynb #a8f2fda6
+# %% ../nbs/10_trainers.ipynb #abcb43ec
 def current_student(
     run: Run,
     device: str | torch.device = "cpu",
@@ -1417,7 +1417,7 @@ def current_student(
     if at is None:
         raise FileNotFoundError(f"{run.folder} has no student yet: its training has not begun")
     finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
-    before = [path.parent.name for path in finished if path.parent.name != "scratch"] if at == "scratch" else []
+    before = [path.parent.name for path in finished if at.startswith("scratch") and not path.parent.name.startswith("scratch")]
     folder = run.folder / (stage or (before or [at])[-1])
     if (folder / "done.json").exists():
         return load_student(folder / "student", device)
