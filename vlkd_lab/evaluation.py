@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'STRENGTHS', 'REFERENCE', 'encode_pairs', 'Classes', 'find_classes', 'classifier', 'predict', 'accuracy',
-           'affinity_divergence', 'agreement', 'score', 'alarms', 'linear_probe', 'all_label_sets', 'probed_sets',
-           'probe_table', 'retrieve', 'validation_curve', 'steps_to_reach', 'job_models', 'compare', 'finish',
-           'show_table', 'save_reference', 'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff',
-           'plot_shapes']
+__all__ = ['TEMPLATES', 'STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
+           'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'alarms', 'linear_probe',
+           'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve', 'steps_to_reach',
+           'job_models', 'compare', 'finish', 'show_table', 'save_reference', 'reference_curves', 'plot_losses',
+           'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/11_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -353,27 +353,36 @@ def reference_curves(run: Run, path: str | Path | None = None) -> dict[str, list
     own = {name: run.config().get("parameters", {}).get(name) for name in _COMPARABLE}
     return reference["curves"] if reference["parameters"] == own else {}
 
-# %% ../nbs/11_evaluation.ipynb #ad4e8180
+# %% ../nbs/11_evaluation.ipynb #a599be03
 _SKIPPED = {"step", "samples", "seconds", "data_seconds", "learning_rate", "gradient_norm", "stage", "phase", "event", "total"}
 _SKIPPED |= {"expected_sparsity", "target_sparsity"}
+MOST_IN_PANEL = 6  # terms whose names still fit into a panel
 
 
 def plot_losses(run: Run) -> Figure:
-    "Every named term by step, one panel a stage; sparsity on the right axis while gates are learned"
+    "Every named term by step, one panel a stage; many of them on a logarithmic axis; sparsity on the right while gates are learned"
     import matplotlib.pyplot as plt
 
     lines = [m for m in run.metrics() if "total" in m]
     stages = list(dict.fromkeys(m["stage"] for m in lines))
-    figure, axes = plt.subplots(1, max(len(stages), 1), figsize=(3.4 * max(len(stages), 1), 2.8), squeeze=False, layout="constrained")
+    terms = list(dict.fromkeys(k for m in lines for k in m if k not in _SKIPPED))
+    many, width = len(terms) > MOST_IN_PANEL, 3.4 * max(len(stages), 1)
+    colours = dict(zip(terms, plt.get_cmap("tab20" if many else "tab10").colors * len(terms), strict=False))
+    figure, axes = plt.subplots(1, max(len(stages), 1), figsize=(width + 1.6 * many, 2.8), squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages, strict=False):
         own = [m for m in lines if m["stage"] == stage]
-        for term in dict.fromkeys(k for m in own for k in m if k not in _SKIPPED):
-            axis.plot(*zip(*((m["step"], float(m[term])) for m in own if term in m), strict=True), label=term.replace("_", " "), lw=1)
+        for term in (term for term in terms if any(term in m for m in own)):
+            found = zip(*((m["step"], float(m[term])) for m in own if term in m), strict=True)
+            axis.plot(*found, label=term.replace("_", " "), lw=1, color=colours[term])
         gates = [(m["step"], m["expected_sparsity"], m["target_sparsity"]) for m in own if "expected_sparsity" in m]
         if gates:
             _sparsity_axis(axis, *zip(*gates, strict=True))
-        axis.set(title=stage, xlabel="step", ylabel="nats" if axis is axes[0][0] else "")
-        axis.legend(fontsize=7, loc="upper right")
+        axis.set(title=stage, xlabel="step", ylabel="nats" if axis is axes[0][0] else "", yscale="log" if many else "linear")
+        if not many:
+            axis.legend(fontsize=7, loc="upper right")
+    if many:
+        shown = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
     return _closed(figure)
 
 

@@ -594,7 +594,7 @@ def _record(fit: Fit, *lines: dict, file: str = "metrics.jsonl") -> None:
     if lines and fit.accelerator.is_main_process:
         fit.run.log(*lines, file=file)
 
-# %% ../nbs/10_trainers.ipynb #507fddb8
+# %% ../nbs/10_trainers.ipynb #5b584c83
 def fit(
     run: Run,  # a RunWriter that is open, or on other processes a Run
     phase: Phase,  # which steps of which stage
@@ -619,7 +619,7 @@ def fit(
         _validate(job, validate)
         _show(job, None)
     silent = not accelerator.is_main_process or threading.current_thread() is not threading.main_thread()
-    with tqdm(total=phase.steps, initial=job.step, desc=phase.folder, mininterval=2, disable=silent) as bar:
+    with tqdm(total=phase.steps, initial=job.step, desc=phase.folder, mininterval=2 if sys.stderr.isatty() else 10, disable=silent) as bar:
         while job.step < phase.steps:
             _obey(job)
             stream = stream or batches(job.global_step)
