@@ -48,7 +48,7 @@ def encode_pairs(
     image, text = (torch.cat([getattr(p, side) for p in parts]).float().cpu() for side in ("image", "text"))
     return Features(image, text, parts[0].scale.float().cpu())
 
-# %% ../nbs/11_evaluation.ipynb #8b60e38d
+# %% ../nbs/11_evaluation.ipynb #9c378086
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}.")
 
 
@@ -75,7 +75,7 @@ def find_classes(
 def _lines(path: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()) if path.exists() else ()
 
-
+# %% ../nbs/11_evaluation.ipynb #e1c62329
 @torch.no_grad()
 def classifier(vlm: VLM, classes: Classes) -> Tensor:  # (C, D) unit rows
     "One text feature a class: the mean over the templates, of unit length"
@@ -353,7 +353,7 @@ def reference_curves(run: Run, path: str | Path | None = None) -> dict[str, list
     own = {name: run.config().get("parameters", {}).get(name) for name in _COMPARABLE}
     return reference["curves"] if reference["parameters"] == own else {}
 
-# %% ../nbs/11_evaluation.ipynb #a599be03
+# %% ../nbs/11_evaluation.ipynb #95844fb5
 _SKIPPED = {"step", "samples", "seconds", "data_seconds", "learning_rate", "gradient_norm", "stage", "phase", "event", "total"}
 _SKIPPED |= {"expected_sparsity", "target_sparsity"}
 MOST_IN_PANEL = 6  # terms whose names still fit into a panel
@@ -385,7 +385,7 @@ def plot_losses(run: Run) -> Figure:
         figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
     return _closed(figure)
 
-
+# %% ../nbs/11_evaluation.ipynb #dde6c923
 def _sparsity_axis(axis, steps, expected, target) -> None:
     right = axis.twinx()
     right.plot(steps, expected, color="black", lw=1, label="expected sparsity")
