@@ -225,9 +225,13 @@ def test_an_error_in_training_shows_in_the_bench(project):
         alert = page.browser_page.locator('.vlkd-messages [role="alert"]')
         alert.wait_for(timeout=30_000)
         assert "Diverged" in alert.inner_text() and Run(given["out"]).status()["traceback"].startswith("Traceback")
-        page.browser_page.locator(".vlkd-messages summary").click()
-        until(lambda: "Traceback" in page.browser_page.locator(".vlkd-messages pre").inner_text())
+        traceback = page.browser_page.locator(".vlkd-messages pre")
+        page.browser_page.locator(".vlkd-messages summary").evaluate("summary => summary.click()")  # whole, also while the page draws anew
+        until(lambda: "Traceback" in traceback.inner_text())
         assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
+        before = traceback.element_handle()
+        page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew, and what was being read stays unfolded
+        until(lambda: not before.evaluate("pre => pre.isConnected") and traceback.is_visible())
 
 
 def test_explorers_answer_clicks_and_sliders(project):

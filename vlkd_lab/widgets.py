@@ -1168,7 +1168,7 @@ def _word_panels(found: Mapping[str, Mapping[str, np.ndarray]], word: int) -> tu
             alike.append(f"{module} {share:.2f}")
     return panels, frame, alike
 
-# %% ../nbs/12_widgets.ipynb #0f5fca19
+# %% ../nbs/12_widgets.ipynb #e114f8fe
 class Panel(Pulsed):
     "The head line, the controls and the messages of a run"
 
@@ -1176,6 +1176,7 @@ class Panel(Pulsed):
     head, buttons, sliders = traitlets.List().tag(sync=True), traitlets.List().tag(sync=True), traitlets.List().tag(sync=True)
     values, off = traitlets.Dict().tag(sync=True), traitlets.Bool(False).tag(sync=True)  # of the sliders, and whether they can be moved
     messages, share = traitlets.List().tag(sync=True), traitlets.Float(0.0).tag(sync=True)  # share of the work that is done
+    reading = traitlets.Bool(False).tag(sync=True)  # whether a traceback is unfolded; kept here, for a page may draw the panel anew
 
     def fail(self, error: Exception) -> None:
         "Say it on the page"

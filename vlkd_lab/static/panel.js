@@ -96,12 +96,20 @@ function render({ model, el }) {
     for (const [name, value] of Object.entries(model.get("values"))) parts[name]?.set(value, model.get("off"));
   };
 
+  const keepReading = (open) => { // what somebody reads stays open when messages change, or when the page draws the panel anew
+    if (model.get("reading") === open) return;
+    model.set("reading", open);
+    model.save_changes();
+  };
+
   const drawMessages = () => {
-    const open = messages.querySelector("details[open]") !== null; // what somebody reads stays open when messages change
     messages.replaceChildren(...model.get("messages").map(({ kind, text, more }) => {
       const line = make("p", { className: `vlkd-${kind}`, textContent: text, dir: "auto" });
       if (kind === "error") line.setAttribute("role", "alert");
-      return more ? make("details", { open }, make("summary", {}, line), make("pre", { textContent: more })) : line;
+      if (!more) return line;
+      const details = make("details", { open: model.get("reading") }, make("summary", {}, line), make("pre", { textContent: more }));
+      details.addEventListener("toggle", () => details.isConnected && keepReading(details.open));
+      return details;
     }));
   };
 
