@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-NOTEBOOKS := $(wildcard nbs/*.ipynb)
 
 .PHONY: train test browser lab docs readme export lint screenshots clean
 
@@ -26,10 +25,9 @@ browser: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab nbs
 
-# every notebook as a page that needs no kernel, in _docs/
+# the website, in _docs/; where Quarto is installed, nbdev_docs makes it with Quarto from the same pages and the same _quarto.yml
 docs: $(READY)
-	$(BIN)/jupyter nbconvert --to html --output-dir _docs $(NOTEBOOKS)
-	cp -r nbs/images _docs/
+	$(BIN)/python tests/build_site.py
 
 # the pictures of README and docs, taken from a real page (a few minutes)
 screenshots: browser
@@ -45,7 +43,7 @@ lint: $(READY)
 	$(BIN)/ruff check vlkd_lab tests
 
 clean:
-	rm -rf $(VENV) .cache runs _docs out.ipynb
+	rm -rf $(VENV) .cache runs _docs _proc nbs/nbdev.yml out.ipynb
 
 $(READY): settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)

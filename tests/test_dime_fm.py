@@ -15,6 +15,7 @@ from vlkd_lab.data import escaped, find_images, inspect_shards, visible
 from vlkd_lab.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
 from vlkd_lab.evaluation import compare, finish
 from vlkd_lab.features import Batch
+from vlkd_lab.losses import LOSSES, Term
 from vlkd_lab.models import load_model, new_model, save_model
 from vlkd_lab.runs import Run, kept_snapshots, read_snapshot
 from vlkd_lab.samples import write_sentences
@@ -219,6 +220,15 @@ def test_what_cannot_work_stops_with_a_line(changes, message, tiny):
     with pytest.raises(ValueError, match=message) as error:
         job_of(tiny, **changes)
     assert "\n" not in str(error.value) and not Run(tiny["out"]).folder.exists()
+
+
+def test_an_own_term_that_needs_no_pairs_trains(tiny, monkeypatch):
+    own = Term("spread", lambda student, teacher: student.image.pow(4).mean(), unpaired=True)
+    monkeypatch.setitem(LOSSES, "spread", own)
+    job = job_of(tiny, losses="vision_language_score:0.7, spread:2")
+    assert dime_objective(job.options).weights == {"vision_language_score": 0.7, "spread": 2.0}
+    train(job)
+    assert all("spread" in line for line in job.run.metrics() if line.get("stage") == "student" and "total" in line)
 
 
 def test_another_teachers_store_is_refused(tiny, tiny_teacher, tmp_path):

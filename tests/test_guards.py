@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
 MODULES = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
-BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_"))]
+BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_", "export_", "claims"))]
 FLOOR = {p.stem[3:]: int(p.stem[:2]) for p in MODULES}
 FLOOR |= {"fusion": 8}
 

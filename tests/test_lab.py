@@ -230,7 +230,7 @@ def test_an_error_in_training_shows_in_the_bench(project):
         until(lambda: "Traceback" in traceback.inner_text())
         assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
         before = traceback.element_handle()
-        page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew, and what was being read stays unfolded
+        page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew; what was unfolded stays so
         until(lambda: not before.evaluate("pre => pre.isConnected") and traceback.is_visible())
 
 

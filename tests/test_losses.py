@@ -340,6 +340,13 @@ def test_objective_refuses_what_it_cannot_do():
         Objective({"contrastive": 1.0}).with_weights(afinity=1.0)
 
 
+def test_a_loss_that_is_not_one_number_is_named():
+    student, teacher = random_features(6, 4, 10.0, 0), random_features(6, 4, 12.0, 1)
+    for value, said in ((student.image.sum(dim=1), r"a tensor of shape \(6,\)"), (1.0, "a float")):
+        with pytest.raises(ValueError, match=f"the loss own gave {said}; it must give a tensor with one number"):
+            Objective({}, Term("own", lambda s, t, value=value: value))(student, teacher)
+
+
 def test_objective_projects_only_what_compares_rows_and_owns_its_parameters():
     student, teacher = random_features(6, 4, 10.0, 0), random_features(6, 5, 12.0, 1)
     project = Projection(4, 5).double()

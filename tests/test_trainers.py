@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from vlkd_lab.evaluation import compare, finish, job_models
 from vlkd_lab.features import Batch
 from vlkd_lab.gates import sparsity
-from vlkd_lab.losses import Objective
+from vlkd_lab.losses import LOSSES, Objective, Term
 from vlkd_lab.models import TowerShape, load_model, tower_shapes
 from vlkd_lab.runs import Run, RunStopped, RunWriter, kept_snapshots, newest_snapshot, read_snapshot, watch
 from vlkd_lab.trainers import (
@@ -512,6 +512,18 @@ def test_divergence_is_loud(tiny):
     assert not math.isfinite(float(job.run.metrics()[-1]["total"]))
 
 
+def test_a_term_that_is_not_finite_is_named(tiny, monkeypatch):
+    monkeypatch.setitem(LOSSES, "lost", Term("lost", lambda student, teacher: student.image.sum() * math.nan, formula="nan"))
+    with pytest.raises(Diverged, match="not finite: lost; try a smaller learning_rate"):
+        train(job_of(tiny, losses="contrastive:1, lost:0.5", inheritance="none", compare_scratch=False))
+
+
+def test_terms_that_need_clusters_are_neither_taken_nor_offered(tiny):
+    with pytest.raises(ValueError, match="has no loss 'cluster_classification'; there are affinity_mimicking, contrastive, "):
+        job_of(tiny, losses="cluster_classification:1")
+    assert {"relational"} < set(job_of(tiny).run.config()["terms"]) and "cluster_distribution" not in job_of(tiny).run.config()["terms"]
+
+
 def test_snapshots_are_taken_only_for_a_watcher(tiny, tmp_path):
     run, go = toy_fit(tmp_path, tiny)
     with run:
@@ -591,3 +603,9 @@ def test_tinyclip_can_learn_from_stored_features(tiny, tmp_path):
     assert (tmp_path / "store" / "store.json").exists()
     with pytest.raises(ValueError, match="teacher_features='beside'"):
         job_of(tiny, teacher_features="stored", crop_scale=0.5, out=str(tmp_path / "cropped"))
+
+
+def test_a_layer_without_heads_is_no_part_of_a_plain_network():
+    shape = TowerShape(32, 8, (4, 0), (64, 64))
+    with pytest.raises(ValueError, match="a layer of the image tower has no heads"):
+        manual_shapes({"image": shape}, {"image": TowerShape(32, 8, (4, 4), (64, 64))}, 0.5)

@@ -371,12 +371,12 @@ class DimeFmJob(_Streams, _Probe, Job):
             phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
 
-# %% ../nbs/11_dime_fm.ipynb #c65bd397
+# %% ../nbs/11_dime_fm.ipynb #509b3008
 def dime_objective(options: DimeFm) -> Objective:
     "The terms asked for, at the options' scale and temperatures"
     temperatures = options.score_temperature, options.pseudo_temperature, options.distance_temperature
     terms = {term.name: term for term in score_terms(options.score_scale, temperatures, options.text_tower == "student")}
-    return Objective({}, *(replace(terms[name], weight=weight) for name, weight in options.weights().items()))
+    return Objective({}, *(replace(terms.get(name) or LOSSES[name], weight=weight) for name, weight in options.weights().items()))
 
 
 OPENERS: dict[str, Any] = {"DimeFm": (DimeFm, open_dime_fm)}

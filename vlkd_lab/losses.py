@@ -477,7 +477,7 @@ def unimodal_distance(
         factor = scale / temperature
         return 2 * _score_divergence(factor * image @ image.T, factor * wanted @ wanted.T)
 
-# %% ../nbs/04_losses.ipynb #17676ede
+# %% ../nbs/04_losses.ipynb #48ffe087
 @dataclass(frozen=True)
 class Term:
     "One summand of an objective"
@@ -491,6 +491,7 @@ class Term:
     chance: Any = None  # what draws at random; its `draw` is the seed of the next step
     alone: bool = False  # needs no teacher
     module: str = ""  # the part of a BLIP that it is about; empty: any two towers will do
+    centers: bool = False  # needs the centres of a run that has clustered
 
 
 def score_terms(
@@ -517,7 +518,7 @@ def score_terms(
 def _no_centers(student: Features, teacher: Features) -> Tensor:
     raise ValueError("cluster terms need centres: only a run that has clustered its teacher's features can weight them (`ClusterTerms`)")
 
-# %% ../nbs/04_losses.ipynb #77baaa70
+# %% ../nbs/04_losses.ipynb #993d8121
 LOSSES = {
     term.name: term
     for term in (
@@ -537,8 +538,8 @@ LOSSES = {
             formula="¼[CE(t·IVᵀ, 1) + CE(t·VIᵀ, 1) + CE(t·TUᵀ, 1) + CE(t·UTᵀ, 1)]",
             same_width=True,
         ),
-        Term("cluster_classification", _no_centers, formula="CE(s·ICᵀ, cluster)", same_width=True),
-        Term("cluster_distribution", _no_centers, formula="KL(t·VCᵀ ‖ s·ICᵀ)", same_width=True),
+        Term("cluster_classification", _no_centers, formula="CE(s·ICᵀ, cluster)", same_width=True, centers=True),
+        Term("cluster_distribution", _no_centers, formula="KL(t·VCᵀ ‖ s·ICᵀ)", same_width=True, centers=True),
         *score_terms(),
     )
 }
@@ -578,7 +579,16 @@ def _check_terms(terms: tuple[Term, ...]) -> tuple[Term, ...]:
         raise ValueError(f"every weight is zero, nothing would be trained; terms: {', '.join(names) or 'none'}")
     return terms
 
-# %% ../nbs/04_losses.ipynb #3fa1a24e
+# %% ../nbs/04_losses.ipynb #3312064f
+def _number(term: Term, student: Features, teacher: Features) -> Tensor:  # ()
+    "A term's value; ValueError if it is not one number"
+    value = term.function(student, teacher)
+    if not isinstance(value, Tensor) or value.ndim:
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"the loss {term.name} gave {what}; it must give a tensor with one number, such as a mean over the pairs")
+    return value
+
+
 def _text_table(terms: tuple[Term, ...]) -> str:
     "One line a term: weight, name, formula"
     width = max(len(term.name) for term in terms)
@@ -596,7 +606,7 @@ def _html_table(terms: tuple[Term, ...]) -> str:
     )
     return f"<table>{head}{''.join(rows)}</table>"
 
-# %% ../nbs/04_losses.ipynb #0fd5f0a9
+# %% ../nbs/04_losses.ipynb #42c88428
 @dataclass(frozen=True, init=False, repr=False)
 class Objective:
     "A weighted sum of named losses, returned with every term"
@@ -618,7 +628,7 @@ class Objective:
         "The total and every term for one batch"
         near = student if self.project is None else self.project(student)
         active = [term for term in self.terms if term.weight]
-        values = {term.name: term.function(near if term.same_width else student, teacher) for term in active}
+        values = {term.name: _number(term, near if term.same_width else student, teacher) for term in active}
         return Terms(sum(term.weight * values[term.name] for term in active), values)
 
     def draw(self, seed: int) -> None:

@@ -157,12 +157,12 @@ class FitParameters:
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
     processes: int = parameter(1, "training processes, one a GPU; more than 1 are started by torchrun", **at_least(1))
 
-# %% ../nbs/10_trainers.ipynb #c40a1fb9
+# %% ../nbs/10_trainers.ipynb #22c2eb84
 @dataclass(frozen=True)
 class Distillation(FitParameters):
     "What every distillation takes besides"
 
-    teacher: str = parameter("data_samples/teacher", "folder, hf-hub:ID or open_clip's NAME/TAG")
+    teacher: str = parameter("data_samples/teacher", "folder, file, hf-hub:ID, open_clip's NAME/TAG, or a published TinyCLIP")
     losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
     hold_scale: float = parameter(0.0, "where the student's logit scale is held; 0: as the method has it", **at_least(0.0))
     teacher_features: str = parameter("beside", "computed at every step, or read from the store", **one_of("beside", "stored"))
@@ -188,13 +188,16 @@ class Distillation(FitParameters):
             weights = {name: float(weight) for name, weight in pairs}
         except ValueError:
             raise ValueError(f"losses={self.losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas") from None
-        known = [name for name, term in LOSSES.items() if not term.module]
-        unknown = [name for name in weights if name not in known]
-        if unknown:
-            raise ValueError(f"losses={self.losses!r} is not valid: no loss {unknown[0]!r} for two towers; there are {', '.join(known)}")
+        if unknown := [name for name in weights if name not in self.terms()]:
+            there = f"there are {', '.join(self.terms())}"
+            raise ValueError(f"losses={self.losses!r} is not valid: a {type(self).__name__} job has no loss {unknown[0]!r}; {there}")
         return weights
 
-# %% ../nbs/10_trainers.ipynb #9e6d9335
+    def terms(self) -> list[str]:
+        "All terms that such a run can weight, now or in its midst"
+        return [name for name, term in LOSSES.items() if not term.module]
+
+# %% ../nbs/10_trainers.ipynb #e160131a
 @dataclass(frozen=True)
 class TinyCLIP(Distillation):
     "Parameters of a TinyCLIP distillation"
@@ -214,6 +217,10 @@ class TinyCLIP(Distillation):
     def held(self, scale: Tensor) -> Tensor:
         "Both scales are held: at the options', or else at the teacher's"
         return super().held(scale) if self.hold_scale else scale.detach()
+
+    def terms(self) -> list[str]:
+        "Without clusters, no terms that need their centres"
+        return [name for name in super().terms() if not LOSSES[name].centers]
 
     def targets(self) -> list[float]:  # one a stage
         "Sparsity at the end of each stage; the stages take equal shares"
@@ -633,7 +640,7 @@ def fit(
             bar.update()
     job.snapshots.write_arrived(wait=True)
 
-# %% ../nbs/10_trainers.ipynb #e4504481
+# %% ../nbs/10_trainers.ipynb #6811a91d
 def _one_step(job: Fit, stream: Iterator[Batch], guard: data.BadSampleGuard) -> dict:
     "Read a batch, take a step, log it; the line that was logged"
     start = time.perf_counter()
@@ -647,7 +654,10 @@ def _one_step(job: Fit, stream: Iterator[Batch], guard: data.BadSampleGuard) -> 
     line |= {"samples": job.global_step * job.options.batch_size, "seconds": time.perf_counter() - start, "data_seconds": read - start}
     _record(job, line)
     if not math.isfinite(terms["total"]):
-        raise Diverged(f"the loss became {terms['total']} at step {job.global_step} ({job.phase.folder}): try a smaller learning_rate")
+        lost = [name for name in job.objective.weights if not math.isfinite(terms.get(name, 0.0))]
+        which = f"not finite: {', '.join(lost)}; " if lost else ""
+        at = f"at step {job.global_step} ({job.phase.folder})"
+        raise Diverged(f"the loss became {terms['total']} {at}: {which}try a smaller learning_rate")
     _show(job, features)
     return line
 
@@ -863,7 +873,7 @@ def out_folder(options: FitParameters) -> Path:
     name = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
     return data.project_root() / "runs" / f"{type(options).__name__.lower()}-{name}"
 
-# %% ../nbs/10_trainers.ipynb #992413e4
+# %% ../nbs/10_trainers.ipynb #343f6513
 def open_run(
     options: FitParameters,
     model: VLM,  # whose view of the data the stream takes
@@ -879,7 +889,7 @@ def open_run(
     config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions(), "data": report.to_json(), **about}
     run = (RunWriter if accelerator.is_main_process else Run)(out_folder(options))
     if accelerator.is_main_process:
-        runs.begin(run, config, free=("versions",))
+        runs.begin(run, config, free=("versions", "terms"))
     accelerator.wait_for_everyone()
     return kind(options, run, model, report, val, accelerator)
 
@@ -901,7 +911,7 @@ class TinyClipJob(Job):
         if self.options.compare_scratch:
             run_scratch(self, count)
 
-# %% ../nbs/10_trainers.ipynb #2ab7e5e4
+# %% ../nbs/10_trainers.ipynb #dd32e9cf
 def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     "Check data, teacher and plan, and write the run's config.json; nothing is trained"
     weights, _, accelerator = options.weights(), gate_kinds(options), make_accelerator(options)
@@ -910,7 +920,8 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     shapes = _teacher_shapes(teacher, options)
     _check_widths(options, teacher)
     towers = shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
-    about = {"objective": weights, "teacher_sha256": state_digest(teacher.model), "model": teacher.config["model_cfg"], "towers": towers}
+    about = {"objective": weights, "terms": options.terms(), "towers": towers}
+    about |= {"teacher_sha256": state_digest(teacher.model), "model": teacher.config["model_cfg"]}
     job = open_run(options, teacher, accelerator, about, TinyClipJob)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
 
@@ -926,10 +937,10 @@ def _check_widths(options: TinyCLIP, teacher: VLM) -> None:
                 "use losses='affinity_mimicking=1'"
             )
 
-# %% ../nbs/10_trainers.ipynb #6bd9c67f
+# %% ../nbs/10_trainers.ipynb #6c950591
 def _local(name: str | Path) -> str:
-    "A folder of the project by its path from the project's root; any other name as it is"
-    return str(data.project_root() / name) if (data.project_root() / name).is_dir() else str(name)
+    "A folder or file of the project by its path from the project's root; any other name as it is"
+    return str(data.project_root() / name) if (data.project_root() / name).exists() else str(name)
 
 
 def find_model(
@@ -978,7 +989,7 @@ def _versions() -> dict[str, str]:
     names = ("torch", "open_clip_torch", "accelerate", "webdataset")
     return {"python": platform.python_version(), "vlkd_lab": __version__} | {name: version(name) for name in names}
 
-# %% ../nbs/10_trainers.ipynb #1789c2b4
+# %% ../nbs/10_trainers.ipynb #951a5711
 def manual_shapes(
     source: Mapping[str, TowerShape],  # of the network that is copied from: no size may grow
     teacher: Mapping[str, TowerShape],  # of the full model: sparsity counts from here
@@ -988,6 +999,9 @@ def manual_shapes(
     chosen = {}
     for tower, full in teacher.items():
         cost, most, heads = budget({tower: full}), source[tower], full.heads[0]
+        if not min(heads, *most.heads):
+            raise ValueError(f"a layer of the {tower} tower has no heads, so no plain network is a part of it: name a student, or choose "
+                             "inheritance='auto'")  # fmt: skip
         sizes = [_shrunk(full, layers, kept) for layers in range(1, most.layers + 1) for kept in range(1, min(most.heads) + 1)]
 
         def distance(shape: TowerShape, tower=tower, full=full, cost=cost, heads=heads) -> float:

@@ -1,0 +1,152 @@
+"""Trials and claims: what is run, kept, judged and shown; the numbers that come with the project belong to the trials as they are."""
+
+import importlib
+import json
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from vlkd_lab import verdicts
+from vlkd_lab.runs import to_json
+from vlkd_lab.trainers import METHODS, check_parameters
+from vlkd_lab.trials import Trial, origin, run_trial
+from vlkd_lab.verdicts import CLAIMS, TRIALS, Claim, first_step, judge, overall, own_results, show_verdicts, speed_up
+
+ROOT = Path(__file__).parent.parent
+VERDICTS = {3: "holds (3 of 3 seeds)", 1: "undecided (1 of 3 seeds)", 0: "does not hold (0 of 3 seeds)"}
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def tiny(scenes, teacher, **changed):
+    "A trial of seconds"
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=str(next(scenes.glob("val-*.tar"))), teacher=str(teacher))
+    given |= dict(stages=1, steps=4, batch_size=16, inheritance="manual", validate_every=2, validate_pairs=16, device="cpu", probe_pairs=0)
+    return Trial("TinyCLIP", "tiny", given | dict(compare_scratch=True, losses="affinity_mimicking=1") | changed)
+
+
+def count(model):
+    return {"r1": float(sum(p.numel() for p in model.model.parameters()))}
+
+
+def test_a_trial_is_trained_once_and_then_read(scenes, tiny_teacher, tmp_path):
+    trial = tiny(scenes, tiny_teacher)
+    first = run_trial("tiny", trial, 1, tmp_path, count)
+    assert set(first["students"]) == {"stage-1", "scratch-1"} and first["seed"] == 1
+    assert first["samples"] == {"stage-1": 64, "scratch-1": 64}
+    assert first["students"]["stage-1"]["curve"] and first["students"]["stage-1"]["step_seconds"] > 0
+    assert first["students"]["stage-1"]["scores"]["r1"] == first["students"]["stage-1"]["parameters"]
+    written = (tmp_path / "tiny-1" / "metrics.jsonl").stat().st_mtime_ns
+    assert run_trial("tiny", trial, 1, tmp_path, lambda model: pytest.fail("scored again")) == first
+    assert (tmp_path / "tiny-1" / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_trial_keeps_where_its_training_began(scenes, tiny_teacher, tmp_path):
+    (tmp_path / "tiny-0").mkdir()
+    (tmp_path / "tiny-0" / "origin.json").write_text(json.dumps({"commit": "abc", "machine": "m", "date": "d", "torch": "t"}))
+    assert run_trial("tiny", tiny(scenes, tiny_teacher), 0, tmp_path, count)["origin"]["commit"] == "abc"
+    assert origin()["machine"].split()[1:3] == ["CPU", "cores"]
+
+
+def test_another_trials_folder_is_not_overwritten(scenes, tiny_teacher, tmp_path):
+    run_trial("tiny", tiny(scenes, tiny_teacher), 0, tmp_path, count)
+    before = (tmp_path / "tiny-0" / "trial.json").read_text()
+    with pytest.raises(ValueError, match="steps"):
+        run_trial("tiny", tiny(scenes, tiny_teacher, steps=5), 0, tmp_path, count)
+    assert (tmp_path / "tiny-0" / "trial.json").read_text() == before
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_the_parameters_of_every_trial_are_valid(name):
+    trial = TRIALS[name]
+    home = importlib.import_module(METHODS[trial.method])
+    options = check_parameters(home.OPENERS[trial.method][0], dict(trial.parameters))
+    options.weights()
+    assert trial.parameters["probe_pairs"] == 0
+
+
+def record(**scores):
+    return {"students": {"student": {"scores": scores}}}
+
+
+def claim(holds=lambda values: values["b"] > values["a"], **changed):
+    measure = lambda found: {name: verdicts.at(found, name, "r1") for name in "ab"}  # noqa: E731
+    given = dict(paper=HOSTILE, says=HOSTILE, test=HOSTILE, rule=HOSTILE, trials=("a", "b"), measure=measure, holds=holds)
+    return Claim(**given | changed)
+
+
+@pytest.mark.parametrize("better, words", VERDICTS.items(), ids=("all", "some", "none"))
+def test_a_verdict_counts_the_seeds(better, words):
+    records = {"a": {s: record(r1=0.5) for s in range(3)}, "b": {s: record(r1=0.6 if s < better else 0.4) for s in range(3)}}
+    verdict = judge(claim(), records)
+    assert verdict.words == words and list(verdict.values.index) == [0, 1, 2] and list(verdict.values.columns) == ["a", "b"]
+
+
+def test_a_seed_without_all_trials_is_not_judged():
+    verdict = judge(claim(), {"a": {0: record(r1=0.1), 1: record(r1=0.1)}, "b": {1: record(r1=0.2), 2: record(r1=0.2)}})
+    assert list(verdict.values.index) == [1] and verdict.yes == (True,)
+    assert judge(claim(), {}).words == "not run yet" and "not run yet" in show_verdicts({"x": judge(claim(), {})})
+
+
+def test_verdicts_show_texts_as_texts_and_every_seed_as_a_dot():
+    records = {name: {s: record(r1=0.1 * s) for s in range(4)} for name in "ab"}
+    shown = show_verdicts({HOSTILE: judge(claim(), records)})
+    assert "<img" not in shown and shown.count("<circle") == 8 and "15.0" in shown
+
+
+def test_steps_to_a_score():
+    slow, fast = {"curve": [[20, 0.1], [40, 0.3], [60, 0.2]]}, {"curve": [[20, 0.35]]}
+    assert speed_up(slow, fast) == 2.0 and speed_up(fast, slow) == 0.0 and first_step([[5, 0.1]], 0.2) == float("inf")
+
+
+def test_every_claim_looks_at_trials_that_there_are():
+    assert all(set(own.trials) <= set(TRIALS) and own.unit in ("%", "×", "") for own in CLAIMS.values())
+    assert {own.paper for own in CLAIMS.values()} == {"TinyCLIP", "CLIP-CID", "DIME-FM", "DLIP"}
+
+
+def test_own_runs_count_only_with_the_trials_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "TRIALS", {"a": Trial("TinyCLIP", "", {"steps": 3})})
+    for seed, steps in ((0, 3), (1, 4)):
+        (tmp_path / f"a-{seed}").mkdir()
+        (tmp_path / f"a-{seed}" / "trial.json").write_text(json.dumps({"trial": "a", "seed": seed, "parameters": {"steps": steps}}))
+    assert list(own_results(tmp_path)["a"]) == [0]
+
+
+def test_results_are_kept_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "project_root", lambda: tmp_path)
+    (tmp_path / "data_samples").mkdir()
+    verdicts.keep_results({"a": {0: {"r1": 1 / 3}}}, {"teacher": {}})
+    assert verdicts.stored_results() == {"trials": {"a": {0: {"r1": 0.33333}}}, "teachers": {"teacher": {}}}
+
+
+stored = verdicts.stored_results()
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_the_numbers_that_come_along_are_of_the_trials_as_they_are(name):
+    for found in stored["trials"].get(name, {}).values():
+        assert found["parameters"] == to_json(dict(TRIALS[name].parameters)) and found["trial"] == name
+        assert set(found["origin"]) == {"commit", "machine", "date", "torch"}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_claim_is_judged_by_all_it_looks_at(name):
+    verdict = judge(CLAIMS[name], stored["trials"], stored["teachers"])
+    assert not verdict.values.isna().any().any() and len(verdict.yes) == len(verdict.values)
+    assert set(stored["trials"]) <= set(TRIALS)
+
+
+def test_four_methods_are_compared_at_equal_samples():
+    table = overall(stored["trials"])
+    assert len(table) == 5 * 2 * 3 and table["images seen"].nunique() == 1 and table["parameters"].nunique() == 1
+    assert table.groupby(["method", "start"]).size().eq(3).all() and isinstance(table, pd.DataFrame)
+
+
+def test_the_page_says_what_the_stored_numbers_say():
+    page = nbformat.read(ROOT / "nbs" / "claims.ipynb", 4)
+    said = json.dumps([cell.get("outputs", []) for cell in page.cells], ensure_ascii=False)
+    for name in CLAIMS:
+        assert judge(CLAIMS[name], stored["trials"], stored["teachers"]).words in said and f"<code>{name}</code>" in said
+    for found in (found for by_seed in stored["trials"].values() for found in by_seed.values()):
+        assert found["origin"]["commit"] in said and found["origin"]["date"] in said

@@ -1,0 +1,208 @@
+"""The guide pages keep what they promise: they run, their commands would start, what they quote stands where they say."""
+
+import ast
+import json
+import re
+import shlex
+import shutil
+from functools import cache
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import open_clip
+import pandas as pd
+import pytest
+from papermill.cli import _resolve_type
+from papermill.inspection import _infer_parameters, load_notebook_node
+
+from vlkd_lab import stores
+from vlkd_lab.clip_cid import ClipCid
+from vlkd_lab.dime_fm import DimeFm
+from vlkd_lab.dlip import BlipTraining, Dlip
+from vlkd_lab.losses import LOSSES
+from vlkd_lab.models import model_config
+from vlkd_lab.published import find_releases
+from vlkd_lab.trainers import METHODS, Contrastive, TinyCLIP, _literal, check_parameters
+
+ROOT = Path(__file__).parent.parent
+METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
+GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "add_a_loss", "vocabulary"]
+KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
+METHOD = {kind.__name__: kind for kind in KINDS.values()}
+
+
+def cells(name, kind):
+    notebook = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    return [c for c in notebook["cells"] if c["cell_type"] == kind]
+
+
+def prose(name):
+    return "\n\n".join("".join(c["source"]) for c in cells(name, "markdown"))
+
+
+def commands(name):
+    "Every shell command of a page, as words"
+    text = prose(name).replace("\\\n", " ")
+    lines = (line.strip() for line in text.splitlines())
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(papermill nbs/|torchrun |python -m vlkd_lab)", line)]
+
+
+@cache
+def everything_said(name):
+    "Prose, code and stored outputs of a page as text"
+    shown = []
+    for cell in cells(name, "code"):
+        for output in cell.get("outputs", ()):
+            shown += ["".join(output.get("text", ""))] + ["".join(v) for k, v in output.get("data", {}).items() if k.startswith("text/")]
+    return "\n".join([prose(name), *("".join(c["source"]) for c in cells(name, "code")), *shown])
+
+
+def given_words(words):
+    "-p NAME VALUE pairs, as papermill reads them"
+    at = [k for k, word in enumerate(words) if word == "-p"]
+    return {words[k + 1]: _resolve_type(words[k + 2]) for k in at}
+
+
+def check_papermill(words):
+    notebook = ROOT / words[1]
+    assert notebook.exists(), words[1]
+    given, at = given_words(words), [k for k, word in enumerate(words) if word == "-p"]
+    assert len(words) == 3 + 3 * len(at), f"left over: {words}"
+    kind = KINDS.get(notebook.stem.removeprefix("train_")) if notebook.stem.startswith("train_") else None
+    if kind is None:
+        known = {p.name: p.inferred_type_name for p in _infer_parameters(load_notebook_node(str(notebook)))}
+        types = dict(int=int, float=(int, float), str=str, bool=bool)
+        for name, value in given.items():
+            assert name in known and isinstance(value, types[known[name]]), f"{notebook.stem} has no {name}={value!r}: {known}"
+        return
+    options = check_parameters(kind, given)
+    if hasattr(options, "weights") and "self_similarity" not in getattr(options, "losses", ""):
+        options.weights(), options.check_stored()
+    if "tasks" in given or kind is Dlip:
+        options.asked_tasks()
+    assert options.batch_size % options.processes == 0
+
+
+def check_module(words):
+    "torchrun … -m vlkd_lab.trainers FOLDER NAME=VALUE …, or -m vlkd_lab.stores DATA TEACHER [SIDES]"
+    module, *rest = words[words.index("-m") + 1 :]
+    if module == "vlkd_lab.stores":
+        assert 2 <= len(rest) <= 3
+        for side in rest[2].split(",") if len(rest) == 3 else ():
+            stores._read_as(side)
+        return
+    assert module == "vlkd_lab.trainers" and "=" not in rest[0]
+    given = {name: _literal(value) for name, _, value in (word.partition("=") for word in rest[1:])}
+    method = given.pop("method")
+    assert method in METHODS
+    check_parameters(METHOD[method], given)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_every_command_would_start(name):
+    for words in commands(name):
+        check_papermill(words) if words[0] == "papermill" else check_module(words)
+    assert commands(name) or name in ("run_folder", "add_a_loss", "vocabulary")
+
+
+def test_a_wrong_command_would_be_noticed():
+    for wrong in ("-p stagez 3", "-p stages three", "-p losses affinity=1", "stages=3", "-p batch_size 10 -p processes 3"):
+        with pytest.raises((AssertionError, ValueError)):
+            check_papermill(shlex.split(f"papermill nbs/train_tinyclip.ipynb out.ipynb {wrong}"))
+    with pytest.raises(AssertionError):
+        check_papermill(shlex.split("papermill nbs/watch_run.ipynb out.ipynb -p folder runs/b32"))
+    with pytest.raises(ValueError):
+        check_module(shlex.split("torchrun -m vlkd_lab.trainers runs/x method=TinyCLIP teachers=y"))
+
+
+def check_models(words):
+    "Teachers and students that need no network to be known exist by these names"
+    given = given_words(words)
+    name, _, tag = str(given.get("teacher", "")).partition("/")
+    if tag and name != "Salesforce":
+        assert tag in open_clip.list_pretrained_tags_by_model(name), given["teacher"]
+    if given.get("student"):
+        assert model_config(given["student"])["embed_dim"]
+
+
+def test_models_named_in_commands_and_on_the_first_page_exist():
+    for page in GUIDES:
+        for words in commands(page):
+            if words[0] == "papermill":
+                check_models(words)
+    table = next(line for line in prose("getting_started").splitlines() if line.startswith("| a published TinyCLIP"))
+    assert all(len(find_releases(name)) == 1 for name in re.findall(r"`([^`]+)`", table))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_parameters_named_in_the_prose_exist(name):
+    known = {field for kind in KINDS.values() for field in kind.__dataclass_fields__}
+    text = re.sub(r"```.*?```", "", prose(name), flags=re.S)
+    said = re.findall(r"`([a-z]+(?:_[a-z]+)*)[ =]([\w.:,/ =-]+)`", text)
+    others = {"make", "jupyter", "tail", "torchrun", "papermill"}  # commands
+    others |= {"scale", "same_width", "alone", "unpaired", "chance", "function", "run_folder"}  # arguments, fields of Term
+    unknown = [f"{parameter} {value}" for parameter, value in said if parameter not in known | others | set(LOSSES)]
+    assert not unknown, unknown
+    for target in re.findall(r"`make (\w+)`|^make (\w+)", prose(name), flags=re.M):
+        assert re.search(rf"^{''.join(target)}:", (ROOT / "Makefile").read_text(), flags=re.M), target
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_links_and_pictures_are_there(name):
+    text = prose(name)
+    assert text.startswith("# ") and "\n> " in text[:300]
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
+        assert (ROOT / "nbs" / target).exists(), target
+    for path in re.findall(r"`(tests/[\w./]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", [*METHOD_GUIDES, "bench"])
+def test_quoted_numbers_stand_where_they_are_quoted_from(name):
+    section = re.search(r"^## (What was measured|What it costs)\n(.*?)(?=^## |\Z)", prose(name), flags=re.S | re.M)[2]
+    pages = [target for target in re.findall(r"\]\((\w+)\.ipynb\)", section) if re.search("results|benchmark", target)]
+    numbers = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", re.sub(r"\]\([^)]*\)", "]", section))
+    assert pages and len(numbers) > 3
+    there = [float(n) for page in pages for n in re.findall(r"\d+\.\d+", everything_said(page))]
+    missing = [n for n in numbers if not any(f"{value:.{len(n.split('.')[1])}f}" == n for value in there)]  # it may be rounded
+    assert not missing, f"{missing} stand on none of {pages}"
+
+
+def test_files_that_only_some_runs_have_are_written_by_the_library():
+    library = "\n".join(path.read_text() for path in (ROOT / "vlkd_lab").glob("*.py"))
+    table = prose("run_folder").split("Other methods and events add:")[1].split("\n\n## ")[0]
+    files = re.findall(r"`([\w/]+\.\w+)`", table)
+    assert len(files) >= 7
+    for file in files:
+        assert f'"{Path(file).name}"' in library, file
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A project of its own, in whose nbs/ a page runs"
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "nbs").mkdir()
+    (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
+    monkeypatch.chdir(tmp_path / "nbs")
+    known = dict(LOSSES)
+    with plt.rc_context(), pd.option_context("display.max_colwidth", 50):
+        yield tmp_path
+    LOSSES.clear()
+    LOSSES.update(known)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_page_runs(name, project):
+    "In this process: all pages share what is imported"
+    names = {"__name__": "page"}
+    for number, cell in enumerate(cells(name, "code")):
+        tree = ast.parse("".join(cell["source"]))
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"{name}, cell {number}", "exec"), names)
+        shown = None if last is None else eval(compile(ast.Expression(last.value), f"{name}, cell {number}", "eval"), names)
+        for form in ("_repr_html_", "_repr_png_", "_repr_mimebundle_"):
+            if callable(getattr(type(shown), form, None)):
+                getattr(shown, form)()
+    assert not list(project.glob("runs/*")), "a page leaves no run behind"
+    if name == "add_a_loss":
+        assert {"affinity_mimicking", "self_similarity", "total"} <= set(names["lines"].columns) and names["shares"]
