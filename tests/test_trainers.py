@@ -519,7 +519,7 @@ def test_a_term_that_is_not_finite_is_named(tiny, monkeypatch):
 
 
 def test_terms_that_need_clusters_are_neither_taken_nor_offered(tiny):
-    with pytest.raises(ValueError, match="has no loss 'cluster_classification'; there are affinity_mimicking, contrastive, "):
+    with pytest.raises(ValueError, match="has no loss 'cluster_classification' for two towers; there are affinity_mimicking, "):
         job_of(tiny, losses="cluster_classification:1")
     assert {"relational"} < set(job_of(tiny).run.config()["terms"]) and "cluster_distribution" not in job_of(tiny).run.config()["terms"]
 

@@ -157,7 +157,7 @@ class FitParameters:
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
     processes: int = parameter(1, "training processes, one a GPU; more than 1 are started by torchrun", **at_least(1))
 
-# %% ../nbs/10_trainers.ipynb #22c2eb84
+# %% ../nbs/10_trainers.ipynb #77f080d8
 @dataclass(frozen=True)
 class Distillation(FitParameters):
     "What every distillation takes besides"
@@ -189,8 +189,8 @@ class Distillation(FitParameters):
         except ValueError:
             raise ValueError(f"losses={self.losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas") from None
         if unknown := [name for name in weights if name not in self.terms()]:
-            there = f"there are {', '.join(self.terms())}"
-            raise ValueError(f"losses={self.losses!r} is not valid: a {type(self).__name__} job has no loss {unknown[0]!r}; {there}")
+            what = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers; there are {', '.join(self.terms())}"
+            raise ValueError(f"losses={self.losses!r} is not valid: {what}")
         return weights
 
     def terms(self) -> list[str]:

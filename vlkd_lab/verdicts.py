@@ -75,58 +75,56 @@ def judge(
     found = {seed: claim.measure({name: records[name][seed] for name in claim.trials} | dict(teachers or {})) for seed in seeds}
     return Verdict(claim, pd.DataFrame(found).T, tuple(bool(claim.holds(found[seed])) for seed in seeds))
 
-# %% ../nbs/15_verdicts.ipynb #5c43fc4c
-def _strip(values: pd.DataFrame, unit: str, width: int = 190) -> str:  # SVG
-    "A row of dots for each label, one dot a seed, and a bar at their mean"
-    low, high = float(values.min().min()), float(values.max().max())
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    place = lambda value: 8 + (value - low) / (high - low) * (width - 16)  # noqa: E731
-    rows = []
-    for k, label in enumerate(values):
-        y, own = 22 * k + 11, values[label].dropna()
-        dots = "".join(f'<circle cx="{place(v):.1f}" cy="{y}" r="3.5"><title>{_said(v, unit)}</title></circle>' for v in own)
-        mean = "".join(f'<path d="M{place(m):.1f} {y - 8}v16" stroke="currentColor"/>' for m in [own.mean()] if len(own))
-        rows.append(f'<path d="M8 {y}h{width - 16}" stroke="currentColor" opacity=".2"/><g fill="#4c78a8" opacity=".8">{dots}</g>{mean}')
-    return f'<svg width="{width}" height="{22 * len(values.columns)}" role="img">{"".join(rows)}</svg>'
-
-
+# %% ../nbs/15_verdicts.ipynb #2e4d65e8
 def _said(value: float, unit: str) -> str:
     "A number with its unit"
     return f"{100 * value:.1f}" if unit == "%" else f"{value:.1f}×" if unit == "×" else f"{value:.2f}"
 
 
-def _numbers(values: pd.DataFrame, unit: str) -> str:  # HTML, a line a label
-    "Mean, smallest and largest of every label"
-    lines = []
-    for label in values:
-        own = values[label].dropna()
-        spread = f" <small>({_said(own.min(), unit)}–{_said(own.max(), unit)})</small>" if len(own) > 1 else ""
-        lines.append(f'<div style="height:22px;white-space:nowrap">{escaped(label)}: <b>{_said(own.mean(), unit)}</b>{spread}</div>')
-    return "".join(lines)
+def _strip(own: pd.Series, low: float, high: float, unit: str, width: int = 240) -> str:  # SVG
+    "A dot a seed on an axis from low to high, and a bar at their mean"
+    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
+    place = lambda value: 8 + (value - low) / (high - low) * (width - 16)  # noqa: E731
+    dots = "".join(f'<circle cx="{place(v):.1f}" cy="9" r="3.5"><title>{_said(v, unit)}</title></circle>' for v in own)
+    line = f'<path d="M8 9h{width - 16}" stroke="currentColor" opacity=".2"/>'
+    mean = f'<path d="M{place(own.mean()):.1f} 1v16" stroke="currentColor"/>'
+    return f'<svg width="{width}" height="18" role="img">{line}<g fill="#4c78a8" opacity=".8">{dots}</g>{mean}</svg>'
 
-# %% ../nbs/15_verdicts.ipynb #9a13225c
+
+def _measured(values: pd.DataFrame, unit: str) -> str:  # HTML, a row a label
+    "Mean, smallest and largest of every label, and the seeds as dots"
+    axis = [label.partition(",")[0] for label in values]
+    rows = []
+    for label, shared in zip(values, axis, strict=True):
+        own, all_ = values[label].dropna(), values[[other for other, name in zip(values, axis, strict=True) if name == shared]]
+        spread = f"({_said(own.min(), unit)}–{_said(own.max(), unit)})" if len(own) > 1 else ""
+        drawn = _strip(own, float(all_.min().min()), float(all_.max().max()), unit)
+        cells = (escaped(label), f"<b>{_said(own.mean(), unit)}</b>", spread, drawn)
+        sides = ("left", "right", "left", "left")
+        row = [f'<td style="text-align:{side};padding:1px 10px 1px 0">{cell}</td>' for side, cell in zip(sides, cells, strict=True)]
+        rows.append(f"<tr>{''.join(row)}</tr>")
+    return f'<table style="margin:4px 0">{"".join(rows)}</table>' + ("<small>in %</small>" if unit == "%" else "")
+
+# %% ../nbs/15_verdicts.ipynb #d91a32e7
 _COLOURS = {"holds": "#1a7f37", "undecided": "#9a6700", "does": "#c62828"}
 
 
 def show_verdicts(
     verdicts: Mapping[str, Verdict],  # name of the claim -> what came out
 ) -> str:  # HTML
-    "A row a claim: what is said, what was done, what came out, drawn, and the verdict"
-    rows = []
+    "A block a claim: what is said and the verdict, what was done and the rule, what came out"
+    blocks = []
     for name, verdict in verdicts.items():
-        claim, left = verdict.claim, 'style="text-align:left;vertical-align:top;'
-        colour = _COLOURS.get(verdict.words.split()[0], "gray")
-        unit = " %" if claim.unit == "%" else ""
-        measured = "" if verdict.values.empty else _numbers(verdict.values, claim.unit)
-        drawn = "" if verdict.values.empty else _strip(verdict.values, claim.unit)
-        rows.append(
-            f'<tr><td {left}min-width:13em"><b>{escaped(claim.says)}</b><br><code>{escaped(name)}</code></td>'
-            f'<td {left}min-width:13em">{escaped(claim.test)} <i>Yes if {escaped(claim.rule)}.</i></td>'
-            f'<td {left}">{measured}<small>{unit and "in" + unit}</small></td><td {left}">{drawn}</td>'
-            f'<td {left}color:{colour};font-weight:600">{escaped(verdict.words)}</td></tr>'
+        claim, colour = verdict.claim, _COLOURS.get(verdict.words.split()[0], "gray")
+        pill = f"color:white;background:{colour};border-radius:9px;padding:1px 9px;display:inline-block"
+        badge = f'<span style="{pill}">{escaped(verdict.words)}</span>'
+        blocks.append(
+            f'<div style="border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px 0;overflow-x:auto">'
+            f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.6">{escaped(name)}</small>'
+            f'<div style="margin:4px 0;max-width:46em">{escaped(claim.test)} <i>Yes if {escaped(claim.rule)}.</i></div>'
+            f"{'' if verdict.values.empty else _measured(verdict.values, claim.unit)}</div>"
         )
-    heads = "".join(f'<th style="text-align:left">{title}</th>' for title in ("claim", "here", "measured", "seeds", "verdict"))
-    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return "".join(blocks)
 
 # %% ../nbs/15_verdicts.ipynb #ed2892f5
 _QUIET = dict(probe_pairs=0, keep_snapshots=0, compare_scratch=False)
@@ -534,10 +532,10 @@ def overall(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row
                 rows.append(row | cost | {"teacher runs": _ASIDE[method], "time of a step": student["step_seconds"] / plain})
     return pd.DataFrame(rows)
 
-# %% ../nbs/15_verdicts.ipynb #2e066f93
+# %% ../nbs/15_verdicts.ipynb #c1c05466
 def show_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a pandas Styler
     "Mean (smallest to largest) over the seeds"
-    said = lambda own: f"{100 * own.mean():.1f} ({100 * own.min():.1f}–{100 * own.max():.1f})"  # noqa: E731
+    said = lambda own: f"{100 * own.mean():.1f}<br><small>{100 * own.min():.1f}–{100 * own.max():.1f}</small>"  # noqa: E731
     shown = table.groupby(["start", "method"], sort=False)
     rows = shown[list(_COLUMNS)].agg(said)
     first = shown[["parameters", "images seen", "texts seen", "teacher runs"]].first()
@@ -546,7 +544,8 @@ def show_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a pandas 
     above = {name: f"{100 * own['scores'][key]:.1f}" for name, key in _COLUMNS.items()} | {"parameters": own["parameters"]}
     whole = pd.concat([pd.DataFrame([above], index=pd.MultiIndex.from_tuples([("", "teacher")], names=rows.index.names)), rows.join(first)])
     counts = {name: lambda value: "" if pd.isna(value) else f"{value:,.0f}" for name in ("parameters", "images seen", "texts seen")}
-    return whole.sort_index(level="start", sort_remaining=False).style.format(counts, na_rep="")
+    shown = whole.sort_index(level="start", sort_remaining=False).style.format(counts, na_rep="")
+    return shown.set_properties(**{"white-space": "nowrap"}, subset=list(_COLUMNS))
 
 
 def plot_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a matplotlib figure
