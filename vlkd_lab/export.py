@@ -296,7 +296,7 @@ def check_onnx(
                 raise ValueError(f"{side}.onnx differs from the model in PyTorch by {found[side]:.2g}, more than {tolerance:g}")
     return found
 
-# %% ../nbs/11_export.ipynb #8c84d52e
+# %% ../nbs/11_export.ipynb #f51fb0cd
 @dataclass(frozen=True)
 class Origin:
     "A student, and the run that it comes from"
@@ -309,7 +309,7 @@ class Origin:
     def name(self) -> str:
         return self.folder.name if self.run is None else f"{self.run.folder.name}-{self.stage}"
 
-
+# %% ../nbs/11_export.ipynb #cb709c3a
 def _is_run(folder: Path) -> bool:
     return "method" in read_json(folder / "config.json", {})
 
@@ -343,7 +343,7 @@ def find_origin(
     above = folder.parent.parent
     return Origin(folder, folder.parent.name, Run(above)) if folder.name == "student" and _is_run(above) else Origin(folder)
 
-
+# %% ../nbs/11_export.ipynb #30df1421
 def newest_student(runs: str | Path = "runs") -> Path | None:  # a run folder; None: there is none yet
     "The run whose student was finished last, yardsticks aside"
     finished = [path for path in Path(runs).glob("*/*/done.json") if not path.parent.name.startswith("scratch")]
