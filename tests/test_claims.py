@@ -9,10 +9,11 @@ import pandas as pd
 import pytest
 
 from vlkd_lab import verdicts
+from vlkd_lab.evaluation import first_step
 from vlkd_lab.runs import to_json
 from vlkd_lab.trainers import METHODS, check_parameters
 from vlkd_lab.trials import Trial, origin, run_trial
-from vlkd_lab.verdicts import CLAIMS, TRIALS, Claim, first_step, judge, overall, own_results, show_verdicts, speed_up
+from vlkd_lab.verdicts import CLAIMS, TRIALS, Claim, judge, overall, own_results, show_verdicts, speed_up
 
 ROOT = Path(__file__).parent.parent
 VERDICTS = {3: "holds (3 of 3 seeds)", 1: "undecided (1 of 3 seeds)", 0: "does not hold (0 of 3 seeds)"}
@@ -97,7 +98,7 @@ def test_verdicts_show_texts_as_texts_and_every_seed_as_a_dot():
 
 def test_steps_to_a_score():
     slow, fast = {"curve": [[20, 0.1], [40, 0.3], [60, 0.2]]}, {"curve": [[20, 0.35]]}
-    assert speed_up(slow, fast) == 2.0 and speed_up(fast, slow) == 0.0 and first_step([[5, 0.1]], 0.2) == float("inf")
+    assert speed_up(slow, fast) == 2.0 and speed_up(fast, slow) == 0.0 and first_step([[5, 0.1]], 0.2) is None
 
 
 def test_every_claim_looks_at_trials_that_there_are():

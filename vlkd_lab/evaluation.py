@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['TEMPLATES', 'STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
            'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'alarms', 'linear_probe',
-           'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve', 'steps_to_reach',
-           'job_models', 'compare', 'finish', 'show_table', 'save_reference', 'reference_curves', 'plot_losses',
-           'plot_validation', 'plot_tradeoff', 'plot_shapes']
+           'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve', 'first_step',
+           'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference', 'reference_curves',
+           'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/11_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -226,18 +226,23 @@ def retrieve(
         cells.append(f"<tr><td>{image}</td><td>{escaped(own)}</td><td style='text-align:left'>{'<br>'.join(said)}</td></tr>")
     return HTML(f"<table><tr><th></th><th>its caption</th><th>nearest captions, cosine</th></tr>{''.join(cells)}</table>")
 
-# %% ../nbs/11_evaluation.ipynb #c6de3e35
+# %% ../nbs/11_evaluation.ipynb #c0b722b7
 def validation_curve(run: Run, stage: str) -> list[tuple[int, float]]:  # (step of the whole line, mean R@1 of both directions)
     "What validation said during a stage"
     lines = [m for m in run.metrics() if m.get("event") == "validation" and m["stage"] == stage]
     return [(m["step"], (float(m["image_to_text_r1"]) + float(m["text_to_image_r1"])) / 2) for m in lines]
 
 
+def first_step(curve: Sequence[tuple[int, float]], wanted: float) -> int | None:  # None: never
+    "The step at which a validation curve first was at least as high"
+    return next((step for step, value in curve if value >= wanted), None)
+
+
 def steps_to_reach(run: Run, stage: str, wanted: float) -> tuple[int, int] | None:  # (of its own stage, of its whole line); None: never
     "Steps until a stage's student first scored at least `wanted`"
     begun = [m["step"] for m in run.metrics() if m["stage"] == stage and "total" in m]
-    reached = [step for step, value in validation_curve(run, stage) if value >= wanted]
-    return (reached[0] - begun[0] + 1, reached[0]) if reached else None
+    reached = first_step(validation_curve(run, stage), wanted)
+    return None if reached is None else (reached - begun[0] + 1, reached)
 
 # %% ../nbs/11_evaluation.ipynb #461a30a0
 def _job_stages(job: Job) -> list[str]:
