@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -151,3 +152,55 @@ def test_the_page_says_what_the_stored_numbers_say():
         assert judge(CLAIMS[name], stored["trials"], stored["teachers"]).words in said and f">{name}</small>" in said
     for found in (found for by_seed in stored["trials"].values() for found in by_seed.values()):
         assert found["origin"]["commit"] in said and found["origin"]["date"] in said
+
+
+STAGES = {"stages-0.75": ("stage-1", "stage-2", "stage-3", "scratch-3"), "stages-0.9": ("stage-3",), "unpaired": ("student", "scratch")}
+SCORES = ("r1", "zero_shot", "linear_probe", "robustness", "robustness_kept", "retrieval_r1", "cider", "answer_accuracy",
+          "features_image_to_text_r1")  # fmt: skip
+
+
+def trained(name, value=0.5, steps=100):
+    "A made-up record: every score the same, reached after so many steps"
+    first = "stage-1" if TRIALS.get(name) and TRIALS[name].method == "TinyCLIP" else "student"
+    curve = [[0, 0.0], [steps, value], [400, value]]
+    student = {"scores": dict.fromkeys(SCORES, value), "curve": curve, "speed_up": {"retrieval": 4 * value, "captioning": 4 * value}}
+    return {"students": {stage: deepcopy(student) for stage in STAGES.get(name, (first,))}}
+
+
+def holds(name, **better):
+    "Whether a claim holds when some trials (or TRIAL__STAGE) have another score than 0.5"
+    found = {trial: {0: trained(trial)} for trial in CLAIMS[name].trials}
+    for where, value in better.items():
+        trial, _, stage = where.replace("_", "-").replace("--", "__").partition("__")
+        trial = next(one for one in found if one.replace(".", "-") == trial)
+        made = trained(trial, *(value if isinstance(value, tuple) else (value,)))
+        found[trial][0]["students"] |= {stage: made["students"][stage]} if stage else made["students"]
+    verdict = judge(CLAIMS[name], found, {"teacher": trained("teacher"), "blip": trained("blip")})
+    assert not verdict.values.isna().any().any()
+    return verdict.yes == (True,)
+
+
+RULES = {  # claim -> what makes it hold, what makes it fail
+    "tinyclip-half": ({}, dict(stages_0_75__stage_2=0.47)),
+    "tinyclip-speed": (dict(towers_contrastive_inherited=(0.6, 20)), dict(towers_contrastive_inherited=(0.5, 90))),
+    "tinyclip-affinity": (dict(towers_tinyclip_inherited=0.6), dict(towers_tinyclip_scratch=0.6)),
+    "tinyclip-stages": (dict(stages_0_9=0.6), dict(at_once_0_9=0.6)),
+    "clip-cid-filtering": (dict(cid_balanced=0.495), dict(cid_balanced=0.48)),
+    "clip-cid-cluster": (dict(cid_cluster=0.6, cid_whole=0.6), dict(cid_cluster=0.6)),
+    "clip-cid-samples": (dict(cid_whole=(0.6, 50)), dict(cid_whole=(0.5, 90))),
+    "dime-fm-unpaired": (dict(unpaired__student=0.6), dict(unpaired__scratch=0.6)),
+    "dime-fm-robust": (dict(unpaired__student=0.6), dict(unpaired__student=0.4)),
+    "dlip-half": (dict(dlip_half=0.46), dict(dlip_half=0.44)),
+    "dlip-22": (dict(dlip_22_long=0.48), dict(dlip_22_long=0.47, dlip_22=0.5)),
+    "dlip-speed": ({}, dict(dlip_22=0.4)),
+    "dlip-modules": (dict(dlip_image=0.45, dlip_text=0.45), dict(dlip_image=0.45)),
+    "dlip-fusion": (dict(dlip_fusion_2=0.495, dlip_fusion_1=0.4), dict(dlip_fusion_2=0.45, dlip_fusion_1=0.4)),
+    "dlip-decoder": (dict(dlip_scratch=0.6), dict(dlip_scratch_no_decoder=0.6)),
+    "dlip-begin": (dict(dlip_begin_image=0.6), dict(dlip_begin_text=0.6)),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_rule_says_yes_to_what_it_asks_for_and_no_to_the_contrary(name):
+    better, worse = RULES[name]
+    assert holds(name, **better) and not holds(name, **worse)
