@@ -12,6 +12,7 @@ from PIL import Image
 from test_lab import notebook, run_until, until
 
 from vlkd_lab.runs import Run
+from vlkd_lab.verdicts import overall, plot_overall, stored_results
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "nbs" / "images"
@@ -20,7 +21,12 @@ IMAGES = ROOT / "nbs" / "images"
 def save(element, name: str) -> None:
     "An element of the page as a small PNG"
     element.scroll_into_view_if_needed()
-    picture = Image.open(io.BytesIO(element.screenshot())).convert("RGB")
+    keep(element.screenshot(), name)
+
+
+def keep(png: bytes, name: str) -> None:
+    "A picture in 256 colours"
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
     picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
     print(name, picture.size, (IMAGES / f"{name}.png").stat().st_size)
 
@@ -127,9 +133,19 @@ def dlip(folder: Path, page, out: Path) -> None:
     until(lambda: run.status()["state"] == "waiting", 600)
 
 
+def claims(*_) -> None:
+    "The methods side by side, of the numbers that come with the project"
+    stored = stored_results()
+    drawn = io.BytesIO()
+    plot_overall(overall(stored["trials"]), stored["teachers"]["teacher"]).savefig(drawn, dpi=140)
+    keep(drawn.getvalue(), "claims")
+
+
+PARTS = bench, explorers, clip_cid, dime_fm, dlip, claims
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
         folder = project(Path(temporary))
         with JupyterServer(folder) as server, open_page(server) as page:
-            for part in (bench, explorers, clip_cid, dime_fm, dlip) if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
+            for part in PARTS if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
                 part(folder, page, folder / "run")
