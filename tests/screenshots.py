@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 from jupyter_page import JupyterServer, open_page
-from PIL import Image
 from test_lab import notebook, run_until, until
 
 from vlkd_lab.runs import Run
 from vlkd_lab.verdicts import overall, plot_overall, stored_results
+from vlkd_lab.widgets import stacked
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "nbs" / "images"
@@ -25,10 +25,9 @@ def save(element, name: str) -> None:
 
 
 def keep(png: bytes, name: str) -> None:
-    "A picture in 256 colours"
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
-    print(name, picture.size, (IMAGES / f"{name}.png").stat().st_size)
+    "A picture for the pages, small"
+    (IMAGES / f"{name}.png").write_bytes(stacked([png]))
+    print(name, (IMAGES / f"{name}.png").stat().st_size)
 
 
 def project(folder: Path) -> Path:

@@ -218,8 +218,8 @@ def png_html(png: bytes, alt: str) -> str:
     return f'<img alt="{escaped(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 # %% ../nbs/12_widgets.ipynb #b0458206
-def stacked(pictures: Sequence[bytes]) -> bytes:  # PNG
-    "PNG pictures one below the other"
+def stacked(pictures: Sequence[bytes], colours: int = 256) -> bytes:  # PNG
+    "PNG pictures one below the other, with a palette of so many colours"
     import io
 
     from PIL import Image
@@ -229,7 +229,7 @@ def stacked(pictures: Sequence[bytes]) -> bytes:  # PNG
     for k, image in enumerate(images):
         whole.paste(image, (0, sum(i.height for i in images[:k])))
     buffer = io.BytesIO()
-    whole.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    whole.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
