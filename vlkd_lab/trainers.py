@@ -46,17 +46,17 @@ from .samples import cached_shards
 from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 
 # %% auto #0
-__all__ = ['METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page', 'one_of', 'above',
-           'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner', 'probe_features',
-           'parameter_groups', 'lock_towers', 'plain_backward', 'cached_backward', 'Phase', 'Diverged', 'seed_of',
-           'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change', 'fit', 'Work', 'Job',
-           'find_data', 'make_accelerator', 'out_folder', 'open_run', 'TinyClipJob', 'open_tinyclip', 'find_model',
-           'transformer_shapes', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps',
-           'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates',
-           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'validation_features',
-           'validation_scores', 'at_work', 'write_probe', 'Contrastive', 'open_contrastive', 'read_captions',
-           'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start', 'current_student',
-           'load_student', 'open_job']
+__all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page',
+           'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
+           'probe_features', 'parameter_groups', 'lock_towers', 'plain_backward', 'cached_backward', 'Phase',
+           'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change', 'fit',
+           'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'continuing', 'open_run',
+           'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes', 'manual_shapes',
+           'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan',
+           'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage',
+           'run_scratch', 'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
+           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
+           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -885,6 +885,16 @@ class Work(_Computed, ABC):
     def plan(self) -> list[tuple[str, int]]:
         "Stages and their steps, in their order"
 
+    @property
+    def extended(self) -> list[str]:
+        "The stages that go on when a finished run is given more steps"
+        return [stage for stage, _ in self.plan]
+
+    def go_on(self, changes: Mapping[str, Sequence]) -> None:  # name of an entry of config.json -> [old, new]
+        "Make a run that is continued with other values ready for them"
+        if "parameters.steps" in changes:
+            reopen(self.run, self.extended)
+
     @abstractmethod
     def work(self) -> None:
         "Train all stages, from where an earlier start left off"
@@ -892,6 +902,25 @@ class Work(_Computed, ABC):
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         "What is logged of a student now and then"
         return validation_scores(student, self.val)
+
+# %% ../nbs/10_trainers.ipynb #9b151601
+def reopen(run: Run, stages: Sequence[str]) -> None:
+    "Let finished stages go on from their last checkpoint; ValueError if one has none"
+    finished = [stage for stage in stages if (run.folder / stage / "done.json").exists()]
+    for stage in finished:
+        if not any((run.folder / stage).glob("*/checkpoint.pt")):
+            raise ValueError(f"{run.folder} cannot take more steps: {stage} is finished and its checkpoint is gone; "
+                             "begin a run of its own with start_from")  # fmt: skip
+    for stage in finished:
+        (run.folder / stage / "done.json").unlink()
+    (run.folder / "result.json").unlink(missing_ok=True)
+
+
+def _drop_checkpoints(stage: Path, but: str = "") -> None:
+    "Remove the checkpoints of a stage's phases, but one's"
+    for checkpoint in stage.glob("*/checkpoint.pt"):
+        if checkpoint.parent.name != but:
+            checkpoint.unlink()
 
 # %% ../nbs/10_trainers.ipynb #6d171c85
 class _Streamed(Work):
@@ -988,12 +1017,30 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     return accelerator
 
 # %% ../nbs/10_trainers.ipynb #504011c8
+FREE = ("out", "workers", "device", "processes", "validate_every", "checkpoint_seconds", "keep_snapshots", "max_bad_share",
+        "micro_batch", "features", "compare_scratch")  # fmt: skip
+GROWS = ("steps",)
+SAME = {"data": "data.fingerprint", "val": "validation.fingerprint", "sentences": "sentences.fingerprint",
+        "teacher": "teacher_sha256", "start_from": "start_sha256"}  # fmt: skip
+
+
 def out_folder(options: FitParameters) -> Path:
-    "The run folder: `out`, or runs/METHOD-XXXXXXXX, so that equal parameters continue and others begin anew"
+    "The run folder: `out`, or runs/METHOD-XXXXXXXX, so that parameters of the same result continue and others begin anew"
     if options.out:
         return data.project_root() / options.out
-    name = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
+    kept = {name: value for name, value in asdict(options).items() if name not in FREE}
+    name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return data.project_root() / "runs" / f"{type(options).__name__.lower()}-{name}"
+
+
+def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs.begin`
+    "What may differ when a run goes on: what does not change its result, more steps, and data or models that lie elsewhere"
+    defaults = {f"parameters.{option.name}": option.default for option in fields(options)}
+    unknown = () if "validation" in run.config() else ("validation",)  # of a run from before it was noted
+    places = [f"{part}.{entry}" for part in ("data", "sentences", "validation") for entry in ("shards", "damaged")]
+    free = ("versions", "terms", *unknown, *places, *(f"parameters.{name}" for name in FREE))
+    same = {f"parameters.{name}": entry for name, entry in SAME.items()}
+    return dict(free=free, grows=[f"parameters.{name}" for name in GROWS], same=same, defaults=defaults)
 
 # %% ../nbs/10_trainers.ipynb #343f6513
 def open_run(
@@ -1007,24 +1054,33 @@ def open_run(
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
     data.check_split(report, options.workers, accelerator.num_processes, options.batch_size // accelerator.num_processes)
-    val = data.load_pairs(options.val, limit=options.validate_pairs)
-    config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions(), "data": report.to_json(), **about}
+    val_report = data.inspect_shards(find_data(options.val))
+    val = data.load_pairs(val_report, limit=options.validate_pairs)
+    config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
+    config |= {"data": report.to_json(), "validation": val_report.to_json(), **about}
     run = (RunWriter if accelerator.is_main_process else Run)(out_folder(options))
+    job = kind(options, run, model, report, val, accelerator)
     if accelerator.is_main_process:
-        runs.begin(run, config, free=("versions", "terms"))
+        runs.begin(run, config, **continuing(options, run), on_change=job.go_on)
     accelerator.wait_for_everyone()
-    return kind(options, run, model, report, val, accelerator)
+    return job
 
-
+# %% ../nbs/10_trainers.ipynb #31528bc5
 @dataclass
 class TinyClipJob(Job):
     "Stages of inheritance and distillation, and scratch if asked for"
 
     @property
     def plan(self) -> list[tuple[str, int]]:
-        count, steps = stage_count(self.options), stage_steps(self.options)
-        scratch = [(f"scratch-{count}", count * steps)] if self.options.compare_scratch else []
-        return [(f"stage-{number}", steps) for number in range(1, count + 1)] + scratch
+        count = stage_count(self.options)
+        stages = [(f"stage-{k}", line_steps(self, k) - line_steps(self, k - 1)) for k in range(1, count + 1)]
+        return stages + [(f"scratch-{count}", line_steps(self, count))] * self.options.compare_scratch
+
+    @property
+    def extended(self) -> list[str]:
+        "More steps are the last stage's: what came of the others has been handed on"
+        count = stage_count(self.options)
+        return [f"stage-{count}", f"scratch-{count}"]
 
     def work(self) -> None:
         count = stage_count(self.options)
@@ -1032,6 +1088,14 @@ class TinyClipJob(Job):
             run_stage(self, number)
         if self.options.compare_scratch:
             run_scratch(self, count)
+
+
+def line_steps(job: Job, number: int) -> int:
+    "Steps that a student's line takes up to the end of a stage: those it took, where the stage is finished"
+    if number == 0:
+        return 0
+    done = read_json(job.run.folder / f"stage-{number}" / "done.json", {})
+    return done.get("steps") or line_steps(job, number - 1) + stage_steps(job.options)
 
 # %% ../nbs/10_trainers.ipynb #dd32e9cf
 def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
@@ -1152,7 +1216,8 @@ def learn_gates(
     steps, target = gate_steps(options), stage_target(job, number)
     source.model.train()
     learner = Learner(source.model, gates, max(sparsity(shapes, job.costs), 0.0), target, ramp=max(steps // 2, 1))
-    phase = Phase(stage, "gates", steps, 0, options.steps, (number - 1) * options.steps, target_share=number / options.stages)
+    share = number / options.stages
+    phase = Phase(stage, "gates", steps, 0, options.steps, line_steps(job, number - 1), target_share=share)
     fit(job.run, phase, learner, Objective(options.weights()), job.batches, options, job.accelerator, job.source, probe=job.probe)
     target = stage_target(job, number)  # it may have been changed meanwhile
     values = (uniform_gates if options.inheritance == "auto_uniform" else close_budget)(gates, target)
@@ -1160,9 +1225,10 @@ def learn_gates(
     if job.accelerator.is_main_process:
         probabilities = {f"{name}": p.detach().cpu() for name, p in gates.state_dict().items()}
         save_file(probabilities, job.run.folder / stage / "gates.safetensors")
+        write_whole(job.run.folder / stage / "gates" / "done.json", json.dumps({"steps": steps}))
     return weights, plan, kept_shapes(shapes, values)
 
-
+# %% ../nbs/10_trainers.ipynb #a2169b16
 @torch.no_grad()
 def _cut(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape], values: Mapping[str, Any]) -> tuple[dict[str, Tensor], Plan]:
     "What is left of a network under deterministic gates: gates multiplied in, the rest cut out"
@@ -1283,8 +1349,11 @@ def run_stage(job: Job, number: int) -> VLM:  # the stage's student
     if not (folder / "plan.json").exists():
         make_student(job, number)
     student = load_model(folder / "init", job.accelerator.device)
-    steps, before = stage_steps(options), gate_steps(options)
-    phase = Phase(f"stage-{number}", "distil", steps - before, before, steps, (number - 1) * steps)
+    if job.accelerator.is_main_process:
+        _drop_checkpoints(job.run.folder / f"stage-{number - 1}")  # what came of it has been handed on
+    steps = stage_steps(options)
+    before = read_json(folder / "gates" / "done.json", {"steps": gate_steps(options)})["steps"]
+    phase = Phase(f"stage-{number}", "distil", steps - before, before, steps, line_steps(job, number - 1))
     return finish_fit(job, phase, student, Objective(options.weights()), job.source)
 
 
@@ -1295,8 +1364,8 @@ def run_scratch(job: Job, number: int) -> VLM:
         return load_model(folder / "student", job.accelerator.device)
     like = load_model(folder.parent / f"stage-{number}" / "student", "cpu")
     student = new_model(like.config["model_cfg"], like=job.teacher, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
-    steps = number * stage_steps(options)
-    return finish_fit(job, Phase(f"scratch-{number}", "contrast", steps, fixed=True), student, Objective({"contrastive": 1.0}), None)
+    phase = Phase(f"scratch-{number}", "contrast", line_steps(job, number), fixed=True)
+    return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
 
 # %% ../nbs/10_trainers.ipynb #2c2b86e9
 def finish_fit(
@@ -1308,7 +1377,7 @@ def finish_fit(
     learner: Callable[[nn.Module], Learner] = Learner,  # makes one of the student's network
     batches: Callable[[int], Iterator[Batch]] | None = None,  # step -> batches from that step on; None: the job's
 ) -> VLM:
-    "Fit, save the student, mark the stage as done and drop its checkpoints"
+    "Fit, save the student and mark the stage as done; its last checkpoint stays, for more steps"
     model = student.model.to(job.accelerator.device).train()
     if job.accelerator.is_main_process and not (job.run.folder / phase.stage / "init").exists():
         student.save(job.run.folder / phase.stage / "init")
@@ -1321,8 +1390,7 @@ def finish_fit(
         folder = job.run.folder / phase.stage
         student.save(folder / "student")
         write_whole(folder / "done.json", json.dumps({"steps": phase.first_step + phase.before + phase.steps}))
-        for checkpoint in folder.glob("*/checkpoint.pt"):
-            checkpoint.unlink()
+        _drop_checkpoints(folder, but=phase.name)
     job.accelerator.wait_for_everyone()
     return student
 
