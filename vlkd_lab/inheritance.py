@@ -407,7 +407,8 @@ def plan_gates(
     masks, copies = _gate_masks(shapes, values), []
     for name, tensor in state.items():
         place = locate(name)
-        keys = [(place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in place.axes]
+        axes = place.axes if place.tower else ("",) * tensor.dim()
+        keys = [(place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in axes]
         kept = tuple(masks[key] if key else Kept.leading(size, size) for key, size in zip(keys, tensor.shape, strict=True))
         if tuple(k.of for k in kept) != tuple(tensor.shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for {tuple(k.of for k in kept)}")

@@ -660,10 +660,14 @@ def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits
 
 # %% ../nbs/03_models.ipynb #0e6204a8
 def send_pair(vlm: VLM) -> Features:  # one row each
-    "Features of one grey picture and one short caption; a network that cannot do that raises its own error"
+    "Features of one grey picture and one short caption; a network through which they do not go raises an error"
     picture = torch.full((1, 3, *vlm.image_shape), 0.5, device=vlm.device)
     with evaluating(vlm.model):
-        return vlm.encode(Batch(picture, vlm.tokenizer(["a photo of a thing"]).to(vlm.device)))
+        features = vlm.encode(Batch(picture, vlm.tokenizer(["a photo of a thing"]).to(vlm.device)))
+    image, text = features.image.shape[-1], features.text.shape[-1]
+    if image != text:
+        raise ValueError(f"features of pictures are {image} wide and those of captions {text}: they have no space in common")
+    return features
 
 # %% ../nbs/03_models.ipynb #4effe649
 def plain_config(
@@ -676,6 +680,8 @@ def plain_config(
     config, image, text = deepcopy(dict(config)), towers["image"], towers["text"]
     config["vision_cfg"] |= dict(width=image.width, layers=image.layers, head_width=image.head_width, mlp_ratio=_ratio(image))
     config["text_cfg"] |= dict(width=text.width, layers=text.layers, heads=text.heads[0], mlp_ratio=_ratio(text))
+    if image.width % 4:
+        config["vision_cfg"].pop("pos_embed_type", None)  # open_clip computes no sines of this width; the state holds them
     return config
 
 

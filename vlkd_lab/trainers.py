@@ -949,8 +949,16 @@ def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape
     return new_model(config, like=teacher, towers=towers, seed=options.seed)
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:
-    "Refuse a named student through which no pair goes, or which cannot copy what it is to copy"
+    "Refuse a teacher or a named student through which no pair goes, or a student that cannot copy what it is to copy"
+    try:
+        models.send_pair(teacher)
+    except Exception as error:  # a foreign network may raise anything
+        raise ValueError(f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}") from error
     if not options.student or options.inheritance.startswith("auto"):
         return
     named = f"student={options.student!r} is not valid here"
@@ -961,7 +969,7 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
             raise ValueError("its text tower has a vocabulary of its own, and captions are in the teacher's tokens")
         models.send_pair(student)
     except Exception as error:  # a foreign network may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = _first_line(error)
         raise ValueError(f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture") from error
     if options.inheritance == "manual":
         try:
@@ -1103,10 +1111,19 @@ def gate_steps(options: TinyCLIP) -> int:
 # %% ../nbs/10_trainers.ipynb #a77664b0
 def copy_manually(source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
     "Manual inheritance: an even spread of layers, leading heads, channels and neurons; scale and bias are the teacher's"
-    own, state = student.model.state_dict(), source.model.state_dict()
-    plan = _plan_copy(source, student)
-    numbers = {name: state[name].reshape(own[name].shape).clone() for name in ("logit_scale", "logit_bias") if name in own and name in state}
-    return own | inherit(state, plan) | numbers, plan
+    plan, names = _plan_copy(source, student), ("logit_scale", "logit_bias")
+    return student.model.state_dict() | inherit(source.model.state_dict(), plan) | _numbers(source, student, names), plan
+
+
+def _numbers(source: VLM, student: VLM, names: Sequence[str]) -> dict[str, Tensor]:
+    "Single numbers of one network for another one that has them too"
+    theirs, own = source.model.state_dict(), student.model.state_dict()
+    return {name: theirs[name].reshape(own[name].shape).clone() for name in names if name in own and name in theirs}
+
+
+def _any_block(name: str) -> str:
+    "A weight's name without the number of its block"
+    return re.sub(r"\.\d+\.", ".N.", name)
 
 
 def _plan_copy(source: VLM, student: VLM) -> Plan:
@@ -1118,10 +1135,10 @@ def _plan_copy(source: VLM, student: VLM) -> Plan:
     different = [tower for tower in sorted(towers) if widths[tower] != theirs[tower]]
     if different:
         tower = different[0]
-        raise ValueError(f"heads of the {tower} tower have {widths[tower]} channels in the student and {theirs[tower]} in the teacher: whole "
-                         "heads are copied, so give it equally wide ones")  # fmt: skip
-    lost = sorted({re.sub(r"\.\d+\.", ".N.", name) for name in state} - {re.sub(r"\.\d+\.", ".N.", name) for name in shapes})
-    lost = [name for name in lost if not name.startswith(("text_decoder.", "logit_"))]
+        raise ValueError(f"heads of the {tower} tower have {widths[tower]} channels in the student and {theirs[tower]} in "
+                         "the teacher: whole heads are copied, so give it equally wide ones")  # fmt: skip
+    known, place = set(map(_any_block, shapes)), {_any_block(name): name for name in state}
+    lost = [name for kind, name in place.items() if kind not in known and not name.startswith(("text_decoder.", "logit_"))]
     if lost:
         raise ValueError(f"the teacher has {lost[0]}, for which the student has no place: the two must be of the same kind")
     return plan_manual(state, shapes, widths, layers=even_spread)
@@ -1145,7 +1162,7 @@ def make_student(job: Job, number: int) -> VLM:
         weights = student.model.state_dict()
         if options.inheritance == "manual":
             weights, plan = copy_manually(source, student)
-    student.model.load_state_dict(weights)
+    student.model.load_state_dict(weights | _numbers(job.teacher, student, ("logit_bias",)))
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
         shapes = towers and {tower: asdict(shape) for tower, shape in towers.items()}
