@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from .features import Batch, Features
 
 # %% auto #0
 __all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'TowerShape', 'tower_shapes', 'tower_shape',
-           'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'at_size', 'new_model', 'load_model',
-           'state_digest', 'plain_config', 'save_model', 'train_tokenizer', 'Cost', 'count_cost', 'shape_cost',
-           'measure_latency']
+           'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'at_size', 'new_model', 'check_student',
+           'load_model', 'state_digest', 'plain_config', 'save_model', 'train_tokenizer', 'Cost', 'count_cost',
+           'shape_cost', 'measure_latency']
 
 # %% ../nbs/03_models.ipynb #62500d89
 @dataclass(frozen=True)
@@ -137,7 +138,70 @@ def image_tower(
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=4)
         raise ValueError(f"timm has no model {name!r}; {'near: ' + ', '.join(close) if close else 'timm.list_models() names them'}")
-    return dict(timm_model_name=name, timm_model_pretrained=False, timm_pool="", timm_proj="linear", image_size=224)
+    return dict(_timm_tower(name))
+
+# %% ../nbs/03_models.ipynb #b956c01f
+def _one_line(error: Exception) -> str:
+    "The beginning of what an error says"
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(" .")[:160]
+
+
+def _first_failure(
+    encode: Callable[[Tensor], Any],  # (B, 3, H, W) -> (B, width) features
+    sides: tuple[int, int],  # pixels: (height, width)
+    width: int,  # of the features
+    rows: int = 1,  # pictures
+) -> str:  # one line; empty: all is well
+    "Why pictures do not go through an image tower"
+    pictures = torch.rand(rows, 3, *sides, generator=torch.Generator().manual_seed(0))
+    try:
+        features = encode(pictures)
+    except Exception as error:  # a foreign network may raise anything
+        return _one_line(error)
+    if isinstance(features, (tuple, list)):
+        features = features[0]  # some towers return their tokens as well
+    if features.shape != (rows, width):
+        return f"its features are {tuple(features.shape)} where {(rows, width)} is wanted"
+    if not features.isfinite().all() or (rows > 0 and not features.any()):
+        return "its features are not finite, or all zero"
+    return ""
+
+# %% ../nbs/03_models.ipynb #1e9cdd56
+_TIMM_HEADS = (
+    dict(timm_pool="", timm_proj="linear"),  # a new linear map behind the network's own pooling
+    dict(timm_pool=None, timm_proj=None),  # the network's own last layers, its classifier as wide as the joint space
+)
+
+
+def _timm_failure(tower: Mapping[str, Any], width: int = 8) -> str:  # one line; empty: all is well
+    "Why a picture does not go through a network of timm behind open_clip's adapter"
+    from open_clip.timm_model import TimmModel
+
+    head = dict(pool=tower["timm_pool"], proj=tower["timm_proj"])
+    try:
+        network = TimmModel(tower["timm_model_name"], width, tower["image_size"], **head).eval()
+    except Exception as error:
+        return _one_line(error)
+    with torch.no_grad():
+        return _first_failure(network, (tower["image_size"], tower["image_size"]), width)
+
+
+@cache
+def _timm_tower(name: str) -> Mapping[str, Any]:
+    "The configuration with which one picture goes through a network of timm"
+    import timm
+
+    registered = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own_size = registered.input_size[-1] if registered else 224
+    with torch.random.fork_rng(devices=[]):
+        for head in _TIMM_HEADS:
+            for size in dict.fromkeys((224, own_size)):
+                tower = dict(timm_model_name=name, timm_model_pretrained=False, **head, image_size=size)
+                failure = _timm_failure(tower)
+                if not failure:
+                    return tower
+    raise ValueError(f"timm:{name} cannot be an image tower: {failure}; choose another, such as timm:resnet18")
 
 # %% ../nbs/03_models.ipynb #66fe39bd
 @contextmanager
@@ -367,6 +431,63 @@ def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options)
     return SimpleTokenizer(**options)
+
+# %% ../nbs/03_models.ipynb #67d5f3ef
+def _pixels(sides: tuple[int, int]) -> str:
+    "A picture's size in words"
+    return f"{sides[0]} pixels" if sides[0] == sides[1] else f"{sides[0]} × {sides[1]} pixels"
+
+
+@torch.no_grad()
+def _training_failure(visual: nn.Module, sides: tuple[int, int], width: int, rows: int) -> str:  # one line; empty: all is well
+    "Why so few pictures do not go through a tower whose norms look at the batch"
+    if not any(isinstance(part, nn.modules.batchnorm._NormBase) for part in visual.modules()):
+        return ""
+    trained = deepcopy(visual).train()
+    failure = _first_failure(trained, sides, width, rows)
+    if not failure and not all(buffer.isfinite().all() for buffer in trained.buffers() if buffer.is_floating_point()):
+        return "its running statistics are no longer finite"
+    return failure
+
+# %% ../nbs/03_models.ipynb #483f7ecb
+_TRIED_SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384)  # pixels on a side
+
+
+def _sides(vlm: VLM) -> tuple[int, int]:  # pixels: (height, width)
+    "Both sides of the pictures that a model sees"
+    size = vlm.config["preprocess_cfg"]["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def _fitting_sizes(vlm: VLM, width: int, wanted: int, most: int = 3) -> list[int]:
+    "Sizes that an image tower takes, the nearest to the wanted one first; of the usual ones and its own"
+    own = getattr(getattr(vlm.model.visual, "trunk", None), "default_cfg", {}).get("input_size", (224,))
+    fitting = []
+    for size in sorted({*_TRIED_SIZES, own[-1]}, key=lambda size: abs(size - wanted)):
+        if len(fitting) < most and not _first_failure(vlm.model.encode_image, (size, size), width):
+            fitting.append(size)
+    return fitting
+
+
+def check_student(
+    vlm: VLM,  # a new model, on the CPU; stays as it is
+    name: str,  # what an error calls it, such as "student='timm:resnet18'"
+    rows: int = 2,  # pictures that go through at once in training, at the fewest
+    size_option: str = "",  # name of the parameter that sets the pictures' size; empty: there is none
+) -> None:
+    "ValueError, with what would work, unless pictures go through a model's image tower"
+    sides, width = _sides(vlm), vlm.config["model_cfg"]["embed_dim"]
+    with evaluating(vlm.model):
+        failure = _first_failure(vlm.model.encode_image, sides, width)
+        if failure:
+            sizes = _fitting_sizes(vlm, width, sides[0])
+            advice = f"it takes {' or '.join(map(str, sorted(sizes)))} pixels" if sizes else "it takes none of the usual sizes"
+            choice = f"{size_option}={sizes[0]}" if sizes and size_option else "another image tower"
+            raise ValueError(f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}")
+    failure = _training_failure(vlm.model.visual, sides, width, min(rows, 2))
+    if failure:
+        raise ValueError(f"{name} cannot be trained on {rows} picture{'' if rows == 1 else 's'} of {_pixels(sides)} at once ({failure}): "
+                         "choose a larger batch_size or micro_batch, or another image tower")  # fmt: skip
 
 # %% ../nbs/03_models.ipynb #c622c27a
 _SLIM_CONFIG = "vlkd_lab_config.json"
