@@ -30,8 +30,8 @@ from .features import Batch, Features
 # %% auto #0
 __all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'TowerShape', 'tower_shapes', 'tower_shape',
            'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'at_size', 'new_model', 'check_student',
-           'load_model', 'state_digest', 'plain_config', 'save_model', 'train_tokenizer', 'Cost', 'count_cost',
-           'shape_cost', 'measure_latency']
+           'load_model', 'state_digest', 'plain_config', 'save_model', 'train_tokenizer', 'count_macs', 'Cost',
+           'count_cost', 'shape_cost', 'measure_latency']
 
 # %% ../nbs/03_models.ipynb #62500d89
 @dataclass(frozen=True)
@@ -667,38 +667,51 @@ def train_tokenizer(
     wrapped.save_pretrained(str(folder))
     return HFTokenizer(str(folder), context_length=context_length)
 
+# %% ../nbs/03_models.ipynb #f8b736ee
+def count_macs(
+    run: Callable[[], Any],  # a forward pass
+    *networks: nn.Module,  # that take part in it; in evaluation mode meanwhile
+) -> int:  # masked pairs of tokens count as well
+    "Multiply-accumulates of what is run"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter, fast_path = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with evaluating(*networks), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
 # %% ../nbs/03_models.ipynb #f23453ea
 @dataclass(frozen=True)
 class Cost:
     "What one image-text pair costs"
 
-    parameters: int  # all of them, embeddings and scale included
+    parameters: int  # all of them: both towers, scale, bias of the logits, a CoCa's decoder
     image_parameters: int  # image tower with its projection
     text_parameters: int  # text tower with token embedding and projection
     macs: int  # multiply-accumulates of one image and one text
 
 
+_NO_TEXT_TOWER = ("visual.", "logit_scale", "logit_bias", "text_decoder.")
+
+
 def count_cost(vlm: VLM) -> Cost:
     "Parameters and multiply-accumulates"
-    from torch.utils.flop_counter import FlopCounterMode
+    sizes = {name: weight.numel() for name, weight in vlm.model.named_parameters()}
+    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
+    text = sum(size for name, size in sizes.items() if not name.startswith(_NO_TEXT_TOWER))
+    batch = _blank_batch(vlm, 1)
+    return Cost(sum(sizes.values()), image, text, count_macs(lambda: vlm.encode(batch), vlm.model))
 
-    image = sum(p.numel() for p in vlm.model.visual.parameters())
-    everything = sum(p.numel() for p in vlm.model.parameters())
-    macs = _count_macs(vlm, FlopCounterMode(display=False))
-    return Cost(everything, image, everything - image - vlm.model.logit_scale.numel(), macs)
 
-
-def _count_macs(vlm: VLM, counter) -> int:
-    "Forward one pair under the counter; PyTorch's fused inference path hides its products, so it is off meanwhile"
-    fused = torch.backends.mha.get_fastpath_enabled()
-    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, device=vlm.device)
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), counter:
-            vlm.encode(Batch(image, vlm.tokenizer(["a photo"]).to(vlm.device)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() // 2
+def _blank_batch(vlm: VLM, size: int) -> Batch:
+    "Black pictures and short captions as a model takes them"
+    image = torch.zeros(size, 3, *_sides(vlm), device=vlm.device)
+    return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))
 
 # %% ../nbs/03_models.ipynb #32fd2367
 _NOT_PLAIN = ("timm_model_name", "hf_model_name", "attentional_pool", "ls_init_value", "qk_norm", "scaled_cosine_attn", "scale_heads",
@@ -760,8 +773,8 @@ def shape_cost(
     _check_plain(config)
     image, image_macs = _image_cost(config, shapes["image"])
     text, text_macs = _text_cost(config, shapes["text"])
-    text += config.get("init_logit_bias") is not None  # as `count_cost` has it
-    return Cost(image + text + 1, image, text, image_macs + text_macs)
+    scalars = 1 if config.get("init_logit_bias") is None else 2  # scale, bias of the logits
+    return Cost(image + text + scalars, image, text, image_macs + text_macs)
 
 # %% ../nbs/03_models.ipynb #74cda596
 def measure_latency(
@@ -775,15 +788,10 @@ def measure_latency(
     for round_ in range(repeats + 1):
         for name, vlm in models.items():
             start = time.perf_counter()
-            with torch.inference_mode():
+            with evaluating(vlm.model), torch.inference_mode():
                 vlm.encode(batches[name])
             if vlm.device.type == "cuda":
                 torch.cuda.synchronize(vlm.device)
             if round_:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * sorted(s)[len(s) // 2] / batch_size for name, s in seconds.items()}
-
-
-def _blank_batch(vlm: VLM, size: int) -> Batch:
-    image = torch.zeros(size, 3, vlm.image_size, vlm.image_size, device=vlm.device)
-    return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))
