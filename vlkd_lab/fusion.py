@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .blip_losses import hard_negatives, layer_partners, next_tokens
 from .features import Batch, FusedFeatures, Pass
 from .inheritance import Plan, even_spread, inherit, plan_manual
-from .models import VLM, preprocessing
+from .models import VLM, count_macs, preprocessing
 
 # %% auto #0
 __all__ = ['PARTS', 'TASKS', 'MEAN', 'STD', 'BlipTokenizer', 'trimmed', 'train_wordpiece', 'BlipShape', 'decoder_sources',
@@ -968,9 +967,7 @@ def blip_cost(
             "answering": lambda: (network.run_image(image), _answered(network, text, mask, states, answer)),
         }
         for task in blip.tasks:
-            with FlopCounterMode(display=False) as counter:
-                runs[task]()
-            made[task] = counter.get_total_flops() // 2
+            made[task] = count_macs(runs[task], network)
     return BlipCost(_own_parameters(network), made)
 
 

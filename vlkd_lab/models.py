@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ from .features import Batch, Features
 # %% auto #0
 __all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'text_part', 'TowerShape', 'tower_shapes',
            'tower_shape', 'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'copied_config', 'at_size',
-           'new_model', 'load_model', 'state_digest', 'send_pair', 'plain_config', 'save_model', 'train_tokenizer',
-           'Cost', 'count_cost', 'shape_cost', 'measure_latency']
+           'new_model', 'check_student', 'load_model', 'state_digest', 'send_pair', 'plain_config', 'save_model',
+           'train_tokenizer', 'count_macs', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
 
 # %% ../nbs/03_models.ipynb #63ced60c
 def _both_sides(size: int | Sequence[int]) -> tuple[int, int]:  # pixels: (height, width)
@@ -159,7 +160,70 @@ def image_tower(
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=4)
         raise ValueError(f"timm has no model {name!r}; {'near: ' + ', '.join(close) if close else 'timm.list_models() names them'}")
-    return dict(timm_model_name=name, timm_model_pretrained=False, timm_pool="", timm_proj="linear", image_size=224)
+    return dict(_timm_tower(name))
+
+# %% ../nbs/03_models.ipynb #b956c01f
+def _one_line(error: Exception) -> str:
+    "The beginning of what an error says"
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(" .")[:160]
+
+
+def _first_failure(
+    encode: Callable[[Tensor], Any],  # (B, 3, H, W) -> (B, width) features
+    sides: tuple[int, int],  # pixels: (height, width)
+    width: int,  # of the features
+    rows: int = 1,  # pictures
+) -> str:  # one line; empty: all is well
+    "Why pictures do not go through an image tower"
+    pictures = torch.rand(rows, 3, *sides, generator=torch.Generator().manual_seed(0))
+    try:
+        features = encode(pictures)
+    except Exception as error:  # a foreign network may raise anything
+        return _one_line(error)
+    if isinstance(features, (tuple, list)):
+        features = features[0]  # some towers return their tokens as well
+    if features.shape != (rows, width):
+        return f"its features are {tuple(features.shape)} where {(rows, width)} is wanted"
+    if not features.isfinite().all() or (rows > 0 and not features.any()):
+        return "its features are not finite, or all zero"
+    return ""
+
+# %% ../nbs/03_models.ipynb #1e9cdd56
+_TIMM_HEADS = (
+    dict(timm_pool="", timm_proj="linear"),  # a new linear map behind the network's own pooling
+    dict(timm_pool=None, timm_proj=None),  # the network's own last layers, its classifier as wide as the joint space
+)
+
+
+def _timm_failure(tower: Mapping[str, Any], width: int = 8) -> str:  # one line; empty: all is well
+    "Why a picture does not go through a network of timm behind open_clip's adapter"
+    from open_clip.timm_model import TimmModel
+
+    head = dict(pool=tower["timm_pool"], proj=tower["timm_proj"])
+    try:
+        network = TimmModel(tower["timm_model_name"], width, tower["image_size"], **head).eval()
+    except Exception as error:
+        return _one_line(error)
+    with torch.no_grad():
+        return _first_failure(network, (tower["image_size"], tower["image_size"]), width)
+
+
+@cache
+def _timm_tower(name: str) -> Mapping[str, Any]:
+    "The configuration with which one picture goes through a network of timm"
+    import timm
+
+    registered = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own_size = registered.input_size[-1] if registered else 224
+    with torch.random.fork_rng(devices=[]):
+        for head in _TIMM_HEADS:
+            for size in dict.fromkeys((224, own_size)):
+                tower = dict(timm_model_name=name, timm_model_pretrained=False, **head, image_size=size)
+                failure = _timm_failure(tower)
+                if not failure:
+                    return tower
+    raise ValueError(f"timm:{name} cannot be an image tower: {failure}; choose another, such as timm:resnet18")
 
 # %% ../nbs/03_models.ipynb #66fe39bd
 @contextmanager
@@ -484,6 +548,63 @@ def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
         return HFTokenizer(str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options)
     return SimpleTokenizer(**options)
 
+# %% ../nbs/03_models.ipynb #67d5f3ef
+def _pixels(sides: tuple[int, int]) -> str:
+    "A picture's size in words"
+    return f"{sides[0]} pixels" if sides[0] == sides[1] else f"{sides[0]} × {sides[1]} pixels"
+
+
+@torch.no_grad()
+def _training_failure(visual: nn.Module, sides: tuple[int, int], width: int, rows: int) -> str:  # one line; empty: all is well
+    "Why so few pictures do not go through a tower whose norms look at the batch"
+    if not any(isinstance(part, nn.modules.batchnorm._NormBase) for part in visual.modules()):
+        return ""
+    trained = deepcopy(visual).train()
+    failure = _first_failure(trained, sides, width, rows)
+    if not failure and not all(buffer.isfinite().all() for buffer in trained.buffers() if buffer.is_floating_point()):
+        return "its running statistics are no longer finite"
+    return failure
+
+# %% ../nbs/03_models.ipynb #483f7ecb
+_TRIED_SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384)  # pixels on a side
+
+
+def _sides(vlm: VLM) -> tuple[int, int]:  # pixels: (height, width)
+    "Both sides of the pictures that a model sees"
+    size = vlm.config["preprocess_cfg"]["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def _fitting_sizes(vlm: VLM, width: int, wanted: int, most: int = 3) -> list[int]:
+    "Sizes that an image tower takes, the nearest to the wanted one first; of the usual ones and its own"
+    own = getattr(getattr(vlm.model.visual, "trunk", None), "default_cfg", {}).get("input_size", (224,))
+    fitting = []
+    for size in sorted({*_TRIED_SIZES, own[-1]}, key=lambda size: abs(size - wanted)):
+        if len(fitting) < most and not _first_failure(vlm.model.encode_image, (size, size), width):
+            fitting.append(size)
+    return fitting
+
+
+def check_student(
+    vlm: VLM,  # a new model, on the CPU; stays as it is
+    name: str,  # what an error calls it, such as "student='timm:resnet18'"
+    rows: int = 2,  # pictures that go through at once in training, at the fewest
+    size_option: str = "",  # name of the parameter that sets the pictures' size; empty: there is none
+) -> None:
+    "ValueError, with what would work, unless pictures go through a model's image tower"
+    sides, width = _sides(vlm), vlm.config["model_cfg"]["embed_dim"]
+    with evaluating(vlm.model):
+        failure = _first_failure(vlm.model.encode_image, sides, width)
+        if failure:
+            sizes = _fitting_sizes(vlm, width, sides[0])
+            advice = f"it takes {' or '.join(map(str, sorted(sizes)))} pixels" if sizes else "it takes none of the usual sizes"
+            choice = f"{size_option}={sizes[0]}" if sizes and size_option else "another image tower"
+            raise ValueError(f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}")
+    failure = _training_failure(vlm.model.visual, sides, width, min(rows, 2))
+    if failure:
+        raise ValueError(f"{name} cannot be trained on {rows} picture{'' if rows == 1 else 's'} of {_pixels(sides)} at once ({failure}): "
+                         "choose a larger batch_size or micro_batch, or another image tower")  # fmt: skip
+
 # %% ../nbs/03_models.ipynb #c622c27a
 _SLIM_CONFIG = "vlkd_lab_config.json"
 
@@ -748,38 +869,51 @@ def train_tokenizer(
     wrapped.save_pretrained(str(folder))
     return HFTokenizer(str(folder), context_length=context_length)
 
+# %% ../nbs/03_models.ipynb #f8b736ee
+def count_macs(
+    run: Callable[[], Any],  # a forward pass
+    *networks: nn.Module,  # that take part in it; in evaluation mode meanwhile
+) -> int:  # masked pairs of tokens count as well
+    "Multiply-accumulates of what is run"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counter, fast_path = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with evaluating(*networks), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops() // 2
+
 # %% ../nbs/03_models.ipynb #f23453ea
 @dataclass(frozen=True)
 class Cost:
     "What one image-text pair costs"
 
-    parameters: int  # all of them, embeddings and scale included
+    parameters: int  # all of them: both towers, scale, bias of the logits, a CoCa's decoder
     image_parameters: int  # image tower with its projection
     text_parameters: int  # text tower with token embedding and projection
     macs: int  # multiply-accumulates of one image and one text
 
 
+_NO_TEXT_TOWER = ("visual.", "logit_scale", "logit_bias", "text_decoder.")
+
+
 def count_cost(vlm: VLM) -> Cost:
     "Parameters and multiply-accumulates"
-    from torch.utils.flop_counter import FlopCounterMode
+    sizes = {name: weight.numel() for name, weight in vlm.model.named_parameters()}
+    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
+    text = sum(size for name, size in sizes.items() if not name.startswith(_NO_TEXT_TOWER))
+    batch = _blank_batch(vlm, 1)
+    return Cost(sum(sizes.values()), image, text, count_macs(lambda: vlm.encode(batch), vlm.model))
 
-    image = sum(p.numel() for p in vlm.model.visual.parameters())
-    everything = sum(p.numel() for p in vlm.model.parameters())
-    macs = _count_macs(vlm, FlopCounterMode(display=False))
-    return Cost(everything, image, everything - image - vlm.model.logit_scale.numel(), macs)
 
-
-def _count_macs(vlm: VLM, counter) -> int:
-    "Forward one pair under the counter; PyTorch's fused inference path hides its products, so it is off meanwhile"
-    fused = torch.backends.mha.get_fastpath_enabled()
-    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, device=vlm.device)
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), counter:
-            vlm.encode(Batch(image, vlm.tokenizer(["a photo"]).to(vlm.device)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() // 2
+def _blank_batch(vlm: VLM, size: int) -> Batch:
+    "Black pictures and short captions as a model takes them"
+    image = torch.zeros(size, 3, *_sides(vlm), device=vlm.device)
+    return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))
 
 # %% ../nbs/03_models.ipynb #32fd2367
 _NOT_PLAIN = ("timm_model_name", "hf_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads",
@@ -837,8 +971,8 @@ def shape_cost(
     _check_plain(config)
     image, image_macs = _image_cost(config, shapes["image"])
     text, text_macs = _text_cost(config, shapes["text"])
-    text += config.get("init_logit_bias") is not None  # as `count_cost` has it
-    return Cost(image + text + 1, image, text, image_macs + text_macs)
+    scalars = 1 if config.get("init_logit_bias") is None else 2  # scale, bias of the logits
+    return Cost(image + text + scalars, image, text, image_macs + text_macs)
 
 # %% ../nbs/03_models.ipynb #74cda596
 def measure_latency(
@@ -852,15 +986,10 @@ def measure_latency(
     for round_ in range(repeats + 1):
         for name, vlm in models.items():
             start = time.perf_counter()
-            with torch.inference_mode():
+            with evaluating(vlm.model), torch.inference_mode():
                 vlm.encode(batches[name])
             if vlm.device.type == "cuda":
                 torch.cuda.synchronize(vlm.device)
             if round_:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * sorted(s)[len(s) // 2] / batch_size for name, s in seconds.items()}
-
-
-def _blank_batch(vlm: VLM, size: int) -> Batch:
-    image = torch.zeros(size, 3, vlm.image_size, vlm.image_size, device=vlm.device)
-    return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))
