@@ -79,7 +79,7 @@ def find_releases(
 _REFUSED = """{file} does not load as weights alone: {problem}
 Nothing in it was run. If you trust it, turn it into safetensors once, where it may run:
     python -c "import torch; from safetensors.torch import save_file; held = torch.load({name!r}, 'cpu', weights_only=False); \
-state = held.get('state_dict', held); save_file({{n: w.contiguous().clone() for n, w in state.items()}}, {safe!r})"
+state = held.get('state_dict', held.get('model', held)); save_file({{n: w.contiguous().clone() for n, w in state.items()}}, {safe!r})"
 and load {safe} instead."""
 
 
