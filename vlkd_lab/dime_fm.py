@@ -20,7 +20,7 @@ from . import corpus, data, trainers
 from .features import Batch, Features, recall
 from .gates import budget
 from .losses import LOSSES, Objective, score_terms
-from .models import VLM, at_size, check_student, evaluating, image_tower, model_config, new_model
+from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model
 from .sources import LINES, read_part, write_whole
 from .stores import FeatureStore, StoredTeacher, load, store_key
 from .trainers import Distillation, Job, Learner, Phase, above, at_least, finish_fit, manual_shapes, one_of, parameter, seed_of, within
@@ -99,7 +99,10 @@ def _make_student(options: DimeFm, teacher: VLM, shapes: dict | None, inherited:
     if not options.student:
         towers = manual_shapes(shapes, shapes, 1 - options.student_share)
         towers = towers | ({"text": shapes["text"]} if options.text_tower == "teacher" else {})
-    student = new_model(student_config(options, teacher), like=_seen_as(options, teacher), towers=towers, seed=options.seed)
+    config = student_config(options, teacher)
+    if options.student and options.inheritance == "manual":
+        config = copied_config(config, teacher.config["model_cfg"])
+    student = new_model(config, like=_seen_as(options, teacher), towers=towers, seed=options.seed)
     if inherited and options.inheritance == "manual":
         student.model.load_state_dict(trainers.copy_manually(teacher, student)[0])
     if inherited and options.start_from:

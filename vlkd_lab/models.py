@@ -540,13 +540,21 @@ def new_model(
 # %% ../nbs/03_models.ipynb #d1787845
 def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
     "The tokenizer that a configuration asks for; one of its own lies in the model's folder"
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from open_clip.tokenizer import HFTokenizer
 
     text = config["text_cfg"]
     options = dict(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options)
-    return SimpleTokenizer(**options)
+    return _clips_words(json.dumps(options, sort_keys=True))
+
+
+@cache
+def _clips_words(options: str) -> Callable:  # JSON of what SimpleTokenizer takes
+    "CLIP's own tokenizer, whose vocabulary takes half a second to unpack, once for all models that are alike in it"
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(**json.loads(options))
 
 # %% ../nbs/03_models.ipynb #67d5f3ef
 def _pixels(sides: tuple[int, int]) -> str:
@@ -640,7 +648,9 @@ def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
     config |= dict(quick_gelu=True) if quick_gelu else {}
     preprocess_cfg = _plain(model.visual.preprocess_cfg)
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=None)
-    return VLM(model, preprocessing(preprocess_cfg), open_clip.get_tokenizer(source), settings, name)
+    is_clips = not config["text_cfg"].get("hf_tokenizer_name") and "siglip" not in source.lower()
+    tokenizer = _tokenizer_of(config) if is_clips else open_clip.get_tokenizer(source)
+    return VLM(model, preprocessing(preprocess_cfg), tokenizer, settings, name)
 
 
 _VIEW = ("mean", "std", "interpolation", "resize_mode")  # what a tag says about pictures
@@ -718,7 +728,7 @@ def _find_checkpoint(name: str, path: Path) -> tuple[Path, dict | None] | None: 
     "A published TinyCLIP, or a file, folder or repository in a layout that is read here"
     if path.is_dir():
         return (path, None) if published.is_clip_model(path) or published.is_open_clip(path) else None
-    if path.is_file() and path.suffix != ".json":
+    if path.is_file() and (path.suffix != ".json" or path.name.endswith(".index.json")):
         release = published.RELEASES.get(path.stem)
         return path, release and _release_config(release)
     architecture, file = _name_and_file(name)

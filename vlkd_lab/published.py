@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -371,8 +372,6 @@ def own_tokenizer(
     vocab_size: int,  # rows of the token embedding
 ) -> Path | None:  # the folder, if its tokenizer must be used; None: CLIP's own
     "Whether captions need another tokenizer than CLIP's"
-    from open_clip.tokenizer import SimpleTokenizer
-
     folder = Path(folder)
     words = _json(folder / "tokenizer.json").get("model", {}).get("vocab") or _json(folder / "vocab.json")
     if not words and vocab_size != _CLIP_WORDS:
@@ -380,8 +379,15 @@ def own_tokenizer(
     if not words or not isinstance(words, dict):
         return folder if words else None
     plain = {word: number for word, number in words.items() if number < _CLIP_WORDS - 2}
-    clip = {word: number for word, number in SimpleTokenizer().encoder.items() if number < _CLIP_WORDS - 2}
-    return None if vocab_size == _CLIP_WORDS and plain == clip else folder
+    return None if vocab_size == _CLIP_WORDS and plain == _clips_entries() else folder
+
+
+@cache
+def _clips_entries() -> dict[str, int]:
+    "CLIP's vocabulary without start and end; not to be changed"
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return {word: number for word, number in SimpleTokenizer().encoder.items() if number < _CLIP_WORDS - 2}
 
 # %% ../nbs/02_published.ipynb #c42fa46e
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first is taken
