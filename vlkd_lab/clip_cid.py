@@ -20,7 +20,7 @@ from .balancing import Balance, Clusters, Linkage, balance_at, nearest_center
 from .features import Features, recall
 from .gates import budget
 from .losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_discrimination
-from .models import VLM, evaluating, model_config, new_model
+from .models import VLM, copied_config, evaluating, model_config, new_model
 from .stores import FeatureStore, Stored, load, store_key
 from .trainers import Distillation, Fit, Job, Phase, finish_fit, manual_shapes, one_of, parameter, seed_of, validation_features, within
 
@@ -194,7 +194,10 @@ def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
     options, base = job.options, job.teacher.config["model_cfg"]
     towers = None if options.student else manual_shapes(job.shapes, job.shapes, 1 - options.student_share)
-    student = new_model(options.student or base, like=job.teacher, towers=towers, seed=options.seed)
+    config = options.student or base
+    if options.student and options.inheritance == "manual":
+        config = copied_config(options.student, base)
+    student = new_model(config, like=job.teacher, towers=towers, seed=options.seed)
     if inherited and options.inheritance == "manual":
         student.model.load_state_dict(trainers.copy_manually(job.teacher, student)[0])
     return student

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import corpus, data, trainers
 from .features import Batch, Features, recall
 from .gates import budget
 from .losses import LOSSES, Objective, score_terms
-from .models import VLM, at_size, evaluating, image_tower, model_config, new_model
+from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model
 from .sources import LINES, read_part, write_whole
 from .stores import FeatureStore, StoredTeacher, load, store_key
 from .trainers import Distillation, Job, Learner, Phase, above, at_least, finish_fit, manual_shapes, one_of, parameter, seed_of, within
@@ -76,27 +76,39 @@ def student_config(options: DimeFm, teacher: VLM) -> dict:
     base = model_config(teacher.config["model_cfg"])
     if not options.student:
         return base
-    vision = image_tower(options.student)
     if options.text_tower == "teacher":
-        return base | dict(vision_cfg=vision)
+        return base | dict(vision_cfg=image_tower(options.student))
     if options.student.startswith("timm:"):
         raise ValueError(f"student={options.student!r} has no text tower: choose text_tower='teacher', or an architecture of open_clip")
-    return model_config(options.student) | dict(embed_dim=base["embed_dim"], vision_cfg=vision)
+    return model_config(options.student) | dict(embed_dim=base["embed_dim"])
 
 
 def new_student(job: DimeFmJob, inherited: bool = True) -> VLM:
     "The student before its training; not inherited: with nothing of any other model in it, not even a text tower"
-    options, towers = job.options, None
+    return _make_student(job.options, job.teacher, job.shapes, inherited)
+
+
+def _seen_as(options: DimeFm, teacher: VLM) -> VLM:
+    "The teacher, at the student's image size"
+    return at_size(teacher, options.image_size) if options.image_size else teacher
+
+
+def _make_student(options: DimeFm, teacher: VLM, shapes: dict | None, inherited: bool) -> VLM:
+    "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
+    towers = None
     if not options.student:
-        towers = manual_shapes(job.shapes, job.shapes, 1 - options.student_share)
-        towers = towers | ({"text": job.shapes["text"]} if options.text_tower == "teacher" else {})
-    student = new_model(student_config(options, job.teacher), like=job.like, towers=towers, seed=options.seed)
+        towers = manual_shapes(shapes, shapes, 1 - options.student_share)
+        towers = towers | ({"text": shapes["text"]} if options.text_tower == "teacher" else {})
+    config = student_config(options, teacher)
+    if options.student and options.inheritance == "manual":
+        config = copied_config(config, teacher.config["model_cfg"])
+    student = new_model(config, like=_seen_as(options, teacher), towers=towers, seed=options.seed)
     if inherited and options.inheritance == "manual":
-        student.model.load_state_dict(trainers.copy_manually(job.teacher, student)[0])
+        student.model.load_state_dict(trainers.copy_manually(teacher, student)[0])
     if inherited and options.start_from:
         _start_from(student, options.start_from)
     if inherited and options.text_tower == "teacher":
-        text = {name: tensor for name, tensor in job.teacher.model.state_dict().items() if not name.startswith("visual.")}
+        text = {name: tensor for name, tensor in teacher.model.state_dict().items() if not name.startswith("visual.")}
         student.model.load_state_dict(student.model.state_dict() | text)
     return student
 
@@ -106,11 +118,20 @@ def _start_from(student: VLM, name: str) -> None:
     source = trainers.find_model(name)
     own, given = (vlm.model.visual.state_dict() for vlm in (student, source))
     fits = {key: tensor for key, tensor in given.items() if key in own and own[key].shape == tensor.shape}
-    lost = [key for key in own if key not in fits and "proj" not in key.split(".")[-2:] + key.split(".")[-1:]]
+    lost = [key for key in own if key not in fits and not key.startswith(_projection(student.model.visual))]
     if lost:
         raise ValueError(f"start_from={name!r} has another image tower than the student: {len(lost)} of {len(own)} weights do not fit, "
                          f"such as {lost[0]}; name its architecture as student")  # fmt: skip
     student.model.visual.load_state_dict(own | fits)
+
+
+def _projection(visual: nn.Module) -> tuple[str, ...]:
+    "How the names of an image tower's map to the joint width begin"
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None or len(visual.head):
+        return "proj", "head.", "attnpool.c_proj."  # open_clip's ViT; its adapter for timm; its ResNet
+    classifier = trunk.get_classifier()
+    return tuple(f"trunk.{name}." for name, part in trunk.named_modules() if part is classifier)
 
 # %% ../nbs/11_dime_fm.ipynb #b2f40d81
 class UnpairedLearner(Learner):
@@ -203,6 +224,7 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     sentences = data.inspect_shards(trainers.find_data(options.sentences, data.find_sentences), progress=False)
     images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
     _check_sources(options, images, sentences)
+    _check_student(options, teacher, shapes, world)
     FeatureStore(images, key, options.features)
     if not (options.grounded or options.class_names):
         _check_sentences(sentences, options, accelerator.num_processes)
@@ -210,6 +232,24 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     about |= {"teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     job = trainers.open_run(options, teacher, accelerator, about, DimeFmJob, images)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+
+# %% ../nbs/11_dime_fm.ipynb #47fc66c5
+def _check_student(options: DimeFm, teacher: VLM, shapes: dict | None, world: int) -> None:
+    "Send a picture through the student before anything is computed for it; not when it has been trained"
+    if (trainers.out_folder(options) / "student" / "done.json").exists():
+        return
+    student = _make_student(options, teacher, shapes, inherited=True)
+    check_student(student, f"student={options.student!r}", _fewest_images(options, world), "image_size")
+
+
+def _fewest_images(options: DimeFm, world: int) -> int:
+    "Images that a process sends through the student at once: all of its own, or what gradient caching makes of them"
+    images, sentences = options.batch_size // world, options.sentence_batch // world
+    if not 0 < options.micro_batch < max(images, sentences):
+        return images
+    texts = sentences if options.text_tower == "student" else 0
+    parts = trainers._micro_batches(images, texts, options.micro_batch)
+    return min(rows.stop - rows.start for rows, _ in parts)
 
 # %% ../nbs/11_dime_fm.ipynb #b8170dd2
 def _check_sources(options: DimeFm, images: data.DataReport, sentences: data.DataReport) -> None:
@@ -246,7 +286,7 @@ class _Streams(_Sentences):
     @cached_property
     def like(self) -> VLM:
         "The teacher, at the student's image size"
-        return at_size(self.teacher, self.options.image_size) if self.options.image_size else self.teacher
+        return _seen_as(self.options, self.teacher)
 
     @property
     def view(self) -> data.View:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -1105,6 +1106,7 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     teacher = find_model(options.teacher, accelerator.device)
     shapes = _teacher_shapes(teacher, options)
     _check_widths(options, teacher)
+    _try_student(options, teacher)
     towers = shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
     about = {"objective": weights, "terms": options.terms(), "towers": towers}
     about |= {"teacher_sha256": state_digest(teacher.model), "model": teacher.config["model_cfg"]}
@@ -1122,6 +1124,44 @@ def _check_widths(options: TinyCLIP, teacher: VLM) -> None:
                 f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student {own}, teacher {its}; "
                 "use losses='affinity_mimicking=1'"
             )
+
+# %% ../nbs/10_trainers.ipynb #08ea4262
+def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape] | None = None) -> VLM:
+    "A fresh student of the architecture asked for; one that copies weights computes as the teacher does"
+    base = teacher.config["model_cfg"]
+    config = options.student or base
+    if options.student and options.inheritance == "manual":
+        config = models.copied_config(options.student, base)
+    return new_model(config, like=teacher, towers=towers, seed=options.seed)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _try_student(options: TinyCLIP, teacher: VLM) -> None:
+    "Refuse a teacher or a named student through which no pair goes, or a student that cannot copy what it is to copy"
+    try:
+        models.send_pair(teacher)
+    except Exception as error:  # a foreign network may raise anything
+        raise ValueError(f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}") from error
+    if not options.student or options.inheritance.startswith("auto"):
+        return
+    named = f"student={options.student!r} is not valid here"
+    try:
+        student = _student_of(options, teacher)
+        words = models.text_part(student.model)
+        if getattr(words, "vocab_size", 0) != student.config["model_cfg"]["text_cfg"]["vocab_size"]:
+            raise ValueError("its text tower has a vocabulary of its own, and captions are in the teacher's tokens")
+        models.send_pair(student)
+    except Exception as error:  # a foreign network may raise anything
+        reason = _first_line(error)
+        raise ValueError(f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture") from error
+    if options.inheritance == "manual":
+        try:
+            _plan_copy(teacher, student)
+        except ValueError as error:
+            raise ValueError(f"{named} with inheritance='manual': {error}; or choose inheritance='none'") from None
 
 # %% ../nbs/10_trainers.ipynb #6c950591
 def _local(name: str | Path) -> str:
@@ -1153,8 +1193,8 @@ def transformer_shapes(
         return tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
     except (ValueError, KeyError) as error:
         if needed:
-            raise ValueError(f"student='' and inheritance='manual' need a teacher of two transformer towers in open_clip's form ({error}); "
-                             "name a student's architecture and choose inheritance='none'") from None
+            raise ValueError(f"student='' and inheritance='manual' need a teacher of two plain transformer towers of open_clip, and here "
+                             f"{error}; name a student's architecture and choose inheritance='none'") from None
         return None
 
 
@@ -1164,8 +1204,9 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
         return tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
     except (ValueError, KeyError) as error:
         if options.inheritance.startswith("auto") or not options.student:
-            raise ValueError(f"inheritance={options.inheritance!r} needs two transformer towers in open_clip's form ({error}); "
-                             "use inheritance='manual' with student=NAME") from None
+            named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
+            raise ValueError(f"{named} needs a teacher of two plain transformer towers of open_clip, and here {error}; use "
+                             "inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own") from None
         return None
 
 # %% ../nbs/10_trainers.ipynb #2083bb68
@@ -1257,11 +1298,38 @@ def gate_steps(options: TinyCLIP) -> int:
 
 # %% ../nbs/10_trainers.ipynb #a77664b0
 def copy_manually(source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
-    "Manual inheritance: an even spread of layers, leading heads, channels and neurons; the scale is the teacher's"
-    own, state = student.model.state_dict(), source.model.state_dict()
-    shapes, widths = {name: tensor.shape for name, tensor in own.items()}, head_widths(student.config["model_cfg"])
-    plan = plan_manual(state, shapes, widths, layers=even_spread)
-    return own | inherit(state, plan) | {"logit_scale": state["logit_scale"].clone()}, plan
+    "Manual inheritance: an even spread of layers, leading heads, channels and neurons; scale and bias are the teacher's"
+    plan, names = _plan_copy(source, student), ("logit_scale", "logit_bias")
+    return student.model.state_dict() | inherit(source.model.state_dict(), plan) | _numbers(source, student, names), plan
+
+
+def _numbers(source: VLM, student: VLM, names: Sequence[str]) -> dict[str, Tensor]:
+    "Single numbers of one network for another one that has them too"
+    theirs, own = source.model.state_dict(), student.model.state_dict()
+    return {name: theirs[name].reshape(own[name].shape).clone() for name in names if name in own and name in theirs}
+
+
+def _any_block(name: str) -> str:
+    "A weight's name without the number of its block"
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def _plan_copy(source: VLM, student: VLM) -> Plan:
+    "What manual inheritance copies; ValueError where the two cannot compute alike"
+    state, shapes = source.model.state_dict(), {name: tensor.shape for name, tensor in student.model.state_dict().items()}
+    widths, theirs = (head_widths(vlm.config["model_cfg"]) for vlm in (student, source))
+    kinds = ("in_proj_weight", "attnpool.q_proj.weight")
+    towers = {"image" if name.startswith("visual.") else "text" for name in shapes if name.endswith(kinds)}
+    different = [tower for tower in sorted(towers) if widths[tower] != theirs[tower]]
+    if different:
+        tower = different[0]
+        raise ValueError(f"heads of the {tower} tower have {widths[tower]} channels in the student and {theirs[tower]} in "
+                         "the teacher: whole heads are copied, so give it equally wide ones")  # fmt: skip
+    known, place = set(map(_any_block, shapes)), {_any_block(name): name for name in state}
+    lost = [name for kind, name in place.items() if kind not in known and not name.startswith(("text_decoder.", "logit_"))]
+    if lost:
+        raise ValueError(f"the teacher has {lost[0]}, for which the student has no place: the two must be of the same kind")
+    return plan_manual(state, shapes, widths, layers=even_spread)
 
 # %% ../nbs/10_trainers.ipynb #ff93d020
 def make_student(job: Job, number: int) -> VLM:
@@ -1278,11 +1346,11 @@ def make_student(job: Job, number: int) -> VLM:
             now = tower_shapes(source.model.state_dict(), {t: s.head_width for t, s in job.shapes.items()})
             target = stage_target(job, options.stages if options.inheritance == "none" else number)
             towers = manual_shapes(now, job.shapes, target)
-        student = new_model(options.student or base, like=job.teacher, towers=towers, seed=options.seed)
+        student = _student_of(options, job.teacher, towers)
         weights = student.model.state_dict()
         if options.inheritance == "manual":
             weights, plan = copy_manually(source, student)
-    student.model.load_state_dict(weights)
+    student.model.load_state_dict(weights | _numbers(job.teacher, student, ("logit_bias",)))
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
         shapes = towers and {tower: asdict(shape) for tower, shape in towers.items()}
