@@ -59,7 +59,13 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     weights, accelerator = options.weights(), trainers.make_accelerator(options)
     options.check_stored()
     teacher = trainers.find_model(options.teacher, accelerator.device)
-    shapes = trainers.transformer_shapes(teacher, needed=not options.student or options.inheritance == "manual")
+    start = trainers.find_start(options, accelerator.device)
+    _check_student(options, start)
+    needed = start is None and (not options.student or options.inheritance == "manual")
+    shapes = trainers.transformer_shapes(teacher, needed=needed)
+    inherited = ("image", "text") if start or options.inheritance == "manual" else ()
+    vision = (start or teacher).config["model_cfg"]["vision_cfg"]
+    trainers.check_locks(options, inherited, vision, "choose inheritance='manual', or name a start_from")
     report, key = data.inspect_shards(trainers.find_data(options.data)), store_key(teacher)
     FeatureStore(report, key, options.features)
     if options.clusters > report.total:
@@ -193,6 +199,10 @@ class ClipCidJob(_Clustered, Job):
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
     options, base = job.options, job.teacher.config["model_cfg"]
+    if job.start is not None and inherited:
+        return trainers.find_start(options, job.accelerator.device)
+    if job.start is not None:
+        return new_model(job.start.config["model_cfg"], like=job.start, towers=job.start.config.get("towers"), seed=options.seed)
     towers = None if options.student else manual_shapes(job.shapes, job.shapes, 1 - options.student_share)
     config = options.student or base
     if options.student and options.inheritance == "manual":

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -49,15 +49,15 @@ from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 # %% auto #0
 __all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page',
            'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
-           'probe_features', 'parameter_groups', 'lock_towers', 'plain_backward', 'cached_backward', 'Phase',
-           'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change', 'fit',
-           'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'continuing', 'open_run',
-           'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes', 'manual_shapes',
-           'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan',
-           'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage',
-           'run_scratch', 'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
-           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
-           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
+           'probe_features', 'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward',
+           'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change',
+           'fit', 'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'continuing', 'open_run',
+           'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes', 'find_start',
+           'last_student', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually',
+           'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count',
+           'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'validation_features', 'validation_scores',
+           'at_work', 'write_probe', 'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob',
+           'train', 'Training', 'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -158,6 +158,7 @@ class FitParameters:
     checkpoint_seconds: float = parameter(20.0, "time between checkpoints; 0: after every step", **at_least(0.0))
     probe_pairs: int = parameter(64, "validation pairs whose affinities the views draw; 0: none", **at_least(0))
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
+    start_from: str = parameter("", "model, or run whose last student, the student starts as; empty: none")
     lock_image: bool = parameter(False, "keep the student's image tower as it is")
     lock_text: bool = parameter(False, "keep the student's text tower as it is")
     unlocked_image_layers: int = parameter(0, "last layers of a locked image tower that are trained all the same", **at_least(0))
@@ -353,6 +354,25 @@ def _lock(weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: 
         blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
         with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
             lock(layers + 1 if blocks else layers)
+
+# %% ../nbs/10_trainers.ipynb #35df252b
+def check_locks(
+    options: FitParameters,
+    inherited: Collection[str],  # of "image" and "text": the towers that do not begin at random
+    vision: Mapping[str, Any] = {},  # the image tower's configuration
+    instead: str = "name a model as start_from",  # what gives a tower weights in this job
+) -> None:
+    "ValueError for a lock that would keep random weights, or leave nothing to train"
+    for tower in ("image", "text"):
+        locked, layers = getattr(options, f"lock_{tower}"), getattr(options, f"unlocked_{tower}_layers")
+        if layers and not locked:
+            raise ValueError(f"unlocked_{tower}_layers={layers} is not valid with lock_{tower}=False: it says what a lock leaves out")
+        if locked and tower not in inherited:
+            raise ValueError(f"lock_{tower}=True is not valid here: the student's {tower} tower begins at random; {instead}")
+    if isinstance(vision.get("layers"), list | tuple) and options.unlocked_image_layers:
+        raise ValueError(f"unlocked_image_layers={options.unlocked_image_layers} is not valid for a ResNet: it is locked as a whole")
+    if options.lock_image and options.lock_text and not options.unlocked_image_layers + options.unlocked_text_layers:
+        raise ValueError("lock_image=True and lock_text=True leave nothing to train: unlock one, or some last layers of one")
 
 # %% ../nbs/10_trainers.ipynb #bbc7059f
 def plain_backward(
@@ -930,12 +950,24 @@ class _Streamed(Work):
     @cached_property
     def stream(self) -> data.PairStream:
         "The training pairs as the student's view has them; kept, so that what is decoded once serves every stage"
-        return self.streamed(self.report, self.view, self.options.batch_size)
+        asked = None if getattr(self.options, "teacher_features", "") == "stored" else self.teacher_view
+        return self.streamed(self.report, self.view, self.options.batch_size, teacher=asked)
+
+    @property
+    def like(self) -> VLM:
+        "The model whose pictures and tokens the student takes: the one that it starts as, or else the teacher"
+        return self.teacher if self.start is None else self.start
 
     @property
     def view(self) -> data.View:
-        "How the student wants to see the data: as the teacher does"
-        return data.View(self.teacher.preprocess, self.teacher.tokenizer)
+        "How the student wants to see the data"
+        return data.View(self.like.preprocess, self.like.tokenizer)
+
+    @property
+    def teacher_view(self) -> data.View | None:
+        "How the teacher wants to, where that is another way"
+        same = self.like is self.teacher or self.like.same_view(self.teacher)
+        return None if same else data.View(self.teacher.preprocess, self.teacher.tokenizer)
 
     def streamed(self, report: data.DataReport, view: data.View, batch_size: int, **given) -> data.PairStream:
         "A stream of this process's part of some data, as the options have it"
@@ -962,6 +994,7 @@ class Job(_Streamed):
     accelerator: Accelerator
     shapes: dict[str, TowerShape] | None = None  # of the teacher's towers; None when they are not both transformers
     costs: dict[str, TowerCost] | None = None  # what sparsity counts against
+    start: VLM | None = None  # what the student starts as
 
     @cached_property
     def probe_rows(self) -> list[int]:
@@ -973,7 +1006,9 @@ class Job(_Streamed):
     def probe(self) -> Batch | None:
         "The fixed pairs that the views draw affinities of, on the device"
         pairs = self.val[self.probe_rows]
-        return next(pairs.batches(self.view, batch_size=len(pairs))).to(self.accelerator.device) if len(pairs) else None
+        if not len(pairs):
+            return None
+        return next(pairs.batches(self.view, len(pairs), self.teacher_view)).to(self.accelerator.device)
 
     @property
     def probe_sentences(self) -> list[str] | None:
@@ -1051,6 +1086,7 @@ def open_run(
     about: Mapping[str, Any],  # further entries of config.json
     kind: type[Job],  # the method's
     report: data.DataReport | None = None,  # of the training data; None: of the shards that the options name
+    start: VLM | None = None,  # what the student starts as
 ) -> Job:
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
@@ -1059,8 +1095,9 @@ def open_run(
     val = data.load_pairs(val_report, limit=options.validate_pairs)
     config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
     config |= {"data": report.to_json(), "validation": val_report.to_json(), **about}
+    config |= {} if start is None else {"start_sha256": state_digest(start.model)}
     run = (RunWriter if accelerator.is_main_process else Run)(out_folder(options))
-    job = kind(options, run, model, report, val, accelerator)
+    job = kind(options, run, model, report, val, accelerator, start=start)
     if accelerator.is_main_process:
         runs.begin(run, config, **continuing(options, run), on_change=job.go_on)
     accelerator.wait_for_everyone()
@@ -1104,26 +1141,47 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     weights, _, accelerator = options.weights(), gate_kinds(options), make_accelerator(options)
     options.check_stored()
     teacher = find_model(options.teacher, accelerator.device)
-    shapes = _teacher_shapes(teacher, options)
-    _check_widths(options, teacher)
+    start = find_start(options, accelerator.device)
+    _check_start(options, start)
+    inherited = ("image", "text") if start or options.inheritance != "none" else ()
+    check_locks(options, inherited, (start or teacher).config["model_cfg"]["vision_cfg"], "choose inheritance='manual', or name a start_from")
+    whole = start is not None and options.inheritance == "none"
+    shapes = transformer_shapes(teacher, needed=False) if whole else _teacher_shapes(teacher, options)
+    _check_widths(options, teacher, start if whole else None)
     _try_student(options, teacher)
-    towers = shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
-    about = {"objective": weights, "terms": options.terms(), "towers": towers}
+    about = {"objective": weights, "terms": options.terms(), "towers": _sizes(shapes)}
     about |= {"teacher_sha256": state_digest(teacher.model), "model": teacher.config["model_cfg"]}
-    job = open_run(options, teacher, accelerator, about, TinyClipJob)
+    about |= {} if start is None or whole else {"start_towers": _sizes(_start_shapes(options, start, shapes))}
+    job = open_run(options, teacher, accelerator, about, TinyClipJob, start=start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
 
 
-def _check_widths(options: TinyCLIP, teacher: VLM) -> None:
+def _sizes(shapes: Mapping[str, TowerShape] | None) -> dict | None:
+    return shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
+
+# %% ../nbs/10_trainers.ipynb #43780d7b
+def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
     "Refuse a term that compares features row by row when a named student's joint width is not the teacher's"
-    if options.student:
-        own, its = (models.model_config(c)["embed_dim"] for c in (options.student, teacher.config))
+    student = options.student or (start and start.config)
+    if student:
+        own, its = (models.model_config(c)["embed_dim"] for c in (student, teacher.config))
         rows = [term.name for term in Objective(options.weights()).terms if term.same_width and term.weight]
         if rows and own != its:
             raise ValueError(
                 f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student {own}, teacher {its}; "
                 "use losses='affinity_mimicking=1'"
             )
+
+
+def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShape]) -> dict[str, TowerShape]:
+    "Sizes of what is cut further; ValueError unless it is a part of the teacher, against which sparsity counts"
+    shapes = transformer_shapes(start, needed=True)
+    for tower, full in teacher.items():
+        own = shapes[tower]
+        if own.head_width != full.head_width or own.width > full.width or own.layers > full.layers:
+            raise ValueError(f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has {own.layers} layers of "
+                             f"width {own.width} in heads of {own.head_width}): choose inheritance='none', which leaves it as it is")  # fmt: skip
+    return shapes
 
 # %% ../nbs/10_trainers.ipynb #08ea4262
 def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape] | None = None) -> VLM:
@@ -1208,6 +1266,33 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
             raise ValueError(f"{named} needs a teacher of two plain transformer towers of open_clip, and here {error}; use "
                              "inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own") from None
         return None
+
+# %% ../nbs/10_trainers.ipynb #9b2e5ab7
+def find_start(
+    options: FitParameters,
+    device: str | torch.device = "cpu",
+    fused: bool = False,  # whether a BLIP will do as well
+) -> VLM | None:  # None: the student starts as something else
+    "The model that a student is to start as, freshly loaded"
+    folder = data.project_root() / options.start_from
+    if options.start_from and "method" in read_json(folder / "config.json", {}):
+        return find_model(last_student(Run(folder)), device, fused)
+    return find_model(options.start_from, device, fused) if options.start_from else None
+
+
+def last_student(run: Run) -> Path:
+    "The folder of the student that a run finished last; a baseline is none"
+    finished = [path.parent for path in run.folder.glob("*/done.json") if not path.parent.name.startswith("scratch")]
+    if not finished:
+        raise FileNotFoundError(f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder")
+    return max(finished, key=lambda stage: (stage / "done.json").stat().st_mtime) / "student"
+
+
+def _check_start(options: FitParameters, start: VLM | None) -> None:
+    "Refuse two answers to the question what the student is"
+    if start is not None and options.student and options.inheritance == "none":
+        raise ValueError(f"student={options.student!r} is not valid with start_from={options.start_from!r}: the student is the model "
+                         "that it starts as; leave student empty")  # fmt: skip
 
 # %% ../nbs/10_trainers.ipynb #2083bb68
 def _versions() -> dict[str, str]:
@@ -1335,22 +1420,23 @@ def _plan_copy(source: VLM, student: VLM) -> Plan:
 def make_student(job: Job, number: int) -> VLM:
     "The stage's student before distillation, with its plan, written to stage-K/init and stage-K/plan.json"
     options, folder = job.options, job.run.folder / f"stage-{number}"
-    base, plan, towers = job.teacher.config["model_cfg"], None, None
-    before = job.run.folder / f"stage-{number - 1}" / "student"
-    source = load_model(before if number > 1 else _local(options.teacher), job.accelerator.device)
+    plan, towers, source = None, None, _stage_source(job, number)
     if options.inheritance.startswith("auto"):
         weights, plan, towers = learn_gates(job, number, source)
-        student = new_model(base, like=job.teacher, towers=towers)
+        student = new_model(job.like.config["model_cfg"], like=job.like, towers=towers)
+    elif job.start is not None and options.inheritance == "none":
+        student, towers = source, source.config.get("towers")
+        weights = student.model.state_dict()
     else:
         if not options.student:
             now = tower_shapes(source.model.state_dict(), {t: s.head_width for t, s in job.shapes.items()})
             target = stage_target(job, options.stages if options.inheritance == "none" else number)
             towers = manual_shapes(now, job.shapes, target)
-        student = _student_of(options, job.teacher, towers)
+        student = _student_of(options, job.like, towers)
         weights = student.model.state_dict()
         if options.inheritance == "manual":
             weights, plan = copy_manually(source, student)
-    student.model.load_state_dict(weights | _numbers(job.teacher, student, ("logit_bias",)))
+    student.model.load_state_dict(weights | _numbers(job.like, student, ("logit_bias",)))
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
         shapes = towers and {tower: asdict(shape) for tower, shape in towers.items()}
@@ -1358,6 +1444,14 @@ def make_student(job: Job, number: int) -> VLM:
         write_whole(folder / "plan.json", json.dumps({"sparsity": removed, "towers": shapes, "plan": plan and plan.to_json()}))
     job.accelerator.wait_for_everyone()
     return student
+
+
+def _stage_source(job: Job, number: int) -> VLM:
+    "What a stage's student gets its weights from: the stage before, what the line starts as, or the teacher"
+    if number > 1:
+        return load_model(job.run.folder / f"stage-{number - 1}" / "student", job.accelerator.device)
+    start = find_start(job.options, job.accelerator.device)
+    return load_model(_local(job.options.teacher), job.accelerator.device) if start is None else start
 
 # %% ../nbs/10_trainers.ipynb #da617284
 def stage_plan(run: Run, number: int) -> Plan | None:  # None when nothing was inherited
@@ -1377,7 +1471,8 @@ def full_shapes(run: Run) -> dict[str, TowerShape] | None:  # "image", "text"; N
 def source_shapes(run: Run, stage: str) -> dict[str, TowerShape]:  # "image", "text"
     "Sizes of the network that a stage starts from: the teacher, or the student of the stage before"
     before = read_json(run.folder / f"stage-{int(stage.split('-')[1]) - 1}" / "plan.json")
-    shapes = full_shapes(run) if before is None else {tower: tower_shape(sizes) for tower, sizes in before["towers"].items()}
+    sizes = run.config().get("start_towers") if before is None else before["towers"]
+    shapes = {tower: tower_shape(size) for tower, size in sizes.items()} if sizes else full_shapes(run)
     if shapes is None:
         raise ValueError(f"{run.folder} has no gates: its teacher's towers are not both transformers")
     return shapes
@@ -1431,7 +1526,7 @@ def run_scratch(job: Job, number: int) -> VLM:
     if (folder / "done.json").exists():
         return load_model(folder / "student", job.accelerator.device)
     like = load_model(folder.parent / f"stage-{number}" / "student", "cpu")
-    student = new_model(like.config["model_cfg"], like=job.teacher, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
+    student = new_model(like.config["model_cfg"], like=job.like, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
     phase = Phase(f"scratch-{number}", "contrast", line_steps(job, number), fixed=True)
     return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
 
@@ -1536,14 +1631,21 @@ class Contrastive(FitParameters):
 
 def open_contrastive(options: Contrastive) -> ContrastiveJob:
     "Make the model and its tokenizer, check the data, write config.json"
-    accelerator = make_accelerator(options)
-    if options.architecture:
+    accelerator, model = make_accelerator(options), find_start(options)
+    if model is not None and options.architecture:
+        raise ValueError(f"architecture={options.architecture!r} is not valid with start_from={options.start_from!r}: the model is the "
+                         "one that it starts as; leave architecture empty")  # fmt: skip
+    check_locks(options, () if model is None else ("image", "text"), {} if model is None else model.config["model_cfg"]["vision_cfg"])
+    about = {} if model is None else {"start_sha256": state_digest(model.model)}
+    if model is not None:
+        model = replace(model, name="teacher")
+    elif options.architecture:
         model = new_model(options.architecture, seed=options.seed)
     else:
         folder = out_folder(options) / "tokenizer"
         tokenizer = models.train_tokenizer(read_captions(find_data(options.data)), folder, options.vocabulary, options.context_length)
         model = replace(new_model(options.small(len(tokenizer.tokenizer)), tokenizer=tokenizer, seed=options.seed), name="teacher")
-    return open_run(options, model, accelerator, {"model": model.config["model_cfg"]}, ContrastiveJob)
+    return open_run(options, model, accelerator, about | {"model": model.config["model_cfg"]}, ContrastiveJob)
 
 
 def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
@@ -1726,8 +1828,10 @@ def _student_under_gates(run: Run, stage: str, learner: Mapping[str, Tensor], de
     gates, state = new_gates(run, stage), _part(learner, "model.")
     gates.load_state_dict(_part(learner, "gates."))
     values = close_budget(gates, float(gates.expected_sparsity().detach()))
-    teacher = load_model(_local(run.config()["parameters"]["teacher"]), "cpu")
-    student = new_model(teacher.config["model_cfg"], like=teacher, towers=kept_shapes(gates.shapes, values))
+    parameters = run.config()["parameters"]
+    start = find_start(TinyCLIP(start_from=parameters.get("start_from", "")))
+    like = load_model(_local(parameters["teacher"]), "cpu") if start is None else start
+    student = new_model(like.config["model_cfg"], like=like, towers=kept_shapes(gates.shapes, values))
     student.model.load_state_dict(_cut(state, gates.shapes, values)[0])
     student.model.to(device).eval()
     return student
