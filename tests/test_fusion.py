@@ -541,6 +541,34 @@ def test_what_is_shared_stays_shared(shape, words, pictures, tmp_path):
         assert all(torch.allclose(made[name], outputs[name], atol=1e-5) for name in outputs)
 
 
+def block_macs(rows, width, neurons, looked_at=0, looked_at_width=0):
+    "Multiply-accumulates of a transformer block: self-attention, cross-attention where there is any, MLP"
+    itself = rows * 4 * width**2 + 2 * rows**2 * width + rows * 2 * width * neurons
+    across = rows * 2 * width**2 + looked_at * 2 * looked_at_width * width + 2 * rows * looked_at * width
+    return itself + (across if looked_at else 0)
+
+
+@shapes
+def test_multiply_accumulates_are_those_of_the_formulas(shape, words, pictures):
+    blip, count, answer_count = fresh(shape, words), 8, 3
+    shape = blip.shape
+    wide, narrow, patches = shape.image_width, shape.text_width, (shape.image_size // shape.patch_size) ** 2
+    seen = patches + 1
+    image = patches * 3 * shape.patch_size**2 * wide + shape.image_layers * block_macs(seen, wide, shape.image_neurons)
+    plain = block_macs(count, narrow, shape.text_neurons)
+    fused = block_macs(count, narrow, shape.text_neurons, seen, wide)
+    encoder = (shape.text_layers - shape.fusion_layers) * plain + shape.fusion_layers * fused
+    macs = blip_cost(blip, words=count, answer=answer_count).macs
+    text_projections = shape.text_layers * plain + narrow * shape.joint_width
+    assert macs["retrieval"] == image + wide * shape.joint_width + text_projections
+    assert macs["matching"] == image + encoder + 2 * narrow, "the head says yes or no"
+    words_out = narrow * (narrow + shape.vocabulary)  # of one place: a dense layer, then the scores of all words
+    assert macs["captioning"] == image + shape.decoder_layers * fused + count * words_out
+    asked = count * narrow * wide if narrow != wide else 0  # the question's states, as wide as an image's
+    decoder = shape.decoder_layers * block_macs(answer_count, narrow, shape.text_neurons, count, wide)
+    assert macs["answering"] == image + encoder + asked + decoder + answer_count * words_out
+
+
 @shapes
 def test_every_parameter_is_counted_and_trained_once(shape, words, pictures):
     blip = fresh(shape, words)

@@ -19,7 +19,7 @@ from .balancing import Balance, Clusters, Linkage, balance_at, nearest_center
 from .features import Features, recall
 from .gates import budget
 from .losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_discrimination
-from .models import VLM, copied_config, evaluating, model_config, new_model
+from .models import VLM, check_student, copied_config, evaluating, model_config, new_model
 from .stores import FeatureStore, Stored, load, store_key
 from .trainers import Distillation, Fit, Job, Phase, finish_fit, manual_shapes, one_of, parameter, seed_of, validation_features, within
 
@@ -63,6 +63,9 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     FeatureStore(report, key, options.features)
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
+    if not (trainers.out_folder(options) / "student" / "done.json").exists():
+        student = _make_student(options, teacher, shapes, inherited=True)
+        check_student(student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes))
     about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
@@ -185,15 +188,7 @@ class ClipCidJob(_Clustered, Job):
 # %% ../nbs/11_clip_cid.ipynb #fc210702
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
-    options, base = job.options, job.teacher.config["model_cfg"]
-    towers = None if options.student else manual_shapes(job.shapes, job.shapes, 1 - options.student_share)
-    config = options.student or base
-    if options.student and options.inheritance == "manual":
-        config = copied_config(options.student, base)
-    student = new_model(config, like=job.teacher, towers=towers, seed=options.seed)
-    if inherited and options.inheritance == "manual":
-        student.model.load_state_dict(trainers.copy_manually(job.teacher, student)[0])
-    return student
+    return _make_student(job.options, job.teacher, job.shapes, inherited)
 
 
 SAMPLED_ABOVE = 10_000  # clusters
@@ -220,6 +215,26 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
     if not options.instance_scale or name not in weights:
         return ()
     return (replace(LOSSES[name], function=lambda s, t: instance_discrimination(s, t, options.instance_scale), weight=weights[name]),)
+
+# %% ../nbs/11_clip_cid.ipynb #bf474cd9
+def _make_student(options: ClipCid, teacher: VLM, shapes: dict | None, inherited: bool) -> VLM:
+    "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
+    towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
+    config = options.student or teacher.config["model_cfg"]
+    if options.student and options.inheritance == "manual":
+        config = copied_config(config, teacher.config["model_cfg"])
+    student = new_model(config, like=teacher, towers=towers, seed=options.seed)
+    if inherited and options.inheritance == "manual":
+        student.model.load_state_dict(trainers.copy_manually(teacher, student)[0])
+    return student
+
+
+def _fewest_images(options: ClipCid, world: int) -> int:
+    "Images that a process sends through the student at once: all of its own, or what gradient caching makes of them"
+    images = options.batch_size // world
+    if not 0 < options.micro_batch < images:
+        return images
+    return min(rows.stop - rows.start for rows, _ in trainers._micro_batches(images, images, options.micro_batch))
 
 # %% ../nbs/11_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:

@@ -1075,7 +1075,7 @@ def blip_cost(
         mask, states = torch.ones_like(text).bool(), network.run_image(image).states
         runs = {
             "retrieval": lambda: (network.encode_image(image), network.encode_text(text)),
-            "matching": lambda: (network.run_image(image), network.run_text(text, mask, states)),
+            "matching": lambda: (network.run_image(image), network.match(network.run_text(text, mask, states))),
             "captioning": lambda: (network.run_image(image), network.run_decoder(text, mask, states)),
             "answering": lambda: (network.run_image(image), _answered(network, text, mask, states, answer)),
         }

@@ -886,16 +886,33 @@ def count_macs(
 ) -> int:  # masked pairs of tokens count as well
     "Multiply-accumulates of what is run"
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
 
-    counter, fast_path = FlopCounterMode(display=False), torch.backends.mha.get_fastpath_enabled()
+    counter, fast_path = _product_counter(), torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(*networks), torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with torch.inference_mode(False), evaluating(*networks), sdpa_kernel(SDPBackend.MATH), counter:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-    return counter.get_total_flops() // 2
+    return counter.flops // 2
+
+
+def _product_counter() -> Any:  # a context; its `flops` grow
+    "PyTorch's own formulas, asked for every operation that runs"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class ProductCounter(TorchDispatchMode):
+        flops = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            output = operation(*args, **(kwargs or {}))
+            formula = flop_registry.get(operation.overloadpacket)
+            if formula:
+                self.flops += formula(*args, **(kwargs or {}), out_val=output)
+            return output
+
+    return ProductCounter()
 
 # %% ../nbs/03_models.ipynb #f23453ea
 @dataclass(frozen=True)
