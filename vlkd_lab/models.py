@@ -30,9 +30,9 @@ from .features import Batch, Features
 
 # %% auto #0
 __all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'text_part', 'TowerShape', 'tower_shapes',
-           'tower_shape', 'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'copied_config', 'at_size',
-           'new_model', 'check_student', 'load_model', 'state_digest', 'send_pair', 'plain_config', 'save_model',
-           'train_tokenizer', 'count_macs', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
+           'tower_shape', 'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'copied_config',
+           'send_pair', 'at_size', 'new_model', 'check_student', 'load_model', 'state_digest', 'plain_config',
+           'save_model', 'train_tokenizer', 'count_macs', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
 
 # %% ../nbs/03_models.ipynb #63ced60c
 def _both_sides(size: int | Sequence[int]) -> tuple[int, int]:  # pixels: (height, width)
@@ -501,6 +501,17 @@ def copied_config(
         student[part] = own | {name: teacher[part][name] for name in names if name in teacher[part]}
     return student
 
+# %% ../nbs/03_models.ipynb #0e6204a8
+def send_pair(vlm: VLM) -> Features:  # one row each
+    "Features of one grey picture and one short caption; a network through which they do not go raises an error"
+    picture = torch.full((1, 3, *vlm.image_shape), 0.5, device=vlm.device)
+    with evaluating(vlm.model):
+        features = vlm.encode(Batch(picture, vlm.tokenizer(["a photo of a thing"]).to(vlm.device)))
+    image, text = features.image.shape[-1], features.text.shape[-1]
+    if image != text:
+        raise ValueError(f"features of pictures are {image} wide and those of captions {text}: they have no space in common")
+    return features
+
 # %% ../nbs/03_models.ipynb #98434e9b
 def at_size(
     vlm: VLM,
@@ -758,7 +769,7 @@ def _release_config(release: published.Release) -> dict:
     "What the authors' configuration says; the marks tell that gates have cut the towers"
     return deepcopy(TINYCLIP_CONFIGS[release.architecture]) | dict(mask_image=release.cut, mask_text=release.cut)
 
-
+# %% ../nbs/03_models.ipynb #c9ccbf59
 def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     "A published model, built; its layers as large as its weights say where gates have cut them"
     from open_clip.transform import PreprocessCfg
@@ -788,17 +799,6 @@ def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-# %% ../nbs/03_models.ipynb #0e6204a8
-def send_pair(vlm: VLM) -> Features:  # one row each
-    "Features of one grey picture and one short caption; a network through which they do not go raises an error"
-    picture = torch.full((1, 3, *vlm.image_shape), 0.5, device=vlm.device)
-    with evaluating(vlm.model):
-        features = vlm.encode(Batch(picture, vlm.tokenizer(["a photo of a thing"]).to(vlm.device)))
-    image, text = features.image.shape[-1], features.text.shape[-1]
-    if image != text:
-        raise ValueError(f"features of pictures are {image} wide and those of captions {text}: they have no space in common")
-    return features
 
 # %% ../nbs/03_models.ipynb #4effe649
 def plain_config(

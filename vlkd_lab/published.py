@@ -102,6 +102,14 @@ def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")
 
 # %% ../nbs/02_published.ipynb #e1d9c533
+def _json(file: Path) -> dict:  # empty: no such file, or something else in it
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
 def _read_pickle(file: Path):  # whatever it holds
     "A PyTorch file by its restricted loader"
     try:
@@ -284,14 +292,6 @@ def is_open_clip(folder: str | Path) -> bool:  # need not exist
     "Whether a folder holds a model in open_clip's layout"
     whole = _json(Path(folder) / "open_clip_config.json")
     return _MODEL_KEYS <= set(whole.get("model_cfg", whole))
-
-
-def _json(file: Path) -> dict:  # empty: no such file, or something else in it
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
 
 
 def _sizes(tower) -> dict:
@@ -507,10 +507,7 @@ def check_fit(
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"the weights of {name} do not fit its configuration: {', '.join(wrong[:3])}{more}")
 
-# %% ../nbs/02_published.ipynb #b11ae592
-_SMALL = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
-
-
+# %% ../nbs/02_published.ipynb #8ececac1
 def _fetch_weights(repository: str) -> None:
     "The weights of a hub repository, in one file or several"
     from huggingface_hub import hf_hub_download
@@ -526,6 +523,9 @@ def _fetch_weights(repository: str) -> None:
         for part in sorted(set(_json(file).get("weight_map", {}).values())) if name.endswith(".index.json") else ():
             hf_hub_download(repository, part)
         return
+
+# %% ../nbs/02_published.ipynb #b11ae592
+_SMALL = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 def fetch_repository(repository: str) -> Path:  # a folder in the layout of CLIPModel
