@@ -1144,7 +1144,8 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     start = find_start(options, accelerator.device)
     _check_start(options, start)
     inherited = ("image", "text") if start or options.inheritance != "none" else ()
-    check_locks(options, inherited, (start or teacher).config["model_cfg"]["vision_cfg"], "choose inheritance='manual', or name a start_from")
+    vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
+    check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
     whole = start is not None and options.inheritance == "none"
     shapes = transformer_shapes(teacher, needed=False) if whole else _teacher_shapes(teacher, options)
     _check_widths(options, teacher, start if whole else None)
@@ -1179,8 +1180,9 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
     for tower, full in teacher.items():
         own = shapes[tower]
         if own.head_width != full.head_width or own.width > full.width or own.layers > full.layers:
-            raise ValueError(f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has {own.layers} layers of "
-                             f"width {own.width} in heads of {own.head_width}): choose inheritance='none', which leaves it as it is")  # fmt: skip
+            size = f"{own.layers} layers of width {own.width} in heads of {own.head_width}"
+            raise ValueError(f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has {size}): "
+                             "choose inheritance='none', which leaves it as it is")  # fmt: skip
     return shapes
 
 # %% ../nbs/10_trainers.ipynb #08ea4262
