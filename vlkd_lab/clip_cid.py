@@ -260,7 +260,7 @@ def _fewest_images(options: ClipCid, world: int) -> int:
     images = options.batch_size // world
     if not 0 < options.micro_batch < images:
         return images
-    return min(rows.stop - rows.start for rows, _ in trainers._micro_batches(images, images, options.micro_batch))
+    return min(rows.stop - rows.start for rows, _ in trainers.micro_batches(images, images, options.micro_batch))
 
 # %% ../nbs/11_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:

@@ -285,7 +285,7 @@ def _fewest_images(options: DimeFm, world: int) -> int:
     if not 0 < options.micro_batch < max(images, sentences):
         return images
     texts = sentences if options.text_tower == "student" else 0
-    parts = trainers._micro_batches(images, texts, options.micro_batch)
+    parts = trainers.micro_batches(images, texts, options.micro_batch)
     return min(rows.stop - rows.start for rows, _ in parts)
 
 # %% ../nbs/11_dime_fm.ipynb #b8170dd2

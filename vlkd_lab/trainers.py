@@ -50,14 +50,15 @@ from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 __all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page',
            'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
            'probe_features', 'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward',
-           'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change',
-           'fit', 'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'continuing', 'open_run',
-           'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes', 'find_start',
-           'last_student', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually',
-           'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count',
-           'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'validation_features', 'validation_scores',
-           'at_work', 'write_probe', 'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob',
-           'train', 'Training', 'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
+           'micro_batches', 'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers',
+           'agree', 'change', 'fit', 'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder',
+           'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes',
+           'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps',
+           'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates',
+           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'validation_features',
+           'validation_scores', 'at_work', 'write_probe', 'Contrastive', 'open_contrastive', 'read_captions',
+           'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start', 'current_student',
+           'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -388,7 +389,7 @@ def plain_backward(
     accelerator.backward(total)
     return total.detach()
 
-
+# %% ../nbs/10_trainers.ipynb #f7f3acee
 def cached_backward(
     learner: nn.Module,
     batch: Batch,
@@ -400,9 +401,12 @@ def cached_backward(
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, with the memory of a micro-batch"
     reads = accelerator.unwrap_model(learner).reads
-    rows = _micro_batches(*(len(getattr(batch, side)) if side in reads else 0 for side in ("image", "text")), micro_batch)
-    with torch.no_grad():
-        parts = [Features(*learner(batch.image[r], batch.text[s], draw)) for r, s in rows]
+    rows = micro_batches(*(len(getattr(batch, side)) if side in reads else 0 for side in ("image", "text")), micro_batch)
+    parts, before = [], []
+    with torch.no_grad(), _statistics_kept(learner):
+        for r, s in rows:
+            before.append(_random_states(batch.image.device))
+            parts.append(Features(*learner(batch.image[r], batch.text[s], draw)))
     leaves = Features(torch.cat([p.image for p in parts]), torch.cat([p.text for p in parts]), parts[0].scale)
     leaves = Features(*(t.clone().requires_grad_() for t in (leaves.image, leaves.text, leaves.scale)))
     total = loss(gather(leaves))
@@ -410,6 +414,7 @@ def cached_backward(
     image, text, scale = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True)
     for k, (r, s) in enumerate(rows):
         last = k == len(rows) - 1
+        _set_random_states(before[k], batch.image.device)  # dropout leaves out the same units again
         with nullcontext() if last else accelerator.no_sync(learner):
             part = Features(*learner(batch.image[r], batch.text[s], draw))
             due = (part.image * image[r]).sum() + (part.text * text[s]).sum()
@@ -417,11 +422,40 @@ def cached_backward(
     return (total + penalty).detach()
 
 # %% ../nbs/10_trainers.ipynb #c848ad4e
-def _micro_batches(images: int, texts: int, most: int) -> list[tuple[slice, slice]]:
+def micro_batches(
+    images: int,
+    texts: int,
+    most: int,  # of each side in a part
+) -> list[tuple[slice, slice]]:  # rows of the images, rows of the texts
     "Parts of a batch of at most `most` images and texts; the smaller side may have empty ones"
     count = -(-max(images, texts) // most)
     ends = [(k * images // count, k * texts // count) for k in range(count + 1)]  # so the last part has both, as many processes need it
     return [(slice(i, j), slice(m, n)) for (i, m), (j, n) in zip(ends, ends[1:], strict=False)]
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    "Batch norms use the statistics of their batch, and their running ones do not move"
+    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    "Where the generators stand that dropout draws from"
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_states(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 # %% ../nbs/10_trainers.ipynb #7bfc38cf
 @dataclass(frozen=True)
@@ -757,6 +791,9 @@ def _train(
     if not _resume_fit(job):
         _save_fit(job)
     options, steps, main = job.options, job.phase.steps, job.accelerator.is_main_process
+    if main and options.micro_batch and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in job.learner.modules()):
+        seen = f"batch norms see micro_batch={options.micro_batch} pictures at once, not the batch"
+        job.run.warn(f"{seen}: another value trains another student")
     change(job, agree(job.accelerator, lambda: runs.in_effect(job.run.metrics())))
     _note(job, state="running", refused=None)
     guard = data.BadSampleGuard(options.max_bad_share, known=_known_bad(job.run))
@@ -1643,6 +1680,7 @@ def open_contrastive(options: Contrastive) -> ContrastiveJob:
         model = replace(model, name="teacher")
     elif options.architecture:
         model = new_model(options.architecture, seed=options.seed)
+        models.check_student(model, f"architecture={options.architecture!r}", 2)
     else:
         folder = out_folder(options) / "tokenizer"
         tokenizer = models.train_tokenizer(read_captions(find_data(options.data)), folder, options.vocabulary, options.context_length)
