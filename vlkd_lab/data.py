@@ -894,7 +894,8 @@ def _as_batch(studio: _Studio, rows: list[tuple[str, _Seen]], skipped: list[tupl
     texts = [words(list(captions)) for words in studio.words]
     images, texts = images or [torch.zeros(len(names), 0)], texts or [torch.zeros(len(names), 0, dtype=torch.long)]
     teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-    given = dict(caption_numbers=tuple(one.number for one in seen), skipped=tuple(skipped))
+    given = dict(skipped=tuple(skipped))
+    given |= dict(caption_numbers=tuple(one.number for one in seen)) if studio.words else {}
     given |= dict(crops=tuple(one.crop for one in seen)) if studio.crops.fixed else {}
     given |= dict(questions=tuple(one.questions for one in seen)) if studio.asks else {}
     labels = tuple(one.label for one in seen)

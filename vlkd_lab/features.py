@@ -168,7 +168,7 @@ class Batch:
     crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
     text_keys: tuple[str, ...] = ()  # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
     questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # B lists of (question, answer, type); empty when they were not read
-    caption_numbers: tuple[int, ...] = ()  # which of its sample's captions each row of `text` is, from 0; empty: the first of each
+    caption_numbers: tuple[int, ...] = ()  # which of its sample's captions each row of `text` is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = field(default=())  # (sample name, reason) met while this batch was filled
 
     def for_teacher(self) -> Batch:
