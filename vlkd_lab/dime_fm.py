@@ -272,7 +272,8 @@ class _Streams(_Sentences):
     def unpaired(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for image, text in zip(self.images.batches(step), self.texts.batches(step), strict=False):
-            yield replace(image, text=text.text, text_keys=text.keys, captions=(), skipped=image.skipped + text.skipped)
+            told = dict(text=text.text, text_keys=text.keys, caption_numbers=text.caption_numbers, captions=())
+            yield replace(image, **told, skipped=image.skipped + text.skipped)
 
 # %% ../nbs/11_dime_fm.ipynb #289b9c29
 PROBE_POOL = 2000  # sentences of the corpus among which the probe's are found
@@ -309,9 +310,9 @@ class _Probe:
         return replace(batch, text=self.teacher.tokenizer(list(self.chosen_sentences))).to(self.accelerator.device)
 
     @cached_property
-    def said(self) -> Tensor:  # (N, D) unit rows
+    def said(self) -> Tensor:  # (T, D) unit rows, of every caption
         "The validation captions under the teacher's text tower"
-        return trainers.validation_features(self.teacher, self.val).text
+        return trainers.validation_features(self.teacher, self.val, every_caption=True).text
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         "R@1 both ways; what a kept text tower says is asked once"
@@ -320,7 +321,7 @@ class _Probe:
         view = replace(self.view, tokenizer=None)
         with evaluating(student.model):
             rows = [student.encode_image(batch.image.to(student.device)).float() for batch in self.val.batches(view)]
-        return recall(Features(torch.cat(rows), self.said, self.teacher.scale), ks=(1,), captions=self.val.captions)
+        return recall(Features(torch.cat(rows), self.said, self.teacher.scale), ks=(1,), captions=self.val.all_captions)
 
 # %% ../nbs/11_dime_fm.ipynb #1b486dc2
 def nearest_each(

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__, data, fusion, gates, models, runs
-from .features import Batch, Features, gather, recall
+from .features import Batch, Features, flat_captions, gather, recall
 from .gates import GATE_KINDS, Gates, TowerCost, budget, close_budget, gate_state, gated, kept_shapes, sparsity, target_at, uniform_gates
 from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
@@ -52,9 +52,9 @@ __all__ = ['METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_para
            'TinyClipJob', 'open_tinyclip', 'find_model', 'transformer_shapes', 'manual_shapes', 'learn_gates',
            'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes',
            'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch',
-           'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
-           'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
-           'start', 'current_student', 'load_student', 'open_job']
+           'finish_fit', 'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
+           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
+           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -1204,17 +1204,36 @@ def finish_fit(
     job.accelerator.wait_for_everyone()
     return student
 
+# %% ../nbs/10_trainers.ipynb #c297bfa0
+def encode_captions(
+    model: VLM,
+    captions: Sequence[str],  # T texts
+    batch_size: int = 256,  # encoded at once
+) -> Tensor:  # (T, D) unit rows, float32, on the model's device
+    "Features of texts, whichever pictures they belong to"
+    with evaluating(model.model):
+        parts = [list(captions[start : start + batch_size]) for start in range(0, len(captions), batch_size)]
+        return torch.cat([model.encode_text(model.tokenizer(part).to(model.device)).float() for part in parts])
 
-def validation_features(model: VLM, pairs: data.Pairs) -> Features:
+
+def validation_features(
+    model: VLM,
+    pairs: data.Pairs,  # N pairs
+    every_caption: bool = False,  # texts are all captions, in the order of `flat_captions`; else the first of each picture
+) -> Features:
     "Features of the validation pairs under a model that may be in training"
     with evaluating(model.model):
         parts = [model.encode(batch.to(model.device)) for batch in pairs.batches(data.View(model.preprocess, model.tokenizer))]
-    return Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
+    features = Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
+    texts = flat_captions(pairs.all_captions)[0]
+    if every_caption and len(texts) > len(pairs):
+        features = replace(features, text=encode_captions(model, texts))
+    return features
 
 
 def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
-    "R@1 both ways among the validation pairs"
-    return recall(validation_features(student, pairs), ks=(1,), captions=pairs.captions)
+    "R@1 both ways by picture, among the validation pairs and all their captions"
+    return recall(validation_features(student, pairs, every_caption=True), ks=(1,), captions=pairs.all_captions)
 
 # %% ../nbs/10_trainers.ipynb #1797fb24
 @contextmanager
