@@ -555,7 +555,8 @@ def test_pairs_keep_all_captions_and_show_the_first(captioned_report):
     pairs = D.load_pairs(captioned_report)
     assert [len(texts) for texts in pairs.all_captions] == [n % 5 + 1 for n in range(60)]
     assert pairs.captions == tuple(texts[0] for texts in pairs.all_captions)
-    assert pairs[[7, 3]].all_captions == (pairs.all_captions[7], pairs.all_captions[3]) and pairs[5:9][1:].all_captions == pairs.all_captions[6:9]
+    assert pairs[[7, 3]].all_captions == (pairs.all_captions[7], pairs.all_captions[3])
+    assert pairs[5:9][1:].all_captions == pairs.all_captions[6:9]
     batch = next(pairs.batches(VIEW))
     assert batch.captions == pairs.captions and torch.equal(batch.text, codes(pairs.captions))
     rows = [text for batch in D.read_once(captioned_report, D.View(None, codes), 7, every_caption=True) for text in batch.captions]

@@ -798,10 +798,11 @@ class _Studio:
     "Makes items into what student and teacher see"
 
     def __init__(
-        self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None, shelf: _Shelf | None = None,
-        draw_seed: int | None = None,  # of the captions' draw; None: the first of each sample
+        self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None,
+        shelf: _Shelf | None = None, draw_seed: int | None = None,
     ):  # fmt: skip
-        self.crops, self.max_pixels, self.shelf, self.draw_seed = crops or Crops(), max_pixels, shelf, draw_seed
+        self.crops, self.max_pixels, self.shelf = crops or Crops(), max_pixels, shelf
+        self.draw_seed = draw_seed  # of the captions; None: the first of each sample
         self.lenses, self.words = _shared_views(student, teacher or View(None, None))
         self.sides, self.asks = ("image",) * bool(self.lenses) + ("text",) * bool(self.words), student.questions
         self.still = self.crops.scale >= 1 and all(lens.exact for lens in self.lenses)  # the same pixels in every epoch
@@ -811,7 +812,8 @@ class _Studio:
         if item.problem:
             raise BadSample(item.problem)
         pictures, captions, label, asked = item.decoded or _decoded(self, item)
-        number = 0 if self.draw_seed is None else drawn_caption(len(captions), item.place, epoch, self.draw_seed)
+        draws = self.draw_seed is not None
+        number = drawn_caption(len(captions), item.place, epoch, self.draw_seed) if draws else 0
         crop = self.crops.number(item, epoch)
         if not self.still:
             image = Image.fromarray(pictures[0])
@@ -887,19 +889,28 @@ def _shared_views(student: View, teacher: View) -> tuple[list[FastPreprocess], l
 # %% ../nbs/02_data.ipynb #20345f1b
 def _as_batch(studio: _Studio, rows: list[tuple[str, _Seen]], skipped: list[tuple[str, str]]) -> Batch:
     "Named samples as one batch; a side that is not read has no columns"
-    names, seen = zip(*rows, strict=True)
-    captions = tuple(one.captions[one.number] for one in seen)
-    columns = zip(studio.lenses, zip(*(one.pictures for one in seen), strict=True), strict=True)
+    names, samples = zip(*rows, strict=True)
+    captions = tuple(sample.captions[sample.number] for sample in samples)
+    columns = zip(studio.lenses, zip(*(sample.pictures for sample in samples), strict=True), strict=True)
     images = [lens.normalise(np.stack(column)) if lens.exact else torch.stack(column) for lens, column in columns]
     texts = [words(list(captions)) for words in studio.words]
-    images, texts = images or [torch.zeros(len(names), 0)], texts or [torch.zeros(len(names), 0, dtype=torch.long)]
-    teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-    given = dict(skipped=tuple(skipped))
-    given |= dict(caption_numbers=tuple(one.number for one in seen)) if studio.words else {}
-    given |= dict(crops=tuple(one.crop for one in seen)) if studio.crops.fixed else {}
-    given |= dict(questions=tuple(one.questions for one in seen)) if studio.asks else {}
-    labels = tuple(one.label for one in seen)
-    return Batch(images[0], texts[0], teacher_image, teacher_text, names, captions, labels, **given)
+    further = dict(labels=tuple(sample.label for sample in samples), skipped=tuple(skipped))
+    if texts:
+        further["caption_numbers"] = tuple(sample.number for sample in samples)
+    if studio.crops.fixed:
+        further["crops"] = tuple(sample.crop for sample in samples)
+    if studio.asks:
+        further["questions"] = tuple(sample.questions for sample in samples)
+    return Batch(*_both_views(images, texts, len(names)), keys=names, captions=captions, **further)
+
+
+def _both_views(images: list[Tensor], texts: list[Tensor], size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    "Image and text of the student, then the teacher's where they differ; nothing in place of a side that is not read"
+    images = images or [torch.zeros(size, 0)]
+    texts = texts or [torch.zeros(size, 0, dtype=torch.long)]
+    teacher_image = images[1] if len(images) > 1 else None
+    teacher_text = texts[1] if len(texts) > 1 else None
+    return images[0], texts[0], teacher_image, teacher_text
 
 # %% ../nbs/02_data.ipynb #a66c3384
 def _good_and_bad(studio: _Studio, items: Iterable[tuple[int, _Item]]) -> Iterator[tuple[str, tuple | None, str]]:
@@ -938,7 +949,8 @@ class _Reader:
         self.place = stream.rank * workers + number  # among the readers of all processes
         self.shelf = _Shelf(stream.report.usable, stream.cache_mb * 1_000_000 // workers)
         crops = Crops(stream.crop_scale, stream.seed, stream.crops)
-        self.studio = _Studio(stream.student, stream.teacher, stream.max_pixels, crops, self.shelf, stream.seed)
+        views = stream.student, stream.teacher
+        self.studio = _Studio(*views, stream.max_pixels, crops, self.shelf, stream.seed)
 
     def items(self, skip: int) -> Iterator[tuple[int, _Item]]:  # (epoch, sample) without end
         "The reader's undecoded samples from number `skip` on"
@@ -1130,7 +1142,7 @@ class Pairs:
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) of those left out
     sets: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)  # further label sets by name, as the JSON's "labels" has them
     questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # lists of (question, answer, type), as the JSON has them; or empty
-    all_captions: tuple[tuple[str, ...], ...] = ()  # every caption of each picture, the first one first; empty: `captions` are all
+    all_captions: tuple[tuple[str, ...], ...] = ()  # each picture's, the first one first; empty: `captions` are all
 
     def __post_init__(self):
         object.__setattr__(self, "all_captions", _checked_captions(self.captions, self.all_captions))
@@ -1144,7 +1156,8 @@ class Pairs:
         columns = (tuple(column[i] for i in chosen) for column in (self.images, self.captions, self.labels, self.keys))
         sets = {name: tuple(labels[i] for i in chosen) for name, labels in self.sets.items()}
         questions = tuple(self.questions[i] for i in chosen if self.questions)
-        return Pairs(*columns, sets=sets, questions=questions, all_captions=tuple(self.all_captions[i] for i in chosen))
+        every = tuple(self.all_captions[i] for i in chosen)
+        return Pairs(*columns, sets=sets, questions=questions, all_captions=every)
 
     def pil(self, row: int) -> Image.Image:
         "One image"
@@ -1159,20 +1172,20 @@ class Pairs:
 # %% ../nbs/02_data.ipynb #cdb027a6
 def _checked_captions(captions: Sequence[str], every: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
     "All captions of each picture, of which the first are `captions`"
-    if all(len(texts) == 1 for texts in every):
+    if all(len(texts) == 1 for texts in every):  # also where nothing is known but the first
         return tuple((text,) for text in captions)
     if [texts[:1] for texts in map(tuple, every)] != [(text,) for text in captions]:
-        raise ValueError(f"all_captions of {len(every)} pictures do not begin with their captions: give both, or leave all_captions empty")
+        raise ValueError("all_captions do not begin with their captions: give both, or leave all_captions empty")
     return tuple(map(tuple, every))
 
 
 def _pairs_batch(part: Pairs, lenses: list[FastPreprocess], words: list[_Words], asks: bool) -> Batch:
     "Some pairs as one batch"
-    images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses] or [torch.zeros(len(part), 0)]
-    texts = [tokens(list(part.captions)) for tokens in words] or [torch.zeros(len(part), 0, dtype=torch.long)]
-    teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-    given = dict(questions=part.questions) if asks else {}
-    return Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels, **given)
+    images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses]
+    texts = [tokens(list(part.captions)) for tokens in words]
+    questions = part.questions if asks else ()
+    about = dict(keys=part.keys, captions=part.captions, labels=part.labels, questions=questions)
+    return Batch(*_both_views(images, texts, len(part)), **about)
 
 # %% ../nbs/02_data.ipynb #1a869446
 def load_pairs(

@@ -272,8 +272,9 @@ class _Streams(_Sentences):
     def unpaired(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for image, text in zip(self.images.batches(step), self.texts.batches(step), strict=False):
-            told = dict(text=text.text, text_keys=text.keys, caption_numbers=text.caption_numbers, captions=())
-            yield replace(image, **told, skipped=image.skipped + text.skipped)
+            skipped, numbers = image.skipped + text.skipped, text.caption_numbers
+            sentences = dict(text=text.text, text_keys=text.keys, caption_numbers=numbers, captions=())
+            yield replace(image, **sentences, skipped=skipped)
 
 # %% ../nbs/11_dime_fm.ipynb #289b9c29
 PROBE_POOL = 2000  # sentences of the corpus among which the probe's are found
@@ -321,7 +322,8 @@ class _Probe:
         view = replace(self.view, tokenizer=None)
         with evaluating(student.model):
             rows = [student.encode_image(batch.image.to(student.device)).float() for batch in self.val.batches(view)]
-        return recall(Features(torch.cat(rows), self.said, self.teacher.scale), ks=(1,), captions=self.val.all_captions)
+        features = Features(torch.cat(rows), self.said, self.teacher.scale)
+        return recall(features, ks=(1,), captions=self.val.all_captions)
 
 # %% ../nbs/11_dime_fm.ipynb #1b486dc2
 def nearest_each(

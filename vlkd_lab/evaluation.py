@@ -130,8 +130,8 @@ def score(
     teacher: tuple[Features, Tensor | None] | None = None,  # the teacher's features of the same pairs, and its class rows
 ) -> tuple[dict[str, float], Features, Tensor | None]:  # scores by name, features of the pairs, class rows
     "Zero-shot accuracy, retrieval by picture and agreement with the teacher"
-    every, rows = encode_pairs(vlm, pairs, every_caption=True), None if classes is None else classifier(vlm, classes)
-    features = first_captions(every, pairs)
+    every = encode_pairs(vlm, pairs, every_caption=True)
+    features, rows = first_captions(every, pairs), None if classes is None else classifier(vlm, classes)
     scores = {"zero_shot": math.nan if rows is None else accuracy(predict(features.image, rows), pairs.labels)}
     scores |= recall(every, captions=pairs.all_captions)
     if teacher is not None:
@@ -153,7 +153,7 @@ def first_captions(
     return Features(features.image, features.text[first], features.scale)
 
 # %% ../nbs/11_evaluation.ipynb #3e8180f6
-def caption_counts(pairs: Pairs) -> tuple[int, float]:  # different captions; how many of them are right for a picture, in the mean
+def caption_counts(pairs: Pairs) -> tuple[int, float]:  # different captions; right ones a picture
     "Among what retrieval chooses"
     right = distinct_captions(pairs.all_captions)[2]
     return right.shape[1], right.sum().item() / len(right)
@@ -173,7 +173,8 @@ def alarms(
     r1 = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
     if r1 <= 3 * right / captions:
         several = "" if right == 1 else f", of which {right:.3g} are right for a picture"
-        found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} (1 in {captions / right:.0f})")
+        odds = f"1 in {captions / right:.0f}"
+        found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} ({odds})")
     if classes and scores["zero_shot"] <= 1.2 / classes:
         found.append(f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes")
     return found
@@ -236,7 +237,7 @@ def retrieve(
     queries: int = 4,  # images shown, spread evenly over the pairs
     best: int = 3,  # captions shown of each
 ):  # IPython HTML
-    "The captions nearest to some images; one that is the image's, or equal to one of its own, is marked as right"
+    "The captions nearest to some images; one that is equal to any of the image's own is marked as right"
     from IPython.display import HTML
 
     features, texts = encode_pairs(vlm, pairs, every_caption=True), flat_captions(pairs.all_captions)[0]

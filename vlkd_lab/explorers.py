@@ -89,6 +89,7 @@ def cell_html(affinities: Affinities, pairs: Pairs, cell: Sequence[int] | None) 
         return "<i>Click a cell, or move with the arrow keys and press Enter.</i>"
     said = affinities.cell(*cell)
     i, j = said["image"], said["text"]
+    right = ", its own" if pairs.captions[j] in pairs.all_captions[i] else ""
     rows = "".join(
         f"<tr><th>{name}</th><td>{said[name]['cosine']:.3f}</td><td>{said[name]['probability']:.1%}</td><td>{said[name]['rank']}</td></tr>"
         for name in affinities.features
@@ -96,7 +97,7 @@ def cell_html(affinities: Affinities, pairs: Pairs, cell: Sequence[int] | None) 
     return (
         f"<div style='display:flex;gap:14px;align-items:flex-start'>{_image_html(pairs.pil(i), 128)}<div>"
         f"<p style='margin:0'><small>image {i}, {escaped(pairs.keys[i])}</small><br>{escaped(pairs.captions[i])}</p>"
-        f"<p style='margin:4px 0'><small>text {j}{', its own' if pairs.captions[j] in pairs.all_captions[i] else ''}</small><br>{escaped(pairs.captions[j])}</p>"
+        f"<p style='margin:4px 0'><small>text {j}{right}</small><br>{escaped(pairs.captions[j])}</p>"
         f"<table><tr><th></th><th>cosine</th><th>P(text | image)</th><th>rank of this text</th></tr>{rows}</table></div></div>"
     )
 
@@ -183,7 +184,7 @@ def nearest(features: Features) -> np.ndarray:  # (B,) the pair whose text is ne
 def confusions(
     before: Features,
     after: Features,  # of the same B pairs
-    captions: Sequence[str] | Sequence[Sequence[str]],  # of the B images, one or several each; the features are of the first
+    captions: Sequence[str] | Sequence[Sequence[str]],  # of B images; features are of their first
 ) -> dict[str, list[tuple[int, int, int]]]:  # "mended", "made" -> (image, said before, said after)
     "Images that went from a wrong caption to a right one, and the other way"
     found = {"mended": [], "made": []}

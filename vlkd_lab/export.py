@@ -753,7 +753,9 @@ def push_student(
     return f"https://huggingface.co/{repository}"
 
 # %% ../nbs/11_export.ipynb #21a1ab90
-def _labelled(fields: Mapping[str, bytes], labels: str, classes: int) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
+def _labelled(
+    fields: Mapping[str, bytes], labels: str, classes: int
+) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
     "One sample as CLIP_benchmark reads it; None for one that is damaged or has no such label"
     try:
         _, _, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))

@@ -109,7 +109,7 @@ def partner_ranks(
 # %% ../nbs/00_features.ipynb #29f54d61
 def flat_captions(
     captions: Sequence[str] | Sequence[Sequence[str]],  # of N pictures: a text each, or a list of texts each
-) -> tuple[tuple[str, ...], tuple[int, ...]]:  # T texts, picture by picture; T rows of the pictures that they belong to
+) -> tuple[tuple[str, ...], tuple[int, ...]]:  # T texts, picture by picture; the T rows of their pictures
     "All captions in one line, and whose they are"
     lists = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in captions]
     bare = [row for row, texts in enumerate(lists) if not texts]
@@ -121,7 +121,7 @@ def flat_captions(
 
 def distinct_captions(
     captions: Sequence[str] | Sequence[Sequence[str]],  # of N pictures, as in `flat_captions`
-) -> tuple[tuple[str, ...], tuple[int, ...], Tensor]:  # M texts; (M,) where each first stands in the line; (N, M) bool
+) -> tuple[tuple[str, ...], tuple[int, ...], Tensor]:  # M texts; M places where each stands first; (N, M) bool
     "The different texts, and which of them are right for which picture: its own, whoever else has them too"
     texts, rows = flat_captions(captions)
     first: dict[str, int] = {}
@@ -136,16 +136,18 @@ def distinct_captions(
 def recall(
     features: Features,  # of N images, and of their T captions as `flat_captions` lays them out
     ks: tuple[int, ...] = (1, 5, 10),
-    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,  # of the N images, one or several each. None: one, all differ
+    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,  # of the N images. None: one each, all differ
 ) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
-    "Retrieval R@k in both directions, among N images and the distinct captions"
-    own = [(row,) for row in range(len(features.image))] if captions is None else captions
-    texts, first, right = distinct_captions(own)
-    count = len(flat_captions(own)[0])
-    if (len(own), count) != (len(features.image), len(features.text)):
-        raise ValueError(f"{len(own)} pictures with {count} captions, but features of {len(features.image)} images and "
-                         f"{len(features.text)} texts: the texts are all captions, picture by picture")  # fmt: skip
-    text = features.text[torch.tensor(first, device=features.text.device)]
+    "Retrieval R@k by picture in both directions, among N images and the distinct captions"
+    lists = [(row,) for row in range(len(features.image))] if captions is None else captions
+    _, places, right = distinct_captions(lists)
+    count = len(flat_captions(lists)[0])
+    if (len(lists), count) != (len(features.image), len(features.text)):
+        raise ValueError(
+            f"{len(lists)} pictures with {count} captions, but features of {len(features.image)} images "
+            f"and {len(features.text)} texts: the texts are all captions, picture by picture"
+        )
+    text = features.text[torch.tensor(places, device=features.text.device)]
     right = right.to(features.image.device)
     ranks = {
         "image_to_text": partner_ranks(features.image, text, right),
@@ -163,12 +165,12 @@ class Batch:
     teacher_image: Tensor | None = None  # (B, 3, H', W'); None: the student's serves
     teacher_text: Tensor | None = None  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
-    captions: tuple[str, ...] = ()  # B captions, cleaned; untrusted text. Of a picture that has several, the one that was drawn
+    captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
     crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
     text_keys: tuple[str, ...] = ()  # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
     questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # B lists of (question, answer, type); empty when they were not read
-    caption_numbers: tuple[int, ...] = ()  # which of its sample's captions each row of `text` is, from 0; empty: the first
+    caption_numbers: tuple[int, ...] = ()  # which of its sample's captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = field(default=())  # (sample name, reason) met while this batch was filled
 
     def for_teacher(self) -> Batch:

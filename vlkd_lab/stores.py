@@ -89,7 +89,7 @@ def _read_as(side: str) -> tuple[str, Crops | None]:  # "image" or "text"; the c
 class ShardFeatures:
     "What a teacher says of one side of one shard's usable samples"
 
-    keys: tuple[str, ...]  # M, as in the shard; of texts a sample's key stands once for each of its captions, in their order
+    keys: tuple[str, ...]  # M, as in the shard; on the text side a key for each caption
     labels: np.ndarray  # (M,) int64 class indices, -1 where a sample has none
     rows: np.ndarray  # (M, D) float16, unit length up to rounding
     captioned: np.ndarray  # (M,) bool, whether a caption can be used as well
@@ -139,7 +139,8 @@ def _encode_side(vlm: VLM, shard: ShardReport, side: str, batch_size: int) -> Sh
     keys, labels, captioned, rows = [], [], [], [torch.zeros(0, vlm.config["model_cfg"]["embed_dim"])]
     view = View(vlm.preprocess, None) if part == "image" else View(None, vlm.tokenizer)
     try:
-        for batch in read_once(DataReport((shard,)), view, batch_size, crops=crops, every_caption=part == "text"):
+        every = part == "text"  # caption
+        for batch in read_once(DataReport((shard,)), view, batch_size, crops=crops, every_caption=every):
             keys += [name.removeprefix(f"{shard.name}/") for name in batch.keys]
             labels += [-1 if label is None or abs(label) >> 62 else label for label in batch.labels]
             captioned += [bool(caption) for caption in batch.captions]
@@ -305,6 +306,11 @@ def load(
     keys = tuple(f"{name}/{key}" for name, part in parts.items() for key in part.keys)
     return Stored(np.concatenate([p.rows for p in parts.values()]), np.concatenate([p.labels for p in parts.values()]), keys)
 
+# %% ../nbs/06_stores.ipynb #70c259a7
+def _first_rows(keys: Sequence[str]) -> dict[str, int]:
+    "Where each sample's rows begin; they follow each other"
+    return {key: row for row, key in enumerate(keys) if row == 0 or keys[row - 1] != key}
+
 # %% ../nbs/06_stores.ipynb #72accd51
 class StoredTeacher:
     "Answers like the teacher, from its store"
@@ -325,10 +331,11 @@ class StoredTeacher:
         sides = crop_sides(self.crop_scale, max(batch.crops) + 1) if batch.crops else ("image",)
         image = self._rows("image", zip(batch.keys, (sides[k] for k in batch.crops) if batch.crops else sides * len(batch), strict=True))
         names = batch.text_keys or batch.keys
-        text = self._rows("text", zip(names, ["text"] * len(names), batch.caption_numbers or [0] * len(names), strict=True))
+        numbers = batch.caption_numbers or [0] * len(names)
+        text = self._rows("text", zip(names, ["text"] * len(names), numbers, strict=True))
         return Features(image, text, self.scale)
 
-    def _rows(self, part: str, wanted: Iterable[tuple]) -> Tensor:  # (name, side) each, of texts also the caption's number
+    def _rows(self, part: str, wanted: Iterable[tuple]) -> Tensor:  # (name, side), and of a text its number
         rows = np.stack([self._row(self.stores[part], *row) for row in wanted]).astype(np.float32)
         return torch.nn.functional.normalize(torch.from_numpy(rows).to(self.device), dim=1)
 
@@ -344,13 +351,9 @@ class StoredTeacher:
         stored = None if row is None else shard_features(store, shard, side)
         if row is None or stored.keys[row + number : row + number + 1] != (key,):
             reason = "it is of other shards, or the sample was unusable when it was filled"
-            raise ValueError(f"the store has no {side} features of {name}{f', caption {number}' * (number > 0)}: {reason}")
+            place = f"{name}, caption {number}" if number else name
+            raise ValueError(f"the store has no {side} features of {place}: {reason}")
         return stored.rows[row + number]
-
-
-def _first_rows(keys: Sequence[str]) -> dict[str, int]:
-    "Where each sample's rows begin; they follow each other"
-    return {key: row for row, key in enumerate(keys) if row == 0 or keys[row - 1] != key}
 
 # %% ../nbs/06_stores.ipynb #d8ddc7d6
 def _main(arguments: list[str]) -> int:

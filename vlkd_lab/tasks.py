@@ -213,7 +213,7 @@ def _cider(made: list[str], true: list[list[str]]) -> float:  # nan for one pict
 
 # %% ../nbs/12_tasks.ipynb #e0f8d833
 def references_of(pairs: Pairs) -> list[list[str]]:  # of each picture; one at least
-    "All captions of each picture; one without words (a line of dots) says nothing, and is left out where there is another"
+    "All captions of each picture; one without words (a line of dots) is left out where there is another"
     with_words = [[text for text in texts if _words(text)] for texts in pairs.all_captions]
     return [kept or list(texts) for kept, texts in zip(with_words, pairs.all_captions, strict=True)]
 
@@ -621,7 +621,8 @@ def job_tasks(
 ) -> pd.DataFrame:  # as `compare_tasks` gives it
     "Compare the teacher and all students of a job, or read what was found before"
     pairs, models, path = pairs or job.val, job_models(job), job.run.folder / "tasks.json"
-    about = [beams, questions, candidates, [*pairs.keys, *flat_captions(pairs.all_captions)[0], pairs.questions]]
+    texts = flat_captions(pairs.all_captions)[0]
+    about = [beams, questions, candidates, [*pairs.keys, *texts, pairs.questions]]
     keys = {name: _digest(state_digest(blip.model), blip.tasks, about) for name, blip in models.items()}
     kept, own = read_json(path, {"scores": {}, "tables": {}}), _digest(keys)
     if own not in kept["tables"]:

@@ -1402,19 +1402,21 @@ def encode_captions(
 ) -> Tensor:  # (T, D) unit rows, float32, on the model's device
     "Features of texts, whichever pictures they belong to"
     with evaluating(model.model):
-        parts = [list(captions[start : start + batch_size]) for start in range(0, len(captions), batch_size)]
-        return torch.cat([model.encode_text(model.tokenizer(part).to(model.device)).float() for part in parts])
+        starts = range(0, len(captions), batch_size)
+        tokens = (model.tokenizer(list(captions[start : start + batch_size])) for start in starts)
+        return torch.cat([model.encode_text(part.to(model.device)).float() for part in tokens])
 
 
 def validation_features(
     model: VLM,
     pairs: data.Pairs,  # N pairs
-    every_caption: bool = False,  # texts are all captions, in the order of `flat_captions`; else the first of each picture
+    every_caption: bool = False,  # all captions, as `flat_captions` lays them out; else the first of each picture
 ) -> Features:
     "Features of the validation pairs under a model that may be in training"
     with evaluating(model.model):
         parts = [model.encode(batch.to(model.device)) for batch in pairs.batches(data.View(model.preprocess, model.tokenizer))]
-    features = Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
+    image, text = (torch.cat([getattr(part, side) for part in parts]).float() for side in ("image", "text"))
+    features = Features(image, text, parts[0].scale)
     texts = flat_captions(pairs.all_captions)[0]
     if every_caption and len(texts) > len(pairs):
         features = replace(features, text=encode_captions(model, texts))
@@ -1423,7 +1425,8 @@ def validation_features(
 
 def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
     "R@1 both ways by picture, among the validation pairs and all their captions"
-    return recall(validation_features(student, pairs, every_caption=True), ks=(1,), captions=pairs.all_captions)
+    features = validation_features(student, pairs, every_caption=True)
+    return recall(features, ks=(1,), captions=pairs.all_captions)
 
 # %% ../nbs/10_trainers.ipynb #1797fb24
 @contextmanager
