@@ -199,8 +199,8 @@ class ClipCidJob(_Clustered, Job):
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
-        features = validation_features(student, self.val)
-        scores = recall(features, ks=(1,), captions=self.val.captions)
+        features = validation_features(student, self.val, every_caption=True)
+        scores = recall(features, ks=(1,), captions=self.val.all_captions)
         taught = objective.weights != {"contrastive": 1.0}
         return scores | ({"cluster_agreement": _agreement(self, features, objective)} if taught else {})
 

@@ -353,7 +353,9 @@ class _Streams(_Sentences):
     def unpaired(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for image, text in zip(self.images.batches(step), self.texts.batches(step), strict=False):
-            yield replace(image, text=text.text, text_keys=text.keys, captions=(), skipped=image.skipped + text.skipped)
+            skipped, numbers = image.skipped + text.skipped, text.caption_numbers
+            sentences = dict(text=text.text, text_keys=text.keys, caption_numbers=numbers, captions=())
+            yield replace(image, **sentences, skipped=skipped)
 
 # %% ../nbs/11_dime_fm.ipynb #289b9c29
 PROBE_POOL = 2000  # sentences of the corpus among which the probe's are found
@@ -390,9 +392,9 @@ class _Probe:
         return replace(batch, text=self.teacher.tokenizer(list(self.chosen_sentences))).to(self.accelerator.device)
 
     @cached_property
-    def said(self) -> Tensor:  # (N, D) unit rows
+    def said(self) -> Tensor:  # (T, D) unit rows, of every caption
         "The validation captions under the teacher's text tower"
-        return trainers.validation_features(self.teacher, self.val).text
+        return trainers.validation_features(self.teacher, self.val, every_caption=True).text
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         "R@1 both ways; what a kept text tower says is asked once"
@@ -401,7 +403,8 @@ class _Probe:
         view = replace(self.view, tokenizer=None)
         with evaluating(student.model):
             rows = [student.encode_image(batch.image.to(student.device)).float() for batch in self.val.batches(view)]
-        return recall(Features(torch.cat(rows), self.said, self.teacher.scale), ks=(1,), captions=self.val.captions)
+        features = Features(torch.cat(rows), self.said, self.teacher.scale)
+        return recall(features, ks=(1,), captions=self.val.all_captions)
 
 # %% ../nbs/11_dime_fm.ipynb #1b486dc2
 def nearest_each(

@@ -486,7 +486,7 @@ class BlipTrainingJob(_FusedJob, trainers.TeacherJob):
 def read_texts(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     "Captions, questions and answers of the first samples, without decoding an image"
     samples = list(islice((sample for shard in shards for sample in data.raw_samples(shard)), most))
-    texts = [data.clean_caption(sample["txt"].decode("utf-8", "replace")) for sample in samples if "txt" in sample]
+    texts = [text for sample in samples for text in data.captions_of(sample)]
     return texts + [text for sample in samples for asked in data.asked_questions(sample) for text in asked[:2]]
 
 

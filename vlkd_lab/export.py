@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import BadSample, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, visible
+from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, visible
 from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
 from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
@@ -777,15 +777,17 @@ def push_student(
     return f"https://huggingface.co/{repository}"
 
 # %% ../nbs/11_export.ipynb #21a1ab90
-def _labelled(fields: Mapping[str, bytes], labels: str, classes: int) -> tuple[str, bytes, bytes] | None:  # ending, image, label or caption
+def _labelled(
+    fields: Mapping[str, bytes], labels: str, classes: int
+) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
     "One sample as CLIP_benchmark reads it; None for one that is damaged or has no such label"
     try:
-        _, caption, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
+        _, _, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
     except BadSample:
         return None
     ending = next(name for name in ("jpg", "jpeg", "png", "webp") if name in fields)
     if not classes:
-        return ending, fields[ending], caption.encode()
+        return ending, fields[ending], "\n".join(captions_of(fields)).encode()
     label = label_sets(fields).get(labels) if labels else own
     if label is not None and not 0 <= label < classes:
         named = fields.get("__key__", "a sample")

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__, data, fusion, gates, models, runs
-from .features import Batch, Features, gather, recall
+from .features import Batch, Features, flat_captions, gather, recall
 from .gates import GATE_KINDS, Gates, TowerCost, budget, close_budget, gate_state, gated, kept_shapes, sparsity, target_at, uniform_gates
 from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
@@ -55,10 +55,10 @@ __all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_pa
            'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes',
            'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps',
            'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates',
-           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'validation_features',
-           'validation_scores', 'at_work', 'write_probe', 'Contrastive', 'open_contrastive', 'read_captions',
-           'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start', 'current_student',
-           'load_student', 'open_job']
+           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'encode_captions',
+           'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive', 'open_contrastive',
+           'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start',
+           'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -1596,17 +1596,39 @@ def finish_fit(
     job.accelerator.wait_for_everyone()
     return student
 
+# %% ../nbs/10_trainers.ipynb #c297bfa0
+def encode_captions(
+    model: VLM,
+    captions: Sequence[str],  # T texts
+    batch_size: int = 256,  # encoded at once
+) -> Tensor:  # (T, D) unit rows, float32, on the model's device
+    "Features of texts, whichever pictures they belong to"
+    with evaluating(model.model):
+        starts = range(0, len(captions), batch_size)
+        tokens = (model.tokenizer(list(captions[start : start + batch_size])) for start in starts)
+        return torch.cat([model.encode_text(part.to(model.device)).float() for part in tokens])
 
-def validation_features(model: VLM, pairs: data.Pairs) -> Features:
+
+def validation_features(
+    model: VLM,
+    pairs: data.Pairs,  # N pairs
+    every_caption: bool = False,  # all captions, as `flat_captions` lays them out; else the first of each picture
+) -> Features:
     "Features of the validation pairs under a model that may be in training"
     with evaluating(model.model):
         parts = [model.encode(batch.to(model.device)) for batch in pairs.batches(data.View(model.preprocess, model.tokenizer))]
-    return Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
+    image, text = (torch.cat([getattr(part, side) for part in parts]).float() for side in ("image", "text"))
+    features = Features(image, text, parts[0].scale)
+    texts = flat_captions(pairs.all_captions)[0]
+    if every_caption and len(texts) > len(pairs):
+        features = replace(features, text=encode_captions(model, texts))
+    return features
 
 
 def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
-    "R@1 both ways among the validation pairs"
-    return recall(validation_features(student, pairs), ks=(1,), captions=pairs.captions)
+    "R@1 both ways by picture, among the validation pairs and all their captions"
+    features = validation_features(student, pairs, every_caption=True)
+    return recall(features, ks=(1,), captions=pairs.all_captions)
 
 # %% ../nbs/10_trainers.ipynb #1797fb24
 @contextmanager
