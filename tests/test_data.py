@@ -192,7 +192,7 @@ def test_damage_is_found(tmp_path, ending):
     tar(tmp_path / f"empty.{ending}", [])
     report = D.inspect_shards(tmp_path, cache=False)
     assert {shard.name for shard in report.damaged} == {*cases, "empty"} and report.total == 20
-    with pytest.raises(ValueError, match="shards are damaged.*empty.*leave them out.*data='…,!empty.tar"):
+    with pytest.raises(ValueError, match="shards are damaged.*empty.*leave it out.*data='…,!empty.tar"):
         D.check_split(report)
     D.check_split(report, allow_damaged=True)
     assert {key.split("/")[0] for row in keys(D.PairStream(report, VIEW, 5), 4) for key in row} == {"whole"}

@@ -49,9 +49,9 @@ from .sources import FIELDS, FILES, IMAGE_FIELDS, LINES, PAIRS, TABLES, TEXT_FIE
 __all__ = ['project_root', 'find_shards', 'find_images', 'find_sentences', 'source_folder', 'raw_samples', 'write_index',
            'read_index', 'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport',
            'inspect_shards', 'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'clean_caption', 'decode_image',
-           'decode_sample', 'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled',
-           'crop_box', 'Crops', 'PairStream', 'BadSampleGuard', 'Truncation', 'truncated_share', 'read_once', 'Pairs',
-           'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
+           'decode_sample', 'shard_captions', 'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs',
+           'shuffled', 'crop_box', 'Crops', 'PairStream', 'BadSampleGuard', 'Truncation', 'truncated_share',
+           'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
 
 # %% ../nbs/02_data.ipynb #8a275301
 def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
@@ -322,7 +322,7 @@ def _problem(grouped: Grouped, failure: str, whole: bool) -> str:
         return f"unreadable after {len(grouped.samples)} samples ({failure})"
     if not whole:
         return f"cut short or damaged after sample {next(reversed(grouped.samples), 'the beginning')}: the tar has no end mark"
-    return "" if grouped.samples else "empty: no image or caption in it"
+    return "" if grouped.samples else f"empty: no image or caption in it{sources.not_read(grouped.ignored)}"
 
 # %% ../nbs/02_data.ipynb #370e73da
 _CATALOGUES: dict[tuple, _Catalogue] = {}  # the last few that were made, by path, size and time of change
@@ -358,7 +358,12 @@ def raw_samples(
             wanted = {name: [catalogue.places[k] for k in numbers] for name, numbers in fields.items() if name in only}
             yield {"__key__": key, "__url__": str(path)} | sources.gathered(wanted, lambda place: _content(file, *place))
         if catalogue.problem and not catalogue.problem.startswith("empty"):
-            raise ValueError(f"{path}: {catalogue.problem}")
+            raise ValueError(f"{path}: {catalogue.problem}; {_leave_out([path.name])}")
+
+
+def _leave_out(names: Sequence[str]) -> str:
+    "What can be done about damaged shards"
+    return f"repair what is damaged, or leave it out where the data are named: data='…,{_some([f'!{name}' for name in names], 12).replace(', ', ',')}'"
 
 
 def _content(file: BinaryIO, start: int, size: int) -> bytes:
@@ -627,8 +632,7 @@ def check_split(
     if report.damaged and not allow_damaged:
         named = "; ".join(f"{shard.name}: {shard.problem}" for shard in report.damaged[:4])
         count = f"{len(report.damaged)} of {len(report.shards)} shards are damaged"
-        left_out = ",".join(f"!{shard.path.name}" for shard in report.damaged[:4])
-        raise ValueError(f"{count} ({named}); repair them, or leave them out where the data are named: data='…,{left_out}'")
+        raise ValueError(f"{count} ({named}); {_leave_out([shard.path.name for shard in report.damaged])}")
     if n < readers:
         best = f"at most {n // world_size} workers" if n >= world_size else f"at most {n} processes"
         raise ValueError(
@@ -815,6 +819,15 @@ def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
         return caption, None if label is None else int(label)
     except (TypeError, ValueError) as error:
         raise BadSample(f"class is no integer: {label!r:.40}") from error
+
+# %% ../nbs/02_data.ipynb #9dd43ccb
+def shard_captions(
+    path: Path,  # one shard, as `raw_samples` takes it
+    most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
+) -> Iterator[str]:  # cleaned; those that are empty are left out
+    "All captions of all samples of a shard"
+    for sample in raw_samples(path, TEXT_FIELDS, most):
+        yield from filter(None, map(clean_caption, sources.captions_in(sample)))
 
 # %% ../nbs/02_data.ipynb #98648443
 def label_sets(
@@ -1373,10 +1386,9 @@ def _first_captions(path: Path, count: int) -> Iterator[str]:
     "Captions of a shard, from its first members where they have any"
     found = False
     for most in (8 * count, None):
-        for sample in () if found else raw_samples(path, TEXT_FIELDS, most):
-            for text in filter(None, map(clean_caption, sources.captions_in(sample))):
-                found = True
-                yield text
+        for text in () if found else shard_captions(path, most):
+            found = True
+            yield text
 
 # %% ../nbs/02_data.ipynb #d46ac1db
 def _in_order(report: DataReport, limit: int | None) -> Iterator[tuple[int, _Item]]:

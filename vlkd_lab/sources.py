@@ -24,8 +24,8 @@ from tqdm import tqdm
 __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES', 'FILES', 'PAIRS', 'MOST_BAD', 'TABLES',
            'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'write_whole', 'split_name', 'Grouped', 'group_names',
            'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
-           'pictures_below', 'picture_parts', 'pairs_below', 'has_captions', 'pair_parts', 'Columns', 'find_columns',
-           'read_table', 'table_parts', 'part_samples', 'part_problem', 'captions_in', 'captions_file']
+           'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
+           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem', 'captions_in', 'captions_file']
 
 # %% ../nbs/01_sources.ipynb #c90cd7ab
 def write_whole(path: str | Path, text: str) -> None:
@@ -327,7 +327,7 @@ def picture_parts(
     source, files = source.resolve(), pictures_below(source.resolve())
     ignored = Counter(name.rpartition(".")[2].lower() for name in files_below(source) if name.lower().endswith(UNREAD))
     if not files:
-        raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + _not_read(ignored))
+        raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + not_read(ignored))
     stamp = _digest([files, per_part, ignored])
     home = _home(cache, source)
     if (kept := _kept(home, FILES, stamp)) is not None:
@@ -344,7 +344,7 @@ def _digest(value: Any) -> str:  # 64 hexadecimal digits
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _not_read(ignored: Mapping[str, int]) -> str:
+def not_read(ignored: Mapping[str, int]) -> str:
     "What lies there instead, for a message"
     kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(ignored).most_common(4))
     return f"; it has {kinds}, which is not read" if kinds else ""
@@ -394,7 +394,7 @@ def pair_parts(
     source = source.resolve()
     rows, ignored = pairs_below(source)
     if not rows:
-        raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + _not_read(ignored))
+        raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + not_read(ignored))
     if not has_captions(rows):
         raise ValueError(f"{source} holds {len(rows)} pictures, and none has a caption: write NAME.txt (or NAME.json) beside each, "
                          "or name a .csv or .tsv with a column of pictures and one of captions")  # fmt: skip
