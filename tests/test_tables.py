@@ -101,7 +101,7 @@ def test_a_class_column_counts_when_it_holds_indices(here):
     ("", r"has the columns \(none\)"),
     ("image,caption\n", "has no row that names a picture"),
     ("image,caption\nno.png,a\nnot.png,b\n", r"names 2 pictures, and none of them exists \(the first is no.png\): paths start at"),
-    ('image,caption\npictures/p.1.png,"never closed\n', "line 3: unexpected end of data; put a caption with quotes"),
+    ('image,caption\npictures/p.1.png,"never closed\n', "line 2: unexpected end of data; put a caption with quotes"),
     ('image,caption\npictures/p.1.png,"a "b" c"\n', "line 2: ',' expected after"),
 ])  # fmt: skip
 def test_what_is_no_table_of_pairs_is_refused_in_a_line(here, content, message):

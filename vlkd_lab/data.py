@@ -49,9 +49,10 @@ from .sources import FIELDS, FILES, IMAGE_FIELDS, LINES, PAIRS, TABLES, TEXT_FIE
 __all__ = ['project_root', 'find_shards', 'find_images', 'find_sentences', 'source_folder', 'raw_samples', 'write_index',
            'read_index', 'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport',
            'inspect_shards', 'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'clean_caption', 'decode_image',
-           'decode_sample', 'shard_captions', 'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs',
-           'shuffled', 'crop_box', 'Crops', 'PairStream', 'BadSampleGuard', 'Truncation', 'truncated_share',
-           'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
+           'captions_of', 'decode_sample', 'shard_captions', 'label_sets', 'asked_questions', 'View', 'FastPreprocess',
+           'plan_epochs', 'shuffled', 'crop_box', 'Crops', 'drawn_caption', 'PairStream', 'BadSampleGuard',
+           'Truncation', 'truncated_share', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch',
+           'thumbnail']
 
 # %% ../nbs/02_data.ipynb #8a275301
 def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
@@ -226,7 +227,7 @@ def _sentences_of(pattern: str) -> list[Path]:
         if path.name.endswith(_ENDINGS) or path.is_dir() and _holds_shards(path):
             paths += _shards_of(str(path))
         elif path.name.lower().endswith(TABLES) or path.is_dir() and sources.has_captions(sources.pairs_below(path)[0]):
-            paths += sources.text_parts(sources.captions_file(_shards_of(str(path)), _cache()), _cache())
+            paths += sources.text_parts(_captions_file(_shards_of(str(path))), _cache())
         else:
             paths += [part for text in _text_files(path) for part in sources.text_parts(text, _cache())]
     return paths
@@ -238,6 +239,16 @@ def _text_files(path: Path) -> list[Path]:
     if not texts:
         raise FileNotFoundError(f"{path}: neither a shard nor a .txt file in this folder; {_found(path)}")
     return texts
+
+
+def _captions_file(parts: Sequence[Path]) -> Path:
+    "All captions of the pairs of a table or folder as a text file, one a line"
+    source = Path(read_part(parts[0])["part"].source)
+    path = parts[0].parent / f"{source.stem}.txt"
+    text = "".join(f"{caption}\n" for part in parts for caption in shard_captions(part))
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+    return path
 
 
 def source_folder(
@@ -363,7 +374,8 @@ def raw_samples(
 
 def _leave_out(names: Sequence[str]) -> str:
     "What can be done about damaged shards"
-    return f"repair what is damaged, or leave it out where the data are named: data='…,{_some([f'!{name}' for name in names], 12).replace(', ', ',')}'"
+    excluded = _some([f"!{name}" for name in names], 12).replace(", ", ",")
+    return f"repair what is damaged, or leave it out where the data are named: data='…,{excluded}'"
 
 
 def _content(file: BinaryIO, start: int, size: int) -> bytes:
@@ -604,7 +616,7 @@ def inspect_shards(
 # %% ../nbs/02_data.ipynb #a45ae920
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
     "File names without endings, with as many folders before them as it takes to tell them apart; if nothing else does, with endings"
-    plain = [path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|(kept|lines|files)\.json)$", "", path.name)) for path in paths]
+    plain = [path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|(kept|lines|files|pairs)\.json)$", "", path.name)) for path in paths]
     for depth in range(1, max(len(path.parts) for path in plain) + 1):
         names = ["/".join(path.parts[-depth:]) for path in plain]
         if len(set(names)) == len(names):
@@ -658,7 +670,7 @@ class NoSample(ValueError):
 
 def clean_caption(text: str) -> str:
     "Without characters that cannot be seen, white space single, at most 2,000 long"
-    return " ".join(_UNSEEN.sub(" ", text[:_LONGEST]).split())
+    return " ".join(_UNSEEN.sub(" ", text.replace("\ufeff", "")[:_LONGEST]).split())
 
 # %% ../nbs/02_data.ipynb #f04dc6cb
 _READABLE = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # Pillow's names
@@ -779,15 +791,65 @@ def _on_white(image: Image.Image) -> Image.Image:  # RGB
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
+# %% ../nbs/02_data.ipynb #bb02d19c
+def captions_of(
+    fields: Mapping[str, bytes],  # one raw sample
+) -> list[str]:  # cleaned and different; untrusted text; empty when none can be used
+    "All captions of a sample, the first one first"
+    try:
+        return _usable_captions(fields, _json_of(fields))
+    except BadSample:
+        return []
+
+
+def _json_of(fields: Mapping[str, bytes]) -> dict:
+    "What a sample's JSON holds; nothing when it is broken"
+    try:
+        extra = json.loads(fields.get("json", b"{}"))
+    except Exception:  # not JSON, not UTF-8, nested too deep
+        return {}
+    return extra if isinstance(extra, dict) else {}
+
+
+def _usable_captions(fields: Mapping[str, bytes], extra: dict) -> list[str]:
+    "The captions of the first source that has any, or `BadSample`"
+    reason = "no caption"
+    for texts in _caption_sources(fields, extra):
+        cleaned = dict.fromkeys(clean_caption(text) for text in texts)
+        captions = [text for text in cleaned if text]
+        if captions:
+            return captions
+        reason = "caption is empty" if texts else reason
+    raise BadSample(reason)
+
+
+def _caption_sources(fields: Mapping[str, bytes], extra: dict) -> Iterator[list[str]]:
+    "Where captions may stand; what is not asked for is not decoded"
+    yield _strings(extra.get("captions"))
+    if "txt" in fields:
+        try:
+            yield re.split(r"\r\n|\r|\n", fields["txt"].decode())
+        except UnicodeDecodeError as error:
+            raise BadSample(f"caption is not UTF-8 at byte {error.start}") from error
+    yield _strings(extra.get("caption"))
+
+# %% ../nbs/02_data.ipynb #a9435b9a
+def _strings(value: Any) -> list[str]:
+    "A text, or the texts of a list; anything else is none"
+    texts = value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str)]
+
 # %% ../nbs/02_data.ipynb #6eb95cb3
 def decode_sample(
     fields: dict[str, bytes],  # one raw sample
     max_pixels: int = 50_000_000,  # as in `decode_image`
     sides: Collection[str] = ("image", "text"),  # which are wanted; what the other lacks is no fault
-) -> tuple[Image.Image | None, str, int | None]:  # RGB image, caption, class index
+) -> tuple[Image.Image | None, str, int | None]:  # RGB image, first caption, class index
     "One pair, or one side of it, or `BadSample`"
     if "image" not in sides:
         return None, *_caption_and_label(fields)
+    if "__problem__" in fields:
+        raise BadSample(fields["__problem__"])
     name = next((name for name in _IMAGES if name in fields), None)
     if name is None:
         raise BadSample("no image")
@@ -801,19 +863,8 @@ def decode_sample(
 
 
 def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
-    try:
-        extra = json.loads(fields.get("json", b"{}"))
-    except Exception:  # not JSON, not UTF-8, nested too deep
-        extra = {}
-    extra = extra if isinstance(extra, dict) else {}
-    try:
-        caption = fields["txt"].decode() if "txt" in fields else extra.get("caption")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"caption is not UTF-8 at byte {error.start}") from error
-    if not isinstance(caption, str):
-        raise BadSample("no caption")
-    if not (caption := clean_caption(caption)):
-        raise BadSample("caption is empty")
+    extra = _json_of(fields)
+    caption = _usable_captions(fields, extra)[0]
     label = fields.get("cls", extra.get("cls"))
     try:
         return caption, None if label is None else int(label)
@@ -824,10 +875,10 @@ def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
 def shard_captions(
     path: Path,  # one shard, as `raw_samples` takes it
     most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
-) -> Iterator[str]:  # cleaned; those that are empty are left out
+) -> Iterator[str]:  # cleaned
     "All captions of all samples of a shard"
     for sample in raw_samples(path, TEXT_FIELDS, most):
-        yield from filter(None, map(clean_caption, sources.captions_in(sample)))
+        yield from captions_of(sample)
 
 # %% ../nbs/02_data.ipynb #98648443
 def label_sets(
@@ -977,7 +1028,7 @@ class _Shelf:
     def _file(self, index: int) -> Iterator[_Item]:
         shard, count = self.shards[index], 0
         for count, fields in enumerate(raw_samples(shard.path), start=1):
-            data = {name: value for name, value in fields.items() if name in _FIELDS}
+            data = {name: value for name, value in fields.items() if name in _FIELDS or name == "__problem__"}
             key = fields["__key__"]
             yield _Item(f"{shard.name}/{key}", f"{index} {count}", key, data, fields.get("__problem__", ""))
         if count != shard.count:
@@ -1035,42 +1086,77 @@ class Crops:
         chosen = f"crop {self.seed} {epoch} {item.place}" if number < 0 else f"numbered crop {number} {item.key}"
         return crop_box(*size, self.scale, chosen) if self.scale < 1 else None
 
+# %% ../nbs/02_data.ipynb #9ab4635b
+def drawn_caption(
+    count: int,  # captions of the sample
+    place: str,  # whatever identifies the sample
+    epoch: int,
+    seed: int = 0,
+) -> int:  # from 0 to count - 1
+    "The number of the caption that an epoch sees"
+    if count == 1:
+        return 0
+    past_rounds, step = divmod(epoch, count)
+    order = list(range(count))
+    random.Random(f"captions {seed} {past_rounds} {place}").shuffle(order)
+    return order[step]
+
 # %% ../nbs/02_data.ipynb #7f6085c8
+@dataclass(frozen=True)
+class _Seen:
+    "What the models see of one sample"
+
+    pictures: list[np.ndarray | Tensor]  # one for every lens
+    captions: tuple[str, ...]  # all that the sample has; one empty text where it has none and none is wanted
+    number: int  # which of them is seen
+    label: int | None
+    crop: int  # -1 where crops have no numbers
+    questions: tuple  # (question, answer, type) each
+
+
 class _Studio:
     "Makes items into what student and teacher see"
 
-    def __init__(self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None, shelf: _Shelf | None = None):
-        self.crops, self.max_pixels, self.shelf = crops or Crops(), max_pixels, shelf
+    def __init__(
+        self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None, shelf: _Shelf | None = None,
+        draw_seed: int | None = None,  # of the captions' draw; None: the first of each sample
+    ):  # fmt: skip
+        self.crops, self.max_pixels, self.shelf, self.draw_seed = crops or Crops(), max_pixels, shelf, draw_seed
         self.lenses, self.words = _shared_views(student, teacher or View(None, None))
         self.sides, self.asks = ("image",) * bool(self.lenses) + ("text",) * bool(self.words), student.questions
         self.still = self.crops.scale >= 1 and all(lens.exact for lens in self.lenses)  # the same pixels in every epoch
 
-    def see(self, item: _Item, epoch: int = 0) -> tuple[list, str, int | None, int]:  # a picture for every lens, caption, class, crop
+    def see(self, item: _Item, epoch: int = 0) -> _Seen:
         "What the models see of an item in an epoch; raises BadSample"
         if item.problem:
             raise BadSample(item.problem)
-        pictures, caption, label, asked = item.decoded or self._decode(item)
-        number = self.crops.number(item, epoch)
+        pictures, captions, label, asked = item.decoded or _decoded(self, item)
+        number = 0 if self.draw_seed is None else drawn_caption(len(captions), item.place, epoch, self.draw_seed)
+        crop = self.crops.number(item, epoch)
         if not self.still:
             image = Image.fromarray(pictures[0])
-            box = self.crops.box(image.size, item, epoch, number)
+            box = self.crops.box(image.size, item, epoch, crop)
             pictures = [_cut(image, box, lens) for lens in self.lenses]
-        return pictures, caption, label, number, asked
+        return _Seen(pictures, captions, number, label, crop, asked)
 
-    def _decode(self, item: _Item) -> tuple[list[np.ndarray], str, int | None]:
-        "Decode once; keep the result in place of the file's bytes where the budget allows"
-        try:
-            image, caption, label = decode_sample(item.fields, self.max_pixels, self.sides)
-            asked = asked_questions(item.fields) if self.asks else ()
-        except BadSample as error:
-            item.problem = str(error)
-            raise
-        pictures = [lens.pixels(image) for lens in self.lenses] if self.still or image is None else [np.asarray(image)]
-        grown = sum(picture.nbytes for picture in pictures) - item.size
-        if item.kept and grown <= self.shelf.free:
-            self.shelf.free -= grown
-            item.decoded, item.fields = (pictures, caption, label, asked), {}
-        return pictures, caption, label, asked
+# %% ../nbs/02_data.ipynb #61b351db
+def _decoded(studio: _Studio, item: _Item) -> tuple[list[np.ndarray], tuple[str, ...], int | None, tuple]:
+    "Decode once; keep the result in place of the file's bytes where the budget allows"
+    try:
+        image, caption, label = decode_sample(item.fields, studio.max_pixels, studio.sides)
+        captions = tuple(captions_of(item.fields)) if caption else ("",)
+        asked = asked_questions(item.fields) if studio.asks else ()
+    except BadSample as error:
+        item.problem = str(error)
+        raise
+    whole = studio.still or image is None
+    pictures = [lens.pixels(image) for lens in studio.lenses] if whole else [np.asarray(image)]
+    further = sum(len(text.encode()) for text in captions[1:])  # a first caption is as small as a name
+    grown = sum(picture.nbytes for picture in pictures) + further - item.size
+    if item.kept and grown <= studio.shelf.free:
+        studio.shelf.free -= grown
+        item.decoded, item.fields = (pictures, captions, label, asked), {}
+    return pictures, captions, label, asked
 
 # %% ../nbs/02_data.ipynb #127122b9
 def _cut(image: Image.Image, box: tuple | None, lens: FastPreprocess) -> np.ndarray | Tensor:  # (3, H, W)
@@ -1118,17 +1204,21 @@ def _shared_views(student: View, teacher: View) -> tuple[list[FastPreprocess], l
         words.append(_Words(teacher.tokenizer))
     return lenses, words
 
-
-def _as_batch(studio: _Studio, rows: list[tuple], skipped: list[tuple[str, str]]) -> Batch:
-    "Rows of (name, (pictures, caption, class, crop, questions)) as one batch; a side that is not read has no columns"
+# %% ../nbs/02_data.ipynb #20345f1b
+def _as_batch(studio: _Studio, rows: list[tuple[str, _Seen]], skipped: list[tuple[str, str]]) -> Batch:
+    "Named samples as one batch; a side that is not read has no columns"
     names, seen = zip(*rows, strict=True)
-    pictures, captions, labels, crops, asked = zip(*seen, strict=True)
-    columns = zip(studio.lenses, zip(*pictures, strict=True), strict=True)
+    captions = tuple(one.captions[one.number] for one in seen)
+    columns = zip(studio.lenses, zip(*(one.pictures for one in seen), strict=True), strict=True)
     images = [lens.normalise(np.stack(column)) if lens.exact else torch.stack(column) for lens, column in columns]
     texts = [words(list(captions)) for words in studio.words]
     images, texts = images or [torch.zeros(len(names), 0)], texts or [torch.zeros(len(names), 0, dtype=torch.long)]
     teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-    given = dict(crops=crops if studio.crops.fixed else (), questions=asked if studio.asks else (), skipped=tuple(skipped))
+    given = dict(skipped=tuple(skipped))
+    given |= dict(caption_numbers=tuple(one.number for one in seen)) if studio.words else {}
+    given |= dict(crops=tuple(one.crop for one in seen)) if studio.crops.fixed else {}
+    given |= dict(questions=tuple(one.questions for one in seen)) if studio.asks else {}
+    labels = tuple(one.label for one in seen)
     return Batch(images[0], texts[0], teacher_image, teacher_text, names, captions, labels, **given)
 
 # %% ../nbs/02_data.ipynb #a66c3384
@@ -1168,7 +1258,7 @@ class _Reader:
         self.place = stream.rank * workers + number  # among the readers of all processes
         self.shelf = _Shelf(stream.report.usable, stream.cache_mb * 1_000_000 // workers)
         crops = Crops(stream.crop_scale, stream.seed, stream.crops)
-        self.studio = _Studio(stream.student, stream.teacher, stream.max_pixels, crops, self.shelf)
+        self.studio = _Studio(stream.student, stream.teacher, stream.max_pixels, crops, self.shelf, stream.seed)
 
     def items(self, skip: int) -> Iterator[tuple[int, _Item]]:  # (epoch, sample) without end
         "The reader's undecoded samples from number `skip` on"
@@ -1406,6 +1496,7 @@ def read_once(
     limit: int | None = None,  # samples read at most, good or bad
     max_pixels: int = 50_000_000,  # as in `decode_image`
     crops: Crops | None = None,  # None: whole pictures
+    every_caption: bool = False,  # a row for each caption of a sample, one after the other; else its first
 ) -> Iterator[Batch]:  # all full but the last
     "One pass in the order of the shards"
     studio, rows, skipped = _Studio(student, teacher, max_pixels, crops), [], []
@@ -1413,10 +1504,11 @@ def read_once(
         if pair is None:
             skipped.append((name, reason))
             continue
-        if len(rows) == batch_size:
-            yield _as_batch(studio, rows, skipped)
-            rows, skipped = [], []
-        rows.append((name, pair))
+        for number in range(len(pair.captions) if every_caption else 1):
+            if len(rows) == batch_size:
+                yield _as_batch(studio, rows, skipped)
+                rows, skipped = [], []
+            rows.append((name, replace(pair, number=number)))
     if not rows:
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     yield _as_batch(studio, rows, skipped)
@@ -1427,12 +1519,16 @@ class Pairs:
     "Decoded pairs in memory"
 
     images: tuple[np.ndarray, ...]  # (H, W, 3) uint8 each, as large as in the shard
-    captions: tuple[str, ...]  # untrusted text
+    captions: tuple[str, ...]  # one a picture, the first; untrusted text
     labels: tuple[int | None, ...]  # class indices, None where a sample has none
     keys: tuple[str, ...]  # "shard/key"
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) of those left out
     sets: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)  # further label sets by name, as the JSON's "labels" has them
     questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # lists of (question, answer, type), as the JSON has them; or empty
+    all_captions: tuple[tuple[str, ...], ...] = ()  # every caption of each picture, the first one first; empty: `captions` are all
+
+    def __post_init__(self):
+        object.__setattr__(self, "all_captions", _checked_captions(self.captions, self.all_captions))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1442,22 +1538,36 @@ class Pairs:
         chosen = range(len(self))[rows] if isinstance(rows, slice) else list(rows)
         columns = (tuple(column[i] for i in chosen) for column in (self.images, self.captions, self.labels, self.keys))
         sets = {name: tuple(labels[i] for i in chosen) for name, labels in self.sets.items()}
-        return Pairs(*columns, sets=sets, questions=tuple(self.questions[i] for i in chosen if self.questions))
+        questions = tuple(self.questions[i] for i in chosen if self.questions)
+        return Pairs(*columns, sets=sets, questions=questions, all_captions=tuple(self.all_captions[i] for i in chosen))
 
     def pil(self, row: int) -> Image.Image:
         "One image"
         return Image.fromarray(self.images[row])
 
     def batches(self, student: View, batch_size: int = 256, teacher: View | None = None) -> Iterator[Batch]:  # all full but the last
-        "The pairs as a model wants to see them, in their order"
+        "The pairs as a model wants to see them, in their order, each with its first caption"
         lenses, words = _shared_views(student, teacher or View(None, None))
         for start in range(0, len(self), batch_size):
-            part = self[start : start + batch_size]
-            images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses] or [torch.zeros(len(part), 0)]
-            texts = [tokens(list(part.captions)) for tokens in words] or [torch.zeros(len(part), 0, dtype=torch.long)]
-            teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-            given = dict(questions=part.questions) if student.questions else {}
-            yield Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels, **given)
+            yield _pairs_batch(self[start : start + batch_size], lenses, words, student.questions)
+
+# %% ../nbs/02_data.ipynb #cdb027a6
+def _checked_captions(captions: Sequence[str], every: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    "All captions of each picture, of which the first are `captions`"
+    if all(len(texts) == 1 for texts in every):
+        return tuple((text,) for text in captions)
+    if [texts[:1] for texts in map(tuple, every)] != [(text,) for text in captions]:
+        raise ValueError(f"all_captions of {len(every)} pictures do not begin with their captions: give both, or leave all_captions empty")
+    return tuple(map(tuple, every))
+
+
+def _pairs_batch(part: Pairs, lenses: list[FastPreprocess], words: list[_Words], asks: bool) -> Batch:
+    "Some pairs as one batch"
+    images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses] or [torch.zeros(len(part), 0)]
+    texts = [tokens(list(part.captions)) for tokens in words] or [torch.zeros(len(part), 0, dtype=torch.long)]
+    teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
+    given = dict(questions=part.questions) if asks else {}
+    return Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels, **given)
 
 # %% ../nbs/02_data.ipynb #1a869446
 def load_pairs(
@@ -1466,7 +1576,7 @@ def load_pairs(
     max_pixels: int = 50_000_000,  # as in `decode_image`
 ) -> Pairs:
     "An evaluation set, decoded"
-    columns, skipped, found, asked = ([], [], [], []), [], [], []
+    columns, skipped, found, asked, every = ([], [], [], []), [], [], [], []
     for _, item in _in_order(_as_report(data), limit):
         try:
             image, caption, label = decode_sample(item.fields, max_pixels)
@@ -1475,12 +1585,13 @@ def load_pairs(
             continue
         for column, value in zip(columns, (np.asarray(image), caption, label, item.name), strict=True):
             column.append(value)
+        every.append(tuple(captions_of(item.fields)))
         found.append(label_sets(item.fields))
         asked.append(asked_questions(item.fields))
     if not columns[0]:
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     sets = {name: tuple(labels.get(name) for labels in found) for name in dict.fromkeys(name for labels in found for name in labels)}
-    return Pairs(*map(tuple, columns), tuple(skipped), sets, tuple(asked) if any(asked) else ())
+    return Pairs(*map(tuple, columns), tuple(skipped), sets, tuple(asked) if any(asked) else (), tuple(every))
 
 # %% ../nbs/02_data.ipynb #1190d0a5
 _TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that change the writing direction

@@ -25,7 +25,7 @@ __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES
            'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'write_whole', 'split_name', 'Grouped', 'group_names',
            'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
            'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
-           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem', 'captions_in', 'captions_file']
+           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem']
 
 # %% ../nbs/01_sources.ipynb #c90cd7ab
 def write_whole(path: str | Path, text: str) -> None:
@@ -715,33 +715,3 @@ def _pairs_problem(part: Part, stamp: Sequence) -> str:
     entries = (entry for row in part.rows for copies in row["files"].values() for entry in copies)
     changed = any(_entry(folder, entry[0]) != list(entry) for entry in entries)
     return f"files of {source} were changed since the part was made" if changed else ""
-
-# %% ../nbs/01_sources.ipynb #6681f70c
-def captions_in(
-    fields: Mapping[str, bytes],  # one raw sample
-) -> list[str]:  # as they are written, uncleaned; empty where there is none that can be read
-    "All captions of a sample: the list `captions` of its JSON, the lines of its text, or the `caption` of its JSON"
-    try:
-        about = json.loads(fields.get("json", b"{}"))
-        several, one = about.get("captions"), about.get("caption")
-    except Exception:  # not JSON, not UTF-8, another form
-        several = one = None
-    if isinstance(several, list) and several and all(isinstance(text, str) for text in several):
-        return several
-    if "txt" in fields:
-        return fields["txt"].decode("utf-8-sig", "replace").splitlines()
-    return [one] if isinstance(one, str) else []
-
-
-def captions_file(
-    parts: Sequence[Path],  # of pairs
-    cache: Path,  # folder under which the file is written
-) -> Path:  # a text file
-    "All captions of pairs as a text file, one a line"
-    source = Path(read_part(parts[0])["part"].source)
-    path = _home(cache, source) / f"{source.stem}.txt"
-    lines = [" ".join(text.split()) for part in parts for sample in part_samples(part, TEXT_FIELDS) for text in captions_in(sample)]
-    text = "".join(f"{line}\n" for line in lines if line).encode("utf-8", "replace").decode()
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_whole(path, text)
-    return path
