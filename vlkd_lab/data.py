@@ -1462,20 +1462,20 @@ def _which_cut(tokenizer: Callable, captions: list[str], tokens: Tensor) -> tupl
 
 
 def _some_captions(report: DataReport, limit: int) -> list[str]:  # each once
-    "Captions of the first samples of up to eight shards"
-    count = len(report.usable)
-    chosen = [report.usable[k * count // min(count, 8)] for k in range(min(count, 8))]
+    "Captions of the first samples of up to four shards"
+    total = len(report.usable)
+    count = min(total, 4)
     texts: dict[str, None] = {}
-    for number, shard in enumerate(chosen, start=1):
-        room = limit * number // len(chosen) - len(texts)
-        texts |= dict.fromkeys(islice(_first_captions(shard.path, room), room))
+    for k in range(count):
+        share = limit * (k + 1) // count - limit * k // count
+        texts |= dict.fromkeys(islice(_first_captions(report.usable[k * total // count].path, share), share))
     return list(texts)
 
 
 def _first_captions(path: Path, count: int) -> Iterator[str]:
     "Captions of a shard, from its first members where they have any"
     found = False
-    for most in (8 * count, None):
+    for most in (4 * count, None):
         for text in () if found else shard_captions(path, most):
             found = True
             yield text
