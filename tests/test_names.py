@@ -53,7 +53,8 @@ FORMS = {  # name -> members, keys of the good samples, keys of the bad ones, wh
     "one name twice in a row": ([A[0], *A], ["a"], [], {"second files of one name": 1}),
     "keys that differ in case": ([*A, *pair("A")], ["a", "A"], [], {}),
     "suffixes in capitals": ([("a.JPG", picture()), ("a.Txt", b"x")], ["a"], [], {}),
-    "dot slash": ([(f"./{name}", content) for name, content in A] + [(f"/x//{name}", content) for name, content in B], ["a", "x/b"], [], {}),
+    "dot slash": ([*(("./" + name, content) for name, content in A), *(("/x//" + name, content) for name, content in B)],
+                  ["a", "x/b"], [], {}),
     "hidden": (
         [("._a.jpg", b"x"), *A, (".b.txt", b"x"), ("__MACOSX/._a.jpg", b"x"), (".git/a.txt", b"x"), ("__meta__/c.txt", b"x")],
         ["a"], [], {"hidden files": 5},
@@ -65,7 +66,7 @@ FORMS = {  # name -> members, keys of the good samples, keys of the bad ones, wh
     "a format that is not read": ([*A, ("b.heic", b"\0\0\0\x18ftypheic"), B[1]], ["a"], ["b"],
                                   {"heic (a picture format that is not read)": 1}),
     "one side": ([*A, B[0], C[1]], ["a"], ["b", "c"], {}),
-    "no UTF-8": ([(name.encode().decode("utf-8", "surrogateescape").replace("a", "\udce9"), content) for name, content in A], ["\\xe9"], [], {}),
+    "no UTF-8": ([(name.replace("a", "\udce9"), content) for name, content in A], ["\\xe9"], [], {}),
     "long names": (pair("n" * 180 + ".x"), ["n" * 180 + ".x"], [], {}),
 }  # fmt: skip
 
@@ -126,7 +127,7 @@ def test_a_wrong_count_is_counted_anew_as_the_message_says(tmp_path):
     stats = tmp_path / "00000_stats.json"
     stats.write_text('{"successes": 7}')
     report = D.inspect_shards(path)
-    assert "1 shards were counted by their _stats.json" in str(report) and not report.ignored
+    assert "1 of 1 shards were counted by their _stats.json" in str(report) and not report.ignored
     with pytest.raises(ValueError, match=r"00000_stats.json is wrong; delete it and start anew"):
         D.load_pairs(report)
     stats.unlink()
@@ -154,7 +155,8 @@ def test_damaged_shards_are_left_out_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"s-2.*data='…,!s-2.tar'") as error:
         D.check_split(D.inspect_shards(tmp_path))
     advice = str(error.value).split("data='…,")[1].rstrip("'")
-    for where in (f"{tmp_path},{advice}", f"{tmp_path}/s-*.tar::{advice}", [tmp_path, advice], f"{tmp_path}/s-{{0..3}}.tar,!{tmp_path}/s-[2].tar"):
+    path = f"{tmp_path}/s-{{0..3}}.tar,!{tmp_path}/s-[2].tar"
+    for where in (f"{tmp_path},{advice}", f"{tmp_path}/s-*.tar::{advice}", [tmp_path, advice], path):
         report = D.inspect_shards(where)
         D.check_split(report)
         assert report.total == 3
@@ -167,10 +169,12 @@ def test_damaged_shards_are_left_out_by_name(tmp_path):
 
 
 def test_an_index_and_a_copy_keep_names_with_dots(tmp_path):
-    [whole] = D.inspect_shards(tar(tmp_path / "a.tar", [*pair("x.1"), *pair("x"), *pair("x.2", ending="tiff"), ("x.seg.png", picture())])).shards
+    members = [*pair("x.1"), *pair("x"), *pair("x.2", ending="tiff"), ("x.seg.png", picture())]
+    [whole] = D.inspect_shards(tar(tmp_path / "a.tar", members)).shards
     D.write_index(tmp_path / "i" / "a.kept.json", whole, ["x.1", "x.2"])
     assert D.copy_samples(tmp_path / "c" / "a.tar", whole.path, {"x.1", "x.2"}) == 2
-    assert [[s["__key__"] for s in D.raw_samples(path)] for path in (tmp_path / "i" / "a.kept.json", tmp_path / "c" / "a.tar")] == [["x.1", "x.2"]] * 2
+    for path in (tmp_path / "i" / "a.kept.json", tmp_path / "c" / "a.tar"):
+        assert [sample["__key__"] for sample in D.raw_samples(path)] == ["x.1", "x.2"]
 
 
 @pytest.mark.parametrize("name, split", [

@@ -31,7 +31,8 @@ def png(width, height, depth, colour, rows, *chunks):
 
     data = zlib.compress(b"".join(b"\0" + row for row in rows))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(chunk(*one) for one in chunks) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    every = [(b"IHDR", header), *chunks, (b"IDAT", data), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in every)
 
 
 @pytest.mark.parametrize("form", ["I;16 png", "I;16 tiff", "I;16B tiff", "I tiff", "pgm", "8 bits in 32"])
@@ -130,7 +131,10 @@ def test_a_camera_held_in_any_way_gives_the_same_picture(kind, orientation):
         assert np.abs(values[y, x] - colour).max() < 24, (x, y)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"", b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0"])
+@pytest.mark.parametrize("exif", [
+    b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"",
+    b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0",
+])  # fmt: skip
 def test_a_broken_orientation_does_not_cost_the_picture(exif):
     assert seen(corners(), "jpeg", exif=exif).shape == (16, 24, 3)
 
@@ -162,7 +166,8 @@ def test_of_several_frames_the_first():
 @pytest.mark.parametrize("data, words", [
     (b"\0\0\0\x18ftypheic" + bytes(20), "HEIC"), (b"\0\0\0\x18ftypmif1" + bytes(20), "HEIC"), (b"\xff\x0a" + bytes(9), "JPEG XL"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"), (b'<?xml version="1.0"?><svg/>', "SVG"), (b"<svg/>", "SVG"), (b" <!DOCTYPE html>", "HTML"),
-    (b"8BPS\0\1", "Photoshop"), (b"%PDF-1.7", "PDF"), (b"%!PS-Adobe EPSF", "PostScript"), (b"", "nothing"), (b"GIF89a", "no JPEG, PNG or WebP"),
+    (b"8BPS\0\1", "Photoshop"), (b"%PDF-1.7", "PDF"), (b"%!PS-Adobe EPSF", "PostScript"), (b"", "nothing"),
+    (b"GIF89a", "no JPEG, PNG or WebP"),
 ])  # fmt: skip
 def test_what_is_not_read_is_named(data, words):
     with pytest.raises(BadSample, match=words):

@@ -75,7 +75,8 @@ def test_a_padding_that_is_the_end_mark_hides_nothing(tmp_path):
         tokens = plain(texts, context_length)
         return tokens.masked_fill(tokens == 0, plain.eot_token_id)
 
-    report = shards(tmp_path, ["one two three four five six", "one two three four five six seven", "one two three four five six seven eight"])
+    words = "one two three four five six seven eight".split()
+    report = shards(tmp_path, [" ".join(words[:count]) for count in (6, 7, 8)])
     assert truncated_share(report, padded).cut == 2
 
 

@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from . import sources
 from .features import Batch
-from .sources import FIELDS, FILES, IMAGE_FIELDS, LINES, PAIRS, TABLES, TEXT_FIELDS, Grouped, read_part, write_whole
+from .sources import FIELDS, FILES, LINES, PAIRS, TABLES, Grouped, read_part, write_whole
 
 # %% auto #0
 __all__ = ['project_root', 'find_shards', 'find_images', 'find_sentences', 'source_folder', 'raw_samples', 'write_index',
@@ -68,7 +68,7 @@ _FORMS = "a pattern like train-{000000..000011}.tar, a folder, a file, a .csv or
 
 
 def find_shards(
-    where: str | Path | list,  # brace pattern, `*` pattern, folder, file, table, a list of these, or several joined by "," or "::"
+    where: str | Path | list,  # patterns, folders, files, tables, in a list or joined by "," or "::"
 ) -> list[Path]:  # absolute, in the order named, inside a folder by name
     "The shards that `where` names, or the parts of its tables and folders of pairs, all of which exist"
     return _found_by(_shards_of, where)
@@ -130,7 +130,8 @@ def _without(shards: list[Path], excluded: Sequence[str]) -> list[Path]:
         left = [path for path in shards if not any(fnmatch(path.name, name) for name in names) and
                 not any(fnmatch(str(path), name) for name in paths)]  # fmt: skip
         if len(left) == len(shards):
-            raise ValueError(f"{pattern} leaves nothing out: none of {_some([path.name for path in shards])} is named so")
+            there = _some([path.name for path in shards])
+            raise ValueError(f"{pattern} leaves nothing out: none of {there} is named so")
         if not left:
             raise ValueError(f"{pattern} leaves no shard")
         shards = left
@@ -149,7 +150,8 @@ def _shards_of(pattern: str) -> list[Path]:
             shards.append(path)
     strange = [path.name for path in shards if not path.name.endswith(_ENDINGS)]
     if strange:
-        raise ValueError(f"{pattern}: {_some(strange)} is no shard; shards end in {', '.join(_ENDINGS[:3])}, tables in {', '.join(TABLES)}")
+        endings = f"shards end in {', '.join(_ENDINGS[:3])}, tables in {', '.join(TABLES)}"
+        raise ValueError(f"{pattern}: {_some(strange)} is no shard; {endings}")
     return shards
 
 
@@ -166,7 +168,9 @@ def _in_folder(folder: Path) -> list[Path]:
             raise ValueError(f"{error}; name its table: {folder / tables[0]}") from None
         if "holds no picture" in str(error):
             kinds = ", ".join(_ENDINGS[:3])
-            raise FileNotFoundError(f"{folder}: no shard ({kinds}) and no picture in this folder; {_found(folder)}") from None
+            raise FileNotFoundError(
+                f"{folder}: no shard ({kinds}) and no picture in this folder; {_found(folder)}"
+            ) from None
         raise
 
 
@@ -205,13 +209,17 @@ def find_images(
 def _images_of(pattern: str) -> list[Path]:
     paths = []
     for path in _expand(pattern):
-        loose = path.is_dir() and not _holds_shards(path) and not sources.has_captions(sources.pairs_below(path)[0])
+        loose = path.is_dir() and not _holds_shards(path) and not _holds_pairs(path)
         paths += sources.picture_parts(path, _cache()) if loose else _shards_of(str(path))
     return paths
 
 
 def _holds_shards(folder: Path) -> bool:
     return any(inside.name.endswith(_ENDINGS) for inside in folder.iterdir())
+
+
+def _holds_pairs(folder: Path) -> bool:
+    return sources.has_captions(sources.pairs_below(folder)[0])
 
 
 def find_sentences(
@@ -226,7 +234,7 @@ def _sentences_of(pattern: str) -> list[Path]:
     for path in _expand(pattern):
         if path.name.endswith(_ENDINGS) or path.is_dir() and _holds_shards(path):
             paths += _shards_of(str(path))
-        elif path.name.lower().endswith(TABLES) or path.is_dir() and sources.has_captions(sources.pairs_below(path)[0]):
+        elif path.name.lower().endswith(TABLES) or path.is_dir() and _holds_pairs(path):
             paths += sources.text_parts(_captions_file(_shards_of(str(path))), _cache())
         else:
             paths += [part for text in _text_files(path) for part in sources.text_parts(text, _cache())]
@@ -235,7 +243,9 @@ def _sentences_of(pattern: str) -> list[Path]:
 # %% ../nbs/02_data.ipynb #63b2d069
 def _text_files(path: Path) -> list[Path]:
     "A text file, or those of a folder"
-    texts = sorted(inside for inside in path.iterdir() if inside.suffix == ".txt") if path.is_dir() else [path]
+    texts = (
+        sorted(inside for inside in path.iterdir() if inside.suffix == ".txt") if path.is_dir() else [path]
+    )
     if not texts:
         raise FileNotFoundError(f"{path}: neither a shard nor a .txt file in this folder; {_found(path)}")
     return texts
@@ -254,21 +264,21 @@ def _captions_file(parts: Sequence[Path]) -> Path:
 def source_folder(
     shard: Path,  # as `find_shards` has it
 ) -> Path:
-    "Where the files beside a shard lie, such as classes.txt: of a part the folder that it is of, or that holds its file"
+    "Where the files beside a shard lie, such as classes.txt; of a part the folder of what it stands for"
     if not shard.name.endswith(_PARTS):
         return shard.parent
     source = Path(read_part(shard)["part"].source)
     return source if source.is_dir() else source.parent
 
 # %% ../nbs/02_data.ipynb #890961f0
-_IMAGES, _FIELDS = IMAGE_FIELDS, FIELDS  # fields of a sample, the preferred picture first
+_IMAGES, _FIELDS = sources.IMAGE_FIELDS, FIELDS  # fields of a sample, the preferred picture first
 _UNPACKED = 64 << 20  # bytes of a compressed shard that are held in memory
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how a compressed file begins
 _UNSOUND = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:  # the tar, and what went wrong when it was unpacked
+def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:  # the tar; what went wrong
     "A shard as a file that can be read at any place"
     with open(path, "rb") as file:
         start = file.read(6)
@@ -332,7 +342,8 @@ def _problem(grouped: Grouped, failure: str, whole: bool) -> str:
     if failure:
         return f"unreadable after {len(grouped.samples)} samples ({failure})"
     if not whole:
-        return f"cut short or damaged after sample {next(reversed(grouped.samples), 'the beginning')}: the tar has no end mark"
+        last = next(reversed(grouped.samples), "the beginning")
+        return f"cut short or damaged after sample {last}: the tar has no end mark"
     return "" if grouped.samples else f"empty: no image or caption in it{sources.not_read(grouped.ignored)}"
 
 # %% ../nbs/02_data.ipynb #370e73da
@@ -349,12 +360,14 @@ def _catalogue(path: Path, file: BinaryIO, failure: str) -> _Catalogue:
         _CATALOGUES[known] = _read_headers(file, failure)
     return _CATALOGUES[known]
 
-
+# %% ../nbs/02_data.ipynb #d2f1f249
 def raw_samples(
-    path: Path,  # one shard, plain or compressed, or the index of one, or a part of a text file, table or folder
+    path: Path,  # one shard, plain or compressed, or the index of one, or a part of something else
     only: Collection[str] = FIELDS,  # fields that are wanted: nothing else is read
     most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
-) -> Iterator[dict]:  # "__key__" and one entry of bytes a member: {"jpg": …, "txt": …}; or "__problem__": why it cannot be used
+) -> Iterator[
+    dict
+]:  # "__key__" and one entry of bytes a member: {"jpg": …, "txt": …}; or "__problem__": why it cannot be used
     "Undecoded samples of one shard in their order; of an index those that it keeps"
     if path.name.endswith(_PARTS):
         yield from sources.part_samples(path, only)
@@ -366,8 +379,14 @@ def raw_samples(
     with _unpacked(path) as (file, failure):
         catalogue = _read_headers(file, failure, most) if most else _catalogue(path, file, failure)
         for key, fields in catalogue.grouped.samples.items():
-            wanted = {name: [catalogue.places[k] for k in numbers] for name, numbers in fields.items() if name in only}
-            yield {"__key__": key, "__url__": str(path)} | sources.gathered(wanted, lambda place: _content(file, *place))
+            wanted = {
+                name: [catalogue.places[k] for k in numbers]
+                for name, numbers in fields.items()
+                if name in only
+            }
+            yield {"__key__": key, "__url__": str(path)} | sources.gathered(
+                wanted, lambda place: _content(file, *place)
+            )
         if catalogue.problem and not catalogue.problem.startswith("empty"):
             raise ValueError(f"{path}: {catalogue.problem}; {_leave_out([path.name])}")
 
@@ -437,7 +456,8 @@ def _counted(path: Path) -> dict[str, Any]:
             catalogue = _catalogue(path, file, failure)
     except OSError as error:
         return {"count": 0, "problem": f"unreadable ({error.strerror})", "ignored": {}}
-    return {"count": len(catalogue.grouped.samples), "problem": catalogue.problem, "ignored": dict(catalogue.grouped.ignored)}
+    grouped = catalogue.grouped
+    return {"count": len(grouped.samples), "problem": catalogue.problem, "ignored": dict(grouped.ignored)}
 
 # %% ../nbs/02_data.ipynb #d00281e7
 _WHOLE, _BLOCK, _BLOCKS = 64 << 20, 64 << 10, 256
@@ -454,7 +474,7 @@ class ShardReport:
     digest: str  # SHA-256 of the contents, of large files of a sample of them
     problem: str = ""  # "" if the file is sound
     counted_by: str = "headers"  # "stats": img2dataset's own count; "index": the keys of an index; "part": a part's own
-    ignored: Mapping[str, int] = field(default_factory=dict, hash=False)  # what is not read, by kind; of "stats" unknown
+    ignored: Mapping[str, int] = field(default_factory=dict, hash=False)  # not read; of "stats" unknown
 
 
 def content_digest(path: Path) -> str:  # 64 hexadecimal digits
@@ -481,7 +501,8 @@ def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
     whole = _inspect(shard, name, cache)
     changed = "" if whole.digest == digest else f"its shard {shard} was changed since the index was made"
     part = whole.bytes * len(kept) // max(whole.count, 1)
-    return ShardReport(path, name, len(kept), part, content_digest(path), whole.problem or changed, "index", whole.ignored)
+    problem = whole.problem or changed
+    return ShardReport(path, name, len(kept), part, content_digest(path), problem, "index", whole.ignored)
 
 
 def _inspect_part(path: Path, name: str) -> ShardReport:
@@ -515,9 +536,11 @@ def _inspect(path: Path, name: str, cache: bool) -> ShardReport:
 
 def _cache_file(path: Path) -> Path:
     "Where the report of a shard is remembered: by its size and time of change, and those of its count"
-    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (path, _stats_file(path)) if file.exists()]
+    stats = [file.stat() for file in (path, _stats_file(path)) if file.exists()]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
     key = hashlib.sha256(f"3|{path.resolve()}|{stamps}".encode()).hexdigest()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlkd_lab" / "shards" / f"{key}.json"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "vlkd_lab" / "shards" / f"{key}.json"
 
 # %% ../nbs/02_data.ipynb #2cd98365
 def _stats_file(path: Path) -> Path:
@@ -588,7 +611,8 @@ class DataReport:
         lines = [f"{len(counts)} shards, {self.total:,} samples, {size:,.1f} MB, fingerprint {self.fingerprint[:12]}"]
         if counts:
             lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
-        return "\n".join(lines + _left_out(self.usable) + [f"damaged: {s.name}: {s.problem}" for s in self.damaged])
+        lines += _left_out(self.usable)
+        return "\n".join(lines + [f"damaged: {s.name}: {s.problem}" for s in self.damaged])
 
 # %% ../nbs/02_data.ipynb #f21953ab
 def _left_out(shards: Sequence[ShardReport]) -> list[str]:
@@ -598,7 +622,8 @@ def _left_out(shards: Sequence[ShardReport]) -> list[str]:
     kinds = [f"{kind} {count:,}" for kind, count in ignored.most_common()]
     lines = [f"ignored: {_some(kinds, 12)}"] if kinds else []
     if unseen:
-        lines.append(f"{unseen:,} shards were counted by their _stats.json: what they hold that is not read was not looked for")
+        counted = f"{unseen:,} of {len(shards):,} shards were counted by their _stats.json"
+        lines.append(f"{counted}: what they hold that is not read was not looked for")
     return lines
 
 # %% ../nbs/02_data.ipynb #fd830d1d
@@ -676,8 +701,9 @@ def clean_caption(text: str) -> str:
 _READABLE = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # Pillow's names
 _MARKS = {  # format that is not read -> how its files begin
     "HEIC": rb"....ftyp(hei|hev|mif|msf)", "AVIF": rb"....ftypavi", "JPEG XL": rb"\xff\x0a|....JXL ",
-    "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "SVG": rb"(?i)\s*(<\?xml|<svg)", "HTML": rb"(?i)\s*<(!doctype|html)",
-    "Photoshop": rb"8BPS", "PDF": rb"%PDF", "PostScript": rb"%!PS", "icon": rb"\x00\x00\x01\x00", "OpenEXR": rb"\x76\x2f\x31\x01",
+    "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "SVG": rb"(?i)\s*(<\?xml|<svg)", "Photoshop": rb"8BPS",
+    "HTML": rb"(?i)\s*<(!doctype|html)", "PDF": rb"%PDF", "PostScript": rb"%!PS",
+    "icon": rb"\x00\x00\x01\x00", "OpenEXR": rb"\x76\x2f\x31\x01",
     "Radiance HDR": rb"#\?RAD", "nothing": rb"$",
 }  # fmt: skip
 
@@ -713,9 +739,10 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 
 # %% ../nbs/02_data.ipynb #b56087b6
 _ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+_UPRIGHT = {  # what it says -> how the picture is turned
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 
 
@@ -877,7 +904,7 @@ def shard_captions(
     most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
 ) -> Iterator[str]:  # cleaned
     "All captions of all samples of a shard"
-    for sample in raw_samples(path, TEXT_FIELDS, most):
+    for sample in raw_samples(path, sources.TEXT_FIELDS, most):
         yield from captions_of(sample)
 
 # %% ../nbs/02_data.ipynb #98648443
@@ -1032,13 +1059,16 @@ class _Shelf:
             key = fields["__key__"]
             yield _Item(f"{shard.name}/{key}", f"{index} {count}", key, data, fields.get("__problem__", ""))
         if count != shard.count:
-            raise ValueError(f"{shard.name} holds {count} samples, but the preflight counted {shard.count}: {_recount(shard)}")
+            counts = f"{shard.name} holds {count} samples, but the preflight counted {shard.count}"
+            raise ValueError(f"{counts}: {_recount(shard)}")
 
 # %% ../nbs/02_data.ipynb #1b428d48
 def _recount(shard: ShardReport) -> str:
     "Why a count was wrong, and what to do about it"
     if shard.counted_by == "stats":
-        return f"{_stats_file(shard.path)} is wrong; delete it and start anew, then the shard itself is counted"
+        return (
+            f"{_stats_file(shard.path)} is wrong; delete it and start anew, then the shard itself is counted"
+        )
     return f"{shard.path} was changed since; start anew, then it is counted again"
 
 # %% ../nbs/02_data.ipynb #fa91bb67
@@ -1423,8 +1453,10 @@ class Truncation:
 
     def __str__(self) -> str:
         verb = "are longer than" if self.certain else "fill, or do not fit into,"
-        looked = f"{self.share:.1%} of {self.captions:,} captions {verb} the model's {self.length} tokens and lose their ends"
-        return looked + (f"; {self.alike:,} of them are trained as the same text as another" if self.alike else "")
+        looked = f"{self.share:.1%} of {self.captions:,} captions"
+        words = f"{looked} {verb} the model's {self.length} tokens and lose their ends"
+        same = f"; {self.alike:,} of them are trained as the same text as another" if self.alike else ""
+        return words + same
 
 
 def truncated_share(
@@ -1448,7 +1480,9 @@ def truncated_share(
 _MORE = 8  # tokens of additional room
 
 
-def _which_cut(tokenizer: Callable, captions: list[str], tokens: Tensor) -> tuple[Tensor, bool]:  # (B,) bool; whether it is certain
+def _which_cut(
+    tokenizer: Callable, captions: list[str], tokens: Tensor
+) -> tuple[Tensor, bool]:  # (B,) bool; whether it is certain
     "Which captions a tokenizer cuts"
     length = tokens.shape[1]
     try:

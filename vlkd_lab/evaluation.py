@@ -61,7 +61,7 @@ class Classes:
 
 
 def find_classes(
-    where: str | Path | Sequence,  # anything that a job takes as `val`: also scenes:N, a table or a folder of pairs
+    where: str | Path | Sequence,  # anything that a job takes as `val`
 ) -> Classes | None:  # None when there is no classes.txt
     "The class names that lie beside shards or a table, or in a folder of pairs"
     shards = find_data(where, held_out=True) if isinstance(where, str) else find_shards(where)

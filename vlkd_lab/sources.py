@@ -37,14 +37,19 @@ def write_whole(path: str | Path, text: str) -> None:
     os.replace(beside, path)
 
 # %% ../nbs/01_sources.ipynb #ee7ae564
-PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
-UNREAD = (".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf",
-          ".eps", ".ico", ".tga", ".exr", ".hdr")  # fmt: skip
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp",
+    ".gif", ".ppm", ".pgm",
+)  # fmt: skip
+UNREAD = (
+    ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef",
+    ".arw", ".raf", ".eps", ".ico", ".tga", ".exr", ".hdr",
+)  # fmt: skip
 IMAGE_FIELDS = tuple(ending[1:] for ending in (*PICTURES, *UNREAD))  # the preferred first
 TEXT_FIELDS = ("txt", "json", "cls")
 FIELDS = frozenset((*IMAGE_FIELDS, *TEXT_FIELDS))
 
-
+# %% ../nbs/01_sources.ipynb #3111461b
 def split_name(
     name: str,  # of a file in a shard, or of its path in a folder
 ) -> tuple[str, str]:  # key and field, the field in lower case; two empty ones for a hidden file
@@ -63,14 +68,21 @@ def split_name(
 
 def _is_hidden(part: str) -> bool:
     "Whether a file or folder is not meant to be seen"
-    return part.startswith(".") and part != ".." or part == "__MACOSX" or re.fullmatch("__.*__", part) is not None
+    return (
+        part.startswith(".")
+        and part != ".."
+        or part == "__MACOSX"
+        or re.fullmatch("__.*__", part) is not None
+    )
 
 # %% ../nbs/01_sources.ipynb #de564e60
 @dataclass
 class Grouped:
     "Files by sample"
 
-    samples: dict[str, dict[str, list[int]]]  # key -> field -> numbers of the files, in the order of their first ones
+    samples: dict[
+        str, dict[str, list[int]]
+    ]  # key -> field -> numbers of the files, in the order of their first ones
     ignored: Counter  # what is not read, by kind
 
 
@@ -103,7 +115,7 @@ def _sides(fields: Mapping[str, Any]) -> set[str]:
 
 
 def _owner(key: str, samples: Mapping[str, Mapping]) -> str:
-    "The sample to which the files of a dotted key belong as further ones; empty when they are a sample themselves"
+    "The sample whose further files those of a dotted key are; empty when they are a sample themselves"
     sides = _sides(samples[key])
     at = key.rfind(".")
     while len(sides) == 1 and at > key.rfind("/") + 1:
@@ -191,8 +203,8 @@ class Part:
     end: int = 0  # byte after the last line
     first: int = 1  # number of the first line
     files: Sequence = ()  # [path in the folder, bytes, time of change in ns] of each picture
-    rows: Sequence = ()  # of pairs: "key", "files" (field -> such entries, of a missing file its path alone), "captions", "cls"
-    ignored: Mapping[str, int] = field(default_factory=dict)  # what of the source is not read, by kind; in its first part only
+    rows: Sequence = ()  # of pairs: "key", "files" (field -> such entries), "captions", "cls", "problem"
+    ignored: Mapping[str, int] = field(default_factory=dict)  # not read, by kind; in the first part only
 
 # %% ../nbs/01_sources.ipynb #4b2853e6
 def _stamp(path: Path) -> list[int]:
@@ -325,7 +337,8 @@ def picture_parts(
 ) -> list[Path]:  # the parts in their order
     "A folder of pictures cut into parts; those of an earlier call serve while nothing has changed in it"
     source, files = source.resolve(), pictures_below(source.resolve())
-    ignored = Counter(name.rpartition(".")[2].lower() for name in files_below(source) if name.lower().endswith(UNREAD))
+    unread = (name.lower() for name in files_below(source) if name.lower().endswith(UNREAD))
+    ignored = Counter(f"{name.rpartition('.')[2]} (a picture format that is not read)" for name in unread)
     if not files:
         raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + not_read(ignored))
     stamp = _digest([files, per_part, ignored])
@@ -336,7 +349,7 @@ def picture_parts(
     groups = [files[k : k + per_part] for k in range(0, len(files), per_part)]
     bar = tqdm(enumerate(groups), desc=f"looking at {source.name}", total=len(groups), delay=2)
     parts = [_picture_part(source, f"{source.name}-{k:06d}", group) for k, group in bar]
-    parts[0].ignored = {f"{kind} (a picture format that is not read)": count for kind, count in ignored.items()}
+    parts[0].ignored = dict(ignored)
     return _write_parts(home, FILES, parts, stamp)
 
 # %% ../nbs/01_sources.ipynb #d4500014
@@ -366,20 +379,26 @@ def _picture_part(source: Path, name: str, files: Sequence) -> Part:
 # %% ../nbs/01_sources.ipynb #89fea074
 def pairs_below(
     folder: Path,
-) -> tuple[list[dict], Counter]:  # "key" and "files" (field -> paths in the folder) of each; what is left out, by kind
+) -> tuple[
+    list[dict], Counter
+]:  # "key" and "files" (field -> paths in the folder) of each; what is left out, by kind
     "The pictures of a folder and of the folders in it, with the texts beside them"
     names = files_below(folder)
     grouped = group_names(names)
     found, ignored = [], grouped.ignored
     for key, fields in grouped.samples.items():
         sides = _sides(fields)
-        if "image" in sides and (sides == {"image", "text"} or any(f".{name}" in PICTURES for name in fields)):
-            found.append({"key": key, "files": {kind: [names[k] for k in numbers] for kind, numbers in fields.items()}})
+        if "image" in sides and (
+            sides == {"image", "text"} or any(f".{name}" in PICTURES for name in fields)
+        ):
+            found.append(
+                {"key": key, "files": {kind: [names[k] for k in numbers] for kind, numbers in fields.items()}}
+            )
         elif "image" not in sides:
             ignored.update({f"{name} without a picture": len(numbers) for name, numbers in fields.items()})
     return found, ignored
 
-
+# %% ../nbs/01_sources.ipynb #06ca47a1
 def has_captions(pairs: Sequence[Mapping]) -> bool:  # of `pairs_below`
     "Whether any picture has text beside it"
     return any("txt" in pair["files"] or "json" in pair["files"] for pair in pairs)
@@ -390,14 +409,14 @@ def pair_parts(
     cache: Path,  # folder under which the parts are written; made if missing
     per_part: int = 0,  # pictures; 0: as many as make 64 parts, from 16 to 1000
 ) -> list[Path]:  # the parts in their order
-    "A folder of pictures with captions cut into parts; those of an earlier call serve while nothing has changed in it"
+    "A folder of pictures with captions in parts; those of an earlier call serve while nothing has changed"
     source = source.resolve()
     rows, ignored = pairs_below(source)
     if not rows:
         raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + not_read(ignored))
     if not has_captions(rows):
-        raise ValueError(f"{source} holds {len(rows)} pictures, and none has a caption: write NAME.txt (or NAME.json) beside each, "
-                         "or name a .csv or .tsv with a column of pictures and one of captions")  # fmt: skip
+        advice = "write NAME.txt (or NAME.json) beside each, or name a table with columns of pictures and captions"
+        raise ValueError(f"{source} holds {len(rows)} pictures, and none has a caption: {advice}")
     return _row_parts(source, source, cache, rows, ignored, per_part, None)
 
 # %% ../nbs/01_sources.ipynb #d26f5c56
@@ -411,7 +430,11 @@ def _row_parts(
     about: Sequence | None,  # size, time of change and digest of a table
 ) -> list[Path]:
     "Rows of pairs as parts; those of an earlier call where nothing has changed"
-    rows = [row | {"files": {kind: [_entry(folder, path) for path in paths] for kind, paths in row["files"].items()}} for row in rows]
+    rows = [
+        row
+        | {"files": {kind: [_entry(folder, path) for path in paths] for kind, paths in row["files"].items()}}
+        for row in rows
+    ]
     stamp = [_digest([rows, per_part, ignored]), about]
     home = _home(cache, source)
     if (kept := _kept(home, PAIRS, stamp)) is not None:
@@ -443,9 +466,14 @@ def _pair_part(source: Path, folder: Path, name: str, rows: Sequence[dict]) -> P
 
 # %% ../nbs/01_sources.ipynb #55404988
 TABLES = (".csv", ".tsv")
-PICTURE_COLUMNS = ("filepath", "file_path", "image_path", "img_path", "image", "img", "picture", "path", "file", "filename", "file_name",
-                   "image_file", "image_filename", "image_name", "local_path")  # fmt: skip
-CAPTION_COLUMNS = ("caption", "captions", "title", "text", "txt", "sentence", "description", "comment", "alt_text", "alt", "raw", "prompt")
+PICTURE_COLUMNS = (
+    "filepath", "file_path", "image_path", "img_path", "image", "img", "picture", "path", "file", "filename",
+    "file_name", "image_file", "image_filename", "image_name", "local_path",
+)  # fmt: skip
+CAPTION_COLUMNS = (
+    "caption", "captions", "title", "text", "txt", "sentence", "description", "comment", "alt_text",
+    "alt", "raw", "prompt",
+)  # fmt: skip
 CLASS_COLUMNS = ("cls", "class_index", "class_id", "class", "label_id", "label", "target")
 
 
@@ -459,7 +487,7 @@ class Columns:
     captions: list[int]
     label: int | None  # of class indices
 
-
+# %% ../nbs/01_sources.ipynb #f0c92f2e
 def find_columns(
     header: str,  # the first line
     source: str | Path,  # for the message
@@ -467,7 +495,10 @@ def find_columns(
     "The columns of pictures and captions, or an error that names those that there are"
     widest: list[str] = []
     for delimiter in "\t,;|":
-        titles = [title.strip() for title in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])]
+        titles = [
+            title.strip()
+            for title in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+        ]
         names = [re.sub(r"[\s-]+", "_", title.lower()) for title in titles]
         picture = next((names.index(name) for name in PICTURE_COLUMNS if name in names), None)
         captions = next(filter(None, (_numbered(name, names) for name in CAPTION_COLUMNS)), [])
@@ -475,8 +506,10 @@ def find_columns(
             label = next((names.index(name) for name in CLASS_COLUMNS if name in names), None)
             return Columns(delimiter, len(names), picture, captions, label)
         widest = max(widest, titles, key=len)
-    raise ValueError(f"{source} has the columns {', '.join(widest) or '(none)'}: a table of pairs needs one of pictures "
-                     f"({', '.join(PICTURE_COLUMNS)}) and one of captions ({', '.join(CAPTION_COLUMNS)}) in its first line")  # fmt: skip
+    raise ValueError(
+        f"{source} has the columns {', '.join(widest) or '(none)'}: a table of pairs needs one of pictures "
+        f"({', '.join(PICTURE_COLUMNS)}) and one of captions ({', '.join(CAPTION_COLUMNS)}) in its first line"
+    )
 
 
 def _numbered(name: str, names: Sequence[str]) -> list[int]:
@@ -490,20 +523,22 @@ def _table_values(
     "The rows of a table that are not blank; ValueError where quotes make no sense"
     with open(source, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         columns = find_columns(file.readline(), source)
-        reader = csv.reader(file, delimiter=columns.delimiter, strict=True, skipinitialspace=columns.delimiter != "\t")
+        spaces = columns.delimiter != "\t"
+        reader = csv.reader(file, delimiter=columns.delimiter, strict=True, skipinitialspace=spaces)
         while True:
             try:
                 values = next(reader, None)
             except csv.Error as error:
                 line = reader.line_num + 1
-                raise ValueError(f"{source}: line {line}: {error}; put a caption with quotes in it into quotes, and double those") from None
+                advice = "put a caption with quotes in it into quotes, and double those inside"
+                raise ValueError(f"{source}: line {line}: {error}; {advice}") from None
             if values is None:
                 return
             if any(value.strip() for value in values):
                 extra = values[columns.width :]
                 yield reader.line_num + 1, columns, values if any(extra) else values[: columns.width]
 
-
+# %% ../nbs/01_sources.ipynb #a138ab2a
 def _captions_of(cell: str) -> list[str]:
     "The captions in a table's cell: it may be a JSON list"
     if cell.lstrip().startswith("["):
@@ -532,7 +567,7 @@ def _picture_path(
 def read_table(
     source: Path,
     root: Path,  # of the project
-) -> tuple[list[dict], Counter]:  # "key", "files", "captions", "cls", "problem" of each picture; what is left out, by kind
+) -> tuple[list[dict], Counter]:  # a row of a Part for each picture; what is left out
     "The pictures that a table names, with all their captions"
     check_encoding(source)
     rows: dict[str, dict] = {}
@@ -544,9 +579,11 @@ def read_table(
         if not name:
             ignored["rows without a picture"] += 1
             continue
-        row = rows.setdefault(os.path.normpath(name), {"name": name, "captions": [], "cls": "", "problem": ""})
+        empty = {"name": name, "captions": [], "cls": "", "problem": ""}
+        row = rows.setdefault(os.path.normpath(name), empty)
         if len(values) != columns.width:
-            row["problem"] = f"line {line} has {len(values)} fields, its header {columns.width}: a caption with a delimiter needs quotes"
+            counts = f"line {line} has {len(values)} fields, its header {columns.width}"
+            row["problem"] = f"{counts}: a caption with a delimiter needs quotes"
             continue
         captions = [text for k in columns.captions for text in _captions_of(values[k]) if text.strip()]
         broken += [line for text in captions if not _is_unicode(text)]
@@ -554,8 +591,8 @@ def read_table(
         row["cls"] = row["cls"] or ("" if columns.label is None else values[columns.label].strip())
         labels.add(row["cls"])
     if len(broken) > MOST_BAD * lines:
-        raise ValueError(f"{source} is no UTF-8 text: {len(broken)} of {lines} rows cannot be read (the first at line {broken[0]}); "
-                         "convert it to UTF-8")  # fmt: skip
+        counts = f"{len(broken)} of {lines} rows cannot be read (the first at line {broken[0]})"
+        raise ValueError(f"{source} is no UTF-8 text: {counts}; convert it to UTF-8")
     if not all(re.fullmatch(r"-?\d*", label) for label in labels):
         ignored["columns of classes that are no indices"] += 1
         rows = {name: row | {"cls": ""} for name, row in rows.items()}
@@ -580,10 +617,11 @@ def _with_files(source: Path, rows: Mapping[str, dict], root: Path) -> list[dict
         kind = suffix if suffix in IMAGE_FIELDS else "jpg"
         missing += [] if (source.parent / path).is_file() else [row["name"]]
         problem = row["problem"] if not row["captions"] else ""
-        found.append({"key": key, "files": {kind: [path]}, "captions": row["captions"], "cls": row["cls"], "problem": problem})
+        texts = {"captions": row["captions"], "cls": row["cls"], "problem": problem}
+        found.append({"key": key, "files": {kind: [path]}} | texts)
     if len(missing) == len(rows):
-        raise ValueError(f"{source} names {len(rows)} pictures, and none of them exists (the first is {missing[0]}): paths start at "
-                         f"{source.parent} or {root}")  # fmt: skip
+        counts = f"{len(rows)} pictures, and none of them exists (the first is {missing[0]})"
+        raise ValueError(f"{source} names {counts}: paths start at {source.parent} or {root}")
     return found
 
 
@@ -593,14 +631,14 @@ def _keys(short: str, name: str) -> Iterator[str]:
     yield from filter(None, (short, full))
     yield from (f"{full}-{number}" for number in range(2, 1 << 62))
 
-
+# %% ../nbs/01_sources.ipynb #2032b45d
 def table_parts(
     source: Path,  # a table
     cache: Path,  # folder under which the parts are written; made if missing
     root: Path,  # of the project: where paths may start too
     per_part: int = 0,  # pictures; 0: as many as make 64 parts, from 16 to 1000
 ) -> list[Path]:  # the parts in their order
-    "A table of pictures and captions cut into parts; those of an earlier call serve while nothing has changed"
+    "A table of pictures and captions in parts; those of an earlier call serve while nothing has changed"
     source = source.resolve()
     rows, ignored = read_table(source, root)
     about = [*_stamp(source), _file_digest(source)]
@@ -639,7 +677,8 @@ def _line_samples(part: Part) -> Iterator[dict]:
     lines = enumerate(text_lines(Path(part.source), part.start, part.end), start=part.first)
     for number, line in ((number, line) for number, (_, line) in lines if line.strip()):
         reason = unreadable(line)
-        yield {"__key__": f"{number:09d}"} | ({"__problem__": f"line {number} {reason}"} if reason else {"txt": line})
+        content = {"__problem__": f"line {number} {reason}"} if reason else {"txt": line}
+        yield {"__key__": f"{number:09d}"} | content
 
 
 def _picture_samples(part: Part) -> Iterator[dict]:
@@ -676,7 +715,9 @@ def _text_fields(captions: Sequence[str] | None, label: str) -> dict[str, bytes]
     if captions is None:
         return {}
     lines = [" ".join(caption.split("\n")) for caption in captions]
-    fields = {"txt": "\n".join(lines).encode("utf-8", "surrogateescape")} | ({"cls": label.encode()} if label else {})
+    fields = {"txt": "\n".join(lines).encode("utf-8", "surrogateescape")} | (
+        {"cls": label.encode()} if label else {}
+    )
     readable = captions and all(map(_is_unicode, captions))
     return fields | ({"json": json.dumps({"captions": list(captions)}).encode()} if readable else {})
 
@@ -692,7 +733,11 @@ def part_problem(path: Path) -> str:  # empty when it can be used
     if path.name.endswith(PAIRS):
         return _pairs_problem(part, about["stamp"])
     now = [[name, *_stamp(source / name)] if (source / name).is_file() else [name] for name, *_ in part.files]
-    return "" if now == [list(file) for file in part.files] else f"pictures in {source} were changed since the part was made"
+    return (
+        ""
+        if now == [list(file) for file in part.files]
+        else f"pictures in {source} were changed since the part was made"
+    )
 
 
 def _same_lines(part: Part, stamp: Sequence) -> bool:
