@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from vlkd_lab import trainers
+from vlkd_lab.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import PairStream, View, find_images, find_sentences, inspect_shards, raw_samples
+from vlkd_lab.dime_fm import DimeFm, open_dime_fm
 from vlkd_lab.evaluation import find_classes
 from vlkd_lab.runs import Run
 from vlkd_lab.trainers import Contrastive, TinyCLIP, check_parameters, find_data, open_contrastive, open_tinyclip, read_captions, train
@@ -199,3 +201,18 @@ def test_validation_takes_every_form_of_data_and_other_scenes(here):
 
 def _jpegs(part):
     return [sample["jpg"] for sample in raw_samples(part)]
+
+
+@pytest.mark.parametrize("form", ["CSV", "folder", "dots"])
+def test_the_other_methods_take_it(here, form, tiny_teacher):
+    where = write(here, form)
+    common = dict(data=where, val=where, teacher=str(tiny_teacher), steps=2, batch_size=6, device="cpu", max_bad_share=0.5)
+    common |= dict(validate_pairs=12, compare_scratch=False, warmup=1)
+    cid = check_parameters(ClipCid, common | dict(clusters=3, removed_share=0.0, threshold=0.0, out=str(here / "cid")))
+    train(open_clip_cid(cid))
+    dime = check_parameters(DimeFm, common | dict(sentences=where, sentence_batch=6, out=str(here / "dime"), probe_pairs=4))
+    job = open_dime_fm(dime)
+    assert job.sentence_report.total == COUNT and job.report.total == COUNT
+    train(job)
+    for name in ("cid", "dime"):
+        assert len([line for line in Run(here / name).metrics() if "total" in line]) == 2

@@ -23,9 +23,9 @@ from tqdm import tqdm
 # %% auto #0
 __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES', 'FILES', 'PAIRS', 'MOST_BAD', 'TABLES',
            'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'write_whole', 'split_name', 'Grouped', 'group_names',
-           'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
-           'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
-           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem']
+           'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'files_below', 'pictures_below',
+           'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns', 'find_columns',
+           'read_table', 'table_parts', 'part_samples', 'part_problem']
 
 # %% ../nbs/01_sources.ipynb #c90cd7ab
 def write_whole(path: str | Path, text: str) -> None:
@@ -256,14 +256,14 @@ def text_parts(
     home, stamp = _home(cache, source), [*_stamp(source), per_part]
     if (kept := _kept(home, LINES, stamp)) is not None:
         return kept
-    check_encoding(source)
+    _check_encoding(source)
     parts = _cut_lines(source, per_part or _one_of_64(_count_lines(source), 16, 20_000))
     if not parts:
         raise ValueError(f"{source} holds no sentence: it has {stamp[0]} bytes and no line that is not blank")
     return _write_parts(home, LINES, parts, stamp)
 
 
-def check_encoding(source: Path) -> None:
+def _check_encoding(source: Path) -> None:
     "ValueError for a file that begins as one of another encoding than UTF-8, or as a compressed one"
     with open(source, "rb") as file:
         start = file.read(4)
@@ -415,7 +415,7 @@ def pair_parts(
     if not rows:
         raise ValueError(f"{source} holds no picture ({', '.join(PICTURES)})" + not_read(ignored))
     if not has_captions(rows):
-        advice = "write NAME.txt (or NAME.json) beside each, or name a table with columns of pictures and captions"
+        advice = "write NAME.txt (or NAME.json) beside each, or name a table of pictures and captions"
         raise ValueError(f"{source} holds {len(rows)} pictures, and none has a caption: {advice}")
     return _row_parts(source, source, cache, rows, ignored, per_part, None)
 
@@ -569,7 +569,7 @@ def read_table(
     root: Path,  # of the project
 ) -> tuple[list[dict], Counter]:  # a row of a Part for each picture; what is left out
     "The pictures that a table names, with all their captions"
-    check_encoding(source)
+    _check_encoding(source)
     rows: dict[str, dict] = {}
     ignored: Counter = Counter()
     labels, lines, broken = set(), 0, []
