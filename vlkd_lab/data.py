@@ -355,7 +355,7 @@ def _catalogue(path: Path, file: BinaryIO, failure: str) -> _Catalogue:
     stat = path.stat()
     known = (str(path), stat.st_size, stat.st_mtime_ns)
     if known not in _CATALOGUES:
-        while len(_CATALOGUES) >= 8:
+        while len(_CATALOGUES) >= 4:
             _CATALOGUES.pop(next(iter(_CATALOGUES)))
         _CATALOGUES[known] = _read_headers(file, failure)
     return _CATALOGUES[known]
