@@ -46,7 +46,8 @@ def shards(tmp_path):
     (tmp_path / "in").mkdir()
     tar(tmp_path / "in" / "a.tar", members(range(5)))
     bad = [("00000.jpg", b"no picture"), ("00000.txt", b"x")]
-    tar(tmp_path / "in" / "b.tar.gz", bad + members([5, 6, 7]) + [("00007x.jpg", b"\xff\xd8\xff"), *bad[1:]] + members(range(8, 12)))
+    alone = [("00007x.jpg", b"\xff\xd8\xff"), ("00007y.txt", b"x")]
+    tar(tmp_path / "in" / "b.tar.gz", bad + members([5, 6, 7]) + alone + members(range(8, 12)))
     tar(tmp_path / "in" / "c.tar", [member for member in members(range(12, 16)) if not member[0].endswith("14.cls")])
     return tmp_path / "in"
 

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Pairs, View, escaped, find_shards, project_root, thumbnail
+from .data import Pairs, View, escaped, find_shards, project_root, source_folder, thumbnail
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
 from .runs import Run, read_json, to_json, write_whole
-from .trainers import Job, current_student, encode_captions, load_student
+from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,10 +65,11 @@ class Classes:
 
 
 def find_classes(
-    shards: str | Path | Sequence,  # anything `find_shards` takes
+    where: str | Path | Sequence,  # anything that a job takes as `val`
 ) -> Classes | None:  # None when there is no classes.txt
-    "The class names that lie beside the shards"
-    folder = Path(find_shards(shards)[0]).parent
+    "The class names that lie beside shards or a table, or in a folder of pairs"
+    shards = find_data(where, held_out=True) if isinstance(where, str) else find_shards(where)
+    folder = source_folder(shards[0])
     lines = {name: _lines(folder / f"{name}.txt") for name in ("classes", "templates")}
     wrong = [t for t in lines["templates"] if "{}" not in t]
     if wrong:

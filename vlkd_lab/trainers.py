@@ -1056,20 +1056,22 @@ class Job(_Streamed):
 def find_data(
     where: str,
     find: Callable[[str], list[Path]] = data.find_shards,  # or `find_images`, `find_sentences`
+    held_out: bool = False,  # for validation: scenes of a split of their own, of which training sees none
 ) -> list[Path]:
     "Shards by any form of `find_shards`; scenes:N or scenes:N,duplicates:0.6,tail:1 generates N pairs into the project's cache"
     if not where.startswith("scenes:"):
         return find(where)
     count, *given = where.removeprefix("scenes:").replace(" ", "").split(",")
+    name = "val" if held_out else "data"
     try:
         extra = {name: float(value) for name, value in (part.replace("=", ":").split(":") for part in given)}
         fine = {"duplicates": lambda v: 0 <= v < 1, "tail": lambda v: v >= 0}
         if int(count) < 1 or not all(name in fine and fine[name](value) for name, value in extra.items()):
             raise ValueError(where)
     except ValueError:
-        raise ValueError(f"data={where!r} is not valid: write scenes:N with N pairs to generate, and if you like ,duplicates:SHARE "
+        raise ValueError(f"{name}={where!r} is not valid: write scenes:N with N pairs to generate, and if you like ,duplicates:SHARE "
                          "(below 1) and ,tail:EXPONENT; or name shards") from None
-    return data.find_shards(cached_shards(int(count), **extra))
+    return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 
 # %% ../nbs/10_trainers.ipynb #a3086914
 def make_accelerator(options: FitParameters) -> Accelerator:
@@ -1711,9 +1713,8 @@ def open_contrastive(options: Contrastive) -> ContrastiveJob:
 
 
 def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
-    "The first captions of the shards, without decoding an image"
-    texts = (sample["txt"] for shard in shards for sample in data.raw_samples(shard) if "txt" in sample)
-    return [data.clean_caption(text.decode("utf-8", "replace")) for text in islice(texts, most)]
+    "The first captions of the shards, all that a sample has, without reading an image"
+    return list(islice((text for shard in shards for text in data.shard_captions(shard)), most))
 
 # %% ../nbs/10_trainers.ipynb #40bbc522
 class TeacherJob(Job):
