@@ -97,8 +97,7 @@ class VLM:
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
         mine, theirs = (_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (self, other))
-        same_tokens = self.tokenizer is other.tokenizer or mine == theirs
-        return same_tokens and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+        return (self.tokenizer is other.tokenizer or mine == theirs) and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../nbs/03_models.ipynb #cf04549a
 def _tinyclip(vision: dict, text_width: int, text_layers: int, embed_dim: int = 512) -> dict:
