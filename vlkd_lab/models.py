@@ -651,7 +651,9 @@ def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
     import open_clip
 
     config, known = open_clip.get_model_config(source), _settings_of(source, tag)
-    quick_gelu = bool(config.get("quick_gelu", known["quick_gelu"]))
+    quick_gelu = config.get("quick_gelu", known["quick_gelu"])
+    if tag is not None:  # a name's configuration is of all its tags, so the tag's word adds to it
+        quick_gelu = quick_gelu or known["quick_gelu"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided above
         model = open_clip.create_model(source, pretrained=tag, require_pretrained=True, quick_gelu=quick_gelu,
