@@ -90,15 +90,14 @@ class VLM:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    def save(self, folder: str | Path) -> Path:  # the folder
-        "Save the model for `load_model`"
+    def save(self, folder: str | Path) -> Path:  # for `load_model`
         return save_model(self, folder)
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
         mine, theirs = (_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (self, other))
-        same_tokens = self.tokenizer is other.tokenizer or mine == theirs
-        return same_tokens and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+        same_words = self.tokenizer is other.tokenizer or mine == theirs
+        return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../nbs/03_models.ipynb #cf04549a
 def _tinyclip(vision: dict, text_width: int, text_layers: int, embed_dim: int = 512) -> dict:

@@ -452,6 +452,8 @@ def read_beside(file: Path) -> dict[str, dict]:  # "model_cfg", "preprocess_cfg"
 def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
     "An official checkpoint, or a file of weights with a configuration beside it"
     weights, beside, known = read_weights(file), read_beside(file), dict(config or {})
+    if any(name.startswith("visual_encoder.") for name in weights):
+        raise ValueError(f"{file} is one of Salesforce's BLIPs: vlkd_lab.fusion.load_blip reads it, and train_dlip takes it")
     known = known if "model_cfg" in known else dict(model_cfg=known, preprocess_cfg={})
     is_release = file.stem in RELEASES or any(part in _TOWERS for name in weights for part in name.split("."))
     model = dict(known["model_cfg"] if is_release and config else known["model_cfg"] | beside["model_cfg"])
