@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -58,17 +59,32 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     weights, accelerator = options.weights(), trainers.make_accelerator(options)
     options.check_stored()
     teacher = trainers.find_model(options.teacher, accelerator.device)
-    shapes = trainers.transformer_shapes(teacher, needed=not options.student or options.inheritance == "manual")
+    start = _find_start(options, teacher)
+    needed = start is None and (not options.student or options.inheritance == "manual")
+    shapes = trainers.transformer_shapes(teacher, needed=needed)
     report, key = data.inspect_shards(trainers.find_data(options.data)), store_key(teacher)
     FeatureStore(report, key, options.features)
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
-        student = _make_student(options, teacher, shapes, inherited=True)
+        student = _make_student(options, teacher, start, shapes, inherited=True)
         check_student(student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes))
     about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
-    job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report)
+    job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+
+# %% ../nbs/11_clip_cid.ipynb #8d5547d3
+def _find_start(options: ClipCid, teacher: VLM) -> VLM | None:
+    "What the student starts as; ValueError for two answers to that, or for locks that make no sense"
+    start = trainers.find_start(options, teacher.device)
+    for name, empty in dict(student="", inheritance="none").items() if start is not None else ():
+        if getattr(options, name) != empty:
+            raise ValueError(f"{name}={getattr(options, name)!r} is not valid with start_from={options.start_from!r}: the student is the "
+                             f"model that it starts as; choose {name}={empty!r}")  # fmt: skip
+    inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
+    vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
+    trainers.check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
+    return start
 
 # %% ../nbs/11_clip_cid.ipynb #54c4d03f
 class _Prepared:
@@ -167,6 +183,12 @@ class ClipCidJob(_Clustered, Job):
         names = ["student"] + ["scratch"] * self.options.compare_scratch
         return [(name, self.options.steps) for name in names]
 
+    def go_on(self, changes: Mapping[str, Sequence]) -> None:
+        "The balanced indices name their shards by place: those of shards that moved are written again"
+        super().go_on(changes)
+        if "data.shards" in changes:
+            shutil.rmtree(self.run.folder / "balanced", ignore_errors=True)
+
     def work(self) -> None:
         todo = [name for name, _ in self.plan if not (self.run.folder / name / "done.json").exists()]
         if "student" in todo:
@@ -188,7 +210,7 @@ class ClipCidJob(_Clustered, Job):
 # %% ../nbs/11_clip_cid.ipynb #fc210702
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
-    return _make_student(job.options, job.teacher, job.shapes, inherited)
+    return _make_student(job.options, job.teacher, job.start, job.shapes, inherited)
 
 
 SAMPLED_ABOVE = 10_000  # clusters
@@ -217,8 +239,12 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
     return (replace(LOSSES[name], function=lambda s, t: instance_discrimination(s, t, options.instance_scale), weight=weights[name]),)
 
 # %% ../nbs/11_clip_cid.ipynb #bf474cd9
-def _make_student(options: ClipCid, teacher: VLM, shapes: dict | None, inherited: bool) -> VLM:
+def _make_student(options: ClipCid, teacher: VLM, start: VLM | None, shapes: dict | None, inherited: bool) -> VLM:
     "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
+    if start is not None and inherited:
+        return trainers.find_start(options, start.device)
+    if start is not None:
+        return new_model(start.config["model_cfg"], like=start, towers=start.config.get("towers"), seed=options.seed)
     towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
     config = options.student or teacher.config["model_cfg"]
     if options.student and options.inheritance == "manual":
@@ -245,9 +271,9 @@ def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
 @torch.no_grad()
 def _seen_clusters(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
     "Arrays for the live map"
-    view, count = data.View(job.teacher.preprocess, job.teacher.tokenizer), len(job.val[: job.options.map_images])
+    count = len(job.val[: job.options.map_images])
     if not hasattr(job, "_map"):
-        job._map = next(job.val[:count].batches(view, batch_size=count)).image.to(job.accelerator.device)
+        job._map = next(job.val[:count].batches(job.view, batch_size=count)).image.to(job.accelerator.device)
     with evaluating(fit.learner.model):
         rows = _in_teachers_space(fit.learner.model.encode_image(job._map, normalize=True).float(), fit.objective)
     centers = job.clusters.centers.to(rows.device)

@@ -29,9 +29,10 @@ from .models import evaluating, state_digest
 from .trainers import Distillation, Fit, FitParameters, Job, Learner, Phase, above, at_least, finish_fit, one_of, parameter, seed_of, within
 
 # %% auto #0
-__all__ = ['LOOKED', 'OPENERS', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'needed_tasks', 'split_batch', 'first_answers',
-           'cross_maps', 'base_objective', 'BlipTrainingJob', 'read_texts', 'open_blip_training', 'dlip_objective',
-           'student_sizes', 'make_student', 'find_blip', 'DlipJob', 'open_dlip', 'progress_curves', 'plot_progress']
+__all__ = ['LOOKED', 'OPENERS', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch',
+           'first_answers', 'cross_maps', 'base_objective', 'BlipTrainingJob', 'read_texts', 'open_blip_training',
+           'dlip_objective', 'student_sizes', 'make_student', 'find_blip', 'starts_whole', 'DlipJob', 'open_dlip',
+           'progress_curves', 'plot_progress']
 
 # %% ../nbs/11_dlip.ipynb #6f9f2e0b
 @dataclass(frozen=True)
@@ -128,7 +129,15 @@ class BlipLearner(Learner):
         "Everything that the student makes of a batch"
         return see(self.model, batch, self.blip.tokenizer, tasks, seed, maps=maps)
 
-    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, float], FusedFeatures, FusedFeatures | None]:
+    def lock(self, options: FitParameters) -> None:
+        "Freeze the towers that the options lock"
+        lock_modules(self.model, options)
+
+    def reach(self, fit: Fit, batch: Batch) -> None:
+        "A weight without a gradient is left as it is, in all processes"
+        fit.reached = fit.objective
+
+    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
         "Gradients of the fit's objective on a batch"
         return _learn(self, fit, batch)
 
@@ -145,7 +154,7 @@ class BlipLearner(Learner):
             slow = dict(self.slow.named_parameters())
             torch._foreach_lerp_(list(slow.values()), [own[name] for name in slow], 1 - self.options.momentum)
 
-
+# %% ../nbs/11_dlip.ipynb #dbe0c100
 def _encoders(model: nn.Module) -> nn.Module:
     "A copy of what encodes images and texts apart"
     slow = deepcopy(model).requires_grad_(False)
@@ -153,6 +162,32 @@ def _encoders(model: nn.Module) -> nn.Module:
     for layer in slow.text_encoder.encoder.layer:
         layer.crossattention = None
     return slow
+
+
+def lock_modules(
+    model: nn.Module,  # a BlipNetwork; changed
+    options: FitParameters,  # what is locked, and how many last layers are not
+) -> None:
+    "Freeze a BLIP's image tower, or its text encoder without the fusion; what the decoder shares with it is frozen too"
+    if options.lock_image:
+        image = model.vision_model
+        behind = [image.post_layernorm, getattr(model, "vision_proj", None)]
+        _lock(image, image.encoder.layers, behind, options.unlocked_image_layers)
+    if options.lock_text:
+        text = model.text_encoder
+        _lock(text, text.encoder.layer, [getattr(model, "text_proj", None)], options.unlocked_text_layers)
+        for layer in text.encoder.layer:
+            if getattr(layer, "crossattention", None) is not None:
+                layer.crossattention.requires_grad_(True)
+
+
+def _lock(tower: nn.Module, blocks: nn.ModuleList, behind: Sequence[nn.Module | None], layers: int) -> None:
+    "Freeze a tower but its last layers and, where there are such, what stands behind them"
+    after = [module for module in behind if module is not None]
+    for module in [tower, *after]:
+        module.requires_grad_(False)
+    for module in [*blocks[len(blocks) - layers :], *after] if layers else []:
+        module.requires_grad_(True)
 
 # %% ../nbs/11_dlip.ipynb #295a7171
 def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -168,7 +203,7 @@ def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(task for task in tasks if asked[task])
 
 
-def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, float], FusedFeatures, FusedFeatures | None]:
+def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
     "Part by part: what the models make of it, the terms, the gradient"
     draw = seed_of(fit.options.seed, fit.phase.folder, fit.step, fit.accelerator.process_index)
     words, tasks = learner.blip.tokenizer, needed_tasks(fit.objective, learner.tasks)
@@ -192,17 +227,27 @@ def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, floa
 
 # %% ../nbs/11_dlip.ipynb #ac16ed7f
 def _average(parameters: Sequence[nn.Parameter], fit: Fit) -> None:
-    "The mean of the gradients of all processes; a weight that took no part has a gradient of zero"
+    "The mean of the gradients of all processes; a weight that took no part in any of them keeps none"
     world = fit.accelerator.num_processes
     if world == 1:
         return
-    trained = [p for p in parameters if p.requires_grad]
+    trained = _reached_anywhere([p for p in parameters if p.requires_grad])
+    if not trained:
+        return
     for weight in trained:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     flat = torch.cat([p.grad.flatten() for p in trained])
     torch.distributed.all_reduce(flat)
     for weight, mean in zip(trained, (flat / world).split([p.numel() for p in trained]), strict=True):
         weight.grad.copy_(mean.view_as(weight))
+
+
+def _reached_anywhere(weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    "The weights that have a gradient in at least one process"
+    flags = [weight.grad is not None for weight in weights]
+    reached = torch.tensor(flags, dtype=torch.uint8, device=weights[0].device)
+    torch.distributed.all_reduce(reached, op=torch.distributed.ReduceOp.MAX)
+    return [weight for weight, flag in zip(weights, reached.tolist(), strict=True) if flag]
 
 # %% ../nbs/11_dlip.ipynb #dd147d92
 def split_batch(batch: FusedBatch, most: int) -> list[tuple[slice, FusedBatch]]:  # rows of the batch, and the part
@@ -266,13 +311,13 @@ def _weighted(fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None, s
     return total
 
 
-def _valued(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, float]:
-    "The terms of the whole batch and their total, as numbers: means over all processes"
+def _valued(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The terms of the whole batch and their total: means over all processes"
     values = torch.stack(list(sums.values())).float()
     if fit.accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
-    found = dict(zip(sums, (values / fit.accelerator.num_processes).tolist(), strict=True))
-    return found | {"total": sum(term.weight * found[term.name] for term in fit.objective.terms if term.weight)}
+    means = dict(zip(sums, (values / fit.accelerator.num_processes).double(), strict=True))
+    return means | {"total": sum(term.weight * means[term.name] for term in fit.objective.terms if term.weight)}
 
 
 def _counted(fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool = False) -> dict[str, Tensor]:  # () each
@@ -445,19 +490,26 @@ def read_texts(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     return texts + [text for sample in samples for asked in data.asked_questions(sample) for text in asked[:2]]
 
 
+def _begun_towers(options: BlipTraining) -> list[str]:
+    "The towers that do not begin at random"
+    return ["image", "text"] if options.start_from else ["image"] * bool(options.image_tower)
+
+
 def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
     "Make the model and its tokenizer, check the data, write config.json"
     options.asked_tasks()
     shape = _first_shape(options)
     accelerator, shards = trainers.make_accelerator(options), trainers.find_data(options.data)
     report = data.inspect_shards(shards)
-    earlier = find_blip(options.start_from) if options.start_from else None
+    earlier = trainers.find_start(options, fused=True)
+    trainers.check_locks(options, _begun_towers(options), {}, "name a BLIP as start_from")
     tasks = _find_tasks(options, earlier.tasks if earlier else tuple(TASKS), report, accelerator.num_processes)
     model = earlier or _new_teacher(options, shape, shards, tasks)
-    about = {"model": asdict(model.shape), "tasks": list(tasks), "terms": [t.name for t in _possible(base_terms(), tasks)]}
+    about = {"start_sha256": state_digest(earlier.model)} if earlier else {}
+    about |= {"model": asdict(model.shape), "tasks": list(tasks), "terms": [t.name for t in _possible(base_terms(), tasks)]}
     return trainers.open_run(options, model, accelerator, about, BlipTrainingJob, report)
 
-
+# %% ../nbs/11_dlip.ipynb #2747d65e
 def _new_teacher(options: BlipTraining, shape: BlipShape, shards: Sequence[Path], tasks: Sequence[str]) -> Blip:
     "A model with fresh weights, and words of its own"
     clip = options.image_tower and trainers.find_model(options.image_tower)
@@ -493,6 +545,8 @@ def dlip_objective(options: Dlip, teacher: Blip, student: Blip, tasks: Sequence[
 
 def student_sizes(options: Dlip, teacher: Blip) -> BlipShape:
     "The sizes of the student that the options name"
+    if starts_whole(options):
+        return trainers.find_start(options, fused=True).shape
     shape = student_shape(teacher.shape, options.student) if options.student else shrunk(teacher.shape, options.student_share)
     return replace(shape, image_size=options.image_size or shape.image_size)
 
@@ -506,20 +560,29 @@ def make_student(job: DlipJob, inherited: bool = True) -> tuple[Blip, Any]:  # t
         plan = fusion.plan_blip(job.teacher, student, towers=towers)
         fusion.inherit_blip(job.teacher, student, plan)
     if inherited and options.start_from:
-        _start_from(student, options.start_from)
+        _start_from(student, options)
     student.model.to(job.accelerator.device)
     return student, plan
-
-
-def _start_from(student: Blip, name: str) -> None:
-    "Give a student another BLIP's image tower"
-    student.model.vision_model.load_state_dict(find_blip(name).model.vision_model.state_dict())
 
 
 def find_blip(name: str | Path, device: str | torch.device = "cpu") -> Blip:
     "A BLIP by a folder (its path may begin at the project's root) or the hub's ID"
     here = data.project_root() / name
     return load_blip(here if here.exists() else name, device)
+
+# %% ../nbs/11_dlip.ipynb #421899dc
+def starts_whole(options: Dlip) -> bool:
+    "Whether the student is the model that it starts as, and not only its image tower"
+    return bool(options.start_from) and options.inheritance == "none" and not options.student
+
+
+def _start_from(student: Blip, options: Dlip) -> None:
+    "Give a student another BLIP's image tower, or all of it"
+    start = trainers.find_start(options, fused=True).model
+    if starts_whole(options):
+        student.model.load_state_dict(student.model.state_dict() | start.state_dict())
+    else:
+        student.model.vision_model.load_state_dict(start.vision_model.state_dict())
 
 # %% ../nbs/11_dlip.ipynb #9222bac8
 class _Distilled(_FusedJob):
@@ -600,10 +663,14 @@ def open_dlip(options: Dlip) -> DlipJob:
         raise ValueError(f"losses={options.losses!r} is not valid here: no term has a weight; {fine}")
     teacher = replace(teacher, tasks=tasks)
     about = {"objective": {name: weights.get(name, 0.0) for name in possible}, "terms": possible, "tasks": list(tasks)}
+    about |= {"start_sha256": state_digest(trainers.find_start(options, fused=True).model)} if options.start_from else {}
     about |= {"student": asdict(sizes), "teacher_sha256": state_digest(teacher.model), "model": asdict(teacher.shape)}
     return trainers.open_run(options, teacher, accelerator, about, DlipJob, report)
 
 
+OPENERS = {"BlipTraining": (BlipTraining, open_blip_training), "Dlip": (Dlip, open_dlip)}  # name -> parameters, what opens a job
+
+# %% ../nbs/11_dlip.ipynb #571ebb09
 def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> None:
     "ValueError for sizes that cannot be inherited, or an image tower that is not the student's"
     grown = [name for name, size in asdict(student).items() if size > getattr(teacher, name) and name != "image_size"]
@@ -611,15 +678,24 @@ def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> Non
         own, its = (getattr(shape, grown[0]) for shape in (student, teacher))
         raise ValueError(f"student={options.student!r} has {grown[0]}={own}, the teacher {its}: a student that inherits cannot be larger; "
                          "or choose inheritance='none'")  # fmt: skip
+    inherited = {"image": ("layers", "image"), "text": ("layers", "text")}
+    begins = [tower for tower, ways in inherited.items() if options.inheritance in ways or starts_whole(options)]
+    begins += ["image"] if options.start_from else []
+    trainers.check_locks(options, begins, {}, "choose inheritance='layers', or name a BLIP as start_from")
+    if starts_whole(options):
+        same = ("vocabulary", "positions")
+        different = [name for name in same if getattr(student, name) != getattr(teacher, name)]
+        if different or options.image_size not in (0, student.image_size):
+            name = different[0] if different else "image_size"
+            raise ValueError(f"start_from={options.start_from!r} has another {name} ({getattr(student, name)}) than it is to have here "
+                             f"({getattr(teacher, name) if different else options.image_size})")  # fmt: skip
+        return
     if options.start_from:
-        given = find_blip(options.start_from).shape
+        given = trainers.find_start(options, fused=True).shape
         for name in ("image_layers", "image_width", "image_heads", "image_neurons", "image_size", "patch_size"):
             if getattr(given, name) != getattr(student, name):
                 raise ValueError(f"start_from={options.start_from!r} has another image tower: its {name} is {getattr(given, name)}, "
                                  f"the student's {getattr(student, name)}")  # fmt: skip
-
-
-OPENERS = {"BlipTraining": (BlipTraining, open_blip_training), "Dlip": (Dlip, open_dlip)}  # name -> parameters, what opens a job
 
 # %% ../nbs/11_dlip.ipynb #e3448ee5
 SCORES = {"retrieval": "R@1, mean of both directions", "caption_loss": "captions, nats a word", "answer_accuracy": "answers right"}
