@@ -1261,11 +1261,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:
-    "Refuse a teacher or a named student through which no pair goes, or a student that cannot copy what it is to copy"
+    "Refuse a teacher or student through which no pair goes, and a student that cannot copy"
     try:
         models.send_pair(teacher)
     except Exception as error:  # a foreign network may raise anything
-        raise ValueError(f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}") from error
+        raise ValueError(
+            f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}"
+        ) from error
     if not options.student or options.inheritance.startswith("auto"):
         return
     named = f"student={options.student!r} is not valid here"
@@ -1273,16 +1275,22 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
         student = _student_of(options, teacher)
         words = models.text_part(student.model)
         if getattr(words, "vocab_size", 0) != student.config["model_cfg"]["text_cfg"]["vocab_size"]:
-            raise ValueError("its text tower has a vocabulary of its own, and captions are in the teacher's tokens")
+            raise ValueError(
+                "its text tower has a vocabulary of its own, and captions are in the teacher's tokens"
+            )
         models.send_pair(student)
     except Exception as error:  # a foreign network may raise anything
         reason = _first_line(error)
-        raise ValueError(f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture") from error
+        raise ValueError(
+            f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture"
+        ) from error
     if options.inheritance == "manual":
         try:
             _plan_copy(teacher, student)
         except ValueError as error:
-            raise ValueError(f"{named} with inheritance='manual': {error}; or choose inheritance='none'") from None
+            raise ValueError(
+                f"{named} with inheritance='manual': {error}; or choose inheritance='none'"
+            ) from None
 
 # %% ../nbs/10_trainers.ipynb #6c950591
 def _local(name: str | Path) -> str:
