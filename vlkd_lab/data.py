@@ -36,21 +36,16 @@ from tqdm import tqdm
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
 from .features import Batch
+from .project import cache_folder, project_root
+from .samples import shipped
 from .sources import FILES, LINES, part_problem, part_samples, picture_parts, read_part, text_parts, write_whole
 
 # %% auto #0
-__all__ = ['project_root', 'find_shards', 'find_images', 'find_sentences', 'raw_samples', 'write_index', 'read_index',
-           'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport', 'inspect_shards',
-           'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'decode_image', 'clean_caption', 'decode_sample',
-           'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled', 'crop_box', 'Crops',
-           'PairStream', 'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch',
-           'thumbnail']
-
-# %% ../nbs/02_data.ipynb #8a275301
-def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
-    "Where relative paths start"
-    here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
+__all__ = ['find_shards', 'find_images', 'find_sentences', 'raw_samples', 'write_index', 'read_index', 'copy_samples',
+           'count_samples', 'ShardReport', 'content_digest', 'DataReport', 'inspect_shards', 'shards_in_name',
+           'check_split', 'BadSample', 'NoSample', 'decode_image', 'clean_caption', 'decode_sample', 'label_sets',
+           'asked_questions', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled', 'crop_box', 'Crops', 'PairStream',
+           'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
 
 # %% ../nbs/02_data.ipynb #769c388f
 _INDEX = ".kept.json"
@@ -98,7 +93,7 @@ def _expand(pattern: str) -> list[Path]:
     if "://" in pattern or pattern.startswith("pipe:"):
         raise ValueError(f"{pattern}: only local files are read; download or mount the shards first")
     try:
-        paths = [project_root() / os.path.expanduser(name) for name in braceexpand(pattern)]
+        paths = [shipped(os.path.expanduser(name)) for name in braceexpand(pattern)]
     except UnbalancedBracesError as error:
         raise ValueError(f"{pattern}: the braces do not match") from error
     if "*" in pattern or "?" in pattern:
@@ -143,7 +138,7 @@ def _found(folder: Path) -> str:
 
 # %% ../nbs/02_data.ipynb #92f89dd7
 def _cache() -> Path:
-    return project_root() / ".cache" / "parts"
+    return cache_folder() / "parts"
 
 
 def find_images(

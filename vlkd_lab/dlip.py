@@ -518,7 +518,7 @@ def _start_from(student: Blip, name: str) -> None:
 
 def find_blip(name: str | Path, device: str | torch.device = "cpu") -> Blip:
     "A BLIP by a folder (its path may begin at the project's root) or the hub's ID"
-    here = data.project_root() / name
+    here = data.shipped(name)
     return load_blip(here if here.is_dir() else name, device)
 
 # %% ../nbs/11_dlip.ipynb #9222bac8
