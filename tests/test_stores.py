@@ -184,7 +184,7 @@ def test_a_folder_of_another_teacher_is_refused_by_both_names(teacher, other, sh
 
 
 def test_shards_in_a_read_only_folder_have_their_features_in_the_cache(teacher, shards, tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(S.os, "access", lambda path, mode: path != shards)
     store = store_of(teacher, shards)
@@ -337,7 +337,7 @@ def test_each_side_is_read_for_itself_and_pairs_are_known(teacher, tmp_path):
 
 
 def test_text_files_and_folders_of_pictures_have_features(teacher, tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "said.txt").write_bytes(b"one red star\n\ncaf\xe9\n" + b"two blue houses\n" * 30)
     (tmp_path / "seen").mkdir()
