@@ -1,22 +1,41 @@
 """Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm_kernel import kernel_spec
 
 from vlkd_lab import trainers
 from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
 from vlkd_lab.models import new_model, save_model, train_tokenizer
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
+
+
+def pytest_configure(config):
+    "A kernel named warm, for all test processes, as long as this one lives"
+    if not hasattr(config, "workerinput"):
+        config.warm_kernel = Path(tempfile.mkdtemp(prefix="warm-kernel-"))
+        kernel_spec(config.warm_kernel, os.getpid())
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(config.warm_kernel), os.environ.get("JUPYTER_PATH"))))
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "warm_kernel"):
+        shutil.rmtree(config.warm_kernel, ignore_errors=True)
+
 
 TINY = dict(
     embed_dim=16,
