@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # UMAP of fifty points is done before its functions would be compiled
 
 import pytest
 import torch
@@ -35,6 +36,22 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "warm_kernel"):
         shutil.rmtree(config.warm_kernel, ignore_errors=True)
+
+
+# `make test` gives whole files to test processes, since the tests of a file share what they have trained, but these test by test;
+# the longest go first, so that no process waits for another at the end.
+TEST_BY_TEST = {"test_notebooks", "test_jobs", "test_guides", "test_guards"}
+LONGEST = ["test_lab", "test_notebooks", "test_jobs", "test_site", "test_dlip", "test_trainers", "test_fusion", "test_export"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Which tests stay together, and in which order they are handed out"
+    for item in items:
+        if item.path.stem not in TEST_BY_TEST:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 TINY = dict(

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from pathlib import Path
 
 HEAVY = """torch torchvision.transforms open_clip transformers transformers.models.clip.modeling_clip transformers.models.blip.modeling_blip
@@ -67,9 +68,7 @@ def launch(folder: Path, owner: str, arguments: list[str]) -> int:
 
 def serve(folder: Path, owner: int) -> None:
     """Import the heavy libraries, and fork a kernel for every connection; a kernel whose launcher is gone is killed."""
-    for name in HEAVY:
-        importlib.import_module(name)
-    assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
+    import_heavy()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "beside"))
     listener.listen(16)
@@ -93,6 +92,18 @@ def serve(folder: Path, owner: int) -> None:
                         pass
     for process in kernels.values():
         os.kill(process, signal.SIGKILL)
+
+
+def import_heavy() -> None:
+    """Import what takes long; tqdm chooses its bars at its import, and it is to choose a notebook's."""
+    inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
+    assert widgets and inside.get_ipython() is None
+    outside, inside.get_ipython = inside.get_ipython, lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+    importlib.import_module("tqdm.auto")
+    inside.get_ipython = outside
+    for name in HEAVY:
+        importlib.import_module(name)
+    assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
 
 
 def is_alive(process: int) -> bool:
