@@ -66,7 +66,7 @@ def first_step(job, **changes):
         Run(job.run.folder / "trial"), Phase("student", "distil", 6), learner, objective, options, make_accelerator(options), job.teacher
     )
     sums, seen, taught = learner.learn(trial, next(job.batches(0)))
-    return sums, {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}, learner, seen, taught
+    return trainers.as_numbers(sums), {n: p.grad for n, p in student.model.named_parameters() if p.grad is not None}, learner, seen, taught
 
 
 def test_a_step_has_every_term_and_moves_every_part(tiny):
@@ -372,7 +372,8 @@ sums, *_ = learner.learn(fit, mine)
 assert abs(sum(learner.pulls.values()) - 1) < 1e-4
 if rank == 0:
     grads = {n: p.grad for n, p in student.model.named_parameters()}
-    torch.save({"grads": grads, "queue": learner.queue.held()[0], "sums": sums}, sys.argv[2])
+    numbers = {name: float(value) for name, value in sums.items()}
+    torch.save({"grads": grads, "queue": learner.queue.held()[0], "sums": numbers}, sys.argv[2])
 """
 
 

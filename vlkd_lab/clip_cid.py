@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -163,6 +164,12 @@ class ClipCidJob(_Clustered, Job):
     def plan(self) -> list[tuple[str, int]]:
         names = ["student"] + ["scratch"] * self.options.compare_scratch
         return [(name, self.options.steps) for name in names]
+
+    def go_on(self, changes: Mapping[str, Sequence]) -> None:
+        "The balanced indices name their shards by place: those of shards that moved are written again"
+        super().go_on(changes)
+        if "data.shards" in changes:
+            shutil.rmtree(self.run.folder / "balanced", ignore_errors=True)
 
     def work(self) -> None:
         todo = [name for name, _ in self.plan if not (self.run.folder / name / "done.json").exists()]

@@ -29,9 +29,10 @@ from .models import evaluating, state_digest
 from .trainers import Distillation, Fit, FitParameters, Job, Learner, Phase, above, at_least, finish_fit, one_of, parameter, seed_of, within
 
 # %% auto #0
-__all__ = ['LOOKED', 'OPENERS', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'needed_tasks', 'split_batch', 'first_answers',
-           'cross_maps', 'base_objective', 'BlipTrainingJob', 'read_texts', 'open_blip_training', 'dlip_objective',
-           'student_sizes', 'make_student', 'find_blip', 'DlipJob', 'open_dlip', 'progress_curves', 'plot_progress']
+__all__ = ['LOOKED', 'OPENERS', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch',
+           'first_answers', 'cross_maps', 'base_objective', 'BlipTrainingJob', 'read_texts', 'open_blip_training',
+           'dlip_objective', 'student_sizes', 'make_student', 'find_blip', 'DlipJob', 'open_dlip', 'progress_curves',
+           'plot_progress']
 
 # %% ../nbs/11_dlip.ipynb #6f9f2e0b
 @dataclass(frozen=True)
@@ -128,7 +129,15 @@ class BlipLearner(Learner):
         "Everything that the student makes of a batch"
         return see(self.model, batch, self.blip.tokenizer, tasks, seed, maps=maps)
 
-    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, float], FusedFeatures, FusedFeatures | None]:
+    def lock(self, options: FitParameters) -> None:
+        "Freeze the towers that the options lock"
+        lock_modules(self.model, options)
+
+    def reach(self, fit: Fit, batch: Batch) -> None:
+        "A weight without a gradient is left as it is, in all processes"
+        fit.reached = fit.objective
+
+    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
         "Gradients of the fit's objective on a batch"
         return _learn(self, fit, batch)
 
@@ -145,7 +154,7 @@ class BlipLearner(Learner):
             slow = dict(self.slow.named_parameters())
             torch._foreach_lerp_(list(slow.values()), [own[name] for name in slow], 1 - self.options.momentum)
 
-
+# %% ../nbs/11_dlip.ipynb #dbe0c100
 def _encoders(model: nn.Module) -> nn.Module:
     "A copy of what encodes images and texts apart"
     slow = deepcopy(model).requires_grad_(False)
@@ -153,6 +162,32 @@ def _encoders(model: nn.Module) -> nn.Module:
     for layer in slow.text_encoder.encoder.layer:
         layer.crossattention = None
     return slow
+
+
+def lock_modules(
+    model: nn.Module,  # a BlipNetwork; changed
+    options: FitParameters,  # what is locked, and how many last layers are not
+) -> None:
+    "Freeze a BLIP's image tower, or its text encoder without the fusion; what the decoder shares with it is frozen too"
+    if options.lock_image:
+        image = model.vision_model
+        behind = [image.post_layernorm, getattr(model, "vision_proj", None)]
+        _lock(image, image.encoder.layers, behind, options.unlocked_image_layers)
+    if options.lock_text:
+        text = model.text_encoder
+        _lock(text, text.encoder.layer, [getattr(model, "text_proj", None)], options.unlocked_text_layers)
+        for layer in text.encoder.layer:
+            if getattr(layer, "crossattention", None) is not None:
+                layer.crossattention.requires_grad_(True)
+
+
+def _lock(tower: nn.Module, blocks: nn.ModuleList, behind: Sequence[nn.Module | None], layers: int) -> None:
+    "Freeze a tower but its last layers and, where there are such, what stands behind them"
+    after = [module for module in behind if module is not None]
+    for module in [tower, *after]:
+        module.requires_grad_(False)
+    for module in [*blocks[len(blocks) - layers :], *after] if layers else []:
+        module.requires_grad_(True)
 
 # %% ../nbs/11_dlip.ipynb #295a7171
 def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
@@ -168,7 +203,7 @@ def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
     return tuple(task for task in tasks if asked[task])
 
 
-def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, float], FusedFeatures, FusedFeatures | None]:
+def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
     "Part by part: what the models make of it, the terms, the gradient"
     draw = seed_of(fit.options.seed, fit.phase.folder, fit.step, fit.accelerator.process_index)
     words, tasks = learner.blip.tokenizer, needed_tasks(fit.objective, learner.tasks)
@@ -192,17 +227,27 @@ def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, floa
 
 # %% ../nbs/11_dlip.ipynb #ac16ed7f
 def _average(parameters: Sequence[nn.Parameter], fit: Fit) -> None:
-    "The mean of the gradients of all processes; a weight that took no part has a gradient of zero"
+    "The mean of the gradients of all processes; a weight that took no part in any of them keeps none"
     world = fit.accelerator.num_processes
     if world == 1:
         return
-    trained = [p for p in parameters if p.requires_grad]
+    trained = _reached_anywhere([p for p in parameters if p.requires_grad])
+    if not trained:
+        return
     for weight in trained:
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     flat = torch.cat([p.grad.flatten() for p in trained])
     torch.distributed.all_reduce(flat)
     for weight, mean in zip(trained, (flat / world).split([p.numel() for p in trained]), strict=True):
         weight.grad.copy_(mean.view_as(weight))
+
+
+def _reached_anywhere(weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
+    "The weights that have a gradient in at least one process"
+    flags = [weight.grad is not None for weight in weights]
+    reached = torch.tensor(flags, dtype=torch.uint8, device=weights[0].device)
+    torch.distributed.all_reduce(reached, op=torch.distributed.ReduceOp.MAX)
+    return [weight for weight, flag in zip(weights, reached.tolist(), strict=True) if flag]
 
 # %% ../nbs/11_dlip.ipynb #dd147d92
 def split_batch(batch: FusedBatch, most: int) -> list[tuple[slice, FusedBatch]]:  # rows of the batch, and the part
@@ -266,13 +311,13 @@ def _weighted(fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None, s
     return total
 
 
-def _valued(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, float]:
-    "The terms of the whole batch and their total, as numbers: means over all processes"
+def _valued(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The terms of the whole batch and their total: means over all processes"
     values = torch.stack(list(sums.values())).float()
     if fit.accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
-    found = dict(zip(sums, (values / fit.accelerator.num_processes).tolist(), strict=True))
-    return found | {"total": sum(term.weight * found[term.name] for term in fit.objective.terms if term.weight)}
+    means = dict(zip(sums, (values / fit.accelerator.num_processes).double(), strict=True))
+    return means | {"total": sum(term.weight * means[term.name] for term in fit.objective.terms if term.weight)}
 
 
 def _counted(fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool = False) -> dict[str, Tensor]:  # () each

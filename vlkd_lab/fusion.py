@@ -91,7 +91,9 @@ def train_wordpiece(
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     words = BertWordPieceTokenizer(lowercase=True)
-    words.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=special, show_progress=False)
+    inside = sorted({letter for text in texts for letter in text.lower() if not letter.isspace()})
+    first = special + [f"##{letter}" for letter in inside[: vocabulary // 4]]  # in an order of ours: the trainer's own is another one every time
+    words.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=first, show_progress=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
     words.save_model(str(folder))
     given = dict(additional_special_tokens=["[DEC]", "[ENC]"], do_lower_case=True, model_max_length=context_length)

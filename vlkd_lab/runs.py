@@ -256,34 +256,70 @@ def load_checkpoint(run: Run, stage: str, cut: bool = True) -> dict | None:
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
     if cut:
-        rewind(run, state["metric_lines"])
+        rewind(run, state["metric_lines"], stage.partition("/")[0])
     return state
 
 
-def rewind(run: Run, lines: int) -> None:
-    "Cut metrics.jsonl back to its first `lines` lines"
+def rewind(
+    run: Run,
+    lines: int,  # that stay whatever they are about
+    stage: str = "",  # whose later lines go; empty: all later lines go
+) -> None:
+    "Cut metrics.jsonl back to where a checkpoint was taken; what other stages wrote since stays"
     path = run.folder / "metrics.jsonl"
-    if path.exists():
-        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
-        write_whole(path, "".join(kept))
+    if not path.exists():
+        return
+    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    later = [line for line in written[lines:] if stage and line.endswith("\n")]
+    others = [line for line in later if json.loads(line).get("stage", stage) != stage]
+    write_whole(path, "".join(written[:lines] + others))
 
 # %% ../nbs/09_runs.ipynb #07b929ff
 def begin(
     run: Run,
     config: Mapping[str, Any],  # what goes into config.json
-    free: tuple[str, ...] = (),  # entries that may differ when a run is continued
+    free: Sequence[str] = (),  # entries that may differ when a run is continued, such as "versions" or "parameters.workers"
+    grows: Sequence[str] = (),  # entries that may become larger
+    same: Mapping[str, str] = {},  # entries that may differ while another one does not: "parameters.data" -> "data.fingerprint"
+    defaults: Mapping[str, Any] = {},  # what entries are in a config.json that is older than they
+    on_change: Callable[[dict[str, list]], None] = lambda changes: None,  # called with name -> [old, new] before they are written
 ) -> bool:  # whether an earlier start is continued
-    "Write config.json, or check that this start asks for what the folder already holds"
+    "Write config.json, or check that this start goes on with what the folder already holds"
     config, old = to_json(config), run.config()
     if not old:
         write_whole(run.folder / "config.json", json.dumps(config, indent=1))
         return False
-    old, config = ({k: v for k, v in _flat(c).items() if k.split(".")[0] not in free} for c in (old, config))
-    different = [k for k in {**old, **config} if old.get(k) != config.get(k)]
-    if different:
-        lines = "; ".join(f"{k}: it has {_short(old.get(k))}, asked for {_short(config.get(k))}" for k in different[:4])
-        raise ValueError(f"{run.folder} holds another run ({lines}): choose another `out`, or delete the folder")
+    changes = _differences(to_json(defaults) | _flat(old), _flat(config), free=("continued",))
+    refused = [name for name in changes if not _may_change(name, changes, free, grows, same)]
+    if refused:
+        lines = "; ".join(f"{k}: it has {_short(changes[k][0])}, asked for {_short(changes[k][1])}" for k in refused[:4])
+        more = ", ".join(f"{name} may only grow" for name in refused if name in grows)
+        hint = "choose another `out`, or delete the folder"
+        raise ValueError(f"{run.folder} holds another run ({lines}): {more + ', or ' if more else ''}{hint}")
+    if changes:
+        on_change(changes)
+        shown = {name: pair for name, pair in changes.items() if name.startswith("parameters.")}
+        history = [*old.get("continued", []), *([{"time": time.time(), "changes": shown}] if shown else [])]
+        write_whole(run.folder / "config.json", json.dumps(config | {"continued": history}, indent=1))
     return True
+
+# %% ../nbs/09_runs.ipynb #0fc56856
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str]) -> dict[str, list]:  # name -> [old, new]
+    "Entries that are not what they were"
+    names = [name for name in {**old, **new} if name.partition(".")[0] not in free]
+    return {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
+
+
+def _may_change(
+    name: str, changes: Mapping[str, list], free: Sequence[str], grows: Sequence[str], same: Mapping[str, str]
+) -> bool:
+    "Whether a run may go on with another value of an entry"
+    old, new = changes[name]
+    if name in free or name.partition(".")[0] in free:
+        return True
+    if name in grows:
+        return old is not None and new > old
+    return name in same and same[name] not in changes
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import difflib
 import gc
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -45,16 +46,17 @@ from .samples import cached_shards
 from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 
 # %% auto #0
-__all__ = ['METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page', 'one_of', 'above',
-           'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner', 'probe_features',
-           'parameter_groups', 'plain_backward', 'cached_backward', 'Phase', 'Diverged', 'seed_of', 'Fit', 'take_step',
-           'agree', 'change', 'fit', 'Work', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'open_run',
-           'TinyClipJob', 'open_tinyclip', 'find_model', 'transformer_shapes', 'manual_shapes', 'learn_gates',
-           'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes',
-           'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch',
-           'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
-           'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
-           'start', 'current_student', 'load_student', 'open_job']
+__all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page',
+           'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
+           'probe_features', 'parameter_groups', 'lock_towers', 'plain_backward', 'cached_backward', 'Phase',
+           'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change', 'fit',
+           'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'continuing', 'open_run',
+           'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes', 'manual_shapes',
+           'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan',
+           'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage',
+           'run_scratch', 'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
+           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
+           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -155,6 +157,10 @@ class FitParameters:
     checkpoint_seconds: float = parameter(20.0, "time between checkpoints; 0: after every step", **at_least(0.0))
     probe_pairs: int = parameter(64, "validation pairs whose affinities the views draw; 0: none", **at_least(0))
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
+    lock_image: bool = parameter(False, "keep the student's image tower as it is")
+    lock_text: bool = parameter(False, "keep the student's text tower as it is")
+    unlocked_image_layers: int = parameter(0, "last layers of a locked image tower that are trained all the same", **at_least(0))
+    unlocked_text_layers: int = parameter(0, "last layers of a locked text tower that are trained all the same", **at_least(0))
     processes: int = parameter(1, "training processes, one a GPU; more than 1 are started by torchrun", **at_least(1))
 
 # %% ../nbs/10_trainers.ipynb #77f080d8
@@ -234,7 +240,15 @@ class _Learning(nn.Module):
     fused = False  # whether it reads images and texts together, as a BLIP does
     compares = True  # whether images and texts have one space
 
-    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Features | None]:
+    def lock(self, options: FitParameters) -> None:
+        "Freeze the towers that the options lock"
+        lock_towers(self.model, options)
+
+    def reach(self, fit: Fit, batch: Batch) -> None:
+        "Find out which weights a new objective trains"
+        train_what_is_reached(fit, batch)
+
+    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Features | None]:
         "Gradients of the fit's objective on a batch; the terms by name, and the features they were computed from"
         return _learn(fit, batch)
 
@@ -311,6 +325,34 @@ def parameter_groups(learner: Learner, options: FitParameters, extra: Sequence[n
         groups += [group | dict(scheduled=False) for group in learner.gates.parameter_groups(*rates)]
     return [group | dict(peak=group["lr"]) for group in groups]
 
+# %% ../nbs/10_trainers.ipynb #1d015e3c
+def lock_towers(
+    model: nn.Module,  # an open_clip model; changed
+    options: FitParameters,  # what is locked, and how many last layers are not
+) -> None:
+    "Freeze the weights and the batch statistics of the towers that the options lock"
+    text = model.text if hasattr(model, "text") else model
+    if options.lock_image:
+        _lock([*model.visual.parameters()], model.visual.lock, options.unlocked_image_layers, model.visual)
+    if options.lock_text:
+        apart = {"logit_scale", "logit_bias"}
+        weights = [w for name, w in model.named_parameters() if name not in apart and not name.startswith("visual.")]
+        _lock(weights, model.lock_text_tower, options.unlocked_text_layers, text)
+    for part in model.modules():
+        weights = [*part.parameters(recurse=False)]
+        if hasattr(part, "running_mean") and weights and not any(w.requires_grad for w in weights):
+            part.eval()
+
+
+def _lock(weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: int, tower: nn.Module) -> None:
+    "Freeze all of a tower but its last layers; open_clip counts a transformer's projection as one more"
+    for weight in weights:
+        weight.requires_grad_(bool(layers))
+    if layers:
+        blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
+        with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
+            lock(layers + 1 if blocks else layers)
+
 # %% ../nbs/10_trainers.ipynb #bbc7059f
 def plain_backward(
     learner: nn.Module,
@@ -343,13 +385,14 @@ def cached_backward(
     leaves = Features(torch.cat([p.image for p in parts]), torch.cat([p.text for p in parts]), parts[0].scale)
     leaves = Features(*(t.clone().requires_grad_() for t in (leaves.image, leaves.text, leaves.scale)))
     total = loss(gather(leaves))
-    gradient = torch.autograd.grad(total, (leaves.image, leaves.text, leaves.scale), allow_unused=True, materialize_grads=True)
+    outputs = (leaves.image, leaves.text, leaves.scale)
+    image, text, scale = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True)
     for k, (r, s) in enumerate(rows):
         last = k == len(rows) - 1
         with nullcontext() if last else accelerator.no_sync(learner):
             part = Features(*learner(batch.image[r], batch.text[s], draw))
-            due = (part.image * gradient[0][r]).sum() + (part.text * gradient[1][s]).sum()
-            accelerator.backward(due + part.scale * gradient[2] + penalty if last else due)
+            due = (part.image * image[r]).sum() + (part.text * text[s]).sum()
+            accelerator.backward(due + part.scale * scale + penalty if last else due)
     return (total + penalty).detach()
 
 # %% ../nbs/10_trainers.ipynb #c848ad4e
@@ -411,76 +454,138 @@ class Fit:
     paired: bool = True  # whether row i of the texts belongs to image i
     shares: bool = False  # whether each term's share of the gradient is asked for
     shared: float = 0.0  # when it was last computed
+    reached: Objective | None = None  # the objective whose gradient's reach is known
 
     def __post_init__(self):
+        if not self.phase.fixed:
+            self.learner.lock(self.options)
+        self.trainable = [weight for weight in self.learner.model.parameters() if weight.requires_grad]
         self.extra = objective_parameters(self.objective, self.accelerator.device)
-        optimizer = torch.optim.AdamW(parameter_groups(self.learner, self.options, self.extra), betas=(0.9, 0.98), eps=1e-6)
-        self.prepared, self.optimizer = self.accelerator.prepare(self.learner, optimizer)
+        groups = parameter_groups(self.learner, self.options, self.extra)
+        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6))
         self.target = getattr(self.options, "target_sparsity", None)  # of the whole run
         self.answered = self.run.status().get("checkpoint", 0)  # the last request for a checkpoint that was met
         self.snapshots, self.refused = Snapshots(self.run), None  # the last control that would not do
+
+    @cached_property
+    def prepared(self) -> nn.Module:
+        "The learner in the job's precision and over all its processes; made anew when other weights are trained"
+        return self.accelerator.prepare_model(self.learner)
 
     @property
     def global_step(self) -> int:
         "Steps that this student's line has taken, earlier stages included"
         return self.phase.first_step + self.phase.before + self.step
 
-    def held_scale(self) -> Tensor | None:  # () multiplier, or None when the student learns its own
-        "The scale at which the student is held: the options' or else the teacher's"
-        return None if self.teacher is None else self.options.held(self.teacher.scale.detach())
+# %% ../nbs/10_trainers.ipynb #959db56b
+def train_what_is_reached(fit: Fit, batch: Batch) -> None:
+    "Leave out of training, and of what processes wait for, the weights that the objective's gradient does not reach"
+    before = [weight.requires_grad for weight in fit.trainable]
+    for weight in fit.trainable:
+        weight.requires_grad_(True)
+    rows = _first_rows(batch, 2)
+    draw = None if fit.learner.gates is None else 0
+    with evaluating(fit.learner.model), torch.enable_grad(), fit.accelerator.autocast():
+        student = Features(*fit.learner(rows.image, rows.text, draw))
+    total = fit.objective(student, _local_teacher_features(fit, rows)).total
+    gradients = torch.autograd.grad(total, fit.trainable, allow_unused=True)
+    reached = [gradient is not None for gradient in gradients]
+    for weight, is_reached in zip(fit.trainable, reached, strict=True):
+        weight.requires_grad_(is_reached)
+    if reached != before and "prepared" in vars(fit):
+        fit.learner = fit.accelerator.unwrap_model(fit.prepared, keep_fp32_wrapper=False)
+        fit.accelerator.free_memory()
+        fit.accelerator.prepare(fit.optimizer)
+        del fit.prepared
+    fit.reached = fit.objective
+
+
+def _held_scale(fit: Fit) -> Tensor | None:  # () multiplier, or None when the student learns its own
+    "The scale at which the student is held: the options' or else the teacher's"
+    return None if fit.teacher is None else fit.options.held(fit.teacher.scale.detach())
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    "The first images and texts of a batch"
+    columns = {field.name: getattr(batch, field.name) for field in fields(batch) if field.name != "skipped"}
+    return replace(batch, **{name: column[:count] for name, column in columns.items() if column is not None})
 
 # %% ../nbs/10_trainers.ipynb #ef578dae
 def _teacher_features(fit: Fit, batch: Batch) -> Features | None:
     "The teacher's features of the global batch, without a graph"
+    features = _local_teacher_features(fit, batch)
+    return None if features is None else gather(features)
+
+
+def _local_teacher_features(fit: Fit, batch: Batch) -> Features | None:
+    "The teacher's features of this process's batch"
     if fit.teacher is None:
         return None
     with torch.no_grad(), fit.accelerator.autocast():
-        seen = fit.teacher.encode(batch.for_teacher())
-    held = fit.held_scale()
-    return gather(Features(seen.image.float(), seen.text.float(), (seen.scale if held is None else held).detach().float()))
+        features = fit.teacher.encode(batch.for_teacher())
+    held = _held_scale(fit)
+    scale = features.scale if held is None else held
+    return Features(features.image.float(), features.text.float(), scale.detach().float())
 
 
+def _learn(fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Features | None]:
+    "Gradients of what two towers are to learn from a batch"
+    teacher = _teacher_features(fit, batch)
+    fit.paired = not batch.text_keys
+    terms: dict[str, Tensor] = {}
+    features: list[Features] = []
+
+    def loss(student: Features) -> Tensor:
+        computed = fit.objective(student, teacher)
+        features.append(student.detach())
+        terms.update(computed.values)
+        return computed.total
+
+    draw = None if fit.learner.gates is None else seed_of(fit.options.seed, fit.phase.folder, fit.step)
+    arguments = (fit.prepared, batch, loss, fit.accelerator, draw, fit.learner.penalty(fit.step))
+    micro_batch = fit.options.micro_batch
+    cached = 0 < micro_batch < max(len(batch), len(batch.text))
+    total = cached_backward(*arguments, micro_batch) if cached else plain_backward(*arguments)
+    student = features[0]
+    fit.widths = fit.widths or (student.image.shape[1], (student if teacher is None else teacher).image.shape[1])
+    return {"total": total, **terms}, student, teacher
+
+# %% ../nbs/10_trainers.ipynb #093b5eb2
 def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Features | None]:
     "Move the student by one step; returns the terms by name, and the features they were computed from"
     rate = fit.factor * fit.phase.learning_rate_factor(fit.step, fit.options.warmup)
     for group in fit.optimizer.param_groups:
         group["lr"] = group["peak"] * (rate if group["scheduled"] else 1.0)
     fit.objective.draw(seed_of(fit.options.seed, fit.phase.folder, fit.step, "objective"))
+    if fit.reached is not fit.objective:
+        fit.learner.reach(fit, batch)
     fit.optimizer.zero_grad()
     terms, student, teacher = fit.learner.learn(fit, batch)
     terms |= _gate_terms(fit)
-    norm = fit.accelerator.clip_grad_norm_([*fit.learner.model.parameters(), *fit.extra], fit.options.clip_norm)
+    weights = [*fit.learner.model.parameters(), *fit.extra]
+    terms["gradient_norm"] = fit.accelerator.clip_grad_norm_(weights, fit.options.clip_norm)
     fit.optimizer.step()
-    held = fit.held_scale()
+    held = _held_scale(fit)
     fit.learner.constrain(None if held is None else held.log())
-    return terms | {"gradient_norm": float(norm), "learning_rate": rate * fit.options.learning_rate}, student, teacher
+    return as_numbers(terms) | {"learning_rate": rate * fit.options.learning_rate}, student, teacher
 
 
-def _learn(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Features | None]:
-    "Gradients of what two towers are to learn from a batch"
-    teacher, seen, terms, fit.paired = _teacher_features(fit, batch), [], {}, not batch.text_keys
-
-    def loss(student: Features) -> Tensor:
-        named = fit.objective(student, teacher)
-        seen.append(student.detach())
-        terms.update(named.floats())
-        return named.total
-
-    gates, micro = fit.learner.gates, fit.options.micro_batch
-    given = dict(learner=fit.prepared, batch=batch, loss=loss, accelerator=fit.accelerator, penalty=fit.learner.penalty(fit.step))
-    given["draw"] = None if gates is None else seed_of(fit.options.seed, fit.phase.folder, fit.step)
-    total = cached_backward(**given, micro_batch=micro) if 0 < micro < max(len(batch), len(batch.text)) else plain_backward(**given)
-    fit.widths = fit.widths or (seen[0].image.shape[1], (teacher or seen[0]).image.shape[1])
-    return terms | {"total": total.item()}, seen[0], teacher
+def as_numbers(
+    values: Mapping[str, Tensor | float],  # () each
+) -> dict[str, float]:
+    "The values as Python numbers; what lies on a device comes in one transfer, the only one of a step"
+    tensors = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
+    numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
+    return {**values, **dict(zip(tensors, numbers, strict=True))}
 
 # %% ../nbs/10_trainers.ipynb #924ffe7a
-def _gate_terms(fit: Fit) -> dict[str, float]:
+def _gate_terms(fit: Fit) -> dict[str, Tensor | float]:
     "What the sparsity budget is doing: expected and target sparsity, penalty"
     if fit.learner.gates is None:
         return {}
     with torch.no_grad():
         expected, penalty = fit.learner.gates.expected_sparsity(), fit.learner.penalty(fit.step)
-    return {"sparsity_penalty": float(penalty), "expected_sparsity": float(expected), "target_sparsity": fit.learner.target_at(fit.step)}
+    return {"sparsity_penalty": penalty, "expected_sparsity": expected, "target_sparsity": fit.learner.target_at(fit.step)}
 
 # %% ../nbs/10_trainers.ipynb #a314d20a
 def _save_fit(fit: Fit) -> None:
@@ -616,24 +721,39 @@ def fit(
     look: Callable[[Fit], Mapping[str, Tensor]] | None = None,  # further arrays for the views
 ) -> None:
     "Train for the steps of a phase, continuing from its checkpoint if there is one"
-    job = Fit(run, phase, learner, objective, options, accelerator, teacher, probe, look)
+    try:
+        _train(Fit(run, phase, learner, objective, options, accelerator, teacher, probe, look), batches, validate)
+    finally:
+        accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
+
+# %% ../nbs/10_trainers.ipynb #833c15ad
+def _train(
+    job: Fit,
+    batches: Callable[[int], Iterator[Batch]],
+    validate: Callable[[], dict[str, float]] | None,
+) -> None:
+    "The steps of a phase that are still to be taken"
     if not _resume_fit(job):
         _save_fit(job)
-    change(job, agree(accelerator, lambda: runs.in_effect(run.metrics())))
+    options, steps, main = job.options, job.phase.steps, job.accelerator.is_main_process
+    change(job, agree(job.accelerator, lambda: runs.in_effect(job.run.metrics())))
     _note(job, state="running", refused=None)
-    guard, saved, stream = data.BadSampleGuard(options.max_bad_share, known=_known_bad(run)), time.monotonic(), None
+    guard = data.BadSampleGuard(options.max_bad_share, known=_known_bad(job.run))
+    saved, stream = time.monotonic(), None
     if job.step == 0:
         _validate(job, validate)
         _show(job, None)
-    silent = not accelerator.is_main_process or threading.current_thread() is not threading.main_thread()
-    with tqdm(total=phase.steps, initial=job.step, desc=phase.folder, mininterval=2 if sys.stderr.isatty() else 10, disable=silent) as bar:
-        while job.step < phase.steps:
+    silent = not main or threading.current_thread() is not threading.main_thread()
+    pace = dict(mininterval=2 if sys.stderr.isatty() else 10, disable=silent)
+    with tqdm(total=steps, initial=job.step, desc=job.phase.folder, **pace) as bar:
+        while job.step < steps:
             _obey(job)
-            stream = stream or batches(job.global_step)
+            if stream is None:
+                stream = batches(job.global_step)
             line = _one_step(job, stream, guard)
-            if job.step % options.validate_every == 0 or job.step == phase.steps:
+            if job.step % options.validate_every == 0 or job.step == steps:
                 _validate(job, validate)
-            if job.step == phase.steps or time.monotonic() - saved >= options.checkpoint_seconds:
+            if job.step == steps or time.monotonic() - saved >= options.checkpoint_seconds:
                 _save_fit(job)
                 saved = time.monotonic()
             bar.set_postfix(total=f"{line['total']:.3f}", refresh=False)
@@ -765,6 +885,16 @@ class Work(_Computed, ABC):
     def plan(self) -> list[tuple[str, int]]:
         "Stages and their steps, in their order"
 
+    @property
+    def extended(self) -> list[str]:
+        "The stages that go on when a finished run is given more steps"
+        return [stage for stage, _ in self.plan]
+
+    def go_on(self, changes: Mapping[str, Sequence]) -> None:  # name of an entry of config.json -> [old, new]
+        "Make a run that is continued with other values ready for them"
+        if "parameters.steps" in changes:
+            reopen(self.run, self.extended)
+
     @abstractmethod
     def work(self) -> None:
         "Train all stages, from where an earlier start left off"
@@ -772,6 +902,25 @@ class Work(_Computed, ABC):
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         "What is logged of a student now and then"
         return validation_scores(student, self.val)
+
+# %% ../nbs/10_trainers.ipynb #9b151601
+def reopen(run: Run, stages: Sequence[str]) -> None:
+    "Let finished stages go on from their last checkpoint; ValueError if one has none"
+    finished = [stage for stage in stages if (run.folder / stage / "done.json").exists()]
+    for stage in finished:
+        if not any((run.folder / stage).glob("*/checkpoint.pt")):
+            raise ValueError(f"{run.folder} cannot take more steps: {stage} is finished and its checkpoint is gone; "
+                             "begin a run of its own with start_from")  # fmt: skip
+    for stage in finished:
+        (run.folder / stage / "done.json").unlink()
+    (run.folder / "result.json").unlink(missing_ok=True)
+
+
+def _drop_checkpoints(stage: Path, but: str = "") -> None:
+    "Remove the checkpoints of a stage's phases, but one's"
+    for checkpoint in stage.glob("*/checkpoint.pt"):
+        if checkpoint.parent.name != but:
+            checkpoint.unlink()
 
 # %% ../nbs/10_trainers.ipynb #6d171c85
 class _Streamed(Work):
@@ -860,18 +1009,38 @@ def make_accelerator(options: FitParameters) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may change its mind about device and precision
     precision = options.precision.replace("fp32", "no")
     accelerator = Accelerator(mixed_precision=precision, cpu=options.device == "cpu" or not torch.cuda.is_available())
+    if precision == "fp16" and accelerator.device.type == "cpu":  # which accelerate would leave in single precision, unsaid
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     processes = max(options.processes, accelerator.num_processes)
     if options.batch_size % processes:
         raise ValueError(f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple")
     return accelerator
 
 # %% ../nbs/10_trainers.ipynb #504011c8
+FREE = ("out", "workers", "device", "processes", "validate_every", "checkpoint_seconds", "keep_snapshots", "max_bad_share",
+        "micro_batch", "features", "compare_scratch")  # fmt: skip
+GROWS = ("steps",)
+SAME = {"data": "data.fingerprint", "val": "validation.fingerprint", "sentences": "sentences.fingerprint",
+        "teacher": "teacher_sha256", "start_from": "start_sha256"}  # fmt: skip
+
+
 def out_folder(options: FitParameters) -> Path:
-    "The run folder: `out`, or runs/METHOD-XXXXXXXX, so that equal parameters continue and others begin anew"
+    "The run folder: `out`, or runs/METHOD-XXXXXXXX, so that parameters of the same result continue and others begin anew"
     if options.out:
         return data.project_root() / options.out
-    name = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode()).hexdigest()[:8]
+    kept = {name: value for name, value in asdict(options).items() if name not in FREE}
+    name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return data.project_root() / "runs" / f"{type(options).__name__.lower()}-{name}"
+
+
+def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs.begin`
+    "What may differ when a run goes on: what does not change its result, more steps, and data or models that lie elsewhere"
+    defaults = {f"parameters.{option.name}": option.default for option in fields(options)}
+    unknown = () if "validation" in run.config() else ("validation",)  # of a run from before it was noted
+    places = [f"{part}.{entry}" for part in ("data", "sentences", "validation") for entry in ("shards", "damaged")]
+    free = ("versions", "terms", *unknown, *places, *(f"parameters.{name}" for name in FREE))
+    same = {f"parameters.{name}": entry for name, entry in SAME.items()}
+    return dict(free=free, grows=[f"parameters.{name}" for name in GROWS], same=same, defaults=defaults)
 
 # %% ../nbs/10_trainers.ipynb #343f6513
 def open_run(
@@ -885,24 +1054,33 @@ def open_run(
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
     data.check_split(report, options.workers, accelerator.num_processes, options.batch_size // accelerator.num_processes)
-    val = data.load_pairs(options.val, limit=options.validate_pairs)
-    config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions(), "data": report.to_json(), **about}
+    val_report = data.inspect_shards(find_data(options.val))
+    val = data.load_pairs(val_report, limit=options.validate_pairs)
+    config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
+    config |= {"data": report.to_json(), "validation": val_report.to_json(), **about}
     run = (RunWriter if accelerator.is_main_process else Run)(out_folder(options))
+    job = kind(options, run, model, report, val, accelerator)
     if accelerator.is_main_process:
-        runs.begin(run, config, free=("versions", "terms"))
+        runs.begin(run, config, **continuing(options, run), on_change=job.go_on)
     accelerator.wait_for_everyone()
-    return kind(options, run, model, report, val, accelerator)
+    return job
 
-
+# %% ../nbs/10_trainers.ipynb #31528bc5
 @dataclass
 class TinyClipJob(Job):
     "Stages of inheritance and distillation, and scratch if asked for"
 
     @property
     def plan(self) -> list[tuple[str, int]]:
-        count, steps = stage_count(self.options), stage_steps(self.options)
-        scratch = [(f"scratch-{count}", count * steps)] if self.options.compare_scratch else []
-        return [(f"stage-{number}", steps) for number in range(1, count + 1)] + scratch
+        count = stage_count(self.options)
+        stages = [(f"stage-{k}", line_steps(self, k) - line_steps(self, k - 1)) for k in range(1, count + 1)]
+        return stages + [(f"scratch-{count}", line_steps(self, count))] * self.options.compare_scratch
+
+    @property
+    def extended(self) -> list[str]:
+        "More steps are the last stage's: what came of the others has been handed on"
+        count = stage_count(self.options)
+        return [f"stage-{count}", f"scratch-{count}"]
 
     def work(self) -> None:
         count = stage_count(self.options)
@@ -910,6 +1088,14 @@ class TinyClipJob(Job):
             run_stage(self, number)
         if self.options.compare_scratch:
             run_scratch(self, count)
+
+
+def line_steps(job: Job, number: int) -> int:
+    "Steps that a student's line takes up to the end of a stage: those it took, where the stage is finished"
+    if number == 0:
+        return 0
+    done = read_json(job.run.folder / f"stage-{number}" / "done.json", {})
+    return done.get("steps") or line_steps(job, number - 1) + stage_steps(job.options)
 
 # %% ../nbs/10_trainers.ipynb #dd32e9cf
 def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
@@ -1031,7 +1217,8 @@ def learn_gates(
     steps, target = gate_steps(options), stage_target(job, number)
     source.model.train()
     learner = Learner(source.model, gates, max(sparsity(shapes, job.costs), 0.0), target, ramp=max(steps // 2, 1))
-    phase = Phase(stage, "gates", steps, 0, options.steps, (number - 1) * options.steps, target_share=number / options.stages)
+    share = number / options.stages
+    phase = Phase(stage, "gates", steps, 0, options.steps, line_steps(job, number - 1), target_share=share)
     fit(job.run, phase, learner, Objective(options.weights()), job.batches, options, job.accelerator, job.source, probe=job.probe)
     target = stage_target(job, number)  # it may have been changed meanwhile
     values = (uniform_gates if options.inheritance == "auto_uniform" else close_budget)(gates, target)
@@ -1039,9 +1226,10 @@ def learn_gates(
     if job.accelerator.is_main_process:
         probabilities = {f"{name}": p.detach().cpu() for name, p in gates.state_dict().items()}
         save_file(probabilities, job.run.folder / stage / "gates.safetensors")
+        write_whole(job.run.folder / stage / "gates" / "done.json", json.dumps({"steps": steps}))
     return weights, plan, kept_shapes(shapes, values)
 
-
+# %% ../nbs/10_trainers.ipynb #a2169b16
 @torch.no_grad()
 def _cut(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape], values: Mapping[str, Any]) -> tuple[dict[str, Tensor], Plan]:
     "What is left of a network under deterministic gates: gates multiplied in, the rest cut out"
@@ -1162,8 +1350,11 @@ def run_stage(job: Job, number: int) -> VLM:  # the stage's student
     if not (folder / "plan.json").exists():
         make_student(job, number)
     student = load_model(folder / "init", job.accelerator.device)
-    steps, before = stage_steps(options), gate_steps(options)
-    phase = Phase(f"stage-{number}", "distil", steps - before, before, steps, (number - 1) * steps)
+    if job.accelerator.is_main_process:
+        _drop_checkpoints(job.run.folder / f"stage-{number - 1}")  # what came of it has been handed on
+    steps = stage_steps(options)
+    before = read_json(folder / "gates" / "done.json", {"steps": gate_steps(options)})["steps"]
+    phase = Phase(f"stage-{number}", "distil", steps - before, before, steps, line_steps(job, number - 1))
     return finish_fit(job, phase, student, Objective(options.weights()), job.source)
 
 
@@ -1174,8 +1365,8 @@ def run_scratch(job: Job, number: int) -> VLM:
         return load_model(folder / "student", job.accelerator.device)
     like = load_model(folder.parent / f"stage-{number}" / "student", "cpu")
     student = new_model(like.config["model_cfg"], like=job.teacher, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
-    steps = number * stage_steps(options)
-    return finish_fit(job, Phase(f"scratch-{number}", "contrast", steps, fixed=True), student, Objective({"contrastive": 1.0}), None)
+    phase = Phase(f"scratch-{number}", "contrast", line_steps(job, number), fixed=True)
+    return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
 
 # %% ../nbs/10_trainers.ipynb #2c2b86e9
 def finish_fit(
@@ -1187,7 +1378,7 @@ def finish_fit(
     learner: Callable[[nn.Module], Learner] = Learner,  # makes one of the student's network
     batches: Callable[[int], Iterator[Batch]] | None = None,  # step -> batches from that step on; None: the job's
 ) -> VLM:
-    "Fit, save the student, mark the stage as done and drop its checkpoints"
+    "Fit, save the student and mark the stage as done; its last checkpoint stays, for more steps"
     model = student.model.to(job.accelerator.device).train()
     if job.accelerator.is_main_process and not (job.run.folder / phase.stage / "init").exists():
         student.save(job.run.folder / phase.stage / "init")
@@ -1200,8 +1391,7 @@ def finish_fit(
         folder = job.run.folder / phase.stage
         student.save(folder / "student")
         write_whole(folder / "done.json", json.dumps({"steps": phase.first_step + phase.before + phase.steps}))
-        for checkpoint in folder.glob("*/checkpoint.pt"):
-            checkpoint.unlink()
+        _drop_checkpoints(folder, but=phase.name)
     job.accelerator.wait_for_everyone()
     return student
 
