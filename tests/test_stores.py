@@ -258,7 +258,7 @@ def test_features_that_are_not_finite_name_their_sample(teacher, shards):
 
 def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards):
     command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | dict(RANK="1", WORLD_SIZE="2"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | dict(RANK="1", WORLD_SIZE="2"))
     assert done.returncode == 0 and "1 files written" in done.stdout, done.stderr
     store = store_of(teacher, shards)
     assert store.missing(["image"]) == [("a", "image"), ("c", "image")]
