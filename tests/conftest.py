@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,6 +11,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # UMAP of fifty points is done before its functions would be compiled
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -140,13 +139,12 @@ def ends_as_if_undisturbed(killed_in_its_fourth_step, tmp_path):
 
 def in_two_processes(method, given):
     "Train six steps from the command line in two processes, and start the finished run once more; its run folder"
-    out, python = given["out"], [sys.executable, "-m", "vlkd_lab.trainers"]
+    out = given["out"]
     words = [f"{name}={value}" for name, value in (given | dict(processes=2)).items() if name != "out"]
-    done = subprocess.run([*python, out, f"method={method}", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run("-m", "vlkd_lab.trainers", out, f"method={method}", *words, processes=2)
     lines = lines_of(out)
     assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
-    subprocess.run([*python, out], check=True, capture_output=True)
+    forked.run("-m", "vlkd_lab.trainers", out, processes=2)
     assert lines_of(out) == lines and Run(out).config()["method"] == method
     return Path(out)
 

@@ -3,24 +3,23 @@
 import gc
 import json
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY, lines_of, same_weights
+from conftest import TINY, lines_of
 from safetensors.torch import load_file
 
 from vlkd_lab import trainers
 from vlkd_lab.features import Batch
 from vlkd_lab.losses import Objective
-from vlkd_lab.models import load_model, new_model, save_model
+from vlkd_lab.models import new_model
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
-from vlkd_lab.trainers import Fit, FitParameters, Learner, Phase, cached_backward, open_job, take_step, train
+from vlkd_lab.trainers import Fit, Learner, Phase, open_job, take_step, train
 
 METHODS = ["TinyCLIP", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"]
 STUDENT = {"TinyCLIP": "stage-1", "Contrastive": "teacher", "BlipTraining": "teacher"}  # the others: student
@@ -95,11 +94,9 @@ for method, given in json.loads(sys.argv[1]):
 
 
 def in_processes(count, jobs, folder):
-    "Train jobs one after the other in one process, or in several under torchrun"
+    "Train jobs one after the other in one process, or in several"
     (folder / "jobs.py").write_text(TWO)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    done = subprocess.run([sys.executable, *torchrun, str(folder / "jobs.py"), json.dumps(jobs)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(str(folder / "jobs.py"), json.dumps(jobs), processes=count)
 
 
 def whole_batches(folder, parameters, method, out, **changes):

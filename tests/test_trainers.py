@@ -1,7 +1,6 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import tarfile
@@ -9,13 +8,13 @@ import time
 import weakref
 from dataclasses import replace
 
+import forked
 import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from vlkd_lab import trainers
 from vlkd_lab.evaluation import compare, finish, job_models
 from vlkd_lab.features import Batch
 from vlkd_lab.gates import sparsity
@@ -215,15 +214,9 @@ def test_a_student_of_another_width_needs_another_objective(tiny, tmp_path):
     assert job_of(tiny, **named, losses="affinity_mimicking=1").options.student
 
 
-FORKS = multiprocessing.get_context("forkserver")  # what takes long to import is imported once
-FORKS.set_forkserver_preload(["open_clip", "transformers.models.clip.modeling_clip", "vlkd_lab.trainers"])
-
-
 def start_process(tiny):
     words = [f"{k}={json.dumps(v) if not isinstance(v, str) else v}" for k, v in tiny.items() if k != "out"]
-    process = FORKS.Process(target=trainers._main, args=([tiny["out"], *words],))
-    process.start()
-    return process
+    return forked.start("-m", "vlkd_lab.trainers", tiny["out"], *words)
 
 
 def ended_well(process):
