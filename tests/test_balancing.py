@@ -8,6 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_mutual_info_score
 from test_data import members, own_cache, picture, tar  # noqa: F401
 
 from vlkd_lab import balancing as B
@@ -354,6 +356,52 @@ def test_clusters_have_unit_centres_near_rows_and_none_is_empty(k):
         assert (best * found.centers).sum(dim=1).median() > 0.999, "a centre is its rows' mean direction"
 
 
+def blobs(sizes, width, noise, seed):
+    "Rows around as many directions at right angles to each other, and which is whose"
+    rng, labels = np.random.default_rng(seed), np.repeat(np.arange(len(sizes)), sizes)
+    directions = np.linalg.qr(rng.standard_normal((width, len(sizes))))[0].T
+    order = rng.permutation(len(labels))
+    return unit(directions[labels] + noise / np.sqrt(width) * rng.standard_normal((len(labels), width)))[order], labels[order]
+
+
+@pytest.mark.parametrize(
+    "sizes, noise",
+    [([40] * 8, 0.1), ([40] * 8, 0.3), ([400, 200, 100, 50, 30, 20, 15, 12], 0.1)],
+    ids=["even", "noisy", "uneven"],
+)
+def test_eight_clear_blobs_are_found_whatever_the_seed(sizes, noise):
+    for seed in range(20):
+        rows, labels = blobs(sizes, 24, noise, seed)
+        assert adjusted_mutual_info_score(labels, B.cluster(rows, 8, seed).assignment) == pytest.approx(1.0), seed
+
+
+def test_clusters_are_as_tight_as_another_k_means_finds_them():
+    rows = unit(np.random.default_rng(5).standard_normal((1500, 24)))
+    tightness = lambda centers: float(1 - B.nearest_center(torch.from_numpy(rows), centers)[1].mean())  # noqa: E731
+    for seed in range(3):
+        theirs = torch.from_numpy(KMeans(40, n_init=1, max_iter=30, random_state=seed).fit(rows).cluster_centers_)
+        theirs = torch.nn.functional.normalize(theirs.float(), dim=1)
+        assert tightness(B.cluster(rows, 40, seed).centers) <= 1.02 * tightness(theirs)
+
+
+def test_starting_points_are_distinct_rows_in_whatever_part_of_many_rows():
+    rows = unit(np.random.default_rng(6).standard_normal((400, 5)))
+    counts = np.ones(400, dtype=np.int64)
+    for k in (1, 2, 17, 399, 400):
+        assert len(set(B._starting_rows(rows, counts, k, 0).tolist())) == k
+    some = B._starting_rows(rows, counts, 3, 0, most=10)
+    assert len(set(some.tolist())) == 3, "192 of the 400 rows are looked at"
+    assert (B._starting_rows(rows, counts, 30, 1) == B._starting_rows(rows, counts, 30, 1)).all()
+    alike = np.repeat(rows[:1], 6, axis=0) + np.float32(1e-7) * np.arange(30, dtype=np.float32).reshape(6, 5)
+    assert sorted(B._starting_rows(alike, counts[:6], 6, 0)) == list(range(6)), "also where single precision tells nothing apart"
+
+
+def test_a_row_that_occurs_often_weighs_as_much():
+    rows = unit(np.array([[1, 0, 0], [0, 1, 0], [0, 0.8, 0.6]]))
+    heavy = B._starting_rows(rows, np.array([1, 1000, 1000]), 2, 0)
+    assert set(heavy.tolist()) == {1, 2}, "the two that stand for most rows, though they are the nearest pair"
+
+
 @pytest.fixture
 def poor(monkeypatch):
     "k-means that leaves all but three centres where no row is"
@@ -361,8 +409,8 @@ def poor(monkeypatch):
 
     train = faiss.Kmeans.train
 
-    def badly(self, rows):
-        train(self, rows)
+    def badly(self, rows, **options):
+        train(self, rows, **options)
         self.centroids[3:] = -rows.mean(axis=0)
 
     monkeypatch.setattr(faiss.Kmeans, "train", badly)

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import in_two_processes, lines_of
+from conftest import TINY, in_two_processes, lines_of
 
 from vlkd_lab import trainers
 from vlkd_lab.balancing import nearest_center
 from vlkd_lab.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.evaluation import compare, finish, probe_table
-from vlkd_lab.models import load_model, new_model, save_model
+from vlkd_lab.models import image_tower, load_model, new_model, save_model
 from vlkd_lab.runs import Run, kept_snapshots, newest_snapshot, read_snapshot
 from vlkd_lab.stores import FeatureStore, fill, store_key
 from vlkd_lab.trainers import check_parameters, train
@@ -113,6 +113,25 @@ def test_every_term_moves_the_student_and_its_scale_reaches_it(tiny, tmp_path):
     assert differs["{'cluster_margin': 0.3}"] == {"cluster_classification"}
     assert differs["{'instance_scale': 5.0}"] == {"instance_discrimination"}
     assert set(totals["{'losses': 'contrastive:1'}"]) == {"contrastive"}
+
+
+def test_a_student_that_cannot_work_is_refused_before_anything_is_computed(tiny, tmp_path):
+    text = TINY["text_cfg"] | dict(width=16, heads=2)
+    vit = dict(timm_model_name="test_vit3", timm_model_pretrained=False, timm_pool="", timm_proj="linear")
+    mobile = image_tower("timm:mobilenetv3_small_050")
+    for name, tower in (("vit", vit), ("mobile", mobile)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(TINY | dict(vision_cfg=tower, text_cfg=text)))
+    for changes, message in (
+        (dict(student=f"{tmp_path}/vit.json"), r"vit.json' takes no pictures of 32 pixels \(.*160.*\); .*: choose another image tower"),
+        (dict(student=f"{tmp_path}/mobile.json", micro_batch=1), "mobile.json' cannot be trained on 1 picture of 32 pixels at once"),
+        (dict(student="timm:resnet10t"), "no configuration 'timm:resnet10t'"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            job_of(tiny, features=str(tmp_path / "store"), **changes)
+        assert "\n" not in str(error.value)
+        assert not Run(tiny["out"]).folder.exists() and not (tmp_path / "store").exists()
+    train(job_of(tiny, student=f"{tmp_path}/mobile.json", micro_batch=8, steps=2))
+    assert "visual.trunk.classifier.weight" in load_model(f"{tiny['out']}/student/student", "cpu").model.state_dict()
 
 
 @pytest.mark.parametrize(

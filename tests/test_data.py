@@ -190,10 +190,9 @@ def test_damage_is_found(tmp_path, ending):
     for name, content in cases.items():
         (tmp_path / f"{name}.{ending}").write_bytes(content)
     tar(tmp_path / f"empty.{ending}", [])
-    tar(tmp_path / f"twice.{ending}", [*pair(1), *pair(1)[:1]])
     report = D.inspect_shards(tmp_path, cache=False)
-    assert {shard.name for shard in report.damaged} == {*cases, "empty", "twice"} and report.total == 20
-    with pytest.raises(ValueError, match="shards are damaged.*empty"):
+    assert {shard.name for shard in report.damaged} == {*cases, "empty"} and report.total == 20
+    with pytest.raises(ValueError, match="shards are damaged.*empty.*leave it out.*data='…,!empty.tar"):
         D.check_split(report)
     D.check_split(report, allow_damaged=True)
     assert {key.split("/")[0] for row in keys(D.PairStream(report, VIEW, 5), 4) for key in row} == {"whole"}
@@ -374,7 +373,7 @@ def test_wrong_options_stop_at_once(report, option):
 BAD = {
     "truncated": ([("K.jpg", picture(0)[:500]), ("K.txt", b"x")], "image cannot be (decoded|opened)"),
     "garbage": ([("K.jpg", b"not an image"), ("K.txt", b"x")], "no JPEG, PNG or WebP"),
-    "gif": ([("K.jpg", picture(0, kind="gif")), ("K.txt", b"x")], "no JPEG, PNG or WebP"),
+    "heic": ([("K.jpg", b"\0\0\0\x18ftypheic" + bytes(30)), ("K.txt", b"x")], "image is HEIC, which is not read"),
     "huge": ([("K.png", picture(0, (300, 400), "png")), ("K.txt", b"x")], "300 × 400 pixels is larger than max_pixels = 100,000"),
     "narrow": ([("K.png", picture(0, (300, 2), "png")), ("K.txt", b"x")], "narrower"),
     "no_image": ([("K.txt", b"x")], "no image"),
@@ -443,11 +442,137 @@ def test_guard(spoilt):
 def test_captions_are_cleaned_and_kept_as_text():
     fields = dict(jpg=picture(0))
     read = lambda text: D.decode_sample(fields | {"txt": text})[1]  # noqa: E731
-    assert read(b"<script>alert(1)</script>\0 a\ndog") == "<script>alert(1)</script> a dog"
+    assert read(b"<script>alert(1)</script>\0 a\tdog") == "<script>alert(1)</script> a dog"
     assert read("a \u202egod\u202c, caf\u00e9 \U0001f436".encode()) == "a god , caf\u00e9 \U0001f436"
     assert len(read(b"x" * 10_000)) == 2000
     lone = json.dumps({"caption": "a \ud800 b", "cls": 4}).encode()
     assert D.decode_sample(fields | {"json": lone})[1:] == ("a b", 4)
+
+
+@pytest.mark.parametrize(
+    "fields,expected",
+    [
+        (dict(txt="\ufeffa dog".encode()), ["a dog"]),
+        (dict(txt="a dog\ufeff runs\n\ufeffa cat".encode()), ["a dog runs", "a cat"]),  # joined files
+        (dict(txt=b"one\r\n\r\n  two \rthree\n\n"), ["one", "two", "three"]),
+        (dict(txt="one\u2028still one\x0b.\ntwo".encode()), ["one still one .", "two"]),
+        (dict(txt=b"one\ntwo\none\n one "), ["one", "two"]),
+        (dict(txt=b"caf\xe9", json=b'{"captions": ["one", "two"]}'), ["one", "two"]),
+        (dict(txt=b"one", json=b'{"captions": [" ", 3, null]}'), ["one"]),
+        (dict(txt=b" \n", json=b'{"caption": "one"}'), ["one"]),
+        (dict(txt=b"one", json=b'{"caption": "another", "captions": {}}'), ["one"]),
+        (dict(json=b'{"caption": ["one", "", "two", "one"]}'), ["one", "two"]),
+        (dict(json=b'{"captions": "one"}'), ["one"]),
+        (dict(json=b'\xef\xbb\xbf{"captions": ["\\ufeffone", "two"]}'), ["one", "two"]),
+        (dict(json=b'["no", "object"]'), "no caption"),
+        (dict(json=b'{"captions": []}'), "no caption"),
+        (dict(txt=b"", json=b'{"captions": 3}'), "caption is empty"),
+        (dict(txt="\ufeff\n".encode()), "caption is empty"),
+        (dict(txt="a dog".encode("utf-16"), json=b'{"caption": "one"}'), "caption is not UTF-8 at byte 0"),
+    ],
+)
+def test_captions_are_the_first_source_that_has_any(fields, expected):
+    if isinstance(expected, str):
+        assert D.captions_of(fields) == []
+        with pytest.raises(D.BadSample, match=f"^{expected}$"):
+            D.decode_sample(dict(jpg=picture(0)) | fields)
+    else:
+        assert D.captions_of(fields) == expected
+        assert D.decode_sample(dict(jpg=picture(0)) | fields)[1] == expected[0]
+
+
+def captioned(n, most=5):
+    "A picture with 1 to `most` captions, by turns as lines and as JSON"
+    texts = [f"picture {n}, caption {k}" for k in range(n % most + 1)]
+    lines = [(f"{n:05d}.txt", "\n".join(texts).encode())]
+    listed = [(f"{n:05d}.json", json.dumps({"captions": texts}).encode()), (f"{n:05d}.txt", b"another")]
+    return [(f"{n:05d}.jpg", picture(n)), *(listed if n % 2 else lines)]
+
+
+@pytest.fixture(scope="module")
+def captioned_report(tmp_path_factory):
+    "Three shards of twenty pictures with one to five captions"
+    folder = tmp_path_factory.mktemp("captioned")
+    for shard in range(3):
+        tar(folder / f"{shard}.tar", [member for n in range(20 * shard, 20 * shard + 20) for member in captioned(n)])
+    return D.inspect_shards(folder, cache=False, progress=False)
+
+
+def drawn(report, batches=36, start=0, **options):
+    "key -> what was drawn of it, time after time"
+    numbers = {}
+    for batch in islice(D.PairStream(report, VIEW, 5, seed=3, shuffle=8, **options).batches(start), batches):
+        assert len(batch.captions) == len(batch.caption_numbers) == 5
+        assert all(text.endswith(f"caption {k}") for text, k in zip(batch.captions, batch.caption_numbers, strict=True))
+        assert torch.equal(batch.text, codes(batch.captions))
+        for key, number in zip(batch.keys, batch.caption_numbers, strict=True):
+            numbers.setdefault(key, []).append(number)
+    return numbers
+
+
+def test_a_caption_is_drawn_by_seed_epoch_and_place(captioned_report):
+    whole = drawn(captioned_report, 12 * 10)  # ten epochs
+    assert len(whole) == 60
+    for key, numbers in whole.items():
+        count = int(key.split("/")[1]) % 5 + 1
+        for start in range(0, 10 - count + 1, count):
+            assert sorted(numbers[start : start + count]) == list(range(count)), "each once in as many epochs as there are"
+    orders = {tuple(numbers[:5]) for key, numbers in whole.items() if int(key.split("/")[1]) % 5 == 4}
+    assert len(orders) > 8, "samples have orders of their own"
+    assert any(numbers[:5] != numbers[5:] for key, numbers in whole.items() if int(key.split("/")[1]) % 5 == 4), "so have rounds"
+    for options in (dict(workers=3), dict(cache_mb=0), dict(crop_scale=0.5)):
+        other = drawn(captioned_report, 36, **options)
+        assert all(whole[key][: len(numbers)] == numbers for key, numbers in other.items()), options
+    ranks = [drawn(captioned_report, 4, rank=rank, world_size=3) for rank in range(3)]
+    epoch = {key: numbers for rank in ranks for key, numbers in rank.items()}
+    assert epoch == {key: numbers[:1] for key, numbers in whole.items()}, "and for any number of processes"
+    again = [batch.captions for batch in islice(D.PairStream(captioned_report, VIEW, 5, seed=3).batches(), 30)]
+    resumed = [batch.captions for batch in islice(D.PairStream(captioned_report, VIEW, 5, seed=3).batches(17), 13)]
+    assert resumed == again[17:]
+    assert again != [batch.captions for batch in islice(D.PairStream(captioned_report, VIEW, 5, seed=4).batches(), 30)]
+
+
+@pytest.mark.parametrize("budget,decoded_items", [(1_000_000, 60), (95_000, None)])
+def test_captions_in_memory_count_in_its_budget(captioned_report, monkeypatch, budget, decoded_items):
+    stream, without = (D.PairStream(captioned_report, VIEW, 5, cache_mb=mb) for mb in (256, 0))
+    stream._own.shelf.free = budget
+    keys(stream, 60)
+    items = [item for kept in stream._own.shelf.kept.values() for item in kept]
+    decoded = [item for item in items if item.decoded]
+    held = sum(item.size for item in items) + sum(picture.nbytes for item in decoded for picture in item.decoded[0])
+    held += sum(len(text) for item in decoded for text in item.decoded[1][1:])
+    assert held == budget - stream._own.shelf.free <= budget and max(len(item.decoded[1]) for item in decoded) == 5
+    if decoded_items:
+        assert len(decoded) == decoded_items
+        monkeypatch.setattr(D, "raw_samples", lambda path: pytest.fail("read again"))
+    texts = [batch.captions for batch in islice(stream.batches(), 24)]
+    monkeypatch.undo()
+    assert texts == [batch.captions for batch in islice(without.batches(), 24)]
+
+
+def test_pairs_keep_all_captions_and_show_the_first(captioned_report):
+    pairs = D.load_pairs(captioned_report)
+    assert [len(texts) for texts in pairs.all_captions] == [n % 5 + 1 for n in range(60)]
+    assert pairs.captions == tuple(texts[0] for texts in pairs.all_captions)
+    assert pairs[[7, 3]].all_captions == (pairs.all_captions[7], pairs.all_captions[3])
+    assert pairs[5:9][1:].all_captions == pairs.all_captions[6:9]
+    batch = next(pairs.batches(VIEW))
+    assert batch.captions == pairs.captions and torch.equal(batch.text, codes(pairs.captions))
+    rows = [text for batch in D.read_once(captioned_report, D.View(None, codes), 7, every_caption=True) for text in batch.captions]
+    assert rows == [text for texts in pairs.all_captions for text in texts]
+    one = D.Pairs(pairs.images[:2], ("a", "b"), (None, None), ("x", "y"))
+    assert one.all_captions == (("a",), ("b",)) and replace(one, captions=("c", "d")).all_captions == (("c",), ("d",))
+    with pytest.raises(ValueError, match="do not begin with their captions"):
+        replace(pairs, captions=pairs.captions[::-1])
+
+
+def test_every_caption_survives_a_selection(captioned_report, tmp_path):
+    [shard, *_] = captioned_report.shards
+    kept = [sample["__key__"] for sample in D.raw_samples(shard.path)][4::5]
+    D.copy_samples(tmp_path / "copy" / "0.tar", shard.path, set(kept))
+    D.write_index(tmp_path / "index" / "0.kept.json", shard, kept)
+    for folder in ("copy", "index"):
+        assert [len(texts) for texts in D.load_pairs(tmp_path / folder).all_captions] == [5] * 4
 
 
 @pytest.mark.parametrize("kind,mode", [("png", "RGBA"), ("png", "L"), ("png", "P"), ("png", "LA"), ("webp", "RGB"), ("jpeg", "CMYK")])

@@ -14,9 +14,10 @@ from vlkd_lab import trainers
 from vlkd_lab.data import escaped, find_images, inspect_shards, visible
 from vlkd_lab.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
 from vlkd_lab.evaluation import compare, finish
+from vlkd_lab.export import check_onnx, export_onnx
 from vlkd_lab.features import Batch
 from vlkd_lab.losses import LOSSES, Term
-from vlkd_lab.models import load_model, new_model, save_model
+from vlkd_lab.models import image_tower, load_model, model_config, new_model, save_model
 from vlkd_lab.runs import Run, kept_snapshots, read_snapshot
 from vlkd_lab.samples import write_sentences
 from vlkd_lab.stores import FeatureStore, fill, store_key
@@ -141,6 +142,69 @@ def test_students_of_other_families_open_elsewhere(tiny, tmp_path):
         assert table.loc["student", "kept"] != table.loc["student", "kept"] if name == "timm" else table.loc["student", "kept"] > 0
         assert {"scratch"} <= set(table.index) or name != "both"
         finish(job, table)
+
+
+def test_a_mobilenet_is_a_student_from_the_first_step_to_onnx(tiny, tmp_path):
+    given = dict(student="timm:mobilenetv4_conv_small_035", image_size=48, micro_batch=4)
+    job = job_of(tiny, **given)
+    train(job)
+    folder = job.run.folder / "student" / "student"
+    own, picture = load_model(folder, "cpu"), job.val.pil(0)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    seen = preprocess(picture)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.eval().encode_image(seen, normalize=True), own.encode_image(own.preprocess(picture)[None]))
+    fresh = new_student(job).model.state_dict()
+    moved = [name for name, tensor in own.model.state_dict().items() if not torch.equal(tensor, fresh[name])]
+    assert len(moved) > 100 and all(name.startswith("visual.") for name in moved)
+    assert "visual.trunk.classifier.weight" in moved, "its own classifier is the map to the joint width"
+    finish(job, compare(job))
+    export_onnx(own, tmp_path / "onnx")
+    assert max(check_onnx(own, tmp_path / "onnx").values()) < 1e-4
+    again = job_of(tiny, out=str(tmp_path / "again"), start_from=str(folder), **given)
+    started = new_student(again).model.state_dict()
+    assert torch.equal(started["visual.trunk.conv_stem.weight"], own.model.state_dict()["visual.trunk.conv_stem.weight"])
+
+
+def test_a_tower_of_another_joint_width_gives_all_but_its_last_map(tiny, tmp_path):
+    teacher = load_model(tiny["teacher"], "cpu")
+    for name in ("mobilenetv4_conv_small_035", "resnet10t"):
+        wide = model_config(teacher.config["model_cfg"]) | dict(embed_dim=24, vision_cfg=image_tower(f"timm:{name}"))
+        source = new_model(wide, like=teacher, seed=8)
+        save_model(source, tmp_path / name)
+        student = new_student(job_of(tiny, student=f"timm:{name}", start_from=str(tmp_path / name), out=str(tmp_path / f"{name}-run")))
+        state, given = student.model.visual.state_dict(), source.model.visual.state_dict()
+        others = [key for key in state if not torch.equal(state[key], given[key])] if state.keys() == given.keys() else []
+        assert others and all(len(state[key]) == 16 for key in others)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(student="timm:test_vit3"), r"student='timm:test_vit3' takes no pictures of 32 pixels \(.*\); .*: choose image_size=160"),
+        (dict(student="timm:inception_v3", image_size=40), r"takes no pictures of 40 pixels \(.*\); it takes .*: choose image_size=96"),
+        (dict(student="timm:mobilenetv3_small_050", micro_batch=1), r"cannot be trained on 1 picture .*: choose a larger batch_size"),
+        (dict(student="timm:mobilenetv3_small_050", batch_size=3, micro_batch=2), r"cannot be trained on 1 picture of 32 pixels"),
+        (dict(student="wide.json", text_tower="student", start_from="TEACHER"), r"start_from=.* has another image tower than the student"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_student_that_cannot_work_is_refused_before_anything_is_computed(changes, message, tiny, tmp_path, monkeypatch):
+    (tmp_path / "wide.json").write_text(json.dumps(TINY | dict(vision_cfg=TINY["vision_cfg"] | dict(width=40))))
+    places = {"TEACHER": tiny["teacher"], "wide.json": f"{tmp_path}/wide.json"}
+    changes = {name: places.get(value, value) for name, value in changes.items()}
+    for module, name in (("stores", "fill"), ("trainers", "open_run"), ("corpus", "select_sentences")):
+        monkeypatch.setattr(f"vlkd_lab.{module}.{name}", lambda *a, **k: pytest.fail("something was begun"))
+    with pytest.raises(ValueError, match=message) as error:
+        job_of(tiny, features=str(tmp_path / "store"), **changes)
+    assert "\n" not in str(error.value)
+    assert not Run(tiny["out"]).folder.exists() and not (tmp_path / "store").exists()
+
+
+def test_a_trained_student_is_not_tried_again(tiny, monkeypatch):
+    train(job_of(tiny, student="timm:test_resnet", steps=2))
+    monkeypatch.setattr("vlkd_lab.dime_fm.check_student", lambda *a: pytest.fail("tried again"))
+    job_of(tiny, student="timm:test_resnet", steps=2)
 
 
 def test_a_student_starts_where_it_is_told(tiny, tmp_path):

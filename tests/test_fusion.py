@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
@@ -22,6 +23,7 @@ from vlkd_lab.fusion import (
     export_blip,
     fused_batch,
     inherit_blip,
+    is_blip,
     load_blip,
     new_blip,
     plan_blip,
@@ -35,6 +37,7 @@ from vlkd_lab.fusion import (
     write_captions,
 )
 from vlkd_lab.inheritance import Plan
+from vlkd_lab.trainers import find_model
 
 WORDS = "a red blue star boat fish on the grass at sea two small large what colour is it ? yes no picture of".split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -538,6 +541,34 @@ def test_what_is_shared_stays_shared(shape, words, pictures, tmp_path):
         assert all(torch.allclose(made[name], outputs[name], atol=1e-5) for name in outputs)
 
 
+def block_macs(rows, width, neurons, looked_at=0, looked_at_width=0):
+    "Multiply-accumulates of a transformer block: self-attention, cross-attention where there is any, MLP"
+    itself = rows * 4 * width**2 + 2 * rows**2 * width + rows * 2 * width * neurons
+    across = rows * 2 * width**2 + looked_at * 2 * looked_at_width * width + 2 * rows * looked_at * width
+    return itself + (across if looked_at else 0)
+
+
+@shapes
+def test_multiply_accumulates_are_those_of_the_formulas(shape, words, pictures):
+    blip, count, answer_count = fresh(shape, words), 8, 3
+    shape = blip.shape
+    wide, narrow, patches = shape.image_width, shape.text_width, (shape.image_size // shape.patch_size) ** 2
+    seen = patches + 1
+    image = patches * 3 * shape.patch_size**2 * wide + shape.image_layers * block_macs(seen, wide, shape.image_neurons)
+    plain = block_macs(count, narrow, shape.text_neurons)
+    fused = block_macs(count, narrow, shape.text_neurons, seen, wide)
+    encoder = (shape.text_layers - shape.fusion_layers) * plain + shape.fusion_layers * fused
+    macs = blip_cost(blip, words=count, answer=answer_count).macs
+    text_projections = shape.text_layers * plain + narrow * shape.joint_width
+    assert macs["retrieval"] == image + wide * shape.joint_width + text_projections
+    assert macs["matching"] == image + encoder + 2 * narrow, "the head says yes or no"
+    words_out = narrow * (narrow + shape.vocabulary)  # of one place: a dense layer, then the scores of all words
+    assert macs["captioning"] == image + shape.decoder_layers * fused + count * words_out
+    asked = count * narrow * wide if narrow != wide else 0  # the question's states, as wide as an image's
+    decoder = shape.decoder_layers * block_macs(answer_count, narrow, shape.text_neurons, count, wide)
+    assert macs["answering"] == image + encoder + asked + decoder + answer_count * words_out
+
+
 @shapes
 def test_every_parameter_is_counted_and_trained_once(shape, words, pictures):
     blip = fresh(shape, words)
@@ -925,3 +956,82 @@ def test_every_reader_brings_the_same_questions(scenes, words):
     bare = replace(pairs, questions=())
     assert bare[2:4].questions == () == next(bare.batches(view, 5)).questions
     assert batch.to("cpu").questions == batch.questions == batch.for_teacher().questions
+
+
+# Salesforce's own files
+
+TO_ORIGINAL = (
+    ("vision_model.embeddings.class_embedding", "visual_encoder.cls_token"),
+    ("vision_model.embeddings.position_embedding", "visual_encoder.pos_embed"),
+    ("vision_model.embeddings.patch_embedding.", "visual_encoder.patch_embed.proj."),
+    ("vision_model.post_layernorm.", "visual_encoder.norm."),
+    ("vision_model.encoder.layers.", "visual_encoder.blocks."),
+    (".self_attn.projection.", ".attn.proj."),
+    (".self_attn.qkv.", ".attn.qkv."),
+    (".layer_norm", ".norm"),
+)
+
+
+def original_file(folder, tasks, momentum=True):
+    "A random BLIP of ours, and a file of its weights as Salesforce's code saves them"
+    shape = BlipShape(2, 64, 1, 2, 64, 1, 2, 2, image_neurons=48, text_neurons=80, image_size=32, patch_size=8, joint_width=16)
+    said = ["a small red star left of a large blue house on the grass", "what colour is the star?"]
+    blip = new_blip(shape, train_wordpiece(said * 9, folder, 120, 32), seed=5, tasks=tasks)
+    torch.manual_seed(1)
+    for weight in blip.model.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    for norm in (part for part in blip.model.vision_model.modules() if isinstance(part, torch.nn.LayerNorm)):
+        norm.eps = 1e-6
+    state = {}
+    for name, weight in blip.model.named_parameters(remove_duplicate=False):
+        for ours, theirs in TO_ORIGINAL if name.startswith("vision_model.") else ():
+            name = name.replace(ours, theirs)
+        if name != "logit_scale" and not name.startswith("question_proj"):
+            state[name] = weight.detach().clone()
+    extra = {f"{part}_m.x": torch.ones(2) for part in ("visual_encoder", "vision_proj", "text_encoder", "text_proj")} if momentum else {}
+    extra |= dict(temp=1 / blip.model.logit_scale.exp().detach(), image_queue=torch.ones(16, 4), text_queue=torch.ones(16, 4))
+    extra |= dict(ptr_queue=torch.zeros(1, dtype=torch.long))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))]).state_dict()
+    torch.save(dict(model=state | extra, optimizer=optimizer, config=dict(vit="base", image_size=32), epoch=5), folder / "model_base.pth")
+    return blip, folder / "model_base.pth"
+
+
+@pytest.mark.parametrize(
+    "tasks", [("retrieval", "matching"), ("captioning",), ("answering",), ("retrieval", "matching", "captioning")], ids="-".join
+)
+def test_salesforces_own_files_are_read(tasks, tmp_path):
+    blip, file = original_file(tmp_path, tasks)
+    assert is_blip(file) and not is_blip(tmp_path / "vocab.txt")
+    again = load_blip(file, "cpu")
+    shape = again.shape if "retrieval" in tasks else replace(again.shape, joint_width=16)  # which only the projections show
+    assert again.tasks == tasks and shape == blip.shape and again.config["preprocess_cfg"] == blip.config["preprocess_cfg"]
+    images, texts = torch.randn(2, 3, 32, 32), ["a red star", "a house"]
+    tokens = blip.tokenizer(texts, 40)
+    mask, one, other = tokens != blip.tokenizer.pad, blip.model, again.model
+    assert torch.equal(tokens, again.tokenizer(texts)) and again.model.shared == one.shared
+    with torch.no_grad():
+        seen = one.run_image(images).states
+        assert torch.equal(seen, other.run_image(images).states)
+        if "retrieval" in tasks:
+            assert torch.equal(one.encode_text(tokens), other.encode_text(tokens)) and torch.allclose(blip.scale, again.scale)
+            assert torch.equal(*(network.match(network.run_text(tokens, mask, seen)).logits for network in (one, other)))
+        else:
+            assert torch.equal(one.run_decoder(tokens, mask, seen).logits, other.run_decoder(tokens, mask, seen).logits)
+        saved = load_blip(save_blip(again, tmp_path / "saved"), "cpu")
+        assert torch.equal(saved.model.run_image(images).states, seen)
+
+
+def test_salesforces_files_without_words_or_with_more_than_a_blip_say_so(tmp_path):
+    file = original_file(tmp_path, ("retrieval", "matching"))[1]
+    held = torch.load(file, weights_only=True)
+    weights = held["model"] | {"text_encoder.encoder.layer.0.crossattention.self0.query.weight": torch.zeros(64, 64)}
+    torch.save(dict(model=weights), tmp_path / "nlvr.pth")
+    with pytest.raises(ValueError, match="crossattention.self0"):
+        load_blip(tmp_path / "nlvr.pth", "cpu")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(file, tmp_path / "alone")
+    with pytest.raises(FileNotFoundError, match="vocab.txt"):
+        load_blip(tmp_path / "alone" / file.name, "cpu")
+    with pytest.raises(ValueError, match="is a BLIP"):
+        find_model(file)
+    assert find_model(file, fused=True).tasks == ("retrieval", "matching")

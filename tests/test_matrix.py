@@ -14,9 +14,9 @@ from conftest import TINY, lines_of
 from safetensors.torch import load_file
 
 from vlkd_lab import trainers
-from vlkd_lab.features import Batch
-from vlkd_lab.losses import Objective
-from vlkd_lab.models import new_model
+from vlkd_lab.features import Batch, Features
+from vlkd_lab.losses import LOSSES, Objective
+from vlkd_lab.models import new_model, save_model
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
 from vlkd_lab.trainers import Fit, Learner, Phase, open_job, take_step, train
@@ -82,7 +82,8 @@ def test_half_precision_trains_and_is_not_single_precision(method, precision, pa
     assert single != half, "a precision that changes no digit was not used"
     first = [next(line["total"] for line in lines if "total" in line) for lines in (single, half)]
     assert first[1] == pytest.approx(first[0], rel=0.05)
-    assert all(value.dtype != torch.float16 and value.isfinite().all() for value in student_of(method, parameters(method, precision)).values())
+    weights = student_of(method, parameters(method, precision)).values()
+    assert all(weight.dtype != torch.float16 and weight.isfinite().all() for weight in weights)
 
 
 TWO = """
@@ -139,6 +140,48 @@ def test_two_processes_give_what_one_gives(parameters, sigmoid_student, tmp_path
         assert len(one) == len(two) > 3
         for alone, together in zip(one, two, strict=True):
             assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
+
+
+class Dropping(Learner):
+    "A learner that drops features at random"
+
+    def forward(self, image, text, draw=None):
+        rows, words, scale = super().forward(image, text, draw)
+        return torch.nn.functional.dropout(rows, 0.5), torch.nn.functional.dropout(words, 0.5), scale
+
+
+def test_gradient_caching_drops_the_same_units_in_both_passes():
+    learner = Dropping(new_model(TINY, seed=1).model.train())
+    batch = Batch(torch.randn(6, 3, 32, 32), torch.randint(1, 400, (6, 24)))
+    loss = LOSSES["contrastive"].function
+    torch.manual_seed(3)
+    parts = [Features(*learner(batch.image[k : k + 2], batch.text[k : k + 2])) for k in (0, 2, 4)]
+    whole = Features(torch.cat([part.image for part in parts]), torch.cat([part.text for part in parts]), parts[0].scale)
+    weights = [weight for weight in learner.parameters() if weight.requires_grad]
+    wanted = torch.autograd.grad(loss(whole, None), weights)
+    torch.manual_seed(3)
+    trainers.cached_backward(learner, batch, lambda features: loss(features, None), Accelerator(cpu=True), micro_batch=2)
+    assert all(torch.allclose(weight.grad, gradient, atol=1e-5) for weight, gradient in zip(weights, wanted, strict=True))
+
+
+def test_batch_norms_move_once_a_part_and_the_job_says_that_they_see_parts(parameters, tmp_path):
+    resnet = dict(embed_dim=16, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None), text_cfg=TINY["text_cfg"])
+    network = new_model(resnet, seed=1).model.train()
+    norm = network.visual.bn1
+    images, tokens = torch.randn(6, 3, 32, 32), torch.randint(1, 400, (6, 24))
+    expected = norm.running_mean.clone()
+    with torch.no_grad():
+        for k in (0, 3):
+            expected = 0.9 * expected + 0.1 * network.visual.conv1(images[k : k + 3]).mean((0, 2, 3))
+    contrastive = LOSSES["contrastive"].function
+    trainers.cached_backward(
+        Learner(network), Batch(images, tokens), lambda features: contrastive(features, None), Accelerator(cpu=True), micro_batch=3
+    )
+    assert torch.allclose(norm.running_mean, expected, atol=1e-6)
+    (tmp_path / "resnet.json").write_text(json.dumps(resnet))
+    cached = dict(inheritance="none", student=str(tmp_path / "resnet.json"), losses="affinity_mimicking=1", micro_batch=4)
+    warnings = run_of("TinyCLIP", parameters("TinyCLIP", **cached)).status()["warnings"]
+    assert any("batch norms see micro_batch=4" in warning for warning in warnings)
 
 
 def reached_names(options, weights):
@@ -270,16 +313,14 @@ def test_a_finished_run_goes_on_with(method, changes, parameters):
 def test_more_steps_are_the_last_stages_and_the_baselines(parameters):
     given = parameters("TinyCLIP", stages=2, inheritance="auto", steps=4, compare_scratch=True)
     run = run_of("TinyCLIP", given)
-    first = load_file(run.folder / "stage-1/student/open_clip_model.safetensors") if (run.folder / "stage-1/student/open_clip_model.safetensors").exists() else None
-    assert [line["step"] for line in run.metrics() if "total" in line and line["stage"] == "scratch-2"] == list(range(1, 9))
+    first = load_file(next((run.folder / "stage-1/student").glob("*model.safetensors")))
     job = open_job("TinyCLIP", given | dict(steps=6))
     assert job.plan == [("stage-1", 4), ("stage-2", 6), ("scratch-2", 10)]
     train(job)
-    taken = {stage: [m["step"] for m in run.metrics() if "total" in m and m["stage"] == stage] for stage in ("stage-1", "stage-2", "scratch-2")}
+    taken = {stage: [m["step"] for m in run.metrics() if "total" in m and m["stage"] == stage] for stage, _ in job.plan}
     assert taken == {"stage-1": [1, 2, 3, 4], "stage-2": [5, 6, 7, 8, 9, 10], "scratch-2": list(range(1, 11))}
-    if first is not None:
-        same = load_file(run.folder / "stage-1/student/open_clip_model.safetensors")
-        assert all(torch.equal(first[name], same[name]) for name in first)
+    same = load_file(next((run.folder / "stage-1/student").glob("*model.safetensors")))
+    assert all(torch.equal(first[name], same[name]) for name in first)
     (run.folder / "stage-2/distil/checkpoint.pt").unlink()
     with pytest.raises(ValueError, match="cannot take more steps: stage-2 is finished and its checkpoint is gone"):
         open_job("TinyCLIP", given | dict(steps=9))
@@ -297,8 +338,7 @@ def test_a_run_goes_on_where_its_data_and_teacher_moved(method, parameters, scen
     run_of(method, given | moved)
     assert [line["step"] for line in run.metrics() if "total" in line] == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="data.fingerprint"):
-        open_job(method, given | moved | dict(data=f"{tmp_path}/there/train-000000.tar", sentences=moved.get("sentences", "")) if method == "DimeFm"
-                 else given | moved | dict(data=f"{tmp_path}/there/train-000000.tar"))
+        open_job(method, given | moved | dict(data=f"{tmp_path}/there/train-000000.tar"))
 
 
 def frozen(before, after, part):
@@ -332,6 +372,93 @@ def test_a_locked_blip_tower_stays(parameters):
     assert frozen(before, after, lambda name: name.startswith(("vision_model.", "vision_proj.")))
     assert frozen(before, after, lambda name: name.startswith("text_encoder.encoder.layer.0.") and "crossattention" not in name)
     assert not frozen(before, after, lambda name: name.startswith("text_encoder.encoder.layer.1."))
+
+
+STARTS = {  # method -> how a student that starts as another one is asked for
+    "TinyCLIP": dict(inheritance="none"),
+    "ClipCid": {},
+    "DimeFm": dict(text_tower="teacher"),
+    "Dlip": dict(student="", inheritance="none"),
+    "Contrastive": dict(image_size=64, vocabulary=1024, context_length=32),
+    "BlipTraining": {},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_finished_student_is_the_start_of_any_job(method, parameters, tmp_path):
+    "A run's folder stands for its last student, whatever method made it"
+    kind = "Dlip" if method in ("Dlip", "BlipTraining") else "TinyCLIP"
+    first = parameters(kind, "first", target_sparsity=0.5, inheritance="auto") if kind == "TinyCLIP" else parameters(kind, "first")
+    run_of(kind, first)
+    given = parameters(method, "second", start_from=first["out"], learning_rate=1e-9, weight_decay=0.0, **STARTS[method])
+    run = run_of(method, given)
+    begun, after = student_of(kind, first), student_of(method, given)
+    shared = [name for name in begun if name in after and name.startswith(("visual.", "vision_model."))]
+    assert len(shared) > 10 and all(torch.allclose(begun[name], after[name], atol=1e-6) for name in shared)
+    assert run.config()["start_sha256"]
+    shutil.copytree(first["out"], tmp_path / "elsewhere")
+    open_job(method, given | dict(start_from=str(tmp_path / "elsewhere"), steps=4))
+    with pytest.raises(FileNotFoundError, match="has no finished student yet"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "config.json").write_text('{"method": "TinyCLIP"}')
+        open_job(method, given | dict(start_from=str(tmp_path / "empty"), out=str(tmp_path / "no")))
+
+
+def test_a_student_that_was_cut_can_be_cut_further(parameters, tiny_teacher):
+    run_of("TinyCLIP", parameters("TinyCLIP", "first", inheritance="auto", target_sparsity=0.3, steps=4))
+    first = parameters("TinyCLIP", "first")["out"]
+    given = parameters("TinyCLIP", "second", inheritance="auto", target_sparsity=0.6, steps=4, start_from=first)
+    run = run_of("TinyCLIP", given)
+    plan = json.loads((run.folder / "stage-1" / "plan.json").read_text())
+    assert plan["sparsity"] == pytest.approx(0.6, abs=0.06)
+    assert trainers.source_shapes(run, "stage-1") != trainers.full_shapes(run), "gates begin with what the first run left"
+    assert trainers.stage_gates(open_job("TinyCLIP", given), 1) is not None
+
+
+def other_eyes(tiny_teacher, folder):
+    "A model with another picture size, other colours and another tokenizer than the tiny teacher's"
+    config = TINY | dict(vision_cfg=TINY["vision_cfg"] | dict(image_size=48))
+    return save_model(new_model(config, seed=5), folder)
+
+
+@pytest.mark.parametrize("features", ["beside", "stored"])
+@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid"])
+def test_a_start_keeps_its_own_view_of_the_data(method, features, parameters, tiny_teacher, tmp_path):
+    start = other_eyes(tiny_teacher, tmp_path / "other")
+    given = parameters(method, start_from=str(start), teacher_features=features, **STARTS[method])
+    job = open_job(method, given)
+    batch = next(job.batches(0))
+    assert batch.image.shape[-1] == 48 and batch.text.shape[1] == 24 and int(batch.text.max()) > 40_000
+    assert (batch.teacher_image is None) == (features == "stored")
+    assert job.probe.teacher_image.shape[-1] == 32 and job.probe.teacher_text is not None
+    train(job)
+    saved = json.loads((Path(given["out"]) / STUDENT.get(method, "student") / "student/open_clip_config.json").read_text())
+    assert saved["preprocess_cfg"]["size"] == 48 and saved["model_cfg"]["text_cfg"].get("vocab_size", 49408) == 49408
+
+
+@pytest.mark.parametrize(
+    "method, changes, message",
+    [
+        ("TinyCLIP", dict(lock_image=True, inheritance="none"), "lock_image=True is not valid here: .* choose inheritance='manual'"),
+        ("ClipCid", dict(lock_text=True), "lock_text=True is not valid here: .* begins at random"),
+        ("Contrastive", dict(lock_image=True), "name a model as start_from"),
+        ("TinyCLIP", dict(unlocked_text_layers=2), "unlocked_text_layers=2 is not valid with lock_text=False"),
+        ("TinyCLIP", dict(lock_image=True, lock_text=True), "leave nothing to train"),
+        ("DimeFm", dict(lock_image=True, inheritance="manual"), "lock_image=True and text_tower='teacher' leave nothing to train"),
+        ("Dlip", dict(lock_image=True, inheritance="none"), "choose inheritance='layers'"),
+        ("BlipTraining", dict(lock_text=True), "name a BLIP as start_from"),
+        ("TinyCLIP", dict(start_from="data_samples/teacher", inheritance="none", student="ViT-B-32"), "leave student empty"),
+        ("Contrastive", dict(start_from="data_samples/teacher", architecture="ViT-B-32"), "leave architecture empty"),
+        ("ClipCid", dict(start_from="data_samples/teacher", inheritance="manual"), "choose inheritance='none'"),
+        ("TinyCLIP", dict(start_from="data_samples/teacher", inheritance="auto"), "is no part of the teacher"),
+    ],
+    ids=str,
+)
+def test_locks_and_starts_that_make_no_sense_are_refused(method, changes, message, parameters):
+    given = parameters(method, **changes)
+    with pytest.raises(ValueError, match=message):
+        open_job(method, given)
+    assert not Path(given["out"]).exists()
 
 
 SHIPPED = dict(teacher="data_samples/teacher", inheritance="manual")

@@ -4,19 +4,27 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from torch import nn
 
+from vlkd_lab import models
 from vlkd_lab.features import Batch
 from vlkd_lab.models import (
     TINYCLIP_CONFIGS,
     TowerShape,
+    check_student,
     count_cost,
+    evaluating,
     head_widths,
+    image_tower,
     load_model,
+    measure_latency,
     model_config,
     new_model,
     plain_config,
     resize_towers,
     save_model,
+    shape_cost,
+    state_digest,
     tower_shapes,
     train_tokenizer,
 )
@@ -168,6 +176,196 @@ def test_macs_follow_the_shape():
     assert count_cost(slim).macs == by_hand < count_cost(full).macs
     cost = count_cost(full)
     assert cost.parameters == cost.image_parameters + cost.text_parameters + 1
+
+
+def hooked_macs(network, image):
+    "Multiply-accumulates of linear layers and convolutions, each counted when it is called"
+    counts = []
+
+    def linear(part, _, output):
+        counts.append(output.numel() * part.in_features)
+
+    def convolution(part, _, output):
+        counts.append(output.numel() * part.weight[0].numel())
+
+    hooks = [part.register_forward_hook(linear) for part in network.modules() if type(part) is nn.Linear]
+    hooks += [part.register_forward_hook(convolution) for part in network.modules() if isinstance(part, nn.Conv2d)]
+    with evaluating(network):
+        network(image)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
+TEXT_MACS = block_macs(TowerShape(24, 8, (3, 3), (96, 96)), 10) + 24 * 16  # of SMALL's text tower
+
+
+def counted_image_macs(vlm):
+    "What `count_cost` finds without the text tower"
+    return count_cost(vlm).macs - TEXT_MACS
+
+
+def vit_macs(patches, tokens):
+    "A small ViT of open_clip without its last projection"
+    return patches * 32 * 3 * 64 + block_macs(TowerShape(32, 8, (4,) * 3, (128,) * 3), tokens)
+
+
+def test_the_shipped_teacher_costs_what_its_shape_says():
+    vlm = load_model(Path(__file__).parents[1] / "data_samples" / "teacher", "cpu")
+    config = vlm.config["model_cfg"]
+    assert count_cost(vlm) == shape_cost(config, tower_shapes(vlm.model.state_dict(), head_widths(config)))
+    assert count_cost(vlm).macs == 30_194_688
+
+
+@pytest.mark.parametrize("sides", [(16, 16), (16, 40), (48, 16)], ids=str)
+def test_pictures_of_any_sides_cost_their_patches(sides):
+    vision = SMALL["vision_cfg"] | dict(image_size=list(sides))
+    vlm = new_model(SMALL | dict(vision_cfg=vision))
+    patches = sides[0] * sides[1] // 64
+    assert counted_image_macs(vlm) == vit_macs(patches, patches + 1) + 32 * 16
+    shapes = tower_shapes(vlm.model.state_dict(), head_widths(SMALL))
+    assert shape_cost(vlm.config["model_cfg"], shapes) == count_cost(vlm)
+    assert measure_latency({"it": vlm}, batch_size=2, repeats=1)["it"] > 0
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "step by step"])
+def test_a_siglip_kind_costs_its_tower_its_pool_and_its_bias(fused):
+    tower = dict(timm_model_name="test_vit3", timm_model_pretrained=False, timm_pool="map", timm_proj="none", image_size=160)
+    text = SMALL["text_cfg"] | dict(no_causal_mask=True, proj_bias=True, pool_type="last")
+    vlm = new_model(SMALL | dict(embed_dim=96, vision_cfg=tower, text_cfg=text, custom_text=True, init_logit_bias=-10.0))
+    trunk, blocks = vlm.model.visual.trunk, len(vlm.model.visual.trunk.blocks)
+    for part in trunk.modules():
+        if hasattr(part, "fused_attn"):
+            part.fused_attn = fused
+    tokens = trunk.pos_embed.shape[1]
+    attention = blocks * 2 * tokens**2 * 96 + 2 * tokens * 96  # one learned query looks at all tokens
+    text_macs = TEXT_MACS - 24 * 16 + 24 * 96
+    cost = count_cost(vlm)
+    assert cost.macs == hooked_macs(trunk, torch.zeros(1, 3, 160, 160)) + attention + text_macs
+    assert cost.parameters == cost.image_parameters + cost.text_parameters + 2, "scale and bias belong to no tower"
+    assert measure_latency({"it": vlm}, batch_size=2, repeats=1)["it"] > 0
+
+
+def test_the_bias_of_the_logits_is_no_part_of_the_text_tower():
+    config = SMALL | dict(init_logit_bias=-10.0)
+    biased, plain = new_model(config), new_model(SMALL)
+    cost, without = count_cost(biased), count_cost(plain)
+    assert (cost.parameters, cost.text_parameters) == (without.parameters + 1, without.text_parameters)
+    assert cost == shape_cost(config, tower_shapes(biased.model.state_dict(), head_widths(config)))
+
+
+def test_a_resnet_costs_its_convolutions_and_its_attention_pool():
+    vision = dict(layers=[1, 1, 1, 1], width=8, image_size=64, patch_size=None)
+    vlm = new_model(SMALL | dict(vision_cfg=vision))
+    tokens, width = 2 * 2 + 1, 8 * 32
+    pool = tokens * width * (3 * width + 16) + 2 * tokens**2 * width
+    assert counted_image_macs(vlm) == hooked_macs(vlm.model.visual, torch.zeros(1, 3, 64, 64)) + pool
+
+
+def test_a_coca_costs_its_two_towers_and_has_a_decoder():
+    vision = SMALL["vision_cfg"] | dict(attentional_pool=True, attn_pooler_heads=4, attn_pooler_queries=6, output_tokens=True)
+    decoder = SMALL["text_cfg"] | dict(layers=1, attn_pooler_heads=4)
+    text = SMALL["text_cfg"] | dict(embed_cls=True, output_tokens=True)
+    vlm = new_model(SMALL | dict(vision_cfg=vision, text_cfg=text, multimodal_cfg=decoder, custom_text=True))
+    queries, tokens = 6, 5
+    pool = 2 * queries * 16**2 + 2 * tokens * 32 * 16 + 2 * queries * tokens * 16
+    with_class = block_macs(TowerShape(24, 8, (3, 3), (96, 96)), 11) + 24 * 16
+    cost = count_cost(vlm)
+    assert cost.macs == vit_macs(4, 5) + pool + 16 * 16 + with_class
+    decoder_size = sum(p.numel() for p in vlm.model.text_decoder.parameters())
+    assert decoder_size > 0 and cost.parameters == cost.image_parameters + cost.text_parameters + decoder_size + 1
+    assert measure_latency({"it": vlm}, batch_size=2, repeats=1)["it"] > 0
+
+
+def test_counting_changes_nothing():
+    vlm = new_model(SMALL | dict(vision_cfg=image_tower("timm:test_resnet") | dict(image_size=32)))
+    before, fast_path = state_digest(vlm.model), torch.backends.mha.get_fastpath_enabled()
+    with torch.inference_mode():
+        inside = count_cost(vlm)
+    assert count_cost(vlm) == inside and inside.macs > TEXT_MACS
+    measure_latency({"it": vlm}, batch_size=2, repeats=1)
+    assert state_digest(vlm.model) == before, "no running statistics of a batch norm have moved"
+    assert vlm.model.training and all(p.requires_grad and p.grad is None for p in vlm.model.parameters())
+    assert torch.backends.mha.get_fastpath_enabled() is fast_path
+
+
+# towers of timm
+
+
+TOWERS = {  # name: pixels, whether its own classifier is the map to the joint width
+    "resnet10t": (32, False),
+    "mobilenetv3_small_050": (32, True),
+    "mobilenetv4_conv_small_050": (32, True),
+    "efficientvit_b0": (32, True),
+    "ghostnet_050": (32, True),
+    "fastvit_t8": (64, False),
+    "test_mambaout": (32, True),
+    "test_vit3": (160, False),
+    "test_convnext": (32, False),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_timm_train_and_open_elsewhere(name, tmp_path):
+    size, own_classifier = TOWERS[name]
+    tower = image_tower(f"timm:{name}")
+    assert (tower["timm_proj"] is None) == own_classifier
+    vlm = new_model(SMALL | dict(vision_cfg=tower | dict(image_size=size)))
+    check_student(vlm, name)
+    image, target = torch.rand(3, 3, size, size), torch.nn.functional.normalize(torch.randn(3, 16), dim=1)
+    optimizer = torch.optim.AdamW(vlm.model.visual.parameters(), lr=1e-3)
+    gaps = []
+    for _ in range(4):
+        gap = (vlm.encode_image(image) - target).square().sum()
+        optimizer.zero_grad()
+        gap.backward()
+        optimizer.step()
+        gaps.append(gap.item())
+    assert gaps[-1] < gaps[0] and all(p.grad is not None for p in vlm.model.visual.parameters())
+    save_model(vlm, tmp_path)
+    vlm.model.eval()
+    again = load_model(tmp_path, "cpu")
+    elsewhere = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[0].eval()
+    with torch.no_grad():
+        assert torch.equal(again.encode_image(image), vlm.encode_image(image))
+        assert torch.equal(elsewhere.encode_image(image, normalize=True), vlm.encode_image(image))
+    assert count_cost(vlm).image_parameters == sum(p.numel() for p in vlm.model.visual.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, size, rows, message",
+    [
+        ("test_vit3", 32, 2, r"takes no pictures of 32 pixels \(Input height .*\); it takes 160 pixels: choose image_size=160"),
+        ("test_coatnet", 32, 2, r"takes no pictures of 32 pixels \(.*\); it takes 160 pixels: choose image_size=160"),
+        ("inception_v3", 32, 2, r"takes no pictures of 32 pixels \(.*\); it takes 96 or .* pixels: choose image_size=96"),
+        ("mobilenetv3_small_050", 32, 1, r"cannot be trained on 1 picture of 32 pixels at once \(Expected more than 1 value"),
+    ],
+)
+def test_a_tower_that_cannot_see_or_learn_says_what_would_work(name, size, rows, message):
+    vlm = new_model(SMALL | dict(vision_cfg=image_tower(f"timm:{name}") | dict(image_size=size)))
+    with pytest.raises(ValueError, match=message) as error:
+        check_student(vlm, f"student='timm:{name}'", rows, "image_size")
+    assert str(error.value).startswith(f"student='timm:{name}' ") and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="choose another image tower$|or another image tower$"):
+        check_student(vlm, name, rows)
+
+
+def test_a_tower_is_chosen_without_touching_the_global_generator():
+    models._timm_tower.cache_clear()
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    image_tower("timm:test_resnet")
+    assert torch.equal(torch.rand(1), expected)
+    image_tower("timm:test_resnet")["image_size"] = 5
+    assert image_tower("timm:test_resnet")["image_size"] == 224, "a configuration is a copy"
+
+
+def test_a_network_of_timm_without_features_is_refused(monkeypatch):
+    monkeypatch.setattr(models, "_TIMM_HEADS", (dict(timm_pool="", timm_proj="linear"),))
+    models._timm_tower.cache_clear()
+    with pytest.raises(ValueError, match="timm:mobilenetv3_small_050 cannot be an image tower: mat1 and mat2 .*; choose another"):
+        image_tower("timm:mobilenetv3_small_050")
 
 
 def test_a_hub_id_is_loaded_through_open_clip(tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def test_a_picture_that_vanished_or_is_none_is_a_bad_sample(pictures):
     assert len(samples) == about["count"] and "cannot be read" in samples[1]["__problem__"]
     report = inspect_shards(find_images("seen"))
     (batch,) = read_once(report, View(lambda image: torch.zeros(3, 4, 4), None), 99)
-    assert len(batch) == 28 and batch.skipped[0][1] == "image is no JPEG, PNG or WebP file"
+    assert len(batch) == 28 and batch.skipped[0][1].startswith("image is no JPEG, PNG or WebP file")
 
 
 def test_several_readers_find_enough_parts(here):

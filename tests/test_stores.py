@@ -46,7 +46,8 @@ def shards(tmp_path):
     (tmp_path / "in").mkdir()
     tar(tmp_path / "in" / "a.tar", members(range(5)))
     bad = [("00000.jpg", b"no picture"), ("00000.txt", b"x")]
-    tar(tmp_path / "in" / "b.tar.gz", bad + members([5, 6, 7]) + [("00007x.jpg", b"\xff\xd8\xff"), *bad[1:]] + members(range(8, 12)))
+    alone = [("00007x.jpg", b"\xff\xd8\xff"), ("00007y.txt", b"x")]
+    tar(tmp_path / "in" / "b.tar.gz", bad + members([5, 6, 7]) + alone + members(range(8, 12)))
     tar(tmp_path / "in" / "c.tar", [member for member in members(range(12, 16)) if not member[0].endswith("14.cls")])
     return tmp_path / "in"
 
@@ -391,3 +392,68 @@ def test_a_batch_that_is_no_pairs_takes_its_texts_from_another_store(teacher, ot
         S.StoredTeacher(store, teacher.scale, texts=texts).encode(replace(image, text=text.text))
     with pytest.raises(ValueError, match="not of"):
         fill(texts, other, "text")
+
+
+@pytest.fixture
+def captioned(tmp_path):
+    "Two shards of six pictures with one to five captions"
+    (tmp_path / "captioned").mkdir()
+    for shard in range(2):
+        content = []
+        for n in range(6 * shard, 6 * shard + 6):
+            texts = "\n".join(f"picture {n} seen as {k}" for k in range(n % 5 + 1))
+            content += [(f"{n:05d}.jpg", members([n])[0][1]), (f"{n:05d}.txt", texts.encode())]
+        tar(tmp_path / "captioned" / f"{shard}.tar", content)
+    return tmp_path / "captioned"
+
+
+@pytest.mark.parametrize("batch_size", [4, 256])
+def test_every_caption_has_a_row_and_a_step_gets_the_one_that_was_drawn(teacher, captioned, batch_size):
+    store = store_of(teacher, captioned)
+    fill(store, teacher, batch_size=batch_size)
+    pairs = load_pairs(captioned)
+    expected = [(key, text) for key, texts in zip(pairs.keys, pairs.all_captions, strict=True) for text in texts]
+    stored = S.load(store, "text")
+    with torch.no_grad():
+        rows = teacher.encode_text(teacher.tokenizer([text for _, text in expected]))
+    assert stored.keys == tuple(key for key, _ in expected) and np.abs(stored.rows - rows.numpy()).max() < 2**-11
+    assert S.load(store).keys == pairs.keys
+    memory, met = S.StoredTeacher(store, teacher.scale), set()
+    for batch in islice(PairStream(captioned, View(teacher.preprocess, teacher.tokenizer), 6, seed=2).batches(), 10):
+        with torch.no_grad():
+            assert torch.allclose(memory.encode(batch).text, teacher.encode_text(batch.text), atol=2**-10)
+        met |= set(zip(batch.keys, batch.caption_numbers, strict=True))
+    assert len(met) == len(expected), "five epochs see every caption"
+    with pytest.raises(ValueError, match="no text features of 0/00002, caption 3"):
+        memory._row(store, "0/00002", "text", 3)
+    with torch.no_grad():
+        first = next(pairs.batches(View(teacher.preprocess, teacher.tokenizer)))
+        assert torch.allclose(memory.encode(first).text, teacher.encode_text(first.text), atol=2**-10)
+
+
+def test_an_index_keeps_every_caption_of_its_samples(teacher, captioned, tmp_path):
+    fill(store_of(teacher, captioned), teacher)
+    shard = inspect_shards(captioned / "0.tar", progress=False).shards[0]
+    part = store_of(teacher, write_index(tmp_path / "0.kept.json", shard, ["00003", "00001"]))
+    assert S.load(part, "text").keys == ("0/00001",) * 2 + ("0/00003",) * 4 and len(S.load(part).keys) == 2
+
+
+def test_sentences_of_shards_are_all_remembered(teacher, captioned, shards):
+    images, texts = store_of(teacher, shards), store_of(teacher, captioned)
+    fill(images, teacher, "image"), fill(texts, teacher, "text")
+    image = next(PairStream(shards, View(teacher.preprocess, None), 8).batches())
+    for text in islice(PairStream(captioned, View(None, teacher.tokenizer), 5, seed=1).batches(), 4):
+        batch = replace(image, text=text.text, text_keys=text.keys, caption_numbers=text.caption_numbers)
+        with torch.no_grad():
+            said = S.StoredTeacher(images, teacher.scale, texts=texts).encode(batch).text
+            assert torch.allclose(said, teacher.encode_text(text.text), atol=2e-3)
+    assert not image.caption_numbers and any(text.caption_numbers)
+
+
+def test_files_that_knew_one_caption_a_picture_are_computed_again(teacher, captioned, monkeypatch):
+    monkeypatch.setattr(S, "_FORMAT", 2)
+    store = store_of(teacher, captioned)
+    fill(store, teacher)
+    monkeypatch.undo()
+    assert len(store.missing()) == 4 and store.problem("0", "text") == "unreadable, or of another version"
+    assert fill(store_of(teacher, captioned), teacher) == 4

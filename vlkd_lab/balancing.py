@@ -536,6 +536,42 @@ def nearest_center(
     parts = [(part @ centers.T).max(dim=1) for part in rows.split(max(chunk // len(centers), 1))]
     return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
 
+# %% ../nbs/07_balancing.ipynb #d5b9d4f3
+_LEAST_SQUARED = 1e-9  # squared distance of a row that is not yet a starting point, however near it lies to one
+
+
+def _starting_rows(
+    rows: np.ndarray,  # (M, D) unit rows, no two of them equal
+    counts: np.ndarray,  # (M,) how often each of them occurs
+    k: int,  # at most M
+    seed: int,
+    most: int = 1 << 16,  # rows that are looked at, or 64 for a cluster if that is more
+) -> np.ndarray:  # (k,) rows, no one twice
+    "Greedy k-means++: each starting point is the best of a few, drawn by their squared distance from those before it"
+    rng = np.random.default_rng(seed)
+    tries = 2 + int(math.log(k)) + 256 // k  # few clusters cost little, and then a small one is not to be missed
+    among = np.sort(rng.permutation(len(rows))[: max(most, 64 * k)])
+    points = torch.nn.functional.normalize(torch.from_numpy(rows[among]), dim=1)
+    weights = torch.from_numpy(counts[among]).float()
+    chosen = np.zeros(k, dtype=np.int64)
+    nearest = torch.full((len(among),), 4.0)  # squared distance from the nearest starting point; no two rows are farther apart
+    for place in range(k):
+        drawn = _draw(rng, (weights * nearest).double().numpy(), tries)
+        squared = torch.addmm(nearest.new_tensor(2.0), points[drawn], points.T, alpha=-2.0)  # (tries, M)
+        squared.clamp_(min=_LEAST_SQUARED)
+        torch.minimum(squared, nearest, out=squared)
+        best = int((squared @ weights).argmin())
+        chosen[place], nearest = drawn[best], squared[best].clone()
+        nearest[drawn[best]] = 0  # it is not drawn again
+    return among[chosen]
+
+
+def _draw(rng: np.random.Generator, weights: np.ndarray, count: int) -> np.ndarray:  # (count,) places
+    "Places drawn by their weights, none of them of weight 0"
+    ends = np.cumsum(weights)
+    last = np.searchsorted(ends, ends[-1])
+    return np.searchsorted(ends, rng.random(count) * ends[-1], side="right").clip(max=last)
+
 # %% ../nbs/07_balancing.ipynb #e2b56ed9
 def cluster(
     embeddings: Tensor | np.ndarray,  # (N, D) unit rows
@@ -544,17 +580,15 @@ def cluster(
     iterations: int = 30,
 ) -> Clusters:
     "Spherical k-means in which no cluster is empty"
-    import faiss
-
     rows = _unit_rows(embeddings)
     if not 1 <= k <= len(rows):
         raise ValueError(f"k={k} clusters is not valid: there are {len(rows)} rows, so k must be from 1 to {len(rows)}")
-    if k > (differ := len(_distinct(rows)[0])):
-        raise ValueError(f"k={k} clusters cannot all have a row: only {differ} of the {len(rows)} rows differ")
-    given = dict(niter=iterations, nredo=1, spherical=True, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(rows))
-    kmeans = faiss.Kmeans(rows.shape[1], k, **given)
-    kmeans.train(rows)
-    points, centers = (torch.nn.functional.normalize(torch.from_numpy(r), dim=1) for r in (rows, kmeans.centroids.copy()))
+    distinct, twins = _distinct(rows)
+    if k > len(distinct):
+        raise ValueError(f"k={k} clusters cannot all have a row: only {len(distinct)} of the {len(rows)} rows differ")
+    counts = 1 + np.bincount(twins[:, 0], minlength=len(rows))[distinct]
+    start = rows[distinct[_starting_rows(rows[distinct], counts, k, seed)]]
+    points, centers = (torch.nn.functional.normalize(torch.from_numpy(r), dim=1) for r in (rows, _iterated(rows, start, iterations)))
     for attempt in range(100):
         if attempt == 3:  # rows that single precision can hardly tell apart
             points, centers = (torch.nn.functional.normalize(r.double(), dim=1) for r in (points, centers))
@@ -568,6 +602,16 @@ def cluster(
     raise ValueError(f"k={k} clusters cannot all have a row: the {len(rows)} rows are too much alike")
 
 
+def _iterated(rows: np.ndarray, centers: np.ndarray, iterations: int) -> np.ndarray:  # (k, D) float32
+    "Lloyd's iterations, faiss's, from these centres"
+    import faiss
+
+    counts = dict(niter=iterations, nredo=1, min_points_per_centroid=1, max_points_per_centroid=len(rows))
+    kmeans = faiss.Kmeans(rows.shape[1], len(centers), spherical=True, **counts)
+    kmeans.train(rows, init_centroids=centers)
+    return kmeans.centroids.copy()
+
+# %% ../nbs/07_balancing.ipynb #0d89dfe0
 def _farthest(points: Tensor, cosine: Tensor, count: int) -> Tensor:
     "Rows far from their centres, no two of them the same, and none that is alone in its cluster"
     order = cosine.argsort(stable=True)[: int((cosine < 2).sum())]

@@ -20,7 +20,7 @@ from .balancing import Balance, Clusters, Linkage, balance_at, nearest_center
 from .features import Features, recall
 from .gates import budget
 from .losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_discrimination
-from .models import VLM, evaluating, model_config, new_model
+from .models import VLM, check_student, copied_config, evaluating, model_config, new_model
 from .stores import FeatureStore, Stored, load, store_key
 from .trainers import Distillation, Fit, Job, Phase, finish_fit, manual_shapes, one_of, parameter, seed_of, validation_features, within
 
@@ -59,14 +59,32 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     weights, accelerator = options.weights(), trainers.make_accelerator(options)
     options.check_stored()
     teacher = trainers.find_model(options.teacher, accelerator.device)
-    shapes = trainers.transformer_shapes(teacher, needed=not options.student or options.inheritance == "manual")
+    start = _find_start(options, teacher)
+    needed = start is None and (not options.student or options.inheritance == "manual")
+    shapes = trainers.transformer_shapes(teacher, needed=needed)
     report, key = data.inspect_shards(trainers.find_data(options.data)), store_key(teacher)
     FeatureStore(report, key, options.features)
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
+    if not (trainers.out_folder(options) / "student" / "done.json").exists():
+        student = _make_student(options, teacher, start, shapes, inherited=True)
+        check_student(student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes))
     about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
-    job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report)
+    job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+
+# %% ../nbs/11_clip_cid.ipynb #8d5547d3
+def _find_start(options: ClipCid, teacher: VLM) -> VLM | None:
+    "What the student starts as; ValueError for two answers to that, or for locks that make no sense"
+    start = trainers.find_start(options, teacher.device)
+    for name, empty in dict(student="", inheritance="none").items() if start is not None else ():
+        if getattr(options, name) != empty:
+            raise ValueError(f"{name}={getattr(options, name)!r} is not valid with start_from={options.start_from!r}: the student is the "
+                             f"model that it starts as; choose {name}={empty!r}")  # fmt: skip
+    inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
+    vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
+    trainers.check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
+    return start
 
 # %% ../nbs/11_clip_cid.ipynb #54c4d03f
 class _Prepared:
@@ -181,8 +199,8 @@ class ClipCidJob(_Clustered, Job):
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
-        features = validation_features(student, self.val)
-        scores = recall(features, ks=(1,), captions=self.val.captions)
+        features = validation_features(student, self.val, every_caption=True)
+        scores = recall(features, ks=(1,), captions=self.val.all_captions)
         taught = objective.weights != {"contrastive": 1.0}
         return scores | ({"cluster_agreement": _agreement(self, features, objective)} if taught else {})
 
@@ -192,12 +210,7 @@ class ClipCidJob(_Clustered, Job):
 # %% ../nbs/11_clip_cid.ipynb #fc210702
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
-    options, base = job.options, job.teacher.config["model_cfg"]
-    towers = None if options.student else manual_shapes(job.shapes, job.shapes, 1 - options.student_share)
-    student = new_model(options.student or base, like=job.teacher, towers=towers, seed=options.seed)
-    if inherited and options.inheritance == "manual":
-        student.model.load_state_dict(trainers.copy_manually(job.teacher, student)[0])
-    return student
+    return _make_student(job.options, job.teacher, job.start, job.shapes, inherited)
 
 
 SAMPLED_ABOVE = 10_000  # clusters
@@ -225,6 +238,30 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
         return ()
     return (replace(LOSSES[name], function=lambda s, t: instance_discrimination(s, t, options.instance_scale), weight=weights[name]),)
 
+# %% ../nbs/11_clip_cid.ipynb #bf474cd9
+def _make_student(options: ClipCid, teacher: VLM, start: VLM | None, shapes: dict | None, inherited: bool) -> VLM:
+    "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
+    if start is not None and inherited:
+        return trainers.find_start(options, start.device)
+    if start is not None:
+        return new_model(start.config["model_cfg"], like=start, towers=start.config.get("towers"), seed=options.seed)
+    towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
+    config = options.student or teacher.config["model_cfg"]
+    if options.student and options.inheritance == "manual":
+        config = copied_config(config, teacher.config["model_cfg"])
+    student = new_model(config, like=teacher, towers=towers, seed=options.seed)
+    if inherited and options.inheritance == "manual":
+        student.model.load_state_dict(trainers.copy_manually(teacher, student)[0])
+    return student
+
+
+def _fewest_images(options: ClipCid, world: int) -> int:
+    "Images that a process sends through the student at once: all of its own, or what gradient caching makes of them"
+    images = options.batch_size // world
+    if not 0 < options.micro_batch < images:
+        return images
+    return min(rows.stop - rows.start for rows, _ in trainers.micro_batches(images, images, options.micro_batch))
+
 # %% ../nbs/11_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
     "Image rows, projected where the student has another width"
@@ -234,9 +271,9 @@ def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
 @torch.no_grad()
 def _seen_clusters(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
     "Arrays for the live map"
-    view, count = data.View(job.teacher.preprocess, job.teacher.tokenizer), len(job.val[: job.options.map_images])
+    count = len(job.val[: job.options.map_images])
     if not hasattr(job, "_map"):
-        job._map = next(job.val[:count].batches(view, batch_size=count)).image.to(job.accelerator.device)
+        job._map = next(job.val[:count].batches(job.view, batch_size=count)).image.to(job.accelerator.device)
     with evaluating(fit.learner.model):
         rows = _in_teachers_space(fit.learner.model.encode_image(job._map, normalize=True).float(), fit.objective)
     centers = job.clusters.centers.to(rows.device)

@@ -6,73 +6,86 @@
 from __future__ import annotations
 
 import base64
+import bz2
+import gzip
 import hashlib
 import heapq
 import html
 import io
 import json
+import lzma
 import os
 import random
 import re
+import shutil
 import sys
 import tarfile
+import tempfile
 import textwrap
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from functools import cached_property
+from fnmatch import fnmatch
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from braceexpand import UnbalancedBracesError, braceexpand
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
 
+from . import sources
 from .features import Batch
 from .project import cache_folder, project_root
 from .samples import shipped
-from .sources import FILES, LINES, part_problem, part_samples, picture_parts, read_part, text_parts, write_whole
+from .sources import FIELDS, FILES, LINES, PAIRS, TABLES, Grouped, read_part, write_whole
 
 # %% auto #0
-__all__ = ['find_shards', 'find_images', 'find_sentences', 'raw_samples', 'write_index', 'read_index', 'copy_samples',
-           'count_samples', 'ShardReport', 'content_digest', 'DataReport', 'inspect_shards', 'shards_in_name',
-           'check_split', 'BadSample', 'NoSample', 'decode_image', 'clean_caption', 'decode_sample', 'label_sets',
-           'asked_questions', 'View', 'FastPreprocess', 'plan_epochs', 'shuffled', 'crop_box', 'Crops', 'PairStream',
-           'BadSampleGuard', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
+__all__ = ['find_shards', 'find_images', 'find_sentences', 'source_folder', 'raw_samples', 'write_index', 'read_index',
+           'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport', 'inspect_shards',
+           'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'clean_caption', 'decode_image', 'captions_of',
+           'decode_sample', 'shard_captions', 'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs',
+           'shuffled', 'crop_box', 'Crops', 'drawn_caption', 'PairStream', 'BadSampleGuard', 'Truncation',
+           'truncated_share', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
 
 # %% ../nbs/02_data.ipynb #769c388f
 _INDEX = ".kept.json"
-_PARTS = (LINES, FILES)
+_PARTS = (LINES, FILES, PAIRS)
 _ENDINGS = (".tar", ".tar.gz", ".tgz", _INDEX, *_PARTS)
+_FORMS = "a pattern like train-{000000..000011}.tar, a folder, a file, a .csv or .tsv table, or a list"
 
 
 def find_shards(
-    where: str | Path | list,  # brace pattern, `*` pattern, folder, file, a list of these, or several joined by "," or "::"
+    where: str | Path | list,  # patterns, folders, files, tables, in a list or joined by "," or "::"
 ) -> list[Path]:  # absolute, in the order named, inside a folder by name
-    "The shard files that `where` names, all of which exist"
-    shards = [shard for pattern in _all_patterns(where) for shard in _shards_of(pattern)]
-    return _each_once(shards, where)
+    "The shards that `where` names, or the parts of its tables and folders of pairs, all of which exist"
+    return _found_by(_shards_of, where)
+
+
+def _found_by(
+    find: Callable[[str], list[Path]],  # the files of one pattern
+    where: str | Path | list,
+) -> list[Path]:
+    "What all patterns name, each once, without what a `!` leaves out; an error if there is nothing"
+    patterns = _all_patterns(where)
+    shards = [shard for pattern in patterns if not pattern.startswith("!") for shard in find(pattern)]
+    if not shards:
+        raise ValueError(f"no shards named by {where!r}; give {_FORMS}")
+    twice = [str(path) for path, times in Counter(shards).items() if times > 1]
+    if twice:
+        raise ValueError(f"named more than once: {_some(twice)}; every shard may be named once")
+    return _without(shards, [pattern for pattern in patterns if pattern.startswith("!")])
 
 
 def _all_patterns(where: str | Path | list) -> list[str]:
     return [pattern for part in ([where] if isinstance(where, (str, Path)) else list(where)) for pattern in _patterns(part)]
-
-
-def _each_once(shards: list[Path], where: str | Path | list) -> list[Path]:
-    "The shards, or an error if there is none, or one twice"
-    if not shards:
-        raise ValueError(f"no shards named by {where!r}; give a pattern like train-{{000000..000011}}.tar, a folder, a file or a list")
-    twice = [str(path) for path, times in Counter(shards).items() if times > 1]
-    if twice:
-        raise ValueError(f"named more than once: {_some(twice)}; every shard may be named once")
-    return shards
 
 
 def _patterns(part: str | Path) -> list[str]:
@@ -82,20 +95,12 @@ def _patterns(part: str | Path) -> list[str]:
         return [text]
     return [piece.strip() for piece in re.split(r"::|,(?![^{]*\})", text) if piece.strip()]
 
-
-def _some(names: list[str], most: int = 4) -> str:
-    "The first few of a list of names"
-    return ", ".join(names[:most]) + (f", … ({len(names) - most} more)" if len(names) > most else "")
-
 # %% ../nbs/02_data.ipynb #1ba6f84f
 def _expand(pattern: str) -> list[Path]:
     "The files and folders of one pattern, all of which exist"
     if "://" in pattern or pattern.startswith("pipe:"):
         raise ValueError(f"{pattern}: only local files are read; download or mount the shards first")
-    try:
-        paths = [shipped(os.path.expanduser(name)) for name in braceexpand(pattern)]
-    except UnbalancedBracesError as error:
-        raise ValueError(f"{pattern}: the braces do not match") from error
+    paths = [shipped(os.path.expanduser(name)) for name in _braces(pattern)]
     if "*" in pattern or "?" in pattern:
         paths = [hit for path in paths for hit in sorted(path.parent.glob(path.name))] or paths
     missing = [path for path in paths if not path.exists()]
@@ -104,21 +109,69 @@ def _expand(pattern: str) -> list[Path]:
     return paths
 
 
+def _braces(pattern: str) -> list[str]:
+    "What a brace pattern stands for"
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"{pattern}: the braces do not match") from error
+
+
+def _without(shards: list[Path], excluded: Sequence[str]) -> list[Path]:
+    "The shards that no `!` pattern names, by name or by path"
+    for pattern in excluded:
+        names = [os.path.expanduser(name) for name in _braces(pattern[1:].strip())]
+        paths = [str(project_root() / name) for name in names]
+        left = [path for path in shards if not any(fnmatch(path.name, name) for name in names) and
+                not any(fnmatch(str(path), name) for name in paths)]  # fmt: skip
+        if len(left) == len(shards):
+            there = _some([path.name for path in shards])
+            raise ValueError(f"{pattern} leaves nothing out: none of {there} is named so")
+        if not left:
+            raise ValueError(f"{pattern} leaves no shard")
+        shards = left
+    return shards
+
+# %% ../nbs/02_data.ipynb #e821b9c1
 def _shards_of(pattern: str) -> list[Path]:
-    "The shards of one pattern"
-    shards = [shard for path in _expand(pattern) for shard in (_in_folder(path) if path.is_dir() else [path])]
+    "The shards of one pattern, or the parts of its tables and folders"
+    shards = []
+    for path in _expand(pattern):
+        if path.is_dir():
+            shards += _in_folder(path)
+        elif path.name.lower().endswith(TABLES):
+            shards += sources.table_parts(path, _cache(), project_root())
+        else:
+            shards.append(path)
     strange = [path.name for path in shards if not path.name.endswith(_ENDINGS)]
     if strange:
-        raise ValueError(f"{pattern}: {_some(strange)} is no shard; shards end in {', '.join(_ENDINGS)}")
+        endings = f"shards end in {', '.join(_ENDINGS[:3])}, tables in {', '.join(TABLES)}"
+        raise ValueError(f"{pattern}: {_some(strange)} is no shard; {endings}")
     return shards
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    "The shards directly inside a folder"
+    "The shards directly inside a folder, or else the parts of its pairs"
     shards = sorted(path for path in folder.iterdir() if path.name.endswith(_ENDINGS))
-    if not shards:
-        raise FileNotFoundError(f"{folder}: no shard ({', '.join(_ENDINGS)}) in this folder; {_found(folder)}")
-    return shards
+    if shards:
+        return shards
+    try:
+        return sources.pair_parts(folder, _cache())
+    except ValueError as error:
+        tables = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(TABLES))
+        if tables:
+            raise ValueError(f"{error}; name its table: {folder / tables[0]}") from None
+        if "holds no picture" in str(error):
+            kinds = ", ".join(_ENDINGS[:3])
+            raise FileNotFoundError(
+                f"{folder}: no shard ({kinds}) and no picture in this folder; {_found(folder)}"
+            ) from None
+        raise
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    "The first few of a list of names"
+    return ", ".join(names[:most]) + (f", … ({len(names) - most} more)" if len(names) > most else "")
 
 # %% ../nbs/02_data.ipynb #720d7a56
 def _missing_message(pattern: str, paths: list[Path], missing: list[Path]) -> str:
@@ -144,55 +197,204 @@ def _cache() -> Path:
 def find_images(
     where: str | Path | list,  # as in `find_shards`, or a folder of pictures
 ) -> list[Path]:
-    "The shards, or parts of folders, that hold the pictures that `where` names"
-    found = []
-    for pattern in _all_patterns(where):
-        for path in _expand(pattern):
-            loose = path.is_dir() and not any(inside.name.endswith(_ENDINGS) for inside in path.iterdir())
-            found += picture_parts(path, _cache()) if loose else _shards_of(str(path))
-    return _each_once(found, where)
+    "The shards, or parts of tables and folders, that hold the pictures that `where` names"
+    return _found_by(_images_of, where)
+
+
+def _images_of(pattern: str) -> list[Path]:
+    paths = []
+    for path in _expand(pattern):
+        loose = path.is_dir() and not _holds_shards(path) and not _holds_pairs(path)
+        paths += sources.picture_parts(path, _cache()) if loose else _shards_of(str(path))
+    return paths
+
+
+def _holds_shards(folder: Path) -> bool:
+    return any(inside.name.endswith(_ENDINGS) for inside in folder.iterdir())
+
+
+def _holds_pairs(folder: Path) -> bool:
+    return sources.has_captions(sources.pairs_below(folder)[0])
 
 
 def find_sentences(
     where: str | Path | list,  # as in `find_shards`, or text files, one sentence a line, or a folder of .txt files
 ) -> list[Path]:
     "The shards, or parts of text files, that hold the sentences that `where` names"
-    found = []
-    for pattern in _all_patterns(where):
-        for path in _expand(pattern):
-            inside = sorted(path.iterdir()) if path.is_dir() else [path]
-            shards = [name for name in inside if name.name.endswith(_ENDINGS)]
-            texts = [name for name in inside if name.suffix == ".txt"] if path.is_dir() else [] if shards else [path]
-            if not shards and not texts:
-                raise FileNotFoundError(f"{path}: neither a shard nor a .txt file in this folder; {_found(path)}")
-            found += shards or [part for text in texts for part in text_parts(text, _cache())]
-    return _each_once(found, where)
+    return _found_by(_sentences_of, where)
+
+
+def _sentences_of(pattern: str) -> list[Path]:
+    paths = []
+    for path in _expand(pattern):
+        if path.name.endswith(_ENDINGS) or path.is_dir() and _holds_shards(path):
+            paths += _shards_of(str(path))
+        elif path.name.lower().endswith(TABLES) or path.is_dir() and _holds_pairs(path):
+            paths += sources.text_parts(_captions_file(_shards_of(str(path))), _cache())
+        else:
+            paths += [part for text in _text_files(path) for part in sources.text_parts(text, _cache())]
+    return paths
+
+# %% ../nbs/02_data.ipynb #63b2d069
+def _text_files(path: Path) -> list[Path]:
+    "A text file, or those of a folder"
+    texts = (
+        sorted(inside for inside in path.iterdir() if inside.suffix == ".txt") if path.is_dir() else [path]
+    )
+    if not texts:
+        raise FileNotFoundError(f"{path}: neither a shard nor a .txt file in this folder; {_found(path)}")
+    return texts
+
+
+def _captions_file(parts: Sequence[Path]) -> Path:
+    "All captions of the pairs of a table or folder as a text file, one a line"
+    source = Path(read_part(parts[0])["part"].source)
+    path = parts[0].parent / f"{source.stem}.txt"
+    text = "".join(f"{caption}\n" for part in parts for caption in shard_captions(part))
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_whole(path, text)
+    return path
+
+
+def source_folder(
+    shard: Path,  # as `find_shards` has it
+) -> Path:
+    "Where the files beside a shard lie, such as classes.txt; of a part the folder of what it stands for"
+    if not shard.name.endswith(_PARTS):
+        return shard.parent
+    source = Path(read_part(shard)["part"].source)
+    return source if source.is_dir() else source.parent
 
 # %% ../nbs/02_data.ipynb #890961f0
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_FIELDS = {*_IMAGES, "txt", "json", "cls"}
+_IMAGES, _FIELDS = sources.IMAGE_FIELDS, FIELDS  # fields of a sample, the preferred picture first
+_UNPACKED = 64 << 20  # bytes of a compressed shard that are held in memory
+_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how a compressed file begins
+_UNSOUND = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
-def _wanted(name: str) -> bool:
-    "Whether a tar member belongs to a sample"
-    key, suffix = base_plus_ext(name)
-    return key is not None and suffix.lower() in _FIELDS and not name.startswith("__")
+@contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, str]]:  # the tar; what went wrong
+    "A shard as a file that can be read at any place"
+    with open(path, "rb") as file:
+        start = file.read(6)
+        unpack = next((unpack for mark, unpack in _PACKED.items() if start.startswith(mark)), None)
+        file.seek(0)
+        if unpack is None:
+            yield file, ""
+            return
+        with tempfile.SpooledTemporaryFile(_UNPACKED) as plain:
+            problem = ""
+            try:
+                shutil.copyfileobj(unpack(file), plain, 1 << 20)
+            except _UNSOUND as error:
+                problem = str(error).splitlines()[0]
+            plain.seek(0)
+            yield plain, problem
 
 
+@dataclass(frozen=True)
+class _Catalogue:
+    "What lies where in a shard"
+
+    grouped: Grouped
+    places: Sequence[tuple[int, int]]  # first byte and size of every member that is a file
+    problem: str  # "" if the shard is sound
+
+# %% ../nbs/02_data.ipynb #3b970eb1
+def _read_headers(
+    file: BinaryIO,
+    failure: str = "",  # what went wrong when it was unpacked
+    most: int | None = None,  # members that are looked at; None: all
+) -> _Catalogue:
+    "A catalogue of a tar, up to the damage if there is any"
+    names, places, links, whole = [], [], 0, True
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (most is None or len(names) < most) and (member := tar.next()) is not None:
+                tar.members.clear()
+                if member.isreg() and not member.issparse():
+                    names.append(member.name)
+                    places.append((member.offset_data, member.size))
+                links += not member.isreg() and not member.isdir()
+            whole = most is not None or _has_end(file, tar.offset)
+    except _UNSOUND as error:
+        failure = failure or str(error).splitlines()[0]
+    grouped = sources.group_names(names)
+    if links:
+        grouped.ignored["links and special files"] += links
+    return _Catalogue(grouped, places, _problem(grouped, failure, whole))
+
+
+def _has_end(file: BinaryIO, offset: int) -> bool:
+    "Whether an empty block follows the last member"
+    file.seek(offset)
+    block = file.read(512)
+    return len(block) == 512 and not block.strip(b"\0")
+
+
+def _problem(grouped: Grouped, failure: str, whole: bool) -> str:
+    "What is wrong with a shard, empty if nothing"
+    if failure:
+        return f"unreadable after {len(grouped.samples)} samples ({failure})"
+    if not whole:
+        last = next(reversed(grouped.samples), "the beginning")
+        return f"cut short or damaged after sample {last}: the tar has no end mark"
+    return "" if grouped.samples else f"empty: no image or caption in it{sources.not_read(grouped.ignored)}"
+
+# %% ../nbs/02_data.ipynb #370e73da
+_CATALOGUES: dict[tuple, _Catalogue] = {}  # the last few that were made, by path, size and time of change
+
+
+def _catalogue(path: Path, file: BinaryIO, failure: str) -> _Catalogue:
+    "What lies where in a shard that is open; made once while the file does not change"
+    stat = path.stat()
+    known = (str(path), stat.st_size, stat.st_mtime_ns)
+    if known not in _CATALOGUES:
+        while len(_CATALOGUES) >= 4:
+            _CATALOGUES.pop(next(iter(_CATALOGUES)))
+        _CATALOGUES[known] = _read_headers(file, failure)
+    return _CATALOGUES[known]
+
+# %% ../nbs/02_data.ipynb #d2f1f249
 def raw_samples(
-    path: Path,  # one shard, plain or compressed, or the index of one, or a part of a text file or folder
-) -> Iterator[dict]:  # "__key__" and one entry of bytes a member: {"jpg": …, "txt": …}
+    path: Path,  # one shard, plain or compressed, or the index of one, or a part of something else
+    only: Collection[str] = FIELDS,  # fields that are wanted: nothing else is read
+    most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
+) -> Iterator[
+    dict
+]:  # "__key__" and one entry of bytes a member: {"jpg": …, "txt": …}; or "__problem__": why it cannot be used
     "Undecoded samples of one shard in their order; of an index those that it keeps"
     if path.name.endswith(_PARTS):
-        yield from part_samples(path)
+        yield from sources.part_samples(path, only)
         return
     if path.name.endswith(_INDEX):
         shard, kept = read_index(path)
-        yield from (sample for sample in raw_samples(shard) if sample["__key__"] in kept)
+        yield from (sample for sample in raw_samples(shard, only, most) if sample["__key__"] in kept)
         return
-    with open(path, "rb") as file:
-        members = tar_file_expander([{"url": str(path), "stream": file}], select_files=_wanted)
-        yield from group_by_keys(members)
+    with _unpacked(path) as (file, failure):
+        catalogue = _read_headers(file, failure, most) if most else _catalogue(path, file, failure)
+        for key, fields in catalogue.grouped.samples.items():
+            wanted = {
+                name: [catalogue.places[k] for k in numbers]
+                for name, numbers in fields.items()
+                if name in only
+            }
+            yield {"__key__": key, "__url__": str(path)} | sources.gathered(
+                wanted, lambda place: _content(file, *place)
+            )
+        if catalogue.problem and not catalogue.problem.startswith("empty"):
+            raise ValueError(f"{path}: {catalogue.problem}; {_leave_out([path.name])}")
+
+
+def _leave_out(names: Sequence[str]) -> str:
+    "What can be done about damaged shards"
+    excluded = _some([f"!{name}" for name in names], 12).replace(", ", ",")
+    return f"repair what is damaged, or leave it out where the data are named: data='…,{excluded}'"
+
+
+def _content(file: BinaryIO, start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
 
 # %% ../nbs/02_data.ipynb #a8d0bbd1
 def write_index(
@@ -223,8 +425,9 @@ def copy_samples(
     beside, count = path.with_name(f".{path.name}.{os.getpid()}"), 0
     with tarfile.open(beside, "w") as tar:
         for sample in (s for s in raw_samples(shard) if s["__key__"] in keys):
-            count += 1
-            for name in sorted(_FIELDS & sample.keys()):
+            fields = sorted(_FIELDS & sample.keys())
+            count += bool(fields)
+            for name in fields:
                 member = tarfile.TarInfo(f"{sample['__key__']}.{name}")
                 member.size = len(sample[name])
                 tar.addfile(member, io.BytesIO(sample[name]))
@@ -237,21 +440,19 @@ def count_samples(
     path: Path,  # one shard
 ) -> tuple[int, str]:  # number of samples; what is wrong with the file, "" if nothing
     "Walk the tar's headers; of a compressed one everything is read, checksum included"
-    count, last = 0, "the beginning"
+    about = _counted(path)
+    return about["count"], about["problem"]
+
+
+def _counted(path: Path) -> dict[str, Any]:
+    "What the headers say: the fields of a ShardReport"
     try:
-        with tarfile.open(path) as tar:
-            headers = (dict(fname=m.name, data=b"", __url__="") for m in tar if m.isreg() and _wanted(m.name))
-            for sample in group_by_keys(headers):
-                count, last = count + 1, sample["__key__"]
-            tar.fileobj.seek(tar.offset)
-            end = tar.fileobj.read(512)
-            while tar.fileobj.read(1 << 20):
-                pass
-        if end.strip(b"\0") or len(end) < 512:
-            return count, f"cut short or damaged after sample {last}: the tar has no end mark"
-    except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
-        return count, f"unreadable after {count} samples ({str(error).splitlines()[0]})"
-    return count, "" if count else "empty: no image or caption in it"
+        with _unpacked(path) as (file, failure):
+            catalogue = _catalogue(path, file, failure)
+    except OSError as error:
+        return {"count": 0, "problem": f"unreadable ({error.strerror})", "ignored": {}}
+    grouped = catalogue.grouped
+    return {"count": len(grouped.samples), "problem": catalogue.problem, "ignored": dict(grouped.ignored)}
 
 # %% ../nbs/02_data.ipynb #d00281e7
 _WHOLE, _BLOCK, _BLOCKS = 64 << 20, 64 << 10, 256
@@ -268,6 +469,7 @@ class ShardReport:
     digest: str  # SHA-256 of the contents, of large files of a sample of them
     problem: str = ""  # "" if the file is sound
     counted_by: str = "headers"  # "stats": img2dataset's own count; "index": the keys of an index; "part": a part's own
+    ignored: Mapping[str, int] = field(default_factory=dict, hash=False)  # not read; of "stats" unknown
 
 
 def content_digest(path: Path) -> str:  # 64 hexadecimal digits
@@ -294,16 +496,17 @@ def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
     whole = _inspect(shard, name, cache)
     changed = "" if whole.digest == digest else f"its shard {shard} was changed since the index was made"
     part = whole.bytes * len(kept) // max(whole.count, 1)
-    return ShardReport(path, name, len(kept), part, content_digest(path), whole.problem or changed, "index")
+    problem = whole.problem or changed
+    return ShardReport(path, name, len(kept), part, content_digest(path), problem, "index", whole.ignored)
 
 
 def _inspect_part(path: Path, name: str) -> ShardReport:
     "A part of a text file or folder, and whether that is still as it was"
     try:
-        part, problem = read_part(path)["part"], part_problem(path)
+        part, problem = read_part(path)["part"], sources.part_problem(path)
     except ValueError as error:
         return ShardReport(path, name, 0, 0, "", str(error), "part")
-    return ShardReport(path, name, part.count, part.bytes, part.digest, problem, "part")
+    return ShardReport(path, name, part.count, part.bytes, part.digest, problem, "part", part.ignored)
 
 # %% ../nbs/02_data.ipynb #eeff497c
 def _inspect(path: Path, name: str, cache: bool) -> ShardReport:
@@ -312,25 +515,37 @@ def _inspect(path: Path, name: str, cache: bool) -> ShardReport:
         return _inspect_index(path, name, cache)
     if path.name.endswith(_PARTS):
         return _inspect_part(path, name)
-    stat = path.stat()
-    key = hashlib.sha256(f"2|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
-    remembered = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlkd_lab" / "shards" / f"{key}.json"
+    remembered = _cache_file(path)
     if cache and remembered.exists():
         try:
             return ShardReport(path=path, name=name, **json.loads(remembered.read_text()))
         except (OSError, ValueError, TypeError):
             pass  # a damaged cache file is no cache file
     count = _stats_count(path)
-    known = {"count": count, "counted_by": "stats"} if count else dict(zip(("count", "problem"), count_samples(path), strict=True))
-    known |= {"bytes": stat.st_size, "digest": content_digest(path)}
+    known = {"count": count, "counted_by": "stats"} if count else _counted(path)
+    known |= {"bytes": path.stat().st_size, "digest": content_digest(path)}
     if cache:
         _remember(remembered, known)
     return ShardReport(path=path, name=name, **known)
 
+
+def _cache_file(path: Path) -> Path:
+    "Where the report of a shard is remembered: by its size and time of change, and those of its count"
+    stats = [file.stat() for file in (path, _stats_file(path)) if file.exists()]
+    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    key = hashlib.sha256(f"3|{path.resolve()}|{stamps}".encode()).hexdigest()
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return caches / "vlkd_lab" / "shards" / f"{key}.json"
+
 # %% ../nbs/02_data.ipynb #2cd98365
+def _stats_file(path: Path) -> Path:
+    "Where img2dataset writes what it knows of a shard"
+    return path.with_name(path.name.removesuffix(".tar") + "_stats.json")
+
+
 def _stats_count(path: Path) -> int | None:
     "The count in img2dataset's KEY_stats.json, unless it is older than the shard or the tar is cut short"
-    stats = path.with_name(path.name.removesuffix(".tar") + "_stats.json")
+    stats = _stats_file(path)
     if path.suffix != ".tar" or not stats.exists() or stats.stat().st_mtime < path.stat().st_mtime:
         return None
     with open(path, "rb") as file:
@@ -381,12 +596,30 @@ class DataReport:
         shards = [asdict(shard) | {"path": str(shard.path)} for shard in self.shards]
         return {"fingerprint": self.fingerprint, "total": self.total, "damaged": len(self.damaged), "shards": shards}
 
+    @property
+    def ignored(self) -> Counter:
+        "What of the usable shards is not read, by kind, as far as their headers were looked at"
+        return sum((Counter(shard.ignored) for shard in self.usable), Counter())
+
     def __str__(self) -> str:
         counts, size = [s.count for s in self.usable], sum(s.bytes for s in self.usable) / 1e6
         lines = [f"{len(counts)} shards, {self.total:,} samples, {size:,.1f} MB, fingerprint {self.fingerprint[:12]}"]
         if counts:
             lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
+        lines += _left_out(self.usable)
         return "\n".join(lines + [f"damaged: {s.name}: {s.problem}" for s in self.damaged])
+
+# %% ../nbs/02_data.ipynb #f21953ab
+def _left_out(shards: Sequence[ShardReport]) -> list[str]:
+    "What is not read, in words"
+    ignored = sum((Counter(shard.ignored) for shard in shards), Counter())
+    unseen = sum(shard.counted_by == "stats" for shard in shards)
+    kinds = [f"{kind} {count:,}" for kind, count in ignored.most_common()]
+    lines = [f"ignored: {_some(kinds, 12)}"] if kinds else []
+    if unseen:
+        counted = f"{unseen:,} of {len(shards):,} shards were counted by their _stats.json"
+        lines.append(f"{counted}: what they hold that is not read was not looked for")
+    return lines
 
 # %% ../nbs/02_data.ipynb #fd830d1d
 def inspect_shards(
@@ -403,7 +636,7 @@ def inspect_shards(
 # %% ../nbs/02_data.ipynb #a45ae920
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
     "File names without endings, with as many folders before them as it takes to tell them apart; if nothing else does, with endings"
-    plain = [path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|(kept|lines|files)\.json)$", "", path.name)) for path in paths]
+    plain = [path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|(kept|lines|files|pairs)\.json)$", "", path.name)) for path in paths]
     for depth in range(1, max(len(path.parts) for path in plain) + 1):
         names = ["/".join(path.parts[-depth:]) for path in plain]
         if len(set(names)) == len(names):
@@ -431,7 +664,7 @@ def check_split(
     if report.damaged and not allow_damaged:
         named = "; ".join(f"{shard.name}: {shard.problem}" for shard in report.damaged[:4])
         count = f"{len(report.damaged)} of {len(report.shards)} shards are damaged"
-        raise ValueError(f"{count} ({named}); repair or remove them, or leave them out with allow_damaged=True")
+        raise ValueError(f"{count} ({named}); {_leave_out([shard.path.name for shard in report.damaged])}")
     if n < readers:
         best = f"at most {n // world_size} workers" if n >= world_size else f"at most {n} processes"
         raise ValueError(
@@ -455,15 +688,41 @@ class NoSample(ValueError):
     "Not one sample of what was read can be used"
 
 
-def decode_image(
-    data: bytes,  # a JPEG, PNG or WebP file
-    max_pixels: int = 50_000_000,  # larger images are refused before they are decoded
-) -> Image.Image:  # RGB
-    "Open an image, or say why not"
+def clean_caption(text: str) -> str:
+    "Without characters that cannot be seen, white space single, at most 2,000 long"
+    return " ".join(_UNSEEN.sub(" ", text.replace("\ufeff", "")[:_LONGEST]).split())
+
+# %% ../nbs/02_data.ipynb #f04dc6cb
+_READABLE = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # Pillow's names
+_MARKS = {  # format that is not read -> how its files begin
+    "HEIC": rb"....ftyp(hei|hev|mif|msf)", "AVIF": rb"....ftypavi", "JPEG XL": rb"\xff\x0a|....JXL ",
+    "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "SVG": rb"(?i)\s*(<\?xml|<svg)", "Photoshop": rb"8BPS",
+    "HTML": rb"(?i)\s*<(!doctype|html)", "PDF": rb"%PDF", "PostScript": rb"%!PS",
+    "icon": rb"\x00\x00\x01\x00", "OpenEXR": rb"\x76\x2f\x31\x01",
+    "Radiance HDR": rb"#\?RAD", "nothing": rb"$",
+}  # fmt: skip
+
+
+@lru_cache
+def _readable() -> tuple[str, ...]:
+    "The formats that are read and that this Pillow knows"
+    Image.init()
+    return tuple(name for name in _READABLE if name in Image.OPEN)
+
+
+def _refusal(data: bytes) -> str:
+    "Why the bytes are no picture that is read"
+    kind = next((name for name, mark in _MARKS.items() if re.match(mark, data[:64], re.DOTALL)), None)
+    what = f"image is {kind}, which is not read" if kind else "image is no JPEG, PNG or WebP file"
+    return f"{what}; read are {', '.join(name for name in _readable() if name != 'MPO')}"
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    "A picture whose header was read, or BadSample"
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP"))
+        image = Image.open(io.BytesIO(data), formats=_readable())
     except UnidentifiedImageError as error:
-        raise BadSample("image is no JPEG, PNG or WebP file") from error
+        raise BadSample(_refusal(data)) from error
     except Exception as error:
         raise BadSample(f"image cannot be opened: {error}") from error
     width, height = image.size
@@ -471,25 +730,148 @@ def decode_image(
         raise BadSample(f"image of {width} × {height} pixels is larger than max_pixels = {max_pixels:,}")
     if max(width, height) > _NARROWEST * min(width, height):
         raise BadSample(f"image of {width} × {height} pixels is narrower than 1 : {_NARROWEST}")
+    return image
+
+# %% ../nbs/02_data.ipynb #b56087b6
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {  # what it says -> how the picture is turned
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+def decode_image(
+    data: bytes,  # a picture file, whatever its name
+    max_pixels: int = 50_000_000,  # larger images are refused before they are decoded
+) -> Image.Image:  # RGB, upright, on white
+    "Open an image, or say why not"
+    image = _opened(data, max_pixels)
     try:
-        return image.convert("RGB")
+        stored = _stored_form(image)
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        plain = _on_white(_in_eight_bits(image, stored))
+        return plain if turn is None else plain.transpose(turn)
+    except BadSample:
+        raise
     except Exception as error:
         raise BadSample(f"image cannot be decoded: {error}") from error
 
 
-def clean_caption(text: str) -> str:
-    "Without characters that cannot be seen, white space single, at most 2,000 long"
-    return " ".join(_UNSEEN.sub(" ", text[:_LONGEST]).split())
+def _orientation(image: Image.Image) -> int:
+    "How a camera was held; 1 where that is not said, or cannot be read"
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # the picture is fine, what was written about it is not
+        return 1
+
+
+def _stored_form(image: Image.Image) -> str:
+    "How the pixels lie in the file, such as L;4 or RGB;16B, as far as Pillow says"
+    form = image.tile[0][3] if image.tile else ""
+    return form if isinstance(form, str) else str(form[0]) if form else ""
+
+# %% ../nbs/02_data.ipynb #582909fc
+def _in_eight_bits(image: Image.Image, stored: str) -> Image.Image:
+    "The picture with eight bits a channel, and a transparent colour in the same measure"
+    hidden = image.info.get("transparency")
+    if image.mode == "F":
+        raise BadSample("image holds floating-point numbers, of which it is not known what is white")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        white = _white_level(image, values)
+        grey = Image.fromarray(np.rint(values.clip(0, white) * (255 / white)).astype(np.uint8))
+        if image.format == "TIFF" and image.tag_v2.get(262) == 0:  # white is zero
+            grey = ImageOps.invert(grey)
+        if isinstance(hidden, int):
+            grey.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
+        return grey
+    if isinstance(hidden, int) and image.mode in ("1", "L"):
+        step = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}.get(stored, 1)
+        image.info["transparency"] = hidden * step
+        return image.convert("L")
+    if isinstance(hidden, tuple) and ";16" in stored:
+        image.info["transparency"] = tuple(value >> 8 for value in hidden)
+    return image
+
+
+def _white_level(image: Image.Image, values: np.ndarray) -> int:
+    "The value that is white"
+    bits = image.tag_v2.get(258, (16,))[0] if image.format == "TIFF" else 16
+    if bits > 16:
+        bits = next(depth for depth in (8, 16, 32) if values.max() < 1 << depth)
+    return (1 << bits) - 1
+
+
+def _on_white(image: Image.Image) -> Image.Image:  # RGB
+    "What shows of a picture on a white page"
+    clear = image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info
+    if not clear and not (image.mode == "P" and image.palette.mode == "RGBA"):
+        return image.convert("RGB")
+    image = image.convert("LA") if image.mode == "La" else image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+# %% ../nbs/02_data.ipynb #bb02d19c
+def captions_of(
+    fields: Mapping[str, bytes],  # one raw sample
+) -> list[str]:  # cleaned and different; untrusted text; empty when none can be used
+    "All captions of a sample, the first one first"
+    try:
+        return _usable_captions(fields, _json_of(fields))
+    except BadSample:
+        return []
+
+
+def _json_of(fields: Mapping[str, bytes]) -> dict:
+    "What a sample's JSON holds; nothing when it is broken"
+    try:
+        extra = json.loads(fields.get("json", b"{}"))
+    except Exception:  # not JSON, not UTF-8, nested too deep
+        return {}
+    return extra if isinstance(extra, dict) else {}
+
+
+def _usable_captions(fields: Mapping[str, bytes], extra: dict) -> list[str]:
+    "The captions of the first source that has any, or `BadSample`"
+    reason = "no caption"
+    for texts in _caption_sources(fields, extra):
+        cleaned = dict.fromkeys(clean_caption(text) for text in texts)
+        captions = [text for text in cleaned if text]
+        if captions:
+            return captions
+        reason = "caption is empty" if texts else reason
+    raise BadSample(reason)
+
+
+def _caption_sources(fields: Mapping[str, bytes], extra: dict) -> Iterator[list[str]]:
+    "Where captions may stand; what is not asked for is not decoded"
+    yield _strings(extra.get("captions"))
+    if "txt" in fields:
+        try:
+            yield re.split(r"\r\n|\r|\n", fields["txt"].decode())
+        except UnicodeDecodeError as error:
+            raise BadSample(f"caption is not UTF-8 at byte {error.start}") from error
+    yield _strings(extra.get("caption"))
+
+# %% ../nbs/02_data.ipynb #a9435b9a
+def _strings(value: Any) -> list[str]:
+    "A text, or the texts of a list; anything else is none"
+    texts = value if isinstance(value, list) else [value]
+    return [text for text in texts if isinstance(text, str)]
 
 # %% ../nbs/02_data.ipynb #6eb95cb3
 def decode_sample(
     fields: dict[str, bytes],  # one raw sample
     max_pixels: int = 50_000_000,  # as in `decode_image`
     sides: Collection[str] = ("image", "text"),  # which are wanted; what the other lacks is no fault
-) -> tuple[Image.Image | None, str, int | None]:  # RGB image, caption, class index
+) -> tuple[Image.Image | None, str, int | None]:  # RGB image, first caption, class index
     "One pair, or one side of it, or `BadSample`"
     if "image" not in sides:
         return None, *_caption_and_label(fields)
+    if "__problem__" in fields:
+        raise BadSample(fields["__problem__"])
     name = next((name for name in _IMAGES if name in fields), None)
     if name is None:
         raise BadSample("no image")
@@ -503,24 +885,22 @@ def decode_sample(
 
 
 def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
-    try:
-        extra = json.loads(fields.get("json", b"{}"))
-    except Exception:  # not JSON, not UTF-8, nested too deep
-        extra = {}
-    extra = extra if isinstance(extra, dict) else {}
-    try:
-        caption = fields["txt"].decode() if "txt" in fields else extra.get("caption")
-    except UnicodeDecodeError as error:
-        raise BadSample(f"caption is not UTF-8 at byte {error.start}") from error
-    if not isinstance(caption, str):
-        raise BadSample("no caption")
-    if not (caption := clean_caption(caption)):
-        raise BadSample("caption is empty")
+    extra = _json_of(fields)
+    caption = _usable_captions(fields, extra)[0]
     label = fields.get("cls", extra.get("cls"))
     try:
         return caption, None if label is None else int(label)
     except (TypeError, ValueError) as error:
         raise BadSample(f"class is no integer: {label!r:.40}") from error
+
+# %% ../nbs/02_data.ipynb #9dd43ccb
+def shard_captions(
+    path: Path,  # one shard, as `raw_samples` takes it
+    most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
+) -> Iterator[str]:  # cleaned
+    "All captions of all samples of a shard"
+    for sample in raw_samples(path, sources.TEXT_FIELDS, most):
+        yield from captions_of(sample)
 
 # %% ../nbs/02_data.ipynb #98648443
 def label_sets(
@@ -670,14 +1050,21 @@ class _Shelf:
     def _file(self, index: int) -> Iterator[_Item]:
         shard, count = self.shards[index], 0
         for count, fields in enumerate(raw_samples(shard.path), start=1):
-            data = {name: value for name, value in fields.items() if name in _FIELDS}
+            data = {name: value for name, value in fields.items() if name in _FIELDS or name == "__problem__"}
             key = fields["__key__"]
             yield _Item(f"{shard.name}/{key}", f"{index} {count}", key, data, fields.get("__problem__", ""))
         if count != shard.count:
-            raise ValueError(
-                f"{shard.name} holds {count} samples, but the preflight counted {shard.count} ({shard.counted_by}): "
-                "the file was changed since, or its _stats.json is wrong; inspect the shards again with cache=False"
-            )
+            counts = f"{shard.name} holds {count} samples, but the preflight counted {shard.count}"
+            raise ValueError(f"{counts}: {_recount(shard)}")
+
+# %% ../nbs/02_data.ipynb #1b428d48
+def _recount(shard: ShardReport) -> str:
+    "Why a count was wrong, and what to do about it"
+    if shard.counted_by == "stats":
+        return (
+            f"{_stats_file(shard.path)} is wrong; delete it and start anew, then the shard itself is counted"
+        )
+    return f"{shard.path} was changed since; start anew, then it is counted again"
 
 # %% ../nbs/02_data.ipynb #fa91bb67
 def crop_box(
@@ -724,42 +1111,79 @@ class Crops:
         chosen = f"crop {self.seed} {epoch} {item.place}" if number < 0 else f"numbered crop {number} {item.key}"
         return crop_box(*size, self.scale, chosen) if self.scale < 1 else None
 
+# %% ../nbs/02_data.ipynb #9ab4635b
+def drawn_caption(
+    count: int,  # captions of the sample
+    place: str,  # whatever identifies the sample
+    epoch: int,
+    seed: int = 0,
+) -> int:  # from 0 to count - 1
+    "The number of the caption that an epoch sees"
+    if count == 1:
+        return 0
+    past_rounds, step = divmod(epoch, count)
+    order = list(range(count))
+    random.Random(f"captions {seed} {past_rounds} {place}").shuffle(order)
+    return order[step]
+
 # %% ../nbs/02_data.ipynb #7f6085c8
+@dataclass(frozen=True)
+class _Seen:
+    "What the models see of one sample"
+
+    pictures: list[np.ndarray | Tensor]  # one for every lens
+    captions: tuple[str, ...]  # all that the sample has; one empty text where it has none and none is wanted
+    number: int  # which of them is seen
+    label: int | None
+    crop: int  # -1 where crops have no numbers
+    questions: tuple  # (question, answer, type) each
+
+
 class _Studio:
     "Makes items into what student and teacher see"
 
-    def __init__(self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None, shelf: _Shelf | None = None):
+    def __init__(
+        self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None,
+        shelf: _Shelf | None = None, draw_seed: int | None = None,
+    ):  # fmt: skip
         self.crops, self.max_pixels, self.shelf = crops or Crops(), max_pixels, shelf
+        self.draw_seed = draw_seed  # of the captions; None: the first of each sample
         self.lenses, self.words = _shared_views(student, teacher or View(None, None))
         self.sides, self.asks = ("image",) * bool(self.lenses) + ("text",) * bool(self.words), student.questions
         self.still = self.crops.scale >= 1 and all(lens.exact for lens in self.lenses)  # the same pixels in every epoch
 
-    def see(self, item: _Item, epoch: int = 0) -> tuple[list, str, int | None, int]:  # a picture for every lens, caption, class, crop
+    def see(self, item: _Item, epoch: int = 0) -> _Seen:
         "What the models see of an item in an epoch; raises BadSample"
         if item.problem:
             raise BadSample(item.problem)
-        pictures, caption, label, asked = item.decoded or self._decode(item)
-        number = self.crops.number(item, epoch)
+        pictures, captions, label, asked = item.decoded or _decoded(self, item)
+        draws = self.draw_seed is not None
+        number = drawn_caption(len(captions), item.place, epoch, self.draw_seed) if draws else 0
+        crop = self.crops.number(item, epoch)
         if not self.still:
             image = Image.fromarray(pictures[0])
-            box = self.crops.box(image.size, item, epoch, number)
+            box = self.crops.box(image.size, item, epoch, crop)
             pictures = [_cut(image, box, lens) for lens in self.lenses]
-        return pictures, caption, label, number, asked
+        return _Seen(pictures, captions, number, label, crop, asked)
 
-    def _decode(self, item: _Item) -> tuple[list[np.ndarray], str, int | None]:
-        "Decode once; keep the result in place of the file's bytes where the budget allows"
-        try:
-            image, caption, label = decode_sample(item.fields, self.max_pixels, self.sides)
-            asked = asked_questions(item.fields) if self.asks else ()
-        except BadSample as error:
-            item.problem = str(error)
-            raise
-        pictures = [lens.pixels(image) for lens in self.lenses] if self.still or image is None else [np.asarray(image)]
-        grown = sum(picture.nbytes for picture in pictures) - item.size
-        if item.kept and grown <= self.shelf.free:
-            self.shelf.free -= grown
-            item.decoded, item.fields = (pictures, caption, label, asked), {}
-        return pictures, caption, label, asked
+# %% ../nbs/02_data.ipynb #61b351db
+def _decoded(studio: _Studio, item: _Item) -> tuple[list[np.ndarray], tuple[str, ...], int | None, tuple]:
+    "Decode once; keep the result in place of the file's bytes where the budget allows"
+    try:
+        image, caption, label = decode_sample(item.fields, studio.max_pixels, studio.sides)
+        captions = tuple(captions_of(item.fields)) if caption else ("",)
+        asked = asked_questions(item.fields) if studio.asks else ()
+    except BadSample as error:
+        item.problem = str(error)
+        raise
+    whole = studio.still or image is None
+    pictures = [lens.pixels(image) for lens in studio.lenses] if whole else [np.asarray(image)]
+    further = sum(len(text.encode()) for text in captions[1:])  # a first caption is as small as a name
+    grown = sum(picture.nbytes for picture in pictures) + further - item.size
+    if item.kept and grown <= studio.shelf.free:
+        studio.shelf.free -= grown
+        item.decoded, item.fields = (pictures, captions, label, asked), {}
+    return pictures, captions, label, asked
 
 # %% ../nbs/02_data.ipynb #127122b9
 def _cut(image: Image.Image, box: tuple | None, lens: FastPreprocess) -> np.ndarray | Tensor:  # (3, H, W)
@@ -807,18 +1231,31 @@ def _shared_views(student: View, teacher: View) -> tuple[list[FastPreprocess], l
         words.append(_Words(teacher.tokenizer))
     return lenses, words
 
-
-def _as_batch(studio: _Studio, rows: list[tuple], skipped: list[tuple[str, str]]) -> Batch:
-    "Rows of (name, (pictures, caption, class, crop, questions)) as one batch; a side that is not read has no columns"
-    names, seen = zip(*rows, strict=True)
-    pictures, captions, labels, crops, asked = zip(*seen, strict=True)
-    columns = zip(studio.lenses, zip(*pictures, strict=True), strict=True)
+# %% ../nbs/02_data.ipynb #20345f1b
+def _as_batch(studio: _Studio, rows: list[tuple[str, _Seen]], skipped: list[tuple[str, str]]) -> Batch:
+    "Named samples as one batch; a side that is not read has no columns"
+    names, samples = zip(*rows, strict=True)
+    captions = tuple(sample.captions[sample.number] for sample in samples)
+    columns = zip(studio.lenses, zip(*(sample.pictures for sample in samples), strict=True), strict=True)
     images = [lens.normalise(np.stack(column)) if lens.exact else torch.stack(column) for lens, column in columns]
     texts = [words(list(captions)) for words in studio.words]
-    images, texts = images or [torch.zeros(len(names), 0)], texts or [torch.zeros(len(names), 0, dtype=torch.long)]
-    teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-    given = dict(crops=crops if studio.crops.fixed else (), questions=asked if studio.asks else (), skipped=tuple(skipped))
-    return Batch(images[0], texts[0], teacher_image, teacher_text, names, captions, labels, **given)
+    further = dict(labels=tuple(sample.label for sample in samples), skipped=tuple(skipped))
+    if texts:
+        further["caption_numbers"] = tuple(sample.number for sample in samples)
+    if studio.crops.fixed:
+        further["crops"] = tuple(sample.crop for sample in samples)
+    if studio.asks:
+        further["questions"] = tuple(sample.questions for sample in samples)
+    return Batch(*_both_views(images, texts, len(names)), keys=names, captions=captions, **further)
+
+
+def _both_views(images: list[Tensor], texts: list[Tensor], size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    "Image and text of the student, then the teacher's where they differ; nothing in place of a side that is not read"
+    images = images or [torch.zeros(size, 0)]
+    texts = texts or [torch.zeros(size, 0, dtype=torch.long)]
+    teacher_image = images[1] if len(images) > 1 else None
+    teacher_text = texts[1] if len(texts) > 1 else None
+    return images[0], texts[0], teacher_image, teacher_text
 
 # %% ../nbs/02_data.ipynb #a66c3384
 def _good_and_bad(studio: _Studio, items: Iterable[tuple[int, _Item]]) -> Iterator[tuple[str, tuple | None, str]]:
@@ -857,7 +1294,8 @@ class _Reader:
         self.place = stream.rank * workers + number  # among the readers of all processes
         self.shelf = _Shelf(stream.report.usable, stream.cache_mb * 1_000_000 // workers)
         crops = Crops(stream.crop_scale, stream.seed, stream.crops)
-        self.studio = _Studio(stream.student, stream.teacher, stream.max_pixels, crops, self.shelf)
+        views = stream.student, stream.teacher
+        self.studio = _Studio(*views, stream.max_pixels, crops, self.shelf, stream.seed)
 
     def items(self, skip: int) -> Iterator[tuple[int, _Item]]:  # (epoch, sample) without end
         "The reader's undecoded samples from number `skip` on"
@@ -1001,8 +1439,87 @@ class BadSampleGuard:
             named = "; ".join(f"{name}: {reason}" for name, reason in self.examples.items())
             raise ValueError(
                 f"{self.bad} of {self.read} samples are bad, {self.share:.1%}, more than the {self.max_share:.1%} allowed ({named}); "
-                "mend the data, or allow a larger share"
+                "mend the data, or allow a larger share (max_bad_share)"
             )
+
+# %% ../nbs/02_data.ipynb #cbc900fc
+@dataclass(frozen=True)
+class Truncation:
+    "How many captions do not fit"
+
+    captions: int  # different ones that were looked at
+    cut: int  # of these
+    alike: int  # of those that are cut: have the same tokens as another that differs
+    length: int  # tokens of a caption at most, start and end included
+    certain: bool = True  # whether the tokenizer could be asked
+
+    @property
+    def share(self) -> float:
+        "Cut captions among those looked at"
+        return self.cut / self.captions
+
+    def __str__(self) -> str:
+        verb = "are longer than" if self.certain else "fill, or do not fit into,"
+        looked = f"{self.share:.1%} of {self.captions:,} captions"
+        words = f"{looked} {verb} the model's {self.length} tokens and lose their ends"
+        same = f"; {self.alike:,} of them are trained as the same text as another" if self.alike else ""
+        return words + same
+
+
+def truncated_share(
+    report: DataReport | str | Path | list,  # from `inspect_shards`, or what it takes
+    tokenizer: Callable[[list[str]], Tensor] | None,  # captions to (B, L) token ids
+    limit: int = 1000,  # captions looked at
+) -> Truncation | None:  # None when none is cut, or there is none
+    "How many captions a tokenizer cuts, without decoding a picture"
+    captions = _some_captions(_as_report(report), limit)
+    if tokenizer is None or not captions:
+        return None
+    tokens = tokenizer(captions)
+    cut, certain = _which_cut(tokenizer, captions, tokens)
+    if not cut.any():
+        return None
+    rows = Counter(row.numpy().tobytes() for row in tokens[cut])
+    alike = sum(count for count in rows.values() if count > 1)
+    return Truncation(len(captions), int(cut.sum()), alike, tokens.shape[1], certain)
+
+# %% ../nbs/02_data.ipynb #45a148bd
+_MORE = 8  # tokens of additional room
+
+
+def _which_cut(
+    tokenizer: Callable, captions: list[str], tokens: Tensor
+) -> tuple[Tensor, bool]:  # (B,) bool; whether it is certain
+    "Which captions a tokenizer cuts"
+    length = tokens.shape[1]
+    try:
+        empty, longer = (tokenizer(texts, context_length=length + _MORE) for texts in ([""], captions))
+    except (TypeError, AssertionError, ValueError):  # it takes no such argument, or no other length
+        empty, longer = tokenizer([""]), tokens
+    padding = empty[0, -1]
+    if longer.shape[1] == length:
+        return tokens[:, -1] != padding, False
+    return (longer[:, :length] != tokens).any(dim=1) | (longer[:, length:] != padding).any(dim=1), True
+
+
+def _some_captions(report: DataReport, limit: int) -> list[str]:  # each once
+    "Captions of the first samples of up to four shards"
+    total = len(report.usable)
+    count = min(total, 4)
+    texts: dict[str, None] = {}
+    for k in range(count):
+        share = limit * (k + 1) // count - limit * k // count
+        texts |= dict.fromkeys(islice(_first_captions(report.usable[k * total // count].path, share), share))
+    return list(texts)
+
+
+def _first_captions(path: Path, count: int) -> Iterator[str]:
+    "Captions of a shard, from its first members where they have any"
+    found = False
+    for most in (4 * count, None):
+        for text in () if found else shard_captions(path, most):
+            found = True
+            yield text
 
 # %% ../nbs/02_data.ipynb #d46ac1db
 def _in_order(report: DataReport, limit: int | None) -> Iterator[tuple[int, _Item]]:
@@ -1020,6 +1537,7 @@ def read_once(
     limit: int | None = None,  # samples read at most, good or bad
     max_pixels: int = 50_000_000,  # as in `decode_image`
     crops: Crops | None = None,  # None: whole pictures
+    every_caption: bool = False,  # a row for each caption of a sample, one after the other; else its first
 ) -> Iterator[Batch]:  # all full but the last
     "One pass in the order of the shards"
     studio, rows, skipped = _Studio(student, teacher, max_pixels, crops), [], []
@@ -1027,10 +1545,11 @@ def read_once(
         if pair is None:
             skipped.append((name, reason))
             continue
-        if len(rows) == batch_size:
-            yield _as_batch(studio, rows, skipped)
-            rows, skipped = [], []
-        rows.append((name, pair))
+        for number in range(len(pair.captions) if every_caption else 1):
+            if len(rows) == batch_size:
+                yield _as_batch(studio, rows, skipped)
+                rows, skipped = [], []
+            rows.append((name, replace(pair, number=number)))
     if not rows:
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     yield _as_batch(studio, rows, skipped)
@@ -1041,12 +1560,16 @@ class Pairs:
     "Decoded pairs in memory"
 
     images: tuple[np.ndarray, ...]  # (H, W, 3) uint8 each, as large as in the shard
-    captions: tuple[str, ...]  # untrusted text
+    captions: tuple[str, ...]  # one a picture, the first; untrusted text
     labels: tuple[int | None, ...]  # class indices, None where a sample has none
     keys: tuple[str, ...]  # "shard/key"
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) of those left out
     sets: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)  # further label sets by name, as the JSON's "labels" has them
     questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # lists of (question, answer, type), as the JSON has them; or empty
+    all_captions: tuple[tuple[str, ...], ...] = ()  # each picture's, the first one first; empty: `captions` are all
+
+    def __post_init__(self):
+        object.__setattr__(self, "all_captions", _checked_captions(self.captions, self.all_captions))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -1056,22 +1579,37 @@ class Pairs:
         chosen = range(len(self))[rows] if isinstance(rows, slice) else list(rows)
         columns = (tuple(column[i] for i in chosen) for column in (self.images, self.captions, self.labels, self.keys))
         sets = {name: tuple(labels[i] for i in chosen) for name, labels in self.sets.items()}
-        return Pairs(*columns, sets=sets, questions=tuple(self.questions[i] for i in chosen if self.questions))
+        questions = tuple(self.questions[i] for i in chosen if self.questions)
+        every = tuple(self.all_captions[i] for i in chosen)
+        return Pairs(*columns, sets=sets, questions=questions, all_captions=every)
 
     def pil(self, row: int) -> Image.Image:
         "One image"
         return Image.fromarray(self.images[row])
 
     def batches(self, student: View, batch_size: int = 256, teacher: View | None = None) -> Iterator[Batch]:  # all full but the last
-        "The pairs as a model wants to see them, in their order"
+        "The pairs as a model wants to see them, in their order, each with its first caption"
         lenses, words = _shared_views(student, teacher or View(None, None))
         for start in range(0, len(self), batch_size):
-            part = self[start : start + batch_size]
-            images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses] or [torch.zeros(len(part), 0)]
-            texts = [tokens(list(part.captions)) for tokens in words] or [torch.zeros(len(part), 0, dtype=torch.long)]
-            teacher_image, teacher_text = (own[1] if len(own) > 1 else None for own in (images, texts))
-            given = dict(questions=part.questions) if student.questions else {}
-            yield Batch(images[0], texts[0], teacher_image, teacher_text, part.keys, part.captions, part.labels, **given)
+            yield _pairs_batch(self[start : start + batch_size], lenses, words, student.questions)
+
+# %% ../nbs/02_data.ipynb #cdb027a6
+def _checked_captions(captions: Sequence[str], every: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
+    "All captions of each picture, of which the first are `captions`"
+    if all(len(texts) == 1 for texts in every):  # also where nothing is known but the first
+        return tuple((text,) for text in captions)
+    if [texts[:1] for texts in map(tuple, every)] != [(text,) for text in captions]:
+        raise ValueError("all_captions do not begin with their captions: give both, or leave all_captions empty")
+    return tuple(map(tuple, every))
+
+
+def _pairs_batch(part: Pairs, lenses: list[FastPreprocess], words: list[_Words], asks: bool) -> Batch:
+    "Some pairs as one batch"
+    images = [lens([part.pil(row) for row in range(len(part))]) for lens in lenses]
+    texts = [tokens(list(part.captions)) for tokens in words]
+    questions = part.questions if asks else ()
+    about = dict(keys=part.keys, captions=part.captions, labels=part.labels, questions=questions)
+    return Batch(*_both_views(images, texts, len(part)), **about)
 
 # %% ../nbs/02_data.ipynb #1a869446
 def load_pairs(
@@ -1080,7 +1618,7 @@ def load_pairs(
     max_pixels: int = 50_000_000,  # as in `decode_image`
 ) -> Pairs:
     "An evaluation set, decoded"
-    columns, skipped, found, asked = ([], [], [], []), [], [], []
+    columns, skipped, found, asked, every = ([], [], [], []), [], [], [], []
     for _, item in _in_order(_as_report(data), limit):
         try:
             image, caption, label = decode_sample(item.fields, max_pixels)
@@ -1089,12 +1627,13 @@ def load_pairs(
             continue
         for column, value in zip(columns, (np.asarray(image), caption, label, item.name), strict=True):
             column.append(value)
+        every.append(tuple(captions_of(item.fields)))
         found.append(label_sets(item.fields))
         asked.append(asked_questions(item.fields))
     if not columns[0]:
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
     sets = {name: tuple(labels.get(name) for labels in found) for name in dict.fromkeys(name for labels in found for name in labels)}
-    return Pairs(*map(tuple, columns), tuple(skipped), sets, tuple(asked) if any(asked) else ())
+    return Pairs(*map(tuple, columns), tuple(skipped), sets, tuple(asked) if any(asked) else (), tuple(every))
 
 # %% ../nbs/02_data.ipynb #1190d0a5
 _TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that change the writing direction

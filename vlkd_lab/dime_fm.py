@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import corpus, data, trainers
 from .features import Batch, Features, recall
 from .gates import budget
 from .losses import LOSSES, Objective, score_terms
-from .models import VLM, at_size, evaluating, image_tower, model_config, new_model
+from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model, state_digest
 from .sources import LINES, read_part, write_whole
 from .stores import FeatureStore, StoredTeacher, load, store_key
 from .trainers import Distillation, Job, Learner, Phase, above, at_least, finish_fit, manual_shapes, one_of, parameter, seed_of, within
@@ -74,43 +74,81 @@ class DimeFm(Distillation):
 def student_config(options: DimeFm, teacher: VLM) -> dict:
     "The open_clip configuration of the student that the options name; of the teacher's joint width"
     base = model_config(teacher.config["model_cfg"])
+    if not options.student and options.start_from:
+        return base | dict(vision_cfg=trainers.find_start(options).config["model_cfg"]["vision_cfg"])
     if not options.student:
         return base
-    vision = image_tower(options.student)
     if options.text_tower == "teacher":
-        return base | dict(vision_cfg=vision)
+        return base | dict(vision_cfg=image_tower(options.student))
     if options.student.startswith("timm:"):
         raise ValueError(f"student={options.student!r} has no text tower: choose text_tower='teacher', or an architecture of open_clip")
-    return model_config(options.student) | dict(embed_dim=base["embed_dim"], vision_cfg=vision)
+    return model_config(options.student) | dict(embed_dim=base["embed_dim"])
 
 
 def new_student(job: DimeFmJob, inherited: bool = True) -> VLM:
     "The student before its training; not inherited: with nothing of any other model in it, not even a text tower"
-    options, towers = job.options, None
-    if not options.student:
-        towers = manual_shapes(job.shapes, job.shapes, 1 - options.student_share)
-        towers = towers | ({"text": job.shapes["text"]} if options.text_tower == "teacher" else {})
-    student = new_model(student_config(options, job.teacher), like=job.like, towers=towers, seed=options.seed)
+    return _make_student(job.options, job.teacher, job.shapes, inherited)
+
+
+def _make_student(options: DimeFm, teacher: VLM, shapes: dict | None, inherited: bool) -> VLM:
+    "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
+    towers = None
+    if not options.student and options.start_from:
+        towers = _start_towers(options, shapes)
+    elif not options.student:
+        towers = manual_shapes(shapes, shapes, 1 - options.student_share)
+        towers = towers | ({"text": shapes["text"]} if options.text_tower == "teacher" else {})
+    config = student_config(options, teacher)
+    if options.student and options.inheritance == "manual":
+        config = copied_config(config, teacher.config["model_cfg"])
+    student = new_model(config, like=_seen_as(options, teacher), towers=towers, seed=options.seed)
     if inherited and options.inheritance == "manual":
-        student.model.load_state_dict(trainers.copy_manually(job.teacher, student)[0])
+        student.model.load_state_dict(trainers.copy_manually(teacher, student)[0])
     if inherited and options.start_from:
-        _start_from(student, options.start_from)
+        _start_from(student, options)
     if inherited and options.text_tower == "teacher":
-        text = {name: tensor for name, tensor in job.teacher.model.state_dict().items() if not name.startswith("visual.")}
+        text = {name: tensor for name, tensor in teacher.model.state_dict().items() if not name.startswith("visual.")}
         student.model.load_state_dict(student.model.state_dict() | text)
     return student
 
+# %% ../nbs/11_dime_fm.ipynb #88a9e673
+def _seen_as(options: DimeFm, teacher: VLM) -> VLM:
+    "The teacher's words, and pictures as the student sees them: at its size, or as the model that it starts as did"
+    if options.start_from and not options.student:
+        start, words = trainers.find_start(options), model_config(teacher.config["model_cfg"])
+        config = words | dict(vision_cfg=start.config["model_cfg"]["vision_cfg"])
+        seen = dict(model_cfg=config, preprocess_cfg=start.config["preprocess_cfg"], towers=None)
+        return replace(teacher, preprocess=start.preprocess, config=seen)
+    return at_size(teacher, options.image_size) if options.image_size else teacher
+
+
+def _start_towers(options: DimeFm, shapes: dict | None) -> dict | None:
+    "Sizes of a student that starts as a network that gates have cut; None for any other"
+    towers = trainers.find_start(options).config.get("towers")
+    if towers is not None and shapes is None:
+        raise ValueError(f"start_from={options.start_from!r} was cut by gates: it needs a teacher whose text tower is a transformer")
+    return towers and dict(image=towers["image"], text=shapes["text"])
+
 # %% ../nbs/11_dime_fm.ipynb #27c0c146
-def _start_from(student: VLM, name: str) -> None:
+def _start_from(student: VLM, options: DimeFm) -> None:
     "Give a student another model's image tower; its map to the joint width stays new where the widths differ"
-    source = trainers.find_model(name)
+    source, name = trainers.find_start(options), options.start_from
     own, given = (vlm.model.visual.state_dict() for vlm in (student, source))
     fits = {key: tensor for key, tensor in given.items() if key in own and own[key].shape == tensor.shape}
-    lost = [key for key in own if key not in fits and "proj" not in key.split(".")[-2:] + key.split(".")[-1:]]
+    lost = [key for key in own if key not in fits and not key.startswith(_projection(student.model.visual))]
     if lost:
         raise ValueError(f"start_from={name!r} has another image tower than the student: {len(lost)} of {len(own)} weights do not fit, "
                          f"such as {lost[0]}; name its architecture as student")  # fmt: skip
     student.model.visual.load_state_dict(own | fits)
+
+
+def _projection(visual: nn.Module) -> tuple[str, ...]:
+    "How the names of an image tower's map to the joint width begin"
+    trunk = getattr(visual, "trunk", None)
+    if trunk is None or len(visual.head):
+        return "proj", "head.", "attnpool.c_proj."  # open_clip's ViT; its adapter for timm; its ResNet
+    classifier = trunk.get_classifier()
+    return tuple(f"trunk.{name}." for name, part in trunk.named_modules() if part is classifier)
 
 # %% ../nbs/11_dime_fm.ipynb #b2f40d81
 class UnpairedLearner(Learner):
@@ -197,19 +235,58 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     if options.sentence_batch % world:
         raise ValueError(f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: choose a multiple")
     teacher = trainers.find_model(options.teacher, accelerator.device)
+    _check_beginning(options, teacher)
     student_config(options, teacher)
-    shapes = trainers.transformer_shapes(teacher, needed=not options.student or options.inheritance == "manual")
+    shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
     key = store_key(teacher)
     sentences = data.inspect_shards(trainers.find_data(options.sentences, data.find_sentences), progress=False)
     images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
     _check_sources(options, images, sentences)
+    _check_student(options, teacher, shapes, world)
     FeatureStore(images, key, options.features)
     if not (options.grounded or options.class_names):
         _check_sentences(sentences, options, accelerator.num_processes)
     about = {"objective": weights, "terms": [name for name, term in LOSSES.items() if term.unpaired], "sentences": sentences.to_json()}
     about |= {"teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
+    about |= {"start_sha256": state_digest(trainers.find_start(options).model)} if options.start_from else {}
     job = trainers.open_run(options, teacher, accelerator, about, DimeFmJob, images)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+
+# %% ../nbs/11_dime_fm.ipynb #da714dd3
+def _needs_shapes(options: DimeFm) -> bool:
+    "Whether the teacher's towers must be transformers, because the student is made after them"
+    return options.inheritance == "manual" or not options.student and not options.start_from
+
+
+def _check_beginning(options: DimeFm, teacher: VLM) -> None:
+    "ValueError for two answers to what the student begins as, or for locks that make no sense"
+    if options.start_from and not options.student and options.inheritance == "manual":
+        raise ValueError(f"inheritance='manual' is not valid with start_from={options.start_from!r} and student='': the student's image "
+                         "tower is the one that it starts as; choose inheritance='none'")  # fmt: skip
+    begins = options.inheritance == "manual"
+    inherited = ["image"] * (begins or bool(options.start_from)) + ["text"] * (begins or options.text_tower == "teacher")
+    trainers.check_locks(options, inherited, {}, "choose inheritance='manual', or name a model as start_from")
+    if options.lock_image and options.text_tower == "teacher" and not options.unlocked_image_layers:
+        raise ValueError("lock_image=True and text_tower='teacher' leave nothing to train: choose text_tower='student', or "
+                         "unlocked_image_layers above 0")  # fmt: skip
+
+# %% ../nbs/11_dime_fm.ipynb #47fc66c5
+def _check_student(options: DimeFm, teacher: VLM, shapes: dict | None, world: int) -> None:
+    "Send a picture through the student before anything is computed for it; not when it has been trained"
+    if (trainers.out_folder(options) / "student" / "done.json").exists():
+        return
+    student = _make_student(options, teacher, shapes, inherited=True)
+    check_student(student, f"student={options.student!r}", _fewest_images(options, world), "image_size")
+
+
+def _fewest_images(options: DimeFm, world: int) -> int:
+    "Images that a process sends through the student at once: all of its own, or what gradient caching makes of them"
+    images, sentences = options.batch_size // world, options.sentence_batch // world
+    if not 0 < options.micro_batch < max(images, sentences):
+        return images
+    texts = sentences if options.text_tower == "student" else 0
+    parts = trainers.micro_batches(images, texts, options.micro_batch)
+    return min(rows.stop - rows.start for rows, _ in parts)
 
 # %% ../nbs/11_dime_fm.ipynb #b8170dd2
 def _check_sources(options: DimeFm, images: data.DataReport, sentences: data.DataReport) -> None:
@@ -246,7 +323,11 @@ class _Streams(_Sentences):
     @cached_property
     def like(self) -> VLM:
         "The teacher, at the student's image size"
-        return at_size(self.teacher, self.options.image_size) if self.options.image_size else self.teacher
+        return _seen_as(self.options, self.teacher)
+
+    @property
+    def teacher_view(self) -> None:
+        "The streams of images and of sentences say for themselves what the teacher is to see of them"
 
     @property
     def view(self) -> data.View:
@@ -272,7 +353,9 @@ class _Streams(_Sentences):
     def unpaired(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for image, text in zip(self.images.batches(step), self.texts.batches(step), strict=False):
-            yield replace(image, text=text.text, text_keys=text.keys, captions=(), skipped=image.skipped + text.skipped)
+            skipped, numbers = image.skipped + text.skipped, text.caption_numbers
+            sentences = dict(text=text.text, text_keys=text.keys, caption_numbers=numbers, captions=())
+            yield replace(image, **sentences, skipped=skipped)
 
 # %% ../nbs/11_dime_fm.ipynb #289b9c29
 PROBE_POOL = 2000  # sentences of the corpus among which the probe's are found
@@ -309,9 +392,9 @@ class _Probe:
         return replace(batch, text=self.teacher.tokenizer(list(self.chosen_sentences))).to(self.accelerator.device)
 
     @cached_property
-    def said(self) -> Tensor:  # (N, D) unit rows
+    def said(self) -> Tensor:  # (T, D) unit rows, of every caption
         "The validation captions under the teacher's text tower"
-        return trainers.validation_features(self.teacher, self.val).text
+        return trainers.validation_features(self.teacher, self.val, every_caption=True).text
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         "R@1 both ways; what a kept text tower says is asked once"
@@ -320,7 +403,8 @@ class _Probe:
         view = replace(self.view, tokenizer=None)
         with evaluating(student.model):
             rows = [student.encode_image(batch.image.to(student.device)).float() for batch in self.val.batches(view)]
-        return recall(Features(torch.cat(rows), self.said, self.teacher.scale), ks=(1,), captions=self.val.captions)
+        features = Features(torch.cat(rows), self.said, self.teacher.scale)
+        return recall(features, ks=(1,), captions=self.val.all_captions)
 
 # %% ../nbs/11_dime_fm.ipynb #1b486dc2
 def nearest_each(

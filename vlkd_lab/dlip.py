@@ -31,8 +31,8 @@ from .trainers import Distillation, Fit, FitParameters, Job, Learner, Phase, abo
 # %% auto #0
 __all__ = ['LOOKED', 'OPENERS', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch',
            'first_answers', 'cross_maps', 'base_objective', 'BlipTrainingJob', 'read_texts', 'open_blip_training',
-           'dlip_objective', 'student_sizes', 'make_student', 'find_blip', 'DlipJob', 'open_dlip', 'progress_curves',
-           'plot_progress']
+           'dlip_objective', 'student_sizes', 'make_student', 'find_blip', 'starts_whole', 'DlipJob', 'open_dlip',
+           'progress_curves', 'plot_progress']
 
 # %% ../nbs/11_dlip.ipynb #6f9f2e0b
 @dataclass(frozen=True)
@@ -486,8 +486,13 @@ class BlipTrainingJob(_FusedJob, trainers.TeacherJob):
 def read_texts(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     "Captions, questions and answers of the first samples, without decoding an image"
     samples = list(islice((sample for shard in shards for sample in data.raw_samples(shard)), most))
-    texts = [data.clean_caption(sample["txt"].decode("utf-8", "replace")) for sample in samples if "txt" in sample]
+    texts = [text for sample in samples for text in data.captions_of(sample)]
     return texts + [text for sample in samples for asked in data.asked_questions(sample) for text in asked[:2]]
+
+
+def _begun_towers(options: BlipTraining) -> list[str]:
+    "The towers that do not begin at random"
+    return ["image", "text"] if options.start_from else ["image"] * bool(options.image_tower)
 
 
 def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
@@ -496,13 +501,15 @@ def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
     shape = _first_shape(options)
     accelerator, shards = trainers.make_accelerator(options), trainers.find_data(options.data)
     report = data.inspect_shards(shards)
-    earlier = find_blip(options.start_from) if options.start_from else None
+    earlier = trainers.find_start(options, fused=True)
+    trainers.check_locks(options, _begun_towers(options), {}, "name a BLIP as start_from")
     tasks = _find_tasks(options, earlier.tasks if earlier else tuple(TASKS), report, accelerator.num_processes)
     model = earlier or _new_teacher(options, shape, shards, tasks)
-    about = {"model": asdict(model.shape), "tasks": list(tasks), "terms": [t.name for t in _possible(base_terms(), tasks)]}
+    about = {"start_sha256": state_digest(earlier.model)} if earlier else {}
+    about |= {"model": asdict(model.shape), "tasks": list(tasks), "terms": [t.name for t in _possible(base_terms(), tasks)]}
     return trainers.open_run(options, model, accelerator, about, BlipTrainingJob, report)
 
-
+# %% ../nbs/11_dlip.ipynb #2747d65e
 def _new_teacher(options: BlipTraining, shape: BlipShape, shards: Sequence[Path], tasks: Sequence[str]) -> Blip:
     "A model with fresh weights, and words of its own"
     clip = options.image_tower and trainers.find_model(options.image_tower)
@@ -538,6 +545,8 @@ def dlip_objective(options: Dlip, teacher: Blip, student: Blip, tasks: Sequence[
 
 def student_sizes(options: Dlip, teacher: Blip) -> BlipShape:
     "The sizes of the student that the options name"
+    if starts_whole(options):
+        return trainers.find_start(options, fused=True).shape
     shape = student_shape(teacher.shape, options.student) if options.student else shrunk(teacher.shape, options.student_share)
     return replace(shape, image_size=options.image_size or shape.image_size)
 
@@ -551,20 +560,29 @@ def make_student(job: DlipJob, inherited: bool = True) -> tuple[Blip, Any]:  # t
         plan = fusion.plan_blip(job.teacher, student, towers=towers)
         fusion.inherit_blip(job.teacher, student, plan)
     if inherited and options.start_from:
-        _start_from(student, options.start_from)
+        _start_from(student, options)
     student.model.to(job.accelerator.device)
     return student, plan
-
-
-def _start_from(student: Blip, name: str) -> None:
-    "Give a student another BLIP's image tower"
-    student.model.vision_model.load_state_dict(find_blip(name).model.vision_model.state_dict())
 
 
 def find_blip(name: str | Path, device: str | torch.device = "cpu") -> Blip:
     "A BLIP by a folder (its path may begin at the project's root) or the hub's ID"
     here = data.shipped(name)
-    return load_blip(here if here.is_dir() else name, device)
+    return load_blip(here if here.exists() else name, device)
+
+# %% ../nbs/11_dlip.ipynb #421899dc
+def starts_whole(options: Dlip) -> bool:
+    "Whether the student is the model that it starts as, and not only its image tower"
+    return bool(options.start_from) and options.inheritance == "none" and not options.student
+
+
+def _start_from(student: Blip, options: Dlip) -> None:
+    "Give a student another BLIP's image tower, or all of it"
+    start = trainers.find_start(options, fused=True).model
+    if starts_whole(options):
+        student.model.load_state_dict(student.model.state_dict() | start.state_dict())
+    else:
+        student.model.vision_model.load_state_dict(start.vision_model.state_dict())
 
 # %% ../nbs/11_dlip.ipynb #9222bac8
 class _Distilled(_FusedJob):
@@ -645,10 +663,14 @@ def open_dlip(options: Dlip) -> DlipJob:
         raise ValueError(f"losses={options.losses!r} is not valid here: no term has a weight; {fine}")
     teacher = replace(teacher, tasks=tasks)
     about = {"objective": {name: weights.get(name, 0.0) for name in possible}, "terms": possible, "tasks": list(tasks)}
+    about |= {"start_sha256": state_digest(trainers.find_start(options, fused=True).model)} if options.start_from else {}
     about |= {"student": asdict(sizes), "teacher_sha256": state_digest(teacher.model), "model": asdict(teacher.shape)}
     return trainers.open_run(options, teacher, accelerator, about, DlipJob, report)
 
 
+OPENERS = {"BlipTraining": (BlipTraining, open_blip_training), "Dlip": (Dlip, open_dlip)}  # name -> parameters, what opens a job
+
+# %% ../nbs/11_dlip.ipynb #571ebb09
 def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> None:
     "ValueError for sizes that cannot be inherited, or an image tower that is not the student's"
     grown = [name for name, size in asdict(student).items() if size > getattr(teacher, name) and name != "image_size"]
@@ -656,15 +678,24 @@ def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> Non
         own, its = (getattr(shape, grown[0]) for shape in (student, teacher))
         raise ValueError(f"student={options.student!r} has {grown[0]}={own}, the teacher {its}: a student that inherits cannot be larger; "
                          "or choose inheritance='none'")  # fmt: skip
+    inherited = {"image": ("layers", "image"), "text": ("layers", "text")}
+    begins = [tower for tower, ways in inherited.items() if options.inheritance in ways or starts_whole(options)]
+    begins += ["image"] if options.start_from else []
+    trainers.check_locks(options, begins, {}, "choose inheritance='layers', or name a BLIP as start_from")
+    if starts_whole(options):
+        same = ("vocabulary", "positions")
+        different = [name for name in same if getattr(student, name) != getattr(teacher, name)]
+        if different or options.image_size not in (0, student.image_size):
+            name = different[0] if different else "image_size"
+            raise ValueError(f"start_from={options.start_from!r} has another {name} ({getattr(student, name)}) than it is to have here "
+                             f"({getattr(teacher, name) if different else options.image_size})")  # fmt: skip
+        return
     if options.start_from:
-        given = find_blip(options.start_from).shape
+        given = trainers.find_start(options, fused=True).shape
         for name in ("image_layers", "image_width", "image_heads", "image_neurons", "image_size", "patch_size"):
             if getattr(given, name) != getattr(student, name):
                 raise ValueError(f"start_from={options.start_from!r} has another image tower: its {name} is {getattr(given, name)}, "
                                  f"the student's {getattr(student, name)}")  # fmt: skip
-
-
-OPENERS = {"BlipTraining": (BlipTraining, open_blip_training), "Dlip": (Dlip, open_dlip)}  # name -> parameters, what opens a job
 
 # %% ../nbs/11_dlip.ipynb #e3448ee5
 SCORES = {"retrieval": "R@1, mean of both directions", "caption_loss": "captions, nats a word", "answer_accuracy": "answers right"}

@@ -18,34 +18,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Pairs, View, escaped, find_shards, shipped, thumbnail
-from .features import Features, recall
+from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thumbnail
+from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
 from .runs import Run, read_json, to_json, write_whole
-from .trainers import Job, current_student, load_student
+from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
-           'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'alarms', 'linear_probe',
-           'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve', 'first_step',
-           'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference', 'reference_curves',
-           'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
+           'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts',
+           'alarms', 'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve',
+           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference',
+           'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/11_evaluation.ipynb #faeab0ce
 def encode_pairs(
     vlm: VLM,
     pairs: Pairs,  # N decoded pairs
     batch_size: int = 256,  # pairs encoded at once
-) -> Features:  # of all N, float32, on the CPU
+    every_caption: bool = False,  # texts are all captions, picture by picture; else the first of each
+) -> Features:  # of all N images, and N or T texts; float32, on the CPU
     "Features of every pair, seen through the model's own preprocessing and tokenizer"
     with evaluating(vlm.model):
         parts = [vlm.encode(batch.to(vlm.device)) for batch in pairs.batches(View(vlm.preprocess, vlm.tokenizer), batch_size)]
     image, text = (torch.cat([getattr(p, side) for p in parts]).float().cpu() for side in ("image", "text"))
+    texts = flat_captions(pairs.all_captions)[0]
+    if every_caption and len(texts) > len(pairs):
+        text = encode_captions(vlm, texts, batch_size).cpu()
     return Features(image, text, parts[0].scale.float().cpu())
 
 # %% ../nbs/11_evaluation.ipynb #9c378086
@@ -61,10 +65,11 @@ class Classes:
 
 
 def find_classes(
-    shards: str | Path | Sequence,  # anything `find_shards` takes
+    where: str | Path | Sequence,  # anything that a job takes as `val`
 ) -> Classes | None:  # None when there is no classes.txt
-    "The class names that lie beside the shards"
-    folder = Path(find_shards(shards)[0]).parent
+    "The class names that lie beside shards or a table, or in a folder of pairs"
+    shards = find_data(where, held_out=True) if isinstance(where, str) else find_shards(where)
+    folder = source_folder(shards[0])
     lines = {name: _lines(folder / f"{name}.txt") for name in ("classes", "templates")}
     wrong = [t for t in lines["templates"] if "{}" not in t]
     if wrong:
@@ -124,16 +129,35 @@ def score(
     pairs: Pairs,
     classes: Classes | None = None,  # None: no zero-shot
     teacher: tuple[Features, Tensor | None] | None = None,  # the teacher's features of the same pairs, and its class rows
-) -> tuple[dict[str, float], Features, Tensor | None]:  # scores by name, features, class rows
-    "Zero-shot accuracy, retrieval and agreement with the teacher"
-    features, rows = encode_pairs(vlm, pairs), None if classes is None else classifier(vlm, classes)
+) -> tuple[dict[str, float], Features, Tensor | None]:  # scores by name, features of the pairs, class rows
+    "Zero-shot accuracy, retrieval by picture and agreement with the teacher"
+    every = encode_pairs(vlm, pairs, every_caption=True)
+    features, rows = first_captions(every, pairs), None if classes is None else classifier(vlm, classes)
     scores = {"zero_shot": math.nan if rows is None else accuracy(predict(features.image, rows), pairs.labels)}
-    scores |= recall(features, captions=pairs.captions)
+    scores |= recall(every, captions=pairs.all_captions)
     if teacher is not None:
         scores |= agreement(features, teacher[0], rows, teacher[1])
-    if not (features.image.isfinite().all() and features.text.isfinite().all()):
+    if not (every.image.isfinite().all() and every.text.isfinite().all()):
         scores = {name: math.nan for name in scores}
     return scores, features, rows
+
+# %% ../nbs/11_evaluation.ipynb #067d93f8
+def first_captions(
+    features: Features,  # of N images and all their captions
+    pairs: Pairs,
+) -> Features:  # of N images and N texts
+    "The features of the pairs, each image with the first of its captions"
+    rows = flat_captions(pairs.all_captions)[1]
+    if len(rows) == len(pairs):
+        return features
+    first = [place for place, row in enumerate(rows) if place == 0 or rows[place - 1] != row]
+    return Features(features.image, features.text[first], features.scale)
+
+# %% ../nbs/11_evaluation.ipynb #3e8180f6
+def caption_counts(pairs: Pairs) -> tuple[int, float]:  # different captions; right ones a picture
+    "Among what retrieval chooses"
+    right = distinct_captions(pairs.all_captions)[2]
+    return right.shape[1], right.sum().item() / len(right)
 
 
 def alarms(
@@ -141,14 +165,17 @@ def alarms(
     scores: Mapping[str, float],  # as `score` gives them
     captions: int,  # distinct captions among which was retrieved
     classes: int | None = None,  # classes to choose from
+    right: float = 1.0,  # of the captions that are right for a picture, in the mean
 ) -> list[str]:  # empty when all is well
     "What must be said loudly: NaN, or no better than chance"
     if math.isnan(scores["image_to_text_r1"]):
         return [f"{name}: its features are NaN"]
     found = []
     r1 = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
-    if r1 <= 3 / captions:
-        found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions (1 in {captions})")
+    if r1 <= 3 * right / captions:
+        several = "" if right == 1 else f", of which {right:.3g} are right for a picture"
+        odds = f"1 in {captions / right:.0f}"
+        found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} ({odds})")
     if classes and scores["zero_shot"] <= 1.2 / classes:
         found.append(f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes")
     return found
@@ -207,23 +234,23 @@ def probe_table(
 # %% ../nbs/11_evaluation.ipynb #e20c3473
 def retrieve(
     vlm: VLM,
-    pairs: Pairs,  # N pairs, among whose captions each image searches
+    pairs: Pairs,  # N pairs, among all of whose captions each image searches
     queries: int = 4,  # images shown, spread evenly over the pairs
     best: int = 3,  # captions shown of each
 ):  # IPython HTML
-    "The captions nearest to some images; a caption equal to the image's own is marked as right"
+    "The captions nearest to some images; one that is equal to any of the image's own is marked as right"
     from IPython.display import HTML
 
-    features = encode_pairs(vlm, pairs)
+    features, texts = encode_pairs(vlm, pairs, every_caption=True), flat_captions(pairs.all_captions)[0]
     rows = [k * len(pairs) // queries for k in range(min(queries, len(pairs)))]
-    nearest = (features.image[rows] @ features.text.T).topk(min(best, len(pairs)))
+    nearest = (features.image[rows] @ features.text.T).topk(min(best, len(texts)))
     cells = []
     for row, found, cosines in zip(rows, nearest.indices.tolist(), nearest.values.tolist(), strict=True):
-        own = pairs.captions[row]
-        said = [("<b>✓</b> " if pairs.captions[j] == own else "") + f"{escaped(pairs.captions[j])} <small>{c:.2f}</small>"
+        own = pairs.all_captions[row]
+        said = [("<b>✓</b> " if texts[j] in own else "") + f"{escaped(texts[j])} <small>{c:.2f}</small>"
                 for j, c in zip(found, cosines, strict=True)]  # fmt: skip
         image = f"<img alt='' style='width:72px' src='{thumbnail(pairs.pil(row), 144)}'>"
-        cells.append(f"<tr><td>{image}</td><td>{escaped(own)}</td><td style='text-align:left'>{'<br>'.join(said)}</td></tr>")
+        cells.append(f"<tr><td>{image}</td><td>{escaped(own[0])}</td><td style='text-align:left'>{'<br>'.join(said)}</td></tr>")
     return HTML(f"<table><tr><th></th><th>its caption</th><th>nearest captions, cosine</th></tr>{''.join(cells)}</table>")
 
 # %% ../nbs/11_evaluation.ipynb #c0b722b7
@@ -293,7 +320,7 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
     "Score and weigh the teacher and all students on validation pairs"
     models, pairs = job_models(job), pairs or job.val
     classes = classes or find_classes(job.options.val)
-    latency = measure_latency(models)
+    latency, (captions, right) = measure_latency(models), caption_counts(pairs)
     _, features, rows = score(job.teacher, pairs, classes)
     curves = [validation_curve(job.run, name) for name in models if name.startswith("scratch")]
     scratch = curves[0][-1][1] if curves and curves[0] else math.nan
@@ -301,7 +328,7 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
     for name, vlm in models.items():
         scores = score(vlm, pairs, classes, teacher=(features, rows))[0]
         table[name] = _row(job, name, vlm, latency[name], scores, scratch)
-        for alarm in alarms(name, scores, len(set(pairs.captions)), classes and len(classes.names)):
+        for alarm in alarms(name, scores, captions, classes and len(classes.names), right):
             job.run.warn(alarm)
     return pd.DataFrame(table).T
 

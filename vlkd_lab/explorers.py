@@ -89,6 +89,7 @@ def cell_html(affinities: Affinities, pairs: Pairs, cell: Sequence[int] | None) 
         return "<i>Click a cell, or move with the arrow keys and press Enter.</i>"
     said = affinities.cell(*cell)
     i, j = said["image"], said["text"]
+    right = ", its own" if pairs.captions[j] in pairs.all_captions[i] else ""
     rows = "".join(
         f"<tr><th>{name}</th><td>{said[name]['cosine']:.3f}</td><td>{said[name]['probability']:.1%}</td><td>{said[name]['rank']}</td></tr>"
         for name in affinities.features
@@ -96,7 +97,7 @@ def cell_html(affinities: Affinities, pairs: Pairs, cell: Sequence[int] | None) 
     return (
         f"<div style='display:flex;gap:14px;align-items:flex-start'>{_image_html(pairs.pil(i), 128)}<div>"
         f"<p style='margin:0'><small>image {i}, {escaped(pairs.keys[i])}</small><br>{escaped(pairs.captions[i])}</p>"
-        f"<p style='margin:4px 0'><small>text {j}{', its own' if i == j else ''}</small><br>{escaped(pairs.captions[j])}</p>"
+        f"<p style='margin:4px 0'><small>text {j}{right}</small><br>{escaped(pairs.captions[j])}</p>"
         f"<table><tr><th></th><th>cosine</th><th>P(text | image)</th><th>rank of this text</th></tr>{rows}</table></div></div>"
     )
 
@@ -175,7 +176,7 @@ def most_disputed(affinities: Affinities) -> tuple[int, int]:  # row, column of 
     return row, int(both[1][row].argmax())
 
 # %% ../nbs/13_explorers.ipynb #400cd532
-def nearest(features: Features) -> np.ndarray:  # (B,) index of each image's nearest caption
+def nearest(features: Features) -> np.ndarray:  # (B,) the pair whose text is nearest to each image
     "What a model would say of each image"
     return (features.image @ features.text.T).argmax(dim=1).cpu().numpy()
 
@@ -183,12 +184,13 @@ def nearest(features: Features) -> np.ndarray:  # (B,) index of each image's nea
 def confusions(
     before: Features,
     after: Features,  # of the same B pairs
-    captions: Sequence[str],  # B
+    captions: Sequence[str] | Sequence[Sequence[str]],  # of B images; features are of their first
 ) -> dict[str, list[tuple[int, int, int]]]:  # "mended", "made" -> (image, said before, said after)
     "Images that went from a wrong caption to a right one, and the other way"
     found = {"mended": [], "made": []}
+    every = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in captions]
     for i, (old, new) in enumerate(zip(nearest(before), nearest(after), strict=True)):
-        was, now = captions[old] == captions[i], captions[new] == captions[i]
+        was, now = every[old][0] in every[i], every[new][0] in every[i]
         if was != now:
             found["mended" if now else "made"].append((i, int(old), int(new)))
     return found

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import BadSample, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, shipped, visible
+from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, shipped, visible
 from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
-from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, tower_shapes
+from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
 from .runs import Run, read_json
 from .trainers import load_student
 
@@ -131,7 +131,7 @@ def _pad_tensor(name: str, tensor: Tensor, old: TowerShape, new: TowerShape, fir
         return grown * share
     if first is not None and place.tensor in ("conv1.weight", "class_embedding", "positional_embedding"):
         return _before_first_norm(grown, axis, kept, first)
-    reads = place.tensor.startswith((*_READ, "attn.in_proj", "mlp.c_fc")) or place.tensor in ("proj", "text_projection")
+    reads = place.tensor.startswith((*_READ, "attn.in_proj", "mlp.c_fc", "proj", "text_projection"))
     return grown if reads else _add_mean(grown, axis, kept)
 
 
@@ -149,7 +149,23 @@ def _pad_state(state: Mapping[str, Tensor], old: Mapping[str, TowerShape], new: 
     return padded
 
 # %% ../nbs/11_export.ipynb #5da2350c
-_NORMS = {"image": ("vision_cfg", lambda model: model.visual.ln_post), "text": ("text_cfg", lambda model: model.ln_final)}
+_NORMS = {
+    "image": ("vision_cfg", lambda model: model.visual.ln_post),
+    "text": ("text_cfg", lambda model: text_part(model).ln_final),
+}
+
+
+def _without_layer_scale(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "Layer scales multiplied into the weights and biases before them"
+    written = {"ls_1": "attn.out_proj", "ls_2": "mlp.c_proj"}
+    plain = {name: tensor for name, tensor in state.items() if not name.endswith(".gamma")}
+    for name in state.keys() - plain.keys():
+        block, scale = name.removesuffix(".gamma").rsplit(".", 1)
+        weight, bias = (f"{block}.{written[scale]}.{part}" for part in ("weight", "bias"))
+        gamma = state[name].double()
+        plain[weight] = (state[weight].double() * gamma[:, None]).to(state[weight].dtype)
+        plain[bias] = (state[bias].double() * gamma).to(state[bias].dtype)
+    return plain
 
 
 @torch.no_grad()
@@ -158,15 +174,17 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
     towers = vlm.config.get("towers")
     if towers is None or plain_config(vlm.config["model_cfg"], towers) is not None:
         return vlm
-    old = tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
+    state = _without_layer_scale(vlm.model.state_dict())
+    old = tower_shapes(state, head_widths(vlm.config["model_cfg"]))
     new = padded_shapes(old)
     config = plain_config(vlm.config["model_cfg"], new)
     for tower, (part, norm) in _NORMS.items():
+        config[part].pop("ls_init_value", None)
         if new[tower].width != old[tower].width:
             eps = norm(vlm.model).eps * old[tower].width / new[tower].width
             config[part]["norm_kwargs"] = (config[part].get("norm_kwargs") or {}) | {"eps": eps}
     padded = new_model(config, like=vlm)
-    padded.model.load_state_dict(_pad_state(vlm.model.state_dict(), old, new))
+    padded.model.load_state_dict(_pad_state(state, old, new))
     padded.model.to(vlm.device).eval()
     return replace(padded, name=f"{vlm.name}, padded")
 
@@ -204,7 +222,7 @@ def _example(vlm: VLM, side: str, rows: int) -> Tensor:
     "Something to feed a tower, the same for the same number of rows"
     if side == "text":
         return vlm.tokenizer([_SAID[k % len(_SAID)] for k in range(rows)])
-    return torch.randn(rows, 3, vlm.image_size, vlm.image_size, generator=torch.Generator().manual_seed(rows))
+    return torch.randn(rows, 3, *vlm.image_shape, generator=torch.Generator().manual_seed(rows))
 
 # %% ../nbs/11_export.ipynb #434ca0a2
 def _metadata(vlm: VLM, opset: int) -> dict[str, str]:
@@ -499,7 +517,7 @@ def _model_table(vlm: VLM, padded: VLM) -> str:
     config = vlm.config["model_cfg"]
     text, embed = config.get("text_cfg", {}), config["embed_dim"]
     rows = [[*row, wide[1]] for row, wide in zip(_size_rows(vlm), _size_rows(padded), strict=True)]
-    given = [("pictures", f"{vlm.image_size} × {vlm.image_size} pixels"), ("tokens of a text", text.get("context_length", 77))]
+    given = [("pictures", "{} × {} pixels, height × width".format(*vlm.image_shape)), ("tokens of a text", text.get("context_length", 77))]
     given += [("joint width", embed), ("scale of the cosines", f"{float(vlm.scale.detach()):.4g}")]
     rows += [[name, value, value] for name, value in given]
     if padded is vlm:
@@ -513,8 +531,12 @@ def _python(code: str) -> str:
     return f"```python\n{code.strip()}\n```"
 
 
-def _open_clip_code(repository: str) -> str:
-    "How to open a CLIP"
+_ONE_OF_ALL = "print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))  # of the texts, which is the picture's"
+_EACH_ALONE = "print((model.logit_scale.exp() * image @ text.T + model.logit_bias).sigmoid())  # of each pair: does it belong together"
+
+
+def _open_clip_code(repository: str, has_bias: bool) -> str:
+    "How to open a CLIP; one with a bias compares each pair for itself"
     name = f"hf-hub:{repository}" if repository else "local-dir:."
     return _python(f'''
 import open_clip
@@ -528,10 +550,10 @@ model.eval()
 image, text = preprocess(Image.open("image.jpg"))[None], tokenizer(["a star", "a house"])
 with torch.no_grad():
     image, text = model.encode_image(image, normalize=True), model.encode_text(text, normalize=True)
-print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))''')
+{_ONE_OF_ALL if not has_bias else _EACH_ALONE}''')
 
 
-def _onnx_code(blip: bool) -> str:
+def _onnx_code(blip: bool, has_bias: bool) -> str:
     "How to use the ONNX files behind the code before it"
     inputs = "image, text = pixels.numpy(), tokens.numpy()" if blip else (
         'image, text = preprocess(Image.open("image.jpg"))[None].numpy(), tokenizer(["a star", "a house"]).numpy()')  # fmt: skip
@@ -541,10 +563,11 @@ import json
 import onnxruntime
 
 towers = {{side: onnxruntime.InferenceSession(f"onnx/{{side}}.onnx") for side in ("image", "text")}}
-scale = json.loads(towers["image"].get_modelmeta().custom_metadata_map["scale"])
+about = towers["image"].get_modelmeta().custom_metadata_map
+scale{", bias" if has_bias else ""} = json.loads(about["scale"]){', json.loads(about["bias"])' if has_bias else ""}
 {inputs}
 image, text = towers["image"].run(None, {{"image": image}})[0], towers["text"].run(None, {{"tokens": text}})[0]
-print(scale * image @ text.T)  # rows are unit rows already''')
+print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already''')
 
 # %% ../nbs/11_export.ipynb #14b051c1
 _BLIP_USE = {  # task -> class of transformers, what to print
@@ -595,14 +618,15 @@ class _Card:
     def usage(self) -> str:
         "Code that opens the model"
         can = [task for task, problem in self.tasks.items() if not problem]
-        parts = [_open_clip_code(self.repository)]
+        has_bias = getattr(self.vlm.model, "logit_bias", None) is not None
+        parts = [_open_clip_code(self.repository, has_bias)]
         if isinstance(self.vlm, Blip):
             parts = [_blip_code(self.repository, can, self.vlm)] if can else []
         parts += [f"`transformers` cannot open it for {task}: {_word(problem)}." for task, problem in self.tasks.items() if problem]
         if self.apart:
             far = f"{max(self.apart.values()):.0e}"
             parts += [f"In onnxruntime, from a copy's `onnx/`: any size of batch, and at most {far} from PyTorch when written."]
-            parts += [_onnx_code(bool(self.tasks))] if can or not self.tasks else []
+            parts += [_onnx_code(bool(self.tasks), has_bias)] if can or not self.tasks else []
         lab = "load_blip" if self.tasks else "load_model"
         home = "vlkd_lab.fusion" if self.tasks else "vlkd_lab.models"
         folder = "slim" if self.padded is not self.vlm else "."
@@ -753,15 +777,17 @@ def push_student(
     return f"https://huggingface.co/{repository}"
 
 # %% ../nbs/11_export.ipynb #21a1ab90
-def _labelled(fields: Mapping[str, bytes], labels: str, classes: int) -> tuple[str, bytes, bytes] | None:  # ending, image, label or caption
+def _labelled(
+    fields: Mapping[str, bytes], labels: str, classes: int
+) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
     "One sample as CLIP_benchmark reads it; None for one that is damaged or has no such label"
     try:
-        _, caption, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
+        _, _, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
     except BadSample:
         return None
     ending = next(name for name in ("jpg", "jpeg", "png", "webp") if name in fields)
     if not classes:
-        return ending, fields[ending], caption.encode()
+        return ending, fields[ending], "\n".join(captions_of(fields)).encode()
     label = label_sets(fields).get(labels) if labels else own
     if label is not None and not 0 <= label < classes:
         named = fields.get("__key__", "a sample")

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Features', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'recall', 'Batch', 'gather']
+__all__ = ['Features', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'flat_captions', 'distinct_captions', 'recall', 'Batch',
+           'gather']
 
 # %% ../nbs/00_features.ipynb #6e89e228
 @dataclass(frozen=True)
@@ -105,19 +106,49 @@ def partner_ranks(
         ranks.append(((scores >= own) & ~right).sum(dim=1))
     return torch.cat(ranks)
 
+# %% ../nbs/00_features.ipynb #29f54d61
+def flat_captions(
+    captions: Sequence[str] | Sequence[Sequence[str]],  # of N pictures: a text each, or a list of texts each
+) -> tuple[tuple[str, ...], tuple[int, ...]]:  # T texts, picture by picture; the T rows of their pictures
+    "All captions in one line, and whose they are"
+    lists = [(texts,) if isinstance(texts, str) else tuple(texts) for texts in captions]
+    bare = [row for row, texts in enumerate(lists) if not texts]
+    if bare:
+        raise ValueError(f"picture {bare[0]} has no caption: every picture needs at least one")
+    rows = tuple(row for row, texts in enumerate(lists) for _ in texts)
+    return tuple(text for texts in lists for text in texts), rows
 
+
+def distinct_captions(
+    captions: Sequence[str] | Sequence[Sequence[str]],  # of N pictures, as in `flat_captions`
+) -> tuple[tuple[str, ...], tuple[int, ...], Tensor]:  # M texts; M places where each stands first; (N, M) bool
+    "The different texts, and which of them are right for which picture: its own, whoever else has them too"
+    texts, rows = flat_captions(captions)
+    first: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        first.setdefault(text, place)
+    column_of = {text: column for column, text in enumerate(first)}
+    right = torch.zeros(len(captions), len(first), dtype=torch.bool)
+    right[list(rows), [column_of[text] for text in texts]] = True
+    return tuple(first), tuple(first.values()), right
+
+# %% ../nbs/00_features.ipynb #5e290b80
 def recall(
-    features: Features,  # of N pairs
+    features: Features,  # of N images, and of their T captions as `flat_captions` lays them out
     ks: tuple[int, ...] = (1, 5, 10),
-    captions: Sequence[str] | None = None,  # N captions; images whose captions are the same text share it. None: all differ
+    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,  # of the N images. None: one each, all differ
 ) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
-    "Retrieval R@k in both directions, among N images and the distinct captions"
-    texts = list(range(len(features))) if captions is None else list(captions)
-    first = {text: row for row, text in reversed(list(enumerate(texts)))}
-    places = {text: place for place, text in enumerate(first)}
-    text_of = torch.tensor([places[text] for text in texts], device=features.image.device)  # (N,) which distinct caption
-    text = features.text[torch.tensor(list(first.values()), device=features.text.device)]
-    right = text_of[:, None] == torch.arange(len(first), device=text_of.device)  # (N, distinct)
+    "Retrieval R@k by picture in both directions, among N images and the distinct captions"
+    lists = [(row,) for row in range(len(features.image))] if captions is None else captions
+    _, places, right = distinct_captions(lists)
+    count = len(flat_captions(lists)[0])
+    if (len(lists), count) != (len(features.image), len(features.text)):
+        raise ValueError(
+            f"{len(lists)} pictures with {count} captions, but features of {len(features.image)} images "
+            f"and {len(features.text)} texts: the texts are all captions, picture by picture"
+        )
+    text = features.text[torch.tensor(places, device=features.text.device)]
+    right = right.to(features.image.device)
     ranks = {
         "image_to_text": partner_ranks(features.image, text, right),
         "text_to_image": partner_ranks(text, features.image, right.T),
@@ -134,11 +165,12 @@ class Batch:
     teacher_image: Tensor | None = None  # (B, 3, H', W'); None: the student's serves
     teacher_text: Tensor | None = None  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
-    captions: tuple[str, ...] = ()  # B captions as they stand in the shard; untrusted text
+    captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
     crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
     text_keys: tuple[str, ...] = ()  # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
     questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # B lists of (question, answer, type); empty when they were not read
+    caption_numbers: tuple[int, ...] = ()  # which of its sample's captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = field(default=())  # (sample name, reason) met while this batch was filled
 
     def for_teacher(self) -> Batch:

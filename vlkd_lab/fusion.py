@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -19,15 +20,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from . import published
 from .blip_losses import hard_negatives, layer_partners, next_tokens
 from .features import Batch, FusedFeatures, Pass
 from .inheritance import Plan, even_spread, inherit, plan_manual
-from .models import VLM, preprocessing
+from .models import VLM, count_macs, preprocessing
 
 # %% auto #0
 __all__ = ['PARTS', 'TASKS', 'MEAN', 'STD', 'BlipTokenizer', 'trimmed', 'train_wordpiece', 'BlipShape', 'decoder_sources',
@@ -92,7 +93,7 @@ def train_wordpiece(
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     words = BertWordPieceTokenizer(lowercase=True)
     inside = sorted({letter for text in texts for letter in text.lower() if not letter.isspace()})
-    first = special + [f"##{letter}" for letter in inside[: vocabulary // 4]]  # in an order of ours: the trainer's own is another one every time
+    first = special + [f"##{letter}" for letter in inside[: vocabulary // 4]]  # in the trainer's own order they change every time
     words.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=first, show_progress=False)
     Path(folder).mkdir(parents=True, exist_ok=True)
     words.save_model(str(folder))
@@ -419,14 +420,31 @@ def _folder_of(name: str) -> Path:
 
 
 def is_blip(
-    folder: str | Path,  # need not exist
+    folder: str | Path,  # need not exist; a file of weights will do too
 ) -> bool:
-    "Whether a folder holds a BLIP, and not a model of open_clip"
+    "Whether a folder holds a BLIP, and not a model of open_clip, or a file the weights of one by Salesforce's names"
+    if Path(folder).is_file():
+        return any(name.startswith("visual_encoder.") for name in _names_in(Path(folder)))
     try:
         said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(said, dict) and said.get("model_type") == "blip" and not (Path(folder) / "open_clip_config.json").exists()
+
+# %% ../nbs/08_fusion.ipynb #c7c4a608
+def _names_in(file: Path) -> list[str]:
+    "The names of the weights in a file, none of which is read; empty for anything else"
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as weights:
+                return list(weights.keys())
+        if file.suffix not in (".pth", ".pt", ".bin"):
+            return []
+        whole = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError):
+        return []
+    weights = whole.get("model", whole) if isinstance(whole, Mapping) else {}
+    return [name for name in weights if isinstance(name, str)] if isinstance(weights, Mapping) else []
 
 # %% ../nbs/08_fusion.ipynb #c0e7f056
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -460,12 +478,12 @@ def _parts_of(state: Mapping[str, Tensor], folder: Path) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in found)
 
 
-def _fill(network: BlipNetwork, state: Mapping[str, Tensor], folder: Path, published: bool) -> None:
+def _fill(network: BlipNetwork, state: Mapping[str, Tensor], folder: Path, is_foreign: bool) -> None:
     "Put weights into a network; every parameter must come from somewhere, and nothing may be left over"
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     own = dict(network.named_parameters(remove_duplicate=False))
     given = {id(own[name]) for name in state if name in own}
-    ours = ("logit_scale", "question_proj.weight", "question_proj.bias") if published else ()
+    ours = ("logit_scale", "question_proj.weight", "question_proj.bias") if is_foreign else ()
     lost = [name for name, parameter in own.items() if id(parameter) not in given and name not in ours]
     strange = [name for name in state if name not in own]
     if lost or strange:
@@ -479,12 +497,14 @@ def _fill(network: BlipNetwork, state: Mapping[str, Tensor], folder: Path, publi
 
 # %% ../nbs/08_fusion.ipynb #2d095861
 def load_blip(
-    name_or_path: str | Path,  # folder, or the hub's ID such as Salesforce/blip-itm-base-coco
+    name_or_path: str | Path,  # folder, Salesforce's own .pth, or the hub's ID such as Salesforce/blip-itm-base-coco
     device: str | torch.device | None = None,  # None: the GPU if there is one
 ) -> Blip:
     "A trained BLIP, published or of our own, in evaluation mode"
     from transformers import AutoTokenizer, BlipConfig
 
+    if Path(name_or_path).is_file():
+        return _load_original(Path(name_or_path), device)
     folder = _folder_of(str(name_or_path))
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = plain.pop(_OWN, {})
@@ -494,7 +514,7 @@ def load_blip(
     shape, parts = read_shape(config, own), _parts_of(state, folder)
     network = BlipNetwork(config, shape, parts, shared=own.get("shared", False))
     _untie(network, state)
-    _fill(network, state, folder, published=not own)
+    _fill(network, state, folder, is_foreign=not own)
     length = own.get("context_length", min(40, shape.positions))
     tokenizer = BlipTokenizer(AutoTokenizer.from_pretrained(str(folder)), shape.vocabulary, length)
     tasks = tuple(own.get("tasks", _KINDS.get(parts, ())))
@@ -517,6 +537,98 @@ def _eyes(folder: Path, shape: BlipShape) -> dict:
     path = folder / "preprocessor_config.json"
     said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return _preprocess_config(shape.image_size, said.get("image_mean", MEAN), said.get("image_std", STD))
+
+# %% ../nbs/08_fusion.ipynb #6fac3fa4
+_ORIGINAL = (  # in Salesforce's own files -> as transformers has it
+    (r"visual_encoder\.cls_token", "vision_model.embeddings.class_embedding"),
+    (r"visual_encoder\.pos_embed", "vision_model.embeddings.position_embedding"),
+    (r"visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"visual_encoder\.norm\.", "vision_model.post_layernorm."),
+    (r"visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision_model.encoder.layers.\1.layer_norm\2."),
+    (r"visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision_model.encoder.layers.\1.self_attn.qkv."),
+    (r"visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
+    (r"visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
+)
+_ONLY_TRAINING = re.compile(r"\w+_m(\..+)?|(image|text|ptr|idx)_queue|ptr|temp|.+position_ids")  # momentum copies, queues
+
+
+def _from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "Weights of one of Salesforce's own files by transformers' names, without what only training needs"
+    renamed = {}
+    for name, tensor in state.items():
+        if _ONLY_TRAINING.fullmatch(name):
+            continue
+        for old, new in _ORIGINAL:
+            name = re.sub(f"^{old}", new, name)
+        renamed[name] = tensor
+    return renamed
+
+# %% ../nbs/08_fusion.ipynb #ea44b1a9
+def _depth_of(state: Mapping[str, Tensor], stack: str) -> int:  # 0: there is no such stack
+    "Layers whose names begin with a stack's"
+    return len({name.removeprefix(stack).partition(".")[0] for name in state if name.startswith(stack)})
+
+
+def _shape_of(state: Mapping[str, Tensor], file: Path, head_width: int = 64) -> BlipShape:
+    "The sizes that weights by transformers' names show; heads are as wide as in all of Salesforce's models"
+    texts = {"text_encoder.": "text_encoder.encoder.layer.", "text_decoder.bert.": "text_decoder.bert.encoder.layer."}
+    depths = {text: _depth_of(state, stack) for text, stack in texts.items()}
+    text = next((text for text, depth in depths.items() if depth), None)
+    if text is None:
+        raise ValueError(f"{file} has an image tower of BLIP's and no text module: it is none of BLIP's models for a task")
+    embedded = "vision_model.embeddings."
+    patches, places = state[f"{embedded}patch_embedding.weight"], state[f"{embedded}position_embedding"].shape[1] - 1
+    words, positions = (state[f"{text}embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
+    widths = dict(image_width=len(patches), text_width=words.shape[1])
+    if any(width % head_width for width in widths.values()):
+        raise ValueError(f"{file}: widths of {len(patches)} and {words.shape[1]} are no heads of {head_width} channels")
+    heads = {name.replace("width", "heads"): width // head_width for name, width in widths.items()}
+    neurons = dict(
+        image_neurons=len(state["vision_model.encoder.layers.0.mlp.fc1.weight"]),
+        text_neurons=len(state[f"{text}encoder.layer.0.intermediate.dense.weight"]),
+    )
+    patch, depth = patches.shape[-1], depths[text]
+    sizes = dict(patch_size=patch, image_size=patch * math.isqrt(places), vocabulary=len(words), positions=len(positions))
+    joint = dict(joint_width=len(state["vision_proj.weight"])) if "vision_proj.weight" in state else {}
+    layers = dict(image_layers=_depth_of(state, "vision_model.encoder.layers."), text_layers=depth, fusion_layers=depth)
+    layers["decoder_layers"] = depths["text_decoder.bert."] or depth
+    return BlipShape(**widths, **heads, **neurons, **sizes, **joint, **layers)
+
+# %% ../nbs/08_fusion.ipynb #f4abe846
+def _original_words(file: Path) -> Any:  # a tokenizer of transformers
+    "BERT's tokenizer: from beside the file, or as transformers finds it by name"
+    from transformers import AutoTokenizer
+
+    beside = any((file.parent / name).is_file() for name in ("vocab.txt", "tokenizer.json"))
+    try:
+        return AutoTokenizer.from_pretrained(str(file.parent) if beside else "bert-base-uncased")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{file} brings no words: put BERT's vocab.txt (of bert-base-uncased) beside it") from error
+
+
+def _is_shared(state: Mapping[str, Tensor]) -> bool:
+    "Whether encoder and decoder have the same weights, all but those of the decoder's self-attention"
+    pairs = [(name, name.replace("text_decoder.bert.", "text_encoder.")) for name in state if name.startswith("text_decoder.bert.")]
+    pairs = [pair for pair in pairs if ".attention." not in pair[0]]
+    return bool(pairs) and all(other in state and torch.equal(state[name], state[other]) for name, other in pairs)
+
+
+def _load_original(file: Path, device: str | torch.device | None) -> Blip:
+    "A BLIP from one of the files that Salesforce published with its own code"
+    weights = published.read_weights(file)
+    state = _from_original(weights)
+    parts, shape = _parts_of(state, file), _shape_of(state, file)
+    tokenizer = BlipTokenizer(_original_words(file), shape.vocabulary, min(40, shape.positions))
+    config = blip_config(shape, tokenizer)
+    config.vision_config.layer_norm_eps = 1e-6  # as that code has it
+    network = BlipNetwork(config, shape, parts, shared=_is_shared(state))
+    _untie(network, state)
+    _fill(network, state, file, is_foreign=True)
+    if "temp" in weights:
+        network.logit_scale.data = -weights["temp"].reshape(()).log()
+    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    tasks = _KINDS.get(parts, ("retrieval", "matching", "captioning"))  # all parts: before it was trained for a task
+    return _assemble(network, config, _preprocess_config(shape.image_size, MEAN, STD), tokenizer, tasks, str(file))
 
 # %% ../nbs/08_fusion.ipynb #5aeb3ce8
 def save_blip(
@@ -965,14 +1077,12 @@ def blip_cost(
         mask, states = torch.ones_like(text).bool(), network.run_image(image).states
         runs = {
             "retrieval": lambda: (network.encode_image(image), network.encode_text(text)),
-            "matching": lambda: (network.run_image(image), network.run_text(text, mask, states)),
+            "matching": lambda: (network.run_image(image), network.match(network.run_text(text, mask, states))),
             "captioning": lambda: (network.run_image(image), network.run_decoder(text, mask, states)),
             "answering": lambda: (network.run_image(image), _answered(network, text, mask, states, answer)),
         }
         for task in blip.tasks:
-            with FlopCounterMode(display=False) as counter:
-                runs[task]()
-            made[task] = counter.get_total_flops() // 2
+            made[task] = count_macs(runs[task], network)
     return BlipCost(_own_parameters(network), made)
 
 

@@ -286,9 +286,16 @@ def _fixed_axes(tensor: str, dims: int) -> tuple[int, ...]:
     return (0,) if tensor.endswith(by_number) else ()
 
 
+_WHOLE = re.compile(r"visual\.(trunk|attn_pool)|text\.transformer\.(?!resblocks)|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)")
+
+
 def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width: int) -> tuple[Kept, ...]:
     "The leading block of a teacher's tensor, by whole heads where it has heads"
     sizes = f"{name}: the student's is {want}, the teacher's {have}"
+    if _WHOLE.match(name):
+        if want != have:
+            raise ValueError(f"{sizes}; of such a network no parts can be taken, only all of it")
+        return tuple(Kept.leading(size, size) for size in have)
     if len(want) != len(have) or any(w > h for w, h in zip(want, have, strict=False)):
         raise ValueError(f"{sizes}; a student cannot be larger than its teacher")
     if any(want[axis] != have[axis] for axis in _fixed_axes(name, len(have))):
@@ -310,7 +317,7 @@ def plan_manual(
     shapes = {name: tuple(getattr(shape, "shape", shape)) for name, shape in student_shapes.items() if name not in _NOT_INHERITED}
     stacks, copies = _stacks(shapes, teacher_state, layers), []
     towers = dict.fromkeys(_tower(name, shapes) for name in shapes)
-    widths = {tower: head_width if isinstance(head_width, int) else head_width[tower] for tower in towers}
+    widths = {tower: head_width if isinstance(head_width, int) else head_width.get(tower, head_width["text"]) for tower in towers}
     for name, want in shapes.items():
         block = _BLOCK_NAME.fullmatch(name)
         source = f"{block[1]}{stacks[block[1]].sources[int(block[2])]}.{block[3]}" if block else name
@@ -400,7 +407,8 @@ def plan_gates(
     masks, copies = _gate_masks(shapes, values), []
     for name, tensor in state.items():
         place = locate(name)
-        keys = [(place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in place.axes]
+        axes = place.axes if place.tower else ("",) * tensor.dim()
+        keys = [(place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in axes]
         kept = tuple(masks[key] if key else Kept.leading(size, size) for key, size in zip(keys, tensor.shape, strict=True))
         if tuple(k.of for k in kept) != tuple(tensor.shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for {tuple(k.of for k in kept)}")

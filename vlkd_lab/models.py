@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import tempfile
 import time
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,29 @@ from . import published
 from .features import Batch, Features
 
 # %% auto #0
-__all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'TowerShape', 'tower_shapes', 'tower_shape',
-           'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'at_size', 'new_model', 'load_model',
-           'state_digest', 'plain_config', 'save_model', 'train_tokenizer', 'Cost', 'count_cost', 'shape_cost',
-           'measure_latency']
+__all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'text_part', 'TowerShape', 'tower_shapes',
+           'tower_shape', 'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'copied_config',
+           'send_pair', 'at_size', 'new_model', 'check_student', 'load_model', 'state_digest', 'plain_config',
+           'save_model', 'train_tokenizer', 'count_macs', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
+
+# %% ../nbs/03_models.ipynb #63ced60c
+def _both_sides(size: int | Sequence[int]) -> tuple[int, int]:  # pixels: (height, width)
+    "Both sides of what open_clip takes as one number or two"
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def _one_side(sides: tuple[int, int]) -> int:  # pixels
+    "The side of a square; ValueError for anything else"
+    height, width = sides
+    if height != width:
+        raise ValueError(f"pictures of {height}×{width} pixels have two sides: ask for image_shape")
+    return height
+
+
+def _words_of(text_cfg: Mapping) -> dict:
+    "What of a text tower's configuration decides how captions become numbers"
+    plain = dict(context_length=77, vocab_size=49408, hf_tokenizer_name=None, tokenizer_mode=None, tokenizer_kwargs=None)
+    return {name: text_cfg.get(name) or default for name, default in plain.items()}
 
 # %% ../nbs/03_models.ipynb #62500d89
 @dataclass(frozen=True)
@@ -55,12 +76,15 @@ class VLM:
 
     @property
     def scale(self) -> Tensor:  # () multiplier of the cosines
-        return self.model.logit_scale.exp()
+        return self.model.logit_scale.exp().reshape(())
 
     @property
-    def image_size(self) -> int:  # pixels on a side
-        size = self.config["preprocess_cfg"]["size"]
-        return size if isinstance(size, int) else size[0]
+    def image_shape(self) -> tuple[int, int]:  # pixels: (height, width)
+        return _both_sides(self.config["preprocess_cfg"]["size"])
+
+    @property
+    def image_size(self) -> int:  # pixels on a side of a square
+        return _one_side(self.image_shape)
 
     @property
     def device(self) -> torch.device:
@@ -72,9 +96,8 @@ class VLM:
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
-        text = ("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs")
-        mine, theirs = (v.config["model_cfg"].get("text_cfg", {}) for v in (self, other))
-        same_tokens = self.tokenizer is other.tokenizer or all(mine.get(k) == theirs.get(k) for k in text)
+        mine, theirs = (_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (self, other))
+        same_tokens = self.tokenizer is other.tokenizer or mine == theirs
         return same_tokens and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../nbs/03_models.ipynb #cf04549a
@@ -137,7 +160,70 @@ def image_tower(
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=4)
         raise ValueError(f"timm has no model {name!r}; {'near: ' + ', '.join(close) if close else 'timm.list_models() names them'}")
-    return dict(timm_model_name=name, timm_model_pretrained=False, timm_pool="", timm_proj="linear", image_size=224)
+    return dict(_timm_tower(name))
+
+# %% ../nbs/03_models.ipynb #b956c01f
+def _one_line(error: Exception) -> str:
+    "The beginning of what an error says"
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(" .")[:160]
+
+
+def _first_failure(
+    encode: Callable[[Tensor], Any],  # (B, 3, H, W) -> (B, width) features
+    sides: tuple[int, int],  # pixels: (height, width)
+    width: int,  # of the features
+    rows: int = 1,  # pictures
+) -> str:  # one line; empty: all is well
+    "Why pictures do not go through an image tower"
+    pictures = torch.rand(rows, 3, *sides, generator=torch.Generator().manual_seed(0))
+    try:
+        features = encode(pictures)
+    except Exception as error:  # a foreign network may raise anything
+        return _one_line(error)
+    if isinstance(features, (tuple, list)):
+        features = features[0]  # some towers return their tokens as well
+    if features.shape != (rows, width):
+        return f"its features are {tuple(features.shape)} where {(rows, width)} is wanted"
+    if not features.isfinite().all() or (rows > 0 and not features.any()):
+        return "its features are not finite, or all zero"
+    return ""
+
+# %% ../nbs/03_models.ipynb #1e9cdd56
+_TIMM_HEADS = (
+    dict(timm_pool="", timm_proj="linear"),  # a new linear map behind the network's own pooling
+    dict(timm_pool=None, timm_proj=None),  # the network's own last layers, its classifier as wide as the joint space
+)
+
+
+def _timm_failure(tower: Mapping[str, Any], width: int = 8) -> str:  # one line; empty: all is well
+    "Why a picture does not go through a network of timm behind open_clip's adapter"
+    from open_clip.timm_model import TimmModel
+
+    head = dict(pool=tower["timm_pool"], proj=tower["timm_proj"])
+    try:
+        network = TimmModel(tower["timm_model_name"], width, tower["image_size"], **head).eval()
+    except Exception as error:
+        return _one_line(error)
+    with torch.no_grad():
+        return _first_failure(network, (tower["image_size"], tower["image_size"]), width)
+
+
+@cache
+def _timm_tower(name: str) -> Mapping[str, Any]:
+    "The configuration with which one picture goes through a network of timm"
+    import timm
+
+    registered = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own_size = registered.input_size[-1] if registered else 224
+    with torch.random.fork_rng(devices=[]):
+        for head in _TIMM_HEADS:
+            for size in dict.fromkeys((224, own_size)):
+                tower = dict(timm_model_name=name, timm_model_pretrained=False, **head, image_size=size)
+                failure = _timm_failure(tower)
+                if not failure:
+                    return tower
+    raise ValueError(f"timm:{name} cannot be an image tower: {failure}; choose another, such as timm:resnet18")
 
 # %% ../nbs/03_models.ipynb #66fe39bd
 @contextmanager
@@ -152,6 +238,37 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+# %% ../nbs/03_models.ipynb #0f7d9abf
+_AFFINE = r"\.(weight|bias)"
+_IN_BLOCK = rf"ln_[12]{_AFFINE}|attn\.in_proj_(weight|bias)|attn\.out_proj{_AFFINE}|mlp\.c_(fc|proj){_AFFINE}|ls_[12]\.gamma"
+_BLOCKS = rf"|transformer\.resblocks\.\d+\.({_IN_BLOCK})"
+_PLAIN_NAMES = {  # of the weights of open_clip's plain transformers, behind the tower's prefix
+    "image": rf"conv1\.weight|class_embedding|positional_embedding|proj|ln_(pre|post){_AFFINE}" + _BLOCKS,
+    "text": rf"token_embedding\.weight|positional_embedding|text_projection({_AFFINE})?|ln_final{_AFFINE}" + _BLOCKS,
+}
+
+
+def _prefixes(state: Mapping[str, Any]) -> dict[str, str]:  # "image", "text" -> where the names of its weights begin
+    "Where a CLIP's state keeps its towers; ValueError unless both are plain transformers of open_clip"
+    custom = any(name.startswith("text.") for name in state)
+    prefixes = {"image": "visual.", "text": "text." if custom else ""}
+    for tower, prefix in prefixes.items():
+        if f"{prefix}transformer.resblocks.0.ln_1.weight" not in state:
+            raise ValueError(f"the {tower} tower is no open_clip transformer (no weights named {prefix}transformer.resblocks.0.…)")
+    for name in state:
+        tower = "image" if name.startswith("visual.") else "text"
+        known = re.fullmatch(_PLAIN_NAMES[tower], name.removeprefix(prefixes[tower])) or name in ("logit_scale", "logit_bias")
+        if not known:
+            raise ValueError(f"the {tower} tower has parts that a plain transformer does not have, such as {name}")
+    if not any(name.startswith(f"{prefixes['text']}text_projection") for name in state):
+        raise ValueError("the text tower has no projection, so its width cannot change")
+    return prefixes
+
+
+def text_part(model: nn.Module) -> nn.Module:  # with token_embedding, transformer, ln_final, text_projection
+    "What holds a text tower's parts: open_clip's CLIP itself, or the module that it calls `text`"
+    return getattr(model, "text", model)
 
 # %% ../nbs/03_models.ipynb #fb708b9e
 @dataclass(frozen=True)
@@ -174,20 +291,15 @@ class TowerShape:
         return equal and self.heads[0] * self.head_width == self.width and self.neurons[0] > 0
 
 
-_TOWERS = {"image": "visual.", "text": ""}  # where open_clip's state names put each tower's transformer
-
-
 def tower_shapes(
     state: Mapping[str, Tensor],  # of a whole CLIP, or anything with those names and `.shape`
     head_widths: Mapping[str, int],  # "image", "text" -> channels of one head
 ) -> dict[str, TowerShape]:  # "image", "text"
     "Read the sizes of both towers off the weights"
     shapes = {}
-    for tower, prefix in _TOWERS.items():
+    for tower, prefix in _prefixes(state).items():
         block = f"{prefix}transformer.resblocks."
         layers = sorted({int(name[len(block) :].split(".")[0]) for name in state if name.startswith(block)})
-        if not layers:
-            raise ValueError(f"the {tower} tower is no open_clip transformer (no weights named {block}0.…): slim shapes need a ViT")
         d = head_widths[tower]
         heads = tuple(state[f"{block}{i}.attn.in_proj_bias"].shape[0] // (3 * d) for i in layers)
         neurons = tuple(state[f"{block}{i}.mlp.c_fc.weight"].shape[0] for i in layers)
@@ -236,13 +348,23 @@ class SlimAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, -1)), None
 
+# %% ../nbs/03_models.ipynb #bad6f815
+def _as_wide(part: nn.Module, width: int) -> nn.Module:
+    "A fresh part of the same kind for another number of channels: a norm with its epsilon, a layer scale with its first value"
+    if isinstance(part, nn.Identity):
+        return part
+    if isinstance(part, nn.LayerNorm):
+        return type(part)(width, eps=part.eps)
+    return type(part)(width, float(part.gamma.detach().flatten()[0]))
+
 # %% ../nbs/03_models.ipynb #e0780328
 def _resize_blocks(transformer: nn.Module, shape: TowerShape) -> None:
     "Blocks of the given sizes in place of the old ones; deeper blocks are dropped"
     transformer.width, transformer.layers = shape.width, shape.layers
     transformer.resblocks = transformer.resblocks[: shape.layers]
     for block, heads, neurons in zip(transformer.resblocks, shape.heads, shape.neurons, strict=True):
-        block.ln_1, block.ln_2 = type(block.ln_1)(shape.width), type(block.ln_2)(shape.width)
+        for name in ("ln_1", "ln_2", "ls_1", "ls_2"):
+            setattr(block, name, _as_wide(getattr(block, name), shape.width))
         if heads * shape.head_width == shape.width:
             block.attn = nn.MultiheadAttention(shape.width, heads, batch_first=True)
         else:
@@ -254,20 +376,26 @@ def _resize_image_tower(visual: nn.Module, shape: TowerShape) -> None:
     conv, std = visual.conv1, shape.width**-0.5
     visual.conv1 = nn.Conv2d(3, shape.width, conv.kernel_size, conv.stride, bias=False)
     visual.class_embedding = nn.Parameter(std * torch.randn(shape.width))
-    visual.positional_embedding = nn.Parameter(std * torch.randn(len(visual.positional_embedding), shape.width))
-    if not isinstance(visual.ln_pre, nn.Identity):
-        visual.ln_pre = type(visual.ln_pre)(shape.width)
-    visual.ln_post = type(visual.ln_post)(shape.width)
+    places = visual.positional_embedding
+    learned = places.requires_grad  # or computed from sines, of which the first channels are taken
+    positions = std * torch.randn(len(places), shape.width) if learned else places[:, : shape.width].clone()
+    visual.positional_embedding = nn.Parameter(positions, requires_grad=learned)
+    visual.ln_pre, visual.ln_post = _as_wide(visual.ln_pre, shape.width), _as_wide(visual.ln_post, shape.width)
     visual.proj = nn.Parameter(std * torch.randn(shape.width, visual.proj.shape[1]))
     _resize_blocks(visual.transformer, shape)
 
-
+# %% ../nbs/03_models.ipynb #801978e2
 def _resize_text_tower(model: nn.Module, shape: TowerShape) -> None:
-    std = shape.width**-0.5
+    std, model.width = shape.width**-0.5, shape.width
     model.token_embedding = nn.Embedding(model.token_embedding.num_embeddings, shape.width)
     model.positional_embedding = nn.Parameter(0.01 * torch.randn(len(model.positional_embedding), shape.width))
-    model.ln_final = type(model.ln_final)(shape.width)
-    model.text_projection = nn.Parameter(std * torch.randn(shape.width, model.text_projection.shape[1]))
+    model.ln_final = _as_wide(model.ln_final, shape.width)
+    if isinstance(model.text_projection, nn.Linear):
+        model.text_projection = nn.Linear(shape.width, model.text_projection.out_features)
+        nn.init.normal_(model.text_projection.weight, std=std)
+        nn.init.zeros_(model.text_projection.bias)
+    else:
+        model.text_projection = nn.Parameter(std * torch.randn(shape.width, model.text_projection.shape[1]))
     nn.init.normal_(model.token_embedding.weight, std=0.02)
     _resize_blocks(model.transformer, shape)
     for block in model.transformer.resblocks:
@@ -285,7 +413,7 @@ def resize_towers(
     tower_shapes(model.state_dict(), {name: shape.head_width for name, shape in shapes.items()})
     slim = deepcopy(model)
     _resize_image_tower(slim.visual, shapes["image"])
-    _resize_text_tower(slim, shapes["text"])
+    _resize_text_tower(text_part(slim), shapes["text"])
     return slim
 
 # %% ../nbs/03_models.ipynb #a841dc79
@@ -293,6 +421,10 @@ def _build(config: Mapping, towers: Mapping[str, TowerShape] | None = None) -> n
     "A model of this configuration with fresh weights"
     import open_clip
 
+    config = deepcopy(dict(config))
+    if towers is not None:
+        for part in ("vision_cfg", "text_cfg"):
+            config[part].pop("block_type", None)  # without further parts both types compute the same
     quiet, level = logging.getLogger(), logging.getLogger().level
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -318,6 +450,67 @@ def preprocessing(
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     return image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+
+# %% ../nbs/03_models.ipynb #ac74681c
+def _end_of_text(tokenizer: Callable, text_cfg: Mapping) -> dict:  # "pool_type", "eos_id"; empty: as the configuration says
+    "Where a text tower must look for the end of a caption, if its highest token does not stand there"
+    if text_cfg.get("pool_type", "argmax") != "argmax" or text_cfg.get("hf_model_name"):
+        return {}
+    tokens = tokenizer(["a", "a photo of a thing", "two small red stars"])
+    inner = getattr(tokenizer, "tokenizer", None)
+    ends = [getattr(inner, f"{name}_token_id", None) for name in ("eos", "sep")]
+    end = next((number for number in ends if number is not None and bool((tokens == number).any(dim=1).all())), None)
+    if end is None or torch.equal(tokens.argmax(dim=1), (tokens == end).int().argmax(dim=1)):
+        return {}
+    return dict(pool_type="eos", eos_id=end)
+
+
+def _config_like(config: Mapping, like: VLM) -> dict:
+    "A configuration for another model's pictures and captions"
+    config, theirs = deepcopy(dict(config)), like.config["model_cfg"]
+    words, their_text = _words_of(theirs["text_cfg"]), theirs["text_cfg"]
+    if their_text.get("hf_model_name"):
+        words |= dict(vocab_size=text_part(like.model).vocab_size)
+    kept = {name: value for name, value in config["text_cfg"].items() if name not in words}
+    config["text_cfg"] = kept | {name: value for name, value in words.items() if value is not None}
+    if their_text.get("hf_model_name") or their_text.get("pool_type", "argmax") != "argmax":
+        config["text_cfg"] |= _end_of_text(like.tokenizer, config["text_cfg"])
+    config["vision_cfg"]["image_size"] = theirs["vision_cfg"].get("image_size", 224)
+    return config
+
+# %% ../nbs/03_models.ipynb #df7d557c
+_IN_BOTH = ("act_kwargs", "norm_kwargs", "ls_init_value", "pool_type", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads",
+            "scale_attn_inner", "scale_attn", "scale_fc")  # fmt: skip
+_COMPUTED = {  # what a network computes beside its sizes
+    "vision_cfg": (*_IN_BOTH, "no_ln_pre", "final_ln_after_pool", "pos_embed_type"),
+    "text_cfg": (*_IN_BOTH, "no_causal_mask", "eos_id", "pad_id", "proj_bias", "embed_cls"),
+}
+
+
+def copied_config(
+    config: str | Path | Mapping,  # of a student that copies weights: anything `model_config` takes
+    teacher: Mapping,  # configuration of the network that is copied from
+) -> dict:  # the student's sizes, and for the rest the teacher's
+    "A student's configuration with which copied weights compute what they did: activation, norms, masks, pooling"
+    student = model_config(config)
+    parts = dict.fromkeys(("quick_gelu", "custom_text"))
+    student = {name: value for name, value in student.items() if name not in parts}
+    student |= {name: teacher[name] for name in parts if name in teacher}
+    for part, names in _COMPUTED.items():
+        own = {name: value for name, value in student[part].items() if name not in names}
+        student[part] = own | {name: teacher[part][name] for name in names if name in teacher[part]}
+    return student
+
+# %% ../nbs/03_models.ipynb #0e6204a8
+def send_pair(vlm: VLM) -> Features:  # one row each
+    "Features of one grey picture and one short caption; a network through which they do not go raises an error"
+    picture = torch.full((1, 3, *vlm.image_shape), 0.5, device=vlm.device)
+    with evaluating(vlm.model):
+        features = vlm.encode(Batch(picture, vlm.tokenizer(["a photo of a thing"]).to(vlm.device)))
+    image, text = features.image.shape[-1], features.text.shape[-1]
+    if image != text:
+        raise ValueError(f"features of pictures are {image} wide and those of captions {text}: they have no space in common")
+    return features
 
 # %% ../nbs/03_models.ipynb #98434e9b
 def at_size(
@@ -345,9 +538,7 @@ def new_model(
 
     config = model_config(config)
     if like is not None:
-        text, image = like.config["model_cfg"]["text_cfg"], like.config["model_cfg"]["vision_cfg"]
-        config["text_cfg"] |= {k: text[k] for k in ("context_length", "vocab_size", "hf_tokenizer_name", "tokenizer_kwargs") if k in text}
-        config["vision_cfg"]["image_size"] = image.get("image_size", 224)
+        config = _config_like(config, like)
         preprocess_cfg, preprocess, tokenizer = like.config["preprocess_cfg"], like.preprocess, like.tokenizer
     else:
         preprocess_cfg = _plain(asdict(open_clip.transform.PreprocessCfg(size=config["vision_cfg"].get("image_size", 224))))
@@ -360,13 +551,78 @@ def new_model(
 # %% ../nbs/03_models.ipynb #d1787845
 def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
     "The tokenizer that a configuration asks for; one of its own lies in the model's folder"
-    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+    from open_clip.tokenizer import HFTokenizer
 
     text = config["text_cfg"]
     options = dict(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
     if text.get("hf_tokenizer_name"):
         return HFTokenizer(str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options)
-    return SimpleTokenizer(**options)
+    return _clips_words(json.dumps(options, sort_keys=True))
+
+
+@cache
+def _clips_words(options: str) -> Callable:  # JSON of what SimpleTokenizer takes
+    "CLIP's own tokenizer, whose vocabulary takes half a second to unpack, once for all models that are alike in it"
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer(**json.loads(options))
+
+# %% ../nbs/03_models.ipynb #67d5f3ef
+def _pixels(sides: tuple[int, int]) -> str:
+    "A picture's size in words"
+    return f"{sides[0]} pixels" if sides[0] == sides[1] else f"{sides[0]} × {sides[1]} pixels"
+
+
+@torch.no_grad()
+def _training_failure(visual: nn.Module, sides: tuple[int, int], width: int, rows: int) -> str:  # one line; empty: all is well
+    "Why so few pictures do not go through a tower whose norms look at the batch"
+    if not any(isinstance(part, nn.modules.batchnorm._NormBase) for part in visual.modules()):
+        return ""
+    trained = deepcopy(visual).train()
+    failure = _first_failure(trained, sides, width, rows)
+    if not failure and not all(buffer.isfinite().all() for buffer in trained.buffers() if buffer.is_floating_point()):
+        return "its running statistics are no longer finite"
+    return failure
+
+# %% ../nbs/03_models.ipynb #483f7ecb
+_TRIED_SIZES = (32, 48, 64, 96, 112, 128, 160, 192, 224, 240, 256, 288, 320, 384)  # pixels on a side
+
+
+def _sides(vlm: VLM) -> tuple[int, int]:  # pixels: (height, width)
+    "Both sides of the pictures that a model sees"
+    size = vlm.config["preprocess_cfg"]["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
+
+
+def _fitting_sizes(vlm: VLM, width: int, wanted: int, most: int = 3) -> list[int]:
+    "Sizes that an image tower takes, the nearest to the wanted one first; of the usual ones and its own"
+    own = getattr(getattr(vlm.model.visual, "trunk", None), "default_cfg", {}).get("input_size", (224,))
+    fitting = []
+    for size in sorted({*_TRIED_SIZES, own[-1]}, key=lambda size: abs(size - wanted)):
+        if len(fitting) < most and not _first_failure(vlm.model.encode_image, (size, size), width):
+            fitting.append(size)
+    return fitting
+
+
+def check_student(
+    vlm: VLM,  # a new model, on the CPU; stays as it is
+    name: str,  # what an error calls it, such as "student='timm:resnet18'"
+    rows: int = 2,  # pictures that go through at once in training, at the fewest
+    size_option: str = "",  # name of the parameter that sets the pictures' size; empty: there is none
+) -> None:
+    "ValueError, with what would work, unless pictures go through a model's image tower"
+    sides, width = _sides(vlm), vlm.config["model_cfg"]["embed_dim"]
+    with evaluating(vlm.model):
+        failure = _first_failure(vlm.model.encode_image, sides, width)
+        if failure:
+            sizes = _fitting_sizes(vlm, width, sides[0])
+            advice = f"it takes {' or '.join(map(str, sorted(sizes)))} pixels" if sizes else "it takes none of the usual sizes"
+            choice = f"{size_option}={sizes[0]}" if sizes and size_option else "another image tower"
+            raise ValueError(f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}")
+    failure = _training_failure(vlm.model.visual, sides, width, min(rows, 2))
+    if failure:
+        raise ValueError(f"{name} cannot be trained on {rows} picture{'' if rows == 1 else 's'} of {_pixels(sides)} at once ({failure}): "
+                         "choose a larger batch_size or micro_batch, or another image tower")  # fmt: skip
 
 # %% ../nbs/03_models.ipynb #c622c27a
 _SLIM_CONFIG = "vlkd_lab_config.json"
@@ -377,23 +633,85 @@ def load_model(
     device: str | torch.device | None = None,  # None: the GPU if there is one
 ) -> VLM:
     "A trained model with its own preprocessing and tokenizer, in evaluation mode"
-    import open_clip
-
     name = str(name_or_path)
     folder = Path(name.removeprefix("local-dir:"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if (folder / _SLIM_CONFIG).is_file():
         vlm = _load_slim(folder, name)
-    elif (found := _find_published(name, folder)) is not None:
-        vlm = _from_checkpoint(published.read_checkpoint(*found), name)
+    elif (checkpoint := _find_checkpoint(name, folder)) is not None:
+        vlm = _from_checkpoint(published.read_checkpoint(*checkpoint), name)
     else:
-        source, tag = _find_weights(name, folder)
-        model = open_clip.create_model(source, pretrained=tag, require_pretrained=True)
-        preprocess_cfg = _plain(model.visual.preprocess_cfg)
-        config = dict(model_cfg=open_clip.get_model_config(source), preprocess_cfg=preprocess_cfg, towers=None)
-        vlm = VLM(model, preprocessing(preprocess_cfg), open_clip.get_tokenizer(source), config, name)
+        vlm = _from_open_clip(*_find_weights(name, folder), name)
     vlm.model.to(device).eval()
     return vlm
+
+# %% ../nbs/03_models.ipynb #2970cbd3
+def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
+    "A model whose weights open_clip finds, with the activation and the view of pictures that belong to them"
+    import open_clip
+
+    config, known = open_clip.get_model_config(source), _settings_of(source, tag)
+    quick_gelu = bool(config.get("quick_gelu", known["quick_gelu"]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided above
+        model = open_clip.create_model(source, pretrained=tag, require_pretrained=True, quick_gelu=quick_gelu,
+                                       force_preprocess_cfg=known["preprocess"])  # fmt: skip
+    config |= dict(quick_gelu=True) if quick_gelu else {}
+    preprocess_cfg = _plain(model.visual.preprocess_cfg)
+    settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=None)
+    is_clips = not config["text_cfg"].get("hf_tokenizer_name") and "siglip" not in source.lower()
+    tokenizer = _tokenizer_of(config) if is_clips else open_clip.get_tokenizer(source)
+    return VLM(model, preprocessing(preprocess_cfg), tokenizer, settings, name)
+
+
+_VIEW = ("mean", "std", "interpolation", "resize_mode")  # what a tag says about pictures
+
+
+def _settings_of(source: str, tag: str | None) -> dict:  # "quick_gelu"; "preprocess", empty: as the source itself says
+    "What open_clip's list of tags says about weights whose own configuration may not"
+    import open_clip
+
+    if tag is not None and Path(tag).is_file():
+        settings = _settings_of_file(source, Path(tag))
+        return dict(quick_gelu=settings["model_cfg"].get("quick_gelu", False), preprocess=settings["preprocess_cfg"])
+    if tag is not None:
+        return dict(quick_gelu=open_clip.get_pretrained_cfg(source, tag).get("quick_gelu", False), preprocess={})
+    repository = source.removeprefix("hf-hub:")
+    tags = (open_clip.get_pretrained_cfg(*pair) for pair in open_clip.list_pretrained())
+    known = next((cfg for cfg in tags if cfg.get("hf_hub") == f"{repository}/"), {})
+    config = Path(open_clip.factory.download_pretrained_from_hf(repository, "open_clip_config.json"))
+    is_silent = not json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg")
+    view = {key: known[key] for key in _VIEW if key in known} if is_silent else {}
+    return dict(quick_gelu=known.get("quick_gelu", False), preprocess=view)
+
+# %% ../nbs/03_models.ipynb #01a432ed
+def _settings_of_file(architecture: str, file: Path) -> dict:  # "model_cfg", "preprocess_cfg"
+    "What is known of a file of weights by its architecture, and by its name where a tag's download is called so"
+    import open_clip
+
+    config, beside = model_config(architecture), published.read_beside(file)
+    tags = [open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)]
+    recognised = [cfg for cfg in tags if _is_file_of(file, cfg)]
+    views = [{key: cfg[key] for key in _VIEW} for cfg in recognised or tags]
+    quick_gelu = any(cfg.get("quick_gelu") for cfg in recognised or tags)
+    advice = f"put a configuration beside it, as {file.with_suffix('.json').name}"
+    if recognised and quick_gelu:
+        config["quick_gelu"] = True
+    elif quick_gelu and not config.get("quick_gelu") and not beside["model_cfg"]:
+        warnings.warn(f"{file} does not say its activation, so GELU is taken: name it {architecture}-quickgelu/FILE if "
+                      f"QuickGELU made it, or {advice}", stacklevel=2)  # fmt: skip
+    if all(view == views[0] for view in views):
+        return dict(model_cfg=config, preprocess_cfg=views[0] if views else {})
+    if not beside["preprocess_cfg"]:
+        warnings.warn(f"{file} does not say how it sees pictures, and weights of {architecture} differ in that, so CLIP's way "
+                      f"is taken: {advice}", stacklevel=2)  # fmt: skip
+    return dict(model_cfg=config, preprocess_cfg={})
+
+
+def _is_file_of(file: Path, cfg: Mapping) -> bool:
+    "Whether a file lies where, or is called as, a tag's download is"
+    folder = "models--" + str(cfg.get("hf_hub") or "?").strip("/").replace("/", "--")
+    return folder in file.parts or file.name == Path(cfg.get("url") or "?").name
 
 # %% ../nbs/03_models.ipynb #3b613e8e
 def _find_weights(name: str, folder: Path) -> tuple[str, str | None]:  # open_clip's model name, tag
@@ -403,29 +721,30 @@ def _find_weights(name: str, folder: Path) -> tuple[str, str | None]:  # open_cl
     if name.startswith("hf-hub:"):
         return name, None
     if folder.is_dir():
-        if not (folder / "open_clip_config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no open_clip_config.json, {_SLIM_CONFIG} or CLIPModel: it is no saved model")
-        return f"local-dir:{folder}", None
-    architecture, _, tag = name.rpartition("/")
-    architecture, tag = (architecture, tag) if architecture in open_clip.list_models() else (name, "")
+        raise FileNotFoundError(f"{folder} holds no open_clip_config.json, {_SLIM_CONFIG} or CLIPModel: it is no saved model")
+    architecture, _, tag = name.partition("/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if architecture not in open_clip.list_models() or not tags:
+    if architecture not in open_clip.list_models() or not (tags or Path(tag).is_file()):
         raise ValueError(
             f"no model {name!r}: give a folder with open_clip_config.json or a CLIPModel's config.json, a file of weights, hf-hub:ID, "
-            "NAME/TAG from open_clip.list_pretrained(), or a name from vlkd_lab.published.RELEASES"
+            "NAME/TAG from open_clip.list_pretrained(), NAME/FILE, or a name from vlkd_lab.published.RELEASES"
         )
-    if tag not in tags and not Path(tag).is_file():
-        raise ValueError(f"{architecture} has no weights {tag!r}: choose {architecture}/TAG with TAG one of {', '.join(tags)}")
+    if not open_clip.pretrained.is_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
+        raise ValueError(f"{architecture} has no weights {tag!r}, and there is no such file: choose {architecture}/TAG with TAG one of "
+                         f"{', '.join(tags)}")  # fmt: skip
     return architecture, tag
 
 # %% ../nbs/03_models.ipynb #70d61da3
-def _find_published(name: str, path: Path) -> tuple[Path, dict | None] | None:  # what read_checkpoint takes; None: nothing of this kind
-    "A published TinyCLIP, or a file, folder or repository in one of their layouts"
+def _find_checkpoint(name: str, path: Path) -> tuple[Path, dict | None] | None:  # what read_checkpoint takes; None: nothing of this kind
+    "A published TinyCLIP, or a file, folder or repository in a layout that is read here"
     if path.is_dir():
-        return (path, None) if published.is_clip_model(path) else None
-    if path.is_file() and path.suffix != ".json":
+        return (path, None) if published.is_clip_model(path) or published.is_open_clip(path) else None
+    if path.is_file() and (path.suffix != ".json" or path.name.endswith(".index.json")):
         release = published.RELEASES.get(path.stem)
         return path, release and _release_config(release)
+    architecture, file = _name_and_file(name)
+    if file is not None:
+        return None if file.suffix in (".npz", ".npy") else (file, _settings_of_file(architecture, file))
     releases = published.find_releases(name)
     if len(releases) > 1:
         raise ValueError(f"{name} was trained more than once: choose {' or '.join(release.name for release in releases)}")
@@ -437,11 +756,20 @@ def _find_published(name: str, path: Path) -> tuple[Path, dict | None] | None:  
     return None
 
 
+def _name_and_file(name: str) -> tuple[str, Path | None]:
+    "An architecture of open_clip and the file of weights behind the first slash, if that is what a name is"
+    import open_clip
+
+    architecture, _, rest = name.partition("/")
+    is_file = architecture in open_clip.list_models() and rest and Path(rest).is_file()
+    return architecture, Path(rest) if is_file and not open_clip.pretrained.is_pretrained_cfg(architecture, rest) else None
+
+
 def _release_config(release: published.Release) -> dict:
     "What the authors' configuration says; the marks tell that gates have cut the towers"
     return deepcopy(TINYCLIP_CONFIGS[release.architecture]) | dict(mask_image=release.cut, mask_text=release.cut)
 
-
+# %% ../nbs/03_models.ipynb #c9ccbf59
 def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     "A published model, built; its layers as large as its weights say where gates have cut them"
     from open_clip.transform import PreprocessCfg
@@ -452,13 +780,16 @@ def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
         if plain := plain_config(config, towers):
             config, towers = plain, None
     if checkpoint.tokenizer is not None:
-        config["text_cfg"]["hf_tokenizer_name"] = checkpoint.tokenizer.name
+        config["text_cfg"].setdefault("hf_tokenizer_name", checkpoint.tokenizer.name)
     model = _build(config, towers)
-    published.check_fit(checkpoint.state, model.state_dict(), name)
-    model.load_state_dict(checkpoint.state)
-    preprocess_cfg = _plain(asdict(PreprocessCfg()) | checkpoint.preprocess)
-    config = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers)
-    return VLM(model, preprocessing(preprocess_cfg), _tokenizer_of(config["model_cfg"], checkpoint.tokenizer), config, name)
+    state = published.as_in(model, checkpoint.state)
+    published.check_fit(state, model.state_dict(), name)
+    model.load_state_dict(state)
+    view = {key: value for key, value in checkpoint.preprocess.items() if value is not None}
+    size = getattr(model.visual, "image_size", config["vision_cfg"].get("image_size", 224))
+    preprocess_cfg = _plain(asdict(PreprocessCfg()) | view | dict(size=size))
+    settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers)
+    return VLM(model, preprocessing(preprocess_cfg), _tokenizer_of(config, checkpoint.tokenizer), settings, name)
 
 # %% ../nbs/03_models.ipynb #e7f748d2
 def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits
@@ -480,6 +811,8 @@ def plain_config(
     config, image, text = deepcopy(dict(config)), towers["image"], towers["text"]
     config["vision_cfg"] |= dict(width=image.width, layers=image.layers, head_width=image.head_width, mlp_ratio=_ratio(image))
     config["text_cfg"] |= dict(width=text.width, layers=text.layers, heads=text.heads[0], mlp_ratio=_ratio(text))
+    if image.width % 4:
+        config["vision_cfg"].pop("pos_embed_type", None)  # open_clip computes no sines of this width; the state holds them
     return config
 
 
@@ -546,42 +879,72 @@ def train_tokenizer(
     wrapped.save_pretrained(str(folder))
     return HFTokenizer(str(folder), context_length=context_length)
 
+# %% ../nbs/03_models.ipynb #f8b736ee
+def count_macs(
+    run: Callable[[], Any],  # a forward pass
+    *networks: nn.Module,  # that take part in it; in evaluation mode meanwhile
+) -> int:  # masked pairs of tokens count as well
+    "Multiply-accumulates of what is run"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    counter, fast_path = _product_counter(), torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.inference_mode(False), evaluating(*networks), sdpa_kernel(SDPBackend.MATH), counter:
+            run()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.flops // 2
+
+
+def _product_counter() -> Any:  # a context; its `flops` grow
+    "PyTorch's own formulas, asked for every operation that runs"
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class ProductCounter(TorchDispatchMode):
+        flops = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            output = operation(*args, **(kwargs or {}))
+            formula = flop_registry.get(operation.overloadpacket)
+            if formula:
+                self.flops += formula(*args, **(kwargs or {}), out_val=output)
+            return output
+
+    return ProductCounter()
+
 # %% ../nbs/03_models.ipynb #f23453ea
 @dataclass(frozen=True)
 class Cost:
     "What one image-text pair costs"
 
-    parameters: int  # all of them, embeddings and scale included
+    parameters: int  # all of them: both towers, scale, bias of the logits, a CoCa's decoder
     image_parameters: int  # image tower with its projection
     text_parameters: int  # text tower with token embedding and projection
     macs: int  # multiply-accumulates of one image and one text
 
 
+_NO_TEXT_TOWER = ("visual.", "logit_scale", "logit_bias", "text_decoder.")
+
+
 def count_cost(vlm: VLM) -> Cost:
     "Parameters and multiply-accumulates"
-    from torch.utils.flop_counter import FlopCounterMode
+    sizes = {name: weight.numel() for name, weight in vlm.model.named_parameters()}
+    image = sum(size for name, size in sizes.items() if name.startswith("visual."))
+    text = sum(size for name, size in sizes.items() if not name.startswith(_NO_TEXT_TOWER))
+    batch = _blank_batch(vlm, 1)
+    return Cost(sum(sizes.values()), image, text, count_macs(lambda: vlm.encode(batch), vlm.model))
 
-    image = sum(p.numel() for p in vlm.model.visual.parameters())
-    everything = sum(p.numel() for p in vlm.model.parameters())
-    macs = _count_macs(vlm, FlopCounterMode(display=False))
-    return Cost(everything, image, everything - image - vlm.model.logit_scale.numel(), macs)
 
-
-def _count_macs(vlm: VLM, counter) -> int:
-    "Forward one pair under the counter; PyTorch's fused inference path hides its products, so it is off meanwhile"
-    fused = torch.backends.mha.get_fastpath_enabled()
-    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, device=vlm.device)
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), counter:
-            vlm.encode(Batch(image, vlm.tokenizer(["a photo"]).to(vlm.device)))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    return counter.get_total_flops() // 2
+def _blank_batch(vlm: VLM, size: int) -> Batch:
+    "Black pictures and short captions as a model takes them"
+    image = torch.zeros(size, 3, *_sides(vlm), device=vlm.device)
+    return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))
 
 # %% ../nbs/03_models.ipynb #32fd2367
-_NOT_PLAIN = ("timm_model_name", "hf_model_name", "attentional_pool", "ls_init_value", "qk_norm", "scaled_cosine_attn", "scale_heads",
-              "scale_attn_inner", "scale_attn", "scale_fc", "embed_cls", "proj_bias")  # fmt: skip
+_NOT_PLAIN = ("timm_model_name", "hf_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads",
+              "scale_attn_inner", "scale_attn", "scale_fc", "embed_cls")  # fmt: skip
 
 
 def _check_plain(config: Mapping) -> None:
@@ -589,21 +952,16 @@ def _check_plain(config: Mapping) -> None:
     given = {f"{part}.{k}": v for part in ("vision_cfg", "text_cfg") for k, v in config[part].items()}
     strange = {k: v for k, v in given.items() if k.partition(".")[2] in _NOT_PLAIN and v is not None and v is not False}
     strange |= {k: v for k, v in given.items() if k.endswith(("pool_type", "proj_type")) and v == "none"}
-    strange |= {k: v for k, v in given.items() if k.endswith("block_type") and v == "custom"}
     strange |= {k: v for k, v in config.items() if k == "multimodal_cfg"}
     if strange:
         options = ", ".join(f"{k}={v!r}" for k, v in strange.items())
         raise ValueError(f"the cost of plain transformer towers is counted, not of {options}: build the model and use count_cost")
 
 
-def _square(size: int | Sequence[int]) -> tuple[int, int]:  # pixels: (height, width)
-    "Both sides of what open_clip takes as one number or two"
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-def _block_costs(shape: TowerShape, tokens: int) -> tuple[int, int]:  # parameters, multiply-accumulates
+def _block_costs(shape: TowerShape, tokens: int, part: Mapping) -> tuple[int, int]:  # parameters, multiply-accumulates
     "What all blocks of a tower cost; one without heads or neurons keeps its norms and its two output biases"
-    width, parameters, macs = shape.width, 0, 0
+    scaled = part.get("ls_init_value") is not None
+    width, parameters, macs = shape.width, shape.layers * 2 * shape.width if scaled else 0, 0
     for heads, neurons in zip(shape.heads, shape.neurons, strict=True):
         inner = heads * shape.head_width
         weights = 4 * inner * width + 2 * width * neurons
@@ -615,11 +973,11 @@ def _block_costs(shape: TowerShape, tokens: int) -> tuple[int, int]:  # paramete
 def _image_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parameters, multiply-accumulates
     "The image tower with its projection"
     vision, width = config["vision_cfg"], shape.width
-    sides, patch = _square(vision.get("image_size", 224)), _square(vision.get("patch_size", 16))
+    sides, patch = _both_sides(vision.get("image_size", 224)), _both_sides(vision.get("patch_size", 16))
     patches = (sides[0] // patch[0]) * (sides[1] // patch[1])
     kernel, projection = 3 * patch[0] * patch[1] * width, width * config["embed_dim"]
     norms = 2 if vision.get("no_ln_pre") else 4
-    parameters, macs = _block_costs(shape, patches + 1)
+    parameters, macs = _block_costs(shape, patches + 1, vision)
     return parameters + kernel + (patches + 2 + norms) * width + projection, macs + kernel * patches + projection
 
 
@@ -627,7 +985,8 @@ def _text_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parame
     "The text tower with token embedding and projection; looking tokens up multiplies nothing"
     text, width = config["text_cfg"], shape.width
     tokens, projection = text.get("context_length", 77), width * config["embed_dim"]
-    parameters, macs = _block_costs(shape, tokens)
+    parameters, macs = _block_costs(shape, tokens, text)
+    parameters += config["embed_dim"] if text.get("proj_bias") else 0
     return parameters + (text.get("vocab_size", 49408) + tokens + 2) * width + projection, macs + projection
 
 
@@ -639,8 +998,8 @@ def shape_cost(
     _check_plain(config)
     image, image_macs = _image_cost(config, shapes["image"])
     text, text_macs = _text_cost(config, shapes["text"])
-    text += config.get("init_logit_bias") is not None  # as `count_cost` has it
-    return Cost(image + text + 1, image, text, image_macs + text_macs)
+    scalars = 1 if config.get("init_logit_bias") is None else 2  # scale, bias of the logits
+    return Cost(image + text + scalars, image, text, image_macs + text_macs)
 
 # %% ../nbs/03_models.ipynb #74cda596
 def measure_latency(
@@ -654,15 +1013,10 @@ def measure_latency(
     for round_ in range(repeats + 1):
         for name, vlm in models.items():
             start = time.perf_counter()
-            with torch.inference_mode():
+            with evaluating(vlm.model), torch.inference_mode():
                 vlm.encode(batches[name])
             if vlm.device.type == "cuda":
                 torch.cuda.synchronize(vlm.device)
             if round_:  # the first round warms up
                 seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * sorted(s)[len(s) // 2] / batch_size for name, s in seconds.items()}
-
-
-def _blank_batch(vlm: VLM, size: int) -> Batch:
-    image = torch.zeros(size, 3, vlm.image_size, vlm.image_size, device=vlm.device)
-    return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))

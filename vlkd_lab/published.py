@@ -10,19 +10,21 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['RELEASES', 'Release', 'find_releases', 'read_weights', 'from_official', 'config_of', 'from_clip_model',
-           'is_clip_model', 'read_config', 'read_preprocessing', 'own_tokenizer', 'Checkpoint', 'read_checkpoint',
-           'check_fit', 'fetch_repository', 'fetch', 'repository_is_clip_model']
+           'is_clip_model', 'is_open_clip', 'read_config', 'read_preprocessing', 'own_tokenizer', 'Checkpoint',
+           'read_checkpoint', 'read_beside', 'as_in', 'check_fit', 'fetch_repository', 'fetch',
+           'repository_is_clip_model']
 
 # %% ../nbs/02_published.ipynb #843bc33c
 @dataclass(frozen=True)
@@ -78,29 +80,62 @@ def find_releases(
 _REFUSED = """{file} does not load as weights alone: {problem}
 Nothing in it was run. If you trust it, turn it into safetensors once, where it may run:
     python -c "import torch; from safetensors.torch import save_file; held = torch.load({name!r}, 'cpu', weights_only=False); \
-state = held.get('state_dict', held); save_file({{n: w.contiguous().clone() for n, w in state.items()}}, {safe!r})"
+state = held.get('state_dict', held.get('model', held)); save_file({{n: w.contiguous().clone() for n, w in state.items()}}, {safe!r})"
 and load {safe} instead."""
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:  # by name, floating point as float32
-    "The weights in a safetensors or PyTorch file, without running anything that it brings"
+    "The weights in a safetensors or PyTorch file, or in the parts that an index names, without running anything that they bring"
     file = Path(file)
-    if file.suffix == ".safetensors":
-        held = load_file(file)
-    else:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                held = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
-            call = re.search(r"GLOBAL ([\w.]+)", str(problem))
-            reason = f"it calls for {call[1]}" if call else str(problem).partition("\n")[0]
-            names = dict(file=file, name=str(file), safe=str(file.with_suffix(".safetensors")))
-            raise ValueError(_REFUSED.format(problem=reason, **names)) from problem
+    if file.name.endswith(".index.json"):
+        return _read_parts(file)
+    held = load_file(file) if file.suffix == ".safetensors" else _read_pickle(file)
     for key in ("state_dict", "model"):
         held = held[key] if isinstance(held, Mapping) and isinstance(held.get(key), Mapping) else held
     if not isinstance(held, Mapping) or not held or not all(isinstance(v, Tensor) for v in held.values()):
         raise ValueError(f"{file} holds no weights by name, neither by themselves nor under 'state_dict'")
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
+    return {_unwrapped(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
+
+
+def _unwrapped(name: str) -> str:
+    "A weight's name without what torch.compile and data-parallel training put before or into it"
+    return ".".join(part for part in name.split(".") if part != "_orig_mod").removeprefix("module.")
+
+# %% ../nbs/02_published.ipynb #e1d9c533
+def _json(file: Path) -> dict:  # empty: no such file, or something else in it
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _read_pickle(file: Path):  # whatever it holds
+    "A PyTorch file by its restricted loader"
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as problem:
+        call = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        reason = f"it calls for {call[1]}" if call else str(problem).partition("\n")[0]
+        names = dict(file=file, name=str(file), safe=str(file.with_suffix(".safetensors")))
+        raise ValueError(_REFUSED.format(problem=reason, **names)) from problem
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    "The weights of all the files that an index names, each of which must lie beside it"
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(part, str) for part in places.values()):
+        raise ValueError(f"{index} has no weight_map from names of weights to files")
+    parts = sorted(set(places.values()))
+    missing = [part for part in parts if Path(part).name != part or not (index.parent / part).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names {len(parts)} files, and {missing[0]} is not beside it")
+    weights = {name: tensor for part in parts for name, tensor in read_weights(index.parent / part).items()}
+    lost = [name for name in places if _unwrapped(name) not in weights]
+    if lost:
+        raise ValueError(f"{index} names {lost[0]} and {len(lost) - 1} more weights that are in none of its files")
+    return weights
 
 # %% ../nbs/02_published.ipynb #89506c73
 _TOWERS = ("_image_encoder", "_text_encoder", "image_encoder_without_ddp", "text_encoder_without_ddp")
@@ -250,12 +285,13 @@ def is_clip_model(folder: str | Path) -> bool:  # need not exist
     return said.get("model_type") == "clip" and "vision_config" in said and not (Path(folder) / "open_clip_config.json").exists()
 
 
-def _json(file: Path) -> dict:  # empty: no such file, or something else in it
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
+_MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg"}
+
+
+def is_open_clip(folder: str | Path) -> bool:  # need not exist
+    "Whether a folder holds a model in open_clip's layout"
+    whole = _json(Path(folder) / "open_clip_config.json")
+    return _MODEL_KEYS <= set(whole.get("model_cfg", whole))
 
 
 def _sizes(tower) -> dict:
@@ -295,23 +331,29 @@ def _refuse_unlike(folder: str | Path, image, text) -> None:
 # %% ../nbs/02_published.ipynb #a4345a23
 def read_preprocessing(
     folder: str | Path,
-    image_size: int,  # pixels on a side that the network wants
+    image_size: int | Sequence[int],  # pixels on a side that the network wants, or its height and width
 ) -> dict:  # "size", "mean", "std", "interpolation", "resize_mode" as open_clip names them; what goes unsaid is missing
     "What preprocessor_config.json says about pictures"
     folder = Path(folder)
     said = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor", {})
-    height, width, mode = _edges(said.get("size", image_size))
-    crop = _edges(said.get("crop_size", image_size))[:2] if said.get("do_center_crop", True) else None
+    height, width, mode = _edges(said["size"]) if "size" in said else (*_both(image_size), "shortest")
+    sides = _both(image_size)
+    crop = (_edges(said["crop_size"])[:2] if "crop_size" in said else sides) if said.get("do_center_crop", True) else None
     plain = said.get("do_resize", True) and said.get("do_rescale", True) and math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255)
-    square = height == width == image_size and (crop == (image_size, image_size) or crop is None and mode == "squash")
-    if not plain or not square:
-        raise ValueError(f"{folder}: pictures must become squares of {image_size} pixels, divided by 255; the preprocessor says otherwise")
+    fits = (height, width) == sides and (crop == sides or crop is None and mode == "squash")
+    if not plain or not fits:
+        form = f"squares of {sides[0]} pixels" if sides[0] == sides[1] else f"{sides[0]}×{sides[1]} pixels"
+        raise ValueError(f"{folder}: pictures must become {form}, divided by 255; the preprocessor says otherwise")
     ways = {2: "bilinear", 3: "bicubic"}
     if said.get("resample", 3) not in ways:
         raise ValueError(f"{folder}: resample={said['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
     normal = said if said.get("do_normalize", True) else dict(image_mean=[0.0] * 3, image_std=[1.0] * 3)
     settings = dict(size=image_size, interpolation=ways[said.get("resample", 3)], resize_mode=mode)
     return settings | {name: list(normal[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in normal}
+
+
+def _both(size: int | Sequence[int]) -> tuple[int, int]:  # height, width
+    return (size, size) if isinstance(size, int) else (size[0], size[-1])
 
 
 def _edges(size: int | Mapping[str, int]) -> tuple[int, int, str]:  # height, width, open_clip's resize_mode
@@ -330,8 +372,6 @@ def own_tokenizer(
     vocab_size: int,  # rows of the token embedding
 ) -> Path | None:  # the folder, if its tokenizer must be used; None: CLIP's own
     "Whether captions need another tokenizer than CLIP's"
-    from open_clip.tokenizer import SimpleTokenizer
-
     folder = Path(folder)
     words = _json(folder / "tokenizer.json").get("model", {}).get("vocab") or _json(folder / "vocab.json")
     if not words and vocab_size != _CLIP_WORDS:
@@ -339,11 +379,20 @@ def own_tokenizer(
     if not words or not isinstance(words, dict):
         return folder if words else None
     plain = {word: number for word, number in words.items() if number < _CLIP_WORDS - 2}
-    clip = {word: number for word, number in SimpleTokenizer().encoder.items() if number < _CLIP_WORDS - 2}
-    return None if vocab_size == _CLIP_WORDS and plain == clip else folder
+    return None if vocab_size == _CLIP_WORDS and plain == _clips_entries() else folder
+
+
+@cache
+def _clips_entries() -> dict[str, int]:
+    "CLIP's vocabulary without start and end; not to be changed"
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return {word: number for word, number in SimpleTokenizer().encoder.items() if number < _CLIP_WORDS - 2}
 
 # %% ../nbs/02_published.ipynb #c42fa46e
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # the first that is there is taken
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first is taken
+_OPEN_CLIP_WEIGHTS = tuple(f"{start}{name}" for start in ("open_clip_", "open_clip_pytorch_", "") for name in (
+    "model.safetensors", "model.safetensors.index.json", "model.bin", "model.bin.index.json", "model.pth", "model.pt")) + _WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -353,13 +402,13 @@ class Checkpoint:
     state: dict[str, Tensor]  # weights by open_clip's names, float32
     config: dict  # open_clip configuration
     preprocess: dict  # how it differs from open_clip's own preprocessing
-    tokenizer: Path | None  # folder of its own tokenizer; None: CLIP's
+    tokenizer: Path | None  # folder of its own tokenizer; None: CLIP's, or the one that the configuration names
     cut: bool = False  # whether layers may be smaller than the configuration says
 
 
 def read_checkpoint(
-    source: str | Path,  # a file, or a folder in the layout of CLIPModel
-    config: Mapping | None = None,  # of a file; None: as said above
+    source: str | Path,  # a file, or a folder in the layout of CLIPModel or of open_clip
+    config: Mapping | None = None,  # of a file: a configuration, or "model_cfg" and "preprocess_cfg"; None: as said above
 ) -> Checkpoint:
     "Weights, configuration, preprocessing and tokenizer of a published model"
     source = Path(source)
@@ -367,31 +416,81 @@ def read_checkpoint(
         source = source.parent
     if not source.is_dir():
         return _read_file(source, config)
-    weights = next((source / name for name in _WEIGHTS if (source / name).is_file()), None)
-    if weights is None:
-        raise FileNotFoundError(f"{source} has a config.json but neither {' nor '.join(_WEIGHTS)}")
-    config = read_config(source)
+    if is_open_clip(source):
+        return _read_file(_weights_in(source, _OPEN_CLIP_WEIGHTS), read_beside(source / "open_clip_model.safetensors"))
+    weights, config = _weights_in(source, _WEIGHTS), read_config(source)
     tokenizer = own_tokenizer(source, config["text_cfg"]["vocab_size"])
     preprocess = read_preprocessing(source, config["vision_cfg"]["image_size"])
     return Checkpoint(from_clip_model(read_weights(weights)), config, preprocess, tokenizer)
 
+# %% ../nbs/02_published.ipynb #e41afa65
+def _weights_in(folder: Path, names: Sequence[str]) -> Path:
+    "The file of weights of a model's folder"
+    known = [folder / name for name in names if (folder / name).is_file()]
+    others = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    if not known and len(others) != 1:
+        choice = f"; one of its {len(others)} files of weights must be called so" if others else ""
+        wanted = [name for name in names if not name.endswith(".index.json")][:2]
+        raise FileNotFoundError(f"{folder} has a configuration but neither {' nor '.join(wanted)}{choice}")
+    return known[0] if known else others[0]
+
+
+def read_beside(file: Path) -> dict[str, dict]:  # "model_cfg", "preprocess_cfg"; empty where nothing is said
+    "What lies beside a file of weights: NAME.json, or else open_clip_config.json; for pictures also preprocessor_config.json"
+    wholes = [_json(file.with_suffix(".json")), _json(file.parent / "open_clip_config.json")]
+    whole = next((one for one in wholes if _MODEL_KEYS <= set(one.get("model_cfg", one))), {})
+    model_cfg = dict(whole.get("model_cfg", whole))
+    preprocess_cfg = dict(whole.get("preprocess_cfg") or {})
+    says = _json(file.parent / "preprocessor_config.json") or _json(file.parent / "processor_config.json")
+    if not preprocess_cfg and says:
+        wanted = says.get("image_processor", says)
+        size = model_cfg.get("vision_cfg", {}).get("image_size") or _edges(wanted.get("crop_size", wanted.get("size", 224)))[:2]
+        preprocess_cfg = read_preprocessing(file.parent, size)
+    return dict(model_cfg=model_cfg, preprocess_cfg=preprocess_cfg)
+
 # %% ../nbs/02_published.ipynb #929d9e8f
 def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
     "An official checkpoint, or a file of weights with a configuration beside it"
-    held = read_weights(file)
-    said = dict(config or _json(file.with_suffix(".json")))
-    said = dict(said.get("model_cfg", said))
-    if not {"embed_dim", "vision_cfg", "text_cfg"} <= set(said):
-        said = None
-    official = file.stem in RELEASES or any(part in _TOWERS for name in held for part in name.split("."))
-    if said is None and not official:
-        beside = file.with_suffix(".json").name
-        raise ValueError(f"{file} does not say its activation and the width of its heads: put its configuration beside it, as {beside}")
-    state = from_official(held)
-    cut = said is None or any([said.pop("mask_image", False), said.pop("mask_text", False)])
-    said = said or config_of(state)
-    tokenizer = own_tokenizer(file.parent, said["text_cfg"].get("vocab_size", _CLIP_WORDS))
-    return Checkpoint(state, said, dict(size=said["vision_cfg"].get("image_size", 224)), tokenizer, cut)
+    weights, beside, known = read_weights(file), read_beside(file), dict(config or {})
+    known = known if "model_cfg" in known else dict(model_cfg=known, preprocess_cfg={})
+    is_release = file.stem in RELEASES or any(part in _TOWERS for name in weights for part in name.split("."))
+    model = dict(known["model_cfg"] if is_release and config else known["model_cfg"] | beside["model_cfg"])
+    if not model and not is_release:
+        raise ValueError(f"{file} does not say its activation and the width of its heads: put its configuration beside it, as "
+                         f"{file.with_suffix('.json').name}")  # fmt: skip
+    state = from_official(weights)
+    cut = not model or any([model.pop("mask_image", False), model.pop("mask_text", False)])
+    model = model or config_of(state)
+    view = beside["preprocess_cfg"] or known["preprocess_cfg"]
+    tokenizer = _tokenizer_beside(file.parent, model["text_cfg"], is_named="model_cfg" in (config or {}))
+    return Checkpoint(state, model, view | dict(size=model["vision_cfg"].get("image_size", 224)), tokenizer, cut)
+
+
+def _tokenizer_beside(folder: Path, text_cfg: Mapping, is_named: bool) -> Path | None:  # None: CLIP's, or the one that is named
+    "The folder of weights, if its own tokenizer must be used; of open_clip's own configurations only where they name one"
+    has_words = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"))
+    if text_cfg.get("hf_tokenizer_name"):
+        return folder if has_words else None
+    return None if is_named else own_tokenizer(folder, text_cfg.get("vocab_size", _CLIP_WORDS))
+
+# %% ../nbs/02_published.ipynb #ec6ec83f
+def as_in(
+    network: nn.Module,  # of open_clip
+    state: Mapping[str, Tensor],  # weights by the names of another time or source
+) -> dict[str, Tensor]:  # by this network's names
+    "Weights as a network of the newest open_clip has them: other names for a text tower of its own, numbers of another form"
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    wanted, state = network.state_dict(), convert_state_dict(network, dict(state))
+    if "text.token_embedding.weight" in wanted and "token_embedding.weight" in state:
+        state = convert_to_custom_text_state_dict(state)
+    if "logit_bias" in wanted and "logit_scale" in state:
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+    for name in ("logit_scale", "logit_bias"):
+        if name in wanted and name in state and state[name].numel() == 1:
+            state[name] = state[name].reshape(wanted[name].shape)
+    return {name: tensor for name, tensor in state.items() if name in wanted or not name.endswith("position_ids")}
 
 
 def check_fit(
@@ -408,6 +507,23 @@ def check_fit(
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"the weights of {name} do not fit its configuration: {', '.join(wrong[:3])}{more}")
 
+# %% ../nbs/02_published.ipynb #8ececac1
+def _fetch_weights(repository: str) -> None:
+    "The weights of a hub repository, in one file or several"
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for name in _WEIGHTS:
+        try:
+            file = Path(hf_hub_download(repository, name))
+        except EntryNotFoundError:
+            if name == _WEIGHTS[-1]:
+                raise
+            continue
+        for part in sorted(set(_json(file).get("weight_map", {}).values())) if name.endswith(".index.json") else ():
+            hf_hub_download(repository, part)
+        return
+
 # %% ../nbs/02_published.ipynb #b11ae592
 _SMALL = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
@@ -419,10 +535,7 @@ def fetch_repository(repository: str) -> Path:  # a folder in the layout of CLIP
 
     try:
         folder = Path(hf_hub_download(repository, "config.json")).parent
-        try:
-            hf_hub_download(repository, _WEIGHTS[0])
-        except EntryNotFoundError:
-            hf_hub_download(repository, _WEIGHTS[1])
+        _fetch_weights(repository)
     except (EntryNotFoundError, OSError) as problem:
         raise FileNotFoundError(
             f"the hub's {repository} is neither in the local cache nor within reach. Where there is a network, run\n"

@@ -64,7 +64,7 @@ def store_key(vlm: VLM) -> StoreKey:
 
 # %% ../nbs/06_stores.ipynb #d87c676c
 SIDES = ("image", "text")
-_FORMAT = 2
+_FORMAT = 3
 _CROP = re.compile(r"image-crop(0?\.\d+|1e-\d+)-(\d+)")
 
 
@@ -89,7 +89,7 @@ def _read_as(side: str) -> tuple[str, Crops | None]:  # "image" or "text"; the c
 class ShardFeatures:
     "What a teacher says of one side of one shard's usable samples"
 
-    keys: tuple[str, ...]  # M, as in the shard
+    keys: tuple[str, ...]  # M, as in the shard; on the text side a key for each caption
     labels: np.ndarray  # (M,) int64 class indices, -1 where a sample has none
     rows: np.ndarray  # (M, D) float16, unit length up to rounding
     captioned: np.ndarray  # (M,) bool, whether a caption can be used as well
@@ -128,7 +128,7 @@ def encode_shard(
     sides: Sequence[str] = SIDES,
     batch_size: int = 256,
 ) -> dict[str, ShardFeatures]:  # by side
-    "Features of what each side of a shard's samples has to offer, in their order"
+    "Features of what each side of a shard's samples has to offer, in their order; of texts every caption"
     with evaluating(vlm.model):
         return {side: _encode_side(vlm, shard, side, batch_size) for side in sides}
 
@@ -139,7 +139,8 @@ def _encode_side(vlm: VLM, shard: ShardReport, side: str, batch_size: int) -> Sh
     keys, labels, captioned, rows = [], [], [], [torch.zeros(0, vlm.config["model_cfg"]["embed_dim"])]
     view = View(vlm.preprocess, None) if part == "image" else View(None, vlm.tokenizer)
     try:
-        for batch in read_once(DataReport((shard,)), view, batch_size, crops=crops):
+        every = part == "text"  # caption
+        for batch in read_once(DataReport((shard,)), view, batch_size, crops=crops, every_caption=every):
             keys += [name.removeprefix(f"{shard.name}/") for name in batch.keys]
             labels += [-1 if label is None or abs(label) >> 62 else label for label in batch.labels]
             captioned += [bool(caption) for caption in batch.captions]
@@ -305,6 +306,11 @@ def load(
     keys = tuple(f"{name}/{key}" for name, part in parts.items() for key in part.keys)
     return Stored(np.concatenate([p.rows for p in parts.values()]), np.concatenate([p.labels for p in parts.values()]), keys)
 
+# %% ../nbs/06_stores.ipynb #70c259a7
+def _first_rows(keys: Sequence[str]) -> dict[str, int]:
+    "Where each sample's rows begin; they follow each other"
+    return {key: row for row, key in enumerate(keys) if row == 0 or keys[row - 1] != key}
+
 # %% ../nbs/06_stores.ipynb #72accd51
 class StoredTeacher:
     "Answers like the teacher, from its store"
@@ -324,25 +330,30 @@ class StoredTeacher:
         "The teacher's features of a batch, by its keys"
         sides = crop_sides(self.crop_scale, max(batch.crops) + 1) if batch.crops else ("image",)
         image = self._rows("image", zip(batch.keys, (sides[k] for k in batch.crops) if batch.crops else sides * len(batch), strict=True))
-        text = self._rows("text", ((name, "text") for name in batch.text_keys or batch.keys))
+        names = batch.text_keys or batch.keys
+        numbers = batch.caption_numbers or [0] * len(names)
+        text = self._rows("text", zip(names, ["text"] * len(names), numbers, strict=True))
         return Features(image, text, self.scale)
 
-    def _rows(self, part: str, wanted: Iterable[tuple[str, str]]) -> Tensor:
-        rows = np.stack([self._row(self.stores[part], name, side) for name, side in wanted]).astype(np.float32)
+    def _rows(self, part: str, wanted: Iterable[tuple]) -> Tensor:  # (name, side), and of a text its number
+        rows = np.stack([self._row(self.stores[part], *row) for row in wanted]).astype(np.float32)
         return torch.nn.functional.normalize(torch.from_numpy(rows).to(self.device), dim=1)
 
-    def _row(self, store: FeatureStore, name: str, side: str) -> np.ndarray:
+    def _row(self, store: FeatureStore, name: str, side: str, number: int = 0) -> np.ndarray:
         shard = next((part for part in shards_in_name(name) if part in store.shards), name)
         if (shard, side) not in self._places:
             if len(self._places) >= 64:  # a shuffle buffer reaches over few shards at a time
                 self._places.clear()
             found = shard_features(store, shard, side) if shard in store.shards else None
-            self._places[shard, side] = {key: row for row, key in enumerate(found.keys)} if found else {}
-        row = self._places[shard, side].get(name[len(shard) + 1 :])
-        if row is None:
+            self._places[shard, side] = _first_rows(found.keys) if found else {}
+        key = name[len(shard) + 1 :]
+        row = self._places[shard, side].get(key)
+        stored = None if row is None else shard_features(store, shard, side)
+        if row is None or stored.keys[row + number : row + number + 1] != (key,):
             reason = "it is of other shards, or the sample was unusable when it was filled"
-            raise ValueError(f"the store has no {side} features of {name}: {reason}")
-        return shard_features(store, shard, side).rows[row]
+            place = f"{name}, caption {number}" if number else name
+            raise ValueError(f"the store has no {side} features of {place}: {reason}")
+        return stored.rows[row + number]
 
 # %% ../nbs/06_stores.ipynb #d8ddc7d6
 def _main(arguments: list[str]) -> int:

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from .data import Pairs, View, escaped, thumbnail
 from .dlip import DlipJob
 from .evaluation import job_models
+from .features import distinct_captions, flat_captions
 from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
 from .models import evaluating, state_digest
 from .runs import read_json, to_json
@@ -34,9 +35,9 @@ from .samples import COLOUR_WORDS, COUNTS, KINDS, OPPOSITE, PHRASINGS, RELATIONS
 from .sources import write_whole
 
 # %% auto #0
-__all__ = ['MAIN', 'Retrieval', 'rerank', 'describe', 'caption_scores', 'SceneFacts', 'scene_facts', 'is_true', 'Answers',
-           'some_questions', 'answer_all', 'plain_answer', 'hit', 'answer_accuracy', 'score_tasks', 'measure_tasks',
-           'compare_tasks', 'show_tasks', 'Gallery', 'job_tasks']
+__all__ = ['MAIN', 'Retrieval', 'rerank', 'describe', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts', 'is_true',
+           'Answers', 'some_questions', 'answer_all', 'plain_answer', 'hit', 'answer_accuracy', 'score_tasks',
+           'measure_tasks', 'compare_tasks', 'show_tasks', 'Gallery', 'job_tasks']
 
 # %% ../nbs/12_tasks.ipynb #f03c9e42
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _candidates(scores: Tensor, right: Tensor, count: int) -> Tensor:  # (N, M),
 # %% ../nbs/12_tasks.ipynb #81febfd1
 def rerank(
     blip: Blip,
-    pairs: Pairs,  # N pairs
+    pairs: Pairs,  # N pairs, with M different captions in all
     candidates: int = 16,  # k: read together with each image, and with each text; 0: features alone
     batch_size: int = 64,  # images or pairs in one run
     hold: bool = True,  # keep the states of all images in memory
@@ -111,11 +112,9 @@ def rerank(
         raise ValueError(f"candidates={candidates}, batch_size={batch_size}: candidates must be at least 0, batch_size at least 1")
     for task in ("retrieval", "matching")[: 1 + (candidates > 0)]:
         blip.can(task)
-    texts = list(dict.fromkeys(pairs.captions))
-    places = {text: place for place, text in enumerate(texts)}
-    right = torch.tensor([places[text] for text in pairs.captions])[:, None] == torch.arange(len(texts))
+    texts, _, right = distinct_captions(pairs.all_captions)
     with evaluating(blip.model):
-        tokens = blip.tokenizer(texts)
+        tokens = blip.tokenizer(list(texts))
         cosines, states = _cosines(blip, pairs, tokens, batch_size, hold and candidates > 0, progress)
         chosen = [_candidates(cosines, right, candidates), _candidates(cosines.T, right.T, candidates).T]
         logits = _matched(blip, tokens, states or _moved(blip, pairs, batch_size), chosen[0] | chosen[1], batch_size, progress)
@@ -211,6 +210,12 @@ def _cider(made: list[str], true: list[list[str]]) -> float:  # nan for one pict
     if len(made) < 2:
         return math.nan
     return float(Cider().compute_score(dict(enumerate(true)), {row: [text] for row, text in enumerate(made)})[0])
+
+# %% ../nbs/12_tasks.ipynb #e0f8d833
+def references_of(pairs: Pairs) -> list[list[str]]:  # of each picture; one at least
+    "All captions of each picture; one without words (a line of dots) is left out where there is another"
+    with_words = [[text for text in texts if _words(text)] for texts in pairs.all_captions]
+    return [kept or list(texts) for kept, texts in zip(with_words, pairs.all_captions, strict=True)]
 
 # %% ../nbs/12_tasks.ipynb #917ef662
 @dataclass(frozen=True)
@@ -426,7 +431,7 @@ def score_tasks(
         scores |= {"retrieval_r1": (found.after["image_to_text_r1"] + found.after["text_to_image_r1"]) / 2} | found.after
         scores |= {f"features_{name}": value for name, value in found.before.items()}
     if "captioning" in blip.tasks:
-        written, references = describe(blip, pairs, beams, **given), [[text] for text in pairs.captions]
+        written, references = describe(blip, pairs, beams, **given), references_of(pairs)
         made = caption_scores(written, references, scene_facts(pairs))
         scores |= {name: value for name, value in made.items() if value is not None}
     if "answering" in blip.tasks and any(pairs.questions):
@@ -616,7 +621,8 @@ def job_tasks(
 ) -> pd.DataFrame:  # as `compare_tasks` gives it
     "Compare the teacher and all students of a job, or read what was found before"
     pairs, models, path = pairs or job.val, job_models(job), job.run.folder / "tasks.json"
-    about = [beams, questions, candidates, [*pairs.keys, *pairs.captions, pairs.questions]]
+    texts = flat_captions(pairs.all_captions)[0]
+    about = [beams, questions, candidates, [*pairs.keys, *texts, pairs.questions]]
     keys = {name: _digest(state_digest(blip.model), blip.tasks, about) for name, blip in models.items()}
     kept, own = read_json(path, {"scores": {}, "tables": {}}), _digest(keys)
     if own not in kept["tables"]:

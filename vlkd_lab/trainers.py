@@ -14,13 +14,14 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import __version__, data, fusion, gates, models, runs
-from .features import Batch, Features, gather, recall
+from .features import Batch, Features, flat_captions, gather, recall
 from .gates import GATE_KINDS, Gates, TowerCost, budget, close_budget, gate_state, gated, kept_shapes, sparsity, target_at, uniform_gates
 from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
@@ -48,15 +49,16 @@ from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 # %% auto #0
 __all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page',
            'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
-           'probe_features', 'parameter_groups', 'lock_towers', 'plain_backward', 'cached_backward', 'Phase',
-           'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change', 'fit',
-           'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder', 'continuing', 'open_run',
-           'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes', 'manual_shapes',
-           'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan',
-           'full_shapes', 'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage',
-           'run_scratch', 'finish_fit', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
-           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
-           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
+           'probe_features', 'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward',
+           'micro_batches', 'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers',
+           'agree', 'change', 'fit', 'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder',
+           'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes',
+           'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps',
+           'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates',
+           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'encode_captions',
+           'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive', 'open_contrastive',
+           'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start',
+           'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -157,6 +159,7 @@ class FitParameters:
     checkpoint_seconds: float = parameter(20.0, "time between checkpoints; 0: after every step", **at_least(0.0))
     probe_pairs: int = parameter(64, "validation pairs whose affinities the views draw; 0: none", **at_least(0))
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
+    start_from: str = parameter("", "model, or run whose last student, the student starts as; empty: none")
     lock_image: bool = parameter(False, "keep the student's image tower as it is")
     lock_text: bool = parameter(False, "keep the student's text tower as it is")
     unlocked_image_layers: int = parameter(0, "last layers of a locked image tower that are trained all the same", **at_least(0))
@@ -353,6 +356,25 @@ def _lock(weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: 
         with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
             lock(layers + 1 if blocks else layers)
 
+# %% ../nbs/10_trainers.ipynb #35df252b
+def check_locks(
+    options: FitParameters,
+    inherited: Collection[str],  # of "image" and "text": the towers that do not begin at random
+    vision: Mapping[str, Any] = {},  # the image tower's configuration
+    instead: str = "name a model as start_from",  # what gives a tower weights in this job
+) -> None:
+    "ValueError for a lock that would keep random weights, or leave nothing to train"
+    for tower in ("image", "text"):
+        locked, layers = getattr(options, f"lock_{tower}"), getattr(options, f"unlocked_{tower}_layers")
+        if layers and not locked:
+            raise ValueError(f"unlocked_{tower}_layers={layers} is not valid with lock_{tower}=False: it says what a lock leaves out")
+        if locked and tower not in inherited:
+            raise ValueError(f"lock_{tower}=True is not valid here: the student's {tower} tower begins at random; {instead}")
+    if isinstance(vision.get("layers"), list | tuple) and options.unlocked_image_layers:
+        raise ValueError(f"unlocked_image_layers={options.unlocked_image_layers} is not valid for a ResNet: it is locked as a whole")
+    if options.lock_image and options.lock_text and not options.unlocked_image_layers + options.unlocked_text_layers:
+        raise ValueError("lock_image=True and lock_text=True leave nothing to train: unlock one, or some last layers of one")
+
 # %% ../nbs/10_trainers.ipynb #bbc7059f
 def plain_backward(
     learner: nn.Module,
@@ -367,7 +389,7 @@ def plain_backward(
     accelerator.backward(total)
     return total.detach()
 
-
+# %% ../nbs/10_trainers.ipynb #f7f3acee
 def cached_backward(
     learner: nn.Module,
     batch: Batch,
@@ -379,9 +401,12 @@ def cached_backward(
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, with the memory of a micro-batch"
     reads = accelerator.unwrap_model(learner).reads
-    rows = _micro_batches(*(len(getattr(batch, side)) if side in reads else 0 for side in ("image", "text")), micro_batch)
-    with torch.no_grad():
-        parts = [Features(*learner(batch.image[r], batch.text[s], draw)) for r, s in rows]
+    rows = micro_batches(*(len(getattr(batch, side)) if side in reads else 0 for side in ("image", "text")), micro_batch)
+    parts, before = [], []
+    with torch.no_grad(), _statistics_kept(learner):
+        for r, s in rows:
+            before.append(_random_states(batch.image.device))
+            parts.append(Features(*learner(batch.image[r], batch.text[s], draw)))
     leaves = Features(torch.cat([p.image for p in parts]), torch.cat([p.text for p in parts]), parts[0].scale)
     leaves = Features(*(t.clone().requires_grad_() for t in (leaves.image, leaves.text, leaves.scale)))
     total = loss(gather(leaves))
@@ -389,6 +414,7 @@ def cached_backward(
     image, text, scale = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True)
     for k, (r, s) in enumerate(rows):
         last = k == len(rows) - 1
+        _set_random_states(before[k], batch.image.device)  # dropout leaves out the same units again
         with nullcontext() if last else accelerator.no_sync(learner):
             part = Features(*learner(batch.image[r], batch.text[s], draw))
             due = (part.image * image[r]).sum() + (part.text * text[s]).sum()
@@ -396,11 +422,40 @@ def cached_backward(
     return (total + penalty).detach()
 
 # %% ../nbs/10_trainers.ipynb #c848ad4e
-def _micro_batches(images: int, texts: int, most: int) -> list[tuple[slice, slice]]:
+def micro_batches(
+    images: int,
+    texts: int,
+    most: int,  # of each side in a part
+) -> list[tuple[slice, slice]]:  # rows of the images, rows of the texts
     "Parts of a batch of at most `most` images and texts; the smaller side may have empty ones"
     count = -(-max(images, texts) // most)
     ends = [(k * images // count, k * texts // count) for k in range(count + 1)]  # so the last part has both, as many processes need it
     return [(slice(i, j), slice(m, n)) for (i, m), (j, n) in zip(ends, ends[1:], strict=False)]
+
+
+@contextmanager
+def _statistics_kept(network: nn.Module) -> Iterator[None]:
+    "Batch norms use the statistics of their batch, and their running ones do not move"
+    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    "Where the generators stand that dropout draws from"
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _set_random_states(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 # %% ../nbs/10_trainers.ipynb #7bfc38cf
 @dataclass(frozen=True)
@@ -736,6 +791,9 @@ def _train(
     if not _resume_fit(job):
         _save_fit(job)
     options, steps, main = job.options, job.phase.steps, job.accelerator.is_main_process
+    if main and options.micro_batch and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in job.learner.modules()):
+        seen = f"batch norms see micro_batch={options.micro_batch} pictures at once, not the batch"
+        job.run.warn(f"{seen}: another value trains another student")
     change(job, agree(job.accelerator, lambda: runs.in_effect(job.run.metrics())))
     _note(job, state="running", refused=None)
     guard = data.BadSampleGuard(options.max_bad_share, known=_known_bad(job.run))
@@ -929,12 +987,24 @@ class _Streamed(Work):
     @cached_property
     def stream(self) -> data.PairStream:
         "The training pairs as the student's view has them; kept, so that what is decoded once serves every stage"
-        return self.streamed(self.report, self.view, self.options.batch_size)
+        asked = None if getattr(self.options, "teacher_features", "") == "stored" else self.teacher_view
+        return self.streamed(self.report, self.view, self.options.batch_size, teacher=asked)
+
+    @property
+    def like(self) -> VLM:
+        "The model whose pictures and tokens the student takes: the one that it starts as, or else the teacher"
+        return self.teacher if self.start is None else self.start
 
     @property
     def view(self) -> data.View:
-        "How the student wants to see the data: as the teacher does"
-        return data.View(self.teacher.preprocess, self.teacher.tokenizer)
+        "How the student wants to see the data"
+        return data.View(self.like.preprocess, self.like.tokenizer)
+
+    @property
+    def teacher_view(self) -> data.View | None:
+        "How the teacher wants to, where that is another way"
+        same = self.like is self.teacher or self.like.same_view(self.teacher)
+        return None if same else data.View(self.teacher.preprocess, self.teacher.tokenizer)
 
     def streamed(self, report: data.DataReport, view: data.View, batch_size: int, **given) -> data.PairStream:
         "A stream of this process's part of some data, as the options have it"
@@ -961,6 +1031,7 @@ class Job(_Streamed):
     accelerator: Accelerator
     shapes: dict[str, TowerShape] | None = None  # of the teacher's towers; None when they are not both transformers
     costs: dict[str, TowerCost] | None = None  # what sparsity counts against
+    start: VLM | None = None  # what the student starts as
 
     @cached_property
     def probe_rows(self) -> list[int]:
@@ -972,7 +1043,9 @@ class Job(_Streamed):
     def probe(self) -> Batch | None:
         "The fixed pairs that the views draw affinities of, on the device"
         pairs = self.val[self.probe_rows]
-        return next(pairs.batches(self.view, batch_size=len(pairs))).to(self.accelerator.device) if len(pairs) else None
+        if not len(pairs):
+            return None
+        return next(pairs.batches(self.view, len(pairs), self.teacher_view)).to(self.accelerator.device)
 
     @property
     def probe_sentences(self) -> list[str] | None:
@@ -983,20 +1056,22 @@ class Job(_Streamed):
 def find_data(
     where: str,
     find: Callable[[str], list[Path]] = data.find_shards,  # or `find_images`, `find_sentences`
+    held_out: bool = False,  # for validation: scenes of a split of their own, of which training sees none
 ) -> list[Path]:
     "Shards by any form of `find_shards`; scenes:N or scenes:N,duplicates:0.6,tail:1 generates N pairs into the project's cache"
     if not where.startswith("scenes:"):
         return find(where)
     count, *given = where.removeprefix("scenes:").replace(" ", "").split(",")
+    name = "val" if held_out else "data"
     try:
         extra = {name: float(value) for name, value in (part.replace("=", ":").split(":") for part in given)}
         fine = {"duplicates": lambda v: 0 <= v < 1, "tail": lambda v: v >= 0}
         if int(count) < 1 or not all(name in fine and fine[name](value) for name, value in extra.items()):
             raise ValueError(where)
     except ValueError:
-        raise ValueError(f"data={where!r} is not valid: write scenes:N with N pairs to generate, and if you like ,duplicates:SHARE "
+        raise ValueError(f"{name}={where!r} is not valid: write scenes:N with N pairs to generate, and if you like ,duplicates:SHARE "
                          "(below 1) and ,tail:EXPONENT; or name shards") from None
-    return data.find_shards(cached_shards(int(count), **extra))
+    return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 
 # %% ../nbs/10_trainers.ipynb #a3086914
 def make_accelerator(options: FitParameters) -> Accelerator:
@@ -1050,6 +1125,7 @@ def open_run(
     about: Mapping[str, Any],  # further entries of config.json
     kind: type[Job],  # the method's
     report: data.DataReport | None = None,  # of the training data; None: of the shards that the options name
+    start: VLM | None = None,  # what the student starts as
 ) -> Job:
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
@@ -1058,8 +1134,9 @@ def open_run(
     val = data.load_pairs(val_report, limit=options.validate_pairs)
     config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
     config |= {"data": report.to_json(), "validation": val_report.to_json(), **about}
+    config |= {} if start is None else {"start_sha256": state_digest(start.model)}
     run = (RunWriter if accelerator.is_main_process else Run)(out_folder(options))
-    job = kind(options, run, model, report, val, accelerator)
+    job = kind(options, run, model, report, val, accelerator, start=start)
     if accelerator.is_main_process:
         runs.begin(run, config, **continuing(options, run), on_change=job.go_on)
     accelerator.wait_for_everyone()
@@ -1103,25 +1180,87 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     weights, _, accelerator = options.weights(), gate_kinds(options), make_accelerator(options)
     options.check_stored()
     teacher = find_model(options.teacher, accelerator.device)
-    shapes = _teacher_shapes(teacher, options)
-    _check_widths(options, teacher)
-    towers = shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
-    about = {"objective": weights, "terms": options.terms(), "towers": towers}
+    start = find_start(options, accelerator.device)
+    _check_start(options, start)
+    inherited = ("image", "text") if start or options.inheritance != "none" else ()
+    vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
+    check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
+    whole = start is not None and options.inheritance == "none"
+    shapes = transformer_shapes(teacher, needed=False) if whole else _teacher_shapes(teacher, options)
+    _check_widths(options, teacher, start if whole else None)
+    _try_student(options, teacher)
+    about = {"objective": weights, "terms": options.terms(), "towers": _sizes(shapes)}
     about |= {"teacher_sha256": state_digest(teacher.model), "model": teacher.config["model_cfg"]}
-    job = open_run(options, teacher, accelerator, about, TinyClipJob)
+    about |= {} if start is None or whole else {"start_towers": _sizes(_start_shapes(options, start, shapes))}
+    job = open_run(options, teacher, accelerator, about, TinyClipJob, start=start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
 
 
-def _check_widths(options: TinyCLIP, teacher: VLM) -> None:
+def _sizes(shapes: Mapping[str, TowerShape] | None) -> dict | None:
+    return shapes and {tower: asdict(shape) for tower, shape in shapes.items()}
+
+# %% ../nbs/10_trainers.ipynb #43780d7b
+def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
     "Refuse a term that compares features row by row when a named student's joint width is not the teacher's"
-    if options.student:
-        own, its = (models.model_config(c)["embed_dim"] for c in (options.student, teacher.config))
+    student = options.student or (start and start.config)
+    if student:
+        own, its = (models.model_config(c)["embed_dim"] for c in (student, teacher.config))
         rows = [term.name for term in Objective(options.weights()).terms if term.same_width and term.weight]
         if rows and own != its:
             raise ValueError(
                 f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student {own}, teacher {its}; "
                 "use losses='affinity_mimicking=1'"
             )
+
+
+def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShape]) -> dict[str, TowerShape]:
+    "Sizes of what is cut further; ValueError unless it is a part of the teacher, against which sparsity counts"
+    shapes = transformer_shapes(start, needed=True)
+    for tower, full in teacher.items():
+        own = shapes[tower]
+        if own.head_width != full.head_width or own.width > full.width or own.layers > full.layers:
+            size = f"{own.layers} layers of width {own.width} in heads of {own.head_width}"
+            raise ValueError(f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has {size}): "
+                             "choose inheritance='none', which leaves it as it is")  # fmt: skip
+    return shapes
+
+# %% ../nbs/10_trainers.ipynb #08ea4262
+def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape] | None = None) -> VLM:
+    "A fresh student of the architecture asked for; one that copies weights computes as the teacher does"
+    base = teacher.config["model_cfg"]
+    config = options.student or base
+    if options.student and options.inheritance == "manual":
+        config = models.copied_config(options.student, base)
+    return new_model(config, like=teacher, towers=towers, seed=options.seed)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _try_student(options: TinyCLIP, teacher: VLM) -> None:
+    "Refuse a teacher or a named student through which no pair goes, or a student that cannot copy what it is to copy"
+    try:
+        models.send_pair(teacher)
+    except Exception as error:  # a foreign network may raise anything
+        raise ValueError(f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}") from error
+    if not options.student or options.inheritance.startswith("auto"):
+        return
+    named = f"student={options.student!r} is not valid here"
+    try:
+        student = _student_of(options, teacher)
+        words = models.text_part(student.model)
+        if getattr(words, "vocab_size", 0) != student.config["model_cfg"]["text_cfg"]["vocab_size"]:
+            raise ValueError("its text tower has a vocabulary of its own, and captions are in the teacher's tokens")
+        models.send_pair(student)
+    except Exception as error:  # a foreign network may raise anything
+        reason = _first_line(error)
+        raise ValueError(f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture") from error
+    if options.inheritance == "manual":
+        try:
+            _plan_copy(teacher, student)
+        except ValueError as error:
+            raise ValueError(f"{named} with inheritance='manual': {error}; or choose inheritance='none'") from None
 
 # %% ../nbs/10_trainers.ipynb #6c950591
 def _local(name: str | Path) -> str:
@@ -1154,8 +1293,8 @@ def transformer_shapes(
         return tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
     except (ValueError, KeyError) as error:
         if needed:
-            raise ValueError(f"student='' and inheritance='manual' need a teacher of two transformer towers in open_clip's form ({error}); "
-                             "name a student's architecture and choose inheritance='none'") from None
+            raise ValueError(f"student='' and inheritance='manual' need a teacher of two plain transformer towers of open_clip, and here "
+                             f"{error}; name a student's architecture and choose inheritance='none'") from None
         return None
 
 
@@ -1165,9 +1304,37 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
         return tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
     except (ValueError, KeyError) as error:
         if options.inheritance.startswith("auto") or not options.student:
-            raise ValueError(f"inheritance={options.inheritance!r} needs two transformer towers in open_clip's form ({error}); "
-                             "use inheritance='manual' with student=NAME") from None
+            named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
+            raise ValueError(f"{named} needs a teacher of two plain transformer towers of open_clip, and here {error}; use "
+                             "inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own") from None
         return None
+
+# %% ../nbs/10_trainers.ipynb #9b2e5ab7
+def find_start(
+    options: FitParameters,
+    device: str | torch.device = "cpu",
+    fused: bool = False,  # whether a BLIP will do as well
+) -> VLM | None:  # None: the student starts as something else
+    "The model that a student is to start as, freshly loaded"
+    folder = data.project_root() / options.start_from
+    if options.start_from and "method" in read_json(folder / "config.json", {}):
+        return find_model(last_student(Run(folder)), device, fused)
+    return find_model(options.start_from, device, fused) if options.start_from else None
+
+
+def last_student(run: Run) -> Path:
+    "The folder of the student that a run finished last; a baseline is none"
+    finished = [path.parent for path in run.folder.glob("*/done.json") if not path.parent.name.startswith("scratch")]
+    if not finished:
+        raise FileNotFoundError(f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder")
+    return max(finished, key=lambda stage: (stage / "done.json").stat().st_mtime) / "student"
+
+
+def _check_start(options: FitParameters, start: VLM | None) -> None:
+    "Refuse two answers to the question what the student is"
+    if start is not None and options.student and options.inheritance == "none":
+        raise ValueError(f"student={options.student!r} is not valid with start_from={options.start_from!r}: the student is the model "
+                         "that it starts as; leave student empty")  # fmt: skip
 
 # %% ../nbs/10_trainers.ipynb #2083bb68
 def _versions() -> dict[str, str]:
@@ -1258,32 +1425,60 @@ def gate_steps(options: TinyCLIP) -> int:
 
 # %% ../nbs/10_trainers.ipynb #a77664b0
 def copy_manually(source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
-    "Manual inheritance: an even spread of layers, leading heads, channels and neurons; the scale is the teacher's"
-    own, state = student.model.state_dict(), source.model.state_dict()
-    shapes, widths = {name: tensor.shape for name, tensor in own.items()}, head_widths(student.config["model_cfg"])
-    plan = plan_manual(state, shapes, widths, layers=even_spread)
-    return own | inherit(state, plan) | {"logit_scale": state["logit_scale"].clone()}, plan
+    "Manual inheritance: an even spread of layers, leading heads, channels and neurons; scale and bias are the teacher's"
+    plan, names = _plan_copy(source, student), ("logit_scale", "logit_bias")
+    return student.model.state_dict() | inherit(source.model.state_dict(), plan) | _numbers(source, student, names), plan
+
+
+def _numbers(source: VLM, student: VLM, names: Sequence[str]) -> dict[str, Tensor]:
+    "Single numbers of one network for another one that has them too"
+    theirs, own = source.model.state_dict(), student.model.state_dict()
+    return {name: theirs[name].reshape(own[name].shape).clone() for name in names if name in own and name in theirs}
+
+
+def _any_block(name: str) -> str:
+    "A weight's name without the number of its block"
+    return re.sub(r"\.\d+\.", ".N.", name)
+
+
+def _plan_copy(source: VLM, student: VLM) -> Plan:
+    "What manual inheritance copies; ValueError where the two cannot compute alike"
+    state, shapes = source.model.state_dict(), {name: tensor.shape for name, tensor in student.model.state_dict().items()}
+    widths, theirs = (head_widths(vlm.config["model_cfg"]) for vlm in (student, source))
+    kinds = ("in_proj_weight", "attnpool.q_proj.weight")
+    towers = {"image" if name.startswith("visual.") else "text" for name in shapes if name.endswith(kinds)}
+    different = [tower for tower in sorted(towers) if widths[tower] != theirs[tower]]
+    if different:
+        tower = different[0]
+        raise ValueError(f"heads of the {tower} tower have {widths[tower]} channels in the student and {theirs[tower]} in "
+                         "the teacher: whole heads are copied, so give it equally wide ones")  # fmt: skip
+    known, place = set(map(_any_block, shapes)), {_any_block(name): name for name in state}
+    lost = [name for kind, name in place.items() if kind not in known and not name.startswith(("text_decoder.", "logit_"))]
+    if lost:
+        raise ValueError(f"the teacher has {lost[0]}, for which the student has no place: the two must be of the same kind")
+    return plan_manual(state, shapes, widths, layers=even_spread)
 
 # %% ../nbs/10_trainers.ipynb #ff93d020
 def make_student(job: Job, number: int) -> VLM:
     "The stage's student before distillation, with its plan, written to stage-K/init and stage-K/plan.json"
     options, folder = job.options, job.run.folder / f"stage-{number}"
-    base, plan, towers = job.teacher.config["model_cfg"], None, None
-    before = job.run.folder / f"stage-{number - 1}" / "student"
-    source = load_model(before if number > 1 else _local(options.teacher), job.accelerator.device)
+    plan, towers, source = None, None, _stage_source(job, number)
     if options.inheritance.startswith("auto"):
         weights, plan, towers = learn_gates(job, number, source)
-        student = new_model(base, like=job.teacher, towers=towers)
+        student = new_model(job.like.config["model_cfg"], like=job.like, towers=towers)
+    elif job.start is not None and options.inheritance == "none":
+        student, towers = source, source.config.get("towers")
+        weights = student.model.state_dict()
     else:
         if not options.student:
             now = tower_shapes(source.model.state_dict(), {t: s.head_width for t, s in job.shapes.items()})
             target = stage_target(job, options.stages if options.inheritance == "none" else number)
             towers = manual_shapes(now, job.shapes, target)
-        student = new_model(options.student or base, like=job.teacher, towers=towers, seed=options.seed)
+        student = _student_of(options, job.like, towers)
         weights = student.model.state_dict()
         if options.inheritance == "manual":
             weights, plan = copy_manually(source, student)
-    student.model.load_state_dict(weights)
+    student.model.load_state_dict(weights | _numbers(job.like, student, ("logit_bias",)))
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
         shapes = towers and {tower: asdict(shape) for tower, shape in towers.items()}
@@ -1291,6 +1486,14 @@ def make_student(job: Job, number: int) -> VLM:
         write_whole(folder / "plan.json", json.dumps({"sparsity": removed, "towers": shapes, "plan": plan and plan.to_json()}))
     job.accelerator.wait_for_everyone()
     return student
+
+
+def _stage_source(job: Job, number: int) -> VLM:
+    "What a stage's student gets its weights from: the stage before, what the line starts as, or the teacher"
+    if number > 1:
+        return load_model(job.run.folder / f"stage-{number - 1}" / "student", job.accelerator.device)
+    start = find_start(job.options, job.accelerator.device)
+    return load_model(_local(job.options.teacher), job.accelerator.device) if start is None else start
 
 # %% ../nbs/10_trainers.ipynb #da617284
 def stage_plan(run: Run, number: int) -> Plan | None:  # None when nothing was inherited
@@ -1310,7 +1513,8 @@ def full_shapes(run: Run) -> dict[str, TowerShape] | None:  # "image", "text"; N
 def source_shapes(run: Run, stage: str) -> dict[str, TowerShape]:  # "image", "text"
     "Sizes of the network that a stage starts from: the teacher, or the student of the stage before"
     before = read_json(run.folder / f"stage-{int(stage.split('-')[1]) - 1}" / "plan.json")
-    shapes = full_shapes(run) if before is None else {tower: tower_shape(sizes) for tower, sizes in before["towers"].items()}
+    sizes = run.config().get("start_towers") if before is None else before["towers"]
+    shapes = {tower: tower_shape(size) for tower, size in sizes.items()} if sizes else full_shapes(run)
     if shapes is None:
         raise ValueError(f"{run.folder} has no gates: its teacher's towers are not both transformers")
     return shapes
@@ -1364,7 +1568,7 @@ def run_scratch(job: Job, number: int) -> VLM:
     if (folder / "done.json").exists():
         return load_model(folder / "student", job.accelerator.device)
     like = load_model(folder.parent / f"stage-{number}" / "student", "cpu")
-    student = new_model(like.config["model_cfg"], like=job.teacher, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
+    student = new_model(like.config["model_cfg"], like=job.like, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
     phase = Phase(f"scratch-{number}", "contrast", line_steps(job, number), fixed=True)
     return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
 
@@ -1395,17 +1599,39 @@ def finish_fit(
     job.accelerator.wait_for_everyone()
     return student
 
+# %% ../nbs/10_trainers.ipynb #c297bfa0
+def encode_captions(
+    model: VLM,
+    captions: Sequence[str],  # T texts
+    batch_size: int = 256,  # encoded at once
+) -> Tensor:  # (T, D) unit rows, float32, on the model's device
+    "Features of texts, whichever pictures they belong to"
+    with evaluating(model.model):
+        starts = range(0, len(captions), batch_size)
+        tokens = (model.tokenizer(list(captions[start : start + batch_size])) for start in starts)
+        return torch.cat([model.encode_text(part.to(model.device)).float() for part in tokens])
 
-def validation_features(model: VLM, pairs: data.Pairs) -> Features:
+
+def validation_features(
+    model: VLM,
+    pairs: data.Pairs,  # N pairs
+    every_caption: bool = False,  # all captions, as `flat_captions` lays them out; else the first of each picture
+) -> Features:
     "Features of the validation pairs under a model that may be in training"
     with evaluating(model.model):
         parts = [model.encode(batch.to(model.device)) for batch in pairs.batches(data.View(model.preprocess, model.tokenizer))]
-    return Features(torch.cat([p.image for p in parts]).float(), torch.cat([p.text for p in parts]).float(), parts[0].scale)
+    image, text = (torch.cat([getattr(part, side) for part in parts]).float() for side in ("image", "text"))
+    features = Features(image, text, parts[0].scale)
+    texts = flat_captions(pairs.all_captions)[0]
+    if every_caption and len(texts) > len(pairs):
+        features = replace(features, text=encode_captions(model, texts))
+    return features
 
 
 def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
-    "R@1 both ways among the validation pairs"
-    return recall(validation_features(student, pairs), ks=(1,), captions=pairs.captions)
+    "R@1 both ways by picture, among the validation pairs and all their captions"
+    features = validation_features(student, pairs, every_caption=True)
+    return recall(features, ks=(1,), captions=pairs.all_captions)
 
 # %% ../nbs/10_trainers.ipynb #1797fb24
 @contextmanager
@@ -1469,20 +1695,27 @@ class Contrastive(FitParameters):
 
 def open_contrastive(options: Contrastive) -> ContrastiveJob:
     "Make the model and its tokenizer, check the data, write config.json"
-    accelerator = make_accelerator(options)
-    if options.architecture:
+    accelerator, model = make_accelerator(options), find_start(options)
+    if model is not None and options.architecture:
+        raise ValueError(f"architecture={options.architecture!r} is not valid with start_from={options.start_from!r}: the model is the "
+                         "one that it starts as; leave architecture empty")  # fmt: skip
+    check_locks(options, () if model is None else ("image", "text"), {} if model is None else model.config["model_cfg"]["vision_cfg"])
+    about = {} if model is None else {"start_sha256": state_digest(model.model)}
+    if model is not None:
+        model = replace(model, name="teacher")
+    elif options.architecture:
         model = new_model(options.architecture, seed=options.seed)
+        models.check_student(model, f"architecture={options.architecture!r}", 2)
     else:
         folder = out_folder(options) / "tokenizer"
         tokenizer = models.train_tokenizer(read_captions(find_data(options.data)), folder, options.vocabulary, options.context_length)
         model = replace(new_model(options.small(len(tokenizer.tokenizer)), tokenizer=tokenizer, seed=options.seed), name="teacher")
-    return open_run(options, model, accelerator, {"model": model.config["model_cfg"]}, ContrastiveJob)
+    return open_run(options, model, accelerator, about | {"model": model.config["model_cfg"]}, ContrastiveJob)
 
 
 def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
-    "The first captions of the shards, without decoding an image"
-    texts = (sample["txt"] for shard in shards for sample in data.raw_samples(shard) if "txt" in sample)
-    return [data.clean_caption(text.decode("utf-8", "replace")) for text in islice(texts, most)]
+    "The first captions of the shards, all that a sample has, without reading an image"
+    return list(islice((text for shard in shards for text in data.shard_captions(shard)), most))
 
 # %% ../nbs/10_trainers.ipynb #40bbc522
 class TeacherJob(Job):
@@ -1659,8 +1892,10 @@ def _student_under_gates(run: Run, stage: str, learner: Mapping[str, Tensor], de
     gates, state = new_gates(run, stage), _part(learner, "model.")
     gates.load_state_dict(_part(learner, "gates."))
     values = close_budget(gates, float(gates.expected_sparsity().detach()))
-    teacher = load_model(_local(run.config()["parameters"]["teacher"]), "cpu")
-    student = new_model(teacher.config["model_cfg"], like=teacher, towers=kept_shapes(gates.shapes, values))
+    parameters = run.config()["parameters"]
+    start = find_start(TinyCLIP(start_from=parameters.get("start_from", "")))
+    like = load_model(_local(parameters["teacher"]), "cpu") if start is None else start
+    student = new_model(like.config["model_cfg"], like=like, towers=kept_shapes(gates.shapes, values))
     student.model.load_state_dict(_cut(state, gates.shapes, values)[0])
     student.model.to(device).eval()
     return student

@@ -1,0 +1,319 @@
+"""Teachers of every kind: each teaches, is cut and copied where it can be, and says before training what works where it cannot."""
+
+import json
+import re
+from functools import partial
+
+import open_clip
+import pytest
+import torch
+from conftest import TINY
+from open_clip.tokenizer import HFTokenizer
+from transformers import BertConfig, CLIPConfig, CLIPModel
+
+from vlkd_lab.export import check_onnx, export_student, pad_towers
+from vlkd_lab.fusion import train_wordpiece
+from vlkd_lab.gates import Gates, budget, close_budget, gate_state, gated, kept_shapes
+from vlkd_lab.inheritance import inherit, plan_gates
+from vlkd_lab.models import (
+    TowerShape,
+    copied_config,
+    count_cost,
+    head_widths,
+    load_model,
+    measure_latency,
+    new_model,
+    save_model,
+    shape_cost,
+    tower_shapes,
+)
+from vlkd_lab.runs import Run
+from vlkd_lab.trainers import TinyCLIP, check_parameters, copy_manually, open_tinyclip, train
+
+RESNET = dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None)
+TIMM = dict(timm_model_name="test_vit3", timm_model_pretrained=False, timm_pool="map", timm_proj="none", image_size=160)
+SIGLIP_TEXT = dict(no_causal_mask=True, proj_bias=True, pool_type="last", norm_kwargs=dict(eps=1e-6), act_kwargs=dict(approximate="tanh"))
+COCA = dict(multimodal_cfg=dict(width=32, heads=4, layers=1, context_length=24, vocab_size=300), custom_text=True)
+
+
+def kind(vision=None, text=None, **whole):
+    "A tiny configuration with some settings of its own"
+    return TINY | dict(vision_cfg=TINY["vision_cfg"] | (vision or {}), text_cfg=TINY["text_cfg"] | (text or {})) | whole
+
+
+CAN_BE_CUT = {
+    "plain": kind(),
+    "quick_gelu": kind(quick_gelu=True),
+    "layer_scale": kind(dict(ls_init_value=0.3), dict(ls_init_value=0.2)),
+    "average": kind(dict(pool_type="avg", final_ln_after_pool=True), dict(no_causal_mask=True, pool_type="last")),
+    "no_first_norm": kind(dict(no_ln_pre=True)),
+    "patch_dropout": kind(dict(patch_dropout=0.5)),
+    "norms": kind(dict(norm_kwargs=dict(eps=1e-3), act_kwargs=dict(approximate="tanh")), dict(norm_kwargs=dict(eps=1e-2))),
+    "sines": kind(dict(pos_embed_type="sin_cos_2d")),
+    "custom_block": kind(dict(block_type="custom")),
+    "not_square": kind(dict(image_size=[32, 64])),
+    "custom_text": kind(text=SIGLIP_TEXT, custom_text=True, init_logit_bias=-10),
+    "scale_of_one_row": kind(nonscalar_logit_scale=True),
+}
+CANNOT_BE_CUT = {
+    "resnet": kind() | dict(vision_cfg=RESNET),
+    "norm_of_queries": kind(dict(qk_norm=True)),
+    "scaled_heads": kind(dict(scale_heads=True, scale_attn=True, scale_fc=True, scale_attn_inner=True)),
+    "attentional_pool": kind(dict(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2)),
+    "class_embedding": kind(text=dict(embed_cls=True), custom_text=True),
+    "no_projection": kind(text=dict(proj_type="none", width=16, heads=2)),
+    "coca": kind(dict(output_tokens=True), dict(embed_cls=True, output_tokens=True), **COCA),
+    "timm": kind() | dict(vision_cfg=TIMM | dict(timm_model_name="test_convnext", timm_pool="avg", timm_proj="linear"), embed_dim=64),
+    "siglip": kind(text=SIGLIP_TEXT, custom_text=True, init_logit_bias=-10) | dict(vision_cfg=TIMM, embed_dim=96),
+}
+
+
+@pytest.fixture(scope="session")
+def words(tiny_teacher):
+    "The tokenizer of the tiny teacher"
+    return load_model(tiny_teacher, "cpu").tokenizer
+
+
+@pytest.fixture(scope="session")
+def folder_of(words, tmp_path_factory):
+    "A function: the folder of an untrained teacher of a configuration, made once"
+    home, made = tmp_path_factory.mktemp("teachers"), {}
+
+    def folder(name, config):
+        if name not in made:
+            text = config["text_cfg"] | dict(vocab_size=300, hf_tokenizer_name="tiny")
+            torch.manual_seed(0)
+            vlm = new_model(config | dict(text_cfg=text), tokenizer=words, seed=4)
+            for weight in vlm.model.parameters():
+                weight.data += 0.02 * torch.randn_like(weight)
+            made[name] = save_model(vlm, home / name)
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    "The file of a small student's configuration; its words and pictures will be the teacher's"
+    file = tmp_path_factory.mktemp("student") / "small.json"
+    file.write_text(json.dumps(kind(dict(layers=1), dict(layers=1))))
+    return file
+
+
+@pytest.fixture
+def job(scenes, tmp_path):
+    "A function: a job of a few steps with a teacher"
+
+    def open_job(teacher, **changes):
+        given = dict(
+            data=f"{scenes}/train-000000.tar", val=f"{scenes}/val-000000.tar", teacher=str(teacher), stages=1, target_sparsity=0.5, steps=3,
+            batch_size=8, warmup=1, validate_every=9, validate_pairs=8, probe_pairs=0, keep_snapshots=0, device="cpu",
+            compare_scratch=False, checkpoint_seconds=1e6, out=str(tmp_path / "run"), shuffle=8,
+        )  # fmt: skip
+        return open_tinyclip(check_parameters(TinyCLIP, given | changes))
+
+    return open_job
+
+
+def followed(open_job, small, **changes):
+    "The job with what its messages advise, and the messages"
+    messages = []
+    while True:
+        try:
+            return open_job(**changes), messages
+        except ValueError as error:
+            messages.append(str(error))
+            assert len(messages) < 4, messages
+            advice = dict(re.findall(r"(?:use|choose|and choose|or choose) (inheritance|losses)='([^']+)'", str(error)))
+            changes |= advice | (dict(student=str(small)) if "student=NAME" in str(error) else {})
+
+
+def features(model, tokenizer, shape, rows=2):
+    "Unit rows of random pictures and two captions"
+    picture = torch.randn(rows, 3, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text = model.encode_text(tokenizer(["a red star", "a small house"]), normalize=True)
+        return model.encode_image(picture, normalize=True), text
+
+
+def apart(ones, others):
+    return max(float((a - b).abs().max()) for a, b in zip(ones, others, strict=True))
+
+
+def opens_elsewhere(folder, out, onnx=False):
+    "Export a student; open_clip alone computes the same"
+    export_student(folder, out, onnx=onnx)
+    vlm, (model, _, _) = load_model(folder, "cpu"), open_clip.create_model_and_transforms(f"local-dir:{out}")
+    assert apart(features(vlm.model, vlm.tokenizer, vlm.image_shape), features(model.eval(), vlm.tokenizer, vlm.image_shape)) < 5e-6
+    return vlm
+
+
+@pytest.mark.parametrize("inheritance", ["auto", "auto_uniform", "manual", "none"])
+@pytest.mark.parametrize("name", CAN_BE_CUT)
+def test_plain_transformers_of_every_sort_are_cut_copied_and_exported(name, inheritance, folder_of, job, tmp_path):
+    opened = job(folder_of(name, CAN_BE_CUT[name]), inheritance=inheritance)
+    train(opened)
+    assert Run(tmp_path / "run").status()["state"] != "failed"
+    vlm = opens_elsewhere(tmp_path / "run" / "stage-1" / "student", tmp_path / "out")
+    teacher = opened.teacher.config["model_cfg"]
+    theirs = {part: set(teacher[part]) for part in ("vision_cfg", "text_cfg")}
+    assert all(theirs[part] <= set(vlm.config["model_cfg"][part]) for part in theirs), "nothing that the teacher computes is lost"
+    assert vlm.config["model_cfg"].get("quick_gelu") == teacher.get("quick_gelu")
+
+
+@pytest.mark.parametrize("name", CANNOT_BE_CUT)
+def test_what_cannot_be_cut_is_refused_before_training_and_the_advice_works(name, folder_of, job, small, tmp_path):
+    teacher = folder_of(name, CANNOT_BE_CUT[name])
+    for inheritance in ("auto", "auto_uniform", "manual", "none"):
+        opened, messages = followed(partial(job, teacher), small, inheritance=inheritance)
+        assert messages and opened.options.inheritance == "none" and not (tmp_path / "run" / "stage-1").exists()
+    train(opened)
+    opens_elsewhere(tmp_path / "run" / "stage-1" / "student", tmp_path / "out")
+
+
+# every kind teaches a small student of another kind
+
+
+def hugging_text(folder):
+    "The configuration of a teacher whose text tower is a tiny BERT of transformers, and its tokenizer"
+    said = ["a small red star left of a large blue house"] * 9
+    words = train_wordpiece(said, folder, 120, 24).tokenizer
+    BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=32
+    ).save_pretrained(folder)
+    text = dict(hf_model_name=str(folder), hf_tokenizer_name=str(folder), hf_proj_type="linear", hf_pooler_type="mean_pooler")
+    return TINY | dict(text_cfg=text | dict(context_length=24)), HFTokenizer(str(folder), context_length=24)
+
+
+def clip_model(folder, words):
+    "A tiny CLIPModel of transformers in several files, with a tokenizer of its own"
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_act="quick_gelu")
+    text = sizes | dict(vocab_size=300, max_position_embeddings=24, eos_token_id=299)
+    config = CLIPConfig(text_config=text, vision_config=sizes | dict(image_size=32, patch_size=16), projection_dim=16)
+    CLIPModel(config).save_pretrained(folder, max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").is_file()
+    words.save_pretrained(str(folder))
+    return folder
+
+
+KINDS = ["plain", "quick_gelu", "layer_scale", "average", "not_square", "custom_text", "hugging_text", "clip_model"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_teaches_a_small_student_from_nothing(name, folder_of, words, job, small, tmp_path):
+    if name == "hugging_text":
+        config, tokenizer = hugging_text(tmp_path / "bert")
+        teacher = save_model(new_model(config, tokenizer=tokenizer), tmp_path / "teacher")
+    else:
+        teacher = clip_model(tmp_path / "clip", words) if name == "clip_model" else folder_of(name, CAN_BE_CUT[name])
+    opened = job(teacher, inheritance="none", student=str(small), losses="affinity_mimicking=1, contrastive=1")
+    train(opened)
+    vlm = opens_elsewhere(tmp_path / "run" / "stage-1" / "student", tmp_path / "out")
+    assert vlm.image_shape == opened.teacher.image_shape and not vlm.config["model_cfg"].get("quick_gelu"), "its own activation"
+    texts = ["a red star", "a small house"]
+    assert torch.equal(vlm.tokenizer(texts), opened.teacher.tokenizer(texts))
+
+
+def test_a_student_looks_for_the_end_of_a_caption_where_its_teachers_tokens_have_it(tmp_path):
+    config, tokenizer = hugging_text(tmp_path)
+    student = new_model(TINY, like=new_model(config, tokenizer=tokenizer)).model.eval()
+    tokens = tokenizer(["a red star", "a small red house"])
+    assert student.vocab_size == len(tokenizer.tokenizer) and (student.text_pool_type, student.text_eos_id) == ("eos", 3)
+    with torch.no_grad():
+        short, padded = (student.encode_text(rows, normalize=True) for rows in (tokens, tokens.where(tokens != 0, 7)))
+    assert torch.allclose(short, padded), "what follows the end does not count"
+
+
+# a copied student computes what its teacher computes
+
+
+def test_a_named_student_that_copies_keeps_the_teachers_activation_and_one_from_nothing_its_own(folder_of, job, small, tmp_path):
+    teacher = folder_of("quick_gelu", CAN_BE_CUT["quick_gelu"])
+    for inheritance, expected in (("manual", True), ("none", False)):
+        opened = job(teacher, inheritance=inheritance, student=str(small), steps=1, out=str(tmp_path / inheritance))
+        train(opened)
+        student = load_model(tmp_path / inheritance / "stage-1" / "student", "cpu")
+        acts = {type(block.mlp.gelu).__name__ for tower in (student.model.visual, student.model) for block in tower.transformer.resblocks}
+        assert acts == {"QuickGELU" if expected else "GELU"}
+        assert student.config["model_cfg"].get("quick_gelu", False) is expected
+
+
+@pytest.mark.parametrize("name", CAN_BE_CUT)
+def test_a_whole_copy_is_the_teacher(name, folder_of):
+    teacher = load_model(folder_of(name, CAN_BE_CUT[name]), "cpu")
+    student = new_model(copied_config(TINY, teacher.config["model_cfg"]), like=teacher, seed=9)
+    student.model.load_state_dict(copy_manually(teacher, student)[0])
+    shape = teacher.image_shape
+    assert apart(features(student.model.eval(), teacher.tokenizer, shape), features(teacher.model, teacher.tokenizer, shape)) < 1e-6
+    assert torch.equal(student.scale, teacher.scale)
+
+
+@pytest.mark.parametrize("name", ["layer_scale", "custom_text", "not_square", "norms"])
+def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of):
+    teacher = load_model(folder_of(name, CAN_BE_CUT[name]), "cpu")
+    state, shapes = teacher.model.state_dict(), tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
+    torch.manual_seed(2)
+    gates = Gates(shapes, budget(shapes), kinds=("hidden", "heads", "neurons", "attention_block"))
+    for log_alpha in gates.log_alpha.parameters():
+        log_alpha.data = 3 * torch.randn_like(log_alpha)
+    values = close_budget(gates, 0.5)
+    student = new_model(teacher.config["model_cfg"], like=teacher, towers=kept_shapes(shapes, values))
+    with torch.no_grad():
+        student.model.load_state_dict(inherit(gate_state(state, values, shapes), plan_gates(state, shapes, values)))
+        with gated(teacher.model, values, shapes):
+            under_gates = features(teacher.model, teacher.tokenizer, teacher.image_shape)
+    cut = features(student.model.eval(), teacher.tokenizer, teacher.image_shape)
+    assert apart(under_gates, cut) < 2e-5
+    cost = shape_cost(teacher.config["model_cfg"], kept_shapes(shapes, values))
+    assert cost == count_cost(student)
+
+
+@pytest.mark.parametrize("name", ["layer_scale", "not_square", "custom_text", "siglip", "coca"])
+def test_both_exports_compute_what_the_model_computes(name, folder_of, tmp_path):
+    folder = folder_of(name, (CAN_BE_CUT | CANNOT_BE_CUT)[name])
+    vlm = opens_elsewhere(folder, tmp_path / "out", onnx=True)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("sigmoid()" in card and "bias" in card) == (getattr(vlm.model, "logit_bias", None) is not None) == ("softmax" not in card)
+    assert "{} × {} pixels".format(*vlm.image_shape) in card and count_cost(vlm).macs > 0
+    assert measure_latency({"one": vlm}, batch_size=2, repeats=1)["one"] > 0
+    assert check_onnx(vlm, tmp_path / "out" / "onnx", batch_sizes=(3,))
+
+
+def test_an_irregular_layer_scale_is_padded_to_the_same_function(folder_of):
+    teacher = load_model(folder_of("layer_scale", CAN_BE_CUT["layer_scale"]), "cpu")
+    cut = {"image": TowerShape(23, 8, (3, 1), (5, 90)), "text": TowerShape(19, 8, (0, 2), (40, 0))}
+    student = new_model(teacher.config["model_cfg"], like=teacher, towers=cut)
+    torch.manual_seed(3)
+    for weight in student.model.parameters():
+        weight.data += 0.2 * torch.randn_like(weight)
+    student.model.eval()
+    padded = pad_towers(student)
+    assert apart(features(student.model, teacher.tokenizer, (32, 32)), features(padded.model, teacher.tokenizer, (32, 32))) < 3e-6
+
+
+# what is wrong is said before training
+
+
+def test_a_student_that_cannot_be_is_refused_before_training(folder_of, job, tmp_path):
+    teacher = folder_of("plain", CAN_BE_CUT["plain"])
+
+    def refused(config, **changes):
+        (tmp_path / "student.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError) as error:
+            job(teacher, student=str(tmp_path / "student.json"), **dict(losses="affinity_mimicking=1") | changes)
+        assert not (tmp_path / "run").exists()
+        return str(error.value)
+
+    wide = kind(dict(width=64))
+    assert "cannot be larger" in refused(wide, inheritance="manual")
+    assert "heads of the image tower have 16 channels in the student and 8" in refused(kind(dict(head_width=16)), inheritance="manual")
+    assert "choose inheritance='none'" in refused(kind() | dict(vision_cfg=RESNET), inheritance="manual")
+    assert "choose another architecture" in refused(kind() | dict(vision_cfg=TIMM), inheritance="none")
+    config, _ = hugging_text(tmp_path / "bert")
+    assert "vocabulary of its own" in refused(config, inheritance="none")
+
+
+def test_a_teacher_without_a_common_space_is_refused(folder_of, job):
+    lost = CANNOT_BE_CUT["siglip"] | dict(embed_dim=64)
+    with pytest.raises(ValueError, match="96 wide and those of captions 64"):
+        job(folder_of("lost", lost), inheritance="none", student="ViT-B-32", losses="affinity_mimicking=1")
