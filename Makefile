@@ -1,16 +1,21 @@
-# make train · make test · make lab · make docs   (each makes the environment first)
+# make train · make test · make lab · make docs   (each makes the environment first) · make test-versions   (makes its own)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test browser lab docs readme export lint screenshots clean
+.PHONY: train test test-versions browser lab docs readme export lint screenshots clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
 
 test: browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
+
+# the tests in throw-away environments: the oldest and the newest torch that settings.ini admits, on two Pythons; hours, and 6 GB at a time
+# VERSIONS="3.12:2.11.0 3.10:newest" chooses some, TESTS="tests/test_losses.py" which tests
+test-versions:
+	$(PYTHON) tests/versions.py --tests "$(or $(TESTS),tests)" $(VERSIONS)
 
 # what the browser tests need: Chromium (Debian's package) and, to try both generations, ipykernel 6 in a folder of its own
 browser: $(READY)

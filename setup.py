@@ -1,14 +1,32 @@
 """Package metadata, read from settings.ini: requirements are written there and nowhere else."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
 readme = here / "README.md"
+
+# What a wheel brings inside the package; scenes and sentences are generated where they are wanted (samples.shipped).
+BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teacher/*", "data_samples/blip/*")
+
+
+class BuildWithSamples(build_py):
+    """The modules, and beside them the teacher, the BLIP and the stored numbers; a working copy has them already."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for path in (path for pattern in BROUGHT for path in sorted(here.glob(pattern))):
+                target = Path(self.build_lib) / settings["lib_name"] / path.relative_to(here)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
 
 setup(
     name=settings["lib_name"],
@@ -26,4 +44,5 @@ setup(
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
     entry_points={"nbdev": ["vlkd_lab = vlkd_lab._modidx:d"]},
+    cmdclass={"build_py": BuildWithSamples},
 )

@@ -1,22 +1,57 @@
 """Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
 
 import os
-import subprocess
-import sys
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
+os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # UMAP of fifty points is done before its functions would be compiled
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from warm_kernel import kernel_spec
 
 from vlkd_lab import trainers
 from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
 from vlkd_lab.models import new_model, save_model, train_tokenizer
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
+
+
+def pytest_configure(config):
+    "A kernel named warm, for all test processes, as long as this one lives"
+    if not hasattr(config, "workerinput"):
+        config.warm_kernel = Path(tempfile.mkdtemp(prefix="warm-kernel-"))
+        kernel_spec(config.warm_kernel, os.getpid())
+        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(config.warm_kernel), os.environ.get("JUPYTER_PATH"))))
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "warm_kernel"):
+        shutil.rmtree(config.warm_kernel, ignore_errors=True)
+
+
+# `make test` gives whole files to test processes, since the tests of a file share what they have trained, but these test by test;
+# the longest go first, so that no process waits for another at the end.
+TEST_BY_TEST = {"test_notebooks", "test_jobs", "test_guides", "test_guards"}
+LONGEST = ["test_lab", "test_notebooks", "test_jobs", "test_site", "test_dlip", "test_trainers", "test_fusion", "test_export"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "Which tests stay together, and in which order they are handed out"
+    for item in items:
+        if item.path.stem not in TEST_BY_TEST:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
 
 TINY = dict(
     embed_dim=16,
@@ -104,13 +139,12 @@ def ends_as_if_undisturbed(killed_in_its_fourth_step, tmp_path):
 
 def in_two_processes(method, given):
     "Train six steps from the command line in two processes, and start the finished run once more; its run folder"
-    out, python = given["out"], [sys.executable, "-m", "vlkd_lab.trainers"]
+    out = given["out"]
     words = [f"{name}={value}" for name, value in (given | dict(processes=2)).items() if name != "out"]
-    done = subprocess.run([*python, out, f"method={method}", *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run("-m", "vlkd_lab.trainers", out, f"method={method}", *words, processes=2)
     lines = lines_of(out)
     assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
-    subprocess.run([*python, out], check=True, capture_output=True)
+    forked.run("-m", "vlkd_lab.trainers", out, processes=2)
     assert lines_of(out) == lines and Run(out).config()["method"] == method
     return Path(out)
 

@@ -22,16 +22,18 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import psutil
-from playwright.sync_api import Locator, sync_playwright
+from playwright.sync_api import Browser, Locator, sync_playwright
 from playwright.sync_api import Page as BrowserPage
 
 CHROMIUM_ARGUMENTS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --enable-precise-memory-info""".split()
+
+PATIENCE = 120  # seconds for whatever is waited for: enough for a machine that is busy; what is there is taken at once
 
 # User settings of JupyterLab: every cell is in the DOM, and neither news nor update dialogs appear.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -138,7 +140,7 @@ class JupyterServer:
         with (self._home / "log").open("wb") as log:
             self._process = subprocess.Popen(command, env=environment, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            self._wait_until_up(60)
+            self._wait_until_up(PATIENCE)
         except BaseException:
             self.__exit__()
             raise
@@ -172,8 +174,13 @@ class JupyterServer:
         headers = {"Authorization": f"token {self.token}"}
         request = urllib.request.Request(self.url + path, method=method, headers=headers)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=10) as answer:
+        with opener.open(request, timeout=PATIENCE) as answer:
             return answer.read()
+
+    def end_kernels(self) -> None:
+        """End every notebook's kernel, so that the next notebook has the machine to itself."""
+        for session in json.loads(self.request("/api/sessions")):
+            self.request(f"/api/sessions/{session['id']}", "DELETE")
 
     def log(self) -> str:
         """What the server and its kernels have written so far."""
@@ -204,23 +211,23 @@ class Page:
         browser_page.on("pageerror", lambda error: self.console_errors.append(str(error)))
         browser_page.on("dialog", lambda dialog: dialog.accept())  # "leave the page?" before a reload
 
-    def open(self, notebook: str, timeout: float = 60) -> None:
+    def open(self, notebook: str, timeout: float = PATIENCE) -> None:
         """Open a notebook (a path below the server's root) in a fresh workspace and wait until it can be used."""
         self.notebook = notebook
         self.browser_page.goto(f"{self.server.url}/lab/tree/{urllib.parse.quote(notebook)}?reset&token={self.server.token}")
         self._wait(IS_READY, notebook, timeout)
 
-    def reload(self, timeout: float = 60) -> None:
+    def reload(self, timeout: float = PATIENCE) -> None:
         """Reload the browser's page; the kernel lives on. What was not saved of the notebook is lost."""
         self.browser_page.reload()
         self._wait(IS_READY, self.notebook, timeout)
 
-    def run_cell(self, index: int, wait: bool = True, timeout: float = 60) -> bool | None:
+    def run_cell(self, index: int, wait: bool = True, timeout: float = PATIENCE) -> bool | None:
         """Run a cell (counted from 0, all cells). With `wait`, tell at its end whether it ran without an error."""
         self.browser_page.evaluate(START_CELL, [self.notebook, index])
         return self.wait_cell(index, timeout) if wait else None
 
-    def wait_cell(self, index: int, timeout: float = 60) -> bool:
+    def wait_cell(self, index: int, timeout: float = PATIENCE) -> bool:
         """Wait until a cell that was started has ended, and tell whether it ran without an error."""
         self._wait(CELL_IS_DONE, [self.notebook, index], timeout)
         return self.browser_page.evaluate(CELL_WAS_GOOD, [self.notebook, index])
@@ -238,7 +245,7 @@ class Page:
         output = self.output(index)
         return output.inner_text().strip() if output.count() else ""
 
-    def kernel_eval(self, code: str, timeout: float = 30) -> str:
+    def kernel_eval(self, code: str, timeout: float = PATIENCE) -> str:
         """Run code in the notebook's kernel, outside any cell, and return what it printed. It waits behind a running cell."""
         return self.browser_page.evaluate(KERNEL_EVAL, [self.notebook, code, timeout * 1000])
 
@@ -260,11 +267,24 @@ class Page:
 
 
 @contextmanager
-def open_page(server: JupyterServer) -> Iterator[Page]:
-    """A new browser with one page for the given server; the browser is closed at the end."""
+def open_browser() -> Iterator[Browser]:
+    """A Chromium of its own, closed at the end."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_ARGUMENTS)
         try:
-            yield Page(browser.new_page(viewport={"width": 1280, "height": 900}), server)
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def open_page(server: JupyterServer, browser: Browser | None = None) -> Iterator[Page]:
+    """A page for the given server, in a window of a browser, by default of a new one; at the end it is closed and its kernels are ended."""
+    with nullcontext(browser) if browser else open_browser() as running:
+        context = running.new_context(viewport={"width": 1280, "height": 900})
+        context.set_default_timeout(PATIENCE * 1000)
+        try:
+            yield Page(context.new_page(), server)
+        finally:
+            context.close()
+            server.end_kernels()

@@ -101,7 +101,7 @@ def test_all_ways_of_naming_shards(shards):
 
 
 def test_paths_start_at_the_root(tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     (tmp_path / "nbs").mkdir()
     tar(tmp_path / "a.tar", members([0]))
     monkeypatch.chdir(tmp_path / "nbs")

@@ -106,7 +106,7 @@ FORMS = [*TARS, "folder", "CSV", "TSV"]
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     (tmp_path / "set").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path

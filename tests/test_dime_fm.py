@@ -223,7 +223,7 @@ def test_a_student_starts_where_it_is_told(tiny, tmp_path):
 
 
 def test_a_folder_of_pictures_and_prompts_are_enough(tiny, tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     monkeypatch.chdir(tmp_path)
     job = job_of(tiny)
     (tmp_path / "seen").mkdir()

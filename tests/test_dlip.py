@@ -2,10 +2,9 @@
 
 import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 from conftest import TINY_BLIP, in_two_processes
@@ -383,11 +382,7 @@ def test_the_gradient_of_two_processes_is_that_of_one(tiny, tmp_path):
     found = []
     for world in (1, 2):
         given = json.dumps(tiny | dict(losses=losses, batch_size=8, out=str(tmp_path / f"of-{world}")))
-        command = (
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else [sys.executable]
-        )
-        done = subprocess.run([*command, str(tmp_path / "half.py"), given, str(tmp_path / f"{world}.pt")], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+        forked.run(str(tmp_path / "half.py"), given, str(tmp_path / f"{world}.pt"), processes=world)
         found.append(torch.load(tmp_path / f"{world}.pt", weights_only=True))
     one, two = found
     assert torch.allclose(one["queue"], two["queue"], atol=1e-6), "all processes' pairs enter the queue, in rank order"

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import papermill
 import pytest
+from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
@@ -26,8 +28,9 @@ def outputs(notebook):
     )
 
 
-def execute(name, to, **parameters):
-    return papermill.execute_notebook(ROOT / "nbs" / f"{name}.ipynb", to, parameters, cwd=str(to.parent), progress_bar=False)
+def execute(name, to, kernel="warm", **parameters):
+    notebook = ROOT / "nbs" / f"{name}.ipynb"
+    return papermill.execute_notebook(notebook, to, parameters, kernel_name=kernel, cwd=str(to.parent), progress_bar=False)
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def given(scenes, tiny_teacher, tmp_path, monkeypatch):
 
 
 def test_the_tinyclip_job_tells_its_story(given, tmp_path):
-    notebook = execute("train_tinyclip", tmp_path / "out.ipynb", **given)
+    notebook = execute("train_tinyclip", tmp_path / "out.ipynb", kernel="python3", **given)
     shown = outputs(notebook)
     for wanted in (
         "teacher",
@@ -166,6 +169,14 @@ def test_the_blip_job_leaves_a_model_that_teaches(given, tmp_path):
     assert made.tasks == tuple(TASKS)
     with pytest.raises(PapermillExecutionError, match="cooking"):
         execute("train_blip", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "wrong"), tasks="cooking"))
+
+
+def test_a_warm_kernel_would_show_a_progress_bar_that_leaves_a_widget(tmp_path):
+    "So that its outputs can be searched for widgets as those of any kernel"
+    cell = nbformat.v4.new_code_cell("from tqdm.auto import tqdm\nlist(tqdm(range(3)))")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
+    NotebookClient(notebook, kernel_name="warm", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "widget-view" in outputs(notebook)
 
 
 def test_papermill_lists_the_parameters():

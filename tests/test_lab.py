@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +24,13 @@ KERNELS = {"ipykernel6": ROOT / ".cache" / "ipykernel6"}  # `make test` puts ipy
 jupyter_page = pytest.importorskip("jupyter_page", reason="no Playwright: pip install playwright; the browser tests did not run")
 pytestmark = [
     pytest.mark.skipif(jupyter_page.find_chromium() is None, reason="no Chromium: apt-get install chromium; the browser tests did not run"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
 ]
 
 
-def until(condition, seconds=30.0, every=0.05):
+def until(condition, seconds=None, every=0.05):
     "Wait for a condition to become true; the value it had"
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + (seconds or jupyter_page.PATIENCE)
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(every)
@@ -49,17 +50,34 @@ def with_captions(source, target, caption):
             out.addfile(member, io.BytesIO(content))
 
 
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab and a Chromium for all tests, and the folder in which each has a project"
+    root, kernels = tmp_path_factory.mktemp("lab"), {name: folder for name, folder in KERNELS.items() if folder.exists()}
+    with jupyter_page.JupyterServer(root, {"OMP_NUM_THREADS": "1"}, kernels) as server, jupyter_page.open_browser() as browser:
+        yield server, browser, root
+
+
 @pytest.fixture
-def project(scenes, tiny_teacher, tmp_path):
+def page(lab):
+    "A fresh window; its kernels end with the test"
+    server, browser, _ = lab
+    with jupyter_page.open_page(server, browser) as page:
+        yield page
+
+
+@pytest.fixture
+def project(lab, scenes, tiny_teacher, request):
     "A project folder with tiny data, whose validation captions are hostile; parameters of a job that takes a minute"
-    shutil.copy(ROOT / "settings.ini", tmp_path)
-    (tmp_path / "nbs").mkdir()
+    folder = lab[2] / re.sub(r"\W", "_", request.node.name)
+    (folder / "nbs").mkdir(parents=True)
+    shutil.copy(ROOT / "settings.ini", folder)
     for name in ("data_samples", "tests"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "val").mkdir()
-    with_captions(next(scenes.glob("val-*.tar")), tmp_path / "val" / "val-000000.tar", HOSTILE)
-    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=str(tmp_path / "val/val-000000.tar"), teacher=str(tiny_teacher))
-    return tmp_path, given | dict(stages=2, steps=1500, batch_size=16, device="cpu", out=str(tmp_path / "run"), compare_scratch=False)
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "val").mkdir()
+    with_captions(next(scenes.glob("val-*.tar")), folder / "val" / "val-000000.tar", HOSTILE)
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=str(folder / "val/val-000000.tar"), teacher=str(tiny_teacher))
+    return folder, given | dict(stages=2, steps=1500, batch_size=16, device="cpu", out=str(folder / "run"), compare_scratch=False)
 
 
 def notebook(name, project, kernel="python3", **parameters):
@@ -106,44 +124,43 @@ def controls(run):
 
 
 @pytest.mark.parametrize("kernel", ["python3", "ipykernel6"])
-def test_a_bench_comes_alive_and_its_controls_act(project, kernel):
+def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     if kernel in KERNELS and not KERNELS[kernel].exists():
         pytest.skip(f"no {kernel} in {KERNELS[kernel]}: make test installs it")
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, kernel, **given)
-    run, environment = Run(given["out"]), {"OMP_NUM_THREADS": "1"}
-    with jupyter_page.JupyterServer(folder, environment, KERNELS) as server, jupyter_page.open_page(server) as page:
-        page.open("nbs/train_tinyclip.ipynb")
-        bench = run_until(page, cells, "bench")
-        assert head(page, "state") == "new" and not (run.folder / "snapshots" / "newest.safetensors").exists()
-        assert page.run_cell(cells["training"]) and "working" in page.output_text(cells["training"])
-        until(lambda: frames(page)[:1] and frames(page)[0] > 1)
-        first, before = frames(page)[0], page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()")
-        until(lambda: frames(page)[0] > first + 2)
-        assert page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()") != before, "the picture changed"
-        assert len(frames(page)) == 9, "three affinities, and six canvases of gates"
-        assert page.browser_page.locator(".js-plotly-plot .scatterlayer .trace").count() >= 2
-        fits_and_shows_captions_as_text(page)
-        trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
-        assert page.run_cell(trying) and page.output(trying).locator("img").count() >= 4, "the kernel is free"
-        done = cells["bench.still()"]
-        assert page.run_cell(done) is False and "still training" in page.output_text(done)
-        sliders_reach_the_trainer(page, run)
-        pause_resume(page, run)
-        page.reload()
-        assert page.run_cell(bench)
-        until(lambda: frames(page)[:1] and frames(page)[0] > 1)
-        first = frames(page)[0]
-        until(lambda: frames(page)[0] > first)
-        press(page, "stop")
-        until(lambda: run.status()["state"] == "stopped", 20)
-        until(lambda: head(page, "state") == "stopped")
-        assert page.run_cell(done) and page.output(done).locator("img").count() == 1, "evaluation is possible, the still is a picture"
-        assert page.browser_page.evaluate("window.hacked") is None
-        assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
-        page.save()
-        kept = nbformat.read(folder / "nbs" / "train_tinyclip.ipynb", 4).cells[bench].outputs[-1].data
-        assert "image/png" in kept and "application/vnd.jupyter.widget-view+json" in kept, "a saved notebook has the picture"
+    run = Run(given["out"])
+    page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
+    bench = run_until(page, cells, "bench")
+    assert head(page, "state") == "new" and not (run.folder / "snapshots" / "newest.safetensors").exists()
+    assert page.run_cell(cells["training"]) and "working" in page.output_text(cells["training"])
+    until(lambda: frames(page)[:1] and frames(page)[0] > 1)
+    first, before = frames(page)[0], page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()")
+    until(lambda: frames(page)[0] > first + 2)
+    assert page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()") != before, "the picture changed"
+    assert len(frames(page)) == 9, "three affinities, and six canvases of gates"
+    assert page.browser_page.locator(".js-plotly-plot .scatterlayer .trace").count() >= 2
+    fits_and_shows_captions_as_text(page)
+    trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
+    assert page.run_cell(trying) and page.output(trying).locator("img").count() >= 4, "the kernel is free"
+    done = cells["bench.still()"]
+    assert page.run_cell(done) is False and "still training" in page.output_text(done)
+    sliders_reach_the_trainer(page, run)
+    pause_resume(page, run)
+    page.reload()
+    assert page.run_cell(bench)
+    until(lambda: frames(page)[:1] and frames(page)[0] > 1)
+    first = frames(page)[0]
+    until(lambda: frames(page)[0] > first)
+    press(page, "stop")
+    until(lambda: run.status()["state"] == "stopped")
+    until(lambda: head(page, "state") == "stopped")
+    assert page.run_cell(done) and page.output(done).locator("img").count() == 1, "evaluation is possible, the still is a picture"
+    assert page.browser_page.evaluate("window.hacked") is None
+    assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+    page.save()
+    kept = nbformat.read(folder / "nbs" / "train_tinyclip.ipynb", 4).cells[bench].outputs[-1].data
+    assert "image/png" in kept and "application/vnd.jupyter.widget-view+json" in kept, "a saved notebook has the picture"
 
 
 def fits_and_shows_captions_as_text(page):
@@ -160,15 +177,17 @@ def fits_and_shows_captions_as_text(page):
 
 
 def sliders_reach_the_trainer(page, run):
-    "A key on a slider is an event in the metrics; the quickest of three takes less than a second"
+    "A key on a slider is an event in the metrics; some take less than a second, also where the machine is busy"
     slider, waited = page.browser_page.locator('input[type=range][data-name="target_sparsity"]'), []
-    for wanted in (0.74, 0.73, 0.72):
+    for wanted in (0.74, 0.73, 0.72, 0.71, 0.70, 0.69, 0.68, 0.67):
         slider.focus()
         start = time.monotonic()
         page.browser_page.keyboard.press("ArrowLeft")
         until(lambda wanted=wanted: any(abs(e.get("target_sparsity", 9) - wanted) < 1e-6 for e in controls(run)), every=0.01)
         waited.append(time.monotonic() - start)
-    assert min(waited) < 1.0, waited
+        if waited[-1] < 1.0:
+            break
+    assert waited[-1] < 1.0, waited
     exact = page.browser_page.locator('input[type=number][data-name="weights.contrastive"]')
     exact.fill("0.5")
     exact.press("Enter")
@@ -189,7 +208,7 @@ def pause_resume(page, run):
     until(lambda: steps(run) > count)
 
 
-def test_a_second_notebook_watches_a_papermill_job(project):
+def test_a_second_notebook_watches_a_papermill_job(page, project):
     folder, given = project
     command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb")]
     command += [part for name, value in given.items() for part in ("-p", name, str(value))]
@@ -197,44 +216,42 @@ def test_a_second_notebook_watches_a_papermill_job(project):
     run = Run(given["out"])
     cells, _ = notebook("watch_run", folder, run_folder=given["out"])
     try:
-        with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-            page.open("nbs/watch_run.ipynb")
-            until(lambda: run.status()["state"] == "running" and steps(run) > 1, 90)
-            run_until(page, cells, "overlay(folders)")
-            until(lambda: frames(page)[:1] and frames(page)[0] > 1)
-            first = frames(page)[0]
-            until(lambda: frames(page)[0] > first)
-            pause_resume(page, run)
-            press(page, "stop")
-            until(lambda: run.status()["state"] == "stopped")
-            until(lambda: head(page, "state") == "stopped")
-            assert page.output(cells["overlay(folders)"]).locator(".js-plotly-plot").count() == 1
-            page.browser_page.goto("about:blank")
-            time.sleep(0.5)
-            assert job.wait(60) != 0, "a job that was stopped is no success"
+        page.open(f"{folder.name}/nbs/watch_run.ipynb")
+        until(lambda: run.status()["state"] == "running" and steps(run) > 1)
+        run_until(page, cells, "overlay(folders)")
+        until(lambda: frames(page)[:1] and frames(page)[0] > 1)
+        first = frames(page)[0]
+        until(lambda: frames(page)[0] > first)
+        pause_resume(page, run)
+        press(page, "stop")
+        until(lambda: run.status()["state"] == "stopped")
+        until(lambda: head(page, "state") == "stopped")
+        assert page.output(cells["overlay(folders)"]).locator(".js-plotly-plot").count() == 1
+        page.browser_page.goto("about:blank")
+        time.sleep(0.5)
+        assert job.wait(jupyter_page.PATIENCE) != 0, "a job that was stopped is no success"
     finally:
         job.kill()
 
 
-def test_an_error_in_training_shows_in_the_bench(project):
+def test_an_error_in_training_shows_in_the_bench(page, project):
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, **given | dict(learning_rate=1e30, inheritance="none", stages=1, steps=60))
-    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-        page.open("nbs/train_tinyclip.ipynb")
-        run_until(page, cells, "training")
-        alert = page.browser_page.locator('.vlkd-messages [role="alert"]')
-        alert.wait_for(timeout=30_000)
-        assert "Diverged" in alert.inner_text() and Run(given["out"]).status()["traceback"].startswith("Traceback")
-        traceback = page.browser_page.locator(".vlkd-messages pre")
-        page.browser_page.locator(".vlkd-messages summary").evaluate("summary => summary.click()")  # whole, also while the page draws anew
-        until(lambda: "Traceback" in traceback.inner_text())
-        assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
-        before = traceback.element_handle()
-        page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew; what was unfolded stays so
-        until(lambda: not before.evaluate("pre => pre.isConnected") and traceback.is_visible())
+    page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
+    run_until(page, cells, "training")
+    alert = page.browser_page.locator('.vlkd-messages [role="alert"]')
+    alert.wait_for()
+    assert "Diverged" in alert.inner_text() and Run(given["out"]).status()["traceback"].startswith("Traceback")
+    traceback = page.browser_page.locator(".vlkd-messages pre")
+    page.browser_page.locator(".vlkd-messages summary").evaluate("summary => summary.click()")  # whole, also while the page draws anew
+    until(lambda: "Traceback" in traceback.inner_text())
+    assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
+    before = traceback.element_handle()
+    page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew; what was unfolded stays so
+    until(lambda: not before.evaluate("pre => pre.isConnected") and traceback.is_visible())
 
 
-def test_explorers_answer_clicks_and_sliders(project):
+def test_explorers_answer_clicks_and_sliders(page, project):
     folder, given = project
     job = open_tinyclip(TinyCLIP(**given | dict(steps=20, validate_every=20, gate_share=0.6)))
     train(job)
@@ -244,132 +261,127 @@ def test_explorers_answer_clicks_and_sliders(project):
         "explore_clusters": (dict(val=given["val"], teacher=given["teacher"], clusters=3), "show(ClusterMap(state))"),
     }
     found = {name: notebook(name, folder, **parameters)[0] for name, (parameters, _) in opened.items()}
-    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-        look = page.browser_page
-        for name, (_, last) in opened.items():
-            page.open(f"nbs/{name}.ipynb")
-            cell = page.output(run_until(page, found[name], last))
-            if name == "explore_affinity":
-                cell.locator("canvas").first.click(position={"x": 100, "y": 100})
-                cell.locator("table").wait_for()
-                assert "<script>window.hacked=1</script>" in cell.inner_text() and cell.locator("img").count() == 1
-                cell.locator('button[data-name="order"]').nth(2).click()
-                until(lambda cell=cell: "Click a cell" in cell.inner_text())
-            if name == "explore_gates":
-                before = cell.inner_text()
-                cell.locator('input[type=range][data-name="snapshot"]').focus()
-                look.keyboard.press("Home")
-                until(lambda cell=cell, before=before: "stage-1, step 0" in cell.inner_text() != before)
-                cell.locator('input[type=range][data-name="target"]').focus()
-                look.keyboard.press("Home")
-                until(lambda cell=cell: "target 0.00" in cell.inner_text())
-            if name == "explore_clusters":
-                until(lambda cell=cell: "UMAP 1 (seed 0)" in cell.inner_text(), 120)
-                cell.locator(".scatterlayer .point").nth(5).scroll_into_view_if_needed()
-                point = cell.locator(".scatterlayer .point").nth(5).bounding_box()
-                look.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
-                cell.locator("img").wait_for()
-                assert "<script>window.hacked=1</script>" in cell.inner_text()
-        assert look.evaluate("window.hacked") is None
+    look = page.browser_page
+    for name, (_, last) in opened.items():
+        page.open(f"{folder.name}/nbs/{name}.ipynb")
+        cell = page.output(run_until(page, found[name], last))
+        if name == "explore_affinity":
+            cell.locator("canvas").first.click(position={"x": 100, "y": 100})
+            cell.locator("table").wait_for()
+            assert "<script>window.hacked=1</script>" in cell.inner_text() and cell.locator("img").count() == 1
+            cell.locator('button[data-name="order"]').nth(2).click()
+            until(lambda cell=cell: "Click a cell" in cell.inner_text())
+        if name == "explore_gates":
+            before = cell.inner_text()
+            cell.locator('input[type=range][data-name="snapshot"]').focus()
+            look.keyboard.press("Home")
+            until(lambda cell=cell, before=before: "stage-1, step 0" in cell.inner_text() != before)
+            cell.locator('input[type=range][data-name="target"]').focus()
+            look.keyboard.press("Home")
+            until(lambda cell=cell: "target 0.00" in cell.inner_text())
+        if name == "explore_clusters":
+            until(lambda cell=cell: "UMAP 1 (seed 0)" in cell.inner_text())
+            cell.locator(".scatterlayer .point").nth(5).scroll_into_view_if_needed()
+            point = cell.locator(".scatterlayer .point").nth(5).bounding_box()
+            look.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+            cell.locator("img").wait_for()
+            assert "<script>window.hacked=1</script>" in cell.inner_text()
+    assert look.evaluate("window.hacked") is None
 
 
-def test_run_all_stops_politely_where_the_end_is_needed(project):
+def test_run_all_stops_politely_where_the_end_is_needed(page, project):
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, **given)
     run, done = Run(given["out"]), cells["bench.still()"]
-    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-        page.open("nbs/train_tinyclip.ipynb")
-        page.browser_page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
-        until(lambda: "still training" in page.output_text(done), 90)
-        trying = page.output(cells["retrieve(current_student(job.run), job.val, queries=4)"])
-        assert trying.locator("img").count() >= 4, "the student was there to be tried"
-        assert not any(page.output_text(number) for line, number in cells.items() if number > done)
-        press(page, "stop")
-        until(lambda: run.status()["state"] == "stopped")
+    page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
+    page.browser_page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
+    until(lambda: "still training" in page.output_text(done))
+    trying = page.output(cells["retrieve(current_student(job.run), job.val, queries=4)"])
+    assert trying.locator("img").count() >= 4, "the student was there to be tried"
+    assert not any(page.output_text(number) for line, number in cells.items() if number > done)
+    press(page, "stop")
+    until(lambda: run.status()["state"] == "stopped")
 
 
-def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(project):
+def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(page, project):
     folder, given = project
     kept = {name: given[name] for name in ("data", "val", "teacher", "batch_size", "out")}
     wanted = dict(clusters=6, removed_share=0.3, steps=1500, compare_scratch=False, device="cpu", map_images=24)
     cells, _ = notebook("train_clip_cid", folder, **kept | wanted)
     looking, _ = notebook("explore_balance", folder, data=given["data"], teacher=given["teacher"])
     run = Run(given["out"])
-    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-        page.open("nbs/train_clip_cid.ipynb")
-        bench = run_until(page, cells, "training") and page.output(cells["bench"])
-        map_of = bench.locator(".js-plotly-plot").nth(1)
-        bench.locator(".js-plotly-plot").nth(1).wait_for(timeout=60_000)
-        said = until(lambda: next((line for line in map_of.inner_text().split("\n") if "have the teacher's centre; purity" in line), ""))
-        until(lambda: "purity" in map_of.inner_text() and said not in map_of.inner_text(), 60)  # a later step
-        assert map_of.locator(".scatterlayer .point").count() >= 24
-        slider = bench.locator('input[type=number][data-name="weights.cluster_distribution"]')
-        slider.fill("0.5")
-        slider.press("Enter")
-        until(lambda: any(e.get("weights") == {"cluster_distribution": 0.5} for e in controls(run)))
-        press(page, "stop")
-        until(lambda: run.status()["state"] == "stopped", 20)
-        page.open("nbs/explore_balance.ipynb")
-        output = page.output(run_until(page, looking, "explorer"))
-        until(lambda: head(page, "removed") == "43.3%" and output.locator("img").count() > 4)
-        output.locator('input[type=range][data-name="threshold"]').focus()
-        page.browser_page.keyboard.press("Home")
-        until(lambda: head(page, "threshold") == "0.010" and head(page, "removed") != "43.3%")
-        assert page.browser_page.evaluate("window.hacked") is None
+    page.open(f"{folder.name}/nbs/train_clip_cid.ipynb")
+    bench = run_until(page, cells, "training") and page.output(cells["bench"])
+    map_of = bench.locator(".js-plotly-plot").nth(1)
+    bench.locator(".js-plotly-plot").nth(1).wait_for()
+    said = until(lambda: next((line for line in map_of.inner_text().split("\n") if "have the teacher's centre; purity" in line), ""))
+    until(lambda: "purity" in map_of.inner_text() and said not in map_of.inner_text())  # a later step
+    assert map_of.locator(".scatterlayer .point").count() >= 24
+    slider = bench.locator('input[type=number][data-name="weights.cluster_distribution"]')
+    slider.fill("0.5")
+    slider.press("Enter")
+    until(lambda: any(e.get("weights") == {"cluster_distribution": 0.5} for e in controls(run)))
+    press(page, "stop")
+    until(lambda: run.status()["state"] == "stopped")
+    page.open(f"{folder.name}/nbs/explore_balance.ipynb")
+    output = page.output(run_until(page, looking, "explorer"))
+    until(lambda: head(page, "removed") == "43.3%" and output.locator("img").count() > 4)
+    output.locator('input[type=range][data-name="threshold"]').focus()
+    page.browser_page.keyboard.press("Home")
+    until(lambda: head(page, "threshold") == "0.010" and head(page, "removed") != "43.3%")
+    assert page.browser_page.evaluate("window.hacked") is None
 
 
-def test_a_click_shows_an_images_nearest_sentences_before_and_now(project):
+def test_a_click_shows_an_images_nearest_sentences_before_and_now(page, project):
     folder, given = project
     kept = {name: given[name] for name in ("data", "val", "teacher", "batch_size", "out")}
     (folder / "said.txt").write_text("".join(f"{k} {HOSTILE}\n" for k in range(60)), encoding="utf-8")
     wanted = dict(sentences=str(folder / "said.txt"), sentence_batch=20, steps=1500, compare_scratch=False, device="cpu", probe_pairs=12)
     cells, _ = notebook("train_dime_fm", folder, **kept | wanted)
     run = Run(given["out"])
-    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-        page.open("nbs/train_dime_fm.ipynb")
-        bench = run_until(page, cells, "training") and page.output(cells["bench"])
-        table = bench.locator("table:has(th:text('student, step 0'))")
-        table.wait_for(timeout=60_000)
-        own = table.locator("tr").nth(1).inner_text()
-        canvas = bench.locator(".vlkd-matrix canvas").nth(1)
-        until(lambda: frames(page)[1] > 2, 60)
-        canvas.click(position={"x": 60, "y": 110})
-        until(lambda: table.locator("tr").nth(1).inner_text() != own)
-        said = table.inner_text()
-        assert "<script>window.hacked=1</script>" in said and table.locator("img").count() == 1 and table.locator("b").count() >= 4
-        later = until(lambda: next((text for text in [table.locator("th").last.inner_text()] if "step 0" not in text), ""), 60)
-        until(lambda: table.locator("th").last.inner_text() != later, 60)  # it goes on with the training
-        assert not any("contrastive" in text for text in bench.locator("label").all_inner_texts()), "no slider for a term that needs pairs"
-        press(page, "stop")
-        until(lambda: run.status()["state"] == "stopped", 20)
-        assert page.browser_page.evaluate("window.hacked") is None
+    page.open(f"{folder.name}/nbs/train_dime_fm.ipynb")
+    bench = run_until(page, cells, "training") and page.output(cells["bench"])
+    table = bench.locator("table:has(th:text('student, step 0'))")
+    table.wait_for()
+    own = table.locator("tr").nth(1).inner_text()
+    canvas = bench.locator(".vlkd-matrix canvas").nth(1)
+    until(lambda: frames(page)[1] > 2)
+    canvas.click(position={"x": 60, "y": 110})
+    until(lambda: table.locator("tr").nth(1).inner_text() != own)
+    said = table.inner_text()
+    assert "<script>window.hacked=1</script>" in said and table.locator("img").count() == 1 and table.locator("b").count() >= 4
+    later = until(lambda: next((text for text in [table.locator("th").last.inner_text()] if "step 0" not in text), ""))
+    until(lambda: table.locator("th").last.inner_text() != later)  # it goes on with the training
+    assert not any("contrastive" in text for text in bench.locator("label").all_inner_texts()), "no slider for a term that needs pairs"
+    press(page, "stop")
+    until(lambda: run.status()["state"] == "stopped")
+    assert page.browser_page.evaluate("window.hacked") is None
 
 
-def test_a_chosen_word_shows_where_teacher_and_student_look(project, tiny_blip):
+def test_a_chosen_word_shows_where_teacher_and_student_look(page, project, tiny_blip):
     folder, given = project
     kept = {name: given[name] for name in ("data", "val", "out")} | dict(teacher=str(tiny_blip), batch_size=8, steps=3000)
     kept |= dict(student="image:1x16, text:1x16", validate_pairs=12, compare_scratch=False, device="cpu")
     cells, _ = notebook("train_dlip", folder, **kept)
     run = Run(given["out"])
-    with jupyter_page.JupyterServer(folder, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
-        page.open("nbs/train_dlip.ipynb")
-        bench = run_until(page, cells, "training") and page.output(cells["bench"])
-        cross = bench.locator(".vlkd-cross")
-        cross.locator("canvas").first.wait_for(timeout=60_000)
-        titles = cross.locator("figcaption").all_inner_texts()
-        assert len(titles) == 4 and "teacher" in titles[0] and "student" in titles[1], "reading and writing, both models"
-        until(lambda: int(cross.get_attribute("data-frame")) > 2, 60)
-        said = cross.locator(".vlkd-overlap").inner_text()
-        cross.locator('button[data-name="word-3"]').click()
-        word = cross.locator('button[data-name="word-3"]').inner_text()
-        until(lambda: cross.locator(".vlkd-overlap").inner_text().startswith(f"“{word}”"))
-        until(lambda: cross.locator('button[data-name="word-3"]').get_attribute("aria-pressed") == "true")
-        assert "overlap" in said and "overlap" in cross.locator(".vlkd-overlap").inner_text()
-        cross.locator('button[data-name="image-2"]').click()
-        until(lambda: cross.locator('button[data-name="image-2"]').get_attribute("aria-pressed") == "true")
-        frame = int(cross.get_attribute("data-frame"))
-        until(lambda: int(cross.get_attribute("data-frame")) > frame + 2, 60)  # it goes on with the training
-        assert bench.locator('input[aria-label="decoder cross attention"]').count() == 1, "a slider for every term of a BLIP"
-        press(page, "stop")
-        until(lambda: run.status()["state"] == "stopped", 20)
-        assert page.browser_page.evaluate("window.hacked") is None
+    page.open(f"{folder.name}/nbs/train_dlip.ipynb")
+    bench = run_until(page, cells, "training") and page.output(cells["bench"])
+    cross = bench.locator(".vlkd-cross")
+    cross.locator("canvas").first.wait_for()
+    titles = cross.locator("figcaption").all_inner_texts()
+    assert len(titles) == 4 and "teacher" in titles[0] and "student" in titles[1], "reading and writing, both models"
+    until(lambda: int(cross.get_attribute("data-frame")) > 2)
+    said = cross.locator(".vlkd-overlap").inner_text()
+    cross.locator('button[data-name="word-3"]').click()
+    word = cross.locator('button[data-name="word-3"]').inner_text()
+    until(lambda: cross.locator(".vlkd-overlap").inner_text().startswith(f"“{word}”"))
+    until(lambda: cross.locator('button[data-name="word-3"]').get_attribute("aria-pressed") == "true")
+    assert "overlap" in said and "overlap" in cross.locator(".vlkd-overlap").inner_text()
+    cross.locator('button[data-name="image-2"]').click()
+    until(lambda: cross.locator('button[data-name="image-2"]').get_attribute("aria-pressed") == "true")
+    frame = int(cross.get_attribute("data-frame"))
+    until(lambda: int(cross.get_attribute("data-frame")) > frame + 2)  # it goes on with the training
+    assert bench.locator('input[aria-label="decoder cross attention"]').count() == 1, "a slider for every term of a BLIP"
+    press(page, "stop")
+    until(lambda: run.status()["state"] == "stopped")
+    assert page.browser_page.evaluate("window.hacked") is None

@@ -3,10 +3,10 @@
 import gc
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from accelerate import Accelerator
@@ -95,11 +95,9 @@ for method, given in json.loads(sys.argv[1]):
 
 
 def in_processes(count, jobs, folder):
-    "Train jobs one after the other in one process, or in several under torchrun"
+    "Train jobs one after the other in one process, or in several"
     (folder / "jobs.py").write_text(TWO)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-    done = subprocess.run([sys.executable, *torchrun, str(folder / "jobs.py"), json.dumps(jobs)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run(str(folder / "jobs.py"), json.dumps(jobs), processes=count)
 
 
 def whole_batches(folder, parameters, method, out, **changes):

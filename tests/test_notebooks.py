@@ -1,4 +1,4 @@
-"""Every notebook that exports a module is executed from the top, in its own process: a lesson that fails fails here."""
+"""Every notebook that exports a module is executed from the top, in a kernel of its own: a lesson that fails fails here."""
 
 import shutil
 from pathlib import Path
@@ -23,4 +23,4 @@ def test_the_lessons_hold(path, tmp_path, monkeypatch):
     for name in ("data_samples", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "nbs").mkdir()
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path / "nbs")}}).execute()
+    NotebookClient(notebook, timeout=900, kernel_name="warm", resources={"metadata": {"path": str(tmp_path / "nbs")}}).execute()

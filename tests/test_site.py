@@ -28,7 +28,7 @@ from vlkd_lab.reference import anchor_of
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "vlkd_lab").glob("*.py") if not p.name.startswith("_"))
-expect.set_options(timeout=60_000)  # milliseconds; test processes share the cores
+expect.set_options(timeout=120_000)  # milliseconds; test processes share the cores
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -53,7 +53,7 @@ def site(tmp_path_factory):
         if not (project / "said").exists():
             shutil.rmtree(project, ignore_errors=True)
             command = [sys.executable, "tests/build_site.py", "_docs"]
-            done = subprocess.run(command, cwd=copy_of_the_project(project), capture_output=True, text=True, timeout=500)
+            done = subprocess.run(command, cwd=copy_of_the_project(project), capture_output=True, text=True, timeout=900)
             (project / "said").write_text(json.dumps([done.returncode, done.stdout + done.stderr[-5000:]]))
         code, said = json.loads((project / "said").read_text())
     assert code == 0, said
@@ -95,7 +95,7 @@ def test_nbdev_docs_hands_the_same_pages_to_quarto(tmp_path):
     (programs / "quarto").chmod(0o755)
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     command = [sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs(n_workers=0)"]
-    done = subprocess.run(command, cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     given = (project / "_docs" / "given").read_text().split()
     assert {path.name for path in NOTEBOOKS} | {"_quarto.yml", "images/bench.png"} <= set(given)
@@ -291,7 +291,7 @@ def open_site(browser, served):
     def open_page(name, width=1400, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page = context.new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(120_000)
         page.on("request", lambda request: wrong.append(request.url) if not request.url.startswith((served, "data:", "blob:")) else None)
         page.on("response", lambda answer: wrong.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
         page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)

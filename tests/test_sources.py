@@ -20,7 +20,7 @@ def keep_numbers(texts):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -185,7 +185,7 @@ def test_a_folder_of_another_teacher_is_refused_by_both_names(teacher, other, sh
 
 
 def test_shards_in_a_read_only_folder_have_their_features_in_the_cache(teacher, shards, tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(S.os, "access", lambda path, mode: path != shards)
     store = store_of(teacher, shards)
@@ -259,7 +259,7 @@ def test_features_that_are_not_finite_name_their_sample(teacher, shards):
 
 def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards):
     command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | dict(RANK="1", WORLD_SIZE="2"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | dict(RANK="1", WORLD_SIZE="2"))
     assert done.returncode == 0 and "1 files written" in done.stdout, done.stderr
     store = store_of(teacher, shards)
     assert store.missing(["image"]) == [("a", "image"), ("c", "image")]
@@ -338,7 +338,7 @@ def test_each_side_is_read_for_itself_and_pairs_are_known(teacher, tmp_path):
 
 
 def test_text_files_and_folders_of_pictures_have_features(teacher, tmp_path, monkeypatch):
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "said.txt").write_bytes(b"one red star\n\ncaf\xe9\n" + b"two blue houses\n" * 30)
     (tmp_path / "seen").mkdir()

@@ -16,7 +16,7 @@ from vlkd_lab import sources as S
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     "A project with twelve pictures"
-    (tmp_path / "settings.ini").touch()
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
     (tmp_path / "set" / "pictures").mkdir(parents=True)
     for k in range(12):
         Image.new("RGB", (8, 8), (k, k, k)).save(tmp_path / "set" / "pictures" / f"p.{k}.png")

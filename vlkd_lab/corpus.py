@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Pairs, clean_caption, escaped, project_root, thumbnail
+from .data import Pairs, clean_caption, escaped, project_root, shipped, thumbnail
 from .models import VLM, evaluating
 from .sources import text_lines, unreadable, write_whole
 
@@ -52,7 +52,7 @@ def read_lines(
     path: str | Path,  # a small UTF-8 file of names or templates; a relative one from the project's root
 ) -> tuple[str, ...]:  # stripped, without the blank ones
     "The lines of a small text file"
-    path = project_root() / path
+    path = shipped(path)
     lines = list(text_lines(path))
     for number, (_, line) in enumerate(lines, start=1):
         if reason := unreadable(line):
@@ -168,7 +168,7 @@ def _same_words(text: str) -> str:
 # %% ../nbs/07_corpus.ipynb #ec521a39
 def _text_files(source: Path | str | Sequence) -> list[Path]:
     "The files, all of which exist and begin like UTF-8 text"
-    paths = [(project_root() / path).resolve() for path in ([source] if isinstance(source, (str, Path)) else source)]
+    paths = [shipped(path).resolve() for path in ([source] if isinstance(source, (str, Path)) else source)]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if not paths or twice:
         raise ValueError(f"{twice} is named more than once" if twice else "no source: name one text file, or several")

@@ -43,22 +43,17 @@ from tqdm import tqdm
 
 from . import sources
 from .features import Batch
+from .project import cache_folder, project_root
+from .samples import shipped
 from .sources import FIELDS, FILES, LINES, PAIRS, TABLES, Grouped, read_part, write_whole
 
 # %% auto #0
-__all__ = ['project_root', 'find_shards', 'find_images', 'find_sentences', 'source_folder', 'raw_samples', 'write_index',
-           'read_index', 'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport',
-           'inspect_shards', 'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'clean_caption', 'decode_image',
-           'captions_of', 'decode_sample', 'shard_captions', 'label_sets', 'asked_questions', 'View', 'FastPreprocess',
-           'plan_epochs', 'shuffled', 'crop_box', 'Crops', 'drawn_caption', 'PairStream', 'BadSampleGuard',
-           'Truncation', 'truncated_share', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch',
-           'thumbnail']
-
-# %% ../nbs/02_data.ipynb #8a275301
-def project_root() -> Path:  # nearest folder at or above the working directory that holds settings.ini, else the working directory
-    "Where relative paths start"
-    here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
+__all__ = ['find_shards', 'find_images', 'find_sentences', 'source_folder', 'raw_samples', 'write_index', 'read_index',
+           'copy_samples', 'count_samples', 'ShardReport', 'content_digest', 'DataReport', 'inspect_shards',
+           'shards_in_name', 'check_split', 'BadSample', 'NoSample', 'clean_caption', 'decode_image', 'captions_of',
+           'decode_sample', 'shard_captions', 'label_sets', 'asked_questions', 'View', 'FastPreprocess', 'plan_epochs',
+           'shuffled', 'crop_box', 'Crops', 'drawn_caption', 'PairStream', 'BadSampleGuard', 'Truncation',
+           'truncated_share', 'read_once', 'Pairs', 'load_pairs', 'visible', 'escaped', 'show_batch', 'thumbnail']
 
 # %% ../nbs/02_data.ipynb #769c388f
 _INDEX = ".kept.json"
@@ -105,7 +100,7 @@ def _expand(pattern: str) -> list[Path]:
     "The files and folders of one pattern, all of which exist"
     if "://" in pattern or pattern.startswith("pipe:"):
         raise ValueError(f"{pattern}: only local files are read; download or mount the shards first")
-    paths = [project_root() / os.path.expanduser(name) for name in _braces(pattern)]
+    paths = [shipped(os.path.expanduser(name)) for name in _braces(pattern)]
     if "*" in pattern or "?" in pattern:
         paths = [hit for path in paths for hit in sorted(path.parent.glob(path.name))] or paths
     missing = [path for path in paths if not path.exists()]
@@ -196,7 +191,7 @@ def _found(folder: Path) -> str:
 
 # %% ../nbs/02_data.ipynb #92f89dd7
 def _cache() -> Path:
-    return project_root() / ".cache" / "parts"
+    return cache_folder() / "parts"
 
 
 def find_images(

@@ -184,7 +184,7 @@ class _Sentences:
         "Parts of a file of prompts made from class names"
         if not self.options.class_names:
             return []
-        path, names = self.run.folder / "prompts.txt", data.project_root() / self.options.class_names
+        path, names = self.run.folder / "prompts.txt", data.shipped(self.options.class_names)
         templates = names.with_name("templates.txt")
         given = (corpus.read_lines(templates),) if templates.exists() else ()
         prompts = corpus.class_prompts(corpus.read_lines(names), *given)

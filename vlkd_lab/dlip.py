@@ -567,7 +567,7 @@ def make_student(job: DlipJob, inherited: bool = True) -> tuple[Blip, Any]:  # t
 
 def find_blip(name: str | Path, device: str | torch.device = "cpu") -> Blip:
     "A BLIP by a folder (its path may begin at the project's root) or the hub's ID"
-    here = data.project_root() / name
+    here = data.shipped(name)
     return load_blip(here if here.exists() else name, device)
 
 # %% ../nbs/11_dlip.ipynb #421899dc

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import Pairs, View, escaped, find_shards, project_root, source_folder, thumbnail
+from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thumbnail
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
@@ -381,7 +381,7 @@ def save_reference(run: Run, path: str | Path) -> None:
 
 def reference_curves(run: Run, path: str | Path | None = None) -> dict[str, list[tuple[int, float]]]:  # empty when not comparable
     "The reference's validation curves, if this run has the same parameters"
-    reference = read_json(path or project_root() / REFERENCE, {"parameters": None})
+    reference = read_json(path or shipped(REFERENCE), {"parameters": None})
     own = {name: run.config().get("parameters", {}).get(name) for name in _COMPARABLE}
     return reference["curves"] if reference["parameters"] == own else {}
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, visible
+from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, shipped, visible
 from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
 from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
@@ -352,7 +352,7 @@ def find_origin(
     stage: str = "",  # of the run; empty: the last student
 ) -> Origin:
     "The student that a folder stands for"
-    folder = (project_root() / source).resolve()
+    folder = shipped(source).resolve()
     if _is_run(folder):
         run = Run(folder)
         stage = _last_stage(run, stage)

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import tarfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -24,11 +25,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
+from .project import cache_folder, is_working_copy, packaged, project_root
+
 # %% auto #0
 __all__ = ['VERSION', 'KINDS', 'COLOURS', 'COLOUR_WORDS', 'SIZES', 'TEXTURES', 'COUNTS', 'RELATIONS', 'OPPOSITE', 'SETTINGS',
            'RADII', 'OUTLINES', 'GROUNDS', 'PHRASINGS', 'HEADLINE', 'LABEL_SETS', 'SHIFTS', 'Thing', 'Scene',
            'make_scene', 'render', 'caption', 'read_caption', 'LabelSet', 'QA', 'questions', 'encode', 'near_duplicate',
-           'Sample', 'make_sample', 'write_shards', 'cached_shards', 'write_sentences', 'write_shipped', 'show_scenes']
+           'Sample', 'make_sample', 'write_shards', 'cached_shards', 'write_sentences', 'write_shipped', 'shipped',
+           'show_scenes']
 
 # %% ../nbs/01_samples.ipynb #4838deca
 VERSION = 1  # of the generator; raise it when the same seed gives other samples
@@ -651,33 +655,37 @@ def write_shards(
         return list(tqdm(pool.map(_write_shard, *zip(*jobs, strict=True)), total=len(jobs), desc=f"{split} shards"))
 
 # %% ../nbs/01_samples.ipynb #98cd85a9
+def _made_once(folder: Path, write: Callable[[Path], object]) -> Path:  # the folder
+    "A folder that is written beside and renamed, so that it appears only when it is complete"
+    if folder.exists():
+        return folder
+    beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        write(beside)
+        os.replace(beside, folder)
+    except OSError:
+        if not folder.exists():  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
 def cached_shards(
     count: int,  # samples
     seed: int = 0,
     split: str = "train",
-    cache: str | Path | None = None,  # folder of the cache; None: .cache/scenes beside settings.ini, or in the working directory
+    cache: str | Path | None = None,  # folder of the cache; None: scenes in `cache_folder`
     workers: int | None = None,  # processes; None: one a core
     duplicates: float = 0.0,  # share of near-duplicates
     tail: float = 0.0,  # Zipf exponent of the kinds' frequencies
 ) -> Path:  # the folder that holds the shards
     "Shards of `count` samples, made on first use"
-    here = Path.cwd()
-    root = next((p for p in (here, *here.parents) if (p / "settings.ini").exists()), here)
     special = f"-duplicates{duplicates:g}" * bool(duplicates) + f"-tail{tail:g}" * bool(tail)
-    folder = Path(cache or root / ".cache" / "scenes") / f"{split}-{count}-seed{seed}{special}-v{VERSION}"
-    if not folder.exists():
-        beside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-        try:
-            workers = workers or min(os.cpu_count() or 1, 8)
-            given = dict(duplicates=duplicates, tail=tail, workers=workers if count >= 2000 else 1)
-            write_shards(beside, count, seed, split, per_shard=max(1, min(1000, count // 16)), **given)
-            os.replace(beside, folder)
-        except OSError:
-            if not folder.exists():  # another process may have been first
-                raise
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return folder
+    folder = Path(cache or cache_folder() / "scenes") / f"{split}-{count}-seed{seed}{special}-v{VERSION}"
+    workers = 1 if count < 2000 else workers or min(os.cpu_count() or 1, 8)
+    options = dict(per_shard=max(1, min(1000, count // 16)), duplicates=duplicates, tail=tail, workers=workers)
+    return _made_once(folder, lambda beside: write_shards(beside, count, seed, split, **options))
 
 # %% ../nbs/01_samples.ipynb #e4b10ba4
 def write_sentences(
@@ -698,6 +706,25 @@ def write_shipped(folder: str | Path) -> None:
     write_shards(Path(folder) / "scenes", 1000, split="train", per_shard=250)
     write_shards(Path(folder) / "scenes", 1000, split="val")
     write_sentences(Path(folder) / "sentences.txt", 20_000)
+
+# %% ../nbs/01_samples.ipynb #4e0b0550
+_GENERATED = ("scenes", "sentences.txt")  # what `write_shipped` makes
+
+
+def shipped(
+    name: str | Path,  # any path, such as data_samples/teacher
+) -> Path:  # absolute; it need not exist
+    "The path itself, from the project's root; what only the repository has lies in the package or is generated on first use"
+    root, parts = project_root(), Path(name).parts
+    if (root / name).exists() or is_working_copy(root) or parts[:1] != ("data_samples",) or len(parts) < 2:
+        return root / name
+    inside = packaged(name)
+    if inside is not None or parts[1] not in _GENERATED:
+        return inside or root / name
+    folder = cache_folder() / f"data_samples-v{VERSION}"
+    if not folder.exists():
+        print(f"data_samples/{parts[1]} is not here: scenes and sentences are generated into {folder}", file=sys.stderr)
+    return _made_once(folder, write_shipped).joinpath(*parts[1:])
 
 # %% ../nbs/01_samples.ipynb #95c15136
 def show_scenes(

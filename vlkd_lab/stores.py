@@ -205,7 +205,7 @@ def _source(shard: ShardReport) -> tuple[ShardReport, set[str] | None]:
 
 def _beside(folder: Path) -> list[Path]:  # the best first
     "Where the features of a folder's shards may lie"
-    elsewhere = project_root() / ".cache" / "features" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    elsewhere = data.cache_folder() / "features" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
     return [folder / "features", elsewhere] if os.access(folder, os.W_OK) else [elsewhere, folder / "features"]
 
 
@@ -365,7 +365,7 @@ def _main(arguments: list[str]) -> int:
     sides = tuple(named[0].split(",")) if named else SIDES
     parts = {_read_as(side)[0] for side in sides}
     find = data.find_shards if len(parts) > 1 else data.find_images if "image" in parts else data.find_sentences
-    folder = project_root() / name
+    folder = data.shipped(name)
     vlm = load_model(folder if folder.is_dir() else name, device)
     store = FeatureStore(inspect_shards(find(where)), store_key(vlm))
     return fill(store, vlm, sides, rank=rank, world_size=world_size, progress=rank == 0)

@@ -1295,7 +1295,8 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
 # %% ../nbs/10_trainers.ipynb #6c950591
 def _local(name: str | Path) -> str:
     "A folder or file of the project by its path from the project's root; any other name as it is"
-    return str(data.project_root() / name) if (data.project_root() / name).exists() else str(name)
+    path = data.shipped(name)
+    return str(path) if path.exists() else str(name)
 
 
 def find_model(

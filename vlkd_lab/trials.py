@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .data import load_pairs, project_root
+from . import __version__
+from .data import load_pairs
 from .evaluation import encode_pairs, job_models, validation_curve
 from .features import recall
 from .fusion import Blip, blip_cost
 from .models import VLM, count_cost
+from .project import is_working_copy, project_root
 from .runs import Run, read_json, to_json
 from .sources import write_whole
 from .tasks import measure_tasks, score_tasks
@@ -80,15 +82,17 @@ def origin() -> dict[str, str]:  # "commit", "machine", "date", "torch"
     "Where and when a number is made, and by which code"
     import torch
 
-    asked = ["git", "-C", str(project_root()), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
-    try:
-        said = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # no git
-        said = ""
+    describe = ["git", "-C", str(project_root()), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    commit = f"release {__version__}"  # of an installed package; the folder may be another project's
+    if is_working_copy(project_root()):
+        try:
+            commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # no git
+            commit = ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{cores} CPU cores ({platform.machine()}), {gpu}"
-    return {"commit": said or "unknown", "machine": machine, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    return {"commit": commit or "unknown", "machine": machine, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
 
 # %% ../nbs/14_trials.ipynb #49f8831d
 def run_trial(

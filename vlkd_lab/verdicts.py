@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .data import escaped, project_root
+from .data import escaped, project_root, shipped
 from .evaluation import first_step
 from .fusion import Blip
 from .models import VLM
@@ -483,7 +483,7 @@ STORED = "data_samples/results_claims.json"  # from the project's root
 
 def stored_results(path: str | Path = STORED) -> dict:  # "trials": trial -> seed -> record; "teachers"
     "The numbers that come with the project"
-    kept = read_json(project_root() / path, {"trials": {}, "teachers": {}})
+    kept = read_json(shipped(path), {"trials": {}, "teachers": {}})
     return kept | {"trials": {name: {int(seed): found for seed, found in by.items()} for name, by in kept["trials"].items()}}
 
 
@@ -515,7 +515,7 @@ TEACHERS = {"teacher": "data_samples/teacher", "blip": "data_samples/blip"}
 
 def score_teachers() -> dict[str, dict]:  # as trials give their students
     "Both shipped teachers, scored as students are"
-    found: dict[str, VLM | Blip] = {name: load_student(project_root() / path) for name, path in TEACHERS.items()}
+    found: dict[str, VLM | Blip] = {name: load_student(shipped(path)) for name, path in TEACHERS.items()}
     return {name: {"students": {"student": {"scores": score_model(model)} | model_cost(model)}} for name, model in found.items()}
 
 

@@ -1,0 +1,129 @@
+"""The package without its repository: built as a wheel, installed into a folder, used from somebody else's folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(path.stem for path in (ROOT / "vlkd_lab").glob("*.py") if not path.name.startswith("_"))
+JOB = "method=TinyCLIP stages=1 steps=2 batch_size=16 validate_pairs=16 device=cpu compare_scratch=false"
+OWN = ("data=mine/train-{000000..000002}.tar", "val=mine/val-000000.tar")
+
+VISIT = """
+import importlib, json
+from pathlib import Path
+modules = [importlib.import_module(f"vlkd_lab.{name}") for name in MODULES]
+from vlkd_lab import __version__, widgets
+from vlkd_lab.data import find_sentences, find_shards, load_pairs
+from vlkd_lab.dlip import find_blip
+from vlkd_lab.export import export_student
+from vlkd_lab.samples import cached_shards, shipped
+from vlkd_lab.trainers import FitParameters, find_data, find_model
+from vlkd_lab.verdicts import stored_results
+still = widgets.attach("first").still()
+export_student("first", "student", onnx=False)
+here = sorted(path.name for path in Path().iterdir())
+assert find_model("data_samples/teacher").config and find_blip("data_samples/blip").tasks and stored_results()["trials"]
+val, train = find_shards(FitParameters().val), find_shards("data_samples/scenes/train-{000000..000003}.tar")
+assert len(load_pairs(val, limit=9).keys) == 9 and find_shards("data_samples/scenes/train-*.tar") == train
+generated = [*val, *train, *find_data("scenes:32"), shipped("data_samples/scenes/classes.txt"), shipped("data_samples/sentences.txt")]
+find_sentences("data_samples/sentences.txt")
+wrong = []
+for call in (lambda: find_shards("data_samples/scenes/val-000009.tar"), lambda: find_model("data_samples/techer")):
+    try:
+        call()
+    except (OSError, ValueError) as error:
+        wrong.append(str(error))
+print(json.dumps(dict(
+    files=[module.__file__ for module in modules], version=__version__, static=sorted(path.name for path in widgets.STATIC.iterdir()),
+    text=still.text, png=still.png[:8].hex(), here=here, wrong=wrong, teacher=str(shipped("data_samples/teacher")),
+    generated=[str(path) for path in generated], after=sorted(path.name for path in Path().iterdir()))))
+"""
+
+
+def output_of(command, **options):
+    "What a command printed; it must succeed"
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    "The folder into which a wheel was installed that was built from the source archive, as for a release"
+    folder = tmp_path_factory.mktemp("wheel")
+    unneeded = shutil.ignore_patterns("scenes", "sentences.txt", "features", "__pycache__")
+    for name in ("vlkd_lab", "data_samples"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=unneeded)
+    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
+    output_of(["-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "source")])
+    wheel = next(folder.glob("*.whl"))
+    assert wheel.stat().st_size < 20e6
+    output_of(["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(folder / "installed"), str(wheel)])
+    shutil.rmtree(folder / "source")
+    return folder / "installed"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    "Somebody's working folder below another project's root"
+    project = tmp_path_factory.mktemp("project")
+    (project / "settings.ini").write_text("[DEFAULT]\nlib_name = another_lab\n")
+    (project / "work" / "mine").mkdir(parents=True)
+    return project / "work"
+
+
+@pytest.fixture(scope="module")
+def visit(installed, work, scenes):
+    "What a job from the command line and a session with the installed package find there"
+    for shard in scenes.glob("*.tar"):
+        shutil.copy(shard, work / "mine")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(work.parent / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    before = contents(installed)
+    output_of(["-m", "vlkd_lab.trainers", "first", *OWN, *JOB.split()], cwd=work, env=environment)
+    told = json.loads(output_of(["-c", f"MODULES = {MODULES}\n{VISIT}"], cwd=work, env=environment).splitlines()[-1])
+    assert contents(installed) == before, "nothing is written into the installation"
+    return told
+
+
+def test_every_module_imports_and_is_the_installed_one(installed, visit):
+    assert {Path(file).parent for file in visit["files"]} == {installed / "vlkd_lab"} and len(visit["files"]) == len(MODULES)
+    assert visit["version"] == "0.1.0"
+    assert visit["static"] == sorted(path.name for path in (ROOT / "vlkd_lab" / "static").iterdir() if path.is_file())
+
+
+def test_a_job_runs_on_somebodys_shards_and_its_bench_is_a_picture(work, visit):
+    config = json.loads((work / "first" / "config.json").read_text())
+    assert config["parameters"]["teacher"] == "data_samples/teacher" and config["data"]["total"] == 120
+    assert "step: 2" in visit["text"] and visit["png"] == b"\x89PNG\r\n\x1a\n".hex()
+    assert (work / "student" / "open_clip_model.safetensors").exists()
+
+
+def test_what_only_the_repository_has_is_packaged_or_generated_to_the_byte(installed, work, visit):
+    cache = work.parent / "cache" / "vlkd_lab"
+    assert Path(visit["teacher"]) == installed / "vlkd_lab" / "data_samples" / "teacher"
+    assert len(visit["generated"]) > 8 and all(cache in Path(path).parents for path in visit["generated"])
+    for name in ("scenes/classes.txt", "sentences.txt"):
+        assert (cache / "data_samples-v1" / name).read_bytes() == (ROOT / "data_samples" / name).read_bytes()
+
+
+def test_a_wrong_name_is_said_in_one_line(visit):
+    shard, model = visit["wrong"]
+    assert "val-000009.tar" in shard and "it holds" in shard and "\n" not in shard
+    assert "data_samples/techer" in model and "\n" not in model
+
+
+def test_the_working_folder_gets_what_was_asked_for_and_nothing_else(work, visit):
+    assert visit["here"] == visit["after"] == ["first", "mine", "student"]
+    assert {path.name for path in work.parent.iterdir()} == {"settings.ini", "work", "cache"}

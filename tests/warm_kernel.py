@@ -1,0 +1,158 @@
+"""Kernels that start in a second: one process imports the heavy libraries once, and every kernel is a fork of it.
+
+A cold kernel spends seven seconds on importing PyTorch, open_clip and transformers, and the lessons are thirty notebooks. The library
+itself is imported by each kernel anew. `kernel_spec` writes a kernel named "warm" for nbclient and papermill; its command connects to the
+process that forks, which is started by the first and ends with its owner or when its folder is removed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+HEAVY = """torch torchvision.transforms open_clip transformers transformers.models.clip.modeling_clip transformers.models.blip.modeling_blip
+    transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects sklearn.cluster
+    sklearn.linear_model scipy.sparse.csgraph scipy.stats""".split()
+PATIENCE = 120  # seconds to wait for the process that forks
+
+
+def kernel_spec(folder: Path, owner: int) -> None:
+    """Write the kernel "warm" below a folder that JUPYTER_PATH will name; its process ends when the owner's does."""
+    command = [sys.executable, "-I", "-S", __file__, "launch", str(folder), str(owner), "-f", "{connection_file}"]
+    spec = {"argv": command, "display_name": "warm", "language": "python"}
+    (folder / "kernels" / "warm").mkdir(parents=True)
+    (folder / "kernels" / "warm" / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+
+
+def connect(folder: Path, owner: str) -> socket.socket:
+    """A connection to the process that forks, which is started if there is none."""
+    connection = socket.socket(socket.AF_UNIX)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "socket").exists():
+            command = [sys.executable, __file__, "serve", str(folder), owner]
+            with open(folder / "log", "w") as log:
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            end = time.monotonic() + PATIENCE
+            while not (folder / "socket").exists():
+                if process.poll() is not None or time.monotonic() > end:
+                    raise RuntimeError((folder / "log").read_text())
+                time.sleep(0.05)
+    connection.connect(str(folder / "socket"))
+    return connection
+
+
+def launch(folder: Path, owner: str, arguments: list[str]) -> int:
+    """Have a kernel forked, hand signals on to it, and wait for its end."""
+    connection = connect(folder, owner)
+    request = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)})
+    socket.send_fds(connection, [request.encode() + b"\n"], [0, 1, 2])
+    answers = connection.makefile()
+    process = int(answers.readline())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: os.kill(process, number))
+    return int(answers.readline() or 1)
+
+
+def serve(folder: Path, owner: int) -> None:
+    """Import the heavy libraries, and fork a kernel for every connection; a kernel whose launcher is gone is killed."""
+    import_heavy()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "beside"))
+    listener.listen(16)
+    (folder / "beside").rename(folder / "socket")
+    kernels: dict[socket.socket, int] = {}
+    while folder.exists() and is_alive(owner):
+        for ready in select.select([listener, *kernels], [], [], 0.1)[0]:
+            if ready is listener:
+                connection = listener.accept()[0]
+                kernels[connection] = fork_kernel(connection)
+            else:
+                os.kill(kernels[ready], signal.SIGKILL)
+        for connection, process in list(kernels.items()):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                del kernels[connection]
+                with connection:
+                    try:
+                        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                    except OSError:  # nobody waits for it
+                        pass
+    for process in kernels.values():
+        os.kill(process, signal.SIGKILL)
+
+
+def import_heavy() -> None:
+    """Import what takes long; tqdm chooses its bars at its import, and it is to choose a notebook's."""
+    inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
+    assert widgets and inside.get_ipython() is None
+    outside, inside.get_ipython = inside.get_ipython, lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+    importlib.import_module("tqdm.auto")
+    inside.get_ipython = outside
+    for name in HEAVY:
+        importlib.import_module(name)
+    assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def fork_kernel(connection: socket.socket) -> int:
+    """Fork, and become the kernel that a launcher asks for; in the parent: its process number."""
+    request, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+    while not request.endswith(b"\n"):
+        request += connection.recv(1 << 20)
+    process = os.fork()
+    if process:
+        connection.sendall(b"%d\n" % process)
+        for file in files:
+            os.close(file)
+        return process
+    status = 1
+    try:
+        become_kernel(files, **json.loads(request))
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        os._exit(status)
+
+
+def become_kernel(files: list[int], arguments: list[str], folder: str, environment: dict[str, str]) -> None:
+    """Take over a launcher's folder, environment and outputs, and run ipykernel."""
+    os.setsid()
+    for place, file in enumerate(files):
+        os.dup2(file, place)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.pop("JPY_PARENT_PID", None)  # its parent is not the launcher
+    sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *(path for path in sys.path if path != str(Path(__file__).parent))]
+    sys.argv = ["ipykernel_launcher", *arguments]
+    importlib.import_module("ipykernel.kernelapp").launch_new_instance()
+
+
+if __name__ == "__main__":
+    what, where, owner, *rest = sys.argv[1:]
+    sys.exit(launch(Path(where), owner, rest) if what == "launch" else serve(Path(where), int(owner)))
