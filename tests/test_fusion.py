@@ -37,6 +37,7 @@ from vlkd_lab.fusion import (
     write_captions,
 )
 from vlkd_lab.inheritance import Plan
+from vlkd_lab.models import load_model
 from vlkd_lab.trainers import find_model
 
 WORDS = "a red blue star boat fish on the grass at sea two small large what colour is it ? yes no picture of".split()
@@ -1034,4 +1035,6 @@ def test_salesforces_files_without_words_or_with_more_than_a_blip_say_so(tmp_pat
         load_blip(tmp_path / "alone" / file.name, "cpu")
     with pytest.raises(ValueError, match="is a BLIP"):
         find_model(file)
+    with pytest.raises(ValueError, match="load_blip reads it"):
+        load_model(file, "cpu")
     assert find_model(file, fused=True).tasks == ("retrieval", "matching")

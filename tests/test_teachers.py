@@ -148,8 +148,11 @@ def opens_elsewhere(folder, out, onnx=False):
     return vlm
 
 
-@pytest.mark.parametrize("inheritance", ["auto", "auto_uniform", "manual", "none"])
-@pytest.mark.parametrize("name", CAN_BE_CUT)
+WAYS = [(name, way) for name in CAN_BE_CUT for way in ("auto", "manual")]
+WAYS += [(name, way) for name in ("plain", "layer_scale", "custom_text", "sines") for way in ("auto_uniform", "none")]
+
+
+@pytest.mark.parametrize(("name", "inheritance"), WAYS)
 def test_plain_transformers_of_every_sort_are_cut_copied_and_exported(name, inheritance, folder_of, job, tmp_path):
     opened = job(folder_of(name, CAN_BE_CUT[name]), inheritance=inheritance)
     train(opened)

@@ -312,13 +312,8 @@ def _captioned(sample: dict) -> bool:
         return False
 
 # %% ../nbs/11_dime_fm.ipynb #870bcc49
-def _no_tokens(texts: list[str]) -> Tensor:  # (M, 0)
-    "For sentences that are only asked for by their names"
-    return torch.zeros(len(texts), 0, dtype=torch.long)
-
-
-class _Streams(_Sentences):
-    "Images and sentences as the student sees them"
+class _View(_Sentences):
+    "How student and teacher want to see the data"
 
     @cached_property
     def like(self) -> VLM:
@@ -337,11 +332,26 @@ class _Streams(_Sentences):
     def stored_teacher(self) -> bool:
         return self.options.teacher_features == "stored"
 
+# %% ../nbs/11_dime_fm.ipynb #7cba00f3
+def _no_tokens(texts: list[str]) -> Tensor:  # (M, 0)
+    "For sentences that are only asked for by their names"
+    return torch.zeros(len(texts), 0, dtype=torch.long)
+
+
+class _Streams(_View):
+    "Images and sentences as the student sees them"
+
     @cached_property
     def images(self) -> data.PairStream:
         "The images, without captions"
         teacher = None if self.stored_teacher else data.View(self.teacher.preprocess, None)
         return self.streamed(self.report, replace(self.view, tokenizer=None), self.options.batch_size, teacher=teacher)
+
+    @cached_property
+    def truncation(self) -> data.Truncation | None:
+        "Sentences that the teacher's tokenizer cuts"
+        found = trainers.find_data(self.options.sentences, data.find_sentences)
+        return data.truncated_share(data.inspect_shards(found, progress=False), self.teacher.tokenizer)
 
     @cached_property
     def texts(self) -> data.PairStream:

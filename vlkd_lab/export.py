@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, shipped, visible
@@ -782,17 +783,27 @@ def _labelled(
 ) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
     "One sample as CLIP_benchmark reads it; None for one that is damaged or has no such label"
     try:
-        _, _, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
+        image, _, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
     except BadSample:
         return None
-    ending = next(name for name in ("jpg", "jpeg", "png", "webp") if name in fields)
+    ending, picture = _as_file(fields, image)
     if not classes:
-        return ending, fields[ending], "\n".join(captions_of(fields)).encode()
+        return ending, picture, "\n".join(captions_of(fields)).encode()
     label = label_sets(fields).get(labels) if labels else own
     if label is not None and not 0 <= label < classes:
         named = fields.get("__key__", "a sample")
         raise ValueError(f"label {label} of {named} is outside of the {classes} class names; valid: 0 to {classes - 1}")
-    return None if label is None else (ending, fields[ending], str(label).encode())
+    return None if label is None else (ending, picture, str(label).encode())
+
+
+def _as_file(fields: Mapping[str, bytes], image: Image.Image) -> tuple[str, bytes]:  # ending, content
+    "A sample's picture as it is where CLIP_benchmark reads its format, or else as a PNG of what we see"
+    ending = next((name for name in ("jpg", "jpeg", "png", "webp") if name in fields), None)
+    if ending:
+        return ending, fields[ending]
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return "png", content.getvalue()
 
 
 def _samples(shards: Any, labels: str, classes: int) -> Iterator[tuple[str, bytes, bytes] | None]:

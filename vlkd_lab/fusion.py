@@ -422,7 +422,7 @@ def _folder_of(name: str) -> Path:
 def is_blip(
     folder: str | Path,  # need not exist; a file of weights will do too
 ) -> bool:
-    "Whether a folder holds a BLIP, and not a model of open_clip, or a file the weights of one by Salesforce's names"
+    "Whether a folder holds a BLIP and not a model of open_clip, or a file one by Salesforce's names"
     if Path(folder).is_file():
         return any(name.startswith("visual_encoder.") for name in _names_in(Path(folder)))
     try:
@@ -549,7 +549,9 @@ _ORIGINAL = (  # in Salesforce's own files -> as transformers has it
     (r"visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
     (r"visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
 )
-_ONLY_TRAINING = re.compile(r"\w+_m(\..+)?|(image|text|ptr|idx)_queue|ptr|temp|.+position_ids")  # momentum copies, queues
+_ONLY_TRAINING = re.compile(
+    r"\w+_m(\..+)?|(image|text|ptr|idx)_queue|ptr|temp|.+position_ids"
+)  # momentum copies, queues
 
 
 def _from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -50,7 +50,13 @@ def _one_side(sides: tuple[int, int]) -> int:  # pixels
 
 def _words_of(text_cfg: Mapping) -> dict:
     "What of a text tower's configuration decides how captions become numbers"
-    plain = dict(context_length=77, vocab_size=49408, hf_tokenizer_name=None, tokenizer_mode=None, tokenizer_kwargs=None)
+    plain = dict(
+        context_length=77,
+        vocab_size=49408,
+        hf_tokenizer_name=None,
+        tokenizer_mode=None,
+        tokenizer_kwargs=None,
+    )
     return {name: text_cfg.get(name) or default for name, default in plain.items()}
 
 # %% ../nbs/03_models.ipynb #62500d89
@@ -90,15 +96,14 @@ class VLM:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
-    def save(self, folder: str | Path) -> Path:  # the folder
-        "Save the model for `load_model`"
+    def save(self, folder: str | Path) -> Path:  # for `load_model`
         return save_model(self, folder)
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
         mine, theirs = (_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (self, other))
-        same_tokens = self.tokenizer is other.tokenizer or mine == theirs
-        return same_tokens and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+        same_words = self.tokenizer is other.tokenizer or mine == theirs
+        return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../nbs/03_models.ipynb #cf04549a
 def _tinyclip(vision: dict, text_width: int, text_layers: int, embed_dim: int = 512) -> dict:
@@ -245,22 +250,32 @@ _IN_BLOCK = rf"ln_[12]{_AFFINE}|attn\.in_proj_(weight|bias)|attn\.out_proj{_AFFI
 _BLOCKS = rf"|transformer\.resblocks\.\d+\.({_IN_BLOCK})"
 _PLAIN_NAMES = {  # of the weights of open_clip's plain transformers, behind the tower's prefix
     "image": rf"conv1\.weight|class_embedding|positional_embedding|proj|ln_(pre|post){_AFFINE}" + _BLOCKS,
-    "text": rf"token_embedding\.weight|positional_embedding|text_projection({_AFFINE})?|ln_final{_AFFINE}" + _BLOCKS,
+    "text": rf"token_embedding\.weight|positional_embedding|text_projection({_AFFINE})?|ln_final{_AFFINE}"
+    + _BLOCKS,
 }
 
 
-def _prefixes(state: Mapping[str, Any]) -> dict[str, str]:  # "image", "text" -> where the names of its weights begin
+def _prefixes(
+    state: Mapping[str, Any],
+) -> dict[str, str]:  # "image", "text" -> where the names of its weights begin
     "Where a CLIP's state keeps its towers; ValueError unless both are plain transformers of open_clip"
     custom = any(name.startswith("text.") for name in state)
     prefixes = {"image": "visual.", "text": "text." if custom else ""}
     for tower, prefix in prefixes.items():
         if f"{prefix}transformer.resblocks.0.ln_1.weight" not in state:
-            raise ValueError(f"the {tower} tower is no open_clip transformer (no weights named {prefix}transformer.resblocks.0.…)")
+            raise ValueError(
+                f"the {tower} tower is no open_clip transformer (no weights named {prefix}transformer.resblocks.0.…)"
+            )
     for name in state:
         tower = "image" if name.startswith("visual.") else "text"
-        known = re.fullmatch(_PLAIN_NAMES[tower], name.removeprefix(prefixes[tower])) or name in ("logit_scale", "logit_bias")
+        known = re.fullmatch(_PLAIN_NAMES[tower], name.removeprefix(prefixes[tower])) or name in (
+            "logit_scale",
+            "logit_bias",
+        )
         if not known:
-            raise ValueError(f"the {tower} tower has parts that a plain transformer does not have, such as {name}")
+            raise ValueError(
+                f"the {tower} tower has parts that a plain transformer does not have, such as {name}"
+            )
     if not any(name.startswith(f"{prefixes['text']}text_projection") for name in state):
         raise ValueError("the text tower has no projection, so its width cannot change")
     return prefixes
@@ -350,7 +365,7 @@ class SlimAttention(nn.Module):
 
 # %% ../nbs/03_models.ipynb #bad6f815
 def _as_wide(part: nn.Module, width: int) -> nn.Module:
-    "A fresh part of the same kind for another number of channels: a norm with its epsilon, a layer scale with its first value"
+    "A fresh norm of the same epsilon, or layer scale of the same first value, for another number of channels"
     if isinstance(part, nn.Identity):
         return part
     if isinstance(part, nn.LayerNorm):
@@ -388,7 +403,9 @@ def _resize_image_tower(visual: nn.Module, shape: TowerShape) -> None:
 def _resize_text_tower(model: nn.Module, shape: TowerShape) -> None:
     std, model.width = shape.width**-0.5, shape.width
     model.token_embedding = nn.Embedding(model.token_embedding.num_embeddings, shape.width)
-    model.positional_embedding = nn.Parameter(0.01 * torch.randn(len(model.positional_embedding), shape.width))
+    model.positional_embedding = nn.Parameter(
+        0.01 * torch.randn(len(model.positional_embedding), shape.width)
+    )
     model.ln_final = _as_wide(model.ln_final, shape.width)
     if isinstance(model.text_projection, nn.Linear):
         model.text_projection = nn.Linear(shape.width, model.text_projection.out_features)
@@ -452,14 +469,18 @@ def preprocessing(
     return image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
 
 # %% ../nbs/03_models.ipynb #ac74681c
-def _end_of_text(tokenizer: Callable, text_cfg: Mapping) -> dict:  # "pool_type", "eos_id"; empty: as the configuration says
+def _end_of_text(
+    tokenizer: Callable, text_cfg: Mapping
+) -> dict:  # "pool_type", "eos_id"; empty: as the configuration says
     "Where a text tower must look for the end of a caption, if its highest token does not stand there"
     if text_cfg.get("pool_type", "argmax") != "argmax" or text_cfg.get("hf_model_name"):
         return {}
     tokens = tokenizer(["a", "a photo of a thing", "two small red stars"])
     inner = getattr(tokenizer, "tokenizer", None)
     ends = [getattr(inner, f"{name}_token_id", None) for name in ("eos", "sep")]
-    end = next((number for number in ends if number is not None and bool((tokens == number).any(dim=1).all())), None)
+    end = next(
+        (number for number in ends if number is not None and bool((tokens == number).any(dim=1).all())), None
+    )
     if end is None or torch.equal(tokens.argmax(dim=1), (tokens == end).int().argmax(dim=1)):
         return {}
     return dict(pool_type="eos", eos_id=end)
@@ -491,7 +512,7 @@ def copied_config(
     config: str | Path | Mapping,  # of a student that copies weights: anything `model_config` takes
     teacher: Mapping,  # configuration of the network that is copied from
 ) -> dict:  # the student's sizes, and for the rest the teacher's
-    "A student's configuration with which copied weights compute what they did: activation, norms, masks, pooling"
+    "A configuration with which copied weights compute what they did: activation, norms, masks, pooling"
     student = model_config(config)
     parts = dict.fromkeys(("quick_gelu", "custom_text"))
     student = {name: value for name, value in student.items() if name not in parts}
@@ -509,7 +530,9 @@ def send_pair(vlm: VLM) -> Features:  # one row each
         features = vlm.encode(Batch(picture, vlm.tokenizer(["a photo of a thing"]).to(vlm.device)))
     image, text = features.image.shape[-1], features.text.shape[-1]
     if image != text:
-        raise ValueError(f"features of pictures are {image} wide and those of captions {text}: they have no space in common")
+        raise ValueError(
+            f"features of pictures are {image} wide and those of captions {text}: they have no space in common"
+        )
     return features
 
 # %% ../nbs/03_models.ipynb #98434e9b
@@ -562,7 +585,7 @@ def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
 
 @cache
 def _clips_words(options: str) -> Callable:  # JSON of what SimpleTokenizer takes
-    "CLIP's own tokenizer, whose vocabulary takes half a second to unpack, once for all models that are alike in it"
+    "CLIP's own tokenizer; its vocabulary takes half a second to unpack, so models share it"
     from open_clip.tokenizer import SimpleTokenizer
 
     return SimpleTokenizer(**json.loads(options))
@@ -651,7 +674,9 @@ def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
     import open_clip
 
     config, known = open_clip.get_model_config(source), _settings_of(source, tag)
-    quick_gelu = bool(config.get("quick_gelu", known["quick_gelu"]))
+    quick_gelu = config.get("quick_gelu", known["quick_gelu"])
+    if tag is not None:  # a name's configuration is of all its tags, so the tag's word adds to it
+        quick_gelu = quick_gelu or known["quick_gelu"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided above
         model = open_clip.create_model(source, pretrained=tag, require_pretrained=True, quick_gelu=quick_gelu,
@@ -686,11 +711,14 @@ def _settings_of(source: str, tag: str | None) -> dict:  # "quick_gelu"; "prepro
 
 # %% ../nbs/03_models.ipynb #01a432ed
 def _settings_of_file(architecture: str, file: Path) -> dict:  # "model_cfg", "preprocess_cfg"
-    "What is known of a file of weights by its architecture, and by its name where a tag's download is called so"
+    "What is known of a file of weights by its architecture and by its own name"
     import open_clip
 
     config, beside = model_config(architecture), published.read_beside(file)
-    tags = [open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)]
+    tags = [
+        open_clip.get_pretrained_cfg(architecture, tag)
+        for tag in open_clip.list_pretrained_tags_by_model(architecture)
+    ]
     recognised = [cfg for cfg in tags if _is_file_of(file, cfg)]
     views = [{key: cfg[key] for key in _VIEW} for cfg in recognised or tags]
     quick_gelu = any(cfg.get("quick_gelu") for cfg in recognised or tags)
@@ -789,7 +817,9 @@ def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     size = getattr(model.visual, "image_size", config["vision_cfg"].get("image_size", 224))
     preprocess_cfg = _plain(asdict(PreprocessCfg()) | view | dict(size=size))
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers)
-    return VLM(model, preprocessing(preprocess_cfg), _tokenizer_of(config, checkpoint.tokenizer), settings, name)
+    return VLM(
+        model, preprocessing(preprocess_cfg), _tokenizer_of(config, checkpoint.tokenizer), settings, name
+    )
 
 # %% ../nbs/03_models.ipynb #e7f748d2
 def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits

@@ -85,7 +85,7 @@ and load {safe} instead."""
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:  # by name, floating point as float32
-    "The weights in a safetensors or PyTorch file, or in the parts that an index names, without running anything that they bring"
+    "The weights in a safetensors or PyTorch file, or in an index's parts; nothing that they bring is run"
     file = Path(file)
     if file.name.endswith(".index.json"):
         return _read_parts(file)
@@ -125,7 +125,11 @@ def _read_pickle(file: Path):  # whatever it holds
 def _read_parts(index: Path) -> dict[str, Tensor]:
     "The weights of all the files that an index names, each of which must lie beside it"
     places = _json(index).get("weight_map")
-    if not isinstance(places, dict) or not places or not all(isinstance(part, str) for part in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(part, str) for part in places.values())
+    ):
         raise ValueError(f"{index} has no weight_map from names of weights to files")
     parts = sorted(set(places.values()))
     missing = [part for part in parts if Path(part).name != part or not (index.parent / part).is_file()]
@@ -134,7 +138,9 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     weights = {name: tensor for part in parts for name, tensor in read_weights(index.parent / part).items()}
     lost = [name for name in places if _unwrapped(name) not in weights]
     if lost:
-        raise ValueError(f"{index} names {lost[0]} and {len(lost) - 1} more weights that are in none of its files")
+        raise ValueError(
+            f"{index} names {lost[0]} and {len(lost) - 1} more weights that are in none of its files"
+        )
     return weights
 
 # %% ../nbs/02_published.ipynb #89506c73
@@ -427,7 +433,9 @@ def read_checkpoint(
 def _weights_in(folder: Path, names: Sequence[str]) -> Path:
     "The file of weights of a model's folder"
     known = [folder / name for name in names if (folder / name).is_file()]
-    others = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    others = sorted(
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")
+    )
     if not known and len(others) != 1:
         choice = f"; one of its {len(others)} files of weights must be called so" if others else ""
         wanted = [name for name in names if not name.endswith(".index.json")][:2]
@@ -436,7 +444,7 @@ def _weights_in(folder: Path, names: Sequence[str]) -> Path:
 
 
 def read_beside(file: Path) -> dict[str, dict]:  # "model_cfg", "preprocess_cfg"; empty where nothing is said
-    "What lies beside a file of weights: NAME.json, or else open_clip_config.json; for pictures also preprocessor_config.json"
+    "What NAME.json, open_clip_config.json or preprocessor_config.json beside a file of weights say"
     wholes = [_json(file.with_suffix(".json")), _json(file.parent / "open_clip_config.json")]
     whole = next((one for one in wholes if _MODEL_KEYS <= set(one.get("model_cfg", one))), {})
     model_cfg = dict(whole.get("model_cfg", whole))
@@ -444,7 +452,10 @@ def read_beside(file: Path) -> dict[str, dict]:  # "model_cfg", "preprocess_cfg"
     says = _json(file.parent / "preprocessor_config.json") or _json(file.parent / "processor_config.json")
     if not preprocess_cfg and says:
         wanted = says.get("image_processor", says)
-        size = model_cfg.get("vision_cfg", {}).get("image_size") or _edges(wanted.get("crop_size", wanted.get("size", 224)))[:2]
+        size = (
+            model_cfg.get("vision_cfg", {}).get("image_size")
+            or _edges(wanted.get("crop_size", wanted.get("size", 224)))[:2]
+        )
         preprocess_cfg = read_preprocessing(file.parent, size)
     return dict(model_cfg=model_cfg, preprocess_cfg=preprocess_cfg)
 
@@ -452,6 +463,10 @@ def read_beside(file: Path) -> dict[str, dict]:  # "model_cfg", "preprocess_cfg"
 def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
     "An official checkpoint, or a file of weights with a configuration beside it"
     weights, beside, known = read_weights(file), read_beside(file), dict(config or {})
+    if any(name.startswith("visual_encoder.") for name in weights):
+        raise ValueError(
+            f"{file} is one of Salesforce's BLIPs: vlkd_lab.fusion.load_blip reads it, and train_dlip takes it"
+        )
     known = known if "model_cfg" in known else dict(model_cfg=known, preprocess_cfg={})
     is_release = file.stem in RELEASES or any(part in _TOWERS for name in weights for part in name.split("."))
     model = dict(known["model_cfg"] if is_release and config else known["model_cfg"] | beside["model_cfg"])
@@ -463,12 +478,19 @@ def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
     model = model or config_of(state)
     view = beside["preprocess_cfg"] or known["preprocess_cfg"]
     tokenizer = _tokenizer_beside(file.parent, model["text_cfg"], is_named="model_cfg" in (config or {}))
-    return Checkpoint(state, model, view | dict(size=model["vision_cfg"].get("image_size", 224)), tokenizer, cut)
+    return Checkpoint(
+        state, model, view | dict(size=model["vision_cfg"].get("image_size", 224)), tokenizer, cut
+    )
 
 
-def _tokenizer_beside(folder: Path, text_cfg: Mapping, is_named: bool) -> Path | None:  # None: CLIP's, or the one that is named
-    "The folder of weights, if its own tokenizer must be used; of open_clip's own configurations only where they name one"
-    has_words = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"))
+def _tokenizer_beside(
+    folder: Path, text_cfg: Mapping, is_named: bool
+) -> Path | None:  # None: CLIP's, or the one that is named
+    "The folder of the weights, if captions need the tokenizer in it"
+    has_words = any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    )
     if text_cfg.get("hf_tokenizer_name"):
         return folder if has_words else None
     return None if is_named else own_tokenizer(folder, text_cfg.get("vocab_size", _CLIP_WORDS))
@@ -478,7 +500,7 @@ def as_in(
     network: nn.Module,  # of open_clip
     state: Mapping[str, Tensor],  # weights by the names of another time or source
 ) -> dict[str, Tensor]:  # by this network's names
-    "Weights as a network of the newest open_clip has them: other names for a text tower of its own, numbers of another form"
+    "Weights by the names and in the forms of the newest open_clip"
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
@@ -490,7 +512,9 @@ def as_in(
     for name in ("logit_scale", "logit_bias"):
         if name in wanted and name in state and state[name].numel() == 1:
             state[name] = state[name].reshape(wanted[name].shape)
-    return {name: tensor for name, tensor in state.items() if name in wanted or not name.endswith("position_ids")}
+    return {
+        name: tensor for name, tensor in state.items() if name in wanted or not name.endswith("position_ids")
+    }
 
 
 def check_fit(
@@ -520,7 +544,9 @@ def _fetch_weights(repository: str) -> None:
             if name == _WEIGHTS[-1]:
                 raise
             continue
-        for part in sorted(set(_json(file).get("weight_map", {}).values())) if name.endswith(".index.json") else ():
+        for part in (
+            sorted(set(_json(file).get("weight_map", {}).values())) if name.endswith(".index.json") else ()
+        ):
             hf_hub_download(repository, part)
         return
 

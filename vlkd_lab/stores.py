@@ -265,7 +265,8 @@ def shard_features(
         store._open.move_to_end((name, side))
         return store._open[name, side]
     if problem := store.problem(name, side):
-        raise ValueError(f"{store.path(name, side)}: the {side} features of {name} are {problem}; `fill` the store first")
+        path = store.path(name, side)
+        raise ValueError(f"{path}: the {side} features of {name} are {problem}; start the job again, which computes what is missing")
     found, kept = _read(store.path(name, side)), store.shards[name][1]
     if kept is not None:
         found = _chosen(found, [row for row, key in enumerate(found.keys) if key in kept])

@@ -51,14 +51,14 @@ __all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_pa
            'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
            'probe_features', 'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward',
            'micro_batches', 'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers',
-           'agree', 'change', 'fit', 'Work', 'reopen', 'Job', 'find_data', 'make_accelerator', 'out_folder',
-           'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model', 'transformer_shapes',
-           'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target', 'gate_kinds', 'gate_steps',
-           'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes', 'new_gates', 'stage_gates',
-           'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit', 'encode_captions',
-           'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive', 'open_contrastive',
-           'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining', 'start',
-           'current_student', 'load_student', 'open_job']
+           'agree', 'change', 'fit', 'Work', 'reopen', 'Job', 'find_data', 'load_validation', 'make_accelerator',
+           'out_folder', 'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model',
+           'transformer_shapes', 'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target',
+           'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes',
+           'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit',
+           'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
+           'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
+           'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -980,8 +980,20 @@ def _drop_checkpoints(stage: Path, but: str = "") -> None:
         if checkpoint.parent.name != but:
             checkpoint.unlink()
 
+# %% ../nbs/10_trainers.ipynb #85aabe3a
+class _Streaming(Work):
+    "Streams of a job's data"
+
+    def streamed(self, report: data.DataReport, view: data.View, batch_size: int, **given) -> data.PairStream:
+        "A stream of this process's part of some data, as the options have it"
+        options, world = self.options, self.accelerator.num_processes
+        given = dict(seed=options.seed, workers=options.workers, shuffle=options.shuffle, crop_scale=options.crop_scale) | given
+        given |= dict(crops=getattr(options, "augmentations", 0)) if given["crop_scale"] < 1 else {}
+        given |= dict(rank=self.accelerator.process_index, world_size=world)
+        return data.PairStream(report, view, batch_size // world, **given)
+
 # %% ../nbs/10_trainers.ipynb #6d171c85
-class _Streamed(Work):
+class _Streamed(_Streaming):
     "The training data as the student sees them"
 
     @cached_property
@@ -1006,13 +1018,15 @@ class _Streamed(Work):
         same = self.like is self.teacher or self.like.same_view(self.teacher)
         return None if same else data.View(self.teacher.preprocess, self.teacher.tokenizer)
 
-    def streamed(self, report: data.DataReport, view: data.View, batch_size: int, **given) -> data.PairStream:
-        "A stream of this process's part of some data, as the options have it"
-        options, world = self.options, self.accelerator.num_processes
-        given = dict(seed=options.seed, workers=options.workers, shuffle=options.shuffle, crop_scale=options.crop_scale) | given
-        given |= dict(crops=getattr(options, "augmentations", 0)) if given["crop_scale"] < 1 else {}
-        given |= dict(rank=self.accelerator.process_index, world_size=world)
-        return data.PairStream(report, view, batch_size // world, **given)
+    @cached_property
+    def truncation(self) -> data.Truncation | None:
+        "Captions that the student's tokenizer cuts; None where none is"
+        return data.truncated_share(self.report, self.view.tokenizer)
+
+    @property
+    def about_data(self) -> str:
+        "What the preflight found, and how many captions are too long"
+        return "\n".join(map(str, filter(None, (self.report, self.truncation))))
 
     def batches(self, step: int) -> Iterator[Batch]:
         "The training stream from a step on"
@@ -1073,6 +1087,14 @@ def find_data(
                          "(below 1) and ,tail:EXPONENT; or name shards") from None
     return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 
+# %% ../nbs/10_trainers.ipynb #db554980
+def load_validation(
+    where: str,  # the parameter `val`: anything `find_data` takes
+    limit: int | None = None,  # pairs at most; None: all
+) -> data.Pairs:
+    "A job's validation pairs; generated scenes are of a split that training does not see"
+    return data.load_pairs(find_data(where, held_out=True), limit)
+
 # %% ../nbs/10_trainers.ipynb #a3086914
 def make_accelerator(options: FitParameters) -> Accelerator:
     "Where and in which precision to train"
@@ -1130,7 +1152,7 @@ def open_run(
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
     data.check_split(report, options.workers, accelerator.num_processes, options.batch_size // accelerator.num_processes)
-    val_report = data.inspect_shards(find_data(options.val))
+    val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
     config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
     config |= {"data": report.to_json(), "validation": val_report.to_json(), **about}
@@ -1239,11 +1261,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:
-    "Refuse a teacher or a named student through which no pair goes, or a student that cannot copy what it is to copy"
+    "Refuse a teacher or student through which no pair goes, and a student that cannot copy"
     try:
         models.send_pair(teacher)
     except Exception as error:  # a foreign network may raise anything
-        raise ValueError(f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}") from error
+        raise ValueError(
+            f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}"
+        ) from error
     if not options.student or options.inheritance.startswith("auto"):
         return
     named = f"student={options.student!r} is not valid here"
@@ -1251,16 +1275,22 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
         student = _student_of(options, teacher)
         words = models.text_part(student.model)
         if getattr(words, "vocab_size", 0) != student.config["model_cfg"]["text_cfg"]["vocab_size"]:
-            raise ValueError("its text tower has a vocabulary of its own, and captions are in the teacher's tokens")
+            raise ValueError(
+                "its text tower has a vocabulary of its own, and captions are in the teacher's tokens"
+            )
         models.send_pair(student)
     except Exception as error:  # a foreign network may raise anything
         reason = _first_line(error)
-        raise ValueError(f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture") from error
+        raise ValueError(
+            f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture"
+        ) from error
     if options.inheritance == "manual":
         try:
             _plan_copy(teacher, student)
         except ValueError as error:
-            raise ValueError(f"{named} with inheritance='manual': {error}; or choose inheritance='none'") from None
+            raise ValueError(
+                f"{named} with inheritance='manual': {error}; or choose inheritance='none'"
+            ) from None
 
 # %% ../nbs/10_trainers.ipynb #6c950591
 def _local(name: str | Path) -> str:
@@ -1644,6 +1674,8 @@ def at_work(job: Job) -> Iterator[None]:
                 if job.run.asked().get("stop") or job.run.asked().get("pause"):
                     job.run.control(stop=False, pause=False)
                 job.run.set_status(plan=job.plan, freed_bytes=None)
+                if job.truncation:
+                    job.run.warn(str(job.truncation))
                 write_probe(job)
             yield
         except BaseException as error:

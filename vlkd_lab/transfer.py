@@ -25,7 +25,7 @@ from .evaluation import Classes, accuracy, all_label_sets, classifier, find_clas
 from .models import VLM, evaluating
 from .runs import to_json
 from .samples import LABEL_SETS, SHIFTS
-from .trainers import Job
+from .trainers import Job, load_validation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -304,7 +304,7 @@ def job_transfer(
     shifts: Sequence[str] = tuple(SHIFTS),
 ) -> Transfer | None:  # None: the validation data have no labels with names
     "The tables of a job's models"
-    val, classes = load_pairs(job.options.val), find_classes(job.options.val)
+    val, classes = load_validation(job.options.val), find_classes(job.options.val)
     if not set(val.sets) & set(LABEL_SETS) and (classes is None or not all_label_sets(val)):
         return None
     try:
