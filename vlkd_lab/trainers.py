@@ -1343,13 +1343,14 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
 def find_start(
     options: FitParameters,
     device: str | torch.device = "cpu",
-    fused: bool = False,  # whether a BLIP will do as well
+    load: Callable[[str | Path, str | torch.device], VLM] | None = None,  # None: `find_model`, for two towers
 ) -> VLM | None:  # None: the student starts as something else
     "The model that a student is to start as, freshly loaded"
+    if not options.start_from:
+        return None
     folder = data.project_root() / options.start_from
-    if options.start_from and "method" in read_json(folder / "config.json", {}):
-        return find_model(last_student(Run(folder)), device, fused)
-    return find_model(options.start_from, device, fused) if options.start_from else None
+    is_run = "method" in read_json(folder / "config.json", {})
+    return (load or find_model)(last_student(Run(folder)) if is_run else options.start_from, device)
 
 
 def last_student(run: Run) -> Path:
