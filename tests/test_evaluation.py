@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -140,3 +141,12 @@ def test_the_table_of_a_job(scenes, tiny_teacher, tmp_path):
     for figure in (plot_losses(run), plot_validation(run, 0.5), plot_tradeoff(table), plot_shapes(models)):
         assert figure.axes and all(axis.get_xlabel() or axis.get_ylabel() for axis in figure.axes[:1])
     assert isinstance(table, pd.DataFrame)
+
+
+def test_a_blank_line_among_class_names_shifts_no_class(scenes, tmp_path):
+    shutil.copy(scenes / "val-000000.tar", tmp_path)
+    (tmp_path / "classes.txt").write_text("\ufeffred star\nblue star\n\n", encoding="utf-8")
+    assert find_classes(str(tmp_path / "val-000000.tar")).names == ("red star", "blue star")
+    (tmp_path / "classes.txt").write_text("red star\n\nblue star\n")
+    with pytest.raises(ValueError, match="classes.txt: line 2 is blank, and the number of a line is its class"):
+        find_classes(str(tmp_path / "val-000000.tar"))

@@ -71,6 +71,10 @@ def find_classes(
     shards = find_data(where, held_out=True) if isinstance(where, str) else find_shards(where)
     folder = source_folder(shards[0])
     lines = {name: _lines(folder / f"{name}.txt") for name in ("classes", "templates")}
+    if "" in lines["classes"]:
+        place = f"{folder / 'classes.txt'}: line {lines['classes'].index('') + 1}"
+        raise ValueError(f"{place} is blank, and the number of a line is its class: give it a name")
+    lines["templates"] = tuple(filter(None, lines["templates"]))
     wrong = [t for t in lines["templates"] if "{}" not in t]
     if wrong:
         raise ValueError(f"{folder / 'templates.txt'}: {wrong[0]!r} has no {{}} for the class name")
@@ -78,7 +82,9 @@ def find_classes(
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()) if path.exists() else ()
+    "The lines of a text file, blank ones at its end left out"
+    text = path.read_text(encoding="utf-8-sig").rstrip() if path.exists() else ""
+    return tuple(line.strip() for line in text.splitlines())
 
 # %% ../nbs/11_evaluation.ipynb #e1c62329
 @torch.no_grad()
