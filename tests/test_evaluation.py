@@ -49,7 +49,7 @@ def test_a_class_is_the_normalised_mean_of_its_templates(tiny_teacher):
 def test_classes_lie_beside_the_shards(tmp_path):
     (tmp_path / "val-000000.tar").touch()
     assert find_classes(tmp_path / "val-000000.tar") is None
-    (tmp_path / "classes.txt").write_text("star\n\nhouse\n")
+    (tmp_path / "classes.txt").write_text("star\nhouse\n\n")
     assert find_classes(tmp_path / "val-000000.tar").names == ("star", "house")
     (tmp_path / "templates.txt").write_text("no place")
     with pytest.raises(ValueError, match="no place"):
