@@ -48,8 +48,12 @@ def test_a_class_is_the_normalised_mean_of_its_templates(tiny_teacher):
 def test_classes_lie_beside_the_shards(tmp_path):
     (tmp_path / "val-000000.tar").touch()
     assert find_classes(tmp_path / "val-000000.tar") is None
+    (tmp_path / "classes.txt").write_text("\ufeffstar\nnew\u2028line\x0bhouse\r\n\n", encoding="utf-8")
+    assert find_classes(tmp_path / "val-000000.tar").names == ("star", "new\u2028line\x0bhouse"), "line k is class k"
     (tmp_path / "classes.txt").write_text("star\n\nhouse\n")
-    assert find_classes(tmp_path / "val-000000.tar").names == ("star", "house")
+    with pytest.raises(ValueError, match="line 2 is blank: each line names the class of its number"):
+        find_classes(tmp_path / "val-000000.tar")
+    (tmp_path / "classes.txt").write_text("star\nhouse\n")
     (tmp_path / "templates.txt").write_text("no place")
     with pytest.raises(ValueError, match="no place"):
         find_classes(tmp_path / "val-000000.tar")
@@ -138,3 +142,6 @@ def test_the_table_of_a_job(scenes, tiny_teacher, tmp_path):
     for figure in (plot_losses(run), plot_validation(run, 0.5), plot_tradeoff(table), plot_shapes(models)):
         assert figure.axes and all(axis.get_xlabel() or axis.get_ylabel() for axis in figure.axes[:1])
     assert isinstance(table, pd.DataFrame)
+    assert not any("beyond" in warning for warning in run.status()["warnings"])
+    compare(job, job.val[:6], Classes(("thing 0",)))
+    assert any("have a class beyond classes.txt" in warning for warning in run.status()["warnings"])
