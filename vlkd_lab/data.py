@@ -952,9 +952,19 @@ def asked_questions(
         found = list(json.loads(fields.get("json", b"{}"))["questions"])
     except Exception:  # no JSON, no questions, another form
         return ()
-    triples = [asked for asked in found if isinstance(asked, list) and len(asked) == 3 and all(isinstance(text, str) for text in asked)]
+    triples = [_question(asked) for asked in found]
+    triples = [asked for asked in triples if len(asked) == 3 and all(isinstance(text, str) for text in asked)]
     cleaned = [tuple(clean_caption(text) for text in asked) for asked in triples]
     return tuple(asked for asked in cleaned if asked[0] and asked[1])
+
+
+def _question(asked: Any) -> list:
+    "Question, answer and type; a pair without a type is of type other"
+    if isinstance(asked, dict):
+        asked = [asked.get("question"), asked.get("answer"), asked.get("type", "other")]
+    if not isinstance(asked, list):
+        return []
+    return [*asked, "other"] if len(asked) == 2 else asked
 
 # %% ../nbs/02_data.ipynb #1e11fb65
 @dataclass(frozen=True)
