@@ -418,6 +418,18 @@ def test_resume_is_exact_among_bad_samples(spoilt, workers):
             assert_same(a, b)
 
 
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_small_batch_among_many_bad_samples_is_filled_with_good_ones(tmp_path, batch_size):
+    content = members(range(20))
+    bad = [(f"bad{n:03d}.txt", b"words") for n in range(6)]
+    stream = D.PairStream(tar(tmp_path / "a.tar", [*bad, *content]), VIEW, batch_size, shuffle=60)
+    batches = list(islice(stream.batches(), 40))
+    assert all(len(batch) == batch_size and not any("bad" in key for key in batch.keys) for batch in batches)
+    assert any(len(set(batch.keys)) < batch_size for batch in batches), "here and there a pair stands twice"
+    assert {key for batch in batches for key in batch.keys} == {f"a/{n:05d}" for n in range(20)}
+    assert_same(batches[30], next(replace(stream).batches(30)))
+
+
 def test_hopeless_data_stops(tmp_path):
     path = tar(tmp_path / "a.tar", [(f"{n}.txt", b"words") for n in range(20)])
     with pytest.raises(ValueError, match="cannot be filled.*no image"):

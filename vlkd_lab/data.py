@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -1317,11 +1317,11 @@ def _filled(studio: _Studio, group: list[tuple[int, _Item]], following: list[tup
         spare = sorted(following, key=lambda one: one[1].name in names)  # stable: a pair that is in the batch already comes last
         good = ((name, pair) for name, pair, _ in _good_and_bad(studio, spare) if pair)
         rows += islice(good, len(skipped))
-    if len(rows) < len(group):
+    if not rows:
         name, reason = skipped[0]
-        raise ValueError(
-            f"a batch of {len(group)} cannot be filled: {len(skipped)} of its samples are bad, and most of the next ({name}: {reason}; …)"
-        )
+        both = f"all of its samples are bad, and all of the next {len(following)}"
+        raise ValueError(f"a batch of {len(group)} cannot be filled: {both} ({name}: {reason}; …)")
+    rows += islice(cycle(tuple(rows)), len(group) - len(rows))  # where almost all of both groups is bad
     return _as_batch(studio, rows, skipped)
 
 # %% ../nbs/02_data.ipynb #8df70d16
