@@ -858,7 +858,8 @@ def _json_of(fields: Mapping[str, bytes]) -> dict:
 
 def _usable_captions(fields: Mapping[str, bytes], extra: dict) -> list[str]:
     "The captions of the first source that has any, or `BadSample`"
-    reason = "no caption"
+    unclear = next((name for name in ("captions", "caption") if extra.get(name)), "")
+    reason = f"no caption: {unclear} in the JSON is no text, and no list of texts" if unclear else "no caption"
     for texts in _caption_sources(fields, extra):
         cleaned = dict.fromkeys(clean_caption(text) for text in texts)
         captions = [text for text in cleaned if text]
