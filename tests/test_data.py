@@ -381,7 +381,7 @@ BAD = {
     "latin1": ([("K.jpg", picture(0)), ("K.txt", b"caf\xe9")], "not UTF-8 at byte 3"),
     "blank": ([("K.jpg", picture(0)), ("K.txt", b" \0\n")], "caption is empty"),
     "class": ([("K.jpg", picture(0)), ("K.txt", b"x"), ("K.cls", b"cat")], "class is no integer"),
-    "json": ([("K.jpg", picture(0)), ("K.json", b'{"caption": 5}')], "no caption"),
+    "json": ([("K.jpg", picture(0)), ("K.json", b'{"caption": 5}')], "no caption: caption in the JSON is no text"),
     "deep_json": ([("K.jpg", picture(0)), ("K.json", b"[" * 100_000)], "no caption"),
 }
 
@@ -416,6 +416,29 @@ def test_resume_is_exact_among_bad_samples(spoilt, workers):
     for start in range(0, 12, 1 + 4 * (workers > 0)):
         for a, b in zip(whole[start : start + 3], replace(stream).batches(start), strict=False):
             assert_same(a, b)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_small_batch_among_many_bad_samples_is_filled_with_good_ones(tmp_path, batch_size):
+    content = members(range(20))
+    bad = [(f"bad{n:03d}.txt", b"words") for n in range(6)]
+    stream = D.PairStream(tar(tmp_path / "a.tar", [*bad, *content]), VIEW, batch_size, shuffle=60)
+    batches = list(islice(stream.batches(), 40))
+    assert all(len(batch) == batch_size and not any("bad" in key for key in batch.keys) for batch in batches)
+    assert any(len(set(batch.keys)) < batch_size for batch in batches), "here and there a pair stands twice"
+    assert {key for batch in batches for key in batch.keys} == {f"a/{n:05d}" for n in range(20)}
+    assert_same(batches[30], next(replace(stream).batches(30)))
+
+
+@pytest.mark.parametrize("said, words", [
+    (b'{"captions": [["a", "b"]]}', "no caption: captions in the JSON is no text, and no list of texts"),
+    (b'{"caption": {"en": "a"}}', "no caption: caption in the JSON is no text, and no list of texts"),
+    (b'{"caption": null, "captions": []}', "no caption"),
+])  # fmt: skip
+def test_captions_of_another_form_are_not_called_missing(said, words):
+    with pytest.raises(D.BadSample) as error:
+        D.decode_sample({"jpg": picture(0), "json": said})
+    assert str(error.value) == words
 
 
 def test_hopeless_data_stops(tmp_path):

@@ -181,8 +181,11 @@ def test_a_teacher_is_trained_from_nothing_on_it(here, form):
     assert read_captions(find_data(where))[:2] == ["number 0", "number 1"] and len(read_captions(find_data(where), most=5)) == 5
     given = dict(data=where, val=where, steps=2, batch_size=6, image_size=SIDE, vocabulary=300, device="cpu", max_bad_share=0.5,
                  validate_pairs=12, out=str(here / "run"))  # fmt: skip
-    train(open_contrastive(check_parameters(Contrastive, given)))
+    job = open_contrastive(check_parameters(Contrastive, given))
+    train(job)
     assert (here / "run" / "teacher" / "student").is_dir()
+    said = "validation shards are trained on, such as"
+    assert said in job.about_data and any(said in warning for warning in job.run.status()["warnings"])
 
 
 def test_validation_takes_every_form_of_data_and_other_scenes(here):

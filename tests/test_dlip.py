@@ -337,6 +337,9 @@ def test_questions_are_needed_for_answers_only(tiny, tmp_path):
     train(job)
     with pytest.raises(ValueError, match="has no `questions`"):
         job_of(tiny, data=str(bare), tasks="answering", out=str(tmp_path / "no"))
+    asking = tmp_path / "bare" / "train-000001.tar"
+    asking.write_bytes(source.read_bytes())
+    assert "answering" in job_of(tiny, data=f"{bare},{asking}", out=str(tmp_path / "both")).tasks, "questions in a later shard count"
     only = fusion.new_blip(job.teacher.shape, job.teacher.tokenizer, tasks=("answering",))
     with pytest.raises(ValueError, match="the teacher was made for answering"):
         job_of(tiny, data=str(bare), teacher=str(only.save(tmp_path / "only")), out=str(tmp_path / "no"))

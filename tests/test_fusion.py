@@ -922,13 +922,18 @@ def asked(found):
 
 
 @pytest.mark.parametrize(
-    "wrong", [3, "abc", ["a", "b"], {"question": "q", "answer": "a", "type": "t"}, ["q", "a", 1], ["q", None, "t"], ["", "a", "t"]], ids=str
+    "wrong", [3, "abc", ["a"], {"question": "q"}, {"answer": "a"}, ["q", "a", 1], ["q", None, "t"], ["", "a", "t"], ["q", ""]], ids=str
 )
 def test_what_is_no_question_is_left_out_and_the_others_stay(wrong):
     assert asked([["is it  red\u202e?", "yes", "colour"], wrong, ["where?", "here", ""]]) == (
         ("is it red ?", "yes", "colour"),
         ("where?", "here", ""),
     )
+
+
+def test_a_question_needs_no_type_and_may_be_an_object():
+    found = asked([["where?", "here"], {"answer": "yes", "question": "is it?", "id": 3}, {"question": "q", "answer": "a", "type": "t"}])
+    assert found == (("where?", "here", "other"), ("is it?", "yes", "other"), ("q", "a", "t"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import unicodedata
 
 import numpy as np
 import pytest
@@ -115,6 +116,80 @@ def test_links_and_folders_are_no_members(tmp_path):
     report = D.inspect_shards(tmp_path / "a.tar")
     assert report.total == 1 and report.ignored == {"links and special files": 3}
     assert [sorted(sample) for sample in D.raw_samples(tmp_path / "a.tar")] == [["__key__", "__url__", "txt"]]
+
+
+def test_links_in_a_shard_are_what_they_name(tmp_path):
+    files = [("x/a.jpg", picture(50)), ("x/a.txt", b"a star"), ("x/b.jpg", picture(60))]
+    links = [("x/b.txt", tarfile.LNKTYPE, "x/a.txt"), ("c.jpg", tarfile.SYMTYPE, "./x/../x/b.jpg"), ("c.txt", tarfile.SYMTYPE, "late.txt"),
+             ("d/d.jpg", tarfile.SYMTYPE, "../x/a.jpg"), ("d/d.txt", tarfile.SYMTYPE, "/etc/hostname")]  # fmt: skip
+    path = tar(tmp_path / "a.tar", files)
+    with tarfile.open(path, "a") as file:
+        for name, kind, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            file.addfile(info)
+        info = tarfile.TarInfo("late.txt")
+        info.size = 6
+        file.addfile(info, io.BytesIO(b"a moon"))
+    report = D.inspect_shards(path)
+    pairs = D.load_pairs(report)
+    assert [key.rpartition("/")[2] for key in pairs.keys] == ["a", "b", "c"] and pairs.captions == ("a star", "a star", "a moon")
+    assert [image[0, 0, 0] for image in pairs.images] == [50, 60, 60], "links are followed inside the shard"
+    assert report.ignored == {"links and special files": 1}
+    assert dict(pairs.skipped) == {"a/d/d": "no caption", "a/late": "no image"}, "and nowhere else"
+
+
+def test_sparse_members_are_counted(tmp_path):
+    path = tar(tmp_path / "a.tar", A)
+    with tarfile.open(path, "a") as file:
+        info = tarfile.TarInfo("s.txt")
+        info.type = tarfile.GNUTYPE_SPARSE
+        file.addfile(info)
+    assert D.inspect_shards(path).ignored == {"links and special files": 1}
+
+
+@pytest.mark.parametrize("first, second", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_are_written_in_two_ways(tmp_path, first, second):
+    one, other = (unicodedata.normalize(form, "café.1") for form in (first, second))
+    path = tar(tmp_path / "a.tar", [(f"{one}.jpg", picture()), (f"{other}.txt", b"a star")])
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    (folder / f"{one}.jpg").write_bytes(picture())
+    (folder / f"{other}.txt").write_text("a star")
+    for where in (path, folder):
+        pairs = D.load_pairs(where)
+        assert pairs.captions == ("a star",) and pairs.keys[0].endswith("/café.1") and not pairs.skipped
+
+
+def test_folders_that_are_links_are_entered_once(tmp_path):
+    for place in ("set/own", "elsewhere"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "a.jpg").write_bytes(picture())
+        (tmp_path / place / "a.txt").write_text(place)
+    for name, target in {"linked": "elsewhere", "again": "elsewhere", "circle": "set", "above": ".", "set/own/up": "set"}.items():
+        (tmp_path / "set" / name.removeprefix("set/")).symlink_to(tmp_path / target, target_is_directory=True)
+    assert S.files_below(tmp_path / "set") == ["again/a.jpg", "again/a.txt", "own/a.jpg", "own/a.txt"]
+    assert D.load_pairs(tmp_path / "set").captions == ("elsewhere", "set/own")
+
+
+CLASSES = {b"3": 3, b" 3\r\n": 3, b"3.0\n": 3, b"\xef\xbb\xbf3": 3, b"": None, b"\n": None, b"-1": None, b"+0": 0}
+NO_CLASSES = (b"3.5", b"1e3", b"12345678901", b"1 2", b"dog", b"\xff")
+
+
+def test_a_class_is_an_index_or_nothing():
+    fields = {"jpg": picture(), "txt": b"a star"}
+    assert {said: D.decode_sample(fields | {"cls": said})[2] for said in CLASSES} == CLASSES
+    in_json = {"3": 3, "3.0": 3, '"3"': 3, "null": None, "-1": None}
+    assert {said: D.decode_sample(fields | {"json": b'{"cls": %s}' % said.encode()})[2] for said in in_json} == in_json
+    wrong = [{"cls": said} for said in NO_CLASSES] + [{"json": b'{"cls": %s}' % said} for said in (b"3.7", b"true", b"NaN", b"[3]")]
+    for further in wrong:
+        with pytest.raises(D.BadSample, match="class is no integer"):
+            D.decode_sample(fields | further)
+
+
+def test_an_empty_picture_is_called_so():
+    with pytest.raises(D.BadSample, match="^image is an empty file$"):
+        D.decode_image(b"")
 
 
 def test_a_shard_without_a_sample_says_what_it_holds(tmp_path):

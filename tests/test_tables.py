@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import unicodedata
 
 import pytest
 import torch
@@ -234,3 +235,40 @@ def test_a_folder_of_texts_and_one_of_pictures_stay_what_they_were(here):
     assert D.inspect_shards(D.find_images("set")).total == 12 and D.find_images("set")[0].name.endswith(".files.json")
     (here / "set" / "x.heic").touch()
     assert "heic (a picture format that is not read) 1" in str(D.inspect_shards(D.find_images("set")))
+
+
+LISTS = {
+    "JSON": '["a dog", "it\'s a cat"]', "Python": """['a dog', "it's a cat"]""", "NumPy": """['a dog'\n "it's a cat"]""",
+    "tail": """[ 'a dog', 'it\\'s a cat', ]""",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LISTS)
+def test_a_list_in_a_cell_is_several_captions_however_it_was_written(here, form):
+    path = table("set/t.csv", [["image", "caption"], ["pictures/p.1.png", LISTS[form]]])
+    assert D.load_pairs(path).all_captions == (("a dog", "it's a cat"),)
+
+
+@pytest.mark.parametrize("text", ["[sign] 'stop'", "['a' + 'b']", "[1, 2]", "['open", "[]", "[" * 5000, "['a', 3]", "[b'a']"])
+def test_a_caption_in_brackets_is_no_list(here, text):
+    path = table("set/t.csv", [["image", "caption"], ["pictures/p.1.png", text]])
+    assert D.load_pairs(path).all_captions == ((text[:2000],),)
+
+
+def test_classes_that_became_fractions_in_a_data_frame(here):
+    rows = [["pictures/p.1.png", "a", "2.0"], ["pictures/p.2.png", "b", ""], ["pictures/p.3.png", "c", "-1.0"]]
+    assert D.load_pairs(table("set/t.csv", [["image", "caption", "label"], *rows])).labels == (2, None, None)
+
+
+def test_accents_in_paths_are_written_in_two_ways(here):
+    for number, (on_disk, in_table) in enumerate((("NFC", "NFD"), ("NFD", "NFC"))):
+        name = f"é{number}.png"
+        shutil.copy("set/pictures/p.1.png", f"set/{unicodedata.normalize(on_disk, name)}")
+        path = table(f"set/t{number}.csv", [["image", "caption"], [unicodedata.normalize(in_table, name), "a"]])
+        assert D.load_pairs(path).captions == ("a",)
+
+
+def test_addresses_in_a_table_are_not_fetched(here):
+    path = table("set/t.csv", [["image", "caption"], ["https://example.org/a.jpg", "a"]])
+    with pytest.raises(ValueError, match="only local files are read; download the pictures first"):
+        D.find_shards(path)

@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property, lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -307,21 +307,21 @@ def _read_headers(
     most: int | None = None,  # members that are looked at; None: all
 ) -> _Catalogue:
     "A catalogue of a tar, up to the damage if there is any"
-    names, places, links, whole = [], [], 0, True
+    names, places, whole = [], [], True
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (most is None or len(names) < most) and (member := tar.next()) is not None:
                 tar.members.clear()
-                if member.isreg() and not member.issparse():
+                if not member.isdir():
                     names.append(member.name)
-                    places.append((member.offset_data, member.size))
-                links += not member.isreg() and not member.isdir()
+                    places.append(_place(member))
             whole = most is not None or _has_end(file, tar.offset)
     except _UNSOUND as error:
         failure = failure or str(error).splitlines()[0]
+    names, places, unread = _followed(names, places)
     grouped = sources.group_names(names)
-    if links:
-        grouped.ignored["links and special files"] += links
+    if unread:
+        grouped.ignored["links and special files"] += unread
     return _Catalogue(grouped, places, _problem(grouped, failure, whole))
 
 
@@ -340,6 +340,27 @@ def _problem(grouped: Grouped, failure: str, whole: bool) -> str:
         last = next(reversed(grouped.samples), "the beginning")
         return f"cut short or damaged after sample {last}: the tar has no end mark"
     return "" if grouped.samples else f"empty: no image or caption in it{sources.not_read(grouped.ignored)}"
+
+# %% ../nbs/02_data.ipynb #5368b910
+def _place(member: tarfile.TarInfo) -> tuple[int, int] | str | None:
+    "First byte and size of a file's content; of a link the member that it names; None of what is not read"
+    if member.islnk():
+        return member.linkname
+    if member.issym():
+        return os.path.join(os.path.dirname(member.name), member.linkname)
+    return (member.offset_data, member.size) if member.isreg() and not member.issparse() else None
+
+
+def _followed(
+    names: Sequence[str],
+    places: Sequence[tuple[int, int] | str | None],  # of `_place`
+) -> tuple[list[str], list[tuple[int, int]], int]:
+    "Names and places of what can be read, links followed; how many members cannot be read"
+    contents = zip(map(os.path.normpath, names), places, strict=True)
+    content_of = {name: place for name, place in contents if isinstance(place, tuple)}
+    ends = [content_of.get(os.path.normpath(p)) if isinstance(p, str) else p for p in places]
+    readable = [(name, end) for name, end in zip(names, ends, strict=True) if end is not None]
+    return [name for name, _ in readable], [end for _, end in readable], len(names) - len(readable)
 
 # %% ../nbs/02_data.ipynb #370e73da
 _CATALOGUES: dict[tuple, _Catalogue] = {}  # the last few that were made, by path, size and time of change
@@ -533,7 +554,7 @@ def _cache_file(path: Path) -> Path:
     "Where the report of a shard is remembered: by its size and time of change, and those of its count"
     stats = [file.stat() for file in (path, _stats_file(path)) if file.exists()]
     stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    key = hashlib.sha256(f"3|{path.resolve()}|{stamps}".encode()).hexdigest()
+    key = hashlib.sha256(f"4|{path.resolve()}|{stamps}".encode()).hexdigest()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "vlkd_lab" / "shards" / f"{key}.json"
 
@@ -699,7 +720,7 @@ _MARKS = {  # format that is not read -> how its files begin
     "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "SVG": rb"(?i)\s*(<\?xml|<svg)", "Photoshop": rb"8BPS",
     "HTML": rb"(?i)\s*<(!doctype|html)", "PDF": rb"%PDF", "PostScript": rb"%!PS",
     "icon": rb"\x00\x00\x01\x00", "OpenEXR": rb"\x76\x2f\x31\x01",
-    "Radiance HDR": rb"#\?RAD", "nothing": rb"$",
+    "Radiance HDR": rb"#\?RAD",
 }  # fmt: skip
 
 
@@ -712,6 +733,8 @@ def _readable() -> tuple[str, ...]:
 
 def _refusal(data: bytes) -> str:
     "Why the bytes are no picture that is read"
+    if not data:
+        return "image is an empty file"
     kind = next((name for name, mark in _MARKS.items() if re.match(mark, data[:64], re.DOTALL)), None)
     what = f"image is {kind}, which is not read" if kind else "image is no JPEG, PNG or WebP file"
     return f"{what}; read are {', '.join(name for name in _readable() if name != 'MPO')}"
@@ -835,7 +858,8 @@ def _json_of(fields: Mapping[str, bytes]) -> dict:
 
 def _usable_captions(fields: Mapping[str, bytes], extra: dict) -> list[str]:
     "The captions of the first source that has any, or `BadSample`"
-    reason = "no caption"
+    unclear = next((name for name in ("captions", "caption") if extra.get(name)), "")
+    reason = f"no caption: {unclear} in the JSON is no text, and no list of texts" if unclear else "no caption"
     for texts in _caption_sources(fields, extra):
         cleaned = dict.fromkeys(clean_caption(text) for text in texts)
         captions = [text for text in cleaned if text]
@@ -887,11 +911,18 @@ def decode_sample(
 def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
     extra = _json_of(fields)
     caption = _usable_captions(fields, extra)[0]
-    label = fields.get("cls", extra.get("cls"))
-    try:
-        return caption, None if label is None else int(label)
-    except (TypeError, ValueError) as error:
-        raise BadSample(f"class is no integer: {label!r:.40}") from error
+    return caption, _class_index(fields.get("cls", extra.get("cls")))
+
+# %% ../nbs/02_data.ipynb #53c31344
+def _class_index(label: Any) -> int | None:  # None where there is no class: nothing is said, or a negative number
+    "The class of a sample as its file, or an entry of its JSON, says it"
+    text = label.decode("utf-8-sig", "replace") if isinstance(label, bytes) else str(label)
+    if label is None or not text.strip():
+        return None
+    number = re.fullmatch(r"([+-]?\d{1,9})(\.0*)?", text.strip())
+    if number is None:
+        raise BadSample(f"class is no integer: {label!r:.40}")
+    return None if int(number[1]) < 0 else int(number[1])
 
 # %% ../nbs/02_data.ipynb #9dd43ccb
 def shard_captions(
@@ -922,9 +953,19 @@ def asked_questions(
         found = list(json.loads(fields.get("json", b"{}"))["questions"])
     except Exception:  # no JSON, no questions, another form
         return ()
-    triples = [asked for asked in found if isinstance(asked, list) and len(asked) == 3 and all(isinstance(text, str) for text in asked)]
+    triples = [_question(asked) for asked in found]
+    triples = [asked for asked in triples if len(asked) == 3 and all(isinstance(text, str) for text in asked)]
     cleaned = [tuple(clean_caption(text) for text in asked) for asked in triples]
     return tuple(asked for asked in cleaned if asked[0] and asked[1])
+
+
+def _question(asked: Any) -> list:
+    "Question, answer and type; a pair without a type is of type other"
+    if isinstance(asked, dict):
+        asked = [asked.get("question"), asked.get("answer"), asked.get("type", "other")]
+    if not isinstance(asked, list):
+        return []
+    return [*asked, "other"] if len(asked) == 2 else asked
 
 # %% ../nbs/02_data.ipynb #1e11fb65
 @dataclass(frozen=True)
@@ -1277,11 +1318,11 @@ def _filled(studio: _Studio, group: list[tuple[int, _Item]], following: list[tup
         spare = sorted(following, key=lambda one: one[1].name in names)  # stable: a pair that is in the batch already comes last
         good = ((name, pair) for name, pair, _ in _good_and_bad(studio, spare) if pair)
         rows += islice(good, len(skipped))
-    if len(rows) < len(group):
+    if not rows:
         name, reason = skipped[0]
-        raise ValueError(
-            f"a batch of {len(group)} cannot be filled: {len(skipped)} of its samples are bad, and most of the next ({name}: {reason}; …)"
-        )
+        both = f"all of its samples are bad, and all of the next {len(following)}"
+        raise ValueError(f"a batch of {len(group)} cannot be filled: {both} ({name}: {reason}; …)")
+    rows += islice(cycle(tuple(rows)), len(group) - len(rows))  # where almost all of both groups is bad
     return _as_batch(studio, rows, skipped)
 
 # %% ../nbs/02_data.ipynb #8df70d16

@@ -26,6 +26,7 @@ from .features import Batch, Features, FusedFeatures, Slow, gather
 from .fusion import TASKS, Blip, BlipShape, FusedBatch, fused_batch, load_blip, new_blip, see, shrunk, student_shape
 from .losses import Objective, Term
 from .models import evaluating, state_digest
+from .sources import TEXT_FIELDS
 from .trainers import Distillation, Fit, FitParameters, Job, Learner, Phase, above, at_least, finish_fit, one_of, parameter, seed_of, within
 
 # %% auto #0
@@ -458,10 +459,16 @@ def base_objective(options: _Base, tasks: Sequence[str]) -> Objective:
     return Objective({}, *_possible(base_terms(options.smoothing), tasks))
 
 
+def _has_questions(report: data.DataReport, shards: int = 16, members: int = 100) -> bool:
+    "Whether there is a question in the first members of some shards that are spread over all"
+    spread = report.usable[:: max(-(-len(report.usable) // shards), 1)]
+    some = (sample for shard in spread for sample in islice(data.raw_samples(shard.path, ("json",), members), members))
+    return any(data.asked_questions(sample) for sample in some)
+
+
 def _find_tasks(options: _Base, able: Sequence[str], report: data.DataReport, processes: int) -> tuple[str, ...]:  # what the teacher can
     "The tasks that are asked for, or those that teacher and data allow"
-    asked, some = options.asked_tasks(), islice(data.raw_samples(report.usable[0].path), 20) if report.usable else ()
-    questions = any(data.asked_questions(sample) for sample in some)
+    asked, questions = options.asked_tasks(), _has_questions(report)
     for task in asked:
         if task not in able:
             raise ValueError(f"tasks={options.tasks!r} is not valid here: the teacher was not made for {task}, but for {', '.join(able)}")
@@ -485,7 +492,8 @@ class BlipTrainingJob(_FusedJob, trainers.TeacherJob):
 
 def read_texts(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     "Captions, questions and answers of the first samples, without decoding an image"
-    samples = list(islice((sample for shard in shards for sample in data.raw_samples(shard)), most))
+    in_order = (sample for shard in shards for sample in data.raw_samples(shard, TEXT_FIELDS))
+    samples = list(islice(in_order, most))
     texts = [text for sample in samples for text in data.captions_of(sample)]
     return texts + [text for sample in samples for asked in data.asked_questions(sample) for text in asked[:2]]
 

@@ -72,19 +72,19 @@ def find_classes(
     folder = source_folder(shards[0])
     lines = {name: _lines(folder / f"{name}.txt") for name in ("classes", "templates")}
     if "" in lines["classes"]:
-        place = f"{folder / 'classes.txt'}: line {lines['classes'].index('') + 1}"
-        raise ValueError(f"{place} is blank, and the number of a line is its class: give it a name")
-    lines["templates"] = tuple(filter(None, lines["templates"]))
-    wrong = [t for t in lines["templates"] if "{}" not in t]
+        blank = lines["classes"].index("") + 1
+        raise ValueError(f"{folder / 'classes.txt'}: line {blank} is blank: each line names the class of its number")
+    templates = tuple(filter(None, lines["templates"]))
+    wrong = [template for template in templates if "{}" not in template]
     if wrong:
         raise ValueError(f"{folder / 'templates.txt'}: {wrong[0]!r} has no {{}} for the class name")
-    return Classes(lines["classes"], lines["templates"] or TEMPLATES) if lines["classes"] else None
+    return Classes(lines["classes"], templates or TEMPLATES) if lines["classes"] else None
 
 
 def _lines(path: Path) -> tuple[str, ...]:
-    "The lines of a text file, blank ones at its end left out"
+    "The lines of a text file that may be missing, up to the last that is not blank"
     text = path.read_text(encoding="utf-8-sig").rstrip() if path.exists() else ""
-    return tuple(line.strip() for line in text.splitlines())
+    return tuple(line.strip() for line in text.split("\n")) if text else ()
 
 # %% ../nbs/11_evaluation.ipynb #e1c62329
 @torch.no_grad()
@@ -328,6 +328,9 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
     models, pairs = job_models(job), pairs or job.val
     classes = classes or find_classes(job.options.val)
     latency, (captions, right) = measure_latency(models), caption_counts(pairs)
+    if classes and (beyond := [label for label in pairs.labels if label is not None and label >= len(classes.names)]):
+        counts = f"{len(beyond)} of {len(pairs)} validation pairs have a class beyond classes.txt, such as {beyond[0]}"
+        job.run.warn(f"{counts}: it names {len(classes.names)} classes, the first of which is 0")
     _, features, rows = score(job.teacher, pairs, classes)
     curves = [validation_curve(job.run, name) for name in models if name.startswith("scratch")]
     scratch = curves[0][-1][1] if curves and curves[0] else math.nan

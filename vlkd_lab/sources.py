@@ -5,6 +5,7 @@
 # %% ../nbs/01_sources.ipynb #a6662253
 from __future__ import annotations
 
+import ast
 import codecs
 import csv
 import hashlib
@@ -12,6 +13,7 @@ import json
 import os
 import re
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -62,7 +64,7 @@ def split_name(
         stem, suffix = suffix, ""
     if suffix.lower() in TEXT_FIELDS and stem.lower().endswith(PICTURES + UNREAD):
         stem = stem.rpartition(".")[0]
-    key = "/".join([*parts[:-1], stem])
+    key = unicodedata.normalize("NFC", "/".join([*parts[:-1], stem]))  # an accent is written in two ways
     return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), suffix.lower()
 
 
@@ -315,9 +317,11 @@ def files_below(
     folder: Path,
 ) -> list[str]:  # paths in the folder, in their order
     "The files of a folder and of the folders in it, without hidden ones"
-    found = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not _is_hidden(name)]
+    root = Path(os.path.realpath(folder))
+    found, entered = [], {str(path) for path in (root, *root.parents)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in sorted(folders) if not _is_hidden(name)]
+        folders[:] = [name for name in folders if _first_visit(Path(place, name), entered)]
         paths = (Path(place) / name for name in names if not _is_hidden(name))
         found += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
     return sorted(found)
@@ -355,6 +359,14 @@ def picture_parts(
 # %% ../nbs/01_sources.ipynb #d4500014
 def _digest(value: Any) -> str:  # 64 hexadecimal digits
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _first_visit(folder: Path, entered: set[str]) -> bool:
+    "Whether a folder is entered for the first time, whatever its name: links may lead in circles"
+    target = os.path.realpath(folder)
+    first = target not in entered
+    entered.add(target)
+    return first
 
 
 def not_read(ignored: Mapping[str, int]) -> str:
@@ -539,16 +551,29 @@ def _table_values(
                 yield reader.line_num + 1, columns, values if any(extra) else values[: columns.width]
 
 # %% ../nbs/01_sources.ipynb #a138ab2a
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_PYTHON_LIST = re.compile(rf"\s*\[\s*(?:{_QUOTED})(?:\s*,\s*(?:{_QUOTED})|\s+(?:{_QUOTED}))*\s*,?\s*\]\s*", re.DOTALL)
+
+
 def _captions_of(cell: str) -> list[str]:
-    "The captions in a table's cell: it may be a JSON list"
-    if cell.lstrip().startswith("["):
-        try:
-            texts = json.loads(cell)
-        except ValueError:
-            return [cell]
-        if texts and all(isinstance(text, str) for text in texts):
-            return texts
-    return [cell]
+    "The captions in a table's cell: it may be a list as JSON, Python or NumPy writes it"
+    if not cell.lstrip().startswith("["):
+        return [cell]
+    try:
+        texts = json.loads(cell)
+    except (ValueError, RecursionError):
+        texts = _written_by_python(cell)
+    return texts if texts and all(isinstance(text, str) for text in texts) else [cell]
+
+
+def _written_by_python(cell: str) -> list[str]:
+    "The texts of a list of quoted texts; none of anything else"
+    if not _PYTHON_LIST.fullmatch(cell):
+        return []
+    try:
+        return [ast.literal_eval(text) for text in re.findall(_QUOTED, cell, re.DOTALL)]
+    except (ValueError, SyntaxError):
+        return []
 
 
 def _picture_path(
@@ -557,7 +582,9 @@ def _picture_path(
     root: Path,  # of the project
 ) -> str:  # path in the folder, or absolute
     "Where a picture lies; of a missing one where it was looked for first"
-    for candidate in dict.fromkeys((name, name.replace("\\", "/"))):
+    plain = name.replace("\\", "/")
+    accents = (unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))
+    for candidate in dict.fromkeys((name, plain, *accents)):
         for start in (folder, root):
             if (start / candidate).is_file():
                 return candidate if start == folder else os.path.relpath(start / candidate, folder)
@@ -588,7 +615,8 @@ def read_table(
         captions = [text for k in columns.captions for text in _captions_of(values[k]) if text.strip()]
         broken += [line for text in captions if not _is_unicode(text)]
         row["captions"] += captions
-        row["cls"] = row["cls"] or ("" if columns.label is None else values[columns.label].strip())
+        label = "" if columns.label is None else re.sub(r"(?<=\d)\.0*$", "", values[columns.label].strip())
+        row["cls"] = row["cls"] or label
         labels.add(row["cls"])
     if len(broken) > MOST_BAD * lines:
         counts = f"{len(broken)} of {lines} rows cannot be read (the first at line {broken[0]})"
@@ -621,7 +649,9 @@ def _with_files(source: Path, rows: Mapping[str, dict], root: Path) -> list[dict
         found.append({"key": key, "files": {kind: [path]}} | texts)
     if len(missing) == len(rows):
         counts = f"{len(rows)} pictures, and none of them exists (the first is {missing[0]})"
-        raise ValueError(f"{source} names {counts}: paths start at {source.parent} or {root}")
+        places = f"paths start at {source.parent} or {root}"
+        fetched = "only local files are read; download the pictures first, for example with img2dataset"
+        raise ValueError(f"{source} names {counts}: {fetched if '://' in missing[0] else places}")
     return found
 
 

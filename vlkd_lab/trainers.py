@@ -1025,12 +1025,24 @@ class _Streamed(_Streaming):
 
     @property
     def about_data(self) -> str:
-        "What the preflight found, and how many captions are too long"
-        return "\n".join(map(str, filter(None, (self.report, self.truncation))))
+        "What the preflight found, how many captions are too long, and whether validation is trained on"
+        return "\n".join(map(str, filter(None, (self.report, self.truncation, _trained_on(self.run)))))
 
     def batches(self, step: int) -> Iterator[Batch]:
         "The training stream from a step on"
         return self.stream.batches(start=step)
+
+# %% ../nbs/10_trainers.ipynb #c718a89d
+def _trained_on(run: Run) -> str:  # empty where none is
+    "Which validation shards are among the training shards, as config.json has both"
+    config = run.config()
+    trained = {shard["digest"] for shard in config["data"]["shards"] if shard["digest"]}
+    validation = config.get("validation", {}).get("shards", [])
+    names = [shard["name"] for shard in validation if shard["digest"] in trained]
+    if not names:
+        return ""
+    what = f"{len(names)} of {len(validation)} validation shards are trained on, such as {names[0]}"
+    return f"{what}: scores on them say nothing about new pairs"
 
 # %% ../nbs/10_trainers.ipynb #49e30a5a
 @dataclass
@@ -1675,8 +1687,8 @@ def at_work(job: Job) -> Iterator[None]:
                 if job.run.asked().get("stop") or job.run.asked().get("pause"):
                     job.run.control(stop=False, pause=False)
                 job.run.set_status(plan=job.plan, freed_bytes=None)
-                if job.truncation:
-                    job.run.warn(str(job.truncation))
+                for warning in filter(None, (job.truncation, _trained_on(job.run))):
+                    job.run.warn(str(warning))
                 write_probe(job)
             yield
         except BaseException as error:
