@@ -334,27 +334,47 @@ def lock_towers(
     options: FitParameters,  # what is locked, and how many last layers are not
 ) -> None:
     "Freeze the weights and the batch statistics of the towers that the options lock"
-    text = model.text if hasattr(model, "text") else model
+    text = models.text_part(model)
+    lock_text = model.lock_text_tower if text is model else text.lock
     if options.lock_image:
         _lock([*model.visual.parameters()], model.visual.lock, options.unlocked_image_layers, model.visual)
     if options.lock_text:
         apart = {"logit_scale", "logit_bias"}
         weights = [w for name, w in model.named_parameters() if name not in apart and not name.startswith("visual.")]
-        _lock(weights, model.lock_text_tower, options.unlocked_text_layers, text)
+        _lock(weights, lock_text, options.unlocked_text_layers, text)
     for part in model.modules():
         weights = [*part.parameters(recurse=False)]
         if hasattr(part, "running_mean") and weights and not any(w.requires_grad for w in weights):
             part.eval()
 
-
+# %% ../nbs/10_trainers.ipynb #33a8c4bc
 def _lock(weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: int, tower: nn.Module) -> None:
-    "Freeze all of a tower but its last layers; open_clip counts a transformer's projection as one more"
+    "Freeze all of a tower but its last layers and what stands behind them"
     for weight in weights:
         weight.requires_grad_(bool(layers))
-    if layers:
-        blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
-        with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
-            lock(layers + 1 if blocks else layers)
+    if not layers:
+        return
+    with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
+        lock(layers + _groups_behind(tower))
+    for name in ("attn_pool", "attn_pool_contrastive"):  # which open_clip counts to no group
+        if isinstance(pool := getattr(tower, name, None), nn.Module):
+            pool.requires_grad_(True)
+
+
+def _groups_behind(tower: nn.Module) -> int:
+    "What open_clip counts behind a tower's last layer: a transformer's projection, a pool or a norm of timm's"
+    if len(getattr(getattr(tower, "transformer", None), "resblocks", ())):
+        return 1
+    if not hasattr(tower, "trunk"):
+        return 0
+    from timm.models import group_parameters
+
+    matcher = tower.trunk.group_matcher()
+    blocks = matcher["blocks"] if isinstance(matcher["blocks"], (list, tuple)) else [(matcher["blocks"], None)]
+    numbered = [pattern for pattern, *_ in blocks if r"(\d+)" in pattern]
+    groups = group_parameters(tower.trunk, matcher)
+    layers = [key for key, names in groups.items() if any(re.match(pattern, name) for pattern in numbered for name in names)]
+    return max(groups) - max(layers, default=max(groups))
 
 # %% ../nbs/10_trainers.ipynb #35df252b
 def check_locks(
