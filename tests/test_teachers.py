@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 
 import open_clip
@@ -404,3 +405,34 @@ def test_a_resnet_is_locked_as_a_whole_or_refused_in_every_job(folder_of, common
     resnet = folder_of("resnet", CANNOT_BE_CUT["resnet"])
     with pytest.raises(ValueError, match="not valid for a ResNet"):
         dime(folder_of("plain", CAN_BE_CUT["plain"]), common, start_from=str(resnet), lock_image=True, unlocked_image_layers=1)
+
+
+def test_the_last_layer_of_a_text_tower_of_transformers_is_unlocked(tmp_path):
+    config, tokenizer = hugging_text(tmp_path)
+    model = new_model(config, tokenizer=tokenizer).model
+    for layers, expected in ((1, {"1"}), (2, {"0", "1"}), (9, {"0", "1"})):
+        lock_towers(model, FitParameters(lock_text=True, unlocked_text_layers=layers))
+        trained = {name for name, weight in model.text.named_parameters() if weight.requires_grad}
+        assert {name.split("layer.")[1][0] for name in trained if ".layer." in name} == expected
+        assert "proj.weight" in trained and not any("embeddings" in name for name in trained)
+
+
+@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm"])
+def test_a_teacher_whose_features_are_not_finite_is_refused(method, folder_of, common, tmp_path):
+    teacher = load_model(folder_of("plain", CAN_BE_CUT["plain"]), "cpu")
+    with torch.no_grad():
+        teacher.model.visual.proj.fill_(torch.nan)
+    folder = save_model(teacher, tmp_path / "lost")
+    with pytest.raises(ValueError, match="features of a grey picture .* are not finite"):
+        open_job(method, common | dict(teacher=str(folder)))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "weights.safetensors", "folder"])
+def test_a_damaged_file_says_so_in_one_line(name, folder_of, tmp_path):
+    folder = shutil.copytree(folder_of("plain", CAN_BE_CUT["plain"]), tmp_path / "copy")
+    file = folder / ("open_clip_model.safetensors" if name == "folder" else name)
+    file.write_bytes(b"hello, these are no weights")
+    with pytest.raises(ValueError, match="is damaged, or no (PyTorch|safetensors) file") as error:
+        load_model(folder if name == "folder" else file, "cpu")
+    assert file.name in str(error.value) and "\n" not in str(error.value)

@@ -274,6 +274,7 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     if options.sentence_batch % world:
         raise ValueError(f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: choose a multiple")
     teacher = trainers.find_model(options.teacher, accelerator.device)
+    trainers.check_teacher(options, teacher)
     _check_beginning(options, teacher)
     student_config(options, teacher)
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))

@@ -544,6 +544,8 @@ def send_pair(vlm: VLM) -> Features:  # one row each
         raise ValueError(
             f"features of pictures are {image} wide and those of captions {text}: they have no space in common"
         )
+    if not (features.image.isfinite().all() and features.text.isfinite().all()):
+        raise ValueError("features of a grey picture or of a short caption are not finite")
     return features
 
 # %% ../nbs/03_models.ipynb #98434e9b
