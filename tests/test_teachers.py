@@ -436,3 +436,12 @@ def test_a_damaged_file_says_so_in_one_line(name, folder_of, tmp_path):
     with pytest.raises(ValueError, match="is damaged, or no (PyTorch|safetensors) file") as error:
         load_model(folder if name == "folder" else file, "cpu")
     assert file.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tower_that_onnx_cannot_express_is_named_in_one_line(folder_of, tmp_path):
+    resized = TIMM | dict(timm_model_name="test_vit", timm_pool="token", timm_proj="linear", image_size=64)
+    folder = folder_of("resized", kind() | dict(vision_cfg=resized))
+    with pytest.raises(ValueError, match="cannot be written: .*bicubic.*; choose onnx=False") as error:
+        export_student(folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    opens_elsewhere(folder, tmp_path / "out")
