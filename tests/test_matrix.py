@@ -142,6 +142,14 @@ def test_two_processes_give_what_one_gives(parameters, sigmoid_student, tmp_path
             assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
 
 
+def test_processes_that_fail_say_why(parameters, monkeypatch):
+    given = parameters("TinyCLIP", processes=2)
+    job = open_job("TinyCLIP", given)
+    (Path(given["out"]) / "config.json").write_text('{"method": "TinyCLIP", "parameters": {"teacher": "nobody"}}')
+    with pytest.raises(RuntimeError, match=r"failed with exit code 1: ValueError: no model 'nobody'"):
+        train(job)
+
+
 class Dropping(Learner):
     "A learner that drops features at random"
 

@@ -1993,7 +1993,14 @@ def _launch(folder: Path, processes: int) -> None:
     if done.returncode and Run(folder).status()["state"] == "stopped":
         raise RunStopped(f"the job of {folder} was stopped")
     if done.returncode:
-        raise RuntimeError(f"the job of {folder} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        reason = _first_error(Run(folder), done.stderr)
+        raise RuntimeError(f"the job of {folder} failed with exit code {done.returncode}: {reason}\n{done.stderr[-2000:]}")
+
+
+def _first_error(run: Run, stderr: str) -> str:
+    "What went wrong in the process that failed first, before torchrun's own summary"
+    lines = re.findall(r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception): .+)$", stderr, re.M)
+    return lines[0] if lines else run.status().get("error") or "no reason was given"
 
 # %% ../nbs/10_trainers.ipynb #64490dc9
 METHODS = {  # name -> where it lives
