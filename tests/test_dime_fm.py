@@ -218,8 +218,11 @@ def test_a_student_starts_where_it_is_told(tiny, tmp_path):
     started = new_student(job_of(tiny, out=str(tmp_path / "start"), **given)).model.state_dict()
     assert torch.equal(started["visual.conv1.weight"], other.model.state_dict()["visual.conv1.weight"])
     assert started["visual.proj"].shape == (32, 16), "its map to the joint width is new"
+    unnamed = new_student(job_of(tiny, out=str(tmp_path / "unnamed"), student="", start_from=str(tmp_path / "other"))).model.state_dict()
+    assert torch.equal(unnamed["visual.conv1.weight"], started["visual.conv1.weight"]), "without a name the student has its tower"
+    (tmp_path / "narrow.json").write_text(json.dumps(TINY | dict(vision_cfg=TINY["vision_cfg"] | dict(width=16))))
     with pytest.raises(ValueError, match=r"start_from=.* has another image tower than the student: \d+ of \d+ weights do not fit"):
-        new_student(job_of(tiny, out=str(tmp_path / "no"), student="", student_share=0.3, start_from=str(tmp_path / "other")))
+        job_of(tiny, out=str(tmp_path / "no"), student=str(tmp_path / "narrow.json"), start_from=str(tmp_path / "other"))
 
 
 def test_a_folder_of_pictures_and_prompts_are_enough(tiny, tmp_path, monkeypatch):

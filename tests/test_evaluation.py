@@ -87,6 +87,8 @@ def test_alarms_are_raised_at_chance_and_for_nan():
     fine = {"zero_shot": 0.5, "image_to_text_r1": 0.3, "text_to_image_r1": 0.3}
     assert alarms("m", fine, 500, 16) == []
     assert "chance among 500 captions" in alarms("m", fine | {"image_to_text_r1": 0.002, "text_to_image_r1": 0.004}, 500, 16)[0]
+    ten = {"image_to_text_r1": 0.29, "text_to_image_r1": 0.29}
+    assert not alarms("m", fine | ten, 10) and alarms("m", fine | {name: 0.19 for name in ten}, 10), "a third is no chance among ten"
     assert "16 classes" in alarms("m", fine | {"zero_shot": 0.07}, 500, 16)[0]
     assert "NaN" in alarms("m", {"image_to_text_r1": math.nan}, 500)[0]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 
 import open_clip
@@ -25,10 +26,20 @@ from vlkd_lab.models import (
     new_model,
     save_model,
     shape_cost,
+    text_part,
     tower_shapes,
 )
 from vlkd_lab.runs import Run
-from vlkd_lab.trainers import TinyCLIP, check_parameters, copy_manually, open_tinyclip, train
+from vlkd_lab.trainers import (
+    FitParameters,
+    TinyCLIP,
+    check_parameters,
+    copy_manually,
+    lock_towers,
+    open_job,
+    open_tinyclip,
+    train,
+)
 
 RESNET = dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None)
 TIMM = dict(timm_model_name="test_vit3", timm_model_pretrained=False, timm_pool="map", timm_proj="none", image_size=160)
@@ -320,3 +331,117 @@ def test_a_teacher_without_a_common_space_is_refused(folder_of, job):
     lost = CANNOT_BE_CUT["siglip"] | dict(embed_dim=64)
     with pytest.raises(ValueError, match="96 wide and those of captions 64"):
         job(folder_of("lost", lost), inheritance="none", student="ViT-B-32", losses="affinity_mimicking=1")
+
+
+# what a student begins as, and what of it is locked
+
+
+def dime(teacher, parameters_of, **changes):
+    "An opened DIME-FM job of two steps that change nothing"
+    given = parameters_of | dict(sentences=parameters_of["data"], sentence_batch=12, teacher=str(teacher))
+    return open_job("DimeFm", given | dict(learning_rate=1e-12, weight_decay=0.0) | changes)
+
+
+@pytest.fixture
+def common(scenes, tmp_path):
+    "What jobs of two steps are told"
+    data = dict(data=f"{scenes}/train-000000.tar", val=f"{scenes}/val-000000.tar")
+    places = dict(out=str(tmp_path / "run"), features=str(tmp_path / "store"), device="cpu")
+    sizes = dict(steps=2, batch_size=8, validate_every=9, validate_pairs=8, probe_pairs=0)
+    return data | places | sizes | dict(compare_scratch=False)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("coca", "student"), ("coca", "start_from"), ("plain", "start_from")])
+def test_a_cocas_towers_serve_dime_fm_without_its_decoder(name, asked, folder_of, small, common, tmp_path):
+    teacher, coca = (folder_of(one, (CAN_BE_CUT | CANNOT_BE_CUT)[one]) for one in (name, "coca"))
+    job = dime(teacher, common, **{asked: str(small if asked == "student" else coca)})
+    train(job)
+    student = opens_elsewhere(tmp_path / "run" / "student" / "student", tmp_path / "out")
+    images, texts = features(student.model, student.tokenizer, student.image_shape)
+    with torch.no_grad():
+        taught = job.teacher.encode_text(job.teacher.tokenizer(["a red star", "a small house"]))
+    assert apart([texts], [taught]) < 1e-6
+    if asked == "start_from":
+        begun = load_model(coca, "cpu")
+        assert apart([images], features(begun.model, begun.tokenizer, begun.image_shape)[:1]) < 1e-6
+    assert not any(part.startswith("text_decoder") for part in student.model.state_dict())
+
+
+@pytest.mark.parametrize(("teacher", "start"), [("plain", "quick_gelu"), ("quick_gelu", "norms")])
+def test_an_image_tower_of_another_activation_is_refused_or_kept(teacher, start, folder_of, common, tmp_path):
+    theirs, begun = (folder_of(name, CAN_BE_CUT[name]) for name in (teacher, start))
+    with pytest.raises(ValueError, match="has one activation: choose text_tower='student'"):
+        dime(theirs, common, start_from=str(begun))
+    with pytest.raises(ValueError, match="computes with them otherwise .*: leave student empty"):
+        dime(theirs, common, start_from=str(begun), student=str(begun))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
+    train(dime(theirs, common, start_from=str(begun), text_tower="student"))
+    student, begun = load_model(tmp_path / "run" / "student" / "student", "cpu"), load_model(begun, "cpu")
+    images = (features(vlm.model, vlm.tokenizer, begun.image_shape)[:1] for vlm in (student, begun))
+    assert apart(*images) < 1e-6
+
+
+BEHIND = {
+    "coca": ("proj",),
+    "attentional_pool": ("attn_pool.query", "proj"),
+    "siglip": ("trunk.attn_pool.latent",),
+    "timm": ("head.proj.weight",),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_one_unlocked_layer_is_a_layer_and_what_stands_behind_it(name, folder_of):
+    model = load_model(folder_of(name, CANNOT_BE_CUT[name]), "cpu").model
+    lock_towers(model, FitParameters(lock_image=True, unlocked_image_layers=1, lock_text=True, unlocked_text_layers=1))
+    image = {part for part, weight in model.visual.named_parameters() if weight.requires_grad}
+    a_block = re.compile(r"((?:resblocks|trunk\.blocks|stages\.\d+\.blocks)\.\d+)\.")
+    blocks = {block.group(1) for part in image if (block := a_block.search(part))}
+    assert len(blocks) == 1 and image >= set(BEHIND[name]) and "class_embedding" not in image
+    text = {part for part, weight in text_part(model).named_parameters() if weight.requires_grad and "resblocks" in part}
+    assert {re.search(r"resblocks\.(\d+)", part).group(1) for part in text} == {"1"}
+
+
+def test_a_resnet_is_locked_as_a_whole_or_refused_in_every_job(folder_of, common):
+    resnet = folder_of("resnet", CANNOT_BE_CUT["resnet"])
+    with pytest.raises(ValueError, match="not valid for a ResNet"):
+        dime(folder_of("plain", CAN_BE_CUT["plain"]), common, start_from=str(resnet), lock_image=True, unlocked_image_layers=1)
+
+
+def test_the_last_layer_of_a_text_tower_of_transformers_is_unlocked(tmp_path):
+    config, tokenizer = hugging_text(tmp_path)
+    model = new_model(config, tokenizer=tokenizer).model
+    for layers, expected in ((1, {"1"}), (2, {"0", "1"}), (9, {"0", "1"})):
+        lock_towers(model, FitParameters(lock_text=True, unlocked_text_layers=layers))
+        trained = {name for name, weight in model.text.named_parameters() if weight.requires_grad}
+        assert {name.split("layer.")[1][0] for name in trained if ".layer." in name} == expected
+        assert "proj.weight" in trained and not any("embeddings" in name for name in trained)
+
+
+@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm"])
+def test_a_teacher_whose_features_are_not_finite_is_refused(method, folder_of, common, tmp_path):
+    teacher = load_model(folder_of("plain", CAN_BE_CUT["plain"]), "cpu")
+    with torch.no_grad():
+        teacher.model.visual.proj.fill_(torch.nan)
+    folder = save_model(teacher, tmp_path / "lost")
+    with pytest.raises(ValueError, match="features of a grey picture .* are not finite"):
+        open_job(method, common | dict(teacher=str(folder)))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "weights.safetensors", "folder"])
+def test_a_damaged_file_says_so_in_one_line(name, folder_of, tmp_path):
+    folder = shutil.copytree(folder_of("plain", CAN_BE_CUT["plain"]), tmp_path / "copy")
+    file = folder / ("open_clip_model.safetensors" if name == "folder" else name)
+    file.write_bytes(b"hello, these are no weights")
+    with pytest.raises(ValueError, match="is damaged, or no (PyTorch|safetensors) file") as error:
+        load_model(folder if name == "folder" else file, "cpu")
+    assert file.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tower_that_onnx_cannot_express_is_named_in_one_line(folder_of, tmp_path):
+    resized = TIMM | dict(timm_model_name="test_vit", timm_pool="token", timm_proj="linear", image_size=64)
+    folder = folder_of("resized", kind() | dict(vision_cfg=resized))
+    with pytest.raises(ValueError, match="cannot be written: .*bicubic.*; choose onnx=False") as error:
+        export_student(folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    opens_elsewhere(folder, tmp_path / "out")

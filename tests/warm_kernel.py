@@ -99,7 +99,9 @@ def import_heavy() -> None:
     inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
     assert widgets and inside.get_ipython() is None
     outside, inside.get_ipython = inside.get_ipython, lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
+    sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")  # what new tqdm asks for; old asks for the configuration
     importlib.import_module("tqdm.auto")
+    del sys.modules["ipykernel.zmqshell"]
     inside.get_ipython = outside
     for name in HEAVY:
         importlib.import_module(name)

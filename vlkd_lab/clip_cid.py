@@ -59,6 +59,7 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     weights, accelerator = options.weights(), trainers.make_accelerator(options)
     options.check_stored()
     teacher = trainers.find_model(options.teacher, accelerator.device)
+    trainers.check_teacher(options, teacher)
     start = _find_start(options, teacher)
     needed = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=needed)

@@ -5,7 +5,7 @@
 # %% ../nbs/11_dime_fm.ipynb #c22808c3
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -20,7 +20,7 @@ from . import corpus, data, trainers
 from .features import Batch, Features, recall
 from .gates import budget
 from .losses import LOSSES, Objective, score_terms
-from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model, state_digest
+from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model, state_digest, two_towers
 from .sources import LINES, read_part, write_whole
 from .stores import FeatureStore, StoredTeacher, load, store_key
 from .trainers import Distillation, Job, Learner, Phase, above, at_least, finish_fit, manual_shapes, one_of, parameter, seed_of, within
@@ -75,14 +75,14 @@ def student_config(options: DimeFm, teacher: VLM) -> dict:
     "The open_clip configuration of the student that the options name; of the teacher's joint width"
     base = model_config(teacher.config["model_cfg"])
     if not options.student and options.start_from:
-        return base | dict(vision_cfg=trainers.find_start(options).config["model_cfg"]["vision_cfg"])
+        return _started_config(base, options)
     if not options.student:
         return base
     if options.text_tower == "teacher":
-        return base | dict(vision_cfg=image_tower(options.student))
+        return _buildable(base | dict(vision_cfg=image_tower(options.student)))
     if options.student.startswith("timm:"):
         raise ValueError(f"student={options.student!r} has no text tower: choose text_tower='teacher', or an architecture of open_clip")
-    return model_config(options.student) | dict(embed_dim=base["embed_dim"])
+    return _buildable(model_config(options.student) | dict(embed_dim=base["embed_dim"]))
 
 
 def new_student(job: DimeFmJob, inherited: bool = True) -> VLM:
@@ -107,9 +107,35 @@ def _make_student(options: DimeFm, teacher: VLM, shapes: dict | None, inherited:
     if inherited and options.start_from:
         _start_from(student, options)
     if inherited and options.text_tower == "teacher":
-        text = {name: tensor for name, tensor in teacher.model.state_dict().items() if not name.startswith("visual.")}
-        student.model.load_state_dict(student.model.state_dict() | text)
+        own = student.model.state_dict()  # a CoCa's decoder has no place in it
+        text = {name: tensor for name, tensor in teacher.model.state_dict().items() if name in own and not name.startswith("visual.")}
+        student.model.load_state_dict(own | text)
     return student
+
+# %% ../nbs/11_dime_fm.ipynb #3213c1ff
+def _buildable(config: Mapping[str, Any]) -> dict:
+    "Two towers of two models as one: QuickGELU, which both have then, takes no settings"
+    config = two_towers(config)
+    if config.get("quick_gelu"):
+        for part in ("vision_cfg", "text_cfg"):
+            config[part] = {name: value for name, value in config[part].items() if name != "act_kwargs"}
+    return config
+
+
+def _started_config(base: dict, options: DimeFm) -> dict:
+    "The image tower that the student starts as beside the teacher's words; ValueError if one activation cannot serve both"
+    start = trainers.find_start(options).config["model_cfg"]
+    vision = start["vision_cfg"]
+    has_one = not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list | tuple)
+    keeps_text = options.text_tower == "teacher" and not base["text_cfg"].get("hf_model_name")
+    quick, kept = (bool(config.get("quick_gelu")) for config in (start, base))
+    if has_one and keeps_text and quick != kept:
+        image, text = ("QuickGELU" if one else "GELU" for one in (quick, kept))
+        raise ValueError(
+            f"start_from={options.start_from!r} computes with {image} and the teacher's text tower with {text}, "
+            "and a model of open_clip has one activation: choose text_tower='student', or a start or teacher of the same"
+        )
+    return _buildable(base | dict(vision_cfg=vision, quick_gelu=quick if has_one else kept))
 
 # %% ../nbs/11_dime_fm.ipynb #88a9e673
 def _seen_as(options: DimeFm, teacher: VLM) -> VLM:
@@ -140,6 +166,19 @@ def _start_from(student: VLM, options: DimeFm) -> None:
         raise ValueError(f"start_from={name!r} has another image tower than the student: {len(lost)} of {len(own)} weights do not fit, "
                          f"such as {lost[0]}; name its architecture as student")  # fmt: skip
     student.model.visual.load_state_dict(own | fits)
+    if len(fits) == len(own) and not torch.allclose(*(_seen_by(vlm, student.image_shape) for vlm in (student, source)), atol=1e-4):
+        raise ValueError(
+            f"start_from={name!r} has the weights of student={options.student!r} and computes with them otherwise "
+            "(its activation, pooling or norms): leave student empty, and its image tower is taken as it is"
+        )
+
+
+@torch.no_grad()
+def _seen_by(vlm: VLM, sides: tuple[int, int]) -> Tensor:  # (2, D)
+    "What an image tower makes of two random pictures of a size"
+    pictures = torch.rand(2, 3, *sides, generator=torch.Generator().manual_seed(0))
+    with evaluating(vlm.model):
+        return vlm.model.encode_image(pictures.to(vlm.device), normalize=True).cpu()
 
 
 def _projection(visual: nn.Module) -> tuple[str, ...]:
@@ -235,6 +274,7 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     if options.sentence_batch % world:
         raise ValueError(f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: choose a multiple")
     teacher = trainers.find_model(options.teacher, accelerator.device)
+    trainers.check_teacher(options, teacher)
     _check_beginning(options, teacher)
     student_config(options, teacher)
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
@@ -265,7 +305,8 @@ def _check_beginning(options: DimeFm, teacher: VLM) -> None:
                          "tower is the one that it starts as; choose inheritance='none'")  # fmt: skip
     begins = options.inheritance == "manual"
     inherited = ["image"] * (begins or bool(options.start_from)) + ["text"] * (begins or options.text_tower == "teacher")
-    trainers.check_locks(options, inherited, {}, "choose inheritance='manual', or name a model as start_from")
+    vision = student_config(options, teacher)["vision_cfg"]
+    trainers.check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
     if options.lock_image and options.text_tower == "teacher" and not options.unlocked_image_layers:
         raise ValueError("lock_image=True and text_tower='teacher' leave nothing to train: choose text_tower='student', or "
                          "unlocked_image_layers above 0")  # fmt: skip

@@ -509,7 +509,7 @@ def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
     shape = _first_shape(options)
     accelerator, shards = trainers.make_accelerator(options), trainers.find_data(options.data)
     report = data.inspect_shards(shards)
-    earlier = trainers.find_start(options, fused=True)
+    earlier = trainers.find_start(options, load=find_blip)
     trainers.check_locks(options, _begun_towers(options), {}, "name a BLIP as start_from")
     tasks = _find_tasks(options, earlier.tasks if earlier else tuple(TASKS), report, accelerator.num_processes)
     model = earlier or _new_teacher(options, shape, shards, tasks)
@@ -554,7 +554,7 @@ def dlip_objective(options: Dlip, teacher: Blip, student: Blip, tasks: Sequence[
 def student_sizes(options: Dlip, teacher: Blip) -> BlipShape:
     "The sizes of the student that the options name"
     if starts_whole(options):
-        return trainers.find_start(options, fused=True).shape
+        return trainers.find_start(options, load=find_blip).shape
     shape = student_shape(teacher.shape, options.student) if options.student else shrunk(teacher.shape, options.student_share)
     return replace(shape, image_size=options.image_size or shape.image_size)
 
@@ -586,7 +586,7 @@ def starts_whole(options: Dlip) -> bool:
 
 def _start_from(student: Blip, options: Dlip) -> None:
     "Give a student another BLIP's image tower, or all of it"
-    start = trainers.find_start(options, fused=True).model
+    start = trainers.find_start(options, load=find_blip).model
     if starts_whole(options):
         student.model.load_state_dict(student.model.state_dict() | start.state_dict())
     else:
@@ -671,7 +671,7 @@ def open_dlip(options: Dlip) -> DlipJob:
         raise ValueError(f"losses={options.losses!r} is not valid here: no term has a weight; {fine}")
     teacher = replace(teacher, tasks=tasks)
     about = {"objective": {name: weights.get(name, 0.0) for name in possible}, "terms": possible, "tasks": list(tasks)}
-    about |= {"start_sha256": state_digest(trainers.find_start(options, fused=True).model)} if options.start_from else {}
+    about |= {"start_sha256": state_digest(trainers.find_start(options, load=find_blip).model)} if options.start_from else {}
     about |= {"student": asdict(sizes), "teacher_sha256": state_digest(teacher.model), "model": asdict(teacher.shape)}
     return trainers.open_run(options, teacher, accelerator, about, DlipJob, report)
 
@@ -699,7 +699,7 @@ def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> Non
                              f"({getattr(teacher, name) if different else options.image_size})")  # fmt: skip
         return
     if options.start_from:
-        given = trainers.find_start(options, fused=True).shape
+        given = trainers.find_start(options, load=find_blip).shape
         for name in ("image_layers", "image_width", "image_heads", "image_neurons", "image_size", "patch_size"):
             if getattr(given, name) != getattr(student, name):
                 raise ValueError(f"start_from={options.start_from!r} has another image tower: its {name} is {getattr(given, name)}, "

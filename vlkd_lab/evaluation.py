@@ -178,7 +178,8 @@ def alarms(
         return [f"{name}: its features are NaN"]
     found = []
     r1 = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
-    if r1 <= 3 * right / captions:
+    chance = right / captions
+    if r1 <= chance + min(2 * chance, 0.1):
         several = "" if right == 1 else f", of which {right:.3g} are right for a picture"
         odds = f"1 in {captions / right:.0f}"
         found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} ({odds})")

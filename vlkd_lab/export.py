@@ -250,6 +250,9 @@ def _trace(network: nn.Module, example: Tensor, path: Path, names: tuple[str, st
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that sizes were taken as constants: check_onnx tries others
             torch.onnx.export(network, (example,), str(path), **given)
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"{path.name} cannot be written: {reason}; choose onnx=False") from None
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
 

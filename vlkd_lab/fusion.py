@@ -441,7 +441,7 @@ def _names_in(file: Path) -> list[str]:
         if file.suffix not in (".pth", ".pt", ".bin"):
             return []
         whole = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError):
+    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError):
         return []
     weights = whole.get("model", whole) if isinstance(whole, Mapping) else {}
     return [name for name in weights if isinstance(name, str)] if isinstance(weights, Mapping) else []
@@ -457,7 +457,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             return torch.load(old, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise ValueError(f"{old} holds more than weights, or is damaged: it is not loaded, because loading it could run its code") from None
-    except (SafetensorError, RuntimeError, EOFError) as error:
+    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 

@@ -29,10 +29,11 @@ from . import published
 from .features import Batch, Features
 
 # %% auto #0
-__all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'evaluating', 'text_part', 'TowerShape', 'tower_shapes',
-           'tower_shape', 'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing', 'copied_config',
-           'send_pair', 'at_size', 'new_model', 'check_student', 'load_model', 'state_digest', 'plain_config',
-           'save_model', 'train_tokenizer', 'count_macs', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
+__all__ = ['TINYCLIP_CONFIGS', 'VLM', 'model_config', 'image_tower', 'two_towers', 'evaluating', 'text_part', 'TowerShape',
+           'tower_shapes', 'tower_shape', 'head_widths', 'SlimAttention', 'resize_towers', 'preprocessing',
+           'copied_config', 'send_pair', 'at_size', 'new_model', 'check_student', 'load_model', 'state_digest',
+           'plain_config', 'save_model', 'train_tokenizer', 'count_macs', 'Cost', 'count_cost', 'shape_cost',
+           'measure_latency']
 
 # %% ../nbs/03_models.ipynb #63ced60c
 def _both_sides(size: int | Sequence[int]) -> tuple[int, int]:  # pixels: (height, width)
@@ -229,6 +230,16 @@ def _timm_tower(name: str) -> Mapping[str, Any]:
                 if not failure:
                     return tower
     raise ValueError(f"timm:{name} cannot be an image tower: {failure}; choose another, such as timm:resnet18")
+
+# %% ../nbs/03_models.ipynb #0381cf57
+def two_towers(config: Mapping) -> dict:  # the same where there are only two
+    "A configuration without what a CoCa has besides its towers"
+    if "multimodal_cfg" not in config and not any(config[part].get("output_tokens") for part in ("vision_cfg", "text_cfg")):
+        return dict(config)
+    kept = {name: value for name, value in config.items() if name != "multimodal_cfg"}
+    custom = dict(custom_text=True) if "multimodal_cfg" in config else {}
+    silent = {part: {name: value for name, value in kept[part].items() if name != "output_tokens"} for part in ("vision_cfg", "text_cfg")}
+    return kept | silent | custom
 
 # %% ../nbs/03_models.ipynb #66fe39bd
 @contextmanager
@@ -533,6 +544,8 @@ def send_pair(vlm: VLM) -> Features:  # one row each
         raise ValueError(
             f"features of pictures are {image} wide and those of captions {text}: they have no space in common"
         )
+    if not (features.image.isfinite().all() and features.text.isfinite().all()):
+        raise ValueError("features of a grey picture or of a short caption are not finite")
     return features
 
 # %% ../nbs/03_models.ipynb #98434e9b

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:  # by name, floating po
     file = Path(file)
     if file.name.endswith(".index.json"):
         return _read_parts(file)
-    held = load_file(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    held = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     for key in ("state_dict", "model"):
         held = held[key] if isinstance(held, Mapping) and isinstance(held.get(key), Mapping) else held
     if not isinstance(held, Mapping) or not held or not all(isinstance(v, Tensor) for v in held.values()):
@@ -110,6 +111,13 @@ def _json(file: Path) -> dict:  # empty: no such file, or something else in it
     return said if isinstance(said, dict) else {}
 
 
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as problem:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {problem}") from None
+
+
 def _read_pickle(file: Path):  # whatever it holds
     "A PyTorch file by its restricted loader"
     try:
@@ -120,8 +128,10 @@ def _read_pickle(file: Path):  # whatever it holds
         reason = f"it calls for {call[1]}" if call else str(problem).partition("\n")[0]
         names = dict(file=file, name=str(file), safe=str(file.with_suffix(".safetensors")))
         raise ValueError(_REFUSED.format(problem=reason, **names)) from problem
+    except (LookupError, ValueError, TypeError, AttributeError) as problem:  # what the unpickler makes of other bytes
+        raise ValueError(f"{file} is damaged, or no PyTorch file ({type(problem).__name__})") from None
 
-
+# %% ../nbs/02_published.ipynb #737ff91b
 def _read_parts(index: Path) -> dict[str, Tensor]:
     "The weights of all the files that an index names, each of which must lie beside it"
     places = _json(index).get("weight_map")

@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ __all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_pa
            'probe_features', 'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward',
            'micro_batches', 'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers',
            'agree', 'change', 'fit', 'Work', 'reopen', 'Job', 'find_data', 'load_validation', 'make_accelerator',
-           'out_folder', 'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'find_model',
-           'transformer_shapes', 'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target',
-           'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes',
-           'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit',
-           'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
-           'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
-           'start', 'current_student', 'load_student', 'open_job']
+           'out_folder', 'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'check_teacher',
+           'find_model', 'transformer_shapes', 'find_start', 'last_student', 'manual_shapes', 'learn_gates',
+           'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes',
+           'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch',
+           'finish_fit', 'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
+           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
+           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -334,27 +334,60 @@ def lock_towers(
     options: FitParameters,  # what is locked, and how many last layers are not
 ) -> None:
     "Freeze the weights and the batch statistics of the towers that the options lock"
-    text = model.text if hasattr(model, "text") else model
+    text = models.text_part(model)
+    lock_text = model.lock_text_tower if text is model else text.lock
     if options.lock_image:
         _lock([*model.visual.parameters()], model.visual.lock, options.unlocked_image_layers, model.visual)
     if options.lock_text:
         apart = {"logit_scale", "logit_bias"}
         weights = [w for name, w in model.named_parameters() if name not in apart and not name.startswith("visual.")]
-        _lock(weights, model.lock_text_tower, options.unlocked_text_layers, text)
+        _lock(weights, lock_text, options.unlocked_text_layers, text)
     for part in model.modules():
         weights = [*part.parameters(recurse=False)]
         if hasattr(part, "running_mean") and weights and not any(w.requires_grad for w in weights):
             part.eval()
 
-
+# %% ../nbs/10_trainers.ipynb #33a8c4bc
 def _lock(weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: int, tower: nn.Module) -> None:
-    "Freeze all of a tower but its last layers; open_clip counts a transformer's projection as one more"
+    "Freeze all of a tower but its last layers and what stands behind them"
     for weight in weights:
         weight.requires_grad_(bool(layers))
-    if layers:
-        blocks = getattr(getattr(tower, "transformer", None), "resblocks", ())
-        with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
-            lock(layers + 1 if blocks else layers)
+    if not layers:
+        return
+    with redirect_stdout(io.StringIO()):  # some of open_clip's towers print what they do
+        if hasattr(tower, "config"):  # of transformers, of which open_clip does not know every kind
+            _lock_before(tower.transformer, layers)
+        else:
+            lock(layers + _groups_behind(tower))
+    for name in ("attn_pool", "attn_pool_contrastive"):  # which open_clip counts to no group
+        if isinstance(pool := getattr(tower, name, None), nn.Module):
+            pool.requires_grad_(True)
+
+
+def _lock_before(network: nn.Module, layers: int) -> None:
+    "Freeze what stands before the last layers of an encoder of transformers"
+    encoder = getattr(network, "encoder", network)
+    blocks = next(part for part in encoder.children() if isinstance(part, nn.ModuleList))
+    outside = takewhile(lambda part: part not in (encoder, blocks), network.children())
+    inside = takewhile(lambda part: part is not blocks, encoder.children())
+    for part in (*outside, *inside, *blocks[: max(len(blocks) - layers, 0)]):
+        part.requires_grad_(False)
+
+
+def _groups_behind(tower: nn.Module) -> int:
+    "What open_clip counts behind a tower's last layer: a transformer's projection, a pool or a norm of timm's"
+    if len(getattr(getattr(tower, "transformer", None), "resblocks", ())):
+        return 1
+    if not hasattr(tower, "trunk"):
+        return 0
+    from timm.models import group_parameters
+
+    matcher = tower.trunk.group_matcher()
+    blocks = matcher["blocks"] if isinstance(matcher["blocks"], (list, tuple)) else [(matcher["blocks"], None)]
+    numbered = [pattern for pattern, *_ in blocks if r"(\d+)" in pattern]
+    groups = group_parameters(tower.trunk, matcher)
+    layers = [key for key, names in groups.items() if any(re.match(pattern, name) for pattern in numbered for name in names)]
+    return max(groups) - max(layers, default=max(groups))
 
 # %% ../nbs/10_trainers.ipynb #35df252b
 def check_locks(
@@ -1258,6 +1291,20 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
                              "choose inheritance='none', which leaves it as it is")  # fmt: skip
     return shapes
 
+# %% ../nbs/10_trainers.ipynb #251c9872
+def check_teacher(options: Distillation, teacher: VLM) -> None:
+    "ValueError unless a picture and a caption go through a teacher, into one space"
+    try:
+        models.send_pair(teacher)
+    except Exception as error:  # a foreign network may raise anything
+        raise ValueError(
+            f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
 # %% ../nbs/10_trainers.ipynb #08ea4262
 def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape] | None = None) -> VLM:
     "A fresh student of the architecture asked for; one that copies weights computes as the teacher does"
@@ -1268,18 +1315,9 @@ def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape
     return new_model(config, like=teacher, towers=towers, seed=options.seed)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:
     "Refuse a teacher or student through which no pair goes, and a student that cannot copy"
-    try:
-        models.send_pair(teacher)
-    except Exception as error:  # a foreign network may raise anything
-        raise ValueError(
-            f"teacher={options.teacher!r}: no picture and caption go through it: {_first_line(error)}"
-        ) from error
+    check_teacher(options, teacher)
     if not options.student or options.inheritance.startswith("auto"):
         return
     named = f"student={options.student!r} is not valid here"
@@ -1355,13 +1393,14 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
 def find_start(
     options: FitParameters,
     device: str | torch.device = "cpu",
-    fused: bool = False,  # whether a BLIP will do as well
+    load: Callable[[str | Path, str | torch.device], VLM] | None = None,  # None: `find_model`, for two towers
 ) -> VLM | None:  # None: the student starts as something else
     "The model that a student is to start as, freshly loaded"
+    if not options.start_from:
+        return None
     folder = data.project_root() / options.start_from
-    if options.start_from and "method" in read_json(folder / "config.json", {}):
-        return find_model(last_student(Run(folder)), device, fused)
-    return find_model(options.start_from, device, fused) if options.start_from else None
+    is_run = "method" in read_json(folder / "config.json", {})
+    return (load or find_model)(last_student(Run(folder)) if is_run else options.start_from, device)
 
 
 def last_student(run: Run) -> Path:
