@@ -166,7 +166,7 @@ def test_of_several_frames_the_first():
 @pytest.mark.parametrize("data, words", [
     (b"\0\0\0\x18ftypheic" + bytes(20), "HEIC"), (b"\0\0\0\x18ftypmif1" + bytes(20), "HEIC"), (b"\xff\x0a" + bytes(9), "JPEG XL"),
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"), (b'<?xml version="1.0"?><svg/>', "SVG"), (b"<svg/>", "SVG"), (b" <!DOCTYPE html>", "HTML"),
-    (b"8BPS\0\1", "Photoshop"), (b"%PDF-1.7", "PDF"), (b"%!PS-Adobe EPSF", "PostScript"), (b"", "nothing"),
+    (b"8BPS\0\1", "Photoshop"), (b"%PDF-1.7", "PDF"), (b"%!PS-Adobe EPSF", "PostScript"), (b"", "an empty file"),
     (b"GIF89a", "no JPEG, PNG or WebP"),
 ])  # fmt: skip
 def test_what_is_not_read_is_named(data, words):
