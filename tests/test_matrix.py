@@ -142,6 +142,13 @@ def test_two_processes_give_what_one_gives(parameters, sigmoid_student, tmp_path
             assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
 
 
+def test_the_command_line_says_what_it_reads(parameters, capsys):
+    given = parameters("TinyCLIP")
+    trainers._main([given["out"], "method=TinyCLIP", *(f"{name}={value}" for name, value in given.items() if name != "out")])
+    shown = capsys.readouterr().out
+    assert "3 shards, 120 samples" in shown and "captions are longer than" in shown
+
+
 def test_processes_that_fail_say_why(parameters, monkeypatch):
     given = parameters("TinyCLIP", processes=2)
     job = open_job("TinyCLIP", given)

@@ -2027,7 +2027,10 @@ def _main(arguments: list[str]) -> None:
     config = read_json(Path(folder) / "config.json", {})
     given = {name: _literal(value) for name, _, value in (change.partition("=") for change in changes)}
     method = given.pop("method", config.get("method", "TinyCLIP"))
-    train(open_job(method, config.get("parameters", {}) | given | {"out": str(Path(folder).resolve())}))
+    job = open_job(method, config.get("parameters", {}) | given | {"out": str(Path(folder).resolve())})
+    if job.accelerator.is_main_process:
+        print(job.about_data, flush=True)
+    train(job)
 
 
 def _literal(text: str) -> Any:
