@@ -428,6 +428,14 @@ def test_a_teacher_whose_features_are_not_finite_is_refused(method, folder_of, c
     assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm"])
+def test_too_few_shards_for_processes_that_are_still_to_be_started_are_refused(method, folder_of, common, tmp_path):
+    teacher = folder_of("plain", CAN_BE_CUT["plain"])
+    with pytest.raises(ValueError, match="1 shards cannot feed .* 2 processes"):
+        open_job(method, common | dict(teacher=str(teacher), processes=2))
+    assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
+
+
 @pytest.mark.parametrize("name", ["weights.pt", "weights.bin", "weights.safetensors", "folder"])
 def test_a_damaged_file_says_so_in_one_line(name, folder_of, tmp_path):
     folder = shutil.copytree(folder_of("plain", CAN_BE_CUT["plain"]), tmp_path / "copy")

@@ -285,7 +285,7 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     _check_student(options, teacher, shapes, world)
     FeatureStore(images, key, options.features)
     if not (options.grounded or options.class_names):
-        _check_sentences(sentences, options, accelerator.num_processes)
+        _check_sentences(sentences, options, world)
     about = {"objective": weights, "terms": [name for name, term in LOSSES.items() if term.unpaired], "sentences": sentences.to_json()}
     about |= {"teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     about |= {"start_sha256": state_digest(trainers.find_start(options).model)} if options.start_from else {}

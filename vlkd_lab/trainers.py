@@ -1196,7 +1196,8 @@ def open_run(
 ) -> Job:
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
-    data.check_split(report, options.workers, accelerator.num_processes, options.batch_size // accelerator.num_processes)
+    world = max(options.processes, accelerator.num_processes)  # those that are still to be started count
+    data.check_split(report, options.workers, world, options.batch_size // world)
     val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
     config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
