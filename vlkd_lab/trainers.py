@@ -1069,7 +1069,7 @@ class _Streamed(_Streaming):
 def _trained_on(run: Run) -> str:  # empty where none is
     "Which validation shards are among the training shards, as config.json has both"
     config = run.config()
-    trained = {shard["digest"] for shard in config["data"]["shards"] if shard["digest"]}
+    trained = {shard["digest"] for shard in config.get("data", {}).get("shards", []) if shard["digest"]}
     validation = config.get("validation", {}).get("shards", [])
     names = [shard["name"] for shard in validation if shard["digest"] in trained]
     if not names:
