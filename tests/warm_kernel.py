@@ -95,7 +95,8 @@ def serve(folder: Path, owner: int) -> None:
 
 
 def import_heavy() -> None:
-    """Import what takes long; tqdm chooses its bars at its import, and it is to choose a notebook's."""
+    """Import what takes long; tqdm chooses its bars and matplotlib its backend at its import, and both are to choose a notebook's."""
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it
     inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
     assert widgets and inside.get_ipython() is None
     outside, inside.get_ipython = inside.get_ipython, lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
