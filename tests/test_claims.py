@@ -115,11 +115,10 @@ def test_own_runs_count_only_with_the_trials_parameters(tmp_path, monkeypatch):
     assert list(own_results(tmp_path)["a"]) == [0]
 
 
-def test_results_are_kept_and_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(verdicts, "project_root", lambda: tmp_path)
-    (tmp_path / "data_samples").mkdir()
-    verdicts.keep_results({"a": {0: {"r1": 1 / 3}}}, {"teacher": {}})
-    assert verdicts.stored_results() == {"trials": {"a": {0: {"r1": 0.33333}}}, "teachers": {"teacher": {}}}
+def test_results_are_kept_and_come_back(tmp_path):
+    path = tmp_path / "results.json"
+    verdicts.keep_results({"a": {0: {"r1": 1 / 3}}}, {"teacher": {}}, path)
+    assert verdicts.stored_results(path) == {"trials": {"a": {0: {"r1": 0.33333}}}, "teachers": {"teacher": {}}}
 
 
 stored = verdicts.stored_results()

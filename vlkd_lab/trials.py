@@ -107,6 +107,7 @@ def run_trial(
     kept = read_json(out / "trial.json")
     if kept and kept["parameters"] == to_json(dict(trial.parameters)):
         return kept
+    _refuse_another(out, kept, trial)
     if not (out / "origin.json").exists():
         write_whole(out / "origin.json", json.dumps(origin()))
     job = trial.open(seed, out)
@@ -131,6 +132,17 @@ def _step_seconds(run: Run, stage: str) -> float | None:  # None where nothing w
     "Median time of a step"
     took = [line["seconds"] for line in run.metrics() if line.get("stage") == stage and "total" in line]
     return float(np.median(took)) if took else None
+
+# %% ../nbs/14_trials.ipynb #4ef9f07e
+def _refuse_another(out: Path, kept: Mapping | None, trial: Trial) -> None:
+    "ValueError for a folder of a trial with other parameters, of which a run might take more steps"
+    earlier = kept["parameters"] if kept else Run(out).config().get("parameters", {})
+    wanted = to_json(dict(trial.parameters))
+    different = [name for name in wanted if name in earlier and earlier[name] != wanted[name]]
+    if different:
+        name = different[0]
+        raise ValueError(f"{out} holds another trial ({name}: it has {earlier[name]}, asked for {wanted[name]}): choose another folder, "
+                         "or delete it")  # fmt: skip
 
 # %% ../nbs/14_trials.ipynb #66a45263
 def run_trials(
