@@ -1,7 +1,9 @@
 """Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
 
+import io
 import os
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -87,6 +89,16 @@ def tiny_blip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("blip")
     said = ["a small red star left of a large blue house on the grass", "what colour is the star?", "how many shapes are there? two"]
     return save_blip(new_blip(TINY_BLIP, train_wordpiece(said * 9, folder / "words", 120, 32), seed=3), folder / "blip")
+
+
+def tar(path, members):
+    "A tar of (name, content) members, compressed where its name says so"
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
 
 
 @pytest.fixture(autouse=True)

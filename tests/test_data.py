@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from conftest import tar
 from PIL import Image
 from torchvision import transforms as T
 
@@ -39,15 +40,6 @@ def picture(seed, size=(20, 20), kind="jpeg", mode="RGB"):
     noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).convert(mode).save(out := io.BytesIO(), kind)
     return out.getvalue()
-
-
-def tar(path, members):
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    return path
 
 
 def pair(n):

@@ -8,6 +8,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from conftest import tar
 from PIL import Image
 
 from vlkd_lab import data as D
@@ -17,15 +18,6 @@ from vlkd_lab import sources as S
 def picture(value=90):
     Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(out := io.BytesIO(), "png")
     return out.getvalue()
-
-
-def tar(path, members):
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    return path
 
 
 def pair(key, text=b"a star", ending="jpg"):
