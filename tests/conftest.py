@@ -1,5 +1,6 @@
 """Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
 
+import gc
 import io
 import os
 import shutil
@@ -26,17 +27,29 @@ from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
 
 
+IPYKERNEL6 = Path(__file__).parent.parent / ".cache" / "ipykernel6"  # `make test` puts it there, beside the newest in the environment
+
+
 def pytest_configure(config):
-    "A kernel named warm, for all test processes, as long as this one lives"
+    "Kernels named warm and, with ipykernel 6, warm6, for all test processes, as long as this one lives"
     if not hasattr(config, "workerinput"):
         config.warm_kernel = Path(tempfile.mkdtemp(prefix="warm-kernel-"))
         kernel_spec(config.warm_kernel, os.getpid())
+        if IPYKERNEL6.exists():
+            kernel_spec(config.warm_kernel, os.getpid(), "warm6", IPYKERNEL6)
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(config.warm_kernel), os.environ.get("JUPYTER_PATH"))))
 
 
 def pytest_unconfigure(config):
     if hasattr(config, "warm_kernel"):
         shutil.rmtree(config.warm_kernel, ignore_errors=True)
+
+
+def pytest_runtest_teardown():
+    "What imports leave is not searched for garbage again: every phase of a job collects, which took most of a small job's time"
+    if len(gc.get_objects()) > 50_000:
+        gc.collect()
+        gc.freeze()
 
 
 # `make test` gives whole files to test processes, since the tests of a file share what they have trained, but these test by test;

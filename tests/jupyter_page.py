@@ -65,6 +65,10 @@ CELL_IS_DONE = f"""([path, index]) => {{ {FIND_PANEL}
     const cell = panel.content.widgets[index];
     return !cell.pendingRuns && !cell.node.querySelector('.jp-InputPrompt')?.textContent.includes('*'); }}"""
 
+OPEN_NOTEBOOK = "path => { jupyterapp.commands.execute('docmanager:open', {path}); }"
+
+CLOSE_ALL = "() => { for (const widget of [...(window.jupyterapp?.shell.widgets('main') ?? [])]) widget.dispose(); }"
+
 CELL_WAS_GOOD = f"([path, index]) => {{ {FIND_PANEL} return Boolean(panel.content.widgets[index].lastRunGood); }}"
 
 KERNEL_EVAL = f"""async ([path, code, timeout]) => {{ {FIND_PANEL}
@@ -212,10 +216,21 @@ class Page:
         browser_page.on("dialog", lambda dialog: dialog.accept())  # "leave the page?" before a reload
 
     def open(self, notebook: str, timeout: float = PATIENCE) -> None:
-        """Open a notebook (a path below the server's root) in a fresh workspace and wait until it can be used."""
+        """Open a notebook (a path below the server's root) and wait until it can be used; whatever else is open is closed.
+
+        The first one loads JupyterLab, which takes seconds; the next ones open in it.
+        """
         self.notebook = notebook
-        self.browser_page.goto(f"{self.server.url}/lab/tree/{urllib.parse.quote(notebook)}?reset&token={self.server.token}")
+        if self.browser_page.url.startswith(f"{self.server.url}/lab"):
+            self.close_all()
+            self.browser_page.evaluate(OPEN_NOTEBOOK, notebook)
+        else:
+            self.browser_page.goto(f"{self.server.url}/lab/tree/{urllib.parse.quote(notebook)}?reset&token={self.server.token}")
         self._wait(IS_READY, notebook, timeout)
+
+    def close_all(self) -> None:
+        """Close every document without saving it; kernels live on."""
+        self.browser_page.evaluate(CLOSE_ALL)
 
     def reload(self, timeout: float = PATIENCE) -> None:
         """Reload the browser's page; the kernel lives on. What was not saved of the notebook is lost."""

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import IPYKERNEL6
 
 from vlkd_lab.runs import Run
 from vlkd_lab.trainers import TinyCLIP, open_tinyclip, train
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'> \"quotes\" \u202eright to left"
-KERNELS = {"ipykernel6": ROOT / ".cache" / "ipykernel6"}  # `make test` puts ipykernel 6 there, beside the newest in the environment
 
 jupyter_page = pytest.importorskip("jupyter_page", reason="no Playwright: pip install playwright; the browser tests did not run")
 pytestmark = [
@@ -52,24 +52,26 @@ def with_captions(source, target, caption):
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "A JupyterLab and a Chromium for all tests, and the folder in which each has a project"
-    root, kernels = tmp_path_factory.mktemp("lab"), {name: folder for name, folder in KERNELS.items() if folder.exists()}
-    with jupyter_page.JupyterServer(root, {"OMP_NUM_THREADS": "1"}, kernels) as server, jupyter_page.open_browser() as browser:
-        yield server, browser, root
+    "A JupyterLab and a page of it for all tests, and the folder in which each has a project"
+    root = tmp_path_factory.mktemp("lab")
+    with jupyter_page.JupyterServer(root, {"OMP_NUM_THREADS": "1"}) as server, jupyter_page.open_page(server) as page:
+        yield server, page, root
 
 
 @pytest.fixture
 def page(lab):
-    "A fresh window; its kernels end with the test"
-    server, browser, _ = lab
-    with jupyter_page.open_page(server, browser) as page:
-        yield page
+    "The page, with nothing open; what a test opens is closed at its end, and its kernels are ended"
+    server, page, _ = lab
+    page.console_errors.clear()
+    yield page
+    page.close_all()
+    server.end_kernels()
 
 
 @pytest.fixture
 def project(lab, scenes, tiny_teacher, request):
     "A project folder with tiny data, whose validation captions are hostile; parameters of a job that takes a minute"
-    folder = lab[2] / re.sub(r"\W", "_", request.node.name)
+    folder = lab[-1] / re.sub(r"\W", "_", request.node.name)
     (folder / "nbs").mkdir(parents=True)
     shutil.copy(ROOT / "settings.ini", folder)
     for name in ("data_samples", "tests"):
@@ -80,7 +82,7 @@ def project(lab, scenes, tiny_teacher, request):
     return folder, given | dict(stages=2, steps=1500, batch_size=16, device="cpu", out=str(folder / "run"), compare_scratch=False)
 
 
-def notebook(name, project, kernel="python3", **parameters):
+def notebook(name, project, kernel="warm", **parameters):
     "A notebook of the project in its folder, with other parameters; cells by their first words"
     page = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4)
     cell = next(c for c in page.cells if "parameters" in c.metadata.get("tags", []))
@@ -123,14 +125,15 @@ def controls(run):
     return [m for m in run.metrics() if m.get("event") == "control"]
 
 
-@pytest.mark.parametrize("kernel", ["python3", "ipykernel6"])
+@pytest.mark.parametrize("kernel", ["python3", "warm6"])
 def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
-    if kernel in KERNELS and not KERNELS[kernel].exists():
-        pytest.skip(f"no {kernel} in {KERNELS[kernel]}: make test installs it")
+    if kernel == "warm6" and not IPYKERNEL6.exists():
+        pytest.skip(f"no ipykernel 6 in {IPYKERNEL6}: make test installs it")
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, kernel, **given)
     run = Run(given["out"])
     page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
+    assert page.kernel_eval("import ipykernel; print(ipykernel.version_info[0] == 6)").strip() == str(kernel == "warm6")
     bench = run_until(page, cells, "bench")
     assert head(page, "state") == "new" and not (run.folder / "snapshots" / "newest.safetensors").exists()
     assert page.run_cell(cells["training"]) and "working" in page.output_text(cells["training"])
@@ -210,7 +213,7 @@ def pause_resume(page, run):
 
 def test_a_second_notebook_watches_a_papermill_job(page, project):
     folder, given = project
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb")]
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb"), "-k", "warm"]
     command += [part for name, value in given.items() for part in ("-p", name, str(value))]
     job = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     run = Run(given["out"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -23,17 +24,21 @@ import types
 from pathlib import Path
 
 HEAVY = """torch torchvision.transforms open_clip transformers transformers.models.clip.modeling_clip transformers.models.blip.modeling_blip
-    transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects sklearn.cluster
-    sklearn.linear_model scipy.sparse.csgraph scipy.stats""".split()
+    transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects plotly.io nbformat anywidget
+    sklearn.cluster sklearn.linear_model scipy.sparse.csgraph scipy.stats""".split()
 PATIENCE = 120  # seconds to wait for the process that forks
 
 
-def kernel_spec(folder: Path, owner: int) -> None:
-    """Write the kernel "warm" below a folder that JUPYTER_PATH will name; its process ends when the owner's does."""
+def kernel_spec(folder: Path, owner: int, name: str = "warm", first: Path | None = None) -> None:
+    """Write a kernel below a folder that JUPYTER_PATH will name; its process ends when the owner's does.
+
+    `first` is a folder that comes first on the kernel's path, for example one with another ipykernel.
+    """
     command = [sys.executable, "-I", "-S", __file__, "launch", str(folder), str(owner), "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": "warm", "language": "python"}
-    (folder / "kernels" / "warm").mkdir(parents=True)
-    (folder / "kernels" / "warm" / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
+    search = os.pathsep.join(filter(None, (first and str(first), os.environ.get("PYTHONPATH"))))
+    spec = {"argv": command, "display_name": name, "language": "python", "env": {"PYTHONPATH": search} if first else {}}
+    (folder / "kernels" / name).mkdir(parents=True)
+    (folder / "kernels" / name / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
 
 
 def connect(folder: Path, owner: str) -> socket.socket:
@@ -107,6 +112,8 @@ def import_heavy() -> None:
     for name in HEAVY:
         importlib.import_module(name)
     assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
+    gc.collect()
+    gc.freeze()  # kernels share these objects, and need not search them
 
 
 def is_alive(process: int) -> bool:
