@@ -17,6 +17,7 @@ from PIL import Image
 from vlkd_lab.data import load_pairs
 from vlkd_lab.fusion import TASKS, load_blip
 from vlkd_lab.runs import Run
+from vlkd_lab.trainers import open_job, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,9 +189,10 @@ def test_papermill_lists_the_parameters():
 
 
 def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path):
-    execute("train_tinyclip", tmp_path / "out.ipynb", **given | dict(compare_scratch=False, stages=1, steps=12))
-    other = given | dict(compare_scratch=False, stages=1, steps=12, learning_rate=2e-3, out=str(tmp_path / "other"))
-    execute("train_tinyclip", tmp_path / "other.ipynb", **other)
+    given |= dict(compare_scratch=False, stages=1, steps=12)
+    other = given | dict(learning_rate=2e-3, out=str(tmp_path / "other"))
+    for parameters in (given, other):
+        train(open_job("TinyCLIP", parameters))
     watched = execute("watch_run", tmp_path / "watch.ipynb", run_folder=given["out"], others=other["out"])
     shown = outputs(watched)
     assert '"image/png"' in shown and "learning_rate" in shown and "0.002" in shown and "finished" in shown
