@@ -71,7 +71,7 @@ THEME = dict(
 
 
 def page_name(notebook: str) -> str:
-    "A notebook's page, without ending, as nbdev names it"
+    "The page of a notebook, seen from nbs/: its folder and its name, without ending, as nbdev names it"
     from vlkd_lab.reference import page_of
 
     return page_of(notebook).removesuffix(".html")
@@ -91,7 +91,7 @@ def sections(root: Path) -> list[tuple[str, list[str]]]:
 
 
 def processed(root: Path) -> dict[str, nbformat.NotebookNode]:
-    "Every notebook as nbdev processes it for a website, by file name; `nbdev_docs` hands the same ones to Quarto"
+    "Every notebook as nbdev processes it for a website, by its path; `nbdev_docs` hands the same ones to Quarto"
     from nbdev.serve import proc_nbs
 
     where = Path.cwd()
@@ -100,7 +100,7 @@ def processed(root: Path) -> dict[str, nbformat.NotebookNode]:
         cache = Path(proc_nbs(force=True, n_workers=0))
     finally:
         os.chdir(where)
-    return {path.name: nbformat.read(path, 4) for path in sorted(cache.glob("*.ipynb"))}
+    return {path.relative_to(cache).as_posix(): nbformat.read(path, 4) for path in sorted(cache.rglob("*.ipynb"))}
 
 
 # Pages for Sphinx
@@ -117,21 +117,28 @@ class Rewriter:
         self.outside: dict[str, Path] = {}  # page -> a file of the project beside the notebooks that some page links to
 
     def target(self, link: str, folder: Path) -> str:
-        "Where a link of a page written in `folder` leads in the site"
+        "Where a link of a text that lies in `folder` leads, seen from the folder of its page"
         if link.startswith(self.host):
-            return link.removeprefix(self.host)
+            return self.seen_from(folder, link.removeprefix(self.host))
         if re.match(r"[a-z]+:|#", link):
             return link
         path, _, anchor = link.partition("#")
         file = Path(os.path.normpath(folder / path))
         anchor = f"#{anchor}" if anchor else ""
-        if file.parent == self.root / "nbs" and file.name in self.notebooks:
-            return page_name(file.name) + ".html" + anchor
+        notebook = Path(os.path.relpath(file, self.root / "nbs")).as_posix()
+        if notebook in self.notebooks:
+            return self.seen_from(folder, page_name(notebook) + ".html" + anchor)
         if file.suffix == ".md" and file.exists():
             page = "_".join(file.relative_to(self.root).with_suffix("").parts).lower()
             self.outside[page] = file
-            return page + ".html" + anchor
+            return self.seen_from(folder, page + ".html" + anchor)
         return link
+
+    def seen_from(self, folder: Path, address: str) -> str:
+        "An address of the site, seen from the page of a text in `folder`; what lies beside the notebooks is a page at the root"
+        notebooks = self.root / "nbs"
+        place = folder.relative_to(notebooks) if folder.is_relative_to(notebooks) else Path()
+        return Path(os.path.relpath(address, place)).as_posix()
 
     def text(self, source: str, folder: Path) -> str:
         "Markdown as MyST reads it"
@@ -153,15 +160,15 @@ class Rewriter:
                 output.data = nbformat.NotebookNode({"text/html": figure(output.data[PLOTLY])})
         return cell if source or cell.outputs else None
 
-    def page(self, notebook: nbformat.NotebookNode) -> tuple[nbformat.NotebookNode, dict[str, str]]:
-        "The page, and its front matter"
+    def page(self, notebook: nbformat.NotebookNode, folder: Path) -> tuple[nbformat.NotebookNode, dict[str, str]]:
+        "The page of a notebook in `folder`, and its front matter"
         first, *others = notebook.cells
         front = yaml.safe_load(first.source.strip().strip("-"))
         lead = f"# {front['title']}\n\n{{.lead}}\n{front['description']}"
-        cells = [nbformat.v4.new_markdown_cell(self.text(lead, self.root / "nbs"))]
+        cells = [nbformat.v4.new_markdown_cell(self.text(lead, folder))]
         for cell in others:
             if cell.cell_type == "markdown" and not cell.source.startswith("<!--"):
-                cells.append(nbformat.v4.new_markdown_cell(self.text(cell.source, self.root / "nbs")))
+                cells.append(nbformat.v4.new_markdown_cell(self.text(cell.source, folder)))
             elif cell.cell_type == "code" and (made := self.code(cell)):
                 cells.append(made)
         kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
@@ -189,12 +196,12 @@ def names_page(root: Path, pages: set[str]) -> str:
     "Every public name of every module: what it is, and where it is described"
     from vlkd_lab.reference import library_entries
 
-    rows = []
+    rows, by_module = [], {Path(page).name: page for page in pages if page.startswith("library/")}
     for module, entries in library_entries(root / "vlkd_lab").items():
         for name, entry in entries.items():
-            link = f"{module}.html#{name.lower()}"
+            link = f"{by_module.get(module)}.html#{name.lower()}"
             told = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(entry.summary))
-            place = f'<a href="{link}"><code>{name}</code></a>' if module in pages else f"<code>{name}</code>"
+            place = f'<a href="{link}"><code>{name}</code></a>' if module in by_module else f"<code>{name}</code>"
             rows.append((name.lower(), f"<tr><td>{place}</td><td>{module}</td><td>{entry.kind}</td><td>{told}</td></tr>"))
     body = "".join(row for _, row in sorted(rows))
     head = "<thead><tr><th>name</th><th>module</th><th>kind</th><th>what it is</th></tr></thead>"
@@ -216,7 +223,7 @@ def write_sources(root: Path, folder: Path) -> list[tuple[str, list[tuple[str, s
     shutil.copytree(root / "nbs" / "images", folder / "images")
     made = {}
     for name, notebook in notebooks.items():
-        made[page_name(name)], front = rewriter.page(notebook)
+        made[page_name(name)], front = rewriter.page(notebook, (root / "nbs" / name).parent)
         titles[page_name(name)] = front["title"]
     for page, file in list(rewriter.outside.items()):
         text = rewriter.text(file.read_text(encoding="utf-8"), file.parent)
@@ -230,6 +237,7 @@ def write_sources(root: Path, folder: Path) -> list[tuple[str, list[tuple[str, s
     order = [page for _, pages in sidebar for page, _ in pages if page != "index"]
     made["index"].cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n\n" + "\n".join(order) + "\n```"))
     for page, notebook in made.items():
+        (folder / page).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, folder / f"{page}.ipynb")
     return sidebar
 

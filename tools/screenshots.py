@@ -1,4 +1,4 @@
-"""Pictures of the bench and the explorers for README and docs, from a real page: `make screenshots`."""
+"""Pictures of the bench and the explorers for README and docs, from a real page: `make screenshots` (the tests' pages drive it)."""
 
 import io
 import shutil
