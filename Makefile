@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-versions browser lab docs readme export lint screenshots clean
+.PHONY: train test test-versions browser lab docs readme export floors lint screenshots clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -43,6 +43,12 @@ readme: $(READY)
 
 export: $(READY)
 	$(BIN)/nbdev_export
+
+# the library's notebooks, numbered in the order in which _quarto.yml lists them
+floors: $(READY)
+	$(BIN)/python tools/floors.py
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/readme.py > README.md
 
 lint: $(READY)
 	$(BIN)/ruff check vlkd_lab tests tools
