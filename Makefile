@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-versions browser lab docs readme export lint screenshots clean
+.PHONY: train test test-versions browser lab docs readme export floors lint screenshots clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -15,7 +15,7 @@ test: browser
 # the tests in throw-away environments: the oldest and the newest torch that settings.ini admits, on two Pythons; hours, and 6 GB at a time
 # VERSIONS="3.12:2.11.0 3.10:newest" chooses some, TESTS="tests/test_losses.py" which tests
 test-versions:
-	$(PYTHON) tests/versions.py --tests "$(or $(TESTS),tests)" $(VERSIONS)
+	$(PYTHON) tools/versions.py --tests "$(or $(TESTS),tests)" $(VERSIONS)
 
 # what the browser tests need: Chromium (Debian's package) and, to try both generations, ipykernel 6 in a folder of its own
 browser: $(READY)
@@ -32,20 +32,26 @@ lab: $(READY)
 
 # the website, in _docs/; where Quarto is installed, nbdev_docs makes it with Quarto from the same pages and the same _quarto.yml
 docs: $(READY)
-	$(BIN)/python tests/build_site.py
+	$(BIN)/python tools/build_site.py
 
 # the pictures of README and docs, taken from a real page (a few minutes)
 screenshots: browser
-	$(BIN)/python tests/screenshots.py
+	PYTHONPATH=tests $(BIN)/python tools/screenshots.py
 
 readme: $(READY)
-	$(BIN)/python tests/readme.py > README.md
+	$(BIN)/python tools/readme.py > README.md
 
 export: $(READY)
 	$(BIN)/nbdev_export
 
+# the library's notebooks, numbered in the order in which _quarto.yml lists them
+floors: $(READY)
+	$(BIN)/python tools/floors.py
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/readme.py > README.md
+
 lint: $(READY)
-	$(BIN)/ruff check vlkd_lab tests
+	$(BIN)/ruff check vlkd_lab tests tools
 
 clean:
 	rm -rf $(VENV) .cache runs _docs _proc nbs/nbdev.yml out.ipynb

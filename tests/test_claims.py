@@ -146,7 +146,7 @@ def test_four_methods_are_compared_at_equal_samples():
 
 
 def test_the_page_says_what_the_stored_numbers_say():
-    page = nbformat.read(ROOT / "nbs" / "claims.ipynb", 4)
+    page = nbformat.read(ROOT / "nbs" / "results" / "claims.ipynb", 4)
     said = json.dumps([cell.get("outputs", []) for cell in page.cells], ensure_ascii=False)
     for name in CLAIMS:
         assert judge(CLAIMS[name], stored["trials"], stored["teachers"]).words in said and f">{name}</small>" in said

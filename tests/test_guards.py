@@ -10,16 +10,22 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+import yaml
 from papermill.inspection import _infer_parameters, load_notebook_node
 from readme import readme
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
-MODULES = [p for p in NOTEBOOKS if p.name[:2].isdigit()]
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted([*NBS.glob("*.ipynb"), *NBS.glob("[a-z]*/*.ipynb")])
+MODULES = sorted((NBS / "library").glob("*.ipynb"))
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
 BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_", "export_", "claims"))]
-FLOOR = {p.stem[3:]: int(p.stem[:2]) for p in MODULES}
-FLOOR |= {"fusion": 8}
+ROOMS = {  # what may lie in nbs/ and in its folders
+    ".": r"index|getting_started|train_\w+|export_student|watch_run|explore_\w+",
+    "guides": r"guide_\w+|add_a_\w+|bench|run_folder|vocabulary",
+    "results": r"\w+_results|benchmark_\w+|claims",
+    "library": r"\d\d_\w+",  # the number is the floor
+}
 
 
 def cells(path, kind="code"):
@@ -32,6 +38,78 @@ def source(cell):
 
 def exported(path):
     return [source(c) for c in cells(path) if re.match(r"#\|\s*exports?\b", source(c))]
+
+
+def module_of(path):
+    "The module that a notebook exports, seen from the package; None: it exports none"
+    return next((m[1] for c in cells(path) if (m := re.match(r"#\|\s*default_exp (\S+)", source(c)))), None)
+
+
+FLOOR = {module_of(path): int(path.stem[:2]) for path in MODULES}
+
+
+def floor_of(name):
+    "The floor of a module, seen from the package; a package's is that of its highest room"
+    return FLOOR[name] if name in FLOOR else max(floor for module, floor in FLOOR.items() if module.startswith(f"{name}."))
+
+
+# Rooms
+
+
+def test_every_notebook_lies_in_its_room():
+    folders = {path.name for path in NBS.iterdir() if path.is_dir() and not path.name.startswith((".", "_"))}
+    assert folders == {*ROOMS, "images"} - {"."}
+    for path in NOTEBOOKS:
+        room = path.parent.relative_to(NBS).as_posix()
+        assert re.fullmatch(ROOMS[room], path.stem), f"{path.stem} does not belong into nbs/{room}"
+        exports = module_of(path) is not None or bool(exported(path))
+        assert exports == (room == "library"), f"{path.stem}: what exports lies in library/, and nothing else does"
+
+
+def test_no_two_library_notebooks_share_a_number_a_module_or_a_page():
+    for kind in ([p.stem[:2] for p in MODULES], [module_of(p) for p in MODULES], [p.stem[3:] for p in MODULES]):
+        assert sorted(set(kind)) == sorted(kind)
+
+
+def test_the_sidebar_follows_from_the_folders():
+    listed = {"Start": []}
+    for item in yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]:
+        if isinstance(item, str):
+            listed["Start"].append(item)
+        else:
+            listed[item["section"]] = item["contents"]
+    lying = {path.relative_to(NBS).as_posix() for path in NOTEBOOKS}
+    assert list(listed) == ["Start", "Guides", "Jobs", "Results", "The bench", "Library"]
+    assert listed["Library"] == [f"library/{path.name}" for path in MODULES], "the library stands in the order of its numbers"
+    of_section = {
+        "Start": r"(index|getting_started)\.ipynb",
+        "Guides": r"guides/.+",
+        "Jobs": r"(train_|export_)\w+\.ipynb",
+        "Results": r"results/.+",
+        "The bench": r"(watch_|explore_)\w+\.ipynb",
+    }
+    for section, name in of_section.items():
+        assert sorted(listed[section]) == sorted(one for one in lying if re.fullmatch(name, one)), section
+    assert sorted(one for pages in listed.values() for one in pages) == sorted(lying)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_commands_and_names_of_notebooks_are_those_of_today(path):
+    text = "\n".join(source(c) for c in cells(path, "markdown"))
+    for target in re.findall(r"\]\(((?!https?:|#)[^)\s#]+)", text):
+        assert (path.parent / target).exists(), target
+    for command in re.findall(r"\bnbs/[\w/]+\.ipynb", text):
+        assert (ROOT / command).exists(), command
+    assert set(re.findall(r"\b\d\d_[a-z]\w+", text)) <= {p.stem for p in MODULES}
+
+
+def test_commands_of_other_files_name_notebooks_that_are_there():
+    for path in (ROOT / "Makefile", ROOT / "README.md", ROOT / "data_samples" / "README.md"):
+        for name in re.findall(r"(?<!\.\./)\bnbs/[\w/]+\.ipynb", path.read_text(encoding="utf-8")):
+            assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+# Notebooks
 
 
 @pytest.mark.parametrize("path", JOBS + BENCH, ids=lambda p: p.stem)
@@ -78,14 +156,39 @@ def test_exported_cells_are_short(path):
         assert len(lines) <= 40 and len(text.splitlines()) <= 45, f"{len(text.splitlines())} lines: {lines[0]} {lines[1]}"
 
 
+def imported(text):
+    "The modules of the lab that a source imports, seen from the package; a string that names one is an import"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (one.name.removeprefix("vlkd_lab.") for one in node.names if one.name.startswith("vlkd_lab."))
+        elif isinstance(node, ast.ImportFrom) and node.module == "vlkd_lab":
+            yield from (one.name for one in node.names if one.name != "__version__")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlkd_lab."):
+            yield node.module.removeprefix("vlkd_lab.")
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"vlkd_lab\.[a-z_.]+(:\w+)?", str(node.value)):
+            yield node.value.partition(":")[0].removeprefix("vlkd_lab.")
+
+
+UPWARDS = {"trainers": {"clip_cid", "dime_fm", "dlip"}}  # its table of methods; nothing else may point up, and nothing new
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_imports_point_down(path):
-    floor = FLOOR[path.stem[3:]]
-    for text in exported(path):
-        for name in re.findall(r"from vlkd_lab\.(\w+) import|import vlkd_lab\.(\w+)", text):
-            assert FLOOR["".join(name)] < floor, f"{path.stem} imports {name}"
-        for names in re.findall(r"from vlkd_lab import (.+)", text):
-            assert all(FLOOR[n.strip()] < floor for n in names.split(",") if n.strip() != "__version__")
+    module = module_of(path)
+    names = {name for text in exported(path) for name in imported(text)} - {module}
+    assert {name for name in names if floor_of(name) >= FLOOR[module]} == UPWARDS.get(module, set())
+
+
+def test_every_form_of_an_import_is_noticed():
+    forms = {
+        "from vlkd_lab.runs import Run": "runs",
+        "import vlkd_lab.runs": "runs",
+        "def f():\n    from vlkd_lab import (\n  data,\n  runs)": "runs",
+        "home = 'vlkd_lab.runs'": "runs",
+        "open = 'vlkd_lab.methods.dlip:METHOD'": "methods.dlip",
+    }
+    assert all(module in set(imported(text)) for text, module in forms.items())
+    assert not set(imported("import vlkd_lab\nfrom vlkd_lab import __version__\n'vlkd_lab.runs is a module'"))
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -148,7 +251,7 @@ def test_the_exported_library_is_what_the_notebooks_say(tmp_path):
 
 
 def test_ruff_is_clean():
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "vlkd_lab", "tests"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "vlkd_lab", "tests", "tools"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
@@ -174,11 +277,6 @@ def test_importing_the_trainers_leaves_the_slow_libraries_alone():
 
 
 def test_no_words_about_one_machine():
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("tests/*.py"), *ROOT.glob("data_samples/*.md"), ROOT / "Makefile"]:
+    for path in [*ROOT.glob("*.*"), *ROOT.glob("tests/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("data_samples/*.md"), ROOT / "Makefile"]:
         if path.is_file() and path.suffix != ".ipynb" and path.name not in ("test_guards.py", ".git"):  # a work tree has a file .git
             assert not re.search(r"/work/|/root/|pypi\.org|extra-index-url", path.read_text(encoding="utf-8")), path
-
-
-def test_every_page_is_in_the_sidebar():
-    listed = set(re.findall(r"\w+\.ipynb", (ROOT / "_quarto.yml").read_text(encoding="utf-8")))
-    assert listed == {path.name for path in NOTEBOOKS}

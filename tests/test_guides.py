@@ -25,6 +25,7 @@ from vlkd_lab.published import find_releases
 from vlkd_lab.trainers import METHODS, Contrastive, TinyCLIP, _literal, check_parameters
 
 ROOT = Path(__file__).parent.parent
+PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}
 METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
 GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "add_a_loss", "vocabulary"]
 KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
@@ -32,7 +33,7 @@ METHOD = {kind.__name__: kind for kind in KINDS.values()}
 
 
 def cells(name, kind):
-    notebook = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))
+    notebook = json.loads(PAGES[name].read_text(encoding="utf-8"))
     return [c for c in notebook["cells"] if c["cell_type"] == kind]
 
 
@@ -152,7 +153,7 @@ def test_links_and_pictures_are_there(name):
     text = prose(name)
     assert text.startswith("# ") and "\n> " in text[:300]
     for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", text):
-        assert (ROOT / "nbs" / target).exists(), target
+        assert (PAGES[name].parent / target).exists(), target
     for path in re.findall(r"`(tests/[\w./]+)`", text):
         assert (ROOT / path).exists(), path
 
@@ -160,7 +161,7 @@ def test_links_and_pictures_are_there(name):
 @pytest.mark.parametrize("name", [*METHOD_GUIDES, "bench"])
 def test_quoted_numbers_stand_where_they_are_quoted_from(name):
     section = re.search(r"^## (What was measured|What it costs)\n(.*?)(?=^## |\Z)", prose(name), flags=re.S | re.M)[2]
-    pages = [target for target in re.findall(r"\]\((\w+)\.ipynb\)", section) if re.search("results|benchmark", target)]
+    pages = [target for target in re.findall(r"\]\([\w./]*?(\w+)\.ipynb\)", section) if re.search("results|benchmark", target)]
     numbers = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", re.sub(r"\]\([^)]*\)", "]", section))
     assert pages and len(numbers) > 3
     there = [float(n) for page in pages for n in re.findall(r"\d+\.\d+", everything_said(page))]
@@ -181,9 +182,7 @@ def test_files_that_only_some_runs_have_are_written_by_the_library():
 def project(tmp_path, monkeypatch):
     "A project of its own, in whose nbs/ a page runs"
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    (tmp_path / "nbs").mkdir()
     (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
-    monkeypatch.chdir(tmp_path / "nbs")
     known = dict(LOSSES)
     with plt.rc_context(), pd.option_context("display.max_colwidth", 50):
         yield tmp_path
@@ -192,8 +191,11 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_the_page_runs(name, project):
-    "In this process: all pages share what is imported"
+def test_the_page_runs(name, project, monkeypatch):
+    "In this process, where JupyterLab would run it: all pages share what is imported"
+    folder = project / PAGES[name].parent.relative_to(ROOT)
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
     names = {"__name__": "page"}
     for number, cell in enumerate(cells(name, "code")):
         tree = ast.parse("".join(cell["source"]))

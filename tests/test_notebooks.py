@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-LESSONS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[:2].isdigit())
+LESSONS = sorted((ROOT / "nbs" / "library").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
@@ -22,5 +22,6 @@ def test_the_lessons_hold(path, tmp_path, monkeypatch):
     shutil.copy(ROOT / "settings.ini", tmp_path)
     for name in ("data_samples", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "nbs").mkdir()
-    NotebookClient(notebook, timeout=900, kernel_name="warm", resources={"metadata": {"path": str(tmp_path / "nbs")}}).execute()
+    folder = tmp_path / "nbs" / "library"
+    folder.mkdir(parents=True)
+    NotebookClient(notebook, timeout=900, kernel_name="warm", resources={"metadata": {"path": str(folder)}}).execute()

@@ -26,7 +26,8 @@ from playwright.sync_api import expect, sync_playwright
 from vlkd_lab.reference import anchor_of
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb"))
+NBS = ROOT / "nbs"
+NOTEBOOKS = {page_name(p.relative_to(NBS).as_posix()): p for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for p in sorted(NBS.glob(pattern))}
 MODULES = sorted(p for p in (ROOT / "vlkd_lab").glob("*.py") if not p.name.startswith("_"))
 expect.set_options(timeout=120_000)  # milliseconds; test processes share the cores
 
@@ -35,10 +36,10 @@ def copy_of_the_project(folder: Path) -> Path:
     "What a website is made of"
     for name in ("nbs", "vlkd_lab"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "_quarto.yml", "README.md", "LICENSE", "data_samples/README.md", "tests/build_site.py"):
+    for name in ("settings.ini", "_quarto.yml", "README.md", "LICENSE", "data_samples/README.md", "tools/build_site.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "tests" / "site_look", folder / "tests" / "site_look")
+    shutil.copytree(ROOT / "tools" / "site_look", folder / "tools" / "site_look")
     return folder
 
 
@@ -52,7 +53,7 @@ def site(tmp_path_factory):
         project = shared / "project"
         if not (project / "said").exists():
             shutil.rmtree(project, ignore_errors=True)
-            command = [sys.executable, "tests/build_site.py", "_docs"]
+            command = [sys.executable, "tools/build_site.py", "_docs"]
             done = subprocess.run(command, cwd=copy_of_the_project(project), capture_output=True, text=True, timeout=900)
             (project / "said").write_text(json.dumps([done.returncode, done.stdout + done.stderr[-5000:]]))
         code, said = json.loads((project / "said").read_text())
@@ -63,8 +64,8 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pages(site):
-    "Page -> its text"
-    return {path.stem: path.read_text(encoding="utf-8") for path in site.glob("*.html")}
+    "Page, as the site's root sees it -> its text"
+    return {path.relative_to(site).with_suffix("").as_posix(): path.read_text(encoding="utf-8") for path in site.rglob("*.html")}
 
 
 def markdown(path: Path) -> str:
@@ -76,49 +77,51 @@ def markdown(path: Path) -> str:
 
 
 def test_nbdev_processes_every_notebook(site):
-    processed = {path.name: path for path in (site.parent / "_proc").glob("*.ipynb")}
-    assert set(processed) == {path.name for path in NOTEBOOKS}
+    cache = site.parent / "_proc"
+    processed = {path.relative_to(cache): path for path in cache.rglob("*.ipynb")}
+    assert set(processed) == {path.relative_to(NBS) for path in NOTEBOOKS.values()}
     assert (site.parent / "_proc" / "images").is_dir() and (site.parent / "_proc" / "_quarto.yml").exists(), "Quarto needs them there"
-    names = []
-    for path in processed.values():
+    pages = set()
+    for where, path in processed.items():
         first = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"])
         assert first.startswith("---\ntitle: '") and "\ndescription: '" in first, path.name
-        names.append(re.search(r"output-file: '(.+)'", first)[1])
-    assert len(set(names)) == len(names)
+        pages.add((where.parent / re.search(r"output-file: '(.+)\.html'", first)[1]).as_posix())  # Quarto sees it from the page's folder
+    assert pages == set(NOTEBOOKS), "both builders serve the same addresses"
 
 
 def test_nbdev_docs_hands_the_same_pages_to_quarto(tmp_path):
     "With a stand-in for Quarto that notes what it is given: nbdev's own command runs to its end and leaves the site where it belongs"
     project, programs = copy_of_the_project(tmp_path / "project"), tmp_path / "programs"
     programs.mkdir()
-    (programs / "quarto").write_text("#!/bin/sh\nmkdir -p _docs && ls *.ipynb images/*.png _quarto.yml > _docs/given\n")
+    (programs / "quarto").write_text("#!/bin/sh\nmkdir -p _docs && ls *.ipynb */*.ipynb images/*.png _quarto.yml > _docs/given\n")
     (programs / "quarto").chmod(0o755)
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
     command = [sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs(n_workers=0)"]
     done = subprocess.run(command, cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     given = (project / "_docs" / "given").read_text().split()
-    assert {path.name for path in NOTEBOOKS} | {"_quarto.yml", "images/bench.png"} <= set(given)
+    assert {path.relative_to(NBS).as_posix() for path in NOTEBOOKS.values()} | {"_quarto.yml", "images/bench.png"} <= set(given)
     assert yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"] == {"type": "website", "output-dir": "_docs"}
 
 
 def test_every_notebook_is_a_page_and_every_page_is_in_every_sidebar(pages):
-    wanted = {page_name(path.name) for path in NOTEBOOKS}
+    wanted = set(NOTEBOOKS)
     assert wanted | {"names", "data_samples_readme", "search"} <= set(pages)
     listed = [page_name(one) for _, names in sections(ROOT) for one in names]
     for page in wanted:
         sidebar = re.search(r'<nav class="site-pages.*?</nav>', pages[page], re.S)[0]
-        links = [link.removesuffix(".html") if link != "#" else page for link in re.findall(r'href="([^"]*)"', sidebar)]
+        seen = [link if link != "#" else Path(page).name for link in re.findall(r'href="([^"]*)"', sidebar)]
+        links = [os.path.normpath(Path(page).parent / link).removesuffix(".html") for link in seen]
         assert links[: len(listed)] == listed, f"the sidebar of {page} has not the order of _quarto.yml"
         assert sidebar.count("aria-current") == 1
 
 
 def test_what_stands_below_a_title_is_kept(pages):
-    for path in NOTEBOOKS:
+    for page, path in NOTEBOOKS.items():
         first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]
         rest = "".join(first).partition("\n\n")[2]
         for words in re.findall(r"[A-Za-z][a-z]+ [a-z]+ [a-z]+ [a-z]+", rest)[:3]:
-            assert words in re.sub(r"\s+", " ", pages[page_name(path.name)]), f"{path.name}: {words}"
+            assert words in re.sub(r"\s+", " ", pages[page]), f"{page}: {words}"
 
 
 def test_the_site_has_no_faults_and_no_paths_of_this_machine(site, pages):
@@ -134,7 +137,7 @@ def test_links_of_the_readme_hold_in_the_site(site):
     home = _Page((site / "index.html").read_text(encoding="utf-8"))
     for link in links:
         if link.endswith(".ipynb"):
-            assert page_name(link) + ".html" in home.links
+            assert page_name(link.removeprefix("nbs/")) + ".html" in home.links
         elif link.endswith(".md"):
             assert link.removesuffix(".md").replace("/", "_").lower() + ".html" in home.links
         else:
@@ -148,16 +151,16 @@ def test_links_of_the_readme_hold_in_the_site(site):
 def test_every_public_name_has_its_place(path, pages):
     exported = next(n.value for n in ast.parse(path.read_text(encoding="utf-8")).body
                     if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")
-    anchors, index = _Page(pages[path.stem]).anchors, _Page(pages["names"]).links
+    anchors, index = _Page(pages[f"library/{path.stem}"]).anchors, _Page(pages["names"]).links
     for name in ast.literal_eval(exported):
         assert name.lower() in anchors, f"{path.stem} does not describe {name}"
-        assert f"{path.stem}.html#{name.lower()}" in index, f"{path.stem}.{name} is not in the list of names"
+        assert f"library/{path.stem}.html#{name.lower()}" in index, f"{path.stem}.{name} is not in the list of names"
 
 
 @pytest.mark.parametrize("module", ["losses", "balancing", "inheritance"])
 def test_parameters_are_described_as_fastcore_reads_them(module, pages):
     library = import_module(f"vlkd_lab.{module}")
-    text = re.sub(r'<a href="[^"]*">|</a>', "", pages[module])
+    text = re.sub(r'<a href="[^"]*">|</a>', "", pages[f"library/{module}"])
     for name in library.__all__:
         thing = getattr(library, name)
         if not inspect.isfunction(inspect.unwrap(thing)):
@@ -176,12 +179,12 @@ def test_parameters_are_described_as_fastcore_reads_them(module, pages):
 
 
 def test_every_formula_is_drawn(pages):
-    for path in NOTEBOOKS:
+    for page, path in NOTEBOOKS.items():
         text = re.sub(r"```.*?```|`[^`\n]+`", "", markdown(path), flags=re.S)
         wanted = len(re.findall(r"\$\$.+?\$\$|(?<![\\$])\$[^$\n]+\$(?!\$)", text, re.S))
-        drawn = re.findall(r"<math.*?</math>", pages[page_name(path.name)], re.S)
-        assert len(drawn) == wanted, path.name
-        assert not any("\\" in one or "merror" in one for one in drawn), path.name
+        drawn = re.findall(r"<math.*?</math>", pages[page], re.S)
+        assert len(drawn) == wanted, page
+        assert not any("\\" in one or "merror" in one for one in drawn), page
 
 
 def test_a_formula_with_an_unknown_command_is_refused():
@@ -193,8 +196,8 @@ def test_a_formula_with_an_unknown_command_is_refused():
 def test_plots_are_drawn_by_one_plotly_that_lies_in_the_site(site, pages):
     assert [path.relative_to(site).as_posix() for path in site.rglob("*plotly*")] == ["_static/plotly.min.js"]
     with_plots = {name for name, text in pages.items() if '<div class="site-plot"' in text}
-    stored = {page_name(path.name) for path in NOTEBOOKS if '"application/vnd.plotly.v1+json": {' in path.read_text(encoding="utf-8")}
-    assert with_plots == stored and "balance_explorer" in with_plots
+    stored = {page for page, path in NOTEBOOKS.items() if '"application/vnd.plotly.v1+json": {' in path.read_text(encoding="utf-8")}
+    assert with_plots == stored and "library/balance_explorer" in with_plots
     loaded = {link for text in pages.values() for link in _Page(text).loaded}
     assert not any("plotly.min.js" in link for link in loaded), "only site.js loads it, where it is needed"
     assert "</script>" not in figure({"data": [{"name": "</script>"}]}).removesuffix("</script></div>")
@@ -230,12 +233,12 @@ def test_a_style_that_loads_a_font_from_elsewhere_is_a_fault(tmp_path):
     assert len(list(faults(tmp_path))) == 2
 
 
-@pytest.mark.parametrize("listed, said", [("", "differ by extra.ipynb"), ("extra.ipynb", "the same page")])
+@pytest.mark.parametrize("listed, said", [("", "differ by library/extra.ipynb"), ("library/extra.ipynb", "the same page")])
 def test_a_notebook_that_is_not_listed_or_would_be_the_same_page_is_refused(tmp_path, monkeypatch, listed, said):
-    names = ["index.ipynb", "05_extra.ipynb", *([listed] if listed else [])]
+    names = ["index.ipynb", "library/05_extra.ipynb", *([listed] if listed else [])]
     (tmp_path / "_quarto.yml").write_text(json.dumps({"website": {"sidebar": {"contents": names}}}))
     (tmp_path / "settings.ini").write_text("repo = lab\nuser = somebody\n")
-    notebooks = dict.fromkeys(["index.ipynb", "05_extra.ipynb", "extra.ipynb"])
+    notebooks = dict.fromkeys(["index.ipynb", "library/05_extra.ipynb", "library/extra.ipynb"])
     monkeypatch.setattr("build_site.processed", lambda root: notebooks)
     with pytest.raises(ValueError, match=said):
         write_sources(tmp_path, tmp_path)
@@ -245,10 +248,17 @@ def test_links_are_rewritten_to_pages(tmp_path):
     (tmp_path / "settings.ini").write_text("repo = lab\nuser = somebody\n")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "README.md").write_text("# Data")
-    rewriter = Rewriter(tmp_path, {"04_losses.ipynb"})
-    given = "[a](04_losses.ipynb#tile) [`b`](https://somebody.github.io/lab/losses.html#b) [c](../data/README.md) [d](http://e.org)"
-    wanted = "[a](losses.html#tile) [`b`](losses.html#b) [c](data_readme.html) [d](http://e.org)"
-    assert rewriter.text(given, tmp_path / "nbs") == wanted and list(rewriter.outside) == ["data_readme"]
+    rewriter = Rewriter(tmp_path, {"library/10_losses.ipynb", "index.ipynb"})
+    given = "[`b`](https://somebody.github.io/lab/library/losses.html#b) [d](http://e.org)"
+    at_home = f"[a](library/10_losses.ipynb#tile) {given} [c](../data/README.md)"
+    wanted = "[a](library/losses.html#tile) [`b`](library/losses.html#b) [d](http://e.org) [c](data_readme.html)"
+    assert rewriter.text(at_home, tmp_path / "nbs") == wanted and list(rewriter.outside) == ["data_readme"]
+    in_a_guide = f"[a](../library/10_losses.ipynb#tile) {given} [c](../../data/README.md)"
+    wanted = "[a](../library/losses.html#tile) [`b`](../library/losses.html#b) [d](http://e.org) [c](../data_readme.html)"
+    assert rewriter.text(in_a_guide, tmp_path / "nbs" / "guides") == wanted
+    in_the_library = "[a](10_losses.ipynb) [`b`](https://somebody.github.io/lab/library/losses.html#b)"
+    assert rewriter.text(in_the_library, tmp_path / "nbs" / "library") == "[a](losses.html) [`b`](losses.html#b)"
+    assert rewriter.text("[a](../nbs/library/10_losses.ipynb)", tmp_path / "data") == "[a](library/losses.html)"
     assert rewriter.text("::: {.callout-note}\nx\n:::", tmp_path) == ":::{note}\nx\n:::"
     assert anchor_of("Many GPUs, one folder") == "many-gpus-one-folder"
 
@@ -320,10 +330,14 @@ def test_one_finds_ones_way_by_clicking(open_site):
     expect(page).to_have_url(re.compile("features.html#features$"))
     page.locator("a.right-next").click()
     expect(page.locator("h1")).to_contain_text("samples")
+    page.locator(".site-pages a", has_text="The lab bench").click()
+    expect(page).to_have_url(re.compile("/lab/guides/bench.html$"))
+    picture = page.locator("article img").first
+    assert picture.evaluate("e => e.complete && e.naturalWidth > 0"), "images/ lies beside the page's folder"
 
 
 def test_search_finds_names_and_words(open_site):
-    page = open_site("guide_tinyclip.html")
+    page = open_site("guides/guide_tinyclip.html")
     page.locator(".search-button-field").first.click()
     page.keyboard.type("affinity_mimicking")
     page.keyboard.press("Enter")
@@ -347,7 +361,7 @@ def test_the_list_of_names_can_be_filtered(open_site):
 
 
 def test_formulas_are_drawn_with_the_sites_own_font(open_site):
-    page = open_site("losses.html")
+    page = open_site("library/losses.html")
     page.wait_for_function("[...document.fonts].some(face => face.family.includes('Site Math') && face.status === 'loaded')")
     sizes = page.evaluate("[...document.querySelectorAll('math')].map(m => m.getBoundingClientRect()).map(box => [box.width, box.height])")
     assert len(sizes) > 20 and all(width > 3 and height > 5 for width, height in sizes)
@@ -356,7 +370,7 @@ def test_formulas_are_drawn_with_the_sites_own_font(open_site):
 
 
 def test_plots_are_drawn_and_follow_the_colour_mode(open_site):
-    page = open_site("balance_explorer.html")
+    page = open_site("library/balance_explorer.html")
     plot = page.locator(".site-plot").first
     plot.scroll_into_view_if_needed()
     expect(plot.locator(".main-svg").first).to_be_visible()
@@ -373,7 +387,7 @@ def test_the_page_follows_the_system_until_told_otherwise(open_site):
     background = "() => getComputedStyle(document.body).backgroundColor"
     light, dark = open_site("index.html").evaluate(background), open_site("index.html", scheme="dark").evaluate(background)
     assert sum(map(int, re.findall(r"\d+", light)[:3])) > 600 and sum(map(int, re.findall(r"\d+", dark)[:3])) < 150
-    page = open_site("losses.html")
+    page = open_site("library/losses.html")
     page.locator("#pst-header .theme-switch-button:visible").click()
     page.locator(".theme-change-button[data-mode=dark]:visible").click()
     page.wait_for_function(f"dark => ({background})() === dark", arg=dark)
@@ -383,7 +397,7 @@ def test_the_page_follows_the_system_until_told_otherwise(open_site):
 
 
 def test_outputs_made_for_white_paper_stay_readable_in_the_dark(open_site):
-    page = open_site("dlip_results.html", scheme="dark")
+    page = open_site("results/dlip_results.html", scheme="dark")
     paper = "e => getComputedStyle(e).backgroundColor"
     assert page.locator(".cell_output img").first.evaluate(paper) == "rgb(255, 255, 255)"
     words, ground = page.locator(".cell_output table.dataframe td").first.evaluate(
@@ -391,16 +405,16 @@ def test_outputs_made_for_white_paper_stay_readable_in_the_dark(open_site):
     assert abs(sum(map(int, re.findall(r"\d+", words)[:3])) - sum(map(int, re.findall(r"\d+", ground)[:3]))) > 350
 
 
-def test_no_page_is_wider_than_a_narrow_screen(open_site, pages):
+def test_no_page_is_wider_than_a_narrow_screen(open_site, served, pages):
     page = open_site("index.html", width=375)
     for name in pages:
-        page.goto(page.url.rpartition("/")[0] + f"/{name}.html")
+        page.goto(f"{served}{name}.html")
         around = page.evaluate("""() => {
             const found = [];
             for (let e = document.querySelector('h1'); e; e = e.parentElement) found.push([e.tagName, e.scrollWidth - e.clientWidth]);
             return found; }""")
         assert [one for one in around if one[1] > 1] == [], f"{name}: what holds the text can be scrolled sideways"
-    page.goto(page.url.rpartition("/")[0] + "/losses.html")
+    page.goto(f"{served}library/losses.html")
     page.locator(".primary-toggle").click()
     page.locator("#pst-primary-sidebar-modal .site-pages a", has_text="Home").click()
     expect(page).to_have_url(re.compile("index.html$"))

@@ -46,4 +46,4 @@ def test_pips_reason_is_told(monkeypatch):
 def test_the_makefile_hands_versions_and_tests_over():
     done = subprocess.run(["make", "--dry-run", "test-versions", "VERSIONS=3.12:2.11.0", "TESTS=tests/test_losses.py"],
                           cwd=ROOT, capture_output=True, text=True)
-    assert 'tests/versions.py --tests "tests/test_losses.py" 3.12:2.11.0' in done.stdout, done.stdout + done.stderr
+    assert 'tools/versions.py --tests "tests/test_losses.py" 3.12:2.11.0' in done.stdout, done.stdout + done.stderr
