@@ -26,7 +26,6 @@ from vlkd_lab.models import new_model, save_model, train_tokenizer
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
 
-
 IPYKERNEL6 = Path(__file__).parent.parent / ".cache" / "ipykernel6"  # `make test` puts it there, beside the newest in the environment
 
 

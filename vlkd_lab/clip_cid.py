@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,12 +19,13 @@ from .balancing import Balance, Clusters, Linkage, balance_at, nearest_center
 from .features import Features, recall
 from .gates import budget
 from .losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_discrimination
+from .methods import Method, register
 from .models import VLM, check_student, copied_config, evaluating, model_config, new_model
 from .stores import FeatureStore, Stored, load, store_key
 from .trainers import Distillation, Fit, Job, Phase, finish_fit, manual_shapes, one_of, parameter, seed_of, validation_features, within
 
 # %% auto #0
-__all__ = ['SAMPLED_ABOVE', 'OPENERS', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
+__all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
 
 # %% ../nbs/11_clip_cid.ipynb #3488ec2a
 @dataclass(frozen=True)
@@ -169,6 +169,8 @@ def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
 class ClipCidJob(_Clustered, Job):
     "Balance, clusters, and the distillation that uses them"
 
+    baselines = ("scratch",)
+
     @cached_property
     def stream(self) -> data.PairStream:
         "The balanced training pairs"
@@ -291,4 +293,9 @@ def _agreement(job: ClipCidJob, features: Features, objective: Objective) -> flo
     return float((own == job._taught).float().mean())
 
 
-OPENERS: dict[str, Any] = {"ClipCid": (ClipCid, open_clip_cid)}
+register(Method(
+    name="ClipCid",
+    citation="CLIP-CID (Yang et al., 2024): balanced data, image features and clusters of the teacher",
+    parameters=ClipCid,
+    open=open_clip_cid,
+))  # fmt: skip

@@ -20,14 +20,15 @@ from . import corpus, data, trainers
 from .features import Batch, Features, recall
 from .gates import budget
 from .losses import LOSSES, Objective, score_terms
+from .methods import Method, register
 from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model, state_digest, two_towers
 from .sources import LINES, read_part, write_whole
 from .stores import FeatureStore, StoredTeacher, load, store_key
 from .trainers import Distillation, Job, Learner, Phase, above, at_least, finish_fit, manual_shapes, one_of, parameter, seed_of, within
 
 # %% auto #0
-__all__ = ['PROBE_POOL', 'EACH', 'OPENERS', 'DimeFm', 'student_config', 'new_student', 'UnpairedLearner', 'ImageLearner',
-           'open_dime_fm', 'nearest_each', 'DimeFmJob', 'dime_objective']
+__all__ = ['PROBE_POOL', 'EACH', 'DimeFm', 'student_config', 'new_student', 'UnpairedLearner', 'ImageLearner', 'open_dime_fm',
+           'nearest_each', 'DimeFmJob', 'dime_objective']
 
 # %% ../nbs/11_dime_fm.ipynb #e4a9b9fb
 @dataclass(frozen=True)
@@ -477,6 +478,8 @@ def nearest_each(
 class DimeFmJob(_Streams, _Probe, Job):
     "Sentences and images, what the teacher says of them, and the student that learns it"
 
+    baselines = ("scratch",)
+
     @property
     def plan(self) -> list[tuple[str, int]]:
         names = ["student"] + ["scratch"] * self.options.compare_scratch
@@ -514,4 +517,9 @@ def dime_objective(options: DimeFm) -> Objective:
     return Objective({}, *(replace(terms.get(name) or LOSSES[name], weight=weight) for name, weight in options.weights().items()))
 
 
-OPENERS: dict[str, Any] = {"DimeFm": (DimeFm, open_dime_fm)}
+register(Method(
+    name="DimeFm",
+    citation="DIME-FM (Sun et al., 2023): unpaired images and sentences, scored by the teacher",
+    parameters=DimeFm,
+    open=open_dime_fm,
+))  # fmt: skip

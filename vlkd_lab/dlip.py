@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from . import data, fusion, runs, trainers
 from .blip_losses import Queue
-from .blip_terms import GROUPS, base_terms, blip_terms, spread
+from .blip_terms import BLIP_LOSSES, GROUPS, base_terms, blip_terms, spread
 from .features import Batch, Features, FusedFeatures, Slow, gather
 from .fusion import TASKS, Blip, BlipShape, FusedBatch, fused_batch, load_blip, new_blip, see, shrunk, student_shape
 from .losses import Objective, Term
+from .methods import Method, register
 from .models import evaluating, state_digest
 from .sources import TEXT_FIELDS
 from .trainers import Distillation, Fit, FitParameters, Job, Learner, Phase, above, at_least, finish_fit, one_of, parameter, seed_of, within
 
 # %% auto #0
-__all__ = ['LOOKED', 'OPENERS', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch',
+__all__ = ['LOOKED', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch',
            'first_answers', 'cross_maps', 'base_objective', 'BlipTrainingJob', 'read_texts', 'open_blip_training',
            'dlip_objective', 'student_sizes', 'make_student', 'find_blip', 'starts_whole', 'DlipJob', 'open_dlip',
            'progress_curves', 'plot_progress']
@@ -629,6 +630,8 @@ class _Distilled(_FusedJob):
 class DlipJob(_Distilled):
     "A student that learns from a larger BLIP, and one of the same sizes that learns alone"
 
+    baselines = ("scratch",)
+
     @property
     def plan(self) -> list[tuple[str, int]]:
         return [("student", self.options.steps)] + [("scratch", self.options.steps)] * self.options.compare_scratch
@@ -675,8 +678,21 @@ def open_dlip(options: Dlip) -> DlipJob:
     about |= {"student": asdict(sizes), "teacher_sha256": state_digest(teacher.model), "model": asdict(teacher.shape)}
     return trainers.open_run(options, teacher, accelerator, about, DlipJob, report)
 
-
-OPENERS = {"BlipTraining": (BlipTraining, open_blip_training), "Dlip": (Dlip, open_dlip)}  # name -> parameters, what opens a job
+# %% ../nbs/11_dlip.ipynb #d11p5e61
+register(Method(
+    name="Dlip",
+    citation="DLIP (Kuang et al., 2023): features, similarities, logits and attention of every module of the teacher",
+    parameters=Dlip,
+    open=open_dlip,
+    losses=BLIP_LOSSES,
+))  # fmt: skip
+register(Method(
+    name="BlipTraining",
+    citation="BLIP's own losses (Li et al., 2022), without a teacher",
+    parameters=BlipTraining,
+    open=open_blip_training,
+    losses=BLIP_LOSSES,
+))  # fmt: skip
 
 # %% ../nbs/11_dlip.ipynb #571ebb09
 def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> None:

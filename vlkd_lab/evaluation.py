@@ -23,7 +23,7 @@ from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
-from .runs import Run, read_json, to_json, write_whole
+from .runs import Run, read_json, role_of, to_json, write_whole
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
         counts = f"{len(beyond)} of {len(pairs)} validation pairs have a class beyond classes.txt, such as {beyond[0]}"
         job.run.warn(f"{counts}: it names {len(classes.names)} classes, the first of which is 0")
     _, features, rows = score(job.teacher, pairs, classes)
-    curves = [validation_curve(job.run, name) for name in models if name.startswith("scratch")]
+    curves = [validation_curve(job.run, name) for name in models if role_of(job.run, name) == "baseline"]
     scratch = curves[0][-1][1] if curves and curves[0] else math.nan
     table = {}
     for name, vlm in models.items():
@@ -450,7 +450,7 @@ def plot_validation(run: Run, teacher: float | None = None) -> Figure:
 
     figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
     for stage in dict.fromkeys(m["stage"] for m in run.metrics() if m.get("event") == "validation"):
-        scratch = stage.startswith("scratch")
+        scratch = role_of(run, stage) == "baseline"
         axis.plot(*zip(*validation_curve(run, stage), strict=True), label=stage, color="gray" if scratch else None, marker=".", ms=4, lw=1)
     for k, curve in enumerate(reference_curves(run).values()):
         axis.plot(*zip(*curve, strict=True), color="black", lw=0.8, ls=":", label=None if k else "reference run")

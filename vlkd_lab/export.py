@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, shipped, visible
 from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
+from .methods import METHODS
 from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
-from .runs import Run, read_json
+from .runs import Run, read_json, role_of
 from .trainers import load_student
 
 # %% auto #0
@@ -343,7 +344,7 @@ def _is_model(folder: Path) -> bool:
 def _last_stage(run: Run, stage: str) -> str:
     "The stage that was asked for, or the last student; both must be finished"
     finished = [path.parent.name for path in run.folder.glob("*/done.json")]
-    students = [name for name in finished if not name.startswith("scratch")]
+    students = [name for name in finished if role_of(run, name) != "baseline"]
     if stage and stage not in finished or not students and not stage:
         named = f"stage={stage!r} is not valid: " if stage else ""
         raise ValueError(f"{named}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}")
@@ -367,8 +368,8 @@ def find_origin(
 
 # %% ../nbs/11_export.ipynb #30df1421
 def newest_student(runs: str | Path = "runs") -> Path | None:  # a run folder; None: there is none yet
-    "The run whose student was finished last, yardsticks aside"
-    finished = [path for path in Path(runs).glob("*/*/done.json") if not path.parent.name.startswith("scratch")]
+    "The run whose student was finished last, baselines aside"
+    finished = [path for path in Path(runs).glob("*/*/done.json") if role_of(Run(path.parent.parent), path.parent.name) != "baseline"]
     return max(finished, key=lambda path: path.stat().st_mtime).parent.parent if finished else None
 
 # %% ../nbs/11_export.ipynb #c7a51986
@@ -424,13 +425,6 @@ def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequen
     return "\n".join(["---", *lines, "---"])
 
 # %% ../nbs/11_export.ipynb #a711422d
-_METHODS = {
-    "TinyCLIP": "TinyCLIP (Wu et al., 2023): weights inherited from the teacher, then affinity mimicking",
-    "ClipCid": "CLIP-CID (Yang et al., 2024): balanced data, image features and clusters of the teacher",
-    "DimeFm": "DIME-FM (Sun et al., 2023): unpaired images and sentences, scored by the teacher",
-    "Dlip": "DLIP (Kuang et al., 2023): features, similarities, logits and attention of every module of the teacher",
-    "Contrastive": "contrastive training from nothing", "BlipTraining": "BLIP's own losses (Li et al., 2022), without a teacher",
-}  # fmt: skip
 _UNKNOWN = "not known"
 
 
@@ -441,10 +435,12 @@ def _count(number: Any) -> str:
 
 def _method(origin: Origin) -> str:
     "How a student was made, in words"
-    if origin.stage.startswith("scratch"):
-        return "contrastive training from nothing, as a yardstick of the run's student"
+    if origin.run and role_of(origin.run, origin.stage) == "baseline":
+        return "contrastive training from nothing, as a baseline of the run's student"
     name = origin.run.config().get("method") if origin.run else None
-    return _METHODS.get(name, _UNKNOWN if name is None else _word(name))
+    if name is None:
+        return _UNKNOWN
+    return METHODS[name].citation if name in METHODS else _word(name)
 
 
 def _training_rows(origin: Origin) -> list[tuple[str, str]]:

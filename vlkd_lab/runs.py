@@ -23,15 +23,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .blip_terms import LOSSES
 from .data import project_root
+from .methods import all_losses
 from .sources import write_whole
 
 # %% auto #0
-__all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json', 'to_json',
-           'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'save_checkpoint',
-           'load_checkpoint', 'rewind', 'begin', 'Curves', 'thinned', 'in_effect', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
+__all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
+           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
+           'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of', 'Curves',
+           'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot', 'read_snapshot', 'newest_snapshot',
+           'kept_snapshots', 'Snapshots', 'find_run']
 
 # %% ../nbs/09_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -96,16 +97,23 @@ def _number(low: float, high: float) -> Callable[[Any], bool]:
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(name in LOSSES and _number(0, 1e9)(weight) for name, weight in value.items())
+    if not isinstance(value, Mapping):
+        return False
+    losses = all_losses()
+    return all(name in losses and _number(0, 1e9)(weight) for name, weight in value.items())
+
+
+def _weights_in_words() -> str:
+    return f"weights from 0 up of {', '.join(all_losses())}"
 
 
 _SWITCH = ("True or False", lambda v: isinstance(v, bool))
-CONTROLS = {  # name -> (valid values in words, check)
+CONTROLS = {  # name -> (valid values in words, or what says them; check)
     "pause": _SWITCH,
     "stop": _SWITCH,
     "learning_rate_factor": ("a number from 0 to 100", _number(0, 100)),
     "target_sparsity": ("a number from 0 to 0.97", _number(0, 0.97)),
-    "weights": (f"weights from 0 up of {', '.join(LOSSES)}", _is_weights),
+    "weights": (_weights_in_words, _is_weights),
     "gradient_share": _SWITCH,  # whether each term's share of the gradient is computed now and then
     "checkpoint": ("the time of asking", _number(0, math.inf)),  # a request for a checkpoint at the next step
 }
@@ -119,7 +127,8 @@ def check_controls(changes: Mapping[str, Any]) -> None:
             raise ValueError(f"no control {name!r}: there are {', '.join(CONTROLS)}")
         valid, check = CONTROLS[name]
         if not check(value):
-            raise ValueError(f"{name}={value!r} is not valid: {name} must be {valid}")
+            words = valid() if callable(valid) else valid
+            raise ValueError(f"{name}={value!r} is not valid: {name} must be {words}")
 
 # %% ../nbs/09_runs.ipynb #2f0cbc6d
 def _merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,6 +340,41 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 60 else text[:57] + "…"
+
+# %% ../nbs/09_runs.ipynb #r01e5a02
+ROLES = ("student", "baseline", "teacher")
+
+
+def stage_roles(run: Run) -> dict[str, str]:  # stage -> one of ROLES, in the order in which they are trained
+    "What each stage of a run is for, as its config.json says"
+    config = run.config()
+    if "stages" in config:
+        return config["stages"]
+    return {stage: _role_by_name(stage) for stage in _stages_begun(run)}
+
+
+def role_in(config: Mapping[str, Any], stage: str) -> str:
+    "What one stage is for, in a config.json that has been read"
+    roles = config.get("stages", {})
+    return roles[stage] if stage in roles else _role_by_name(stage)
+
+
+def role_of(run: Run, stage: str) -> str:
+    "What one stage of a run is for"
+    return role_in(run.config(), stage)
+
+
+def _stages_begun(run: Run) -> list[str]:
+    "Stages that have a folder, the earliest first"
+    folders = [path.parent for path in run.folder.glob("*/init")]
+    return [folder.name for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime)]
+
+
+def _role_by_name(stage: str) -> str:
+    "The role in a run folder that is older than roles"
+    if stage.startswith("scratch"):
+        return "baseline"
+    return "teacher" if stage == "teacher" else "student"
 
 # %% ../nbs/09_runs.ipynb #55aafe1d
 class Curves:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import gc
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -41,24 +40,37 @@ from .features import Batch, Features, flat_captions, gather, recall
 from .gates import GATE_KINDS, Gates, TowerCost, budget, close_budget, gate_state, gated, kept_shapes, sparsity, target_at, uniform_gates
 from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
+from .methods import Method, find_method, name_of, register
 from .models import VLM, TowerShape, evaluating, head_widths, load_model, new_model, save_model, state_digest, tower_shape, tower_shapes
-from .runs import IN_MID_RUN, Run, RunStopped, RunWriter, Snapshots, load_checkpoint, read_json, save_checkpoint, write_whole
+from .runs import (
+    IN_MID_RUN,
+    Run,
+    RunStopped,
+    RunWriter,
+    Snapshots,
+    load_checkpoint,
+    read_json,
+    role_of,
+    save_checkpoint,
+    stage_roles,
+    write_whole,
+)
 from .samples import cached_shards
 from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 
 # %% auto #0
-__all__ = ['FREE', 'GROWS', 'SAME', 'METHODS', 'OPENERS', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page',
-           'one_of', 'above', 'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner',
-           'probe_features', 'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward',
-           'micro_batches', 'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers',
-           'agree', 'change', 'fit', 'Work', 'reopen', 'Job', 'find_data', 'load_validation', 'make_accelerator',
-           'out_folder', 'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'check_teacher',
-           'find_model', 'transformer_shapes', 'find_start', 'last_student', 'manual_shapes', 'learn_gates',
-           'stage_target', 'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes',
-           'source_shapes', 'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch',
-           'finish_fit', 'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe',
-           'Contrastive', 'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training',
-           'StillTraining', 'start', 'current_student', 'load_student', 'open_job']
+__all__ = ['FREE', 'GROWS', 'SAME', 'parameter', 'check_parameters', 'notebook_parameters', 'has_page', 'one_of', 'above',
+           'at_least', 'within', 'FitParameters', 'Distillation', 'TinyCLIP', 'Learner', 'probe_features',
+           'parameter_groups', 'lock_towers', 'check_locks', 'plain_backward', 'cached_backward', 'micro_batches',
+           'Phase', 'Diverged', 'seed_of', 'Fit', 'train_what_is_reached', 'take_step', 'as_numbers', 'agree', 'change',
+           'fit', 'Work', 'reopen', 'Job', 'find_data', 'load_validation', 'make_accelerator', 'out_folder',
+           'continuing', 'open_run', 'TinyClipJob', 'line_steps', 'open_tinyclip', 'check_teacher', 'find_model',
+           'transformer_shapes', 'find_start', 'last_student', 'manual_shapes', 'learn_gates', 'stage_target',
+           'gate_kinds', 'gate_steps', 'copy_manually', 'make_student', 'stage_plan', 'full_shapes', 'source_shapes',
+           'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit',
+           'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
+           'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
+           'start', 'current_student', 'load_student', 'open_job']
 
 # %% ../nbs/10_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -965,6 +977,7 @@ class Work(_Computed, ABC):
 
     teaches = True  # whether the job's teacher is one, and not the model that is to be trained
     compares = True  # whether teacher and student have one space for images and texts
+    baselines: Collection[str] = ()  # stages that train from nothing what a student is compared with
     look: Callable[[Fit], Mapping[str, Tensor]] | None = None  # further arrays for the views
 
     def probed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -975,6 +988,11 @@ class Work(_Computed, ABC):
     @abstractmethod
     def plan(self) -> list[tuple[str, int]]:
         "Stages and their steps, in their order"
+
+    @property
+    def roles(self) -> dict[str, str]:  # stage -> "student", "baseline" or "teacher", in their order
+        "What each stage is for"
+        return {stage: "baseline" if stage in self.baselines else "student" for stage, _ in self.plan}
 
     @property
     def extended(self) -> list[str]:
@@ -1180,7 +1198,7 @@ def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs
     defaults = {f"parameters.{option.name}": option.default for option in fields(options)}
     unknown = () if "validation" in run.config() else ("validation",)  # of a run from before it was noted
     places = [f"{part}.{entry}" for part in ("data", "sentences", "validation") for entry in ("shards", "damaged")]
-    free = ("versions", "terms", *unknown, *places, *(f"parameters.{name}" for name in FREE))
+    free = ("versions", "terms", "stages", *unknown, *places, *(f"parameters.{name}" for name in FREE))
     same = {f"parameters.{name}": entry for name, entry in SAME.items()}
     return dict(free=free, grows=[f"parameters.{name}" for name in GROWS], same=same, defaults=defaults)
 
@@ -1200,13 +1218,13 @@ def open_run(
     data.check_split(report, options.workers, world, options.batch_size // world)
     val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
-    config = {"method": type(options).__name__, "parameters": asdict(options), "versions": _versions()}
+    config = {"method": name_of(options), "parameters": asdict(options), "versions": _versions()}
     config |= {"data": report.to_json(), "validation": val_report.to_json(), **about}
     config |= {} if start is None else {"start_sha256": state_digest(start.model)}
     run = (RunWriter if accelerator.is_main_process else Run)(out_folder(options))
     job = kind(options, run, model, report, val, accelerator, start=start)
     if accelerator.is_main_process:
-        runs.begin(run, config, **continuing(options, run), on_change=job.go_on)
+        runs.begin(run, config | {"stages": job.roles}, **continuing(options, run), on_change=job.go_on)
     accelerator.wait_for_everyone()
     return job
 
@@ -1220,6 +1238,10 @@ class TinyClipJob(Job):
         count = stage_count(self.options)
         stages = [(f"stage-{k}", line_steps(self, k) - line_steps(self, k - 1)) for k in range(1, count + 1)]
         return stages + [(f"scratch-{count}", line_steps(self, count))] * self.options.compare_scratch
+
+    @property
+    def baselines(self) -> list[str]:
+        return [f"scratch-{stage_count(self.options)}"]
 
     @property
     def extended(self) -> list[str]:
@@ -1406,7 +1428,7 @@ def find_start(
 
 def last_student(run: Run) -> Path:
     "The folder of the student that a run finished last; a baseline is none"
-    finished = [path.parent for path in run.folder.glob("*/done.json") if not path.parent.name.startswith("scratch")]
+    finished = [path.parent for path in run.folder.glob("*/done.json") if role_of(run, path.parent.name) != "baseline"]
     if not finished:
         raise FileNotFoundError(f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder")
     return max(finished, key=lambda stage: (stage / "done.json").stat().st_mtime) / "student"
@@ -1594,7 +1616,9 @@ def full_shapes(run: Run) -> dict[str, TowerShape] | None:  # "image", "text"; N
 
 def source_shapes(run: Run, stage: str) -> dict[str, TowerShape]:  # "image", "text"
     "Sizes of the network that a stage starts from: the teacher, or the student of the stage before"
-    before = read_json(run.folder / f"stage-{int(stage.split('-')[1]) - 1}" / "plan.json")
+    students = [name for name, role in stage_roles(run).items() if role == "student"]
+    earlier = students[: students.index(stage)] if stage in students else []
+    before = read_json(run.folder / earlier[-1] / "plan.json") if earlier else None
     sizes = run.config().get("start_towers") if before is None else before["towers"]
     shapes = {tower: tower_shape(size) for tower, size in sizes.items()} if sizes else full_shapes(run)
     if shapes is None:
@@ -1811,6 +1835,10 @@ class TeacherJob(Job):
     def plan(self) -> list[tuple[str, int]]:
         return [("teacher", self.options.steps)]
 
+    @property
+    def roles(self) -> dict[str, str]:
+        return {"teacher": "teacher"}
+
     def work(self) -> None:
         if not (self.run.folder / "teacher" / "done.json").exists():
             self.learn()
@@ -1929,7 +1957,7 @@ def current_student(
     run: Run,
     device: str | torch.device = "cpu",
     seconds: float = 60.0,  # how long to wait for a running job's checkpoint
-    stage: str = "",  # of the run; empty: the one at work, but the last student rather than `scratch`
+    stage: str = "",  # of the run; empty: the one at work, but the last student rather than a baseline
 ) -> VLM:
     "A copy of the student that a run is working on, or worked on last, as it is now"
     if run.status()["state"] in runs.WORKING:
@@ -1939,7 +1967,7 @@ def current_student(
     if at is None:
         raise FileNotFoundError(f"{run.folder} has no student yet: its training has not begun")
     finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
-    before = [path.parent.name for path in finished if at.startswith("scratch") and not path.parent.name.startswith("scratch")]
+    before = [path.parent.name for path in finished if role_of(run, path.parent.name) == "student"] if role_of(run, at) == "baseline" else []
     folder = run.folder / (stage or (before or [at])[-1])
     if (folder / "done.json").exists():
         return load_student(folder / "student", device)
@@ -2004,22 +2032,21 @@ def _first_error(run: Run, stderr: str) -> str:
     return lines[0] if lines else run.status().get("error") or "no reason was given"
 
 # %% ../nbs/10_trainers.ipynb #64490dc9
-METHODS = {  # name -> where it lives
-    "TinyCLIP": "vlkd_lab.trainers", "Contrastive": "vlkd_lab.trainers", "ClipCid": "vlkd_lab.clip_cid", "DimeFm": "vlkd_lab.dime_fm",
-    "Dlip": "vlkd_lab.dlip", "BlipTraining": "vlkd_lab.dlip",
-}  # fmt: skip
-
-
 def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
     "A job of any method by its name; its parameters are checked first"
-    if method not in METHODS:
-        raise ValueError(f"no method {method!r}: there are {', '.join(METHODS)}")
-    home = sys.modules[__name__] if METHODS[method] == "vlkd_lab.trainers" else importlib.import_module(METHODS[method])
-    kind, opened = home.OPENERS[method]
-    return opened(check_parameters(kind, parameters))
+    wanted = find_method(method)
+    return wanted.open(check_parameters(wanted.parameters, parameters))
 
 
-OPENERS = {"TinyCLIP": (TinyCLIP, open_tinyclip), "Contrastive": (Contrastive, open_contrastive)}  # name -> parameters, what opens a job
+register(Method(
+    name="TinyCLIP",
+    citation="TinyCLIP (Wu et al., 2023): weights inherited from the teacher, then affinity mimicking",
+    parameters=TinyCLIP,
+    open=open_tinyclip,
+))  # fmt: skip
+register(Method(
+    name="Contrastive", citation="contrastive training from nothing", parameters=Contrastive, open=open_contrastive
+))  # fmt: skip
 
 # %% ../nbs/10_trainers.ipynb #3687c673
 def _main(arguments: list[str]) -> None:

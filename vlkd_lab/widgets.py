@@ -24,10 +24,23 @@ import numpy as np
 import traitlets
 
 from . import runs
-from .blip_terms import KINDS, LOSSES, MODULES
+from .blip_terms import KINDS, MODULES
 from .data import escaped, project_root, visible
 from .gates import gate_rows, reduced
-from .runs import CONTROLS, WATCH_SECONDS, Curves, Run, in_effect, kept_snapshots, newest_snapshot, read_json, read_snapshot, thinned
+from .methods import all_losses
+from .runs import (
+    CONTROLS,
+    WATCH_SECONDS,
+    Curves,
+    Run,
+    in_effect,
+    kept_snapshots,
+    newest_snapshot,
+    read_json,
+    read_snapshot,
+    role_in,
+    thinned,
+)
 from .trainers import has_page, source_shapes
 
 if TYPE_CHECKING:
@@ -444,6 +457,11 @@ class Watched:
         now = {"learning_rate_factor": 1.0, "target_sparsity": parameters.get("target_sparsity")} | changed | {"weights": weights}
         return {name: value for name, value in now.items() if value is not None}
 
+# %% ../nbs/12_widgets.ipynb #836951c7
+def _is_baseline(watched: Watched, stage: str) -> bool:
+    "Whether a stage trains what the student is compared with"
+    return role_in(watched.config, stage) == "baseline"
+
 # %% ../nbs/12_widgets.ipynb #55065ff9
 def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
     "Probabilities along an axis"
@@ -530,11 +548,11 @@ _NO_TERMS |= {"expected_sparsity", "target_sparsity"}
 
 def _weights_by_step(watched: Watched, term: str) -> dict[str, np.ndarray]:  # stage -> (steps,) weight
     "The weight of a term at every step, changes in mid-run included"
-    now, found = watched.objective.get(term, 1.0 if term not in LOSSES else 0.0), {}
+    now, found = watched.objective.get(term, 1.0 if term not in all_losses() else 0.0), {}
     events = [e for e in watched.curves.events if e.get("event") == "control" and term in e.get("weights", {})]
     for stage in watched.curves.columns:
         steps = watched.curves.column(stage, "step")
-        weights = np.full(len(steps), 1.0 if stage.startswith("scratch") else now)
+        weights = np.full(len(steps), 1.0 if _is_baseline(watched, stage) else now)
         for event in (e for e in events if e["stage"] == stage):
             now = event["weights"][term]
             weights[steps > event["step"]] = now
@@ -546,7 +564,7 @@ def term_curves(watched: Watched, most: int = 300) -> dict[str, tuple[np.ndarray
     "What every term adds to the loss, thinned; a run from scratch under names of its own"
     stages, found = watched.curves.columns, {}
     for scratch in (False, True):
-        own = [stage for stage in stages if stage.startswith("scratch") == scratch]
+        own = [stage for stage in stages if _is_baseline(watched, stage) == scratch]
         for term, (steps, values) in _weighted(watched, own).items():
             name = term.replace("_", " ") + (" (scratch)" if scratch else "")
             found[name] = thinned(steps, most), thinned(values, most)
@@ -570,19 +588,21 @@ TABLE_KINDS = ("base", *KINDS, "cross attention")
 def modules_of(watched: Watched) -> dict[str, str]:  # term -> one of MODULES; empty for a run of two towers
     "The modules of the terms that a run can weight"
     named = dict.fromkeys([*watched.config.get("terms", ()), *watched.objective])
-    return {term: LOSSES[term].module for term in named if term in LOSSES and LOSSES[term].module}
+    losses = all_losses()
+    return {term: losses[term].module for term in named if term in losses and losses[term].module}
 
 
 def kind_of(term: str) -> str:  # of TABLE_KINDS
     "What kind of information a BLIP's term compares"
-    return "base" if LOSSES[term].alone else term.removeprefix(LOSSES[term].module + "_").replace("_", " ")
+    loss = all_losses()[term]
+    return "base" if loss.alone else term.removeprefix(loss.module + "_").replace("_", " ")
 
 
 def module_curves(watched: Watched, most: int = 300) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # name -> (steps, weighted sums)
     "What every module adds to the loss, thinned; a run from scratch under names of its own"
     found, modules = {}, modules_of(watched)
     for scratch in (False, True):
-        weighted = _weighted(watched, [stage for stage in watched.curves.columns if stage.startswith("scratch") == scratch])
+        weighted = _weighted(watched, [stage for stage in watched.curves.columns if _is_baseline(watched, stage) == scratch])
         for module, name in MODULE_NAMES.items():
             own = [added for term, added in weighted.items() if modules.get(term) == module]
             if own:
@@ -595,7 +615,7 @@ def module_curves(watched: Watched, most: int = 300) -> dict[str, tuple[np.ndarr
 def module_table(watched: Watched, recent: int = 20) -> tuple[np.ndarray, np.ndarray]:  # (modules, kinds) both
     "Weighted terms, means over the newest steps, and shares of the gradient; nan: no such term, or not known"
     values, shares = np.full((2, len(MODULES), len(TABLE_KINDS)), np.nan)
-    stages = [stage for stage in watched.curves.columns if not stage.startswith("scratch")]
+    stages = [stage for stage in watched.curves.columns if not _is_baseline(watched, stage)]
     newest = {term: added[-recent:] for term, (_, added) in _weighted(watched, stages[-1:]).items()}
     pulls = next((event["shares"] for event in reversed(watched.curves.events) if "shares" in event), {})
     for term, module in modules_of(watched).items():
@@ -639,14 +659,14 @@ def _validation_lines(watched: Watched) -> list[dict]:
             mean = (float(event["image_to_text_r1"]) + float(event["text_to_image_r1"])) / 2
             points.setdefault(event["stage"], []).append((event["step"], mean))
     for k, (stage, found) in enumerate(points.items()):
-        style = curve_style(GREY, "dot") if stage.startswith("scratch") else curve_style(COLOURS[k % len(COLOURS)])
+        style = curve_style(GREY, "dot") if _is_baseline(watched, stage) else curve_style(COLOURS[k % len(COLOURS)])
         lines.append(curve(*zip(*found, strict=True), stage, 2, line=style, mode="lines+markers", marker={"size": 4}, showlegend=False))
     return lines
 
 # %% ../nbs/12_widgets.ipynb #8fc62e8e
 def _budget_lines(watched: Watched) -> list[dict]:
     lines, shares = [], {}
-    own = [stage for stage in watched.curves.columns if not stage.startswith("scratch")]
+    own = [stage for stage in watched.curves.columns if not _is_baseline(watched, stage)]
     steps = np.concatenate([watched.curves.column(stage, "step") for stage in own]) if own else np.zeros(0)
     for name, dash in (("expected_sparsity", "solid"), ("target_sparsity", "dash")):
         values = np.concatenate([watched.curves.column(stage, name) for stage in own]) if own else np.zeros(0)
@@ -686,7 +706,7 @@ def _marks(watched: Watched) -> tuple[list[dict], list[dict]]:  # shapes, annota
     "Where stages begin, and where something was changed"
     shapes, notes = [], []
     for k, (stage, columns) in enumerate(watched.curves.columns.items()):
-        if not stage.startswith("scratch"):
+        if not _is_baseline(watched, stage):
             shapes += [_vertical(columns["step"][0], panel, "#bbbbbb", "dot") for panel in (1, 2, 3) if k]
             notes.append(_note(columns["step"][0], 2, stage, xanchor="left"))
     for event in watched.curves.events:
@@ -813,7 +833,7 @@ def _score_lines(watched: Watched) -> list[dict]:
     points, colours = {}, dict(zip(("R@1", "right answers", "caption's words"), COLOURS[5:], strict=True))
     for event in watched.curves.events:
         for name, score in validation_scores_of(event).items() if event.get("event") == "validation" else ():
-            points.setdefault((name, event["stage"].startswith("scratch")), []).append((event["step"], score))
+            points.setdefault((name, _is_baseline(watched, event["stage"])), []).append((event["step"], score))
     more = dict(mode="lines+markers", marker={"size": 4})
     styles = {key: dict(line=curve_style(colours[key[0]], "dot" if key[1] else "solid"), showlegend=not key[1]) for key in points}
     return [curve(*zip(*found, strict=True), key[0], 2, **styles[key], **more) for key, found in points.items()]
@@ -840,7 +860,7 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
     layout["yaxis3"] |= {"autorange": "reversed", "rangemode": "normal"}
     for axis, domain in (("xaxis1", [0, 0.27]), ("xaxis2", [0.345, 0.555]), ("xaxis3", [0.655, 1])):
         layout[axis]["domain"] = domain
-    scratch = any(stage.startswith("scratch") for stage in watched.curves.columns)
+    scratch = any(_is_baseline(watched, stage) for stage in watched.curves.columns)
     layout["yaxis1"]["title"]["text"] = "weighted, by module" + ("; dotted: scratch" if scratch else "")
     layout["yaxis2"]["title"]["text"] = "validation"
     return [_heatmap(z, high - DECADES, high, SEQUENTIAL, 3, None) | {"name": "weighted terms", "hoverinfo": "skip"}]
@@ -913,7 +933,8 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
 # %% ../nbs/12_widgets.ipynb #dfbee3be
 def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
     "The kept snapshots of what a run distils, without those of a yardstick trained from nothing"
-    return [(path, labels) for path, labels in kept_snapshots(run) if not labels["stage"].startswith("scratch")]
+    config = run.config()
+    return [(path, labels) for path, labels in kept_snapshots(run) if role_in(config, labels["stage"]) != "baseline"]
 
 
 def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was; None when no snapshot was kept
@@ -1207,7 +1228,7 @@ def run_sliders(watched: Watched) -> list[dict]:
     if "target_sparsity" in effect:
         specs.insert(0, slider("target_sparsity", "target sparsity", 0, 0.97, "share of prunable weights removed at the end of the run"))
     base = watched.objective or {"contrastive": 1.0}
-    two_towers = [name for name, term in LOSSES.items() if not term.module]
+    two_towers = [name for name, term in all_losses().items() if not term.module]
     others = watched.config.get("terms", two_towers) if "teacher" in parameters else ()
     modules = modules_of(watched)
     terms = [*base, *(t for t in others if t not in base)]
@@ -1222,7 +1243,7 @@ def run_values(watched: Watched) -> dict[str, float]:
     "Where the sliders stand: what is asked for, else what is in effect"
     effect, asked = watched.effect, watched.asked
     values = {name: asked.get(name, effect[name]) for name in ("learning_rate_factor", "target_sparsity") if name in effect}
-    weights = {term: 0.0 for term in LOSSES} | effect["weights"] | asked.get("weights", {})
+    weights = {term: 0.0 for term in all_losses()} | effect["weights"] | asked.get("weights", {})
     return values | {f"weights.{term}": weight for term, weight in weights.items()}
 
 # %% ../nbs/12_widgets.ipynb #fd22e479
@@ -1254,7 +1275,7 @@ def run_messages(watched: Watched, refused: str = "") -> list[dict]:
         said.append({"kind": "error", "text": visible(status["error"]) + more, "more": visible(status.get("traceback") or "")})
     if status["state"] == "lost":
         said.append({"kind": "error", "text": "the job's process is gone; started again, it goes on from its last checkpoint", "more": ""})
-    if status["state"] in runs.WORKING and status.get("stage", "").startswith("scratch"):
+    if status["state"] in runs.WORKING and _is_baseline(watched, status.get("stage", "")):
         said.append({"kind": "note", "text": "scratch is the yardstick: its learning rate and weights stay as they are", "more": ""})
     warnings = (*status.get("warnings", ()), status.get("refused"), refused)
     return said + [{"kind": "warning", "text": visible(text), "more": ""} for text in warnings if text]
@@ -1345,7 +1366,7 @@ def _sync_figure(live: go.FigureWidget, drawn: Mapping[str, Any]) -> None:
 def _panel_state(watched: Watched, measure: str, refused: str = "") -> dict[str, Any]:
     "Everything that the panel draws"
     state = dict(head=headline(watched), buttons=run_buttons(watched, measure), sliders=run_sliders(watched), values=run_values(watched))
-    scratch = watched.status.get("stage", "").startswith("scratch")
+    scratch = _is_baseline(watched, watched.status.get("stage", ""))
     off, share = scratch or watched.status["state"] not in runs.WORKING, round(progress(watched)["share"], 3)
     return state | dict(off=off, messages=run_messages(watched, refused), share=share)
 
@@ -1680,7 +1701,7 @@ def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int
     for k, (name, watched) in enumerate(several.items()):
         colour = COLOURS[k % len(COLOURS)]
         for stage in watched.curves.columns:
-            style = {"color": colour, "width": 1.5, "dash": "dot" if stage.startswith("scratch") else "solid"}
+            style = {"color": colour, "width": 1.5, "dash": "dot" if _is_baseline(watched, stage) else "solid"}
             steps, first = thinned(watched.curves.column(stage, "step")), stage == next(iter(watched.curves.columns))
             for panel, column in ((1, "total"), (3, "expected_sparsity")):
                 values, legend = thinned(watched.curves.column(stage, column)), first and panel == 1
