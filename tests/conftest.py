@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from warm_kernel import kernel_spec
+from xdist.scheduler import LoadScopeScheduling
 
 from vlkd_lab import trainers
 from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
@@ -57,12 +58,20 @@ TEST_BY_TEST = {"test_notebooks", "test_jobs", "test_guides", "test_guards"}
 LONGEST = ["test_lab", "test_notebooks", "test_jobs", "test_site", "test_dlip", "test_trainers", "test_fusion", "test_export"]
 
 
-@pytest.hookimpl(tryfirst=True)
+class ByFile(LoadScopeScheduling):
+    "Hands out whole files, but some test by test"
+
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return nodeid if Path(file).stem in TEST_BY_TEST else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    "Which tests stay together, and in which order they are handed out"
-    for item in items:
-        if item.path.stem not in TEST_BY_TEST:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    "The order in which tests are handed out"
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 

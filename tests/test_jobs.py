@@ -195,7 +195,7 @@ def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path)
         train(open_job("TinyCLIP", parameters))
     watched = execute("watch_run", tmp_path / "watch.ipynb", run_folder=given["out"], others=other["out"])
     shown = outputs(watched)
-    assert '"image/png"' in shown and "learning_rate" in shown and "0.002" in shown and "finished" in shown
+    assert '"image/png"' in shown and "learning_rate" in shown and "0.002" in shown and "waiting" in shown
     gates = execute("explore_gates", tmp_path / "gates.ipynb", run_folder=given["out"])
     assert "multiply-accumulates" in outputs(gates) and "data:image/png" in outputs(gates)
     affinity = execute("explore_affinity", tmp_path / "affinity.ipynb", run_folder=given["out"], pairs=16)

@@ -96,7 +96,7 @@ def run(version: Version, python: Path, tests: Sequence[str]) -> tuple[str, bool
         if told.returncode:
             return f"torch and torchvision do not import: {told.stderr.splitlines()[-1]}", False
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{inside.parent}{os.pathsep}{os.environ['PATH']}"}
-        command = [inside, "-m", "pytest", "-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder", *tests]
+        command = [inside, "-m", "pytest", "-n", "2", "--no-loadscope-reorder", *tests]
         with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as testing:
             last = ""
             for line in testing.stdout:

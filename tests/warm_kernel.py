@@ -24,8 +24,8 @@ import types
 from pathlib import Path
 
 HEAVY = """torch torchvision.transforms open_clip transformers transformers.models.clip.modeling_clip transformers.models.blip.modeling_blip
-    transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects plotly.io nbformat anywidget
-    sklearn.cluster sklearn.linear_model scipy.sparse.csgraph scipy.stats""".split()
+    transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects plotly.io nbformat
+    anywidget sklearn.cluster sklearn.linear_model scipy.sparse.csgraph scipy.stats""".split()
 PATIENCE = 120  # seconds to wait for the process that forks
 
 
