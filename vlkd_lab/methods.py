@@ -117,5 +117,5 @@ def name_of(parameters: Any) -> str:
 
 def all_losses() -> dict[str, Term]:  # name -> term
     "What an objective can weight: the losses of two towers, and what every method has added"
-    len(METHODS)  # they are found, and have registered theirs
-    return LOSSES
+    added = [method.losses for method in METHODS.values()]
+    return {**LOSSES, **{name: term for losses in added for name, term in losses.items()}}

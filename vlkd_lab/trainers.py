@@ -83,7 +83,7 @@ _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 def _check_value(option, value: Any) -> Any:
     "The value in the field's type, or a ValueError that names the field and what is valid"
-    wanted = _TYPES[option.type]
+    wanted = _TYPES.get(option.type, option.type)  # a name where the module postpones annotations, else the type
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is bool and str(value).lower() in ("true", "false"):
@@ -1966,8 +1966,7 @@ def current_student(
     at, phase = status.get("stage"), status.get("phase")
     if at is None:
         raise FileNotFoundError(f"{run.folder} has no student yet: its training has not begun")
-    finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
-    before = [path.parent.name for path in finished if role_of(run, path.parent.name) == "student"] if role_of(run, at) == "baseline" else []
+    before = _finished_students(run) if role_of(run, at) == "baseline" else []
     folder = run.folder / (stage or (before or [at])[-1])
     if (folder / "done.json").exists():
         return load_student(folder / "student", device)
@@ -1999,6 +1998,12 @@ def _ask_for_checkpoint(run: Run, seconds: float) -> None:
         time.sleep(0.02)
 
 # %% ../nbs/10_trainers.ipynb #c0277f67
+def _finished_students(run: Run) -> list[str]:
+    "Stages whose student is finished, the newest last"
+    finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
+    return [path.parent.name for path in finished if role_of(run, path.parent.name) == "student"]
+
+
 def _student_under_gates(run: Run, stage: str, learner: Mapping[str, Tensor], device) -> VLM:
     "What would be left if the gates of a phase were cut now"
     gates, state = new_gates(run, stage), _part(learner, "model.")
