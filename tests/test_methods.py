@@ -1,11 +1,12 @@
 """The registry of methods, and a method that comes in a package of its own."""
 
 import importlib
-import json
+import io
 
 import forked
 import pytest
 from conftest import lines_of
+from PIL import Image
 
 from vlkd_lab.evaluation import compare
 from vlkd_lab.export import export_student
@@ -13,7 +14,7 @@ from vlkd_lab.losses import LOSSES, Term, contrastive
 from vlkd_lab.methods import METHODS, Method, Methods, all_losses, find_method, name_of
 from vlkd_lab.runs import Run, role_of, stage_roles
 from vlkd_lab.trainers import TinyCLIP, open_job
-from vlkd_lab.widgets import attach
+from vlkd_lab.widgets import RunView, attach
 
 STRANGER = '''
 "Somebody's method: the teacher's affinities, sharpened; and the same student without a teacher"
@@ -23,6 +24,7 @@ from vlkd_lab.losses import Objective, Term, affinity_mimicking
 from vlkd_lab.methods import Method, register
 from vlkd_lab.models import new_model
 from vlkd_lab.trainers import Distillation, Job, Phase, above, find_model, finish_fit, make_accelerator, open_run, parameter
+from vlkd_lab.widgets import RunPart
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class SharpJob(Job):
             finish_fit(self, Phase(stage, "distil", steps, fixed=stage == "plain"), student, objective, teacher)
 
 
+class Sharpness(RunPart):
+    def figure(self, watched):
+        values = watched.curves.column("sharp", "sharp_affinity")
+        line = {"type": "scatter", "x": list(range(len(values))), "y": list(values), "name": "sharp"}
+        return {"data": [line], "layout": {"height": 300, "width": 830}} if len(values) else {}
+
+
 def open_sharp(options):
     accelerator = make_accelerator(options)
     about = {"objective": options.weights(), "terms": options.terms()}
@@ -60,7 +69,8 @@ def open_sharp(options):
 
 
 SHARP = Method("Sharp-1", "Somebody (2026): affinities, sharpened", Parameters, open_sharp,
-               losses={"sharp_affinity": Term("sharp_affinity", sharp_affinity, formula="affinity mimicking of 2 t")})
+               losses={"sharp_affinity": Term("sharp_affinity", sharp_affinity, formula="affinity mimicking of 2 t")},
+               views=(Sharpness,))
 '''
 
 
@@ -84,7 +94,11 @@ def stranger(tmp_path, monkeypatch):
     LOSSES.update(known)
 
 
-def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stranger, scenes, tiny_teacher, tmp_path):
+def height_of(still):
+    return Image.open(io.BytesIO(still.png)).height
+
+
+def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stranger, scenes, tiny_teacher, tmp_path, monkeypatch):
     data = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=tiny_teacher, device="cpu")
     words = [f"{name}={value}" for name, value in data.items()]
     run = Run(tmp_path / "run")
@@ -106,8 +120,13 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
     job = open_job("Sharp-1", run.config()["parameters"])
     job.work()
     assert lines_of(run.folder) == before, "a finished run is not trained again"
-    still = attach(run.folder).still()
-    assert "sharp affinity" in json.dumps(still.text) or still.png[:4] == b"\x89PNG"
+    with_part = height_of(attach(run.folder).still())
+    live = RunView(run.folder, live=True)
+    (shown,) = live.widgets.parts.values()
+    assert list(shown.data[0].y) == totals
+    live.close()
+    monkeypatch.setattr("vlkd_lab.widgets.method_parts", lambda watched: [])
+    assert with_part == height_of(attach(run.folder).still()) + 300, "the picture has the method's part"
     table = compare(job)
     assert list(table.index) == ["teacher", "sharp", "plain"] and table.loc["sharp"].notna().any()
     card = (export_student(run.folder, tmp_path / "away", onnx=False) / "README.md").read_text()

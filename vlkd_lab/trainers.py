@@ -42,7 +42,7 @@ from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
 from .methods import Method, find_method, name_of, register
 from .models import VLM, TowerShape, evaluating, head_widths, load_model, new_model, save_model, state_digest, tower_shape, tower_shapes
-from .runs import (
+from vlkd_lab.runs import (
     IN_MID_RUN,
     Run,
     RunStopped,

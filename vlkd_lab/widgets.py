@@ -12,6 +12,7 @@ import json
 import math
 import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -27,8 +28,8 @@ from . import runs
 from .blip_terms import KINDS, MODULES
 from .data import escaped, project_root, visible
 from .gates import gate_rows, reduced
-from .methods import all_losses
-from .runs import (
+from .methods import METHODS, all_losses
+from vlkd_lab.runs import (
     CONTROLS,
     WATCH_SECONDS,
     Curves,
@@ -56,9 +57,9 @@ __all__ = ['SEQUENTIAL', 'DIVERGING', 'STATIC', 'FRAME_SECONDS', 'SEEN_SECONDS',
            'heatmaps_json', 'gate_matrices', 'drawn_gates', 'validation_scores_of', 'clusters_json', 'kept_students',
            'first_scores', 'sentences_html', 'on_grid', 'overlap', 'cross_maps', 'cross_picture', 'CrossView', 'Panel',
            'slider', 'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages', 'Live',
-           'affinity_views', 'gate_views', 'gate_grid', 'SentenceBox', 'RunWidgets', 'RunView', 'RunStill',
-           'NearestSentences', 'CrossAttention', 'attach', 'differences', 'overlay_json', 'RunsView', 'RunsStill',
-           'overlay']
+           'affinity_views', 'gate_views', 'gate_grid', 'SentenceBox', 'RunPart', 'method_parts', 'RunWidgets',
+           'RunView', 'RunStill', 'NearestSentences', 'CrossAttention', 'attach', 'differences', 'overlay_json',
+           'RunsView', 'RunsStill', 'overlay']
 
 # %% ../nbs/12_widgets.ipynb #d208618a
 SEQUENTIAL, DIVERGING = "Viridis", "RdBu"  # of Plotly's colour scales
@@ -198,19 +199,21 @@ def _draw_marks(page, panels: Mapping[str, Any], layout: Mapping[str, Any]) -> N
 
 # %% ../nbs/12_widgets.ipynb #0bddd57d
 def picture(drawn: Mapping[str, Any]) -> bytes:  # PNG
-    "Plotly JSON (data, layout with width and height) drawn by matplotlib"
+    "Plotly JSON (data, layout) drawn by matplotlib"
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    layout, buffer = drawn["layout"], io.BytesIO()
+    layout, buffer = {"width": 830, "height": 280, **drawn["layout"]}, io.BytesIO()
+    if not any(name.startswith("xaxis") for name in layout):
+        layout["xaxis"] = {}
     page = Figure(figsize=(layout["width"] / _PAGE, layout["height"] / _PAGE), dpi=_PAGE, facecolor="white")
     FigureCanvasAgg(page)
     panels = _panels(page, layout)
     for trace in drawn["data"]:
         panel = panels[trace.get("xaxis", "x")]
-        if trace["type"] == "heatmap":
+        if trace.get("type") == "heatmap":
             _draw_heatmap(page, panel, trace)
         elif len(trace["x"]):
             _draw_lines(page, panel, trace)
@@ -1473,6 +1476,33 @@ class _Further(_Matrices):
         elif drawn:
             _sync_figure(self.clusters, drawn)
 
+# %% ../nbs/12_widgets.ipynb #c146224c
+class RunPart:
+    "A part of the bench that a method brings"
+
+    def figure(self, watched: Watched) -> Mapping[str, Any]:  # Plotly JSON, with data and layout; empty while there is nothing to see
+        "What it draws of a run as it is now"
+        raise NotImplementedError(f"{type(self).__name__} draws nothing: give it a figure(watched)")
+
+
+def method_parts(watched: Watched) -> list[RunPart]:
+    "The parts that a run's method brings; none before the run has a config.json"
+    method = METHODS.get(watched.config.get("method"))
+    return [] if method is None else [kind() for kind in method.views]
+
+
+def _part_pictures(watched: Watched) -> list[bytes]:  # PNG
+    "A method's parts as pictures; one that fails is said and left out"
+    pictures = []
+    for part in method_parts(watched):
+        try:
+            drawn = part.figure(watched)
+            if drawn:
+                pictures.append(picture(drawn))
+        except Exception as error:  # somebody's drawing must not take a finished run down
+            warnings.warn(f"{type(part).__name__} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+    return pictures
+
 # %% ../nbs/12_widgets.ipynb #6dca421f
 class RunWidgets(_Further):
     "The widgets of a bench: panel, curves, affinities, what only some runs have, gates"
@@ -1480,6 +1510,7 @@ class RunWidgets(_Further):
     def __init__(self, watched: Watched):
         super().__init__()
         self.panel, self.figure = Panel(), _live_figure(curves_json(watched))
+        self.parts: dict[RunPart, Any] | None = None  # part -> its figure on the page, once there is something to see
         for view in self.affinity.values():
             view.on_choice.append(lambda cell: self.sentences.show(watched, cell[0]))
         self.box.children = (self.panel, self.figure, *self.box.children)
@@ -1489,6 +1520,18 @@ class RunWidgets(_Further):
         with self.panel.hold_sync():
             for name, value in state.items():
                 setattr(self.panel, name, value)
+
+    def show_parts(self, watched: Watched) -> None:
+        "What the run's method brings"
+        if self.parts is None and watched.config:
+            self.parts = dict.fromkeys(method_parts(watched))
+        for part, shown in (self.parts or {}).items():
+            drawn = part.figure(watched)
+            if drawn and shown is None:
+                self.parts[part] = _live_figure(drawn)
+                self._insert(self.parts[part])
+            elif drawn:
+                _sync_figure(shown, drawn)
 
     def ready(self) -> bool:
         "Whether the page has drawn what it was sent"
@@ -1557,6 +1600,7 @@ def _update_view(view: RunView) -> None:
         view._due, view._drawn = view._due - due, now
         if "curves" in due:
             _sync_figure(widgets.figure, curves_json(watched))
+            widgets.show_parts(watched)
         if "clusters" in due:
             widgets.show_clusters(clusters_json(watched))
     if view._was in runs.WORKING and state not in runs.WORKING:
@@ -1579,6 +1623,7 @@ def _run_picture(watched: Watched, measure: str = "cosine") -> bytes | None:  # 
         parts.append(picture(shown))
     if shown := gate_matrices(watched):
         parts.append(picture(heatmaps_json(shown, "open probability", ("", "layer"), height=150)))
+    parts += _part_pictures(watched)
     return stacked(parts) if parts else None
 
 
