@@ -42,19 +42,7 @@ from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
 from .methods import Method, find_method, name_of, register
 from .models import VLM, TowerShape, evaluating, head_widths, load_model, new_model, save_model, state_digest, tower_shape, tower_shapes
-from vlkd_lab.runs import (
-    IN_MID_RUN,
-    Run,
-    RunStopped,
-    RunWriter,
-    Snapshots,
-    load_checkpoint,
-    read_json,
-    role_of,
-    save_checkpoint,
-    stage_roles,
-    write_whole,
-)
+from .runs import IN_MID_RUN, Run, RunStopped, RunWriter, Snapshots, load_checkpoint, read_json, save_checkpoint, write_whole
 from .samples import cached_shards
 from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 
@@ -1428,7 +1416,7 @@ def find_start(
 
 def last_student(run: Run) -> Path:
     "The folder of the student that a run finished last; a baseline is none"
-    finished = [path.parent for path in run.folder.glob("*/done.json") if role_of(run, path.parent.name) != "baseline"]
+    finished = [path.parent for path in run.folder.glob("*/done.json") if runs.role_of(run, path.parent.name) != "baseline"]
     if not finished:
         raise FileNotFoundError(f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder")
     return max(finished, key=lambda stage: (stage / "done.json").stat().st_mtime) / "student"
@@ -1616,7 +1604,7 @@ def full_shapes(run: Run) -> dict[str, TowerShape] | None:  # "image", "text"; N
 
 def source_shapes(run: Run, stage: str) -> dict[str, TowerShape]:  # "image", "text"
     "Sizes of the network that a stage starts from: the teacher, or the student of the stage before"
-    students = [name for name, role in stage_roles(run).items() if role == "student"]
+    students = [name for name, role in runs.stage_roles(run).items() if role == "student"]
     earlier = students[: students.index(stage)] if stage in students else []
     before = read_json(run.folder / earlier[-1] / "plan.json") if earlier else None
     sizes = run.config().get("start_towers") if before is None else before["towers"]
@@ -1966,7 +1954,7 @@ def current_student(
     at, phase = status.get("stage"), status.get("phase")
     if at is None:
         raise FileNotFoundError(f"{run.folder} has no student yet: its training has not begun")
-    before = _finished_students(run) if role_of(run, at) == "baseline" else []
+    before = _finished_students(run) if runs.role_of(run, at) == "baseline" else []
     folder = run.folder / (stage or (before or [at])[-1])
     if (folder / "done.json").exists():
         return load_student(folder / "student", device)
@@ -2001,7 +1989,7 @@ def _ask_for_checkpoint(run: Run, seconds: float) -> None:
 def _finished_students(run: Run) -> list[str]:
     "Stages whose student is finished, the newest last"
     finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
-    return [path.parent.name for path in finished if role_of(run, path.parent.name) == "student"]
+    return [path.parent.name for path in finished if runs.role_of(run, path.parent.name) == "student"]
 
 
 def _student_under_gates(run: Run, stage: str, learner: Mapping[str, Tensor], device) -> VLM:

@@ -29,19 +29,7 @@ from .blip_terms import KINDS, MODULES
 from .data import escaped, project_root, visible
 from .gates import gate_rows, reduced
 from .methods import METHODS, all_losses
-from vlkd_lab.runs import (
-    CONTROLS,
-    WATCH_SECONDS,
-    Curves,
-    Run,
-    in_effect,
-    kept_snapshots,
-    newest_snapshot,
-    read_json,
-    read_snapshot,
-    role_in,
-    thinned,
-)
+from .runs import CONTROLS, WATCH_SECONDS, Curves, Run, in_effect, kept_snapshots, newest_snapshot, read_json, read_snapshot, thinned
 from .trainers import has_page, source_shapes
 
 if TYPE_CHECKING:
@@ -463,7 +451,7 @@ class Watched:
 # %% ../nbs/12_widgets.ipynb #836951c7
 def _is_baseline(watched: Watched, stage: str) -> bool:
     "Whether a stage trains what the student is compared with"
-    return role_in(watched.config, stage) == "baseline"
+    return runs.role_in(watched.config, stage) == "baseline"
 
 # %% ../nbs/12_widgets.ipynb #55065ff9
 def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
@@ -937,7 +925,7 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
 def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
     "The kept snapshots of what a run distils, without those of a yardstick trained from nothing"
     config = run.config()
-    return [(path, labels) for path, labels in kept_snapshots(run) if role_in(config, labels["stage"]) != "baseline"]
+    return [(path, labels) for path, labels in kept_snapshots(run) if runs.role_in(config, labels["stage"]) != "baseline"]
 
 
 def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was; None when no snapshot was kept
