@@ -15,6 +15,8 @@ readme = here / "README.md"
 # What a wheel brings inside the package; scenes and sentences are generated where they are wanted (samples.shipped).
 BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teacher/*", "data_samples/blip/*")
 
+METHODS = [f"{name} = vlkd_lab.{name}" for name in ("trainers", "clip_cid", "dime_fm", "dlip")]  # modules that register methods
+
 
 class BuildWithSamples(build_py):
     """The modules, and beside them the teacher, the BLIP and the stored numbers; a working copy has them already."""
@@ -43,6 +45,6 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
-    entry_points={"nbdev": ["vlkd_lab = vlkd_lab._modidx:d"]},
+    entry_points={"nbdev": ["vlkd_lab = vlkd_lab._modidx:d"], "vlkd_lab.methods": METHODS},
     cmdclass={"build_py": BuildWithSamples},
 )

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from vlkd_lab import trainers
 from vlkd_lab.blip_losses import layer_partners
 from vlkd_lab.blip_terms import (
+    BLIP_LOSSES,
     GROUPS,
-    LOSSES,
     MODULES,
     ModuleFeatures,
     base_terms,
@@ -22,6 +22,7 @@ from vlkd_lab.blip_terms import (
 )
 from vlkd_lab.features import Features, FusedFeatures, Pass, Slow
 from vlkd_lab.losses import Objective
+from vlkd_lab.methods import all_losses
 
 PASSES = {"image": ["image"], "text": ["text"], "fusion": ["pairs", "question"], "decoder": ["caption", "answer"]}
 WIDTHS = {"image": (6, 10), "text": (8, 12)}
@@ -339,14 +340,14 @@ def test_jobs_of_two_towers_refuse_blips_terms_before_any_work(name):
 
 def test_groups_are_what_their_names_say():
     names = [term.name for term in blip_terms()]
-    assert len(set(names)) == len(names) == 17 and set(names) <= set(LOSSES) and {"contrastive", "affinity_mimicking"} <= set(LOSSES)
+    assert len(set(names)) == len(names) == 17 and set(names) == set(BLIP_LOSSES) and {*names, "contrastive"} < set(all_losses())
     assert set(GROUPS["base"]) | set(GROUPS["distillation"]) == set(names) and not set(GROUPS["base"]) & set(GROUPS["distillation"])
     for groups in (("features", "similarities", "logits", "attention"), tuple(MODULES)):
         told = [name for group in groups for name in GROUPS[group]]
         assert sorted(told) == sorted(GROUPS["distillation"]), "each term once"
-    assert all(LOSSES[name].module == module for module in MODULES for name in GROUPS[module]) and set(MODULES) == {*PASSES, "both"}
+    assert all(BLIP_LOSSES[name].module == module for module in MODULES for name in GROUPS[module]) and set(MODULES) == {*PASSES, "both"}
     assert {name for name in GROUPS["attention"] if "cross" in name} == {"fusion_cross_attention", "decoder_cross_attention"}
-    assert all(LOSSES[name].alone for name in GROUPS["base"]) and not any(LOSSES[name].alone for name in GROUPS["distillation"])
+    assert all(BLIP_LOSSES[name].alone for name in GROUPS["base"]) and not any(BLIP_LOSSES[name].alone for name in GROUPS["distillation"])
 
 
 def test_later_words_count_more():

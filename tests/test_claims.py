@@ -1,6 +1,5 @@
 """Trials and claims: what is run, kept, judged and shown; the numbers that come with the project belong to the trials as they are."""
 
-import importlib
 import json
 from copy import deepcopy
 from pathlib import Path
@@ -11,8 +10,9 @@ import pytest
 
 from vlkd_lab import verdicts
 from vlkd_lab.evaluation import first_step
+from vlkd_lab.methods import METHODS
 from vlkd_lab.runs import to_json
-from vlkd_lab.trainers import METHODS, check_parameters
+from vlkd_lab.trainers import check_parameters
 from vlkd_lab.trials import Trial, origin, run_trial
 from vlkd_lab.verdicts import CLAIMS, TRIALS, Claim, judge, overall, own_results, show_verdicts, speed_up
 
@@ -62,8 +62,7 @@ def test_another_trials_folder_is_not_overwritten(scenes, tiny_teacher, tmp_path
 @pytest.mark.parametrize("name", TRIALS)
 def test_the_parameters_of_every_trial_are_valid(name):
     trial = TRIALS[name]
-    home = importlib.import_module(METHODS[trial.method])
-    options = check_parameters(home.OPENERS[trial.method][0], dict(trial.parameters))
+    options = check_parameters(METHODS[trial.method].parameters, dict(trial.parameters))
     options.weights()
     assert trial.parameters["probe_pairs"] == 0
 

@@ -234,7 +234,7 @@ def test_the_last_finished_student_leaves_and_scratch_only_by_name(trained, tiny
     job = trained(TinyCLIP, open_tinyclip, teacher=str(tiny_teacher), stages=2, compare_scratch=True)
     run = job.run.folder
     assert find_origin(run).stage == "stage-2" and find_origin(run, "stage-1").folder == run / "stage-1" / "student"
-    assert "yardstick" in (export_student(run, tmp_path / "away", stage="scratch-2", onnx=False) / "README.md").read_text()
+    assert "baseline" in (export_student(run, tmp_path / "away", stage="scratch-2", onnx=False) / "README.md").read_text()
     (run / "stage-2" / "done.json").unlink()
     assert find_origin(run).stage == "stage-1"
     with pytest.raises(ValueError, match="finished stages of run are: scratch-2, stage-1"):

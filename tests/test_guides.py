@@ -20,9 +20,10 @@ from vlkd_lab.clip_cid import ClipCid
 from vlkd_lab.dime_fm import DimeFm
 from vlkd_lab.dlip import BlipTraining, Dlip
 from vlkd_lab.losses import LOSSES
+from vlkd_lab.methods import METHODS
 from vlkd_lab.models import model_config
 from vlkd_lab.published import find_releases
-from vlkd_lab.trainers import METHODS, Contrastive, TinyCLIP, _literal, check_parameters
+from vlkd_lab.trainers import Contrastive, TinyCLIP, _literal, check_parameters
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}

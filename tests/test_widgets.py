@@ -14,7 +14,7 @@ from PIL import Image
 
 from vlkd_lab import widgets
 from vlkd_lab.data import thumbnail
-from vlkd_lab.losses import LOSSES
+from vlkd_lab.methods import all_losses
 from vlkd_lab.runs import Run, RunWriter, Snapshots, is_watched, write_snapshot
 from vlkd_lab.widgets import (
     DIVERGING,
@@ -193,7 +193,7 @@ def test_the_bench_shows_a_run_and_passes_wishes_on(run):
     panel = view.widgets.panel
     assert not view.seen and dict(panel.head)["state"] == "running" and not panel.off
     assert panel.values["weights.feature_mimicking"] == 100.0 and panel.values["target_sparsity"] == 0.75
-    assert {spec["name"] for spec in panel.sliders} >= {f"weights.{name}" for name, term in LOSSES.items() if not term.module}
+    assert {spec["name"] for spec in panel.sliders} >= {f"weights.{name}" for name, term in all_losses().items() if not term.module}
     panel._hear({"asked": {"weights.contrastive": 0.5}})
     panel._hear({"asked": {"pause": True}})
     assert Run(run.folder).asked() == {"weights": {"contrastive": 0.5}, "pause": True} and view.seen

@@ -11,7 +11,7 @@ from PIL import Image
 from vlkd_lab import widgets
 from vlkd_lab.blip_terms import MODULES, blip_terms
 from vlkd_lab.data import thumbnail
-from vlkd_lab.losses import LOSSES
+from vlkd_lab.methods import all_losses
 from vlkd_lab.runs import Run, RunWriter, Snapshots, write_snapshot
 from vlkd_lab.widgets import (
     TABLE_KINDS,
@@ -276,7 +276,7 @@ def test_a_picture_of_one_image_with_its_numbers(run):
 
 
 def test_every_term_has_a_place_in_the_table():
-    places = {(LOSSES[name].module, kind_of(name)) for name in TERMS}
+    places = {(all_losses()[name].module, kind_of(name)) for name in TERMS}
     assert all(module in MODULES and kind in TABLE_KINDS for module, kind in places)
     assert len(places) == len(TERMS) - 1, "only the decoder's two base losses share a cell"
 
@@ -285,7 +285,7 @@ def test_curves_are_sums_by_module_with_the_weights_of_their_steps(run):
     run.log({"event": "control", "stage": "student", "step": 10, "weights": {"image_attention": 5.0, "similarities": 2.0}})
     log(run, stage="scratch", similarities=float("nan"))
     curves = module_curves(looked_at(run))
-    members = {module: [name for name in TERMS if LOSSES[name].module == module] for module in MODULES}
+    members = {module: [name for name in TERMS if all_losses()[name].module == module] for module in MODULES}
     assert np.allclose(curves["image"][1][:10], len(members["image"])) and np.allclose(curves["image"][1][10:], len(members["image"]) + 4)
     joint = curves["image–text"][1]
     assert np.allclose(joint[:10], 1) and np.allclose(joint[10:], 3), "similarities had no weight at first"
@@ -352,6 +352,6 @@ def test_a_run_of_two_towers_has_neither_modules_nor_their_sliders(tmp_path):
         writer.log({"stage": "student", "step": 1, "affinity_mimicking": 0.5, "total": 0.5})
     watched = looked_at(writer)
     named = {spec["name"].removeprefix("weights.") for spec in run_sliders(watched)}
-    assert named == {"learning_rate_factor", *(name for name, term in LOSSES.items() if not term.module)}
+    assert named == {"learning_rate_factor", *(name for name, term in all_losses().items() if not term.module)}
     assert not any("group" in spec for spec in run_sliders(watched)) and modules_of(watched) == {}
     assert list(term_curves(watched)) == ["affinity mimicking"] == [line["name"] for line in curves_json(watched)["data"]]

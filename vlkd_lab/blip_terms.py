@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .blip_losses import cosine_distance, language_modelling, layers_divergence, logit_divergence, matching, queued_contrast
 from .features import FusedFeatures, Pass
-from .losses import LOSSES, Term, relational
+from .losses import Term, relational
 
 # %% auto #0
-__all__ = ['MODULES', 'KINDS', 'GROUPS', 'ModuleFeatures', 'module_logits', 'module_attention', 'base_terms',
+__all__ = ['MODULES', 'BLIP_LOSSES', 'KINDS', 'GROUPS', 'ModuleFeatures', 'module_logits', 'module_attention', 'base_terms',
            'distillation_terms', 'blip_terms', 'spread']
 
 # %% ../nbs/library/12_blip_terms.ipynb #dd9d6fb4
@@ -172,7 +172,7 @@ def blip_terms(
     return (*base_terms(smoothing), *distillation_terms(widths, temperature, seed))
 
 
-LOSSES.update({term.name: term for term in blip_terms()})  # whoever imports LOSSES from here has them too
+BLIP_LOSSES = {term.name: term for term in blip_terms()}
 
 # %% ../nbs/library/12_blip_terms.ipynb #a9cb7152
 KINDS = ("features", "similarities", "logits", "attention")
@@ -188,7 +188,7 @@ def spread(given: Sequence[tuple[str, float]]) -> dict[str, float]:  # (term or 
     "Weights of terms, groups written out; later words count more"
     weights: dict[str, float] = {}
     for name, weight in given:
-        if name not in GROUPS and not (name in LOSSES and LOSSES[name].module):
+        if name not in GROUPS and name not in BLIP_LOSSES:
             terms = ", ".join(term.name for term in blip_terms())
             raise ValueError(f"no term or group {name!r}: groups are {', '.join(GROUPS)}; terms are {terms}")
         weights |= dict.fromkeys(GROUPS.get(name, (name,)), weight)

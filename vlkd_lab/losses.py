@@ -23,7 +23,8 @@ from .features import Features
 __all__ = ['TILED_ABOVE', 'TILE', 'LOSSES', 'contrastive', 'affinity_mimicking', 'relational', 'Projection', 'feature_mimicking',
            'interactive_contrastive', 'sample_classes', 'cluster_classification', 'cluster_distribution',
            'instance_discrimination', 'vision_language_score', 'pseudo_vision_language_score', 'unimodal_distance',
-           'Term', 'score_terms', 'Terms', 'Objective', 'objective_parameters', 'ClusterTerms', 'gradient_share']
+           'Term', 'score_terms', 'register_losses', 'Terms', 'Objective', 'objective_parameters', 'ClusterTerms',
+           'gradient_share']
 
 # %% ../nbs/library/10_losses.ipynb #d44c1ba8
 def _check_pairs(features: dict[str, Features]) -> None:
@@ -543,6 +544,14 @@ LOSSES = {
         *score_terms(),
     )
 }
+
+
+def register_losses(losses: Mapping[str, Term]) -> None:
+    "Let every objective weight further terms by name; ValueError where a name stands for another term already"
+    taken = [name for name, term in losses.items() if name in LOSSES and LOSSES[name].formula != term.formula]
+    if taken:
+        raise ValueError(f"there is a loss {taken[0]!r} already, {LOSSES[taken[0]].formula}: choose another name")
+    LOSSES.update(losses)
 
 # %% ../nbs/library/10_losses.ipynb #bc03a200
 @dataclass(frozen=True)

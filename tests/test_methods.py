@@ -1,0 +1,163 @@
+"""The registry of methods, and a method that comes in a package of its own."""
+
+import importlib
+import io
+
+import forked
+import pytest
+from conftest import lines_of
+from PIL import Image
+
+from vlkd_lab.evaluation import compare
+from vlkd_lab.export import export_student
+from vlkd_lab.losses import LOSSES, Term, contrastive
+from vlkd_lab.methods import METHODS, Method, Methods, all_losses, find_method, name_of
+from vlkd_lab.runs import Run, role_of, stage_roles
+from vlkd_lab.trainers import TinyCLIP, open_job
+from vlkd_lab.widgets import RunView, attach
+
+STRANGER = '''
+"Somebody's method: the teacher's affinities, sharpened; and the same student without a teacher"
+from dataclasses import dataclass
+
+from vlkd_lab.losses import Objective, Term, affinity_mimicking
+from vlkd_lab.methods import Method, register
+from vlkd_lab.models import new_model
+from vlkd_lab.trainers import Distillation, Job, Phase, above, find_model, finish_fit, make_accelerator, open_run, parameter
+from vlkd_lab.widgets import RunPart
+
+
+@dataclass(frozen=True)
+class Parameters(Distillation):
+    losses: str = parameter("sharp_affinity=1", "terms and their weights")
+    sharpness: float = parameter(2.0, "factor of the teacher's logits", **above(0))
+
+
+def sharp_affinity(student, teacher, sharpness=2.0):
+    return affinity_mimicking(student, type(teacher)(teacher.image, teacher.text, sharpness * teacher.scale))
+
+
+class SharpJob(Job):
+    baselines = ("plain",)
+
+    @property
+    def plan(self):
+        return [("sharp", self.options.steps), ("plain", self.options.steps)]
+
+    def work(self):
+        for stage, steps in self.plan:
+            if (self.run.folder / stage / "done.json").exists():
+                continue
+            student = new_model(self.teacher.config["model_cfg"], like=self.teacher, seed=self.options.seed)
+            own = Term("sharp_affinity", lambda s, t: sharp_affinity(s, t, self.options.sharpness))
+            objective = Objective({}, own) if stage == "sharp" else Objective({"contrastive": 1.0})
+            teacher = self.source if stage == "sharp" else None
+            finish_fit(self, Phase(stage, "distil", steps, fixed=stage == "plain"), student, objective, teacher)
+
+
+class Sharpness(RunPart):
+    def figure(self, watched):
+        values = watched.curves.column("sharp", "sharp_affinity")
+        line = {"type": "scatter", "x": list(range(len(values))), "y": list(values), "name": "sharp"}
+        return {"data": [line], "layout": {"height": 300, "width": 830}} if len(values) else {}
+
+
+def open_sharp(options):
+    accelerator = make_accelerator(options)
+    about = {"objective": options.weights(), "terms": options.terms()}
+    return open_run(options, find_model(options.teacher, accelerator.device), accelerator, about, SharpJob)
+
+
+SHARP = Method("Sharp-1", "Somebody (2026): affinities, sharpened", Parameters, open_sharp,
+               losses={"sharp_affinity": Term("sharp_affinity", sharp_affinity, formula="affinity mimicking of 2 t")},
+               views=(Sharpness,))
+'''
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    "A folder with an installed package of somebody's that brings a method, and one that is broken"
+    folder = tmp_path / "installed"
+    for name, module in (("sharp_lab", STRANGER), ("broken_lab", "import nothing_of_that_name")):
+        about = folder / f"{name}-1.0.dist-info"
+        about.mkdir(parents=True)
+        (folder / f"{name}.py").write_text(module)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[vlkd_lab.methods]\n{name} = {name}" + (":SHARP\n" if name == "sharp_lab" else "\n"))
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(METHODS, "broken", {})
+    importlib.invalidate_caches()
+    known = dict(LOSSES)
+    yield folder
+    METHODS._methods.pop("Sharp-1", None)
+    LOSSES.clear()
+    LOSSES.update(known)
+
+
+def height_of(still):
+    return Image.open(io.BytesIO(still.png)).height
+
+
+def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stranger, scenes, tiny_teacher, tmp_path, monkeypatch):
+    data = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=tiny_teacher, device="cpu")
+    words = [f"{name}={value}" for name, value in data.items()]
+    run = Run(tmp_path / "run")
+    program = f"import sys; sys.path.insert(0, {str(stranger)!r}); sys.argv = ['trainers.py', *sys.argv[1:]]; import runpy; "
+    (tmp_path / "go.py").write_text(program + "runpy.run_module('vlkd_lab.trainers', run_name='__main__', alter_sys=True)")
+    words += ["method=Sharp-1", "steps=3", "batch_size=8", "sharpness=3", "probe_pairs=8"]
+    forked.run(str(tmp_path / "go.py"), str(run.folder), *words)
+    assert run.config()["method"] == "Sharp-1" and run.config()["parameters"]["sharpness"] == 3.0
+    assert stage_roles(run) == {"sharp": "student", "plain": "baseline"}
+    totals = [line["sharp_affinity"] for line in run.metrics() if "total" in line and line["stage"] == "sharp"]
+    assert len(totals) == 3
+
+    METHODS._is_searched = False
+    with pytest.warns(UserWarning, match="'broken_lab' .* could not be loaded: ModuleNotFoundError"):
+        assert "Sharp-1" in METHODS and "TinyCLIP" in METHODS
+    assert list(METHODS.broken) == ["broken_lab"]
+
+    before = lines_of(run.folder)
+    job = open_job("Sharp-1", run.config()["parameters"])
+    job.work()
+    assert lines_of(run.folder) == before, "a finished run is not trained again"
+    with_part = height_of(attach(run.folder).still())
+    live = RunView(run.folder, live=True)
+    (shown,) = live.widgets.parts.values()
+    assert list(shown.data[0].y) == totals
+    live.close()
+    monkeypatch.setattr("vlkd_lab.widgets.method_parts", lambda watched: [])
+    assert with_part == height_of(attach(run.folder).still()) + 300, "the picture has the method's part"
+    table = compare(job)
+    assert list(table.index) == ["teacher", "sharp", "plain"] and table.loc["sharp"].notna().any()
+    card = (export_student(run.folder, tmp_path / "away", onnx=False) / "README.md").read_text()
+    assert "affinities, sharpened" in card and "sharp" in card
+    run.control(weights={"sharp_affinity": 0.5})
+    with pytest.raises(ValueError, match="weights from 0 up of .*sharp_affinity"):
+        run.control(weights={"sharpest": 0.5})
+    with pytest.raises(ValueError, match="no method 'Sharp-2': there are .*Sharp-1.*; broken_lab could not be loaded"):
+        find_method("Sharp-2")
+
+
+def test_a_name_is_taken_once_and_a_loss_means_one_thing():
+    here = Methods("vlkd_lab.nothing")
+    here.add(Method("One", "", TinyCLIP, open_job))
+    assert here.add(Method("One", "again", TinyCLIP, open_job)).citation == "again"
+    with pytest.raises(ValueError, match="there is a method 'One' already"):
+        here.add(Method("One", "", type(None), open_job))
+    with pytest.raises(ValueError, match="there is a loss 'contrastive' already"):
+        here.add(Method("Two", "", TinyCLIP, open_job, losses={"contrastive": Term("contrastive", contrastive, formula="another")}))
+    assert list(here) == ["One"] and len(here) == 1 and "Two" not in here
+
+
+def test_names_in_run_folders_are_those_of_the_registry():
+    assert {"TinyCLIP", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"} <= set(METHODS)
+    for name, method in METHODS.items():
+        assert name_of(method.parameters()) == name and method.citation
+    assert set(METHODS["Dlip"].losses) <= set(all_losses())
+
+
+def test_roles_of_a_folder_from_before_there_were_any(tmp_path):
+    run = Run(tmp_path)
+    assert [role_of(run, stage) for stage in ("stage-2", "scratch-3", "scratch", "student", "teacher")] == [
+        "student", "baseline", "baseline", "student", "teacher"
+    ]  # fmt: skip
