@@ -28,7 +28,7 @@ from vlkd_lab.trainers import Contrastive, TinyCLIP, _literal, check_parameters
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}
 METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
-GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "add_a_loss", "vocabulary"]
+GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "add_a_loss", "add_a_method", "vocabulary"]
 KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
 METHOD = {kind.__name__: kind for kind in KINDS.values()}
 
@@ -189,6 +189,7 @@ def project(tmp_path, monkeypatch):
         yield tmp_path
     LOSSES.clear()
     LOSSES.update(known)
+    METHODS._methods.pop("Sharp", None)
 
 
 @pytest.mark.parametrize("name", GUIDES)
@@ -207,5 +208,7 @@ def test_the_page_runs(name, project, monkeypatch):
             if callable(getattr(type(shown), form, None)):
                 getattr(shown, form)()
     assert not list(project.glob("runs/*")), "a page leaves no run behind"
+    if name == "add_a_method":
+        assert METHODS["Sharp"].views and names["lines"] <= 80
     if name == "add_a_loss":
         assert {"affinity_mimicking", "self_similarity", "total"} <= set(names["lines"].columns) and names["shares"]

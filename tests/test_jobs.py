@@ -1,6 +1,7 @@
 """The job notebooks as a user runs them: through papermill."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -170,6 +171,31 @@ def test_the_blip_job_leaves_a_model_that_teaches(given, tmp_path):
     assert made.tasks == tuple(TASKS)
     with pytest.raises(PapermillExecutionError, match="cooking"):
         execute("train_blip", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "wrong"), tasks="cooking"))
+
+
+def test_any_method_is_a_job_also_one_that_was_just_installed(given, tmp_path, monkeypatch):
+    guide = nbformat.read(ROOT / "nbs" / "guides" / "add_a_method.ipynb", 4)
+    names = {}
+    for cell in [cell for cell in guide.cells if cell.cell_type == "code"][:3]:
+        exec(cell.source, names)
+    installed = tmp_path / "installed"
+    command = "pip install --quiet --no-deps --no-index --no-build-isolation --target".split()
+    subprocess.run([sys.executable, "-m", *command, str(installed), str(names["package"])], check=True, capture_output=True)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(installed), os.environ.get("PYTHONPATH")))))
+    kept = {k: given[k] for k in ("data", "val", "teacher", "steps", "batch_size", "device", "out")}
+    notebook = execute("train_method", tmp_path / "out.ipynb", **kept, method="Sharp", settings="sharpness=3; probe_pairs=8")
+    shown = outputs(notebook)
+    for wanted in ("affinity mimicking with a sharpened teacher", "DIME-FM", "baseline", "sharp affinity", "R@10", "plain"):
+        assert wanted in shown, wanted
+    run = Run(given["out"])
+    assert run.config()["method"] == "Sharp" and run.config()["parameters"]["sharpness"] == 3.0
+    assert run.status()["state"] == "finished" and set(run.result()["models"]) == {"teacher", "sharp", "plain"}
+    assert "widget-view" not in shown and "widgets" not in notebook.metadata
+    for wrong, message in (("sharpnes=3", "did you mean 'sharpness'"), ("sharpness", "write NAME=VALUE")):
+        with pytest.raises(PapermillExecutionError, match=message):
+            execute("train_method", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "no")), method="Sharp", settings=wrong)
+    alone = kept | dict(out=str(tmp_path / "alone"), method="Contrastive", settings="image_size=32; vocabulary=300; context_length=24")
+    assert "R@10" in outputs(execute("train_method", tmp_path / "alone.ipynb", **alone))
 
 
 def test_a_warm_kernel_would_show_a_progress_bar_that_leaves_a_widget(tmp_path):

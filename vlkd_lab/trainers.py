@@ -58,7 +58,7 @@ __all__ = ['FREE', 'GROWS', 'SAME', 'parameter', 'check_parameters', 'notebook_p
            'new_gates', 'stage_gates', 'stage_count', 'stage_steps', 'run_stage', 'run_scratch', 'finish_fit',
            'encode_captions', 'validation_features', 'validation_scores', 'at_work', 'write_probe', 'Contrastive',
            'open_contrastive', 'read_captions', 'TeacherJob', 'ContrastiveJob', 'train', 'Training', 'StillTraining',
-           'start', 'current_student', 'load_student', 'open_job']
+           'start', 'current_student', 'load_student', 'open_job', 'notebook_job']
 
 # %% ../nbs/library/18_trainers.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -95,12 +95,17 @@ def check_parameters(kind: type, values: Mapping[str, Any]):
 
 def notebook_parameters(kind: type, namespace: Mapping[str, Any]):
     "Check the literals that a notebook's parameters cells (its own and papermill's) have put into `globals()`"
-    hidden, names = {"In", "Out", "exit", "quit"}, [f.name for f in fields(kind)]
+    return check_parameters(kind, _notebook_values(namespace, [option.name for option in fields(kind)]))
+
+
+def _notebook_values(namespace: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    "The literals of a notebook; a person's own variables are no mistakes, unless they look like a parameter"
+    hidden = {"In", "Out", "exit", "quit"}
     literals = (int, float, str, bool, list, dict, tuple, type(None))
-    given = {k: v for k, v in namespace.items() if k[0] != "_" and k not in hidden and isinstance(v, literals)}
-    if has_page():  # a person's own variables are no mistakes, unless they look like one
-        given = {k: v for k, v in given.items() if k in names or difflib.get_close_matches(k, names, n=1, cutoff=0.8)}
-    return check_parameters(kind, given)
+    values = {k: v for k, v in namespace.items() if k[0] != "_" and k not in hidden and isinstance(v, literals)}
+    if not has_page():
+        return values
+    return {k: v for k, v in values.items() if k in names or difflib.get_close_matches(k, names, n=1, cutoff=0.8)}
 
 # %% ../nbs/library/18_trainers.ipynb #0f4d490e
 def has_page() -> bool:
@@ -2066,3 +2071,19 @@ if __name__ == "__main__" and Path(sys.argv[0]).name == "trainers.py":
     if len(sys.argv) < 2:
         sys.exit(_main.__doc__)
     _main(sys.argv[1:])
+
+# %% ../nbs/library/18_trainers.ipynb #160f2516
+def notebook_job(namespace: Mapping[str, Any]) -> Job:
+    "Open the job that a notebook's parameters name: `method`, what it has of the others, and further `settings`"
+    method = find_method(namespace["method"])
+    names = [option.name for option in fields(method.parameters)]
+    values = _notebook_values(namespace, ["method", "settings", *names])
+    del values["method"]
+    if "teacher" not in names:  # what trains from nothing has none
+        values.pop("teacher", None)
+    for setting in filter(None, map(str.strip, values.pop("settings", "").split(";"))):
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"settings={setting!r} is not valid: write NAME=VALUE, separated by semicolons")
+        values[name.strip()] = _literal(value.strip())
+    return open_job(method.name, values)

@@ -45,9 +45,9 @@ __all__ = ['SEQUENTIAL', 'DIVERGING', 'STATIC', 'FRAME_SECONDS', 'SEEN_SECONDS',
            'heatmaps_json', 'gate_matrices', 'drawn_gates', 'validation_scores_of', 'clusters_json', 'kept_students',
            'first_scores', 'sentences_html', 'on_grid', 'overlap', 'cross_maps', 'cross_picture', 'CrossView', 'Panel',
            'slider', 'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages', 'Live',
-           'affinity_views', 'gate_views', 'gate_grid', 'SentenceBox', 'RunPart', 'method_parts', 'RunWidgets',
-           'RunView', 'RunStill', 'NearestSentences', 'CrossAttention', 'attach', 'differences', 'overlay_json',
-           'RunsView', 'RunsStill', 'overlay']
+           'affinity_views', 'gate_views', 'gate_grid', 'SentenceBox', 'RunPart', 'method_parts', 'part_figure',
+           'RunWidgets', 'RunView', 'RunStill', 'NearestSentences', 'CrossAttention', 'attach', 'differences',
+           'overlay_json', 'RunsView', 'RunsStill', 'overlay']
 
 # %% ../nbs/library/26_widgets.ipynb #d208618a
 SEQUENTIAL, DIVERGING = "Viridis", "RdBu"  # of Plotly's colour scales
@@ -1479,12 +1479,19 @@ def method_parts(watched: Watched) -> list[RunPart]:
     return [] if method is None else [kind() for kind in method.views]
 
 
+def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty where the part has nothing to show
+    "What a part draws, as wide as the bench and with its margins where the part says nothing else"
+    drawn = part.figure(watched)
+    margin = {"l": 70, "r": 20, "t": 30, "b": 40}
+    return {**drawn, "layout": {"width": WIDTH, "height": 220, "margin": margin, **drawn.get("layout", {})}} if drawn else {}
+
+
 def _part_pictures(watched: Watched) -> list[bytes]:  # PNG
     "A method's parts as pictures; one that fails is said and left out"
     pictures = []
     for part in method_parts(watched):
         try:
-            drawn = part.figure(watched)
+            drawn = part_figure(part, watched)
             if drawn:
                 pictures.append(picture(drawn))
         except Exception as error:  # somebody's drawing must not take a finished run down
@@ -1514,7 +1521,7 @@ class RunWidgets(_Further):
         if self.parts is None and watched.config:
             self.parts = dict.fromkeys(method_parts(watched))
         for part, shown in (self.parts or {}).items():
-            drawn = part.figure(watched)
+            drawn = part_figure(part, watched)
             if drawn and shown is None:
                 self.parts[part] = _live_figure(drawn)
                 self._insert(self.parts[part])
