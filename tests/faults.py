@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -85,11 +86,18 @@ def planted(fault: Fault, root: Path = ROOT) -> dict[Path, str]:
 
 def exporting_page(text: str, root: Path) -> tuple[Path, dict]:
     """The notebook that exports a piece of code: a page runs its own cells, and not the module that they became."""
-    for page in sorted((root / "nbs").rglob("*.ipynb")):
-        notebook = json.loads(page.read_text(encoding="utf-8"))
-        if any(text in source(cell) for cell in exported_cells(notebook)):
-            return page, notebook
+    for page, code in exported_code(root).items():
+        if text in code:
+            return page, json.loads(page.read_text(encoding="utf-8"))
     raise ValueError(f"no notebook exports {text!r}")
+
+
+@cache
+def exported_code(root: Path) -> dict[Path, str]:
+    """What each notebook of a project exports, as text; read before anything is planted."""
+    pages = sorted((root / "nbs").rglob("*.ipynb"))
+    notebooks = {page: json.loads(page.read_text(encoding="utf-8")) for page in pages}
+    return {page: "\n\n".join(map(source, exported_cells(notebook))) for page, notebook in notebooks.items()}
 
 
 def planted_page(notebook: dict, fault: Fault) -> str:
