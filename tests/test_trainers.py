@@ -168,6 +168,8 @@ def test_every_inheritance_reaches_its_target_and_opens_elsewhere(tiny, inherita
     assert 0.5 - 1e-9 <= removed < 0.75 if inheritance.startswith("auto") else 0.3 < removed < 0.75
     scratch = load_model(job.run.folder / last.replace("stage", "scratch") / "student", "cpu")
     assert {k: v.shape for k, v in scratch.model.state_dict().items()} == {k: v.shape for k, v in student.model.state_dict().items()}
+    steps = {stage: sum(line["stage"] == stage for line in job.run.metrics() if "total" in line) for stage, _ in job.plan}
+    assert steps[last.replace("stage", "scratch")] == sum(steps.values()) / 2, "the baseline takes the steps of all stages"
     if inheritance != "auto":
         model, _, _ = open_clip.create_model_and_transforms(f"local-dir:{job.run.folder / last / 'student'}")
         image = torch.randn(2, 3, 32, 32)
