@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-versions browser lab docs readme export floors lint screenshots clean
+.PHONY: train test test-versions faults browser lab docs readme export floors lint screenshots clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -16,6 +16,10 @@ test: browser
 # VERSIONS="3.12:2.11.0 3.10:newest" chooses some, TESTS="tests/test_losses.py" which tests
 test-versions:
 	$(PYTHON) tools/versions.py --tests "$(or $(TESTS),tests)" $(VERSIONS)
+
+# who notices a fault: a page, a test or nothing (about an hour; NAMES=losses,gates chooses some of tests/faults/)
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(NAMES)
 
 # what the browser tests need: Chromium (Debian's package) and, to try both generations, ipykernel 6 in a folder of its own
 browser: $(READY)

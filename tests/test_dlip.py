@@ -189,8 +189,11 @@ def test_views_find_where_words_look(tiny):
         mine, theirs = seen[f"student_{name}"], taught[f"teacher_{name}"]
         assert mine.shape == theirs.shape and mine.shape[0] == 6 and mine.shape[2] == 16
         assert (theirs.astype(float).sum(-1)[0, : len(about["words"][0])] > 0.2).all() and theirs.astype(float).sum(-1).max() < 1.01
-    words = len(about["words"][0])
-    assert words == mine.shape[1] or (mine[0, words:] == 0).all(), "nothing behind the end"
+        lengths = [len(words) for words in about["words"]]
+        assert min(lengths) < max(lengths) == mine.shape[1], "some texts end before others"
+        for student_maps, teacher_maps, length in zip(mine, theirs, lengths, strict=True):
+            assert (student_maps[length:] == 0).all() and (teacher_maps[length:] == 0).all(), "nothing behind the end"
+            assert (student_maps[:length] > 0).any(axis=1).all(), "every word looks somewhere"
 
 
 def test_one_text_stands_for_its_attention(tiny):

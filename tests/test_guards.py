@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -192,18 +193,46 @@ def test_every_form_of_an_import_is_noticed():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_every_public_name_is_used_in_a_visible_cell(path):
-    shown = [source(c) for c in cells(path) if not re.match(r"#\|\s*(export|exports|hide|default_exp)", source(c))]
-    used = {node.id for text in shown for node in ast.walk(ast.parse(_plain(text))) if isinstance(node, ast.Name)}
-    used |= {node.attr for text in shown for node in ast.walk(ast.parse(_plain(text))) if isinstance(node, ast.Attribute)}
-    later = "\n".join(source(c) for p in NOTEBOOKS if p != path for c in cells(p))
-    for text in exported(path):
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-                assert node.name in used or re.search(rf"\b{node.name}\b", later), f"{path.stem}: no visible example of {node.name}"
+    names = [name for text in exported(path) for name in public_names(text)]
+    assert not set(names) - used_in_lessons(), "no visible example of these"
+
+
+def public_names(text):
+    "The functions and classes that a cell defines and that others may use"
+    return [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+
+
+@cache
+def used_in_lessons():
+    "What the cells use that a reader sees and that are no part of the library, of all pages"
+    return {name for path in NOTEBOOKS for text in lessons(cells(path)) for name in used_names(text)}
+
+
+def lessons(code_cells):
+    "Sources of the cells that are neither exported nor hidden"
+    return [source(c) for c in code_cells if not re.match(r"#\|\s*(export|exports|exporti|hide|default_exp)\b", source(c))]
+
+
+def used_names(text):
+    "Names and attributes of some code; what stands in a string or behind a def or an import is no use"
+    nodes = list(ast.walk(ast.parse(_plain(text))))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
 
 
 def _plain(text):
     return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("%", "!")))
+
+
+def test_a_name_without_a_lesson_would_be_noticed():
+    def code(text):
+        return {"cell_type": "code", "source": [text]}
+
+    exported_use = code("#| export\ndef other():\n    return useful(3)")
+    hidden_use, word = code("#| hide\nassert useful(3)"), code("print('useful')\n# useful\nfrom a import useful")
+    assert lessons([exported_use, hidden_use, word]) == [source(word)]
+    assert "useful" not in used_names(source(word))
+    assert "useful" in used_names("%timeit 3\nassert losses.useful(3)") and "useful" in used_names("useful(3)")
+    assert public_names("def useful(): pass\nclass _Own: pass\nLIMIT = 3") == ["useful"]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)

@@ -138,6 +138,20 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
         find_method("Sharp-2")
 
 
+def test_an_older_description_of_a_package_hides_no_method(stranger, tmp_path, monkeypatch):
+    "As a vlkd_lab.egg-info of an earlier version does, in a folder that comes first on the path"
+    for folder, value in (("old", "nothing = nothing_of_that_name"), ("new", "sharp_lab = sharp_lab:SHARP")):
+        about = tmp_path / folder / "twice-1.0.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: twice\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[vlkd_lab.twice]\n{value}\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "new"))
+    monkeypatch.syspath_prepend(str(tmp_path / "old"))
+    here = Methods("vlkd_lab.twice")
+    with pytest.warns(UserWarning, match="'nothing' .* could not be loaded"):
+        assert list(here) == ["Sharp-1"]
+
+
 def test_a_name_is_taken_once_and_a_loss_means_one_thing():
     here = Methods("vlkd_lab.nothing")
     here.add(Method("One", "", TinyCLIP, open_job))

@@ -8,15 +8,15 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from .losses import LOSSES, Term, register_losses
 
 # %% auto #0
-__all__ = ['METHODS', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses']
+__all__ = ['SESSION', 'METHODS', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses']
 
 # %% ../nbs/library/13_methods.ipynb #f3f8244a
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class Methods(Mapping):
         self._lock = threading.RLock()
 
     def add(self, method: Method) -> Method:
-        "Put a method in, with its losses; ValueError where another one has its name"
+        "Put a method in, with its losses; ValueError where another package's has its name"
         known = self._methods.get(method.name)
-        if known is not None and _file(known) != _file(method):
-            raise ValueError(f"there is a method {method.name!r} already, of {_file(known)}: choose another name")
+        if known is not None and _file(known) == SESSION != _file(method):
+            return known  # what is being written in a notebook comes before what is installed
+        if known is not None and SESSION != _file(method) != _file(known):
+            raise ValueError(f"there is a method {method.name!r} already, of {known.parameters.__module__}: choose another name")
         register_losses(method.losses)
         self._methods[method.name] = method
         return method
@@ -61,7 +63,7 @@ class Methods(Mapping):
         with self._lock:
             if not self._is_searched:
                 self._is_searched = True  # what is loaded may ask in its turn
-                for entry in entry_points(group=self.group):
+                for entry in _entries(self.group):
                     _load(entry, self)
         return self._methods
 
@@ -75,10 +77,19 @@ class Methods(Mapping):
         return len(self._all())
 
 # %% ../nbs/library/13_methods.ipynb #a2550a4d
+SESSION = "__main__"  # the module of what a notebook defines
+
+
 def _file(method: Method) -> str:
     "Where a method's parameters are written; a module that is run as a program is the module still"
     module = method.parameters.__module__
     return getattr(sys.modules.get(module), "__file__", module)
+
+
+def _entries(group: str) -> Iterable[EntryPoint]:
+    "What all installed packages name; a package's older description, as an old .egg-info in a folder, hides no newer one"
+    named = [entry for distribution in distributions() for entry in distribution.entry_points if entry.group == group]
+    return {(entry.name, entry.value): entry for entry in named}.values()
 
 
 def _load(entry: EntryPoint, methods: Methods) -> None:
