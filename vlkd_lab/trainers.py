@@ -92,7 +92,7 @@ def check_parameters(kind: type, values: Mapping[str, Any]):
             raise ValueError(f"no parameter {name!r}: {hint}The parameters are {', '.join(options)}")
     return kind(**{name: _check_value(options[name], value) for name, value in values.items()})
 
-
+# %% ../nbs/library/18_trainers.ipynb #44b9ead6
 def notebook_parameters(kind: type, namespace: Mapping[str, Any]):
     "Check the literals that a notebook's parameters cells (its own and papermill's) have put into `globals()`"
     return check_parameters(kind, _notebook_values(namespace, [option.name for option in fields(kind)]))
