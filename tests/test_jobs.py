@@ -185,7 +185,7 @@ def test_any_method_is_a_job_also_one_that_was_just_installed(given, tmp_path, m
     kept = {k: given[k] for k in ("data", "val", "teacher", "steps", "batch_size", "device", "out")}
     notebook = execute("train_method", tmp_path / "out.ipynb", **kept, method="Sharp", settings="sharpness=3; probe_pairs=8")
     shown = outputs(notebook)
-    for wanted in ("affinity mimicking with a sharpened teacher", "DIME-FM", "baseline", "sharp affinity", "R@10", "plain"):
+    for wanted in ("affinity mimicking with a sharpened teacher", "DIME-FM", "baseline", "sharp_affinity", "R@10", "plain"):
         assert wanted in shown, wanted
     run = Run(given["out"])
     assert run.config()["method"] == "Sharp" and run.config()["parameters"]["sharpness"] == 3.0
