@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -233,6 +234,7 @@ def project(tmp_path, monkeypatch):
     LOSSES.clear()
     LOSSES.update(known)
     METHODS._methods.pop("Sharp", None)
+    sys.modules.pop("sharp_lab", None)
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -78,12 +78,12 @@ SHARP = Method("Sharp-1", "Somebody (2026): affinities, sharpened", Parameters, 
 def stranger(tmp_path, monkeypatch):
     "A folder with an installed package of somebody's that brings a method, and one that is broken"
     folder = tmp_path / "installed"
-    for name, module in (("sharp_lab", STRANGER), ("broken_lab", "import nothing_of_that_name")):
+    for name, module in (("strangers_lab", STRANGER), ("broken_lab", "import nothing_of_that_name")):
         about = folder / f"{name}-1.0.dist-info"
         about.mkdir(parents=True)
         (folder / f"{name}.py").write_text(module)
         (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(f"[vlkd_lab.methods]\n{name} = {name}" + (":SHARP\n" if name == "sharp_lab" else "\n"))
+        (about / "entry_points.txt").write_text(f"[vlkd_lab.methods]\n{name} = {name}" + (":SHARP\n" if name == "strangers_lab" else "\n"))
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(METHODS, "broken", {})
     importlib.invalidate_caches()
@@ -140,7 +140,7 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
 
 def test_an_older_description_of_a_package_hides_no_method(stranger, tmp_path, monkeypatch):
     "As a vlkd_lab.egg-info of an earlier version does, in a folder that comes first on the path"
-    for folder, value in (("old", "nothing = nothing_of_that_name"), ("new", "sharp_lab = sharp_lab:SHARP")):
+    for folder, value in (("old", "nothing = nothing_of_that_name"), ("new", "strangers_lab = strangers_lab:SHARP")):
         about = tmp_path / folder / "twice-1.0.dist-info"
         about.mkdir(parents=True)
         (about / "METADATA").write_text("Metadata-Version: 2.1\nName: twice\nVersion: 1.0\n")

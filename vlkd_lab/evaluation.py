@@ -332,7 +332,8 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
         counts = f"{len(beyond)} of {len(pairs)} validation pairs have a class beyond classes.txt, such as {beyond[0]}"
         job.run.warn(f"{counts}: it names {len(classes.names)} classes, the first of which is 0")
     _, features, rows = score(job.teacher, pairs, classes)
-    curves = [validation_curve(job.run, name) for name in models if role_of(job.run, name) == "baseline"]
+    baselines = [name for name in models if role_of(job.run, name) == "baseline"]
+    curves = [validation_curve(job.run, name) for name in baselines]
     scratch = curves[0][-1][1] if curves and curves[0] else math.nan
     table = {}
     for name, vlm in models.items():
@@ -340,7 +341,9 @@ def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None
         table[name] = _row(job, name, vlm, latency[name], scores, scratch)
         for alarm in alarms(name, scores, captions, classes and len(classes.names), right):
             job.run.warn(alarm)
-    return pd.DataFrame(table).T
+    compared = pd.DataFrame(table).T
+    compared.attrs["baselines"] = baselines
+    return compared
 
 # %% ../nbs/library/22_evaluation.ipynb #6a020429
 def finish(job: Job, table: pd.DataFrame) -> dict:
@@ -470,7 +473,9 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
     for axis, values, title in ((axes[0], table["zero_shot"], "zero-shot accuracy"), (axes[1], r1, "R@1, mean of both directions")):
         for name in table.index:
             x, y = table.loc[name, "parameters"] / 1e6, values[name]
-            marker, color = ("*", "black") if name == "teacher" else ("x", "gray") if name.startswith("scratch") else ("o", None)
+            marker, color = ("x", "gray") if name in table.attrs.get("baselines", ()) else ("o", None)
+            if name == "teacher":
+                marker, color = "*", "black"
             axis.plot(x, y, marker, color=color, ms=8)
             axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
         axis.set(xlabel="parameters, millions", ylabel=title, ylim=(0, 1), xlim=(0, 1.25 * table["parameters"].max() / 1e6))

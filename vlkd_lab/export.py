@@ -31,7 +31,7 @@ from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
 from .methods import METHODS
 from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
-from .runs import Run, read_json, role_of
+from .runs import Run, read_json, role_of, stage_roles
 from .trainers import load_student
 
 # %% auto #0
@@ -344,11 +344,11 @@ def _is_model(folder: Path) -> bool:
 def _last_stage(run: Run, stage: str) -> str:
     "The stage that was asked for, or the last student; both must be finished"
     finished = [path.parent.name for path in run.folder.glob("*/done.json")]
-    students = [name for name in finished if role_of(run, name) != "baseline"]
+    students = [name for name, role in stage_roles(run).items() if role != "baseline" and name in finished]
     if stage and stage not in finished or not students and not stage:
         named = f"stage={stage!r} is not valid: " if stage else ""
         raise ValueError(f"{named}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}")
-    return stage or max(students, key=lambda name: [int(part) if part.isdigit() else 0 for part in name.split("-")])
+    return stage or students[-1]
 
 
 def find_origin(

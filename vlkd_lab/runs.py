@@ -365,9 +365,10 @@ def role_of(run: Run, stage: str) -> str:
 
 
 def _stages_begun(run: Run) -> list[str]:
-    "Stages that have a folder, the earliest first"
-    folders = [path.parent for path in run.folder.glob("*/init")]
-    return [folder.name for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime)]
+    "Stages that have begun or ended, the earliest first"
+    marks = [*run.folder.glob("*/init"), *run.folder.glob("*/done.json")]
+    marks.sort(key=lambda mark: (mark.stat().st_mtime, mark))
+    return list(dict.fromkeys(mark.parent.name for mark in marks))
 
 
 def _role_by_name(stage: str) -> str:
