@@ -66,6 +66,7 @@ class ByFile(LoadScopeScheduling):
         return nodeid if Path(file).stem in TEST_BY_TEST else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     return ByFile(config, log)
 

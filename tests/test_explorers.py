@@ -270,7 +270,7 @@ def test_purity_counts_classes_of_clusters(state):
 
 @pytest.fixture
 def clustered(tmp_path):
-    "A run with clusters that has kept two students, and a yardstick"
+    "A run with clusters that has kept two students, and a baseline"
     run = Run(tmp_path / "clustered")
     with pytest.raises(ValueError, match="holds no clusters"):
         run_clusters(run)

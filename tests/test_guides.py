@@ -21,7 +21,7 @@ from vlkd_lab.clip_cid import ClipCid
 from vlkd_lab.dime_fm import DimeFm
 from vlkd_lab.dlip import BlipTraining, Dlip
 from vlkd_lab.losses import LOSSES
-from vlkd_lab.methods import METHODS
+from vlkd_lab.methods import METHODS, all_losses
 from vlkd_lab.models import model_config
 from vlkd_lab.published import find_releases
 from vlkd_lab.trainers import Contrastive, TinyCLIP, _literal, check_parameters
@@ -228,7 +228,7 @@ def project(tmp_path, monkeypatch):
     "A project of its own, in whose nbs/ a page runs"
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
-    known = dict(LOSSES)
+    known = dict(all_losses())
     with plt.rc_context(), pd.option_context("display.max_colwidth", 50):
         yield tmp_path
     LOSSES.clear()

@@ -2,6 +2,8 @@
 
 import importlib
 import io
+import json
+import math
 
 import forked
 import pytest
@@ -13,8 +15,8 @@ from vlkd_lab.export import export_student
 from vlkd_lab.losses import LOSSES, Term, contrastive
 from vlkd_lab.methods import METHODS, Method, Methods, all_losses, find_method, name_of
 from vlkd_lab.runs import Run, role_of, stage_roles
-from vlkd_lab.trainers import TinyCLIP, open_job
-from vlkd_lab.widgets import RunView, attach
+from vlkd_lab.trainers import TinyCLIP, open_job, train
+from vlkd_lab.widgets import RunPart, RunView, attach
 
 STRANGER = '''
 "Somebody's method: the teacher's affinities, sharpened; and the same student without a teacher"
@@ -77,6 +79,7 @@ SHARP = Method("Sharp-1", "Somebody (2026): affinities, sharpened", Parameters, 
 @pytest.fixture
 def stranger(tmp_path, monkeypatch):
     "A folder with an installed package of somebody's that brings a method, and one that is broken"
+    known = dict(all_losses())  # and with it the methods that are here already
     folder = tmp_path / "installed"
     for name, module in (("strangers_lab", STRANGER), ("broken_lab", "import nothing_of_that_name")):
         about = folder / f"{name}-1.0.dist-info"
@@ -87,35 +90,64 @@ def stranger(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr(METHODS, "broken", {})
     importlib.invalidate_caches()
-    known = dict(LOSSES)
     yield folder
     METHODS._methods.pop("Sharp-1", None)
     LOSSES.clear()
     LOSSES.update(known)
 
 
+class Failing(RunPart):
+    def figure(self, watched):
+        return {"data": [1 / 0]}
+
+
+class Undrawable(RunPart):
+    def figure(self, watched):
+        return {"data": [{"type": "no such trace", "x": "?"}]}
+
+
 def height_of(still):
     return Image.open(io.BytesIO(still.png)).height
 
 
-def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stranger, scenes, tiny_teacher, tmp_path, monkeypatch):
-    data = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=tiny_teacher, device="cpu")
-    words = [f"{name}={value}" for name, value in data.items()]
-    run = Run(tmp_path / "run")
-    program = f"import sys; sys.path.insert(0, {str(stranger)!r}); sys.argv = ['trainers.py', *sys.argv[1:]]; import runpy; "
-    (tmp_path / "go.py").write_text(program + "runpy.run_module('vlkd_lab.trainers', run_name='__main__', alter_sys=True)")
-    words += ["method=Sharp-1", "steps=3", "batch_size=8", "sharpness=3", "probe_pairs=8"]
-    forked.run(str(tmp_path / "go.py"), str(run.folder), *words)
-    assert run.config()["method"] == "Sharp-1" and run.config()["parameters"]["sharpness"] == 3.0
-    assert stage_roles(run) == {"sharp": "student", "plain": "baseline"}
-    totals = [line["sharp_affinity"] for line in run.metrics() if "total" in line and line["stage"] == "sharp"]
-    assert len(totals) == 3
-
+@pytest.fixture
+def installed(stranger):
+    "The stranger's method, found in this process"
     METHODS._is_searched = False
     with pytest.warns(UserWarning, match="'broken_lab' .* could not be loaded: ModuleNotFoundError"):
         assert "Sharp-1" in METHODS and "TinyCLIP" in METHODS
     assert list(METHODS.broken) == ["broken_lab"]
 
+
+@pytest.fixture
+def parameters(scenes, tiny_teacher, tmp_path):
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=str(tiny_teacher), device="cpu")
+    return given | dict(steps=3, batch_size=8, warmup=1, validate_every=3, validate_pairs=16, probe_pairs=8, out=str(tmp_path / "run"))
+
+
+def from_the_command_line(stranger, parameters, processes=1, **changes):
+    "Train the stranger's method as `python -m vlkd_lab.trainers`, in which nothing of it is imported; the run"
+    go = stranger.parent / "go.py"
+    program = f"import sys; sys.path.insert(0, {str(stranger)!r}); sys.argv = ['trainers.py', *sys.argv[1:]]; import runpy; "
+    go.write_text(program + "runpy.run_module('vlkd_lab.trainers', run_name='__main__', alter_sys=True)")
+    given = parameters | dict(method="Sharp-1", processes=processes) | changes
+    words = [f"{name}={value}" for name, value in given.items() if name != "out"]
+    forked.run(str(go), parameters["out"], *words, processes=processes)
+    return Run(parameters["out"])
+
+
+def totals_of(run, stage):
+    return [line["total"] for line in run.metrics() if "total" in line and line["stage"] == stage]
+
+
+def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stranger, parameters, tmp_path, monkeypatch, request):
+    run = from_the_command_line(stranger, parameters, sharpness=3)
+    assert run.config()["method"] == "Sharp-1" and run.config()["parameters"]["sharpness"] == 3.0
+    assert stage_roles(run) == {"sharp": "student", "plain": "baseline"}
+    totals = totals_of(run, "sharp")
+    assert len(totals) == 3
+
+    request.getfixturevalue("installed")
     before = lines_of(run.folder)
     job = open_job("Sharp-1", run.config()["parameters"])
     job.work()
@@ -125,6 +157,12 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
     (shown,) = live.widgets.parts.values()
     assert list(shown.data[0].y) == totals
     live.close()
+    for wrong in (Failing, Undrawable):
+        monkeypatch.setattr("vlkd_lab.widgets.method_parts", lambda watched, wrong=wrong: [wrong()])
+        with pytest.warns(UserWarning, match=f"{wrong.__name__} could not be drawn"):
+            assert with_part == height_of(attach(run.folder).still()) + 300, "the rest of the picture is there"
+        with pytest.warns(UserWarning, match=f"{wrong.__name__} could not be drawn"):
+            RunView(run.folder, live=True).close()
     monkeypatch.setattr("vlkd_lab.widgets.method_parts", lambda watched: [])
     assert with_part == height_of(attach(run.folder).still()) + 300, "the picture has the method's part"
     table = compare(job)
@@ -136,6 +174,40 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
         run.control(weights={"sharpest": 0.5})
     with pytest.raises(ValueError, match="no method 'Sharp-2': there are .*Sharp-1.*; broken_lab could not be loaded"):
         find_method("Sharp-2")
+
+
+COMMON = [
+    dict(teacher_features="stored"),
+    dict(precision="bf16", clip_norm=0.5),
+    dict(workers=1, shuffle=16),
+    dict(micro_batch=4, hold_scale=20.0),
+    dict(crop_scale=0.5, augmentations=2, teacher_features="stored"),
+    dict(lock_text=True, unlocked_text_layers=1, keep_snapshots=0, probe_pairs=0),
+]
+
+
+@pytest.mark.parametrize("changes", COMMON, ids=str)
+def test_a_strangers_job_takes_what_every_job_takes_and_goes_on(installed, parameters, changes):
+    run = Run(parameters["out"])
+    train(open_job("Sharp-1", parameters | changes))
+    train(open_job("Sharp-1", parameters | changes | dict(steps=5)))
+    for stage in ("sharp", "plain"):
+        assert len(totals_of(run, stage)) == 5 and all(math.isfinite(total) for total in totals_of(run, stage))
+    with pytest.raises(ValueError, match="sharpness: it has 2.0, asked for 4.0"):
+        open_job("Sharp-1", parameters | changes | dict(sharpness=4.0, steps=5))
+
+
+def test_a_strangers_job_trains_in_two_processes(stranger, parameters):
+    run = from_the_command_line(stranger, parameters, processes=2)
+    assert len(totals_of(run, "sharp")) == len(totals_of(run, "plain")) == 3 and run.config()["method"] == "Sharp-1"
+
+
+def test_a_strangers_job_ends_as_if_undisturbed(installed, parameters, killed_in_its_fourth_step, tmp_path):
+    given = parameters | dict(steps=6, checkpoint_seconds=0.0)
+    train(open_job("Sharp-1", given))
+    killed = given | dict(out=str(tmp_path / "killed"))
+    assert killed_in_its_fourth_step(lambda: open_job("Sharp-1", killed)) == [0, 1, 2, 3, 3, 4, 5, *range(6)]
+    assert lines_of(killed["out"]) == lines_of(given["out"])
 
 
 def test_an_older_description_of_a_package_hides_no_method(stranger, tmp_path, monkeypatch):
@@ -160,6 +232,13 @@ def test_a_name_is_taken_once_and_a_loss_means_one_thing():
         here.add(Method("One", "", type(None), open_job))
     with pytest.raises(ValueError, match="there is a loss 'contrastive' already"):
         here.add(Method("Two", "", TinyCLIP, open_job, losses={"contrastive": Term("contrastive", contrastive, formula="another")}))
+    with pytest.raises(ValueError, match="there is a loss 'contrastive' already"):
+        same = LOSSES["contrastive"].formula
+        here.add(Method("Two", "", TinyCLIP, open_job, losses={"contrastive": Term("contrastive", contrastive, formula=same)}))
+    with pytest.raises(ValueError, match="has a view Method that draws nothing"):
+        Method("Three", "", TinyCLIP, open_job, views=(Method,))
+    with pytest.raises(ValueError, match="has a view RunPart that draws nothing"):
+        Method("Three", "", TinyCLIP, open_job, views=(RunPart,))
     assert list(here) == ["One"] and len(here) == 1 and "Two" not in here
 
 
@@ -175,3 +254,15 @@ def test_roles_of_a_folder_from_before_there_were_any(tmp_path):
     assert [role_of(run, stage) for stage in ("stage-2", "scratch-3", "scratch", "student", "teacher")] == [
         "student", "baseline", "baseline", "student", "teacher"
     ]  # fmt: skip
+
+
+def test_a_run_from_before_there_were_roles_goes_on(parameters):
+    given = parameters | dict(stages=2, inheritance="manual", teacher=parameters["teacher"])
+    run = Run(given["out"])
+    train(open_job("TinyCLIP", given))
+    config = run.config()
+    roles = config.pop("stages")
+    (run.folder / "config.json").write_text(json.dumps(config))
+    assert roles == stage_roles(run) == {"stage-1": "student", "stage-2": "student", "scratch-2": "baseline"}
+    train(open_job("TinyCLIP", given | dict(steps=5)))
+    assert run.config()["stages"] == roles and len(totals_of(run, "stage-2")) == 5

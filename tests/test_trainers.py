@@ -346,7 +346,7 @@ def test_a_run_with_changes_resumes_with_them(tiny, tmp_path):
     assert own[0]["learning_rate"] == pytest.approx(0.5 * job.options.learning_rate * phase.learning_rate_factor(0, 2))
     assert own[5]["learning_rate"] == pytest.approx(0.5 * job.options.learning_rate * phase.learning_rate_factor(5, 2))
     scratch = [m for m in lines if "total" in m and m["stage"] == "scratch-1"]
-    assert scratch and all(m["total"] == pytest.approx(m["contrastive"]) for m in scratch), "the yardstick is not changed"
+    assert scratch and all(m["total"] == pytest.approx(m["contrastive"]) for m in scratch), "the baseline is not changed"
 
 
 def test_the_target_can_change_in_mid_run(tiny):

@@ -680,18 +680,11 @@ def open_dlip(options: Dlip) -> DlipJob:
 
 # %% ../nbs/library/21_dlip.ipynb #d11p5e61
 register(Method(
-    name="Dlip",
-    citation="DLIP (Kuang et al., 2023): features, similarities, logits and attention of every module of the teacher",
-    parameters=Dlip,
-    open=open_dlip,
-    losses=BLIP_LOSSES,
+    "Dlip", "DLIP (Kuang et al., 2023): features, similarities, logits and attention of every module of the teacher",
+    Dlip, open_dlip, losses=BLIP_LOSSES,
 ))  # fmt: skip
 register(Method(
-    name="BlipTraining",
-    citation="BLIP's own losses (Li et al., 2022), without a teacher",
-    parameters=BlipTraining,
-    open=open_blip_training,
-    losses=BLIP_LOSSES,
+    "BlipTraining", "BLIP's own losses (Li et al., 2022), without a teacher", BlipTraining, open_blip_training, losses=BLIP_LOSSES
 ))  # fmt: skip
 
 # %% ../nbs/library/21_dlip.ipynb #571ebb09

@@ -546,11 +546,14 @@ LOSSES = {
 }
 
 
-def register_losses(losses: Mapping[str, Term]) -> None:
-    "Let every objective weight further terms by name; ValueError where a name stands for another term already"
-    taken = [name for name, term in losses.items() if name in LOSSES and LOSSES[name].formula != term.formula]
-    if taken:
-        raise ValueError(f"there is a loss {taken[0]!r} already, {LOSSES[taken[0]].formula}: choose another name")
+def register_losses(
+    losses: Mapping[str, Term],  # name -> term
+    instead_of: Mapping[str, Term] = {},  # what the same owner has registered before; these names may get other terms
+) -> None:
+    "Let every objective weight further terms by name; ValueError where a name stands for somebody else's term"
+    for name, term in losses.items():
+        if name in LOSSES and LOSSES[name] is not term and name not in instead_of:
+            raise ValueError(f"there is a loss {name!r} already, {LOSSES[name].formula or 'of no formula'}: choose another name")
     LOSSES.update(losses)
 
 # %% ../nbs/library/10_losses.ipynb #bc03a200

@@ -5,6 +5,7 @@
 # %% ../nbs/library/13_methods.ipynb #775eac59
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import warnings
@@ -28,7 +29,7 @@ class Method:
     parameters: type  # a dataclass of parameters with their defaults
     open: Callable[[Any], Any]  # checked parameters -> a job that is ready to train
     losses: Mapping[str, Term] = field(default_factory=dict)  # name -> term, what it adds to LOSSES
-    views: tuple[type, ...] = ()  # what the bench shows of a run beside the common parts; each is made of what the bench watches
+    views: tuple[type, ...] = ()  # parts of the bench beside the common ones, below `widgets.RunPart`
 
     def __post_init__(self):
         if not self.name.replace("-", "").replace("_", "").isalnum():
@@ -36,6 +37,9 @@ class Method:
         misnamed = [name for name, term in self.losses.items() if name != term.name]
         if misnamed:
             raise ValueError(f"the method {self.name} calls its loss {self.losses[misnamed[0]].name!r} {misnamed[0]!r}")
+        undrawn = [view.__name__ for view in self.views if inspect.isabstract(view) or not callable(getattr(view, "figure", None))]
+        if undrawn:
+            raise ValueError(f"the method {self.name} has a view {undrawn[0]} that draws nothing: give it a figure(watched)")
 
 # %% ../nbs/library/13_methods.ipynb #7b604adc
 class Methods(Mapping):
@@ -55,11 +59,16 @@ class Methods(Mapping):
             return known  # what is being written in a notebook comes before what is installed
         if known is not None and SESSION != _file(method) != _file(known):
             raise ValueError(f"there is a method {method.name!r} already, of {known.parameters.__module__}: choose another name")
-        register_losses(method.losses)
+        register_losses(method.losses, known.losses if known is not None else {})
         self._methods[method.name] = method
         return method
 
-    def _all(self) -> dict[str, Method]:
+    def known(self) -> dict[str, Method]:
+        "Those that have registered so far; nothing is searched or loaded"
+        return self._methods
+
+    def search(self) -> dict[str, Method]:  # all of them
+        "Take in what installed packages bring, once"
         with self._lock:
             if not self._is_searched:
                 self._is_searched = True  # what is loaded may ask in its turn
@@ -68,13 +77,13 @@ class Methods(Mapping):
         return self._methods
 
     def __getitem__(self, name: str) -> Method:
-        return self._methods[name] if name in self._methods else self._all()[name]
+        return self._methods[name] if name in self._methods else self.search()[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._all()))
+        return iter(sorted(self.search()))
 
     def __len__(self) -> int:
-        return len(self._all())
+        return len(self.search())
 
 # %% ../nbs/library/13_methods.ipynb #a2550a4d
 SESSION = "__main__"  # the module of what a notebook defines
@@ -122,11 +131,15 @@ def find_method(name: str) -> Method:
 
 def name_of(parameters: Any) -> str:
     "The name of the method whose parameters these are"
-    names = [name for name, method in METHODS.items() if method.parameters is type(parameters)]
-    return names[0] if names else type(parameters).__name__
+    kind = type(parameters)
+    for methods in (METHODS.known, METHODS.search):  # who has the parameters has mostly loaded their method
+        names = [name for name, method in methods().items() if method.parameters is kind]
+        if names:
+            return names[0]
+    return kind.__name__
 
 
 def all_losses() -> dict[str, Term]:  # name -> term
     "What an objective can weight: the losses of two towers, and what every method has added"
-    added = [method.losses for method in METHODS.values()]
-    return {**LOSSES, **{name: term for losses in added for name, term in losses.items()}}
+    METHODS.search()
+    return LOSSES

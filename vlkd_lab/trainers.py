@@ -507,7 +507,7 @@ class Phase:
     stage_steps: int = 0  # steps of the whole stage, over which the learning rate runs; 0: those of this phase
     first_step: int = 0  # steps that this student's line took before the stage
     target_share: float = 0.0  # share of the run's target sparsity that the gates of this phase are to reach
-    fixed: bool = False  # a yardstick: learning rate and weights cannot be changed in mid-run
+    fixed: bool = False  # a baseline: learning rate and weights cannot be changed in mid-run
 
     @property
     def folder(self) -> str:
@@ -2074,7 +2074,7 @@ if __name__ == "__main__" and Path(sys.argv[0]).name == "trainers.py":
 
 # %% ../nbs/library/18_trainers.ipynb #160f2516
 def notebook_job(namespace: Mapping[str, Any]) -> Job:
-    "Open the job that a notebook's parameters name: `method`, what it has of the others, and further `settings`"
+    "Open the job that a notebook's parameters name: `method`, what it has of the others, and further `settings`; for two towers"
     method = find_method(namespace["method"])
     names = [option.name for option in fields(method.parameters)]
     values = _notebook_values(namespace, ["method", "settings", *names])
@@ -2086,4 +2086,8 @@ def notebook_job(namespace: Mapping[str, Any]) -> Job:
         if not equals:
             raise ValueError(f"settings={setting!r} is not valid: write NAME=VALUE, separated by semicolons")
         values[name.strip()] = _literal(value.strip())
-    return open_job(method.name, values)
+    job = open_job(method.name, values)
+    if isinstance(job.teacher, fusion.Blip):
+        raise ValueError(f"method={method.name!r} trains a BLIP, whose scores are of other kinds: its job has a page of its own, "
+                         "train_dlip.ipynb or train_blip.ipynb, which goes on with this run folder")  # fmt: skip
+    return job

@@ -13,8 +13,9 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -923,7 +924,7 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
 
 # %% ../nbs/library/26_widgets.ipynb #dfbee3be
 def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
-    "The kept snapshots of what a run distils, without those of a yardstick trained from nothing"
+    "The kept snapshots of what a run distils, without those of a baseline"
     config = run.config()
     return [(path, labels) for path, labels in kept_snapshots(run) if runs.role_in(config, labels["stage"]) != "baseline"]
 
@@ -1267,7 +1268,7 @@ def run_messages(watched: Watched, refused: str = "") -> list[dict]:
     if status["state"] == "lost":
         said.append({"kind": "error", "text": "the job's process is gone; started again, it goes on from its last checkpoint", "more": ""})
     if status["state"] in runs.WORKING and _is_baseline(watched, status.get("stage", "")):
-        said.append({"kind": "note", "text": "scratch is the yardstick: its learning rate and weights stay as they are", "more": ""})
+        said.append({"kind": "note", "text": "this is the baseline: its learning rate and weights stay as they are", "more": ""})
     warnings = (*status.get("warnings", ()), status.get("refused"), refused)
     return said + [{"kind": "warning", "text": visible(text), "more": ""} for text in warnings if text]
 
@@ -1465,12 +1466,12 @@ class _Further(_Matrices):
             _sync_figure(self.clusters, drawn)
 
 # %% ../nbs/library/26_widgets.ipynb #c146224c
-class RunPart:
+class RunPart(ABC):
     "A part of the bench that a method brings"
 
+    @abstractmethod
     def figure(self, watched: Watched) -> Mapping[str, Any]:  # Plotly JSON, with data and layout; empty while there is nothing to see
         "What it draws of a run as it is now"
-        raise NotImplementedError(f"{type(self).__name__} draws nothing: give it a figure(watched)")
 
 
 def method_parts(watched: Watched) -> list[RunPart]:
@@ -1479,23 +1480,29 @@ def method_parts(watched: Watched) -> list[RunPart]:
     return [] if method is None else [kind() for kind in method.views]
 
 
-def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty where the part has nothing to show
-    "What a part draws, as wide as the bench and with its margins where the part says nothing else"
+def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty where there is nothing to show
+    "What a part draws, with the bench's width and margins where it says nothing else"
     drawn = part.figure(watched)
     margin = {"l": 70, "r": 20, "t": 30, "b": 40}
     return {**drawn, "layout": {"width": WIDTH, "height": 220, "margin": margin, **drawn.get("layout", {})}} if drawn else {}
 
 
+@contextmanager
+def _may_fail(part: RunPart) -> Iterator[None]:
+    "Somebody's drawing takes neither the bench nor a finished job down: what goes wrong is a warning"
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{type(part).__name__} could not be drawn: {type(error).__name__}: {error}", stacklevel=4)
+
+
 def _part_pictures(watched: Watched) -> list[bytes]:  # PNG
-    "A method's parts as pictures; one that fails is said and left out"
+    "A method's parts as pictures"
     pictures = []
     for part in method_parts(watched):
-        try:
+        with _may_fail(part):
             drawn = part_figure(part, watched)
-            if drawn:
-                pictures.append(picture(drawn))
-        except Exception as error:  # somebody's drawing must not take a finished run down
-            warnings.warn(f"{type(part).__name__} could not be drawn: {type(error).__name__}: {error}", stacklevel=2)
+            pictures += [picture(drawn)] if drawn else []
     return pictures
 
 # %% ../nbs/library/26_widgets.ipynb #6dca421f
@@ -1521,12 +1528,13 @@ class RunWidgets(_Further):
         if self.parts is None and watched.config:
             self.parts = dict.fromkeys(method_parts(watched))
         for part, shown in (self.parts or {}).items():
-            drawn = part_figure(part, watched)
-            if drawn and shown is None:
-                self.parts[part] = _live_figure(drawn)
-                self._insert(self.parts[part])
-            elif drawn:
-                _sync_figure(shown, drawn)
+            with _may_fail(part):
+                drawn = part_figure(part, watched)
+                if drawn and shown is None:
+                    self.parts[part] = _live_figure(drawn)
+                    self._insert(self.parts[part])
+                elif drawn:
+                    _sync_figure(shown, drawn)
 
     def ready(self) -> bool:
         "Whether the page has drawn what it was sent"
