@@ -15,7 +15,7 @@ from vlkd_lab.export import export_student
 from vlkd_lab.losses import LOSSES, Term, contrastive
 from vlkd_lab.methods import METHODS, Method, Methods, all_losses, find_method, name_of
 from vlkd_lab.runs import Run, role_of, stage_roles
-from vlkd_lab.trainers import TinyCLIP, open_job, train
+from vlkd_lab.trainers import TinyCLIP, full_shapes, open_job, source_shapes, train
 from vlkd_lab.widgets import RunPart, RunView, attach
 
 STRANGER = '''
@@ -256,13 +256,21 @@ def test_roles_of_a_folder_from_before_there_were_any(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_run_from_before_there_were_roles_goes_on(parameters):
-    given = parameters | dict(stages=2, inheritance="manual", teacher=parameters["teacher"])
+def test_a_run_from_before_there_were_roles_goes_on(parameters, tmp_path):
+    given = parameters | dict(stages=2, inheritance="auto", target_sparsity=0.6)
     run = Run(given["out"])
     train(open_job("TinyCLIP", given))
     config = run.config()
     roles = config.pop("stages")
     (run.folder / "config.json").write_text(json.dumps(config))
     assert roles == stage_roles(run) == {"stage-1": "student", "stage-2": "student", "scratch-2": "baseline"}
+    for name in ("init", "student", "done.json"):  # as it is while the second stage learns its gates
+        (run.folder / "stage-2" / name).rename(tmp_path / name)
+    (run.folder / "scratch-2").rename(tmp_path / "scratch-2")
+    left = json.loads((run.folder / "stage-1" / "plan.json").read_text())["towers"]["image"]["neurons"]
+    assert list(source_shapes(run, "stage-2")["image"].neurons) == left != list(full_shapes(run)["image"].neurons)
+    for name in ("init", "student", "done.json"):
+        (tmp_path / name).rename(run.folder / "stage-2" / name)
+    (tmp_path / "scratch-2").rename(run.folder / "scratch-2")
     train(open_job("TinyCLIP", given | dict(steps=5)))
     assert run.config()["stages"] == roles and len(totals_of(run, "stage-2")) == 5

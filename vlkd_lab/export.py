@@ -31,7 +31,7 @@ from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
 from .methods import METHODS
 from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
-from .runs import Run, read_json, role_of, stage_roles
+from .runs import Run, finished_students, read_json, role_of
 from .trainers import load_student
 
 # %% auto #0
@@ -344,7 +344,7 @@ def _is_model(folder: Path) -> bool:
 def _last_stage(run: Run, stage: str) -> str:
     "The stage that was asked for, or the last student; both must be finished"
     finished = [path.parent.name for path in run.folder.glob("*/done.json")]
-    students = [name for name, role in stage_roles(run).items() if role != "baseline" and name in finished]
+    students = finished_students(run)
     if stage and stage not in finished or not students and not stage:
         named = f"stage={stage!r} is not valid: " if stage else ""
         raise ValueError(f"{named}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}")
@@ -369,7 +369,8 @@ def find_origin(
 # %% ../nbs/library/25_export.ipynb #30df1421
 def newest_student(runs: str | Path = "runs") -> Path | None:  # a run folder; None: there is none yet
     "The run whose student was finished last, baselines aside"
-    finished = [path for path in Path(runs).glob("*/*/done.json") if role_of(Run(path.parent.parent), path.parent.name) != "baseline"]
+    folders = {path.parent.parent for path in Path(runs).glob("*/*/done.json")}
+    finished = [folder / stage / "done.json" for folder in folders for stage in finished_students(Run(folder))]
     return max(finished, key=lambda path: path.stat().st_mtime).parent.parent if finished else None
 
 # %% ../nbs/library/25_export.ipynb #c7a51986

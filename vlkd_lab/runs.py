@@ -30,9 +30,9 @@ from .sources import write_whole
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
-           'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of', 'Curves',
-           'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot', 'read_snapshot', 'newest_snapshot',
-           'kept_snapshots', 'Snapshots', 'find_run']
+           'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
+           'finished_students', 'Curves', 'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot',
+           'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
 
 # %% ../nbs/library/17_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -362,6 +362,11 @@ def role_in(config: Mapping[str, Any], stage: str) -> str:
 def role_of(run: Run, stage: str) -> str:
     "What one stage of a run is for"
     return role_in(run.config(), stage)
+
+
+def finished_students(run: Run) -> list[str]:  # stages, the last one last
+    "Those whose student is finished; baselines are none"
+    return [stage for stage, role in stage_roles(run).items() if role != "baseline" and (run.folder / stage / "done.json").exists()]
 
 
 def _stages_begun(run: Run) -> list[str]:

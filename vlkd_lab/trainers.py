@@ -1421,10 +1421,10 @@ def find_start(
 
 def last_student(run: Run) -> Path:
     "The folder of the student that a run finished last; a baseline is none"
-    finished = [path.parent for path in run.folder.glob("*/done.json") if runs.role_of(run, path.parent.name) != "baseline"]
+    finished = runs.finished_students(run)
     if not finished:
         raise FileNotFoundError(f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder")
-    return max(finished, key=lambda stage: (stage / "done.json").stat().st_mtime) / "student"
+    return run.folder / finished[-1] / "student"
 
 
 def _check_start(options: FitParameters, start: VLM | None) -> None:
@@ -1610,7 +1610,7 @@ def full_shapes(run: Run) -> dict[str, TowerShape] | None:  # "image", "text"; N
 def source_shapes(run: Run, stage: str) -> dict[str, TowerShape]:  # "image", "text"
     "Sizes of the network that a stage starts from: the teacher, or the student of the stage before"
     students = [name for name, role in runs.stage_roles(run).items() if role == "student"]
-    earlier = students[: students.index(stage)] if stage in students else []
+    earlier = list(takewhile(lambda name: name != stage, students))
     before = read_json(run.folder / earlier[-1] / "plan.json") if earlier else None
     sizes = run.config().get("start_towers") if before is None else before["towers"]
     shapes = {tower: tower_shape(size) for tower, size in sizes.items()} if sizes else full_shapes(run)
@@ -1959,7 +1959,7 @@ def current_student(
     at, phase = status.get("stage"), status.get("phase")
     if at is None:
         raise FileNotFoundError(f"{run.folder} has no student yet: its training has not begun")
-    before = _finished_students(run) if runs.role_of(run, at) == "baseline" else []
+    before = runs.finished_students(run) if runs.role_of(run, at) == "baseline" else []
     folder = run.folder / (stage or (before or [at])[-1])
     if (folder / "done.json").exists():
         return load_student(folder / "student", device)
@@ -1991,12 +1991,6 @@ def _ask_for_checkpoint(run: Run, seconds: float) -> None:
         time.sleep(0.02)
 
 # %% ../nbs/library/18_trainers.ipynb #c0277f67
-def _finished_students(run: Run) -> list[str]:
-    "Stages whose student is finished, the newest last"
-    finished = sorted(run.folder.glob("*/done.json"), key=lambda path: path.stat().st_mtime)
-    return [path.parent.name for path in finished if runs.role_of(run, path.parent.name) == "student"]
-
-
 def _student_under_gates(run: Run, stage: str, learner: Mapping[str, Tensor], device) -> VLM:
     "What would be left if the gates of a phase were cut now"
     gates, state = new_gates(run, stage), _part(learner, "model.")
