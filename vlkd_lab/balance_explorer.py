@@ -24,23 +24,63 @@ if TYPE_CHECKING:
 __all__ = ['balance_json', 'BalanceExplorer', 'BalanceStill']
 
 # %% ../nbs/library/28_balance_explorer.ipynb #ad36508d
-def balance_json(linkage: Linkage, threshold: float, width: int = WIDTH, height: int = 240) -> dict:  # Plotly JSON
+def balance_json(
+    linkage: Linkage, threshold: float, width: int = WIDTH, height: int = 240
+) -> dict:  # Plotly JSON
     "What goes by threshold, with the chosen one marked; sizes of the groups at it"
-    layout = {"width": width, "height": height, "template": "none", "margin": {"l": 55, "r": 10, "t": 24, "b": 40}, "showlegend": False}
-    titles = (("threshold, Euclidean", "images removed, %", [0, 0.44]), ("group, by size", "images in it", [0.56, 1]))
+    layout = {
+        "width": width,
+        "height": height,
+        "template": "none",
+        "margin": {"l": 55, "r": 10, "t": 24, "b": 40},
+        "showlegend": False,
+    }
+    titles = (
+        ("threshold, Euclidean", "images removed, %", [0, 0.44]),
+        ("group, by size", "images in it", [0.56, 1]),
+    )
     for panel, (x, y, domain) in enumerate(titles, start=1):
-        layout[f"xaxis{panel}"] = {"domain": domain, "anchor": widgets.axis_name("y", panel), "title": {"text": x}, "zeroline": False}
-        layout[f"yaxis{panel}"] = {"anchor": widgets.axis_name("x", panel), "title": {"text": y, "standoff": 4}, "zeroline": False}
+        layout[f"xaxis{panel}"] = {
+            "domain": domain,
+            "anchor": widgets.axis_name("y", panel),
+            "title": {"text": x},
+            "zeroline": False,
+        }
+        layout[f"yaxis{panel}"] = {
+            "anchor": widgets.axis_name("x", panel),
+            "title": {"text": y, "standoff": 4},
+            "zeroline": False,
+        }
     for axis in ("xaxis2", "yaxis2"):
         layout[axis] |= {"type": "log", "exponentformat": "power"}
     layout["yaxis1"]["rangemode"] = "tozero"
-    mark = {"type": "line", "x0": threshold, "x1": threshold, "y0": 0, "y1": 1, "xref": "x", "yref": "y domain"}
-    layout["shapes"], layout["annotations"] = [mark | {"line": {"color": "#D55E00", "dash": "dot", "width": 1}}], []
-    places = np.unique(np.linspace(0, max(len(linkage.distances) - 1, 0), 300).astype(int)) if len(linkage.distances) else np.zeros(0, int)
+    mark = {
+        "type": "line",
+        "x0": threshold,
+        "x1": threshold,
+        "y0": 0,
+        "y1": 1,
+        "xref": "x",
+        "yref": "y domain",
+    }
+    layout["shapes"], layout["annotations"] = (
+        [mark | {"line": {"color": "#D55E00", "dash": "dot", "width": 1}}],
+        [],
+    )
+    places = (
+        np.unique(np.linspace(0, max(len(linkage.distances) - 1, 0), 300).astype(int))
+        if len(linkage.distances)
+        else np.zeros(0, int)
+    )
     sizes, style = -np.sort(-np.bincount(linkage.groups(threshold))), widgets.curve_style(COLOURS[0])
     shown = np.unique(np.geomspace(1, len(sizes), 200).astype(int))
-    removed = widgets.curve(linkage.distances[places], 100 * (places + 1) / linkage.count, "removed", 1, line=style)
-    return {"data": [removed, widgets.curve(shown, sizes[shown - 1], "sizes", 2, line=style)], "layout": layout}
+    removed = widgets.curve(
+        linkage.distances[places], 100 * (places + 1) / linkage.count, "removed", 1, line=style
+    )
+    return {
+        "data": [removed, widgets.curve(shown, sizes[shown - 1], "sizes", 2, line=style)],
+        "layout": layout,
+    }
 
 # %% ../nbs/library/28_balance_explorer.ipynb #5ac83d75
 class BalanceExplorer(Live):
@@ -60,7 +100,11 @@ class BalanceExplorer(Live):
         if self.live:
             import plotly.graph_objects as go
 
-            self.panel, self.figure, self.groups = Panel(), go.FigureWidget(balance_json(linkage, self.threshold)), ipywidgets.HTML()
+            self.panel, self.figure, self.groups = (
+                Panel(),
+                go.FigureWidget(balance_json(linkage, self.threshold)),
+                ipywidgets.HTML(),
+            )
             self.panel.on_choice.append(self.ask)
             self.box = ipywidgets.VBox([self.panel, self.figure, self.groups])
             _draw_balance(self)
@@ -72,14 +116,18 @@ class BalanceExplorer(Live):
 
     def ask(self, wishes: Mapping[str, Any]) -> None:
         "Another threshold"
-        self.threshold = min(max(float(wishes.get("threshold", self.threshold)), self.linkage.finest), self.linkage.most)
+        self.threshold = min(
+            max(float(wishes.get("threshold", self.threshold)), self.linkage.finest), self.linkage.most
+        )
         if self.live:
             _draw_balance(self)
 
     def shown(self, balance: Balance) -> str:
         "The largest groups in pictures; a picture is read once"
         wanted = [self.stored.keys[row] for rows in balance.largest(4) for row in rows[:8]]
-        self._pictures |= find_pictures(self.report, [key for key in wanted if key not in self._pictures], side=44)
+        self._pictures |= find_pictures(
+            self.report, [key for key in wanted if key not in self._pictures], side=44
+        )
         return groups_html(balance, self.stored.keys, self._pictures)
 
     def still(self) -> BalanceStill:
@@ -97,14 +145,26 @@ def _said(explorer: BalanceExplorer, balance: Balance) -> list[list[str]]:
     "The head line"
     kept, sizes = len(balance.keep), balance.sizes()
     cells = [["threshold", f"{explorer.threshold:.3f}"], ["removed", f"{balance.removed_share:.1%}"]]
-    cells += [["stay", f"{kept:,} of {len(balance.group):,}"], ["groups of more than one", f"{int((sizes > 1).sum()):,}"]]
+    cells += [
+        ["stay", f"{kept:,} of {len(balance.group):,}"],
+        ["groups of more than one", f"{int((sizes > 1).sum()):,}"],
+    ]
     return [*cells, ["largest", f"{sizes[0]:,}"]]
 
 
 def _draw_balance(explorer: BalanceExplorer) -> None:
     "Show the present threshold"
     linkage, panel, balance = explorer.linkage, explorer.panel, explorer.balance
-    panel.sliders = [widgets.slider("threshold", "threshold", linkage.finest, linkage.most, "images closer than this are joined", 0.005)]
+    panel.sliders = [
+        widgets.slider(
+            "threshold",
+            "threshold",
+            linkage.finest,
+            linkage.most,
+            "images closer than this are joined",
+            0.005,
+        )
+    ]
     panel.values, panel.head = {"threshold": explorer.threshold}, _said(explorer, balance)
     _sync(explorer.figure, balance_json(linkage, explorer.threshold))
     explorer.groups.value = explorer.shown(balance)
@@ -123,8 +183,15 @@ class BalanceStill:
     def __init__(self, explorer: BalanceExplorer):
         balance = explorer.balance
         self.text = ", ".join(f"{name}: {value}" for name, value in _said(explorer, balance))
-        self.png, self.groups = picture(balance_json(explorer.linkage, explorer.threshold)), explorer.shown(balance)
+        self.png, self.groups = (
+            picture(balance_json(explorer.linkage, explorer.threshold)),
+            explorer.shown(balance),
+        )
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        page = f"<p>{escaped(self.text)}</p>" + widgets.png_html(self.png, "what goes by threshold, sizes of the groups") + self.groups
+        page = (
+            f"<p>{escaped(self.text)}</p>"
+            + widgets.png_html(self.png, "what goes by threshold, sizes of the groups")
+            + self.groups
+        )
         return {"text/html": page, "text/plain": self.text}

@@ -21,7 +21,16 @@ from safetensors.numpy import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import DataReport, copy_samples, decode_sample, escaped, raw_samples, shards_in_name, thumbnail, write_index
+from vlkd_lab.data import (
+    DataReport,
+    copy_samples,
+    decode_sample,
+    escaped,
+    raw_samples,
+    shards_in_name,
+    thumbnail,
+    write_index,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +56,10 @@ class Linkage:
     def removed(self, threshold: float) -> int:
         "Rows that go when one of every group stays: each edge joins two groups into one"
         if not self.finest <= threshold <= self.most:
-            raise ValueError(f"threshold={threshold:g} is not valid here: the linkage knows those from {self.finest:g} to {self.most:g}")
+            raise ValueError(
+                f"threshold={threshold:g} is not valid here: the linkage knows those from {self.finest:g} "
+                f"to {self.most:g}"
+            )
         return int(np.searchsorted(self.distances, threshold, side="left"))
 
     def groups(self, threshold: float) -> np.ndarray:  # (N,) int64, numbered in the order of their first rows
@@ -60,10 +72,15 @@ class Linkage:
             raise ValueError(f"share={share:g} is not valid: it must lie between 0 and 1")
         wanted = round(share * self.count)
         if not wanted:
-            raise ValueError(f"share={share:g} of {self.count} rows is less than one: the least that can go is {1 / self.count:.2%}")
+            raise ValueError(
+                f"share={share:g} of {self.count} rows is less than one: the least that can go is "
+                f"{1 / self.count:.2%}"
+            )
         if wanted > len(self.distances):
             most = len(self.distances) / self.count
-            raise ValueError(f"no threshold up to {self.most:g} removes {share:.1%}: the largest one removes {most:.1%}")
+            raise ValueError(
+                f"no threshold up to {self.most:g} removes {share:.1%}: the largest one removes {most:.1%}"
+            )
         return float(max(np.nextafter(self.distances[wanted - 1], np.inf), self.finest))
 
     def save(self, path: str | Path) -> None:
@@ -71,7 +88,9 @@ class Linkage:
         path = Path(path)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         about = {name: repr(float(getattr(self, name))) for name in ("count", "finest", "most", "recall")}
-        save_file({"edges": np.ascontiguousarray(self.edges), "distances": self.distances}, beside, metadata=about)
+        save_file(
+            {"edges": np.ascontiguousarray(self.edges), "distances": self.distances}, beside, metadata=about
+        )
         os.replace(beside, path)
 
 # %% ../nbs/library/08_balancing.ipynb #ce9d63e9
@@ -116,17 +135,26 @@ _LEVELS = 16
 class _Growing:
     "A minimum spanning forest that takes in pairs, in bounded memory"
 
-    def __init__(self, rows: np.ndarray, finest: float, most: float, room: int):  # (N, D) float32; room: pairs that may wait
+    def __init__(
+        self, rows: np.ndarray, finest: float, most: float, room: int
+    ):  # (N, D) float32; room: pairs that may wait
         self.rows, self.finest, self.most, self.room = rows, finest, most, min(max(len(rows), _PAIRS), room)
         self.edges, self.distances, self.waiting, self.held = np.zeros((0, 2), np.int64), np.zeros(0), [], 0
         self.levels, self.labels = np.array([finest]), np.arange(len(rows), dtype=np.int32)[None]
 
-    def offer(self, i: np.ndarray, j: np.ndarray, low: np.ndarray) -> None:  # (P,) rows, rows, what their distance is at least
+    def offer(
+        self, i: np.ndarray, j: np.ndarray, low: np.ndarray
+    ) -> None:  # (P,) rows, rows, what their distance is at least
         "Take in pairs that may be near"
         for start in range(0, len(i), _PAIRS):
             part = slice(start, start + _PAIRS)
             a, b = i[part], j[part]
-            level = np.searchsorted(self.levels, np.maximum(low[part].astype(np.float64), self.finest), side="right") - 1
+            level = (
+                np.searchsorted(
+                    self.levels, np.maximum(low[part].astype(np.float64), self.finest), side="right"
+                )
+                - 1
+            )
             new = self.labels[level, a] != self.labels[level, b]
             a, b = a[new], b[new]
             distances = exact_distances(self.rows, a, b)
@@ -153,7 +181,8 @@ def exact_distances(
     j: np.ndarray,  # (P,) rows
 ) -> np.ndarray:  # (P,) float64
     "Euclidean distances of pairs of rows in double precision, each computed in the same way whatever stands beside it"
-    found, step = np.empty(len(i)), max((1 << 18) // max(rows.shape[1], 1), 1)  # what stays in the processor's cache
+    # what stays in the processor's cache
+    found, step = np.empty(len(i)), max((1 << 18) // max(rows.shape[1], 1), 1)
     for start in range(0, len(i), step):
         part = slice(start, start + step)
         gap = np.subtract(rows[i[part]], rows[j[part]], dtype=np.float64)
@@ -166,13 +195,22 @@ class _Products:
 
     def __init__(self, rows: np.ndarray, most: float, device: str):
         self.rows, self.device = torch.from_numpy(rows).to(device), device
-        self.half = torch.cat([(part.double() ** 2).sum(dim=1) / 2 for part in self.rows.split(1 << 16)]).float()
+        self.half = torch.cat(
+            [(part.double() ** 2).sum(dim=1) / 2 for part in self.rows.split(1 << 16)]
+        ).float()
         self.slack = 3 * (rows.shape[1] + 2) * 2.0**-24
         self.cut = most**2 / 2 + self.slack
 
-    def near(self, rows: Tensor | slice, columns: Tensor | slice, above: bool = False, joined: np.ndarray | None = None):
+    def near(
+        self,
+        rows: Tensor | slice,
+        columns: Tensor | slice,
+        above: bool = False,
+        joined: np.ndarray | None = None,
+    ):
         "Places, places and least distances of a block's pairs that may be closer than `most`; `above`: only columns after the row"
-        gaps = torch.addmm(-self.half[columns], self.rows[rows], self.rows[columns].T)  # half a squared distance, less half_i, negative
+        # half a squared distance, less half_i, negative
+        gaps = torch.addmm(-self.half[columns], self.rows[rows], self.rows[columns].T)
         hit = gaps > (self.half[rows] - self.cut)[:, None]
         if above:
             hit.triu_(diagonal=1)
@@ -198,7 +236,9 @@ class _Cells:
 
         count = max(len(rows) // per_cell, 1)
         some = np.random.default_rng(seed).permutation(len(rows))[: 64 * count]
-        kmeans = faiss.Kmeans(rows.shape[1], count, niter=8, seed=seed, max_points_per_centroid=64, min_points_per_centroid=1)
+        kmeans = faiss.Kmeans(
+            rows.shape[1], count, niter=8, seed=seed, max_points_per_centroid=64, min_points_per_centroid=1
+        )
         kmeans.train(rows[np.sort(some)])
         squared, self.probed = kmeans.index.search(rows, min(probes, count))
         away = np.sqrt(np.maximum(squared, 0))
@@ -214,13 +254,18 @@ class _Cells:
     def blocks(self, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         "Rows that ask, and the members of the cell that they ask, in pieces of at most `side`"
         for k in range(len(self.ends) - 1):
-            members, asking = self.order[self.ends[k] : self.ends[k + 1]], self.asking[self.asking_ends[k] : self.asking_ends[k + 1]]
+            members, asking = (
+                self.order[self.ends[k] : self.ends[k + 1]],
+                self.asking[self.asking_ends[k] : self.asking_ends[k + 1]],
+            )
             starts = ((a, b) for a in range(0, len(asking), side) for b in range(0, len(members), side))
             yield from ((asking[a : a + side], members[b : b + side]) for a, b in starts)
 
     def looked_at(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:  # (P,) bool
         "Whether the pairs are compared"
-        return (self.probed[i] == self.cell[j, None]).any(axis=1) | (self.probed[j] == self.cell[i, None]).any(axis=1)
+        return (self.probed[i] == self.cell[j, None]).any(axis=1) | (
+            self.probed[j] == self.cell[i, None]
+        ).any(axis=1)
 
 # %% ../nbs/library/08_balancing.ipynb #a32d3106
 def _recall(cells: _Cells, products: _Products, most: float, seed: int, sample: int = 512) -> float:
@@ -237,23 +282,32 @@ def _recall(cells: _Cells, products: _Products, most: float, seed: int, sample: 
     return seen / true if true else 1.0
 
 
-def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (M,) rows, ascending; (N - M, 2) edges of length 0
+def _distinct(
+    rows: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # (M,) rows, ascending; (N - M, 2) edges of length 0
     "One row of those that are equal bit by bit, and the edges to the others"
     factors = np.random.default_rng(0).integers(1, 2**63, rows.shape[1], dtype=np.uint64) | np.uint64(1)
-    parts = (rows[k : k + 4096].view(np.uint32).astype(np.uint64) @ factors for k in range(0, len(rows), 4096))
+    parts = (
+        rows[k : k + 4096].view(np.uint32).astype(np.uint64) @ factors for k in range(0, len(rows), 4096)
+    )
     digest = np.concatenate(list(parts))
     order = np.argsort(digest, kind="stable")
     twin = np.zeros(len(rows), dtype=bool)
     like = np.flatnonzero(digest[order[1:]] == digest[order[:-1]]) + 1
     twin[like] = [np.array_equal(rows[order[k]], rows[order[k - 1]]) for k in like]
-    first = order[np.maximum.accumulate(np.where(twin, 0, np.arange(len(rows))))]  # of every place in the order the first of its run
+    # of every place in the order the first of its run
+    first = order[np.maximum.accumulate(np.where(twin, 0, np.arange(len(rows))))]
     edges = np.stack([first, order], axis=1)[twin]
     return np.sort(order[~twin]), edges
 
 
 def _unit_rows(embeddings: Tensor | np.ndarray) -> np.ndarray:  # (N, D) float32
     "The rows as float32, checked"
-    rows = embeddings.detach().cpu().float().numpy() if isinstance(embeddings, Tensor) else np.asarray(embeddings, dtype=np.float32)
+    rows = (
+        embeddings.detach().cpu().float().numpy()
+        if isinstance(embeddings, Tensor)
+        else np.asarray(embeddings, dtype=np.float32)
+    )
     if rows.ndim != 2 or not len(rows):
         raise ValueError(f"embeddings must be (N, D) with at least one row; they are {tuple(rows.shape)}")
     for start in range(0, len(rows), 1 << 16):
@@ -273,21 +327,31 @@ def link(
     exact_up_to: int = 200_000,  # rows; above, a coarse partition is looked through
     probes: int = 8,  # cells that each row is compared with, of the coarse partition
     seed: int = 0,  # of the coarse partition and of the sample that measures its recall
-    part: tuple[int, int] = (0, 1),  # (k, n): look only at the k-th of n shares of the work; `join_linkages` puts them together
+    # (k, n): look only at the k-th of n shares of the work; `join_linkages` puts them together
+    part: tuple[int, int] = (0, 1),
     device: str = "cpu",  # where products are computed
     progress: bool = False,  # a progress bar
 ) -> Linkage:
     "One pass over the similarities, which serves every threshold up to `most`"
     finest = min(finest, most)
     if memory_mb < 1 or not 0 <= part[0] < part[1]:
-        raise ValueError(f"memory_mb={memory_mb} and part={part} are not valid: at least 1, and (k, n) with k from 0 to n - 1")
+        raise ValueError(
+            f"memory_mb={memory_mb} and part={part} are not valid: at least 1, and (k, n) with k from 0 to "
+            "n - 1"
+        )
     if not 0 < finest <= most <= 2:
-        raise ValueError(f"most={most:g} and finest={finest:g} are not valid: above 0, at most 2 (the distance of opposite unit rows)")
+        raise ValueError(
+            f"most={most:g} and finest={finest:g} are not valid: above 0, at most 2 (the distance of "
+            "opposite unit rows)"
+        )
     every = _unit_rows(embeddings)
     first, copies = _distinct(every)
     rows = every if len(first) == len(every) else every[first]
     side = int(np.clip(math.sqrt(memory_mb * 2**20 / 64), 64, 8192))
-    growing, products = _Growing(rows, finest, most, room=memory_mb * 2**20 // 256), _Products(rows, most, device)
+    growing, products = (
+        _Growing(rows, finest, most, room=memory_mb * 2**20 // 256),
+        _Products(rows, most, device),
+    )
     cells = None if len(rows) <= exact_up_to else _Cells(rows, most, probes, seed)
     blocks = list(_triangle(len(rows), side)) if cells is None else list(cells.blocks(side))
     for one, other in tqdm(blocks[part[0] :: part[1]], desc="near pairs", unit="block", disable=not progress):
@@ -295,12 +359,17 @@ def link(
             i, j, low = products.near(one, other, one == other, growing.labels[0])
             growing.offer(i + one.start, j + other.start, low)
         else:
-            i, j, low = products.near(*(torch.from_numpy(part).to(device) for part in (one, other)), joined=growing.labels[0])
+            i, j, low = products.near(
+                *(torch.from_numpy(part).to(device) for part in (one, other)), joined=growing.labels[0]
+            )
             i, j = one[i], other[j]
             growing.offer(np.minimum(i, j)[i != j], np.maximum(i, j)[i != j], low[i != j])
     growing.settle()
     recall = 1.0 if cells is None else _recall(cells, products, most, seed)
-    edges, distances = np.concatenate([copies, first[growing.edges]]), np.concatenate([np.zeros(len(copies)), growing.distances])
+    edges, distances = (
+        np.concatenate([copies, first[growing.edges]]),
+        np.concatenate([np.zeros(len(copies)), growing.distances]),
+    )
     return Linkage(len(every), finest, most, edges, distances, recall)
 
 # %% ../nbs/library/08_balancing.ipynb #0552c5b3
@@ -308,7 +377,9 @@ def join_linkages(parts: Sequence[Linkage]) -> Linkage:
     "One linkage of the shares that several processes looked at"
     if len({(p.count, p.finest, p.most) for p in parts}) != 1:
         raise ValueError("these linkages are not parts of one: number of rows, finest and most must agree")
-    found = _forest(parts[0].count, np.concatenate([p.edges for p in parts]), np.concatenate([p.distances for p in parts]))
+    found = _forest(
+        parts[0].count, np.concatenate([p.edges for p in parts]), np.concatenate([p.distances for p in parts])
+    )
     return Linkage(parts[0].count, parts[0].finest, parts[0].most, *found, min(p.recall for p in parts))
 
 # %% ../nbs/library/08_balancing.ipynb #69438992
@@ -319,7 +390,8 @@ class Balance:
     group: Tensor  # (N,) int64, numbered in the order of their first rows
     keep: Tensor  # (M,) int64 rows, ascending; one of every group
     threshold: float  # Euclidean
-    recall: float = 1.0  # share of the true pairs that were looked at; below 1 only where a coarse partition was needed
+    # share of the true pairs that were looked at; below 1 only where a coarse partition was needed
+    recall: float = 1.0
 
     @property
     def removed_share(self) -> float:
@@ -332,7 +404,10 @@ class Balance:
 
     def largest(self, count: int) -> list[np.ndarray]:
         "The rows of the largest groups, the one that stays first"
-        sizes, keeper = np.bincount(self.group), dict(zip(self.group[self.keep].tolist(), self.keep.tolist(), strict=True))
+        sizes, keeper = (
+            np.bincount(self.group),
+            dict(zip(self.group[self.keep].tolist(), self.keep.tolist(), strict=True)),
+        )
         order = [k for k in np.argsort(-sizes, kind="stable")[:count].tolist() if sizes[k] > 1]
         rows = {k: np.flatnonzero(self.group.numpy() == k) for k in order}
         return [np.concatenate([[keeper[k]], rows[k][rows[k] != keeper[k]]]) for k in order]
@@ -344,7 +419,8 @@ def _nearest_to_centre(rows: np.ndarray, group: np.ndarray) -> np.ndarray:  # (g
 
     count, sizes, away = len(rows), np.bincount(group), np.zeros(len(rows))
     member = csr_matrix((np.ones(count), (group, np.arange(count))), shape=(len(sizes), count))
-    for start in range(0, rows.shape[1], 32):  # a few columns at a time: all of them in double precision would not fit
+    # a few columns at a time: all of them in double precision would not fit
+    for start in range(0, rows.shape[1], 32):
         columns = rows[:, start : start + 32].astype(np.float64)
         away += ((columns - (member @ columns / sizes[:, None])[group]) ** 2).sum(axis=1)
     order, starts = np.argsort(group, kind="stable"), np.concatenate([[0], np.cumsum(sizes)[:-1]])
@@ -361,7 +437,9 @@ def balance_at(
     "Groups and representatives at a threshold"
     rows, group = _unit_rows(embeddings), linkage.groups(threshold)
     if len(rows) != linkage.count:
-        raise ValueError(f"the linkage is of {linkage.count} rows, embeddings has {len(rows)}: they must be the same")
+        raise ValueError(
+            f"the linkage is of {linkage.count} rows, embeddings has {len(rows)}: they must be the same"
+        )
     keep = np.sort(_nearest_to_centre(rows, group))
     return Balance(torch.from_numpy(group), torch.from_numpy(keep), float(threshold), linkage.recall)
 
@@ -373,7 +451,10 @@ def semantic_balance(
 ) -> Balance:
     "Near-duplicates joined into groups, of which one stays (CLIP-CID's image semantic balance)"
     if not 0 < threshold <= 2:
-        raise ValueError(f"threshold={threshold:g} is not valid: it must be above 0 and at most 2, the distance of opposite unit rows")
+        raise ValueError(
+            f"threshold={threshold:g} is not valid: it must be above 0 and at most 2, the distance of "
+            "opposite unit rows"
+        )
     return balance_at(link(embeddings, most=threshold, finest=threshold, **options), embeddings, threshold)
 
 # %% ../nbs/library/08_balancing.ipynb #ec367771
@@ -386,14 +467,22 @@ def usable_threshold(
     threshold = threshold or linkage.threshold_for(share)
     removed = linkage.removed(threshold)
     if not len(linkage.distances):
-        raise ValueError(f"threshold={threshold:g} would remove nothing: no two images are closer than {linkage.most:g}")
+        raise ValueError(
+            f"threshold={threshold:g} would remove nothing: no two images are closer than {linkage.most:g}"
+        )
     if not removed:
         nearest, some = linkage.distances[0], linkage.distances[len(linkage.distances) // 2]
-        raise ValueError(f"threshold={threshold:g} would remove nothing: the nearest two images are {nearest:.4g} apart, and {some:.4g} "
-                         f"would remove {len(linkage.distances) // 2 / linkage.count:.1%}")
+        raise ValueError(
+            f"threshold={threshold:g} would remove nothing: the nearest two images are {nearest:.4g} apart, "
+            f"and {some:.4g} "
+            f"would remove {len(linkage.distances) // 2 / linkage.count:.1%}"
+        )
     if removed > linkage.count - 2:
         half = linkage.distances[min(linkage.count // 2, len(linkage.distances) - 1)]
-        raise ValueError(f"threshold={threshold:g} would remove everything: all images are one group; {half:.4g} would remove half of them")
+        raise ValueError(
+            f"threshold={threshold:g} would remove everything: all images are one group; {half:.4g} would "
+            "remove half of them"
+        )
     return threshold
 
 # %% ../nbs/library/08_balancing.ipynb #1f8b8ffb
@@ -404,7 +493,9 @@ def plot_balance(linkage: Linkage, threshold: float) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
     axes[0].plot(linkage.distances, 100 * np.arange(1, len(linkage.distances) + 1) / linkage.count, lw=1.5)
     axes[0].axvline(threshold, color="black", ls=":", lw=1)
-    axes[0].set(xlabel="threshold, Euclidean", ylabel="images removed, %", xlim=(0, linkage.most), ylim=(0, 100))
+    axes[0].set(
+        xlabel="threshold, Euclidean", ylabel="images removed, %", xlim=(0, linkage.most), ylim=(0, 100)
+    )
     removed = linkage.removed(threshold)
     said, at = f"{threshold:.3g}: {removed / linkage.count:.1%}", (threshold, 100 * removed / linkage.count)
     axes[0].annotate(said, at, (6, -12), textcoords="offset points")
@@ -425,12 +516,17 @@ def lost_per_class(
 
     labels, kept, rows = np.asarray(labels), np.zeros(len(balance.group), dtype=bool), []
     if len(labels) != len(kept):
-        raise ValueError(f"{len(labels)} labels for {len(kept)} rows: one a row is needed, negative where a sample has none")
+        raise ValueError(
+            f"{len(labels)} labels for {len(kept)} rows: one a row is needed, negative where a sample has "
+            "none"
+        )
     kept[balance.keep.numpy()] = True
     found = np.unique(labels[labels >= 0])
     for k in found:
         rows.append([int((labels == k).sum()), int(((labels == k) & kept).sum())])
-    table = pd.DataFrame(rows, columns=["images", "kept"], index=[names[k] if k < len(names) else f"class {k}" for k in found])
+    table = pd.DataFrame(
+        rows, columns=["images", "kept"], index=[names[k] if k < len(names) else f"class {k}" for k in found]
+    )
     table["removed"] = 1 - table["kept"] / table["images"]
     return table.sort_values("images")
 
@@ -447,14 +543,17 @@ def write_balanced(
     folder, kept, by_name = Path(folder).resolve(), {}, {shard.name: shard for shard in report.usable}
     if form not in ("index", "shards"):
         raise ValueError(f"form={form!r} is not valid: choose 'index' or 'shards'")
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")  # of the same depth: an index names its shard from where it lies
+    # of the same depth: an index names its shard from where it lies
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     for row in balance.keep.tolist():
         shard = next((name for name in shards_in_name(keys[row]) if name in by_name), None)
         if shard is None:
             raise ValueError(f"{keys[row]} is of none of these shards: {', '.join(list(by_name)[:4])}, …")
         kept.setdefault(shard, []).append(keys[row][len(shard) + 1 :])
     if folder.exists() and any(folder.iterdir()) and not (folder / "balance.json").exists():
-        raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier balance, which is replaced")
+        raise ValueError(
+            f"{folder} holds other files: name a new folder, or one of an earlier balance, which is replaced"
+        )
     written = []
     for name in tqdm(sorted(kept), desc="balanced shards", disable=not progress):
         shard, path = by_name[name], beside / f"{name}{'.kept.json' if form == 'index' else '.tar'}"
@@ -463,7 +562,12 @@ def write_balanced(
         else:
             write_index(path, shard, kept[name])
         written.append(folder / path.relative_to(beside))
-    about = {"threshold": balance.threshold, "images": len(balance.group), "kept": len(balance.keep), "recall": balance.recall}
+    about = {
+        "threshold": balance.threshold,
+        "images": len(balance.group),
+        "kept": len(balance.keep),
+        "recall": balance.recall,
+    }
     about["fingerprint"] = report.fingerprint
     (beside / "balance.json").write_text(json.dumps(about, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
@@ -502,16 +606,27 @@ def gallery(
     return HTML(groups_html(balance, keys, find_pictures(report, wanted), groups, each))
 
 
-def groups_html(balance: Balance, keys: Sequence[str], pictures: Mapping[str, tuple[str, str]], groups: int = 4, each: int = 8) -> str:
+def groups_html(
+    balance: Balance,
+    keys: Sequence[str],
+    pictures: Mapping[str, tuple[str, str]],
+    groups: int = 4,
+    each: int = 8,
+) -> str:
     "The largest groups in pictures, the image that stays first and framed"
     lines = []
     for rows in balance.largest(groups):
         cells = []
         for k, (source, caption) in enumerate(pictures[keys[row]] for row in rows[:each]):
             frame = "outline:3px solid #0072B2;" if k == 0 else ""
-            cells.append(f"<img alt='{escaped(caption)}' title='{escaped(caption)}' style='width:52px;margin:3px;{frame}' src='{source}'>")
+            cells.append(
+                f"<img alt='{escaped(caption)}' title='{escaped(caption)}' "
+                f"style='width:52px;margin:3px;{frame}' src='{source}'>"
+            )
         lines.append(f"<tr><td>{len(rows)} images</td><td>{''.join(cells)}</td></tr>")
-    return f"<table>{''.join(lines)}</table>" if lines else "<p>No two images are joined at this threshold.</p>"
+    return (
+        f"<table>{''.join(lines)}</table>" if lines else "<p>No two images are joined at this threshold.</p>"
+    )
 
 # %% ../nbs/library/08_balancing.ipynb #226f2a1f
 @dataclass(frozen=True)
@@ -537,7 +652,8 @@ def nearest_center(
     return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
 
 # %% ../nbs/library/08_balancing.ipynb #d5b9d4f3
-_LEAST_SQUARED = 1e-9  # squared distance of a row that is not yet a starting point, however near it lies to one
+# squared distance of a row that is not yet a starting point, however near it lies to one
+_LEAST_SQUARED = 1e-9
 
 
 def _starting_rows(
@@ -549,12 +665,14 @@ def _starting_rows(
 ) -> np.ndarray:  # (k,) rows, no one twice
     "Greedy k-means++: each starting point is the best of a few, drawn by their squared distance from those before it"
     rng = np.random.default_rng(seed)
-    tries = 2 + int(math.log(k)) + 256 // k  # few clusters cost little, and then a small one is not to be missed
+    # few clusters cost little, and then a small one is not to be missed
+    tries = 2 + int(math.log(k)) + 256 // k
     among = np.sort(rng.permutation(len(rows))[: max(most, 64 * k)])
     points = torch.nn.functional.normalize(torch.from_numpy(rows[among]), dim=1)
     weights = torch.from_numpy(counts[among]).float()
     chosen = np.zeros(k, dtype=np.int64)
-    nearest = torch.full((len(among),), 4.0)  # squared distance from the nearest starting point; no two rows are farther apart
+    # squared distance from the nearest starting point; no two rows are farther apart
+    nearest = torch.full((len(among),), 4.0)
     for place in range(k):
         drawn = _draw(rng, (weights * nearest).double().numpy(), tries)
         squared = torch.addmm(nearest.new_tensor(2.0), points[drawn], points.T, alpha=-2.0)  # (tries, M)
@@ -582,13 +700,20 @@ def cluster(
     "Spherical k-means in which no cluster is empty"
     rows = _unit_rows(embeddings)
     if not 1 <= k <= len(rows):
-        raise ValueError(f"k={k} clusters is not valid: there are {len(rows)} rows, so k must be from 1 to {len(rows)}")
+        raise ValueError(
+            f"k={k} clusters is not valid: there are {len(rows)} rows, so k must be from 1 to {len(rows)}"
+        )
     distinct, twins = _distinct(rows)
     if k > len(distinct):
-        raise ValueError(f"k={k} clusters cannot all have a row: only {len(distinct)} of the {len(rows)} rows differ")
+        raise ValueError(
+            f"k={k} clusters cannot all have a row: only {len(distinct)} of the {len(rows)} rows differ"
+        )
     counts = 1 + np.bincount(twins[:, 0], minlength=len(rows))[distinct]
     start = rows[distinct[_starting_rows(rows[distinct], counts, k, seed)]]
-    points, centers = (torch.nn.functional.normalize(torch.from_numpy(r), dim=1) for r in (rows, _iterated(rows, start, iterations)))
+    points, centers = (
+        torch.nn.functional.normalize(torch.from_numpy(r), dim=1)
+        for r in (rows, _iterated(rows, start, iterations))
+    )
     for attempt in range(100):
         if attempt == 3:  # rows that single precision can hardly tell apart
             points, centers = (torch.nn.functional.normalize(r.double(), dim=1) for r in (points, centers))

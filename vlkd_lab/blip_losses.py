@@ -81,7 +81,8 @@ def queued_contrast(
     student: Features,  # (B, D)
     momentum: Features,  # (B, D) the same pairs under the slow copy; no gradient reaches it
     names: Tensor,  # (B,) int64, equal for equal texts
-    held: tuple[Tensor, Tensor, Tensor] | None = None,  # (M, D) images, (M, D) texts, (M,) names of earlier batches
+    # (M, D) images, (M, D) texts, (M,) names of earlier batches
+    held: tuple[Tensor, Tensor, Tensor] | None = None,
     alpha: float = 0.4,  # share of the target that the momentum model decides
 ) -> Tensor:  # () nats a row
     "BLIP's image-text contrastive loss"
@@ -90,13 +91,20 @@ def queued_contrast(
     slow = momentum.detach()
     image, text, all_names = slow.image.float(), slow.text.float(), names
     if held is not None and len(held[2]):
-        image, text, all_names = (torch.cat([own, old.to(own)]) for own, old in zip((image, text, names), held, strict=True))
+        image, text, all_names = (
+            torch.cat([own, old.to(own)]) for own, old in zip((image, text, names), held, strict=True)
+        )
     same = (names[:, None] == all_names).float()
     same = same / same.sum(dim=1, keepdim=True)
     total, scale = 0.0, student.scale.float()
-    for queries, slow_queries, candidates in ((student.image, slow.image, text), (student.text, slow.text, image)):
+    for queries, slow_queries, candidates in (
+        (student.image, slow.image, text),
+        (student.text, slow.text, image),
+    ):
         believed = (scale.detach() * slow_queries.float() @ candidates.T).softmax(dim=1)
-        total = total + F.cross_entropy(scale * queries.float() @ candidates.T, alpha * believed + (1 - alpha) * same)
+        total = total + F.cross_entropy(
+            scale * queries.float() @ candidates.T, alpha * believed + (1 - alpha) * same
+        )
     return total / 2
 
 # %% ../nbs/library/11_blip_losses.ipynb #5db57c37
@@ -115,7 +123,9 @@ def hard_negatives(
     drawn = []
     for scores, fine in ((similarity, other), (similarity.T, other)):
         chances = scores.float().masked_fill(~fine, -torch.inf).softmax(dim=1)
-        drawn.append(torch.multinomial(chances.nan_to_num(0.0).clamp(min=1e-12) * fine, 1, generator=generator)[:, 0])
+        drawn.append(
+            torch.multinomial(chances.nan_to_num(0.0).clamp(min=1e-12) * fine, 1, generator=generator)[:, 0]
+        )
     return drawn[0], drawn[1]
 
 # %% ../nbs/library/11_blip_losses.ipynb #3117c4d3
@@ -125,7 +135,10 @@ def matching(
 ) -> Tensor:  # () nats a pair
     "BLIP's image-text matching loss"
     if logits.ndim != 2 or logits.shape[1] != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"matching takes (P, 2) logits and (P,) targets, not {tuple(logits.shape)} and {tuple(targets.shape)}")
+        raise ValueError(
+            f"matching takes (P, 2) logits and (P,) targets, not {tuple(logits.shape)} and "
+            f"{tuple(targets.shape)}"
+        )
     return F.cross_entropy(logits.float(), targets)
 
 # %% ../nbs/library/11_blip_losses.ipynb #d5045328
@@ -148,7 +161,9 @@ def language_modelling(
 ) -> Tensor:  # () nats a token
     "Cross-entropy of the next token"
     if targets.shape != logits.shape[:2]:
-        raise ValueError(f"targets are {tuple(targets.shape)}, logits {tuple(logits.shape)}: one target a position")
+        raise ValueError(
+            f"targets are {tuple(targets.shape)}, logits {tuple(logits.shape)}: one target a position"
+        )
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing={smoothing} is not valid: it must be from 0 to 1")
     asked = targets != -100
@@ -193,7 +208,9 @@ def layer_partners(
 ) -> tuple[int, ...]:  # the teacher's layer for each of the student's
     "Layers at the same relative depth; the last ones meet"
     if min(student_layers, teacher_layers) < 1:
-        raise ValueError(f"{student_layers} layers cannot be matched with {teacher_layers}: both need at least one")
+        raise ValueError(
+            f"{student_layers} layers cannot be matched with {teacher_layers}: both need at least one"
+        )
     return tuple(max(round((i + 1) * teacher_layers / student_layers), 1) - 1 for i in range(student_layers))
 
 # %% ../nbs/library/11_blip_losses.ipynb #89e97b30
@@ -239,9 +256,13 @@ def attention_divergence(
     if image_queries:
         t = _to_grid(t.mT, _side(s.shape[1]), summed=False).mT
     if s.shape != t.shape:
-        raise ValueError(f"attention of {tuple(s.shape)} cannot be compared with {tuple(t.shape)}: both need the same tokens")
+        raise ValueError(
+            f"attention of {tuple(s.shape)} cannot be compared with {tuple(t.shape)}: both need the same "
+            "tokens"
+        )
     s, t = _counted(query_mask, s, t)
-    return counted_mean((t * (t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log())).sum(dim=-1))  # a masked key has no share in either
+    # a masked key has no share in either
+    return counted_mean((t * (t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log())).sum(dim=-1))
 
 
 def layers_divergence(
@@ -251,4 +272,6 @@ def layers_divergence(
 ) -> Tensor:  # () nats a row, a mean over the student's layers
     "The same over all layers, matched by depth"
     partners = layer_partners(len(student), len(teacher))
-    return sum(attention_divergence(maps, teacher[k], *given) for maps, k in zip(student, partners, strict=True)) / len(student)
+    return sum(
+        attention_divergence(maps, teacher[k], *given) for maps, k in zip(student, partners, strict=True)
+    ) / len(student)

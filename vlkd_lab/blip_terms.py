@@ -10,7 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .blip_losses import cosine_distance, language_modelling, layers_divergence, logit_divergence, matching, queued_contrast
+from vlkd_lab.blip_losses import (
+    cosine_distance,
+    language_modelling,
+    layers_divergence,
+    logit_divergence,
+    matching,
+    queued_contrast,
+)
 from .features import FusedFeatures, Pass
 from .losses import Term, relational
 
@@ -20,8 +27,12 @@ __all__ = ['MODULES', 'BLIP_LOSSES', 'KINDS', 'GROUPS', 'ModuleFeatures', 'modul
 
 # %% ../nbs/library/12_blip_terms.ipynb #dd9d6fb4
 MODULES = {  # module -> its passes; "both" stands for the joint space of images and texts
-    "image": ("image",), "text": ("text",), "both": (), "fusion": ("pairs", "question"), "decoder": ("caption", "answer"),
-}  # fmt: skip
+    "image": ("image",),
+    "text": ("text",),
+    "both": (),
+    "fusion": ("pairs", "question"),
+    "decoder": ("caption", "answer"),
+}
 
 
 def _fused(student: FusedFeatures) -> FusedFeatures:
@@ -36,7 +47,9 @@ def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list
     both = [(mine[name], theirs[name]) for name in MODULES[module] if name in mine and name in theirs]
     if not both:
         made = ", ".join(theirs) or "none"
-        raise ValueError(f"no pass through the module {module!r} was made by both models; the teacher made: {made}")
+        raise ValueError(
+            f"no pass through the module {module!r} was made by both models; the teacher made: {made}"
+        )
     return both
 
 
@@ -76,7 +89,11 @@ def module_logits(
     temperature: float = 1.0,
 ) -> Tensor:  # () nats a pair, or a word
     "KL between what the heads of a module say"
-    both = [pair for pair in _passes(student, teacher, module) if pair[0].logits is not None and pair[1].logits is not None]
+    both = [
+        pair
+        for pair in _passes(student, teacher, module)
+        if pair[0].logits is not None and pair[1].logits is not None
+    ]
     if not both:
         raise ValueError(f"the module {module!r} of these models has no head that both have")
     masks = [mine.mask if module == "decoder" else mine.mask.new_ones(len(mine.logits)) for mine, _ in both]
@@ -97,7 +114,9 @@ def module_attention(
         if not (maps[0] and maps[1]):
             raise ValueError(f"{module}: no attention maps were kept; run both models with maps")
         pictured = module == "image" or across and mine.cross_mask is None
-        values.append(layers_divergence(*maps, mine.mask if module != "image" else None, module == "image", pictured))
+        values.append(
+            layers_divergence(*maps, mine.mask if module != "image" else None, module == "image", pictured)
+        )
         counts.append(mine.mask.sum())
     total = torch.stack(counts).sum().clamp(min=1)
     return sum(value * count for value, count in zip(values, counts, strict=True)) / total
@@ -106,7 +125,9 @@ def module_attention(
 def _contrast(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
     slow = _fused(student).momentum
     if slow is None:
-        raise ValueError("image_text_contrast needs a momentum model: only a run that keeps one can weight it")
+        raise ValueError(
+            "image_text_contrast needs a momentum model: only a run that keeps one can weight it"
+        )
     return queued_contrast(student, slow.features, slow.names, slow.held, slow.alpha)
 
 
@@ -125,14 +146,34 @@ def _matched(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
     return matching(student.passes["pairs"].logits, student.passes["pairs"].targets)
 
 
-def base_terms(smoothing: float = 0.1) -> tuple[Term, ...]:  # smoothing: share of the words' targets that is spread over the vocabulary
+def base_terms(
+    smoothing: float = 0.1,
+) -> tuple[Term, ...]:  # smoothing: share of the words' targets that is spread over the vocabulary
     "The losses that train a BLIP without a teacher"
     given = dict(alone=True)
     return (
-        Term("image_text_contrast", _contrast, formula="½[CE(s·I[Tm; Tq]ᵀ, target) + CE(s·T[Im; Iq]ᵀ, target)]", module="both", **given),
+        Term(
+            "image_text_contrast",
+            _contrast,
+            formula="½[CE(s·I[Tm; Tq]ᵀ, target) + CE(s·T[Im; Iq]ᵀ, target)]",
+            module="both",
+            **given,
+        ),
         Term("image_text_matching", _matched, formula="CE(belongs together)", module="fusion", **given),
-        Term("language_modelling", _words("caption", smoothing), formula="CE(next word of the caption)", module="decoder", **given),
-        Term("answering", _words("answer", smoothing), formula="CE(next word of the answer)", module="decoder", **given),
+        Term(
+            "language_modelling",
+            _words("caption", smoothing),
+            formula="CE(next word of the caption)",
+            module="decoder",
+            **given,
+        ),
+        Term(
+            "answering",
+            _words("answer", smoothing),
+            formula="CE(next word of the answer)",
+            module="decoder",
+            **given,
+        ),
     )
 
 # %% ../nbs/library/12_blip_terms.ipynb #3e1512cf
@@ -141,7 +182,8 @@ def _between(function: Callable, module: str, *given) -> Callable:
 
 
 def distillation_terms(
-    widths: Mapping[str, tuple[int, int]] | None = None,  # "image", "text" -> student's, teacher's; None: equal
+    # "image", "text" -> student's, teacher's; None: equal
+    widths: Mapping[str, tuple[int, int]] | None = None,
     temperature: float = 1.0,  # of the logits
     seed: int = 0,  # of the maps between unequal widths
 ) -> tuple[Term, ...]:
@@ -149,16 +191,34 @@ def distillation_terms(
     made, widths = [], widths or {}
     for module in ("image", "text", "fusion", "decoder"):
         function = ModuleFeatures(module, widths.get("image" if module == "image" else "text"), seed)
-        made.append(Term(f"{module}_features", function, formula="mean 1 − cos(student, teacher)", module=module))
-    made.append(Term("similarities", relational, formula="½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]", module="both"))
+        made.append(
+            Term(f"{module}_features", function, formula="mean 1 − cos(student, teacher)", module=module)
+        )
+    made.append(
+        Term("similarities", relational, formula="½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]", module="both")
+    )
     for module in ("fusion", "decoder"):
         function = _between(module_logits, module, temperature)
         made.append(Term(f"{module}_logits", function, formula="KL(softmax t ‖ softmax s)", module=module))
     for module in ("image", "text", "fusion", "decoder"):
-        made.append(Term(f"{module}_attention", _between(module_attention, module), formula="KL(attention), heads averaged", module=module))
+        made.append(
+            Term(
+                f"{module}_attention",
+                _between(module_attention, module),
+                formula="KL(attention), heads averaged",
+                module=module,
+            )
+        )
     for module in ("fusion", "decoder"):
         function = _between(module_attention, module, True)
-        made.append(Term(f"{module}_cross_attention", function, formula="KL(attention across), heads averaged", module=module))
+        made.append(
+            Term(
+                f"{module}_cross_attention",
+                function,
+                formula="KL(attention across), heads averaged",
+                module=module,
+            )
+        )
     return tuple(made)
 
 
@@ -184,7 +244,9 @@ GROUPS = {  # word -> terms
 }
 
 
-def spread(given: Sequence[tuple[str, float]]) -> dict[str, float]:  # (term or group, weight) in their order -> term -> weight
+def spread(
+    given: Sequence[tuple[str, float]],
+) -> dict[str, float]:  # (term or group, weight) in their order -> term -> weight
     "Weights of terms, groups written out; later words count more"
     weights: dict[str, float] = {}
     for name, weight in given:

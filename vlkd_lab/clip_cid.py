@@ -22,7 +22,19 @@ from .losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_
 from .methods import Method, register
 from .models import VLM, check_student, copied_config, evaluating, model_config, new_model
 from .stores import FeatureStore, Stored, load, store_key
-from .trainers import Distillation, Fit, Job, Phase, finish_fit, manual_shapes, one_of, parameter, seed_of, validation_features, within
+from vlkd_lab.trainers import (
+    Distillation,
+    Fit,
+    Job,
+    Phase,
+    finish_fit,
+    manual_shapes,
+    one_of,
+    parameter,
+    seed_of,
+    validation_features,
+    within,
+)
 
 # %% auto #0
 __all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
@@ -32,25 +44,55 @@ __all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_stude
 class ClipCid(Distillation):
     "Parameters of a CLIP-CID distillation"
 
-    data: str = parameter("scenes:16000,duplicates:0.6,tail:1", "training shards, or scenes:N,duplicates:SHARE,tail:EXPONENT")
+    data: str = parameter(
+        "scenes:16000,duplicates:0.6,tail:1", "training shards, or scenes:N,duplicates:SHARE,tail:EXPONENT"
+    )
     steps: int = parameter(600, "optimiser steps", "at least 1", lambda v: v >= 1)
     losses: str = parameter(
-        "contrastive:1, instance_discrimination:1, cluster_classification:0.1, cluster_distribution:1", "terms and their weights"
+        "contrastive:1, instance_discrimination:1, cluster_classification:0.1, cluster_distribution:1",
+        "terms and their weights",
     )
-    student: str = parameter("", "architecture; empty: a plain one with `student_share` of the teacher's weights")
+    student: str = parameter(
+        "", "architecture; empty: a plain one with `student_share` of the teacher's weights"
+    )
     student_share: float = parameter(0.5, "of the teacher's prunable weights", **within(0.03, 1))
     inheritance: str = parameter("none", "how the student gets its weights", **one_of("none", "manual"))
-    threshold: float = parameter(0.0, "images closer than this are joined, Euclidean; 0: as removed_share says", **within(0, 2))
-    removed_share: float = parameter(0.437, "share of the images to remove (paper: 0.437); 0: no balancing", **within(0, 0.999))
-    largest_threshold: float = parameter(0.7, "pairs are kept up to this distance", "above 0, at most 2", lambda v: 0 < v <= 2)
-    clusters: int = parameter(0, "k of k-means; 0: one for 400 images, of few one for 32", "0, or 2 and more", lambda v: v == 0 or v >= 2)
-    cluster_scale: float = parameter(32.0, "multiplier of the student's cosines with the centres", **trainers.above(0))
+    threshold: float = parameter(
+        0.0, "images closer than this are joined, Euclidean; 0: as removed_share says", **within(0, 2)
+    )
+    removed_share: float = parameter(
+        0.437, "share of the images to remove (paper: 0.437); 0: no balancing", **within(0, 0.999)
+    )
+    largest_threshold: float = parameter(
+        0.7, "pairs are kept up to this distance", "above 0, at most 2", lambda v: 0 < v <= 2
+    )
+    clusters: int = parameter(
+        0,
+        "k of k-means; 0: one for 400 images, of few one for 32",
+        "0, or 2 and more",
+        lambda v: v == 0 or v >= 2,
+    )
+    cluster_scale: float = parameter(
+        32.0, "multiplier of the student's cosines with the centres", **trainers.above(0)
+    )
     teacher_cluster_scale: float = parameter(32.0, "multiplier of the teacher's", **trainers.above(0))
-    cluster_margin: float = parameter(0.0, "radians added to the angle to the own centre (MLCD: 0.25 to 0.3)", **within(0, 1.5))
-    class_share: float = parameter(0.0, "share of the clusters in a step's softmax; 0: all up to 10,000, above 0.1 (MLCD)", **within(0, 1))
-    instance_scale: float = parameter(0.0, "multiplier in instance discrimination; 0: the teacher's own", **within(0, 1000))
-    teacher_features: str = parameter("stored", "read from the store, or computed at every step", **one_of("stored", "beside"))
-    map_images: int = parameter(256, "validation images on the live map of clusters", "at least 3", lambda v: v >= 3)
+    cluster_margin: float = parameter(
+        0.0, "radians added to the angle to the own centre (MLCD: 0.25 to 0.3)", **within(0, 1.5)
+    )
+    class_share: float = parameter(
+        0.0,
+        "share of the clusters in a step's softmax; 0: all up to 10,000, above 0.1 (MLCD)",
+        **within(0, 1),
+    )
+    instance_scale: float = parameter(
+        0.0, "multiplier in instance discrimination; 0: the teacher's own", **within(0, 1000)
+    )
+    teacher_features: str = parameter(
+        "stored", "read from the store, or computed at every step", **one_of("stored", "beside")
+    )
+    map_images: int = parameter(
+        256, "validation images on the live map of clusters", "at least 3", lambda v: v >= 3
+    )
     compare_scratch: bool = parameter(True, "also train the same student contrastively, without a teacher")
 
 # %% ../nbs/library/19_clip_cid.ipynb #16bc2e43
@@ -69,7 +111,9 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
         student = _make_student(options, teacher, start, shapes, inherited=True)
-        check_student(student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes))
+        check_student(
+            student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
+        )
     about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
@@ -80,11 +124,16 @@ def _find_start(options: ClipCid, teacher: VLM) -> VLM | None:
     start = trainers.find_start(options, teacher.device)
     for name, empty in dict(student="", inheritance="none").items() if start is not None else ():
         if getattr(options, name) != empty:
-            raise ValueError(f"{name}={getattr(options, name)!r} is not valid with start_from={options.start_from!r}: the student is the "
-                             f"model that it starts as; choose {name}={empty!r}")  # fmt: skip
+            raise ValueError(
+                f"{name}={getattr(options, name)!r} is not valid with start_from={options.start_from!r}: "
+                "the student is the "
+                f"model that it starts as; choose {name}={empty!r}"
+            )
     inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
     vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
-    trainers.check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
+    trainers.check_locks(
+        options, inherited, vision, "choose inheritance='manual', or name a model as start_from"
+    )
     return start
 
 # %% ../nbs/library/19_clip_cid.ipynb #54c4d03f
@@ -99,7 +148,10 @@ class _Prepared:
     @cached_property
     def linkage(self) -> Linkage:
         "The near pairs, of which every threshold's groups follow"
-        path, most = self.run.folder / "linkage.safetensors", max(self.options.largest_threshold, self.options.threshold)
+        path, most = (
+            self.run.folder / "linkage.safetensors",
+            max(self.options.largest_threshold, self.options.threshold),
+        )
         given = dict(device=str(self.accelerator.device), progress=self.talks)
         self.once(path, ["store"], lambda: balancing.link(self.stored.unit(), most, **given).save(path))
         return balancing.load_linkage(path)
@@ -129,7 +181,10 @@ class _Clustered(_Prepared):
         if not self.balances:
             return self.report
         folder = self.run.folder / "balanced"
-        written = lambda: balancing.write_balanced(self.report, self.stored.keys, self.balance, folder, progress=False)  # noqa: E731
+        # noqa: E731
+        written = lambda: balancing.write_balanced(
+            self.report, self.stored.keys, self.balance, folder, progress=False
+        )
         self.once(folder / "balance.json", ["store", "linkage"], written)
         report, world = data.inspect_shards(folder), self.accelerator.num_processes
         data.check_split(report, self.options.workers, world, self.options.batch_size // world)
@@ -139,7 +194,11 @@ class _Clustered(_Prepared):
     def clusters(self) -> Clusters:
         "k-means over the teacher's features of the images that stay; its centres, and where the map's images lie, go into the run folder"
         path = self.run.folder / "clusters.safetensors"
-        self.once(path, ["store", "linkage"] if self.balances else ["store"], lambda: _write_clusters(self, self._cluster()))
+        self.once(
+            path,
+            ["store", "linkage"] if self.balances else ["store"],
+            lambda: _write_clusters(self, self._cluster()),
+        )
         found = runs.read_snapshot(path)[0]
         return Clusters(torch.from_numpy(found["centers"]), torch.from_numpy(found["training"]).long())
 
@@ -157,7 +216,11 @@ def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
     pairs = job.val[: job.options.map_images]
     rows = validation_features(job.teacher, pairs).image.cpu()
     sizes = torch.bincount(clusters.assignment, minlength=len(clusters.centers))
-    arrays = {"centers": clusters.centers.float(), "teacher": rows.half(), "assignment": nearest_center(rows, clusters.centers)[0].int()}
+    arrays = {
+        "centers": clusters.centers.float(),
+        "teacher": rows.half(),
+        "assignment": nearest_center(rows, clusters.centers)[0].int(),
+    }
     arrays |= {"sizes": sizes, "training": clusters.assignment.int()}
     pictures = [data.thumbnail(pairs.pil(row), 48) for row in range(len(pairs))]
     about = {"captions": pairs.captions, "keys": pairs.keys, "labels": pairs.labels, "pictures": pictures}
@@ -196,7 +259,13 @@ class ClipCidJob(_Clustered, Job):
         todo = [name for name, _ in self.plan if not (self.run.folder / name / "done.json").exists()]
         if "student" in todo:
             student = new_student(self)
-            finish_fit(self, Phase("student", "distil", self.options.steps), student, cid_objective(self, student), self.source)
+            finish_fit(
+                self,
+                Phase("student", "distil", self.options.steps),
+                student,
+                cid_objective(self, student),
+                self.source,
+            )
         if "scratch" in todo:
             phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
@@ -224,7 +293,9 @@ def cid_objective(job: ClipCidJob, student: VLM) -> Objective:
     options, weights = job.options, job.options.weights()
     centers = job.clusters.centers.to(job.accelerator.device)
     share = options.class_share or (1.0 if len(centers) <= SAMPLED_ABOVE else 0.1)
-    holder = ClusterTerms(centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, share)
+    holder = ClusterTerms(
+        centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, share
+    )
     own = holder.terms(weights) + _instance_term(options, weights)
     width, wanted = (model_config(vlm.config["model_cfg"])["embed_dim"] for vlm in (student, job.teacher))
     plain = {name: weight for name, weight in weights.items() if name not in {term.name for term in own}}
@@ -239,15 +310,25 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
     name = "instance_discrimination"
     if not options.instance_scale or name not in weights:
         return ()
-    return (replace(LOSSES[name], function=lambda s, t: instance_discrimination(s, t, options.instance_scale), weight=weights[name]),)
+    return (
+        replace(
+            LOSSES[name],
+            function=lambda s, t: instance_discrimination(s, t, options.instance_scale),
+            weight=weights[name],
+        ),
+    )
 
 # %% ../nbs/library/19_clip_cid.ipynb #bf474cd9
-def _make_student(options: ClipCid, teacher: VLM, start: VLM | None, shapes: dict | None, inherited: bool) -> VLM:
+def _make_student(
+    options: ClipCid, teacher: VLM, start: VLM | None, shapes: dict | None, inherited: bool
+) -> VLM:
     "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
     if start is not None and inherited:
         return trainers.find_start(options, start.device)
     if start is not None:
-        return new_model(start.config["model_cfg"], like=start, towers=start.config.get("towers"), seed=options.seed)
+        return new_model(
+            start.config["model_cfg"], like=start, towers=start.config.get("towers"), seed=options.seed
+        )
     towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
     config = options.student or teacher.config["model_cfg"]
     if options.student and options.inheritance == "manual":
@@ -263,12 +344,18 @@ def _fewest_images(options: ClipCid, world: int) -> int:
     images = options.batch_size // world
     if not 0 < options.micro_batch < images:
         return images
-    return min(rows.stop - rows.start for rows, _ in trainers.micro_batches(images, images, options.micro_batch))
+    return min(
+        rows.stop - rows.start for rows, _ in trainers.micro_batches(images, images, options.micro_batch)
+    )
 
 # %% ../nbs/library/19_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
     "Image rows, projected where the student has another width"
-    return rows if objective.project is None else objective.project(Features(rows, rows, rows.new_ones(()))).image
+    return (
+        rows
+        if objective.project is None
+        else objective.project(Features(rows, rows, rows.new_ones(()))).image
+    )
 
 
 @torch.no_grad()
@@ -278,7 +365,9 @@ def _seen_clusters(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
     if not hasattr(job, "_map"):
         job._map = next(job.val[:count].batches(job.view, batch_size=count)).image.to(job.accelerator.device)
     with evaluating(fit.learner.model):
-        rows = _in_teachers_space(fit.learner.model.encode_image(job._map, normalize=True).float(), fit.objective)
+        rows = _in_teachers_space(
+            fit.learner.model.encode_image(job._map, normalize=True).float(), fit.objective
+        )
     centers = job.clusters.centers.to(rows.device)
     return {"clusters_student": rows.half(), "clusters_assignment": nearest_center(rows, centers)[0].int()}
 
@@ -293,9 +382,11 @@ def _agreement(job: ClipCidJob, features: Features, objective: Objective) -> flo
     return float((own == job._taught).float().mean())
 
 
-register(Method(
-    name="ClipCid",
-    citation="CLIP-CID (Yang et al., 2024): balanced data, image features and clusters of the teacher",
-    parameters=ClipCid,
-    open=open_clip_cid,
-))  # fmt: skip
+register(
+    Method(
+        name="ClipCid",
+        citation="CLIP-CID (Yang et al., 2024): balanced data, image features and clusters of the teacher",
+        parameters=ClipCid,
+        open=open_clip_cid,
+    )
+)

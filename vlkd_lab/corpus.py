@@ -41,10 +41,14 @@ def class_prompts(
 ) -> list[str]:  # by name, then by template; distinct
     "Every name in every template"
     if isinstance(names, str) or isinstance(templates, str):
-        raise ValueError("names and templates are lists of texts, not one text; read_lines reads them from a file")
+        raise ValueError(
+            "names and templates are lists of texts, not one text; read_lines reads them from a file"
+        )
     without = [template for template in templates if "{}" not in template]
     if without:
-        raise ValueError(f"template {without[0]!r} has no {{}} where the name goes; for example {TEMPLATES[0]!r}")
+        raise ValueError(
+            f"template {without[0]!r} has no {{}} where the name goes; for example {TEMPLATES[0]!r}"
+        )
     return list(dict.fromkeys(template.replace("{}", name) for name in names for template in templates))
 
 
@@ -89,7 +93,9 @@ class _Tally:
         if len(self.examples[reason]) < _EXAMPLES:
             self.examples[reason].append(dropped)
 
-    def see(self, part: Sequence[tuple[int, int, str]], scores: np.ndarray) -> None:  # (B,) of the sentences of a block
+    def see(
+        self, part: Sequence[tuple[int, int, str]], scores: np.ndarray
+    ) -> None:  # (B,) of the sentences of a block
         "Remember how scores are distributed, and the lowest ones"
         self.histogram += np.histogram(scores.clip(-1, 1), _BINS)[0]
         worst = [(float(scores[k]), *part[k]) for k in np.argsort(scores, kind="stable")[:_EXAMPLES]]
@@ -123,8 +129,14 @@ class Selection:
         said = f"kept {counts['kept']:,} of {counts['read']:,} sentences, scores {self.scores[0]:.3f} to {self.cut:.3f}"
         lines = [said, "dropped: " + ", ".join(f"{reason} {counts[reason]:,}" for reason in REASONS)]
         if counts["kept"] < self.wanted:
-            helps = f"a reserve above {self.reserve:g} finds more" if counts["below the cut"] else "the text holds no more"
-            lines.append(f"fewer than the {self.wanted:,} asked for: {helps}, and so does a near below {self.near:g}")
+            helps = (
+                f"a reserve above {self.reserve:g} finds more"
+                if counts["below the cut"]
+                else "the text holds no more"
+            )
+            lines.append(
+                f"fewer than the {self.wanted:,} asked for: {helps}, and so does a near below {self.near:g}"
+            )
         return "\n".join(lines)
 
 # %% ../nbs/library/09_corpus.ipynb #7837a54c
@@ -150,7 +162,10 @@ def _sentences(
             text = clean_caption(raw.decode())
             count = text.count(" ") + bool(text)
             if not words[0] <= count <= words[1]:
-                tally.drop("too short or long", Dropped(text[:200], file, line, why=f"{count} word{'s' * (count != 1)}"))
+                tally.drop(
+                    "too short or long",
+                    Dropped(text[:200], file, line, why=f"{count} word{'s' * (count != 1)}"),
+                )
                 continue
             digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
             if seen[digest % _SLOTS] == digest:
@@ -171,8 +186,15 @@ def _text_files(source: Path | str | Sequence) -> list[Path]:
     paths = [shipped(path).resolve() for path in ([source] if isinstance(source, (str, Path)) else source)]
     twice = next((path for path in paths if paths.count(path) > 1), None)
     if not paths or twice:
-        raise ValueError(f"{twice} is named more than once" if twice else "no source: name one text file, or several")
-    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+        raise ValueError(
+            f"{twice} is named more than once" if twice else "no source: name one text file, or several"
+        )
+    marks = {
+        codecs.BOM_UTF32_LE: "UTF-32",
+        codecs.BOM_UTF32_BE: "UTF-32",
+        codecs.BOM_UTF16_LE: "UTF-16",
+        codecs.BOM_UTF16_BE: "UTF-16",
+    }
     for path in paths:
         if not path.is_file():
             said = "is a folder: name the text files in it" if path.is_dir() else "there is no such file"
@@ -181,9 +203,13 @@ def _text_files(source: Path | str | Sequence) -> list[Path]:
             start = file.read(4)
         encoding = next((name for mark, name in marks.items() if start.startswith(mark)), None)
         if encoding:
-            raise ValueError(f"{path} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8")
+            raise ValueError(
+                f"{path} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8"
+            )
         if start.startswith(b"\x1f\x8b") or not start:
-            raise ValueError(f"{path} is " + ("compressed: unpack it, for example with gunzip -k" if start else "empty"))
+            raise ValueError(
+                f"{path} is " + ("compressed: unpack it, for example with gunzip -k" if start else "empty")
+            )
     return paths
 
 
@@ -191,12 +217,17 @@ def _unit_images(images: Tensor, width: int) -> Tensor:  # (M, width) float16
     "The images' features, checked"
     images = torch.as_tensor(images).detach()
     if images.ndim != 2 or not len(images) or images.shape[1] != width:
-        raise ValueError(f"images must be (M, {width}), features of this teacher; they are {tuple(images.shape)}")
+        raise ValueError(
+            f"images must be (M, {width}), features of this teacher; they are {tuple(images.shape)}"
+        )
     norms = images.float().norm(dim=1)
     wrong = (~((norms - 1).abs() < 0.01)).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(f"images must be unit rows; row {row} has length {float(norms[row]):g}: divide each row by its length")
+        raise ValueError(
+            f"images must be unit rows; row {row} has length {float(norms[row]):g}: divide each row by its "
+            "length"
+        )
     return images.half()
 
 # %% ../nbs/library/09_corpus.ipynb #580e641e
@@ -212,14 +243,21 @@ def _encode(texts: Sequence[str], vlm: VLM) -> Tensor:  # (B, D) float16 unit ro
         found.append(vlm.encode_text(tokens.to(vlm.device))[: len(part)].half())
     features = torch.cat(found)
     if not features.isfinite().all():
-        raise ValueError(f"the teacher {vlm.name!r} gives features that are not finite: its weights are damaged")
+        raise ValueError(
+            f"the teacher {vlm.name!r} gives features that are not finite: its weights are damaged"
+        )
     return features
 
 
-def _nearest_image(features: Tensor, images: Tensor) -> tuple[np.ndarray, np.ndarray]:  # (B,) float32 cosines, (B,) int64 rows
+def _nearest_image(
+    features: Tensor, images: Tensor
+) -> tuple[np.ndarray, np.ndarray]:  # (B,) float32 cosines, (B,) int64 rows
     "The best image of every sentence, the first among equals"
     features = features.double()
-    best, rows = features.new_full((len(features),), -math.inf), torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    best, rows = (
+        features.new_full((len(features),), -math.inf),
+        torch.zeros(len(features), dtype=torch.int64, device=features.device),
+    )
     for start in range(0, len(images), _IMAGES):
         cosines, row = (features @ images[start : start + _IMAGES].double().T).max(dim=1)
         better = cosines > best
@@ -233,7 +271,9 @@ class _Candidates:
     def __init__(self, room: int, tally: _Tally):
         self.room, self.tally, self.texts, self.parts, self.cut = room, tally, [], [], -math.inf
 
-    def offer(self, texts: Sequence[str], scores: np.ndarray, *columns: np.ndarray) -> None:  # in the order of their lines
+    def offer(
+        self, texts: Sequence[str], scores: np.ndarray, *columns: np.ndarray
+    ) -> None:  # in the order of their lines
         "Take in what is above the cut"
         chosen = np.flatnonzero(scores > self.cut)  # an equal score on a later line is behind
         self.texts += [texts[k] for k in chosen]
@@ -245,7 +285,8 @@ class _Candidates:
         "Drop all but the best, and all but the first of identical ones"
         columns = [np.concatenate(column) for column in zip(*self.parts, strict=True)]
         first: dict[str, int] = {}
-        for row in np.argsort(-columns[0], kind="stable").tolist():  # the rows are in the order of their lines among equals
+        # the rows are in the order of their lines among equals
+        for row in np.argsort(-columns[0], kind="stable").tolist():
             first.setdefault(self.texts[row], row)
         self.tally.counts["duplicates"] += len(self.texts) - len(first)
         rows = list(first.values())[: self.room]
@@ -254,14 +295,18 @@ class _Candidates:
         return self.parts[0]
 
 # %% ../nbs/library/09_corpus.ipynb #23b10d00
-def _squares(a: Tensor, b: Tensor) -> Tensor:  # (A, D), (B, D) float64 that hold half-precision rows -> (A, B)
+def _squares(
+    a: Tensor, b: Tensor
+) -> Tensor:  # (A, D), (B, D) float64 that hold half-precision rows -> (A, B)
     "Squared distances, exact"
     return (a * a).sum(dim=1)[:, None] + (b * b).sum(dim=1) - 2 * a @ b.T
 
 
 def _distinct(
     texts: Sequence[str], features: Tensor, count: int, near: float, side: int = 256
-) -> tuple[list[int], dict[int, tuple[str, int]]]:  # rows that are kept; of others the reason, and the row that is kept instead
+) -> tuple[
+    list[int], dict[int, tuple[str, int]]
+]:  # rows that are kept; of others the reason, and the row that is kept instead
     "From the best down those that are near to none that is kept"
     kept, gone, words = [], {}, {}
     for start in range(0, len(texts), side):
@@ -288,12 +333,15 @@ def _distinct(
 
 # %% ../nbs/library/09_corpus.ipynb #ff1aeb1b
 def select_sentences(
-    source: Path | str | Sequence,  # a UTF-8 text file, one sentence a line, or several; relative ones from the project's root
+    # a UTF-8 text file, one sentence a line, or several; relative ones from the project's root
+    source: Path | str | Sequence,
     vlm: VLM,  # the teacher, on its device
     images: Tensor,  # (M, D) unit rows, the teacher's features of the images that sentences should be near to
     count: int,  # N sentences to keep
-    near: float = 0.05,  # Euclidean distance of two features below which the lower scored one goes; 0 to 2; our default
-    reserve: float = 2.0,  # candidates held for each sentence wanted, at least 1; what near-duplicates use up comes from there
+    # Euclidean distance of two features below which the lower scored one goes; 0 to 2; our default
+    near: float = 0.05,
+    # candidates held for each sentence wanted, at least 1; what near-duplicates use up comes from there
+    reserve: float = 2.0,
     words: tuple[int, int] = (3, 40),  # fewest and most of a sentence
     block: int = 2048,  # sentences scored at once; changes no answer
     progress: bool = True,  # a progress bar over the bytes
@@ -301,11 +349,15 @@ def select_sentences(
     "The sentences of a text file that are nearest to the images, in one pass and bounded memory"
     _check_limits(count, near, reserve, words, block)
     paths, images = _text_files(source), _unit_images(images, vlm.config["model_cfg"]["embed_dim"])
-    device = vlm.device if vlm.device.type == "cuda" else torch.device("cpu")  # where there is double precision
+    # where there is double precision
+    device = vlm.device if vlm.device.type == "cuda" else torch.device("cpu")
     tally, images = _Tally(), images.to(device)
     best = _Candidates(round(reserve * count), tally)
     size = sum(path.stat().st_size for path in paths)
-    with evaluating(vlm.model), tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress) as bar:
+    with (
+        evaluating(vlm.model),
+        tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
         sentences = _sentences(paths, words, tally, bar)
         while part := list(islice(sentences, block)):
             files, lines, texts = zip(*part, strict=True)
@@ -314,20 +366,34 @@ def select_sentences(
             tally.see(part, scores)
             best.offer(texts, scores, rows, np.array(files), np.array(lines), features.cpu().numpy())
     if not best.texts:
-        raise ValueError(f"{', '.join(path.name for path in paths)}: no sentence of {words[0]} to {words[1]} words "
-                         f"among {tally.read} ({', '.join(f'{k} {n}' for k, n in tally.counts.items() if n)})")  # fmt: skip
+        raise ValueError(
+            f"{', '.join(path.name for path in paths)}: no sentence of {words[0]} to {words[1]} words "
+            f"among {tally.read} ({', '.join(f'{k} {n}' for k, n in tally.counts.items() if n)})"
+        )
     columns = best.reduce()
     kept, gone = _distinct(best.texts, torch.from_numpy(columns[-1]).to(device), count, near)
-    return _settled(best, kept, gone, dict(sources=tuple(path.name for path in paths), wanted=count, near=near, reserve=reserve))
+    return _settled(
+        best,
+        kept,
+        gone,
+        dict(sources=tuple(path.name for path in paths), wanted=count, near=near, reserve=reserve),
+    )
 
 # %% ../nbs/library/09_corpus.ipynb #96226614
 def _check_limits(count: int, near: float, reserve: float, words: tuple[int, int], block: int) -> None:
     "The numbers that `select_sentences` is given"
     for name, value, good, valid in (
-        ("count", count, count >= 1, "at least 1"), ("near", near, 0 <= near <= 2, "from 0 to 2, the distance of opposite rows"),
-        ("reserve", reserve, 1 <= reserve < math.inf, "at least 1"), ("block", block, block >= 1, "at least 1"),
-        ("words", words, len(words) == 2 and 1 <= words[0] <= words[1], "two numbers, the fewest from 1 up and the most"),
-    ):  # fmt: skip
+        ("count", count, count >= 1, "at least 1"),
+        ("near", near, 0 <= near <= 2, "from 0 to 2, the distance of opposite rows"),
+        ("reserve", reserve, 1 <= reserve < math.inf, "at least 1"),
+        ("block", block, block >= 1, "at least 1"),
+        (
+            "words",
+            words,
+            len(words) == 2 and 1 <= words[0] <= words[1],
+            "two numbers, the fewest from 1 up and the most",
+        ),
+    ):
         if not good:
             raise ValueError(f"{name}={value} is not valid: {valid}")
 
@@ -337,15 +403,29 @@ def _settled(best: _Candidates, kept: list[int], gone: dict[int, tuple[str, int]
     tally, texts, (scores, nearest, files, lines, features) = best.tally, best.texts, best.parts[0]
     for row, (reason, other) in gone.items():
         apart = math.dist(features[row].astype(np.float64), features[other].astype(np.float64))
-        why = f"{apart:.3f} from: {texts[other]}" if reason == "near-duplicates" else f"the words of: {texts[other]}"
+        why = (
+            f"{apart:.3f} from: {texts[other]}"
+            if reason == "near-duplicates"
+            else f"the words of: {texts[other]}"
+        )
         tally.drop(reason, Dropped(texts[row], int(files[row]), int(lines[row]), float(scores[row]), why))
     settled = {texts[row] for row in [*kept, *gone]}
     cut = f"the cut is {scores[kept[-1]]:.3f}"
-    lowest = [Dropped(text, file, line, score, cut) for score, file, line, text in tally.lowest if text not in settled]
+    lowest = [
+        Dropped(text, file, line, score, cut)
+        for score, file, line, text in tally.lowest
+        if text not in settled
+    ]
     dropped = {reason: tuple(found) for reason, found in (tally.examples | {"below the cut": lowest}).items()}
     counts = {"read": tally.read, **tally.counts, "kept": len(kept)}
     counts["below the cut"] = tally.read - len(kept) - sum(tally.counts.values())
-    columns = dict(scores=scores[kept], nearest=nearest[kept], files=files[kept], lines=lines[kept], histogram=tally.histogram)
+    columns = dict(
+        scores=scores[kept],
+        nearest=nearest[kept],
+        files=files[kept],
+        lines=lines[kept],
+        histogram=tally.histogram,
+    )
     return Selection(tuple(texts[row] for row in kept), counts=counts, dropped=dropped, **columns, **given)
 
 # %% ../nbs/library/09_corpus.ipynb #80f31312
@@ -354,23 +434,32 @@ _ARRAYS = ("scores", "nearest", "files", "lines", "histogram")
 
 def write_selection(
     selection: Selection,
-    path: str | Path,  # of the text file; a relative one from the project's root. The report goes beside it: .json, .safetensors
+    # of the text file; a relative one from the project's root. The report goes beside it: .json, .safetensors
+    path: str | Path,
 ) -> Path:  # of the text file
     "The sentences as a text file, and the report beside it"
     path = project_root() / path
     if path.suffix == ".json":
-        raise ValueError(f"{path.name}: the report takes the name that ends in .json; name the sentences' file .txt")
+        raise ValueError(
+            f"{path.name}: the report takes the name that ends in .json; name the sentences' file .txt"
+        )
     about = {name: getattr(selection, name) for name in ("sources", "wanted", "near", "reserve", "cut")}
     about["counts"] = dict(selection.counts)
     shares = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
-    about["scores"] = {f"{share:g}": float(score) for share, score in zip(shares, np.quantile(selection.scores, shares), strict=True)}
-    about["dropped"] = {reason: [asdict(example) for example in found] for reason, found in selection.dropped.items()}
+    about["scores"] = {
+        f"{share:g}": float(score)
+        for share, score in zip(shares, np.quantile(selection.scores, shares), strict=True)
+    }
+    about["dropped"] = {
+        reason: [asdict(example) for example in found] for reason, found in selection.dropped.items()
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
     save_file({name: getattr(selection, name) for name in _ARRAYS}, arrays)
     os.replace(arrays, path.with_suffix(".safetensors"))
     contents = {path.with_suffix(".json"): json.dumps(about, indent=1) + "\n"}
-    contents[path] = "".join(f"{text}\n" for text in selection.sentences)  # last: where the sentences are, all is
+    # last: where the sentences are, all is
+    contents[path] = "".join(f"{text}\n" for text in selection.sentences)
     for place, content in contents.items():
         write_whole(place, content)
     return path
@@ -381,9 +470,14 @@ def read_selection(
 ) -> Selection:
     "A selection as it was written"
     path = project_root() / path
-    about, arrays = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors"))
+    about, arrays = (
+        json.loads(path.with_suffix(".json").read_text(encoding="utf-8")),
+        load_file(path.with_suffix(".safetensors")),
+    )
     texts = tuple(path.read_text(encoding="utf-8").splitlines())
-    dropped = {reason: tuple(Dropped(**example) for example in found) for reason, found in about["dropped"].items()}
+    dropped = {
+        reason: tuple(Dropped(**example) for example in found) for reason, found in about["dropped"].items()
+    }
     given = {name: about[name] for name in ("wanted", "near", "reserve", "counts")}
     return Selection(texts, sources=tuple(about["sources"]), dropped=dropped, **given, **arrays)
 
@@ -394,11 +488,18 @@ def plot_selection(selection: Selection):  # matplotlib Figure
 
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 2.6), layout="constrained")
     kept = np.histogram(selection.scores.clip(-1, 1), _BINS)[0]
-    for values, colour, name in ((selection.histogram - kept, "0.7", "not kept"), (kept, "tab:green", "kept")):
+    for values, colour, name in (
+        (selection.histogram - kept, "0.7", "not kept"),
+        (kept, "tab:green", "kept"),
+    ):
         axes[0].stairs(np.maximum(values, 0), _BINS, fill=True, alpha=0.7, color=colour, label=name)
     axes[0].axvline(selection.cut, color="black", ls=":", lw=1)
     some = np.flatnonzero(selection.histogram)
-    axes[0].set(xlim=(_BINS[some[0]] - 0.02, _BINS[some[-1] + 1] + 0.02), xlabel="cosine with the nearest image", ylabel="sentences")
+    axes[0].set(
+        xlim=(_BINS[some[0]] - 0.02, _BINS[some[-1] + 1] + 0.02),
+        xlabel="cosine with the nearest image",
+        ylabel="sentences",
+    )
     axes[0].legend(frameon=False, loc="upper left")
     names = ["kept", *reversed(REASONS)]
     values = [selection.counts[name] for name in names]
@@ -413,7 +514,8 @@ def plot_selection(selection: Selection):  # matplotlib Figure
 # %% ../nbs/library/09_corpus.ipynb #0c55bfdd
 def grounded(
     selection: Selection,
-    pictures: Pairs | Sequence[Image.Image],  # M, in the order of the images that the sentences were compared with
+    # M, in the order of the images that the sentences were compared with
+    pictures: Pairs | Sequence[Image.Image],
     count: int = 6,  # kept sentences shown, spread evenly from the best to the cut
     each: int = 2,  # dropped ones shown of each reason
 ):  # IPython HTML
@@ -421,8 +523,11 @@ def grounded(
     from IPython.display import HTML
 
     if int(selection.nearest.max()) >= len(pictures):
-        raise ValueError(f"a sentence is nearest to image {selection.nearest.max()}, but there are {len(pictures)} pictures: give those "
-                         "that the sentences were compared with, in the same order")  # fmt: skip
+        raise ValueError(
+            f"a sentence is nearest to image {selection.nearest.max()}, but there are {len(pictures)} "
+            "pictures: give those "
+            "that the sentences were compared with, in the same order"
+        )
     rows = []
     for k in np.unique(np.linspace(0, len(selection.sentences) - 1, count).astype(int)):
         row = int(selection.nearest[k])
@@ -433,5 +538,7 @@ def grounded(
         for gone in selection.dropped[reason][:each]:
             score = "" if gone.score is None else f"{gone.score:.3f}"
             rows.append(("", escaped(gone.text[:200]), score, f"{reason}: {escaped(gone.why[:200])}"))
-    lines = "".join("<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    lines = "".join(
+        "<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return HTML(f"<table><tr><th>nearest</th><th>sentence</th><th>score</th><th></th></tr>{lines}</table>")

@@ -85,7 +85,11 @@ def _found_by(
 
 
 def _all_patterns(where: str | Path | list) -> list[str]:
-    return [pattern for part in ([where] if isinstance(where, (str, Path)) else list(where)) for pattern in _patterns(part)]
+    return [
+        pattern
+        for part in ([where] if isinstance(where, (str, Path)) else list(where))
+        for pattern in _patterns(part)
+    ]
 
 
 def _patterns(part: str | Path) -> list[str]:
@@ -122,8 +126,12 @@ def _without(shards: list[Path], excluded: Sequence[str]) -> list[Path]:
     for pattern in excluded:
         names = [os.path.expanduser(name) for name in _braces(pattern[1:].strip())]
         paths = [str(project_root() / name) for name in names]
-        left = [path for path in shards if not any(fnmatch(path.name, name) for name in names) and
-                not any(fnmatch(str(path), name) for name in paths)]  # fmt: skip
+        left = [
+            path
+            for path in shards
+            if not any(fnmatch(path.name, name) for name in names)
+            and not any(fnmatch(str(path), name) for name in paths)
+        ]
         if len(left) == len(shards):
             there = _some([path.name for path in shards])
             raise ValueError(f"{pattern} leaves nothing out: none of {there} is named so")
@@ -186,7 +194,11 @@ def _found(folder: Path) -> str:
     nearest = next(p for p in (folder, *folder.parents) if p.is_dir())
     names = sorted(path.name + "/" * path.is_dir() for path in nearest.iterdir())
     shards = [name for name in names if name.endswith(_ENDINGS)]
-    place = "it holds" if nearest == folder else f"that folder does not exist, the nearest that does is {nearest}, which holds"
+    place = (
+        "it holds"
+        if nearest == folder
+        else f"that folder does not exist, the nearest that does is {nearest}, which holds"
+    )
     return f"{place} {_some(shards or names) or 'nothing'}"
 
 # %% ../nbs/library/04_data.ipynb #92f89dd7
@@ -218,7 +230,8 @@ def _holds_pairs(folder: Path) -> bool:
 
 
 def find_sentences(
-    where: str | Path | list,  # as in `find_shards`, or text files, one sentence a line, or a folder of .txt files
+    # as in `find_shards`, or text files, one sentence a line, or a folder of .txt files
+    where: str | Path | list,
 ) -> list[Path]:
     "The shards, or parts of text files, that hold the sentences that `where` names"
     return _found_by(_sentences_of, where)
@@ -425,7 +438,13 @@ def write_index(
 ) -> Path:
     "An index of some of a shard's samples"
     there = os.path.relpath(shard.path, path.parent)
-    about = {"shard": there, "digest": shard.digest, "bytes": shard.bytes, "count": shard.count, "kept": list(keys)}
+    about = {
+        "shard": there,
+        "digest": shard.digest,
+        "bytes": shard.bytes,
+        "count": shard.count,
+        "kept": list(keys),
+    }
     write_whole(path, json.dumps(about))
     return path
 
@@ -453,7 +472,9 @@ def copy_samples(
                 member.size = len(sample[name])
                 tar.addfile(member, io.BytesIO(sample[name]))
     os.replace(beside, path)
-    path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": count, "successes": count}) + "\n")
+    path.with_name(f"{path.stem}_stats.json").write_text(
+        json.dumps({"count": count, "successes": count}) + "\n"
+    )
     return count
 
 # %% ../nbs/library/04_data.ipynb #be0e3038
@@ -489,14 +510,19 @@ class ShardReport:
     bytes: int  # size of the file; of an index the part of its shard
     digest: str  # SHA-256 of the contents, of large files of a sample of them
     problem: str = ""  # "" if the file is sound
-    counted_by: str = "headers"  # "stats": img2dataset's own count; "index": the keys of an index; "part": a part's own
+    # "stats": img2dataset's own count; "index": the keys of an index; "part": a part's own
+    counted_by: str = "headers"
     ignored: Mapping[str, int] = field(default_factory=dict, hash=False)  # not read; of "stats" unknown
 
 
 def content_digest(path: Path) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file; above 64 MB of 256 evenly spaced blocks of 64 KB"
     size, digest = path.stat().st_size, hashlib.sha256()
-    starts = range(0, size, _BLOCK) if size <= _WHOLE else [(size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+    starts = (
+        range(0, size, _BLOCK)
+        if size <= _WHOLE
+        else [(size - _BLOCK) * i // (_BLOCKS - 1) for i in range(_BLOCKS)]
+    )
     with open(path, "rb") as file:
         for start in starts:
             file.seek(start)
@@ -511,7 +537,9 @@ def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
         about = json.loads(path.read_text(encoding="utf-8"))
         digest = about["digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return ShardReport(path, name, 0, 0, "", f"no index of a shard ({str(error).splitlines()[0]})", "index")
+        return ShardReport(
+            path, name, 0, 0, "", f"no index of a shard ({str(error).splitlines()[0]})", "index"
+        )
     if not shard.exists():
         return ShardReport(path, name, 0, 0, digest, f"its shard {shard} is gone", "index")
     whole = _inspect(shard, name, cache)
@@ -615,7 +643,12 @@ class DataReport:
     def to_json(self) -> dict:
         "For config.json: fingerprint, count, and one entry a shard"
         shards = [asdict(shard) | {"path": str(shard.path)} for shard in self.shards]
-        return {"fingerprint": self.fingerprint, "total": self.total, "damaged": len(self.damaged), "shards": shards}
+        return {
+            "fingerprint": self.fingerprint,
+            "total": self.total,
+            "damaged": len(self.damaged),
+            "shards": shards,
+        }
 
     @property
     def ignored(self) -> Counter:
@@ -624,7 +657,10 @@ class DataReport:
 
     def __str__(self) -> str:
         counts, size = [s.count for s in self.usable], sum(s.bytes for s in self.usable) / 1e6
-        lines = [f"{len(counts)} shards, {self.total:,} samples, {size:,.1f} MB, fingerprint {self.fingerprint[:12]}"]
+        lines = [
+            f"{len(counts)} shards, {self.total:,} samples, {size:,.1f} MB, fingerprint "
+            f"{self.fingerprint[:12]}"
+        ]
         if counts:
             lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
         lines += _left_out(self.usable)
@@ -651,13 +687,22 @@ def inspect_shards(
     "Count, check and fingerprint shards; damage is reported, not raised"
     paths = find_shards(shards)
     names = _distinct_names(paths)
-    bar = tqdm(zip(paths, names, strict=True), total=len(paths), desc="inspecting shards", delay=2, disable=not progress)
+    bar = tqdm(
+        zip(paths, names, strict=True),
+        total=len(paths),
+        desc="inspecting shards",
+        delay=2,
+        disable=not progress,
+    )
     return DataReport(tuple(_inspect(path, name, cache) for path, name in bar))
 
 # %% ../nbs/library/04_data.ipynb #a45ae920
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
     "File names without endings, with as many folders before them as it takes to tell them apart; if nothing else does, with endings"
-    plain = [path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|(kept|lines|files|pairs)\.json)$", "", path.name)) for path in paths]
+    plain = [
+        path.with_name(re.sub(r"\.(tar|tar\.gz|tgz|(kept|lines|files|pairs)\.json)$", "", path.name))
+        for path in paths
+    ]
     for depth in range(1, max(len(path.parts) for path in plain) + 1):
         names = ["/".join(path.parts[-depth:]) for path in plain]
         if len(set(names)) == len(names):
@@ -675,7 +720,8 @@ def shards_in_name(
 # %% ../nbs/library/04_data.ipynb #09d5f5ab
 def check_split(
     report: DataReport,
-    workers: int = 0,  # reading processes per rank; 0 reads in the training process, which counts as one reader
+    # reading processes per rank; 0 reads in the training process, which counts as one reader
+    workers: int = 0,
     world_size: int = 1,  # training processes
     batch_size: int = 1,  # pairs per process and step
     allow_damaged: bool = False,  # leave damaged shards out instead of refusing them
@@ -694,7 +740,10 @@ def check_split(
         )
     if report.total < batch_size * world_size:
         need = f"batch_size {batch_size} × {world_size} processes = {batch_size * world_size} samples a step"
-        raise ValueError(f"{report.total} samples are fewer than {need}; use a batch_size of at most {report.total // world_size}")
+        raise ValueError(
+            f"{report.total} samples are fewer than {need}; use a batch_size of at most "
+            f"{report.total // world_size}"
+        )
 
 # %% ../nbs/library/04_data.ipynb #5ae5769e
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
@@ -716,12 +765,19 @@ def clean_caption(text: str) -> str:
 # %% ../nbs/library/04_data.ipynb #f04dc6cb
 _READABLE = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM")  # Pillow's names
 _MARKS = {  # format that is not read -> how its files begin
-    "HEIC": rb"....ftyp(hei|hev|mif|msf)", "AVIF": rb"....ftypavi", "JPEG XL": rb"\xff\x0a|....JXL ",
-    "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51", "SVG": rb"(?i)\s*(<\?xml|<svg)", "Photoshop": rb"8BPS",
-    "HTML": rb"(?i)\s*<(!doctype|html)", "PDF": rb"%PDF", "PostScript": rb"%!PS",
-    "icon": rb"\x00\x00\x01\x00", "OpenEXR": rb"\x76\x2f\x31\x01",
+    "HEIC": rb"....ftyp(hei|hev|mif|msf)",
+    "AVIF": rb"....ftypavi",
+    "JPEG XL": rb"\xff\x0a|....JXL ",
+    "JPEG 2000": rb"....jP  |\xff\x4f\xff\x51",
+    "SVG": rb"(?i)\s*(<\?xml|<svg)",
+    "Photoshop": rb"8BPS",
+    "HTML": rb"(?i)\s*<(!doctype|html)",
+    "PDF": rb"%PDF",
+    "PostScript": rb"%!PS",
+    "icon": rb"\x00\x00\x01\x00",
+    "OpenEXR": rb"\x76\x2f\x31\x01",
     "Radiance HDR": rb"#\?RAD",
-}  # fmt: skip
+}
 
 
 @lru_cache
@@ -758,10 +814,14 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
 # %% ../nbs/library/04_data.ipynb #b56087b6
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {  # what it says -> how the picture is turned
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
+}
 
 
 def decode_image(
@@ -859,7 +919,9 @@ def _json_of(fields: Mapping[str, bytes]) -> dict:
 def _usable_captions(fields: Mapping[str, bytes], extra: dict) -> list[str]:
     "The captions of the first source that has any, or `BadSample`"
     unclear = next((name for name in ("captions", "caption") if extra.get(name)), "")
-    reason = f"no caption: {unclear} in the JSON is no text, and no list of texts" if unclear else "no caption"
+    reason = (
+        f"no caption: {unclear} in the JSON is no text, and no list of texts" if unclear else "no caption"
+    )
     for texts in _caption_sources(fields, extra):
         cleaned = dict.fromkeys(clean_caption(text) for text in texts)
         captions = [text for text in cleaned if text]
@@ -914,7 +976,9 @@ def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
     return caption, _class_index(fields.get("cls", extra.get("cls")))
 
 # %% ../nbs/library/04_data.ipynb #53c31344
-def _class_index(label: Any) -> int | None:  # None where there is no class: nothing is said, or a negative number
+def _class_index(
+    label: Any,
+) -> int | None:  # None where there is no class: nothing is said, or a negative number
     "The class of a sample as its file, or an entry of its JSON, says it"
     text = label.decode("utf-8-sig", "replace") if isinstance(label, bytes) else str(label)
     if label is None or not text.strip():
@@ -947,7 +1011,9 @@ def label_sets(
 # %% ../nbs/library/04_data.ipynb #8dcab4cb
 def asked_questions(
     fields: dict[str, bytes],  # one raw sample
-) -> tuple[tuple[str, str, str], ...]:  # (question, answer, type) each; untrusted text, cleaned; empty when there are none
+) -> tuple[
+    tuple[str, str, str], ...
+]:  # (question, answer, type) each; untrusted text, cleaned; empty when there are none
     "The questions that a sample's JSON asks"
     try:
         found = list(json.loads(fields.get("json", b"{}"))["questions"])
@@ -988,7 +1054,9 @@ class FastPreprocess:
         middle = (slice(None), self.height // 2, self.width // 2)
         self.shift = black[middle][:, None, None]  # (3, 1, 1) value of a black pixel
         self.gain = (white - black)[middle][:, None, None] / 255  # (3, 1, 1) per step of a byte
-        self.exact = bool((self.gain > 0).all()) and all(self._agrees(*size) for size in ((self.width, self.height), (97, 61), (61, 150)))
+        self.exact = bool((self.gain > 0).all()) and all(
+            self._agrees(*size) for size in ((self.width, self.height), (97, 61), (61, 150))
+        )
 
     def _agrees(self, width: int, height: int) -> bool:
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -1001,7 +1069,9 @@ class FastPreprocess:
         "The image after resizing and cropping"
         if image.size != (self.width, self.height):
             if self.geometry is None:  # undo the affine map instead
-                return ((self.preprocess(image) - self.shift) / self.gain).round().clamp(0, 255).byte().numpy()
+                return (
+                    ((self.preprocess(image) - self.shift) / self.gain).round().clamp(0, 255).byte().numpy()
+                )
             for step in self.geometry:
                 image = step(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
@@ -1020,7 +1090,9 @@ class FastPreprocess:
 def _geometry(preprocess: Callable) -> list[Callable] | None:  # from PIL image to PIL image
     "Of a torchvision transform the steps before ToTensor, of anything else None"
     steps = getattr(preprocess, "transforms", [])
-    cut = next((i for i, step in enumerate(steps) if type(step).__name__ in ("ToTensor", "MaybeToTensor")), None)
+    cut = next(
+        (i for i, step in enumerate(steps) if type(step).__name__ in ("ToTensor", "MaybeToTensor")), None
+    )
     return None if cut is None else steps[:cut]
 
 # %% ../nbs/library/04_data.ipynb #e116f329
@@ -1028,7 +1100,9 @@ def plan_epochs(
     counts: list[int],  # samples of each shard
     readers: int,  # workers × processes
     seed: int = 0,
-) -> Iterator[list[list[int]]]:  # for epoch 0, 1, …: for every reader its shards, in the order in which it reads them
+) -> Iterator[
+    list[list[int]]
+]:  # for epoch 0, 1, …: for every reader its shards, in the order in which it reads them
     "Which reader reads which shard in every epoch"
     given = [(0, reader) for reader in range(readers)]  # a heap of (samples so far, reader)
     for epoch in range(1 << 62):
@@ -1145,11 +1219,19 @@ class Crops:
         "The crop of an item that an epoch sees; -1 where crops have no numbers"
         if self.always is not None:
             return self.always
-        return (random.Random(f"number {self.seed} {item.place}").randrange(self.count) + epoch) % self.count if self.count else -1
+        return (
+            (random.Random(f"number {self.seed} {item.place}").randrange(self.count) + epoch) % self.count
+            if self.count
+            else -1
+        )
 
-    def box(self, size: tuple[int, int], item: _Item, epoch: int, number: int) -> tuple[float, float, float, float] | None:
+    def box(
+        self, size: tuple[int, int], item: _Item, epoch: int, number: int
+    ) -> tuple[float, float, float, float] | None:
         "Left, top, right, bottom in pixels; None: the whole picture"
-        chosen = f"crop {self.seed} {epoch} {item.place}" if number < 0 else f"numbered crop {number} {item.key}"
+        chosen = (
+            f"crop {self.seed} {epoch} {item.place}" if number < 0 else f"numbered crop {number} {item.key}"
+        )
         return crop_box(*size, self.scale, chosen) if self.scale < 1 else None
 
 # %% ../nbs/library/04_data.ipynb #9ab4635b
@@ -1184,14 +1266,23 @@ class _Studio:
     "Makes items into what student and teacher see"
 
     def __init__(
-        self, student: View, teacher: View | None, max_pixels: int, crops: Crops | None = None,
-        shelf: _Shelf | None = None, draw_seed: int | None = None,
-    ):  # fmt: skip
+        self,
+        student: View,
+        teacher: View | None,
+        max_pixels: int,
+        crops: Crops | None = None,
+        shelf: _Shelf | None = None,
+        draw_seed: int | None = None,
+    ):
         self.crops, self.max_pixels, self.shelf = crops or Crops(), max_pixels, shelf
         self.draw_seed = draw_seed  # of the captions; None: the first of each sample
         self.lenses, self.words = _shared_views(student, teacher or View(None, None))
-        self.sides, self.asks = ("image",) * bool(self.lenses) + ("text",) * bool(self.words), student.questions
-        self.still = self.crops.scale >= 1 and all(lens.exact for lens in self.lenses)  # the same pixels in every epoch
+        self.sides, self.asks = (
+            ("image",) * bool(self.lenses) + ("text",) * bool(self.words),
+            student.questions,
+        )
+        # the same pixels in every epoch
+        self.still = self.crops.scale >= 1 and all(lens.exact for lens in self.lenses)
 
     def see(self, item: _Item, epoch: int = 0) -> _Seen:
         "What the models see of an item in an epoch; raises BadSample"
@@ -1278,7 +1369,9 @@ def _as_batch(studio: _Studio, rows: list[tuple[str, _Seen]], skipped: list[tupl
     names, samples = zip(*rows, strict=True)
     captions = tuple(sample.captions[sample.number] for sample in samples)
     columns = zip(studio.lenses, zip(*(sample.pictures for sample in samples), strict=True), strict=True)
-    images = [lens.normalise(np.stack(column)) if lens.exact else torch.stack(column) for lens, column in columns]
+    images = [
+        lens.normalise(np.stack(column)) if lens.exact else torch.stack(column) for lens, column in columns
+    ]
     texts = [words(list(captions)) for words in studio.words]
     further = dict(labels=tuple(sample.label for sample in samples), skipped=tuple(skipped))
     if texts:
@@ -1290,7 +1383,9 @@ def _as_batch(studio: _Studio, rows: list[tuple[str, _Seen]], skipped: list[tupl
     return Batch(*_both_views(images, texts, len(names)), keys=names, captions=captions, **further)
 
 
-def _both_views(images: list[Tensor], texts: list[Tensor], size: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _both_views(
+    images: list[Tensor], texts: list[Tensor], size: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     "Image and text of the student, then the teacher's where they differ; nothing in place of a side that is not read"
     images = images or [torch.zeros(size, 0)]
     texts = texts or [torch.zeros(size, 0, dtype=torch.long)]
@@ -1299,7 +1394,9 @@ def _both_views(images: list[Tensor], texts: list[Tensor], size: int) -> tuple[T
     return images[0], texts[0], teacher_image, teacher_text
 
 # %% ../nbs/library/04_data.ipynb #a66c3384
-def _good_and_bad(studio: _Studio, items: Iterable[tuple[int, _Item]]) -> Iterator[tuple[str, tuple | None, str]]:
+def _good_and_bad(
+    studio: _Studio, items: Iterable[tuple[int, _Item]]
+) -> Iterator[tuple[str, tuple | None, str]]:
     "For every (epoch, sample) its name, what the models see or None, and the reason"
     for epoch, item in items:
         try:
@@ -1315,7 +1412,8 @@ def _filled(studio: _Studio, group: list[tuple[int, _Item]], following: list[tup
     skipped = [(name, reason) for name, pair, reason in seen if not pair]
     if skipped:
         names = {name for name, _ in rows}
-        spare = sorted(following, key=lambda one: one[1].name in names)  # stable: a pair that is in the batch already comes last
+        # stable: a pair that is in the batch already comes last
+        spare = sorted(following, key=lambda one: one[1].name in names)
         good = ((name, pair) for name, pair, _ in _good_and_bad(studio, spare) if pair)
         rows += islice(good, len(skipped))
     if not rows:
@@ -1364,7 +1462,8 @@ class _Reader:
 class PairStream:
     "Batches of image-text pairs without end, in an order that can be repeated and resumed"
 
-    report: DataReport | str | Path | list  # from `inspect_shards`, or what it takes; damaged shards are left out
+    # from `inspect_shards`, or what it takes; damaged shards are left out
+    report: DataReport | str | Path | list
     student: View
     batch_size: int  # pairs of this process in every step
     teacher: View | None = None  # None, or a part that is None: the student's serves
@@ -1375,7 +1474,8 @@ class PairStream:
     world_size: int = 1  # training processes, each with its own shards
     shuffle: int = 2048  # undecoded samples in every reader's buffer
     crop_scale: float = 1.0  # least share of the area of a random crop, in (0, 1]; 1 is no augmentation
-    crops: int = 0  # numbered crops that each image has, one of which an epoch sees; 0: a new one in every epoch
+    # numbered crops that each image has, one of which an epoch sees; 0: a new one in every epoch
+    crops: int = 0
     cache_mb: int = 256  # memory for samples already read, over all workers of this process, in 10^6 bytes
     max_pixels: int = 50_000_000  # as in `decode_image`
 
@@ -1410,7 +1510,8 @@ class _Readers(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         workers = self.stream.workers
         number = (get_worker_info().id + self.start) % workers
-        already = (self.start - number + workers - 1) // workers  # batches this reader has delivered among the first `start`
+        # batches this reader has delivered among the first `start`
+        already = (self.start - number + workers - 1) // workers
         return _Reader(self.stream, number).batches(already)
 
 
@@ -1418,7 +1519,8 @@ def _loader(stream: PairStream, start: int) -> DataLoader:
     "The worker processes of one rank"
     plain = replace(stream)  # without what the reader of this process has in memory
     generator = torch.Generator().manual_seed(stream.seed)
-    context = "fork" if sys.platform == "linux" else None  # a transform or tokenizer defined in a notebook cannot be pickled
+    # a transform or tokenizer defined in a notebook cannot be pickled
+    context = "fork" if sys.platform == "linux" else None
     processes = dict(num_workers=stream.workers, multiprocessing_context=context)
     return DataLoader(_Readers(plain, start), batch_size=None, generator=generator, **processes)
 
@@ -1430,13 +1532,17 @@ def _as_report(data: DataReport | str | Path | list) -> DataReport:
 def _check_stream(stream: PairStream) -> None:
     "Refuse what cannot work before anything is read"
     shards = _as_report(stream.report).shards
-    stream.report = DataReport(tuple(sorted(shards, key=lambda shard: shard.name)))  # the order does not depend on how they were listed
+    # the order does not depend on how they were listed
+    stream.report = DataReport(tuple(sorted(shards, key=lambda shard: shard.name)))
     valid = {
         "batch_size": (stream.batch_size >= 1, "at least 1"),
         "workers": (stream.workers >= 0, "0 or more"),
         "rank": (0 <= stream.rank < stream.world_size, f"0 to {stream.world_size - 1}"),
         "crop_scale": (0 < stream.crop_scale <= 1, "above 0, at most 1"),
-        "crops": (stream.crops == 0 or stream.crops > 0 and stream.crop_scale < 1, "0, or more with crop_scale below 1"),
+        "crops": (
+            stream.crops == 0 or stream.crops > 0 and stream.crop_scale < 1,
+            "0, or more with crop_scale below 1",
+        ),
     }
     for name, (fine, words) in valid.items():
         if not fine:
@@ -1469,7 +1575,11 @@ class BadSampleGuard:
         "Count a batch"
         self.read += len(batch) if read is None else read
         self.bad += len(batch.skipped)
-        new = [{"sample": name, "reason": reason} for name, reason in dict(batch.skipped).items() if name not in self.known]
+        new = [
+            {"sample": name, "reason": reason}
+            for name, reason in dict(batch.skipped).items()
+            if name not in self.known
+        ]
         self.known |= {entry["sample"] for entry in new}
         self.examples = dict([*self.examples.items(), *batch.skipped][:3])
         return new
@@ -1479,7 +1589,8 @@ class BadSampleGuard:
         if self.read >= self.minimum and self.share > self.max_share:
             named = "; ".join(f"{name}: {reason}" for name, reason in self.examples.items())
             raise ValueError(
-                f"{self.bad} of {self.read} samples are bad, {self.share:.1%}, more than the {self.max_share:.1%} allowed ({named}); "
+                f"{self.bad} of {self.read} samples are bad, {self.share:.1%}, more than the "
+                f"{self.max_share:.1%} allowed ({named}); "
                 "mend the data, or allow a larger share (max_bad_share)"
             )
 
@@ -1605,9 +1716,12 @@ class Pairs:
     labels: tuple[int | None, ...]  # class indices, None where a sample has none
     keys: tuple[str, ...]  # "shard/key"
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) of those left out
-    sets: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)  # further label sets by name, as the JSON's "labels" has them
-    questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # lists of (question, answer, type), as the JSON has them; or empty
-    all_captions: tuple[tuple[str, ...], ...] = ()  # each picture's, the first one first; empty: `captions` are all
+    # further label sets by name, as the JSON's "labels" has them
+    sets: Mapping[str, tuple[int | None, ...]] = field(default_factory=dict)
+    # lists of (question, answer, type), as the JSON has them; or empty
+    questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()
+    # each picture's, the first one first; empty: `captions` are all
+    all_captions: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "all_captions", _checked_captions(self.captions, self.all_captions))
@@ -1618,7 +1732,10 @@ class Pairs:
     def __getitem__(self, rows: slice | Iterable[int]) -> Pairs:
         "The pairs at `rows`"
         chosen = range(len(self))[rows] if isinstance(rows, slice) else list(rows)
-        columns = (tuple(column[i] for i in chosen) for column in (self.images, self.captions, self.labels, self.keys))
+        columns = (
+            tuple(column[i] for i in chosen)
+            for column in (self.images, self.captions, self.labels, self.keys)
+        )
         sets = {name: tuple(labels[i] for i in chosen) for name, labels in self.sets.items()}
         questions = tuple(self.questions[i] for i in chosen if self.questions)
         every = tuple(self.all_captions[i] for i in chosen)
@@ -1628,7 +1745,9 @@ class Pairs:
         "One image"
         return Image.fromarray(self.images[row])
 
-    def batches(self, student: View, batch_size: int = 256, teacher: View | None = None) -> Iterator[Batch]:  # all full but the last
+    def batches(
+        self, student: View, batch_size: int = 256, teacher: View | None = None
+    ) -> Iterator[Batch]:  # all full but the last
         "The pairs as a model wants to see them, in their order, each with its first caption"
         lenses, words = _shared_views(student, teacher or View(None, None))
         for start in range(0, len(self), batch_size):
@@ -1640,7 +1759,9 @@ def _checked_captions(captions: Sequence[str], every: Sequence[Sequence[str]]) -
     if all(len(texts) == 1 for texts in every):  # also where nothing is known but the first
         return tuple((text,) for text in captions)
     if [texts[:1] for texts in map(tuple, every)] != [(text,) for text in captions]:
-        raise ValueError("all_captions do not begin with their captions: give both, or leave all_captions empty")
+        raise ValueError(
+            "all_captions do not begin with their captions: give both, or leave all_captions empty"
+        )
     return tuple(map(tuple, every))
 
 
@@ -1673,11 +1794,15 @@ def load_pairs(
         asked.append(asked_questions(item.fields))
     if not columns[0]:
         raise NoSample(f"no usable sample; bad: {_some([f'{name}: {reason}' for name, reason in skipped])}")
-    sets = {name: tuple(labels.get(name) for labels in found) for name in dict.fromkeys(name for labels in found for name in labels)}
+    sets = {
+        name: tuple(labels.get(name) for labels in found)
+        for name in dict.fromkeys(name for labels in found for name in labels)
+    }
     return Pairs(*map(tuple, columns), tuple(skipped), sets, tuple(asked) if any(asked) else (), tuple(every))
 
 # %% ../nbs/library/04_data.ipynb #1190d0a5
-_TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")  # marks that change the writing direction
+# marks that change the writing direction
+_TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: Any) -> str:
@@ -1692,7 +1817,8 @@ def escaped(text: Any) -> str:
 # %% ../nbs/library/04_data.ipynb #8e26d847
 def show_batch(
     batch: Batch,
-    mean: tuple[float, ...] | None = None,  # of the preprocess, per channel; None: every picture is stretched to its own range
+    # of the preprocess, per channel; None: every picture is stretched to its own range
+    mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     count: int = 6,  # pictures at most
 ):  # matplotlib Figure
@@ -1709,7 +1835,9 @@ def show_batch(
     for row, (axis, image) in enumerate(zip(axes[0], images, strict=True)):
         caption = batch.captions[row] if batch.captions else ""
         label = batch.labels[row] if batch.labels else None
-        text = "\n".join(textwrap.wrap(visible(caption), 22)[:3]) + ("" if label is None else f"\nclass {label}")
+        text = "\n".join(textwrap.wrap(visible(caption), 22)[:3]) + (
+            "" if label is None else f"\nclass {label}"
+        )
         axis.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy())
         axis.set_title(text, fontsize=7, parse_math=False)
         axis.axis("off")

@@ -21,10 +21,34 @@ from .features import Batch, Features, recall
 from .gates import budget
 from .losses import LOSSES, Objective, score_terms
 from .methods import Method, register
-from .models import VLM, at_size, check_student, copied_config, evaluating, image_tower, model_config, new_model, state_digest, two_towers
+from vlkd_lab.models import (
+    VLM,
+    at_size,
+    check_student,
+    copied_config,
+    evaluating,
+    image_tower,
+    model_config,
+    new_model,
+    state_digest,
+    two_towers,
+)
 from .sources import LINES, read_part, write_whole
 from .stores import FeatureStore, StoredTeacher, load, store_key
-from .trainers import Distillation, Job, Learner, Phase, above, at_least, finish_fit, manual_shapes, one_of, parameter, seed_of, within
+from vlkd_lab.trainers import (
+    Distillation,
+    Job,
+    Learner,
+    Phase,
+    above,
+    at_least,
+    finish_fit,
+    manual_shapes,
+    one_of,
+    parameter,
+    seed_of,
+    within,
+)
 
 # %% auto #0
 __all__ = ['PROBE_POOL', 'EACH', 'DimeFm', 'student_config', 'new_student', 'UnpairedLearner', 'ImageLearner', 'open_dime_fm',
@@ -35,28 +59,48 @@ __all__ = ['PROBE_POOL', 'EACH', 'DimeFm', 'student_config', 'new_student', 'Unp
 class DimeFm(Distillation):
     "Parameters of a DIME-FM distillation"
 
-    data: str = parameter("scenes:16000", "images: shards (captions are ignored), a folder of pictures, or scenes:N")
-    sentences: str = parameter("data_samples/sentences.txt", "text files, one sentence a line; shards or scenes:N for their captions")
+    data: str = parameter(
+        "scenes:16000", "images: shards (captions are ignored), a folder of pictures, or scenes:N"
+    )
+    sentences: str = parameter(
+        "data_samples/sentences.txt", "text files, one sentence a line; shards or scenes:N for their captions"
+    )
     steps: int = parameter(600, "optimiser steps", **at_least(1))
     learning_rate: float = parameter(8e-4, "AdamW's peak learning rate (published: 8e-4)", **above(0))
     batch_size: int = parameter(128, "images a step, over all processes", **at_least(2))
     sentence_batch: int = parameter(256, "sentences a step, over all processes", **at_least(2))
-    losses: str = parameter("vision_language_score:0.7, pseudo_vision_language_score:0.3", "terms and weights; also unimodal_distance")
-    student: str = parameter("", "image tower: an architecture or timm:NAME; empty: a plain one of `student_share` of the teacher's")
+    losses: str = parameter(
+        "vision_language_score:0.7, pseudo_vision_language_score:0.3",
+        "terms and weights; also unimodal_distance",
+    )
+    student: str = parameter(
+        "",
+        "image tower: an architecture or timm:NAME; empty: a plain one of `student_share` of the teacher's",
+    )
     student_share: float = parameter(0.5, "of the prunable weights of the teacher's tower", **within(0.03, 1))
     image_size: int = parameter(0, "pixels on a side that the student sees; 0: as the teacher", **at_least(0))
-    text_tower: str = parameter("teacher", "the teacher's is kept, or the student's is distilled too", **one_of("teacher", "student"))
+    text_tower: str = parameter(
+        "teacher", "the teacher's is kept, or the student's is distilled too", **one_of("teacher", "student")
+    )
     inheritance: str = parameter("none", "how new towers get their weights", **one_of("none", "manual"))
     start_from: str = parameter("", "model whose image tower the student starts with; empty: none")
     grounded: int = parameter(0, "sentences to keep, the most visually grounded ones; 0: all", **at_least(0))
-    near: float = parameter(0.05, "distance below which two sentences count as one when they are selected", **within(0, 2))
-    class_names: str = parameter("", "a classes.txt whose prompts join the sentences (templates.txt beside it); empty: none")
+    near: float = parameter(
+        0.05, "distance below which two sentences count as one when they are selected", **within(0, 2)
+    )
+    class_names: str = parameter(
+        "", "a classes.txt whose prompts join the sentences (templates.txt beside it); empty: none"
+    )
     score_scale: float = parameter(100.0, "multiplier of the cosines in all three terms", **above(0))
     score_temperature: float = parameter(1.0, "of the vision-language score", **above(0))
     pseudo_temperature: float = parameter(3.0, "of the pseudo vision-language score", **above(0))
     distance_temperature: float = parameter(7.0, "of the unimodal distance", **above(0))
-    teacher_features: str = parameter("stored", "read from the store, or computed at every step", **one_of("stored", "beside"))
-    compare_scratch: bool = parameter(True, "also train the same architecture contrastively on as many pairs of `data`")
+    teacher_features: str = parameter(
+        "stored", "read from the store, or computed at every step", **one_of("stored", "beside")
+    )
+    compare_scratch: bool = parameter(
+        True, "also train the same architecture contrastively on as many pairs of `data`"
+    )
 
     def held(self, scale: Tensor) -> Tensor:
         "The student's scale is the teacher's: no term of these learns one"
@@ -68,7 +112,9 @@ class DimeFm(Distillation):
         for name in weights:
             if not LOSSES[name].unpaired:
                 fine = ", ".join(name for name, term in LOSSES.items() if term.unpaired)
-                raise ValueError(f"losses={self.losses!r} is not valid: {name} needs pairs; without pairs there are {fine}")
+                raise ValueError(
+                    f"losses={self.losses!r} is not valid: {name} needs pairs; without pairs there are {fine}"
+                )
         return weights
 
 # %% ../nbs/library/20_dime_fm.ipynb #4142efd7
@@ -82,7 +128,10 @@ def student_config(options: DimeFm, teacher: VLM) -> dict:
     if options.text_tower == "teacher":
         return _buildable(base | dict(vision_cfg=image_tower(options.student)))
     if options.student.startswith("timm:"):
-        raise ValueError(f"student={options.student!r} has no text tower: choose text_tower='teacher', or an architecture of open_clip")
+        raise ValueError(
+            f"student={options.student!r} has no text tower: choose text_tower='teacher', or an "
+            "architecture of open_clip"
+        )
     return _buildable(model_config(options.student) | dict(embed_dim=base["embed_dim"]))
 
 
@@ -109,7 +158,11 @@ def _make_student(options: DimeFm, teacher: VLM, shapes: dict | None, inherited:
         _start_from(student, options)
     if inherited and options.text_tower == "teacher":
         own = student.model.state_dict()  # a CoCa's decoder has no place in it
-        text = {name: tensor for name, tensor in teacher.model.state_dict().items() if name in own and not name.startswith("visual.")}
+        text = {
+            name: tensor
+            for name, tensor in teacher.model.state_dict().items()
+            if name in own and not name.startswith("visual.")
+        }
         student.model.load_state_dict(own | text)
     return student
 
@@ -133,8 +186,10 @@ def _started_config(base: dict, options: DimeFm) -> dict:
     if has_one and keeps_text and quick != kept:
         image, text = ("QuickGELU" if one else "GELU" for one in (quick, kept))
         raise ValueError(
-            f"start_from={options.start_from!r} computes with {image} and the teacher's text tower with {text}, "
-            "and a model of open_clip has one activation: choose text_tower='student', or a start or teacher of the same"
+            f"start_from={options.start_from!r} computes with {image} and the teacher's text tower with "
+            f"{text}, "
+            "and a model of open_clip has one activation: choose text_tower='student', or a start or "
+            "teacher of the same"
         )
     return _buildable(base | dict(vision_cfg=vision, quick_gelu=quick if has_one else kept))
 
@@ -153,7 +208,10 @@ def _start_towers(options: DimeFm, shapes: dict | None) -> dict | None:
     "Sizes of a student that starts as a network that gates have cut; None for any other"
     towers = trainers.find_start(options).config.get("towers")
     if towers is not None and shapes is None:
-        raise ValueError(f"start_from={options.start_from!r} was cut by gates: it needs a teacher whose text tower is a transformer")
+        raise ValueError(
+            f"start_from={options.start_from!r} was cut by gates: it needs a teacher whose text tower is a "
+            "transformer"
+        )
     return towers and dict(image=towers["image"], text=shapes["text"])
 
 # %% ../nbs/library/20_dime_fm.ipynb #27c0c146
@@ -164,12 +222,18 @@ def _start_from(student: VLM, options: DimeFm) -> None:
     fits = {key: tensor for key, tensor in given.items() if key in own and own[key].shape == tensor.shape}
     lost = [key for key in own if key not in fits and not key.startswith(_projection(student.model.visual))]
     if lost:
-        raise ValueError(f"start_from={name!r} has another image tower than the student: {len(lost)} of {len(own)} weights do not fit, "
-                         f"such as {lost[0]}; name its architecture as student")  # fmt: skip
-    student.model.visual.load_state_dict(own | fits)
-    if len(fits) == len(own) and not torch.allclose(*(_seen_by(vlm, student.image_shape) for vlm in (student, source)), atol=1e-4):
         raise ValueError(
-            f"start_from={name!r} has the weights of student={options.student!r} and computes with them otherwise "
+            f"start_from={name!r} has another image tower than the student: {len(lost)} of {len(own)} "
+            "weights do not fit, "
+            f"such as {lost[0]}; name its architecture as student"
+        )
+    student.model.visual.load_state_dict(own | fits)
+    if len(fits) == len(own) and not torch.allclose(
+        *(_seen_by(vlm, student.image_shape) for vlm in (student, source)), atol=1e-4
+    ):
+        raise ValueError(
+            f"start_from={name!r} has the weights of student={options.student!r} and computes with them "
+            "otherwise "
             "(its activation, pooling or norms): leave student empty, and its image tower is taken as it is"
         )
 
@@ -236,7 +300,9 @@ class _Sentences:
         "The most visually grounded sentences, judged by up to 20,000 of the images; those of an earlier start if there are any"
         if (self.run.folder / "sentences.txt").exists():
             return corpus.read_selection(self.run.folder / "sentences.txt")
-        files = dict.fromkeys(read_part(part)["part"].source for part in data.find_sentences(self.options.sentences))
+        files = dict.fromkeys(
+            read_part(part)["part"].source for part in data.find_sentences(self.options.sentences)
+        )
         given = dict(near=self.options.near, progress=self.talks)
         return corpus.select_sentences(list(files), self.teacher, self.judges, self.options.grounded, **given)
 
@@ -251,7 +317,11 @@ class _Sentences:
         path = self.run.folder / "sentences.txt"
         if self.options.grounded:
             self.once(path, ["judges"], lambda: corpus.write_selection(self.selection, path))
-        found = data.find_sentences(path) if self.options.grounded else trainers.find_data(self.options.sentences, data.find_sentences)
+        found = (
+            data.find_sentences(path)
+            if self.options.grounded
+            else trainers.find_data(self.options.sentences, data.find_sentences)
+        )
         report = data.inspect_shards([*found, *self._prompts()], progress=self.talks)
         _check_sentences(report, self.options, self.accelerator.num_processes)
         return report
@@ -262,8 +332,11 @@ def _check_sentences(report: data.DataReport, options: DimeFm, world: int) -> No
     if report.damaged:
         raise ValueError(f"sentences: {report.damaged[0].name} cannot be used: {report.damaged[0].problem}")
     if report.total < options.sentence_batch:
-        raise ValueError(f"sentence_batch={options.sentence_batch} is not valid: {options.sentences} holds {report.total} sentence"
-                         f"{'s' * (report.total != 1)}; give more of them, or choose a smaller sentence_batch, at least 2")  # fmt: skip
+        raise ValueError(
+            f"sentence_batch={options.sentence_batch} is not valid: {options.sentences} holds "
+            f"{report.total} sentence"
+            f"{'s' * (report.total != 1)}; give more of them, or choose a smaller sentence_batch, at least 2"
+        )
     data.check_split(report, options.workers, world, options.sentence_batch // world)
 
 # %% ../nbs/library/20_dime_fm.ipynb #387b33b7
@@ -273,21 +346,30 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     options.check_stored()
     world = max(options.processes, accelerator.num_processes)
     if options.sentence_batch % world:
-        raise ValueError(f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: choose a multiple")
+        raise ValueError(
+            f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: choose a "
+            "multiple"
+        )
     teacher = trainers.find_model(options.teacher, accelerator.device)
     trainers.check_teacher(options, teacher)
     _check_beginning(options, teacher)
     student_config(options, teacher)
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
     key = store_key(teacher)
-    sentences = data.inspect_shards(trainers.find_data(options.sentences, data.find_sentences), progress=False)
+    sentences = data.inspect_shards(
+        trainers.find_data(options.sentences, data.find_sentences), progress=False
+    )
     images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
     _check_sources(options, images, sentences)
     _check_student(options, teacher, shapes, world)
     FeatureStore(images, key, options.features)
     if not (options.grounded or options.class_names):
         _check_sentences(sentences, options, world)
-    about = {"objective": weights, "terms": [name for name, term in LOSSES.items() if term.unpaired], "sentences": sentences.to_json()}
+    about = {
+        "objective": weights,
+        "terms": [name for name, term in LOSSES.items() if term.unpaired],
+        "sentences": sentences.to_json(),
+    }
     about |= {"teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     about |= {"start_sha256": state_digest(trainers.find_start(options).model)} if options.start_from else {}
     job = trainers.open_run(options, teacher, accelerator, about, DimeFmJob, images)
@@ -302,15 +384,25 @@ def _needs_shapes(options: DimeFm) -> bool:
 def _check_beginning(options: DimeFm, teacher: VLM) -> None:
     "ValueError for two answers to what the student begins as, or for locks that make no sense"
     if options.start_from and not options.student and options.inheritance == "manual":
-        raise ValueError(f"inheritance='manual' is not valid with start_from={options.start_from!r} and student='': the student's image "
-                         "tower is the one that it starts as; choose inheritance='none'")  # fmt: skip
+        raise ValueError(
+            f"inheritance='manual' is not valid with start_from={options.start_from!r} and student='': the "
+            "student's image "
+            "tower is the one that it starts as; choose inheritance='none'"
+        )
     begins = options.inheritance == "manual"
-    inherited = ["image"] * (begins or bool(options.start_from)) + ["text"] * (begins or options.text_tower == "teacher")
+    inherited = ["image"] * (begins or bool(options.start_from)) + ["text"] * (
+        begins or options.text_tower == "teacher"
+    )
     vision = student_config(options, teacher)["vision_cfg"]
-    trainers.check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
+    trainers.check_locks(
+        options, inherited, vision, "choose inheritance='manual', or name a model as start_from"
+    )
     if options.lock_image and options.text_tower == "teacher" and not options.unlocked_image_layers:
-        raise ValueError("lock_image=True and text_tower='teacher' leave nothing to train: choose text_tower='student', or "
-                         "unlocked_image_layers above 0")  # fmt: skip
+        raise ValueError(
+            "lock_image=True and text_tower='teacher' leave nothing to train: choose text_tower='student', "
+            "or "
+            "unlocked_image_layers above 0"
+        )
 
 # %% ../nbs/library/20_dime_fm.ipynb #47fc66c5
 def _check_student(options: DimeFm, teacher: VLM, shapes: dict | None, world: int) -> None:
@@ -334,17 +426,29 @@ def _fewest_images(options: DimeFm, world: int) -> int:
 def _check_sources(options: DimeFm, images: data.DataReport, sentences: data.DataReport) -> None:
     "ValueError if what is asked needs other data"
     if 0 < options.grounded < options.sentence_batch:
-        raise ValueError(f"grounded={options.grounded} is not valid: a step takes sentence_batch={options.sentence_batch} of these")
+        raise ValueError(
+            f"grounded={options.grounded} is not valid: a step takes "
+            f"sentence_batch={options.sentence_batch} of these"
+        )
     if options.grounded and any(not shard.path.name.endswith(LINES) for shard in sentences.shards):
-        raise ValueError(f"grounded={options.grounded} selects from text files, and sentences={options.sentences!r} names shards: write "
-                         "their captions into a text file, or choose grounded=0")  # fmt: skip
+        raise ValueError(
+            f"grounded={options.grounded} selects from text files, and sentences={options.sentences!r} "
+            "names shards: write "
+            "their captions into a text file, or choose grounded=0"
+        )
     if options.inheritance == "manual" and options.image_size:
-        raise ValueError(f"image_size={options.image_size} is not valid with inheritance='manual': positions are inherited one by one")
+        raise ValueError(
+            f"image_size={options.image_size} is not valid with inheritance='manual': positions are "
+            "inherited one by one"
+        )
     if options.compare_scratch:
         some = islice(data.raw_samples(images.usable[0].path), 20) if images.usable else ()
         if not any(_captioned(sample) for sample in some):
-            raise ValueError(f"compare_scratch=True trains on pairs, and the images of data={options.data!r} have no captions: "
-                             "choose compare_scratch=False")  # fmt: skip
+            raise ValueError(
+                f"compare_scratch=True trains on pairs, and the images of data={options.data!r} have no "
+                "captions: "
+                "choose compare_scratch=False"
+            )
 
 
 def _captioned(sample: dict) -> bool:
@@ -387,7 +491,9 @@ class _Streams(_View):
     def images(self) -> data.PairStream:
         "The images, without captions"
         teacher = None if self.stored_teacher else data.View(self.teacher.preprocess, None)
-        return self.streamed(self.report, replace(self.view, tokenizer=None), self.options.batch_size, teacher=teacher)
+        return self.streamed(
+            self.report, replace(self.view, tokenizer=None), self.options.batch_size, teacher=teacher
+        )
 
     @cached_property
     def truncation(self) -> data.Truncation | None:
@@ -398,9 +504,15 @@ class _Streams(_View):
     @cached_property
     def texts(self) -> data.PairStream:
         "The sentences, in an order of their own"
-        tokens = _no_tokens if self.stored_teacher and self.options.text_tower == "teacher" else self.teacher.tokenizer
+        tokens = (
+            _no_tokens
+            if self.stored_teacher and self.options.text_tower == "teacher"
+            else self.teacher.tokenizer
+        )
         given = dict(seed=seed_of(self.options.seed, "sentences"), crop_scale=1.0)
-        return self.streamed(self.sentence_report, data.View(None, tokens), self.options.sentence_batch, **given)
+        return self.streamed(
+            self.sentence_report, data.View(None, tokens), self.options.sentence_batch, **given
+        )
 
     def unpaired(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
@@ -421,13 +533,17 @@ class _Probe:
     @torch.no_grad()
     def chosen_sentences(self) -> tuple[str, ...]:
         "The probe's sentences, in the order of the images that they are near to"
-        pool = data.read_once(self.sentence_report, data.View(None, self.teacher.tokenizer), 256, limit=PROBE_POOL)
+        pool = data.read_once(
+            self.sentence_report, data.View(None, self.teacher.tokenizer), 256, limit=PROBE_POOL
+        )
         texts, rows = [], []
         for batch in pool:
             texts += batch.captions
             rows.append(self.teacher.encode_text(batch.text.to(self.teacher.device)).float().cpu())
         pairs = self.val[self.probe_rows]
-        seen = next(pairs.batches(data.View(self.teacher.preprocess, self.teacher.tokenizer), batch_size=len(pairs)))
+        seen = next(
+            pairs.batches(data.View(self.teacher.preprocess, self.teacher.tokenizer), batch_size=len(pairs))
+        )
         images = self.teacher.encode_image(seen.image.to(self.teacher.device)).float().cpu()
         return tuple(texts[row] for row in nearest_each((images @ torch.cat(rows).T).numpy(), texts, EACH))
 
@@ -441,7 +557,9 @@ class _Probe:
             return None
         pairs, teacher = self.val[self.probe_rows], data.View(self.teacher.preprocess, None)
         batch = next(pairs.batches(self.view, batch_size=len(pairs), teacher=teacher))
-        return replace(batch, text=self.teacher.tokenizer(list(self.chosen_sentences))).to(self.accelerator.device)
+        return replace(batch, text=self.teacher.tokenizer(list(self.chosen_sentences))).to(
+            self.accelerator.device
+        )
 
     @cached_property
     def said(self) -> Tensor:  # (T, D) unit rows, of every caption
@@ -454,7 +572,10 @@ class _Probe:
             return super().validation(student, objective)
         view = replace(self.view, tokenizer=None)
         with evaluating(student.model):
-            rows = [student.encode_image(batch.image.to(student.device)).float() for batch in self.val.batches(view)]
+            rows = [
+                student.encode_image(batch.image.to(student.device)).float()
+                for batch in self.val.batches(view)
+            ]
         features = Features(torch.cat(rows), self.said, self.teacher.scale)
         return recall(features, ks=(1,), captions=self.val.all_captions)
 
@@ -504,7 +625,15 @@ class DimeFmJob(_Streams, _Probe, Job):
         if "student" in todo:
             learner = ImageLearner if self.options.text_tower == "teacher" else UnpairedLearner
             phase = Phase("student", "distil", self.options.steps)
-            finish_fit(self, phase, new_student(self), dime_objective(self.options), self.source, learner, self.unpaired)
+            finish_fit(
+                self,
+                phase,
+                new_student(self),
+                dime_objective(self.options),
+                self.source,
+                learner,
+                self.unpaired,
+            )
         if "scratch" in todo:
             phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
@@ -513,13 +642,24 @@ class DimeFmJob(_Streams, _Probe, Job):
 def dime_objective(options: DimeFm) -> Objective:
     "The terms asked for, at the options' scale and temperatures"
     temperatures = options.score_temperature, options.pseudo_temperature, options.distance_temperature
-    terms = {term.name: term for term in score_terms(options.score_scale, temperatures, options.text_tower == "student")}
-    return Objective({}, *(replace(terms.get(name) or LOSSES[name], weight=weight) for name, weight in options.weights().items()))
+    terms = {
+        term.name: term
+        for term in score_terms(options.score_scale, temperatures, options.text_tower == "student")
+    }
+    return Objective(
+        {},
+        *(
+            replace(terms.get(name) or LOSSES[name], weight=weight)
+            for name, weight in options.weights().items()
+        ),
+    )
 
 
-register(Method(
-    name="DimeFm",
-    citation="DIME-FM (Sun et al., 2023): unpaired images and sentences, scored by the teacher",
-    parameters=DimeFm,
-    open=open_dime_fm,
-))  # fmt: skip
+register(
+    Method(
+        name="DimeFm",
+        citation="DIME-FM (Sun et al., 2023): unpaired images and sentences, scored by the teacher",
+        parameters=DimeFm,
+        open=open_dime_fm,
+    )
+)

@@ -23,12 +23,37 @@ from . import data, fusion, runs, trainers
 from .blip_losses import Queue
 from .blip_terms import BLIP_LOSSES, GROUPS, base_terms, blip_terms, spread
 from .features import Batch, Features, FusedFeatures, Slow, gather
-from .fusion import TASKS, Blip, BlipShape, FusedBatch, fused_batch, load_blip, new_blip, see, shrunk, student_shape
+from vlkd_lab.fusion import (
+    TASKS,
+    Blip,
+    BlipShape,
+    FusedBatch,
+    fused_batch,
+    load_blip,
+    new_blip,
+    see,
+    shrunk,
+    student_shape,
+)
 from .losses import Objective, Term
 from .methods import Method, register
 from .models import evaluating, state_digest
 from .sources import TEXT_FIELDS
-from .trainers import Distillation, Fit, FitParameters, Job, Learner, Phase, above, at_least, finish_fit, one_of, parameter, seed_of, within
+from vlkd_lab.trainers import (
+    Distillation,
+    Fit,
+    FitParameters,
+    Job,
+    Learner,
+    Phase,
+    above,
+    at_least,
+    finish_fit,
+    one_of,
+    parameter,
+    seed_of,
+    within,
+)
 
 # %% auto #0
 __all__ = ['LOOKED', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch',
@@ -41,10 +66,17 @@ __all__ = ['LOOKED', 'SCORES', 'BlipTraining', 'Dlip', 'BlipLearner', 'lock_modu
 class _Base(FitParameters):
     "What BLIP's own three losses take"
 
-    tasks: str = parameter("", "of retrieval, matching, captioning, answering; empty: all that the teacher can and the data allow")
+    tasks: str = parameter(
+        "",
+        "of retrieval, matching, captioning, answering; empty: all that the teacher can and the data allow",
+    )
     queue: int = parameter(1024, "pairs of earlier steps in the contrast; any number", **at_least(0))
     momentum: float = parameter(0.995, "share of itself that the slow copy keeps in a step", **within(0, 1))
-    soft_share: float = parameter(0.4, "of the contrast's targets, what the slow copy decides after `warmup` (BLIP: 0.4)", **within(0, 1))
+    soft_share: float = parameter(
+        0.4,
+        "of the contrast's targets, what the slow copy decides after `warmup` (BLIP: 0.4)",
+        **within(0, 1),
+    )
     smoothing: float = parameter(0.1, "of the decoder's targets (BLIP: 0.1)", **within(0, 0.9))
 
     def asked_tasks(self) -> tuple[str, ...]:
@@ -52,9 +84,14 @@ class _Base(FitParameters):
         named = tuple(name for name in self.tasks.replace(" ", "").split(",") if name)
         for name in named:
             if name not in TASKS:
-                raise ValueError(f"tasks={self.tasks!r} is not valid: no task {name!r}; there are {', '.join(TASKS)}")
+                raise ValueError(
+                    f"tasks={self.tasks!r} is not valid: no task {name!r}; there are {', '.join(TASKS)}"
+                )
         if "matching" in named and "retrieval" not in named:
-            raise ValueError(f"tasks={self.tasks!r} is not valid: matching draws its wrong pairs by retrieval's features; name both")
+            raise ValueError(
+                f"tasks={self.tasks!r} is not valid: matching draws its wrong pairs by retrieval's "
+                "features; name both"
+            )
         return named
 
 
@@ -62,16 +99,22 @@ class _Base(FitParameters):
 class BlipTraining(_Base):
     "Parameters of a BLIP's training from nothing"
 
-    sizes: str = parameter("image:6x128, text:4x128, fusion:4, decoder:4", "layers, and width, of each module")
+    sizes: str = parameter(
+        "image:6x128, text:4x128, fusion:4, decoder:4", "layers, and width, of each module"
+    )
     image_size: int = parameter(64, "pixels on a side", **at_least(8))
     patch_size: int = parameter(8, "pixels on a side of a patch", **at_least(2))
     head_width: int = parameter(32, "channels of a head", **at_least(4))
     joint_width: int = parameter(64, "of the features that images and texts are compared by", **at_least(2))
     vocabulary: int = parameter(1024, "entries of the tokenizer at most", **at_least(64))
     context_length: int = parameter(40, "tokens of a text", **at_least(4))
-    validate_pairs: int = parameter(200, "pairs among which validation retrieves, captions and answers", **at_least(2))
+    validate_pairs: int = parameter(
+        200, "pairs among which validation retrieves, captions and answers", **at_least(2)
+    )
     start_from: str = parameter("", "BLIP to train on: its sizes, words and weights; empty: a new one")
-    image_tower: str = parameter("", "CLIP whose image tower a new one starts with: its sizes and weights; empty: none")
+    image_tower: str = parameter(
+        "", "CLIP whose image tower a new one starts with: its sizes and weights; empty: none"
+    )
     steps: int = parameter(1000, "optimiser steps", **at_least(1))
     batch_size: int = parameter(64, "pairs a step, over all processes", **at_least(2))
     warmup: int = parameter(100, "steps over which the learning rate rises", **at_least(0))
@@ -81,20 +124,33 @@ class BlipTraining(_Base):
 class Dlip(_Base, Distillation):
     "Parameters of a DLIP distillation"
 
-    teacher: str = parameter("data_samples/blip", "folder or hub ID of a BLIP, such as Salesforce/blip-itm-base-coco")
+    teacher: str = parameter(
+        "data_samples/blip", "folder or hub ID of a BLIP, such as Salesforce/blip-itm-base-coco"
+    )
     steps: int = parameter(400, "optimiser steps", **at_least(1))
     batch_size: int = parameter(64, "pairs a step, over all processes", **at_least(2))
     learning_rate: float = parameter(1e-3, "AdamW's peak learning rate", **above(0))
-    losses: str = parameter("base:1, features:1, similarities:1, logits:1, attention:1", "terms or groups, weights; later ones count more")
-    student: str = parameter("", "sizes, as image:4x96, text:3x96, fusion:2, decoder:2; empty: by `student_share`")
+    losses: str = parameter(
+        "base:1, features:1, similarities:1, logits:1, attention:1",
+        "terms or groups, weights; later ones count more",
+    )
+    student: str = parameter(
+        "", "sizes, as image:4x96, text:3x96, fusion:2, decoder:2; empty: by `student_share`"
+    )
     student_share: float = parameter(0.5, "of the teacher's parameters", **within(0.02, 1))
     image_size: int = parameter(0, "pixels on a side that the student sees; 0: as the teacher", **at_least(0))
-    inheritance: str = parameter("layers", "what is copied of the teacher's layers", **one_of("layers", "image", "text", "none"))
+    inheritance: str = parameter(
+        "layers", "what is copied of the teacher's layers", **one_of("layers", "image", "text", "none")
+    )
     start_from: str = parameter("", "BLIP whose image tower the student starts with; empty: none")
     temperature: float = parameter(1.0, "of the distilled logits", **above(0))
     compare_scratch: bool = parameter(True, "also train the same sizes from nothing with BLIP's losses alone")
-    teacher_features: str = parameter("beside", "what modules make of a pair is too much to store", **one_of("beside"))
-    validate_pairs: int = parameter(200, "pairs among which validation retrieves, captions and answers", **at_least(2))
+    teacher_features: str = parameter(
+        "beside", "what modules make of a pair is too much to store", **one_of("beside")
+    )
+    validate_pairs: int = parameter(
+        200, "pairs among which validation retrieves, captions and answers", **at_least(2)
+    )
 
     def weights(self) -> dict[str, float]:
         "The objective's terms and weights, groups written out"
@@ -104,7 +160,10 @@ class Dlip(_Base, Distillation):
             if not all(0 <= weight < math.inf for _, weight in named):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"losses={self.losses!r} is not valid: write NAME:WEIGHT, separated by commas, weights from 0 up") from None
+            raise ValueError(
+                f"losses={self.losses!r} is not valid: write NAME:WEIGHT, separated by commas, weights from "
+                "0 up"
+            ) from None
         try:
             return spread(named)
         except ValueError as error:
@@ -112,7 +171,9 @@ class Dlip(_Base, Distillation):
 
     def named(self) -> set[str]:
         "Terms that are asked for by their own name, not by a group's"
-        return {part.replace("=", ":").split(":")[0] for part in self.losses.replace(" ", "").split(",")} - set(GROUPS)
+        return {
+            part.replace("=", ":").split(":")[0] for part in self.losses.replace(" ", "").split(",")
+        } - set(GROUPS)
 
 # %% ../nbs/library/21_dlip.ipynb #871b2ec1
 class BlipLearner(Learner):
@@ -120,12 +181,17 @@ class BlipLearner(Learner):
 
     fused = True
 
-    def __init__(self, model: nn.Module, blip: Blip, tasks: Sequence[str], options: _Base):  # the network is changed by training
+    def __init__(
+        self, model: nn.Module, blip: Blip, tasks: Sequence[str], options: _Base
+    ):  # the network is changed by training
         super().__init__(model)
         self.blip, self.tasks, self.options, self.pulls, self.measured = blip, tuple(tasks), options, {}, 0.0
         self.slow, self.queue, self.compares = None, None, "retrieval" in tasks
         if self.compares:
-            self.slow, self.queue = _encoders(model), Queue(options.queue, model.shape.joint_width).to(model.logit_scale.device)
+            self.slow, self.queue = (
+                _encoders(model),
+                Queue(options.queue, model.shape.joint_width).to(model.logit_scale.device),
+            )
 
     def forward(self, batch: FusedBatch, tasks: Sequence[str], seed: int, maps: bool) -> FusedFeatures:
         "Everything that the student makes of a batch"
@@ -198,14 +264,17 @@ def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
     modules, names = {term.module for term in active}, {term.name for term in active}
     distilled = {term.module for term in active if not term.alone}
     asked = {
-        "retrieval": bool(modules & {"both", "text", "fusion"}), "matching": "fusion" in modules,
+        "retrieval": bool(modules & {"both", "text", "fusion"}),
+        "matching": "fusion" in modules,
         "captioning": "language_modelling" in names or "decoder" in distilled,
         "answering": "answering" in names or bool(distilled & {"fusion", "decoder"}),
-    }  # fmt: skip
+    }
     return tuple(task for task in tasks if asked[task])
 
 
-def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
+def _learn(
+    learner: BlipLearner, fit: Fit, batch: Batch
+) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
     "Part by part: what the models make of it, the terms, the gradient"
     draw = seed_of(fit.options.seed, fit.phase.folder, fit.step, fit.accelerator.process_index)
     words, tasks = learner.blip.tokenizer, needed_tasks(fit.objective, learner.tasks)
@@ -215,10 +284,18 @@ def _learn(learner: BlipLearner, fit: Fit, batch: Batch) -> tuple[dict[str, Tens
     slow = _slow_rows(learner, fit, [part for _, part in parts]) if "retrieval" in tasks else None
     whole, sums = _counted(fit, given, tasks, everywhere=True), {}
     for k, (rows, part) in enumerate(parts):
-        student, teacher = _both(learner, fit, part, None if theirs is None else theirs[rows], tasks, draw + k)
+        student, teacher = _both(
+            learner, fit, part, None if theirs is None else theirs[rows], tasks, draw + k
+        )
         student = replace(student, momentum=slow and _slow(slow, fit, rows, learner, len(parts) > 1))
         counts = _counted(fit, part, tasks)
-        total = _weighted(fit, student, teacher, {name: count / whole[name].clamp(min=1e-6) for name, count in counts.items()}, sums)
+        total = _weighted(
+            fit,
+            student,
+            teacher,
+            {name: count / whole[name].clamp(min=1e-6) for name, count in counts.items()},
+            sums,
+        )
         if k == 0 and _is_due(learner, fit):
             learner.pulls, learner.measured = _pulls(learner, fit, student, teacher), time.monotonic()
         fit.accelerator.backward(total)
@@ -252,7 +329,9 @@ def _reached_anywhere(weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
     return [weight for weight, flag in zip(weights, reached.tolist(), strict=True) if flag]
 
 # %% ../nbs/library/21_dlip.ipynb #dd147d92
-def split_batch(batch: FusedBatch, most: int) -> list[tuple[slice, FusedBatch]]:  # rows of the batch, and the part
+def split_batch(
+    batch: FusedBatch, most: int
+) -> list[tuple[slice, FusedBatch]]:  # rows of the batch, and the part
     "Parts of at most so many pairs, none of a single pair; questions go with their images"
     count = min(-(-len(batch.image) // most), max(len(batch.image) // 2, 1))
     ends = [k * len(batch.image) // count for k in range(count + 1)]
@@ -263,7 +342,9 @@ def _part(batch: FusedBatch, start: int, stop: int) -> FusedBatch:
     "The pairs of some rows"
     pairs = {name: getattr(batch, name)[start:stop] for name in ("image", "text", "text_mask", "names")}
     mine = (batch.asks >= start) & (batch.asks < stop)
-    asked = {name: getattr(batch, name)[mine] for name in ("question", "question_mask", "answer", "answer_mask")}
+    asked = {
+        name: getattr(batch, name)[mine] for name in ("question", "question_mask", "answer", "answer_mask")
+    }
     return FusedBatch(**pairs, asks=batch.asks[mine] - start, **asked)
 
 
@@ -278,32 +359,52 @@ def _both(
         return gather(student), None
     seen = part if image is None else replace(part, image=image)
     with torch.no_grad(), fit.accelerator.autocast():
-        teacher = see(fit.teacher.model, seen, learner.blip.tokenizer, tasks, negatives=student.negatives, maps=maps)
+        teacher = see(
+            fit.teacher.model, seen, learner.blip.tokenizer, tasks, negatives=student.negatives, maps=maps
+        )
     return gather(student), gather(teacher)
 
 # %% ../nbs/library/21_dlip.ipynb #6b65e7d8
-def _slow_rows(learner: BlipLearner, fit: Fit, parts: Sequence[FusedBatch]) -> tuple[Tensor, Tensor, Tensor]:  # images, texts, names
+def _slow_rows(
+    learner: BlipLearner, fit: Fit, parts: Sequence[FusedBatch]
+) -> tuple[Tensor, Tensor, Tensor]:  # images, texts, names
     "The slow copy's features of the whole batch, of all processes"
     with torch.no_grad(), fit.accelerator.autocast():
         seen = [see(learner.slow, part, learner.blip.tokenizer, ("retrieval",)) for part in parts]
-    rows = Features(*(torch.cat([getattr(made, side) for made in seen]).float() for side in ("image", "text")), seen[0].scale)
+    rows = Features(
+        *(torch.cat([getattr(made, side) for made in seen]).float() for side in ("image", "text")),
+        seen[0].scale,
+    )
     rows = gather(rows)
     return rows.image, rows.text, fit.accelerator.gather(torch.cat([part.names for part in parts]))
 
 
-def _slow(slow: tuple[Tensor, Tensor, Tensor], fit: Fit, rows: slice, learner: BlipLearner, several: bool) -> Slow:
+def _slow(
+    slow: tuple[Tensor, Tensor, Tensor], fit: Fit, rows: slice, learner: BlipLearner, several: bool
+) -> Slow:
     "What the contrast of one part is computed against: its own slow rows, then the other parts', then the queue"
     own = torch.zeros(len(slow[2]), dtype=torch.bool, device=slow[2].device)
     per, processes = len(own) // fit.accelerator.num_processes, fit.accelerator.num_processes
     for rank in range(processes):
         own[rank * per + rows.start : rank * per + rows.stop] = True
     held = learner.queue.held()
-    held = tuple(torch.cat([mine[~own], old.to(mine)]) for mine, old in zip(slow, held, strict=True)) if several else held
+    held = (
+        tuple(torch.cat([mine[~own], old.to(mine)]) for mine, old in zip(slow, held, strict=True))
+        if several
+        else held
+    )
     ramp = min((fit.step + 1) / max(fit.options.warmup, 1), 1.0)
-    return Slow(Features(slow[0][own], slow[1][own], torch.ones(())), slow[2][own], held, learner.options.soft_share * ramp)
+    return Slow(
+        Features(slow[0][own], slow[1][own], torch.ones(())),
+        slow[2][own],
+        held,
+        learner.options.soft_share * ramp,
+    )
 
 # %% ../nbs/library/21_dlip.ipynb #e5b7e0e0
-def _weighted(fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None, shares: Mapping[str, Tensor], sums: dict) -> Tensor:
+def _weighted(
+    fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None, shares: Mapping[str, Tensor], sums: dict
+) -> Tensor:
     "The part's share of every term, added up; `sums` collects the values of the whole batch"
     named, total = fit.objective(student, teacher), 0.0
     for term in (term for term in fit.objective.terms if term.weight):
@@ -319,10 +420,14 @@ def _valued(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if fit.accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
     means = dict(zip(sums, (values / fit.accelerator.num_processes).double(), strict=True))
-    return means | {"total": sum(term.weight * means[term.name] for term in fit.objective.terms if term.weight)}
+    return means | {
+        "total": sum(term.weight * means[term.name] for term in fit.objective.terms if term.weight)
+    }
 
 
-def _counted(fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool = False) -> dict[str, Tensor]:  # () each
+def _counted(
+    fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool = False
+) -> dict[str, Tensor]:  # () each
     "How many rows the mean of each weighted term is over: pairs, tokens or asked words; everywhere: the mean over all processes"
     pairs, asks = (torch.tensor(len(rows), device=batch.image.device) for rows in (batch.image, batch.asks))
     tokens, question = batch.text_mask.sum(), batch.question_mask.sum()
@@ -330,10 +435,18 @@ def _counted(fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool
     asking = "answering" in tasks
     words = caption * ("captioning" in tasks) + answer * asking
     read = 3 * pairs * ("matching" in tasks) + asks * asking
-    seen = 3 * tokens * ("matching" in tasks) + question * asking  # the wrong texts are taken to be as long as the right ones
-    own = {"language_modelling": caption, "answering": answer, "text_attention": tokens, "fusion_features": read}
+    # the wrong texts are taken to be as long as the right ones
+    seen = 3 * tokens * ("matching" in tasks) + question * asking
+    own = {
+        "language_modelling": caption,
+        "answering": answer,
+        "text_attention": tokens,
+        "fusion_features": read,
+    }
     own |= dict.fromkeys(("fusion_attention", "fusion_cross_attention"), seen)
-    own |= dict.fromkeys(("decoder_features", "decoder_logits", "decoder_attention", "decoder_cross_attention"), words)
+    own |= dict.fromkeys(
+        ("decoder_features", "decoder_logits", "decoder_attention", "decoder_cross_attention"), words
+    )
     named = [term.name for term in fit.objective.terms if term.weight]
     counts = torch.stack([own.get(name, pairs) for name in named]).float()
     if everywhere and fit.accelerator.num_processes > 1:
@@ -344,16 +457,24 @@ def _counted(fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool
 # %% ../nbs/library/21_dlip.ipynb #16827072
 def _is_due(learner: BlipLearner, fit: Fit) -> bool:
     "Whether all processes shall measure the terms' gradients now, as the first one's clock says"
-    return fit.shares and fit.teacher is not None and trainers.agree(fit.accelerator, lambda: time.monotonic() - learner.measured > 5)
+    return (
+        fit.shares
+        and fit.teacher is not None
+        and trainers.agree(fit.accelerator, lambda: time.monotonic() - learner.measured > 5)
+    )
 
 
-def _pulls(learner: BlipLearner, fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None) -> dict[str, float]:
+def _pulls(
+    learner: BlipLearner, fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None
+) -> dict[str, float]:
     "Norm of each term's gradient at the student's weights, as shares; one backward pass a term"
     weights, norms = [p for p in learner.model.parameters() if p.requires_grad], {}
     for term in (term for term in fit.objective.terms if term.weight):
         value = term.weight * term.function(student, teacher)
         pulls = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-        norms[term.name] = sum(pull.float().square().sum().item() for pull in pulls if pull is not None) ** 0.5
+        norms[term.name] = (
+            sum(pull.float().square().sum().item() for pull in pulls if pull is not None) ** 0.5
+        )
     whole = sum(norms.values())
     return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}
 
@@ -369,7 +490,11 @@ def first_answers(
     seen, nats, right, words, answers = see(blip.model, given, blip.tokenizer, tasks).passes, 0.0, 0, 0, 0
     if "caption" in seen:
         asked = seen["caption"].mask
-        nats = float(nn.functional.cross_entropy(seen["caption"].logits[asked].float(), seen["caption"].targets[asked], reduction="sum"))
+        nats = float(
+            nn.functional.cross_entropy(
+                seen["caption"].logits[asked].float(), seen["caption"].targets[asked], reduction="sum"
+            )
+        )
         words = int(asked.sum())
     if "answer" in seen:
         hits = (seen["answer"].logits.argmax(-1) == seen["answer"].targets) | ~seen["answer"].mask
@@ -404,23 +529,37 @@ class _FusedJob(Job):
         tasks = [task for task in self.tasks if task in ("captioning", "answering")]
         with evaluating(student.model):
             for batch in self.val.batches(view, batch_size=64) if tasks else ():
-                counts = [a + b for a, b in zip(counts, first_answers(student, batch.to(student.device), tasks), strict=True)]
+                counts = [
+                    a + b
+                    for a, b in zip(
+                        counts, first_answers(student, batch.to(student.device), tasks), strict=True
+                    )
+                ]
         nats, right, words, answers = counts
-        return scores | ({"caption_loss": nats / words} if words else {}) | ({"answer_accuracy": right / answers} if answers else {})
+        return (
+            scores
+            | ({"caption_loss": nats / words} if words else {})
+            | ({"answer_accuracy": right / answers} if answers else {})
+        )
 
     def look(self, fit: Fit) -> Mapping[str, Tensor]:
         "Where the student looks at the probe's images, word by word"
         if self.probe is None:
             return {}
         with fit.accelerator.autocast(), evaluating(fit.learner.model):
-            return {f"student_{name}": maps for name, maps in cross_maps(self.teacher, fit.learner.model, self.probe, self.tasks).items()}
+            return {
+                f"student_{name}": maps
+                for name, maps in cross_maps(self.teacher, fit.learner.model, self.probe, self.tasks).items()
+            }
 
     def learner(self, student: Blip):  # what makes a Learner of its network
         return lambda model: BlipLearner(model, student, self.tasks, self.options)
 
     def train_from_nothing(self, phase: Phase, student: Blip) -> Blip:
         "BLIP's own losses, without a teacher"
-        return finish_fit(self, phase, student, base_objective(self.options, self.tasks), None, self.learner(student))
+        return finish_fit(
+            self, phase, student, base_objective(self.options, self.tasks), None, self.learner(student)
+        )
 
 # %% ../nbs/library/21_dlip.ipynb #d84d0029
 LOOKED = 16  # probe pairs whose cross-attention is kept
@@ -433,25 +572,44 @@ def cross_maps(
     batch: Batch,  # as the network wants to see it
     tasks: Sequence[str],
     most: int = LOOKED,
-) -> dict[str, Tensor]:  # "cross_fusion", "cross_decoder", as far as tasks allow: (N, L, patches) float16 shares
+) -> dict[
+    str, Tensor
+]:  # "cross_fusion", "cross_decoder", as far as tasks allow: (N, L, patches) float16 shares
     "Where words look, for the first pairs of a batch"
     words = blip.tokenizer
-    (tokens, mask), image = fusion.trimmed(batch.text[:most], words.pad), network.run_image(batch.image[:most]).states
+    (tokens, mask), image = (
+        fusion.trimmed(batch.text[:most], words.pad),
+        network.run_image(batch.image[:most]).states,
+    )
     made = {}
     if "matching" in tasks:
         made["cross_fusion"] = network.run_text(fusion.begun(tokens, words.enc), mask, image, maps=True).cross
     if "captioning" in tasks:
-        made["cross_decoder"] = network.run_decoder(fusion.begun(tokens, words.dec), mask, image, maps=True).cross
-    return {name: (torch.stack(maps).float().mean((0, 2))[..., 1:] * mask[..., None]).half() for name, maps in made.items()}
+        made["cross_decoder"] = network.run_decoder(
+            fusion.begun(tokens, words.dec), mask, image, maps=True
+        ).cross
+    return {
+        name: (torch.stack(maps).float().mean((0, 2))[..., 1:] * mask[..., None]).half()
+        for name, maps in made.items()
+    }
 
 # %% ../nbs/library/21_dlip.ipynb #b33c2849
 def _possible(terms: Sequence[Term], tasks: Sequence[str]) -> list[Term]:
     "The terms that some tasks allow"
     needs = {
-        "image_text_contrast": {"retrieval"}, "similarities": {"retrieval"}, "image_text_matching": {"matching"},
-        "language_modelling": {"captioning"}, "answering": {"answering"}, "fusion_logits": {"matching"},
-    }  # fmt: skip
-    by_module = {"image": set(TASKS), "text": {"retrieval"}, "fusion": {"matching", "answering"}, "decoder": {"captioning", "answering"}}
+        "image_text_contrast": {"retrieval"},
+        "similarities": {"retrieval"},
+        "image_text_matching": {"matching"},
+        "language_modelling": {"captioning"},
+        "answering": {"answering"},
+        "fusion_logits": {"matching"},
+    }
+    by_module = {
+        "image": set(TASKS),
+        "text": {"retrieval"},
+        "fusion": {"matching", "answering"},
+        "decoder": {"captioning", "answering"},
+    }
     return [term for term in terms if needs.get(term.name, by_module.get(term.module, set())) & set(tasks)]
 
 
@@ -463,21 +621,35 @@ def base_objective(options: _Base, tasks: Sequence[str]) -> Objective:
 def _has_questions(report: data.DataReport, shards: int = 16, members: int = 100) -> bool:
     "Whether there is a question in the first members of some shards that are spread over all"
     spread = report.usable[:: max(-(-len(report.usable) // shards), 1)]
-    some = (sample for shard in spread for sample in islice(data.raw_samples(shard.path, ("json",), members), members))
+    some = (
+        sample
+        for shard in spread
+        for sample in islice(data.raw_samples(shard.path, ("json",), members), members)
+    )
     return any(data.asked_questions(sample) for sample in some)
 
 
-def _find_tasks(options: _Base, able: Sequence[str], report: data.DataReport, processes: int) -> tuple[str, ...]:  # what the teacher can
+def _find_tasks(
+    options: _Base, able: Sequence[str], report: data.DataReport, processes: int
+) -> tuple[str, ...]:  # what the teacher can
     "The tasks that are asked for, or those that teacher and data allow"
     asked, questions = options.asked_tasks(), _has_questions(report)
     for task in asked:
         if task not in able:
-            raise ValueError(f"tasks={options.tasks!r} is not valid here: the teacher was not made for {task}, but for {', '.join(able)}")
+            raise ValueError(
+                f"tasks={options.tasks!r} is not valid here: the teacher was not made for {task}, but for "
+                f"{', '.join(able)}"
+            )
     if "answering" in asked and not questions:
-        raise ValueError(f"tasks={options.tasks!r} is not valid here: the JSON of data={options.data!r} has no `questions`")
+        raise ValueError(
+            f"tasks={options.tasks!r} is not valid here: the JSON of data={options.data!r} has no `questions`"
+        )
     found = asked or tuple(task for task in able if task != "answering" or questions)
     if not found:
-        raise ValueError(f"the teacher was made for {', '.join(able)}, and the JSON of data={options.data!r} has no `questions`")
+        raise ValueError(
+            f"the teacher was made for {', '.join(able)}, and the JSON of data={options.data!r} has no "
+            "`questions`"
+        )
     if "matching" in found and (own := options.batch_size // max(options.processes, processes)) < 2:
         raise ValueError(f"batch_size={options.batch_size} is {own} a process: matching needs at least 2")
     return found
@@ -496,7 +668,9 @@ def read_texts(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     in_order = (sample for shard in shards for sample in data.raw_samples(shard, TEXT_FIELDS))
     samples = list(islice(in_order, most))
     texts = [text for sample in samples for text in data.captions_of(sample)]
-    return texts + [text for sample in samples for asked in data.asked_questions(sample) for text in asked[:2]]
+    return texts + [
+        text for sample in samples for asked in data.asked_questions(sample) for text in asked[:2]
+    ]
 
 
 def _begun_towers(options: BlipTraining) -> list[str]:
@@ -512,19 +686,31 @@ def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
     report = data.inspect_shards(shards)
     earlier = trainers.find_start(options, load=find_blip)
     trainers.check_locks(options, _begun_towers(options), {}, "name a BLIP as start_from")
-    tasks = _find_tasks(options, earlier.tasks if earlier else tuple(TASKS), report, accelerator.num_processes)
+    tasks = _find_tasks(
+        options, earlier.tasks if earlier else tuple(TASKS), report, accelerator.num_processes
+    )
     model = earlier or _new_teacher(options, shape, shards, tasks)
     about = {"start_sha256": state_digest(earlier.model)} if earlier else {}
-    about |= {"model": asdict(model.shape), "tasks": list(tasks), "terms": [t.name for t in _possible(base_terms(), tasks)]}
+    about |= {
+        "model": asdict(model.shape),
+        "tasks": list(tasks),
+        "terms": [t.name for t in _possible(base_terms(), tasks)],
+    }
     return trainers.open_run(options, model, accelerator, about, BlipTrainingJob, report)
 
 # %% ../nbs/library/21_dlip.ipynb #2747d65e
-def _new_teacher(options: BlipTraining, shape: BlipShape, shards: Sequence[Path], tasks: Sequence[str]) -> Blip:
+def _new_teacher(
+    options: BlipTraining, shape: BlipShape, shards: Sequence[Path], tasks: Sequence[str]
+) -> Blip:
     "A model with fresh weights, and words of its own"
     clip = options.image_tower and trainers.find_model(options.image_tower)
     with TemporaryDirectory() as folder:  # the model is saved with its words
-        tokenizer = fusion.train_wordpiece(read_texts(shards), folder, options.vocabulary, options.context_length)
-    made = new_blip(fusion.clip_sizes(clip, shape) if clip else shape, tokenizer, seed=options.seed, tasks=tasks)
+        tokenizer = fusion.train_wordpiece(
+            read_texts(shards), folder, options.vocabulary, options.context_length
+        )
+    made = new_blip(
+        fusion.clip_sizes(clip, shape) if clip else shape, tokenizer, seed=options.seed, tasks=tasks
+    )
     if clip:
         sample = data.load_pairs(shards[:1], limit=64)
         fusion.adopt_image_tower(clip, made, next(sample.batches(data.View(made.preprocess, None))).image)
@@ -537,8 +723,15 @@ def _first_shape(options: BlipTraining) -> BlipShape:
     one = dict(width=head, heads=1, neurons=4 * head)
     towers = {f"{tower}_{what}": size for tower in ("image", "text") for what, size in one.items()}
     eyes = dict(image_size=options.image_size, patch_size=options.patch_size)
-    unit = BlipShape(**some, **towers, **eyes, joint_width=options.joint_width, positions=options.context_length)
-    if {part.split(":")[0].strip() for part in options.sizes.split(",")} != {"image", "text", "fusion", "decoder"}:
+    unit = BlipShape(
+        **some, **towers, **eyes, joint_width=options.joint_width, positions=options.context_length
+    )
+    if {part.split(":")[0].strip() for part in options.sizes.split(",")} != {
+        "image",
+        "text",
+        "fusion",
+        "decoder",
+    }:
         form = "image:LAYERSxWIDTH, text:LAYERSxWIDTH, fusion:LAYERS, decoder:LAYERS"
         raise ValueError(f"sizes={options.sizes!r} is not valid: write {form}, all of them")
     return student_shape(unit, options.sizes, named="sizes")
@@ -546,7 +739,10 @@ def _first_shape(options: BlipTraining) -> BlipShape:
 # %% ../nbs/library/21_dlip.ipynb #73e23381
 def dlip_objective(options: Dlip, teacher: Blip, student: Blip, tasks: Sequence[str]) -> Objective:
     "All terms that teacher and student allow, with the options' weights"
-    widths = {tower: (getattr(student.shape, f"{tower}_width"), getattr(teacher.shape, f"{tower}_width")) for tower in ("image", "text")}
+    widths = {
+        tower: (getattr(student.shape, f"{tower}_width"), getattr(teacher.shape, f"{tower}_width"))
+        for tower in ("image", "text")
+    }
     weights = options.weights()
     terms = _possible(blip_terms(widths, options.temperature, options.smoothing, options.seed), tasks)
     return Objective({}, *(replace(term, weight=weights.get(term.name, 0.0)) for term in terms))
@@ -556,15 +752,29 @@ def student_sizes(options: Dlip, teacher: Blip) -> BlipShape:
     "The sizes of the student that the options name"
     if starts_whole(options):
         return trainers.find_start(options, load=find_blip).shape
-    shape = student_shape(teacher.shape, options.student) if options.student else shrunk(teacher.shape, options.student_share)
+    shape = (
+        student_shape(teacher.shape, options.student)
+        if options.student
+        else shrunk(teacher.shape, options.student_share)
+    )
     return replace(shape, image_size=options.image_size or shape.image_size)
 
 
-def make_student(job: DlipJob, inherited: bool = True) -> tuple[Blip, Any]:  # the student before training, and the plan it was made by
+def make_student(
+    job: DlipJob, inherited: bool = True
+) -> tuple[Blip, Any]:  # the student before training, and the plan it was made by
     "A student of the options' sizes, with the teacher's layers in it or with nothing"
     options, plan = job.options, None
-    student = new_blip(student_sizes(options, job.teacher), job.teacher.tokenizer, like=job.teacher, seed=options.seed, tasks=job.tasks)
-    towers = dict(layers=("image", "text", "decoder"), image=("image",), text=("text", "decoder"), none=())[options.inheritance]
+    student = new_blip(
+        student_sizes(options, job.teacher),
+        job.teacher.tokenizer,
+        like=job.teacher,
+        seed=options.seed,
+        tasks=job.tasks,
+    )
+    towers = dict(layers=("image", "text", "decoder"), image=("image",), text=("text", "decoder"), none=())[
+        options.inheritance
+    ]
     if inherited and towers:
         plan = fusion.plan_blip(job.teacher, student, towers=towers)
         fusion.inherit_blip(job.teacher, student, plan)
@@ -601,8 +811,13 @@ class _Distilled(_FusedJob):
         pairs, words = self.probe.for_teacher(), self.teacher.tokenizer
         maps = cross_maps(self.teacher, self.teacher.model, pairs, self.tasks)
         tokens, mask = fusion.trimmed(self.probe.text[:LOOKED], words.pad)
-        said = [words.tokenizer.convert_ids_to_tokens(row[kept].tolist()) for row, kept in zip(tokens, mask, strict=True)]
-        return {f"teacher_{name}": found.cpu() for name, found in maps.items()}, {"words": [["start", *row[1:]] for row in said]}
+        said = [
+            words.tokenizer.convert_ids_to_tokens(row[kept].tolist())
+            for row, kept in zip(tokens, mask, strict=True)
+        ]
+        return {f"teacher_{name}": found.cpu() for name, found in maps.items()}, {
+            "words": [["start", *row[1:]] for row in said]
+        }
 
     @property
     def teacher_view(self) -> data.View | None:
@@ -619,7 +834,11 @@ class _Distilled(_FusedJob):
     @cached_property
     def like(self) -> Blip:
         size = self.options.image_size
-        return new_blip(replace(self.teacher.shape, image_size=size), self.teacher.tokenizer, like=self.teacher) if size else self.teacher
+        return (
+            new_blip(replace(self.teacher.shape, image_size=size), self.teacher.tokenizer, like=self.teacher)
+            if size
+            else self.teacher
+        )
 
     @cached_property
     def stream(self) -> data.PairStream:
@@ -634,16 +853,27 @@ class DlipJob(_Distilled):
 
     @property
     def plan(self) -> list[tuple[str, int]]:
-        return [("student", self.options.steps)] + [("scratch", self.options.steps)] * self.options.compare_scratch
+        return [("student", self.options.steps)] + [
+            ("scratch", self.options.steps)
+        ] * self.options.compare_scratch
 
     def work(self) -> None:
         folder, steps = self.run.folder, self.options.steps
         if not (folder / "student" / "done.json").exists():
             student = self.begun("student", inherited=True)
             objective = dlip_objective(self.options, self.teacher, student, self.tasks)
-            finish_fit(self, Phase("student", "distil", steps), student, objective, self.teacher, self.learner(student))
+            finish_fit(
+                self,
+                Phase("student", "distil", steps),
+                student,
+                objective,
+                self.teacher,
+                self.learner(student),
+            )
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
-            self.train_from_nothing(Phase("scratch", "pretrain", steps, fixed=True), self.begun("scratch", inherited=False))
+            self.train_from_nothing(
+                Phase("scratch", "pretrain", steps, fixed=True), self.begun("scratch", inherited=False)
+            )
 
     def begun(self, stage: str, inherited: bool) -> Blip:
         "The student before its training; `fit` loads what an earlier start has left"
@@ -659,7 +889,9 @@ def open_dlip(options: Dlip) -> DlipJob:
     weights, _, accelerator = options.weights(), options.asked_tasks(), trainers.make_accelerator(options)
     options.check_stored()
     if options.features:
-        raise ValueError(f"features={options.features!r} is not valid here: what modules make of a pair is not stored")
+        raise ValueError(
+            f"features={options.features!r} is not valid here: what modules make of a pair is not stored"
+        )
     teacher = find_blip(options.teacher, accelerator.device)
     sizes = student_sizes(options, teacher)
     _check_student(options, teacher.shape, sizes)
@@ -669,34 +901,70 @@ def open_dlip(options: Dlip) -> DlipJob:
     fine = f"what can be: {', '.join(possible)}"
     for name in options.named():
         if name not in possible:
-            raise ValueError(f"losses={options.losses!r} is not valid here: {name} is not computed for {', '.join(tasks)}; {fine}")
+            raise ValueError(
+                f"losses={options.losses!r} is not valid here: {name} is not computed for "
+                f"{', '.join(tasks)}; {fine}"
+            )
     if not any(weights.get(name) for name in possible):
         raise ValueError(f"losses={options.losses!r} is not valid here: no term has a weight; {fine}")
     teacher = replace(teacher, tasks=tasks)
-    about = {"objective": {name: weights.get(name, 0.0) for name in possible}, "terms": possible, "tasks": list(tasks)}
-    about |= {"start_sha256": state_digest(trainers.find_start(options, load=find_blip).model)} if options.start_from else {}
-    about |= {"student": asdict(sizes), "teacher_sha256": state_digest(teacher.model), "model": asdict(teacher.shape)}
+    about = {
+        "objective": {name: weights.get(name, 0.0) for name in possible},
+        "terms": possible,
+        "tasks": list(tasks),
+    }
+    about |= (
+        {"start_sha256": state_digest(trainers.find_start(options, load=find_blip).model)}
+        if options.start_from
+        else {}
+    )
+    about |= {
+        "student": asdict(sizes),
+        "teacher_sha256": state_digest(teacher.model),
+        "model": asdict(teacher.shape),
+    }
     return trainers.open_run(options, teacher, accelerator, about, DlipJob, report)
 
 # %% ../nbs/library/21_dlip.ipynb #d11p5e61
-register(Method(
-    "Dlip", "DLIP (Kuang et al., 2023): features, similarities, logits and attention of every module of the teacher",
-    Dlip, open_dlip, losses=BLIP_LOSSES,
-))  # fmt: skip
-register(Method(
-    "BlipTraining", "BLIP's own losses (Li et al., 2022), without a teacher", BlipTraining, open_blip_training, losses=BLIP_LOSSES
-))  # fmt: skip
+register(
+    Method(
+        "Dlip",
+        "DLIP (Kuang et al., 2023): features, similarities, logits and attention of every module of the "
+        "teacher",
+        Dlip,
+        open_dlip,
+        losses=BLIP_LOSSES,
+    )
+)
+register(
+    Method(
+        "BlipTraining",
+        "BLIP's own losses (Li et al., 2022), without a teacher",
+        BlipTraining,
+        open_blip_training,
+        losses=BLIP_LOSSES,
+    )
+)
 
 # %% ../nbs/library/21_dlip.ipynb #571ebb09
 def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> None:
     "ValueError for sizes that cannot be inherited, or an image tower that is not the student's"
-    grown = [name for name, size in asdict(student).items() if size > getattr(teacher, name) and name != "image_size"]
+    grown = [
+        name
+        for name, size in asdict(student).items()
+        if size > getattr(teacher, name) and name != "image_size"
+    ]
     if options.inheritance != "none" and grown:
         own, its = (getattr(shape, grown[0]) for shape in (student, teacher))
-        raise ValueError(f"student={options.student!r} has {grown[0]}={own}, the teacher {its}: a student that inherits cannot be larger; "
-                         "or choose inheritance='none'")  # fmt: skip
+        raise ValueError(
+            f"student={options.student!r} has {grown[0]}={own}, the teacher {its}: a student that inherits "
+            "cannot be larger; "
+            "or choose inheritance='none'"
+        )
     inherited = {"image": ("layers", "image"), "text": ("layers", "text")}
-    begins = [tower for tower, ways in inherited.items() if options.inheritance in ways or starts_whole(options)]
+    begins = [
+        tower for tower, ways in inherited.items() if options.inheritance in ways or starts_whole(options)
+    ]
     begins += ["image"] if options.start_from else []
     trainers.check_locks(options, begins, {}, "choose inheritance='layers', or name a BLIP as start_from")
     if starts_whole(options):
@@ -704,21 +972,40 @@ def _check_student(options: Dlip, teacher: BlipShape, student: BlipShape) -> Non
         different = [name for name in same if getattr(student, name) != getattr(teacher, name)]
         if different or options.image_size not in (0, student.image_size):
             name = different[0] if different else "image_size"
-            raise ValueError(f"start_from={options.start_from!r} has another {name} ({getattr(student, name)}) than it is to have here "
-                             f"({getattr(teacher, name) if different else options.image_size})")  # fmt: skip
+            raise ValueError(
+                f"start_from={options.start_from!r} has another {name} ({getattr(student, name)}) than it "
+                "is to have here "
+                f"({getattr(teacher, name) if different else options.image_size})"
+            )
         return
     if options.start_from:
         given = trainers.find_start(options, load=find_blip).shape
-        for name in ("image_layers", "image_width", "image_heads", "image_neurons", "image_size", "patch_size"):
+        for name in (
+            "image_layers",
+            "image_width",
+            "image_heads",
+            "image_neurons",
+            "image_size",
+            "patch_size",
+        ):
             if getattr(given, name) != getattr(student, name):
-                raise ValueError(f"start_from={options.start_from!r} has another image tower: its {name} is {getattr(given, name)}, "
-                                 f"the student's {getattr(student, name)}")  # fmt: skip
+                raise ValueError(
+                    f"start_from={options.start_from!r} has another image tower: its {name} is "
+                    f"{getattr(given, name)}, "
+                    f"the student's {getattr(student, name)}"
+                )
 
 # %% ../nbs/library/21_dlip.ipynb #e3448ee5
-SCORES = {"retrieval": "R@1, mean of both directions", "caption_loss": "captions, nats a word", "answer_accuracy": "answers right"}
+SCORES = {
+    "retrieval": "R@1, mean of both directions",
+    "caption_loss": "captions, nats a word",
+    "answer_accuracy": "answers right",
+}
 
 
-def progress_curves(run: runs.Run) -> dict[str, dict[str, list[tuple[int, float]]]]:  # name in SCORES -> stage -> (step, value)
+def progress_curves(
+    run: runs.Run,
+) -> dict[str, dict[str, list[tuple[int, float]]]]:  # name in SCORES -> stage -> (step, value)
     "What validation said, by score and stage"
     curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for line in (m for m in run.metrics() if m.get("event") == "validation"):
@@ -736,11 +1023,24 @@ def plot_progress(job: Job):  # a matplotlib figure
 
     curves = progress_curves(job.run)
     level = job.validation(job.teacher, None) if job.teaches else {}
-    level |= {"retrieval": (level["image_to_text_r1"] + level["text_to_image_r1"]) / 2} if "image_to_text_r1" in level else {}
-    figure, axes = plt.subplots(1, max(len(curves), 1), figsize=(3.4 * max(len(curves), 1), 2.6), squeeze=False, layout="constrained")
+    level |= (
+        {"retrieval": (level["image_to_text_r1"] + level["text_to_image_r1"]) / 2}
+        if "image_to_text_r1" in level
+        else {}
+    )
+    figure, axes = plt.subplots(
+        1, max(len(curves), 1), figsize=(3.4 * max(len(curves), 1), 2.6), squeeze=False, layout="constrained"
+    )
     for axis, (name, stages) in zip(axes[0], curves.items(), strict=False):
         for stage, line in stages.items():
-            axis.plot(*zip(*line, strict=True), label=stage, color="gray" if stage == "scratch" else None, marker=".", ms=4, lw=1)
+            axis.plot(
+                *zip(*line, strict=True),
+                label=stage,
+                color="gray" if stage == "scratch" else None,
+                marker=".",
+                ms=4,
+                lw=1,
+            )
         if name in level:
             axis.axhline(level[name], color="black", lw=1, ls="--", label="teacher")
         axis.set(title=SCORES[name], xlabel="step", ylim=(0, None))

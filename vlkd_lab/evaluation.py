@@ -45,7 +45,10 @@ def encode_pairs(
 ) -> Features:  # of all N images, and N or T texts; float32, on the CPU
     "Features of every pair, seen through the model's own preprocessing and tokenizer"
     with evaluating(vlm.model):
-        parts = [vlm.encode(batch.to(vlm.device)) for batch in pairs.batches(View(vlm.preprocess, vlm.tokenizer), batch_size)]
+        parts = [
+            vlm.encode(batch.to(vlm.device))
+            for batch in pairs.batches(View(vlm.preprocess, vlm.tokenizer), batch_size)
+        ]
     image, text = (torch.cat([getattr(p, side) for p in parts]).float().cpu() for side in ("image", "text"))
     texts = flat_captions(pairs.all_captions)[0]
     if every_caption and len(texts) > len(pairs):
@@ -73,7 +76,9 @@ def find_classes(
     lines = {name: _lines(folder / f"{name}.txt") for name in ("classes", "templates")}
     if "" in lines["classes"]:
         blank = lines["classes"].index("") + 1
-        raise ValueError(f"{folder / 'classes.txt'}: line {blank} is blank: each line names the class of its number")
+        raise ValueError(
+            f"{folder / 'classes.txt'}: line {blank} is blank: each line names the class of its number"
+        )
     templates = tuple(filter(None, lines["templates"]))
     wrong = [template for template in templates if "{}" not in template]
     if wrong:
@@ -91,7 +96,12 @@ def _lines(path: Path) -> tuple[str, ...]:
 def classifier(vlm: VLM, classes: Classes) -> Tensor:  # (C, D) unit rows
     "One text feature a class: the mean over the templates, of unit length"
     prompts = [template.replace("{}", name) for name in classes.names for template in classes.templates]
-    features = torch.cat([vlm.encode_text(vlm.tokenizer(prompts[k : k + 256]).to(vlm.device)) for k in range(0, len(prompts), 256)])
+    features = torch.cat(
+        [
+            vlm.encode_text(vlm.tokenizer(prompts[k : k + 256]).to(vlm.device))
+            for k in range(0, len(prompts), 256)
+        ]
+    )
     by_class = features.float().view(len(classes.names), len(classes.templates), -1)
     return F.normalize(by_class.mean(dim=1), dim=1).cpu()
 
@@ -101,7 +111,9 @@ def predict(image: Tensor, class_rows: Tensor) -> Tensor:  # (N, D) and (C, D) u
     return (image @ class_rows.T).argmax(dim=1)
 
 
-def accuracy(predicted: Tensor, labels: Sequence[int | None]) -> float:  # share among the samples that have a label; nan if none has
+def accuracy(
+    predicted: Tensor, labels: Sequence[int | None]
+) -> float:  # share among the samples that have a label; nan if none has
     "Top-1 accuracy"
     known = [(p, label) for p, label in zip(predicted.tolist(), labels, strict=True) if label is not None]
     return sum(p == label for p, label in known) / len(known) if known else math.nan
@@ -124,9 +136,15 @@ def agreement(
 ) -> dict[str, float]:
     "How often both say the same, and how far their affinities are apart"
     same = lambda a, b: (a == b).float().mean().item()  # noqa: E731
-    said = {"same_caption": same((student.image @ student.text.T).argmax(1), (teacher.image @ teacher.text.T).argmax(1))}
+    said = {
+        "same_caption": same(
+            (student.image @ student.text.T).argmax(1), (teacher.image @ teacher.text.T).argmax(1)
+        )
+    }
     if student_classes is not None and teacher_classes is not None:
-        said["same_class"] = same(predict(student.image, student_classes), predict(teacher.image, teacher_classes))
+        said["same_class"] = same(
+            predict(student.image, student_classes), predict(teacher.image, teacher_classes)
+        )
     return said | {"affinity_divergence": affinity_divergence(student, teacher)}
 
 # %% ../nbs/library/22_evaluation.ipynb #fb19471a
@@ -134,12 +152,15 @@ def score(
     vlm: VLM,
     pairs: Pairs,
     classes: Classes | None = None,  # None: no zero-shot
-    teacher: tuple[Features, Tensor | None] | None = None,  # the teacher's features of the same pairs, and its class rows
+    # the teacher's features of the same pairs, and its class rows
+    teacher: tuple[Features, Tensor | None] | None = None,
 ) -> tuple[dict[str, float], Features, Tensor | None]:  # scores by name, features of the pairs, class rows
     "Zero-shot accuracy, retrieval by picture and agreement with the teacher"
     every = encode_pairs(vlm, pairs, every_caption=True)
     features, rows = first_captions(every, pairs), None if classes is None else classifier(vlm, classes)
-    scores = {"zero_shot": math.nan if rows is None else accuracy(predict(features.image, rows), pairs.labels)}
+    scores = {
+        "zero_shot": math.nan if rows is None else accuracy(predict(features.image, rows), pairs.labels)
+    }
     scores |= recall(every, captions=pairs.all_captions)
     if teacher is not None:
         scores |= agreement(features, teacher[0], rows, teacher[1])
@@ -184,7 +205,9 @@ def alarms(
         odds = f"1 in {captions / right:.0f}"
         found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} ({odds})")
     if classes and scores["zero_shot"] <= 1.2 / classes:
-        found.append(f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes")
+        found.append(
+            f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes"
+        )
     return found
 
 # %% ../nbs/library/22_evaluation.ipynb #37e8b3fa
@@ -204,11 +227,18 @@ def linear_probe(
     known = np.array([row for row, label in enumerate(train_labels) if label is not None])
     labels = np.array([label for label in train_labels if label is not None])
     if len(set(labels.tolist())) < 2:
-        raise ValueError(f"a linear probe needs two classes among its training labels; there are {len(set(labels.tolist()))}")
+        raise ValueError(
+            "a linear probe needs two classes among its training labels; there are "
+            f"{len(set(labels.tolist()))}"
+        )
     rows, order = train.numpy()[known], np.random.default_rng(seed).permutation(len(known))
     held, rest = np.split(order, [len(order) // 5])
     fitted = lambda c, at: LogisticRegression(C=c, max_iter=1000).fit(rows[at], labels[at])  # noqa: E731
-    tried = {c: fitted(c, rest).score(rows[held], labels[held]) for c in STRENGTHS} if len(set(labels[rest].tolist())) > 1 else {30.0: 0}
+    tried = (
+        {c: fitted(c, rest).score(rows[held], labels[held]) for c in STRENGTHS}
+        if len(set(labels[rest].tolist())) > 1
+        else {30.0: 0}
+    )
     predicted = fitted(max(tried, key=tried.get), order).predict(test.numpy())
     return accuracy(torch.from_numpy(predicted), test_labels), predicted
 
@@ -231,10 +261,16 @@ def probe_table(
     test: Pairs,
 ) -> pd.DataFrame:  # a row a model, a column a label set, and their mean
     "Linear-probe accuracy on every label set"
-    sets, wanted, rows = all_label_sets(train), {name: all_label_sets(test)[name] for name in probed_sets(train, test)}, {}
+    sets, wanted, rows = (
+        all_label_sets(train),
+        {name: all_label_sets(test)[name] for name in probed_sets(train, test)},
+        {},
+    )
     for name, vlm in models.items():
         seen = [encode_pairs(vlm, pairs).image for pairs in (train, test)]
-        rows[name] = {key: linear_probe(seen[0], sets[key], seen[1], labels)[0] for key, labels in wanted.items()}
+        rows[name] = {
+            key: linear_probe(seen[0], sets[key], seen[1], labels)[0] for key, labels in wanted.items()
+        }
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.assign(mean=table.mean(axis=1)) if len(table.columns) else table
 
@@ -254,14 +290,24 @@ def retrieve(
     cells = []
     for row, found, cosines in zip(rows, nearest.indices.tolist(), nearest.values.tolist(), strict=True):
         own = pairs.all_captions[row]
-        said = [("<b>✓</b> " if texts[j] in own else "") + f"{escaped(texts[j])} <small>{c:.2f}</small>"
-                for j, c in zip(found, cosines, strict=True)]  # fmt: skip
+        said = [
+            ("<b>✓</b> " if texts[j] in own else "") + f"{escaped(texts[j])} <small>{c:.2f}</small>"
+            for j, c in zip(found, cosines, strict=True)
+        ]
         image = f"<img alt='' style='width:72px' src='{thumbnail(pairs.pil(row), 144)}'>"
-        cells.append(f"<tr><td>{image}</td><td>{escaped(own[0])}</td><td style='text-align:left'>{'<br>'.join(said)}</td></tr>")
-    return HTML(f"<table><tr><th></th><th>its caption</th><th>nearest captions, cosine</th></tr>{''.join(cells)}</table>")
+        cells.append(
+            f"<tr><td>{image}</td><td>{escaped(own[0])}</td><td "
+            f"style='text-align:left'>{'<br>'.join(said)}</td></tr>"
+        )
+    return HTML(
+        "<table><tr><th></th><th>its caption</th><th>nearest captions, "
+        f"cosine</th></tr>{''.join(cells)}</table>"
+    )
 
 # %% ../nbs/library/22_evaluation.ipynb #c0b722b7
-def validation_curve(run: Run, stage: str) -> list[tuple[int, float]]:  # (step of the whole line, mean R@1 of both directions)
+def validation_curve(
+    run: Run, stage: str
+) -> list[tuple[int, float]]:  # (step of the whole line, mean R@1 of both directions)
     "What validation said during a stage"
     lines = [m for m in run.metrics() if m.get("event") == "validation" and m["stage"] == stage]
     return [(m["step"], (float(m["image_to_text_r1"]) + float(m["text_to_image_r1"])) / 2) for m in lines]
@@ -272,7 +318,9 @@ def first_step(curve: Sequence[tuple[int, float]], wanted: float) -> int | None:
     return next((step for step, value in curve if value >= wanted), None)
 
 
-def steps_to_reach(run: Run, stage: str, wanted: float) -> tuple[int, int] | None:  # (of its own stage, of its whole line); None: never
+def steps_to_reach(
+    run: Run, stage: str, wanted: float
+) -> tuple[int, int] | None:  # (of its own stage, of its whole line); None: never
     "Steps until a stage's student first scored at least `wanted`"
     begun = [m["step"] for m in run.metrics() if m["stage"] == stage and "total" in m]
     reached = first_step(validation_curve(run, stage), wanted)
@@ -292,14 +340,18 @@ def _is_complete(job: Job) -> bool:
 def job_models(job: Job) -> dict[str, VLM]:
     "The teacher, every student that the job has finished, and the one in whose training it was stopped"
     saved = [stage for stage in _job_stages(job) if (job.run.folder / stage / "done.json").exists()]
-    found = {stage: load_student(job.run.folder / stage / "student", job.accelerator.device) for stage in saved}
+    found = {
+        stage: load_student(job.run.folder / stage / "student", job.accelerator.device) for stage in saved
+    }
     at = job.run.status()
     if at["state"] in ("stopped", "failed", "lost") and at.get("stage") not in (*saved, None):
         found[at["stage"]] = current_student(job.run, job.accelerator.device, stage=at["stage"])
     return {"teacher": job.teacher} | found
 
 
-def _kept(job: Job, vlm: VLM) -> float:  # share of the teacher's prunable weights; nan for towers that are no transformers
+def _kept(
+    job: Job, vlm: VLM
+) -> float:  # share of the teacher's prunable weights; nan for towers that are no transformers
     if job.costs is None:
         return math.nan
     try:
@@ -314,7 +366,13 @@ def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, flo
     cost, steps = count_cost(vlm), _steps_of(job, name)
     reached = None if name == "teacher" or math.isnan(scratch) else steps_to_reach(job.run, name, scratch)
     own, line = reached or (math.nan, math.nan)
-    prices = {"parameters": cost.parameters, "kept": _kept(job, vlm), "macs": cost.macs, "latency_ms": latency, "steps": steps}
+    prices = {
+        "parameters": cost.parameters,
+        "kept": _kept(job, vlm),
+        "macs": cost.macs,
+        "latency_ms": latency,
+        "steps": steps,
+    }
     return prices | dict(scores) | {"steps_to_scratch": own, "line_steps_to_scratch": line}
 
 
@@ -323,12 +381,16 @@ def _steps_of(job: Job, name: str) -> int:
     return max((m["step"] for m in job.run.metrics() if m["stage"] == name and "total" in m), default=0)
 
 # %% ../nbs/library/22_evaluation.ipynb #eee1a716
-def compare(job: Job, pairs: Pairs | None = None, classes: Classes | None = None) -> pd.DataFrame:  # one row a model
+def compare(
+    job: Job, pairs: Pairs | None = None, classes: Classes | None = None
+) -> pd.DataFrame:  # one row a model
     "Score and weigh the teacher and all students on validation pairs"
     models, pairs = job_models(job), pairs or job.val
     classes = classes or find_classes(job.options.val)
     latency, (captions, right) = measure_latency(models), caption_counts(pairs)
-    if classes and (beyond := [label for label in pairs.labels if label is not None and label >= len(classes.names)]):
+    if classes and (
+        beyond := [label for label in pairs.labels if label is not None and label >= len(classes.names)]
+    ):
         counts = f"{len(beyond)} of {len(pairs)} validation pairs have a class beyond classes.txt, such as {beyond[0]}"
         job.run.warn(f"{counts}: it names {len(classes.names)} classes, the first of which is 0")
     _, features, rows = score(job.teacher, pairs, classes)
@@ -350,7 +412,12 @@ def finish(job: Job, table: pd.DataFrame) -> dict:
     "Write result.json and mark the run as finished; returns the result, which for a job that was stopped is only shown"
     result = {"models": to_json(table.to_dict("index")), "warnings": job.run.status().get("warnings", [])}
     if not _is_complete(job):
-        return result | {"warnings": [*result["warnings"], "the job was stopped before its end: these are the students as they are"]}
+        return result | {
+            "warnings": [
+                *result["warnings"],
+                "the job was stopped before its end: these are the students as they are",
+            ]
+        }
     with job.run:
         write_whole(job.run.folder / "result.json", json.dumps(result, indent=1))
     return result
@@ -364,42 +431,81 @@ def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
 
     percent, plain = "{:.1%}".format, "{:.0f}".format
     columns = {
-        "parameters": ("parameters, M", lambda v: f"{v / 1e6:.2f}"), "kept": ("prunable weights kept", percent),
-        "macs": ("MACs, M", lambda v: f"{v / 1e6:.1f}"), "latency_ms": ("latency, ms a pair", "{:.2f}".format),
+        "parameters": ("parameters, M", lambda v: f"{v / 1e6:.2f}"),
+        "kept": ("prunable weights kept", percent),
+        "macs": ("MACs, M", lambda v: f"{v / 1e6:.1f}"),
+        "latency_ms": ("latency, ms a pair", "{:.2f}".format),
         "zero_shot": ("zero-shot", percent),
-        "image_to_text_r1": ("image→text R@1", percent), "image_to_text_r5": ("R@5", percent),
-        "image_to_text_r10": ("R@10", percent), "text_to_image_r1": ("text→image R@1", percent), "text_to_image_r5": ("R@5 ", percent),
-        "text_to_image_r10": ("R@10 ", percent), "same_class": ("same class as teacher", percent),
+        "image_to_text_r1": ("image→text R@1", percent),
+        "image_to_text_r5": ("R@5", percent),
+        "image_to_text_r10": ("R@10", percent),
+        "text_to_image_r1": ("text→image R@1", percent),
+        "text_to_image_r5": ("R@5 ", percent),
+        "text_to_image_r10": ("R@10 ", percent),
+        "same_class": ("same class as teacher", percent),
         "same_caption": ("same caption", percent),
-        "affinity_divergence": ("affinity divergence, nats", "{:.3f}".format), "steps": ("steps", plain),
-        "steps_to_scratch": ("own steps to scratch's score", plain), "line_steps_to_scratch": ("all steps to it", plain),
+        "affinity_divergence": ("affinity divergence, nats", "{:.3f}".format),
+        "steps": ("steps", plain),
+        "steps_to_scratch": ("own steps to scratch's score", plain),
+        "line_steps_to_scratch": ("all steps to it", plain),
     }
     known = {c: made for c, made in columns.items() if c in table}
-    shown = pd.DataFrame({title: table[c].map(lambda v, f=f: "—" if math.isnan(v) else f(v)) for c, (title, f) in known.items()})
+    shown = pd.DataFrame(
+        {
+            title: table[c].map(lambda v, f=f: "—" if math.isnan(v) else f(v))
+            for c, (title, f) in known.items()
+        }
+    )
     alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escape(w)}</p>" for w in warnings)
     return HTML(alarm + shown.T.to_html(border=0))
 
 # %% ../nbs/library/22_evaluation.ipynb #073b92fe
 REFERENCE = "data_samples/reference_tinyclip.json"  # from the project's root
-_COMPARABLE = ("teacher", "data", "val", "batch_size", "learning_rate", "losses", "inheritance", "stages", "steps", "validate_pairs")
+_COMPARABLE = (
+    "teacher",
+    "data",
+    "val",
+    "batch_size",
+    "learning_rate",
+    "losses",
+    "inheritance",
+    "stages",
+    "steps",
+    "validate_pairs",
+)
 
 
 def save_reference(run: Run, path: str | Path) -> None:
     "Keep a run's validation curves, and the parameters with which others compare"
     stages = dict.fromkeys(m["stage"] for m in run.metrics() if m.get("event") == "validation")
-    curves = {stage: [[step, round(value, 4)] for step, value in validation_curve(run, stage)] for stage in stages}
+    curves = {
+        stage: [[step, round(value, 4)] for step, value in validation_curve(run, stage)] for stage in stages
+    }
     parameters = {name: run.config()["parameters"][name] for name in _COMPARABLE}
     write_whole(path, json.dumps({"parameters": parameters, "curves": curves}) + "\n")
 
 
-def reference_curves(run: Run, path: str | Path | None = None) -> dict[str, list[tuple[int, float]]]:  # empty when not comparable
+def reference_curves(
+    run: Run, path: str | Path | None = None
+) -> dict[str, list[tuple[int, float]]]:  # empty when not comparable
     "The reference's validation curves, if this run has the same parameters"
     reference = read_json(path or shipped(REFERENCE), {"parameters": None})
     own = {name: run.config().get("parameters", {}).get(name) for name in _COMPARABLE}
     return reference["curves"] if reference["parameters"] == own else {}
 
 # %% ../nbs/library/22_evaluation.ipynb #95844fb5
-_SKIPPED = {"step", "samples", "seconds", "data_seconds", "learning_rate", "gradient_norm", "stage", "phase", "event", "total"}
+_SKIPPED = {
+    "step",
+    "samples",
+    "seconds",
+    "data_seconds",
+    "learning_rate",
+    "gradient_norm",
+    "stage",
+    "phase",
+    "event",
+    "total",
+}
 _SKIPPED |= {"expected_sparsity", "target_sparsity"}
 MOST_IN_PANEL = 6  # terms whose names still fit into a panel
 
@@ -413,20 +519,33 @@ def plot_losses(run: Run) -> Figure:
     terms = list(dict.fromkeys(k for m in lines for k in m if k not in _SKIPPED))
     many, width = len(terms) > MOST_IN_PANEL, 3.4 * max(len(stages), 1)
     colours = dict(zip(terms, plt.get_cmap("tab20" if many else "tab10").colors * len(terms), strict=False))
-    figure, axes = plt.subplots(1, max(len(stages), 1), figsize=(width + 1.6 * many, 2.8), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, max(len(stages), 1), figsize=(width + 1.6 * many, 2.8), squeeze=False, layout="constrained"
+    )
     for axis, stage in zip(axes[0], stages, strict=False):
         own = [m for m in lines if m["stage"] == stage]
         for term in (term for term in terms if any(term in m for m in own)):
             found = zip(*((m["step"], float(m[term])) for m in own if term in m), strict=True)
             axis.plot(*found, label=term.replace("_", " "), lw=1, color=colours[term])
-        gates = [(m["step"], m["expected_sparsity"], m["target_sparsity"]) for m in own if "expected_sparsity" in m]
+        gates = [
+            (m["step"], m["expected_sparsity"], m["target_sparsity"]) for m in own if "expected_sparsity" in m
+        ]
         if gates:
             _sparsity_axis(axis, *zip(*gates, strict=True))
-        axis.set(title=stage, xlabel="step", ylabel="nats" if axis is axes[0][0] else "", yscale="log" if many else "linear")
+        axis.set(
+            title=stage,
+            xlabel="step",
+            ylabel="nats" if axis is axes[0][0] else "",
+            yscale="log" if many else "linear",
+        )
         if not many:
             axis.legend(fontsize=7, loc="upper right")
     if many:
-        shown = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        shown = {
+            label: line
+            for axis in axes[0]
+            for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
         figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
     return _closed(figure)
 
@@ -454,9 +573,18 @@ def plot_validation(run: Run, teacher: float | None = None) -> Figure:
     figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
     for stage in dict.fromkeys(m["stage"] for m in run.metrics() if m.get("event") == "validation"):
         scratch = role_of(run, stage) == "baseline"
-        axis.plot(*zip(*validation_curve(run, stage), strict=True), label=stage, color="gray" if scratch else None, marker=".", ms=4, lw=1)
+        axis.plot(
+            *zip(*validation_curve(run, stage), strict=True),
+            label=stage,
+            color="gray" if scratch else None,
+            marker=".",
+            ms=4,
+            lw=1,
+        )
     for k, curve in enumerate(reference_curves(run).values()):
-        axis.plot(*zip(*curve, strict=True), color="black", lw=0.8, ls=":", label=None if k else "reference run")
+        axis.plot(
+            *zip(*curve, strict=True), color="black", lw=0.8, ls=":", label=None if k else "reference run"
+        )
     if teacher is not None:
         axis.axhline(teacher, color="black", lw=1, ls="--", label="teacher")
     axis.set(xlabel="step", ylabel="R@1, mean of both directions", ylim=(0, None))
@@ -470,7 +598,10 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
 
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), layout="constrained")
     r1 = (table["image_to_text_r1"] + table["text_to_image_r1"]) / 2
-    for axis, values, title in ((axes[0], table["zero_shot"], "zero-shot accuracy"), (axes[1], r1, "R@1, mean of both directions")):
+    for axis, values, title in (
+        (axes[0], table["zero_shot"], "zero-shot accuracy"),
+        (axes[1], r1, "R@1, mean of both directions"),
+    ):
         for name in table.index:
             x, y = table.loc[name, "parameters"] / 1e6, values[name]
             marker, color = ("x", "gray") if name in table.attrs.get("baselines", ()) else ("o", None)
@@ -478,7 +609,12 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
                 marker, color = "*", "black"
             axis.plot(x, y, marker, color=color, ms=8)
             axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        axis.set(xlabel="parameters, millions", ylabel=title, ylim=(0, 1), xlim=(0, 1.25 * table["parameters"].max() / 1e6))
+        axis.set(
+            xlabel="parameters, millions",
+            ylabel=title,
+            ylim=(0, 1),
+            xlim=(0, 1.25 * table["parameters"].max() / 1e6),
+        )
     return _closed(figure)
 
 # %% ../nbs/library/22_evaluation.ipynb #9f39022c
@@ -486,14 +622,23 @@ def plot_shapes(models: Mapping[str, VLM]) -> Figure:
     "Heads and neurons that each model kept, layer by layer, both towers"
     import matplotlib.pyplot as plt
 
-    shapes = {name: tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"])) for name, vlm in models.items()}
+    shapes = {
+        name: tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
+        for name, vlm in models.items()
+    }
     figure, axes = plt.subplots(2, 2, figsize=(8.4, 3.6), layout="constrained")
     for row, tower in zip(axes, ("image", "text"), strict=True):
         for axis, part in zip(row, ("heads", "neurons"), strict=True):
             for k, (name, shape) in enumerate(shapes.items()):
                 counts = getattr(shape[tower], part)
                 bars = [i + (k - len(shapes) / 2) * 0.8 / len(shapes) for i in range(len(counts))]
-                axis.bar(bars, counts, width=0.8 / len(shapes), align="edge", label=f"{name}, width {shape[tower].width}")
+                axis.bar(
+                    bars,
+                    counts,
+                    width=0.8 / len(shapes),
+                    align="edge",
+                    label=f"{name}, width {shape[tower].width}",
+                )
             axis.set(title=f"{tower} tower: {part}", xlabel="layer")
         row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _closed(figure)

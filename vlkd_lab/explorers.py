@@ -27,7 +27,20 @@ from .gates import Gates, cuts_at, gates_from_arrays
 from .models import shape_cost
 from .runs import Run, kept_snapshots, read_snapshot
 from .trainers import full_shapes, new_gates
-from .widgets import COLOURS, MEASURES, SEQUENTIAL, WIDTH, Live, Matrices, Panel, Plane, RunClusters, escaped, measured, picture
+from vlkd_lab.widgets import (
+    COLOURS,
+    MEASURES,
+    SEQUENTIAL,
+    WIDTH,
+    Live,
+    Matrices,
+    Panel,
+    Plane,
+    RunClusters,
+    escaped,
+    measured,
+    picture,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +52,9 @@ __all__ = ['MANY_GROUPS', 'MANY_POINTS', 'disagreement', 'Affinities', 'cell_htm
            'ClusterMap', 'purity', 'run_clusters', 'cluster_table', 'show']
 
 # %% ../nbs/library/27_explorers.ipynb #11ca0310
-def disagreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:  # (B,) nats; probabilities (B, B) of each image's texts
+def disagreement(
+    teacher: np.ndarray, student: np.ndarray
+) -> np.ndarray:  # (B,) nats; probabilities (B, B) of each image's texts
     "How far the student's probabilities are from the teacher's, row by row (Kullback–Leibler)"
     return (teacher * (np.log(teacher + 1e-12) - np.log(student + 1e-12))).sum(axis=1)
 
@@ -47,8 +62,14 @@ def disagreement(teacher: np.ndarray, student: np.ndarray) -> np.ndarray:  # (B,
 class Affinities:
     "Two models' affinities over the same pairs, put in an order"
 
-    def __init__(self, teacher: Features, student: Features, captions: Sequence[str], labels: Sequence[int | None] = ()):
-        self.features, self.captions, self.labels = {"teacher": teacher, "student": student}, list(captions), list(labels)
+    def __init__(
+        self, teacher: Features, student: Features, captions: Sequence[str], labels: Sequence[int | None] = ()
+    ):
+        self.features, self.captions, self.labels = (
+            {"teacher": teacher, "student": student},
+            list(captions),
+            list(labels),
+        )
         self.cosine = {name: (f.image @ f.text.T).float().cpu().numpy() for name, f in self.features.items()}
         self.scale = {name: float(f.scale) for name, f in self.features.items()}
         self.rows, self.by = np.arange(len(self.captions)), "given"
@@ -59,17 +80,25 @@ class Affinities:
 
     def order(self, by: str) -> None:
         "Put the pairs in order"
-        orders = {"given": lambda: np.arange(len(self.captions)), "class": self._by_class, "disagreement": self._by_disagreement}
+        orders = {
+            "given": lambda: np.arange(len(self.captions)),
+            "class": self._by_class,
+            "disagreement": self._by_disagreement,
+        }
         if by not in orders:
             raise ValueError(f"order by {by!r} is not valid: choose one of {', '.join(orders)}")
         self.rows, self.by = orders[by](), by
 
     def _by_class(self) -> np.ndarray:
         labels = self.labels or [None] * len(self.captions)
-        return np.array(sorted(range(len(labels)), key=lambda i: math.inf if labels[i] is None else labels[i]))
+        return np.array(
+            sorted(range(len(labels)), key=lambda i: math.inf if labels[i] is None else labels[i])
+        )
 
     def _by_disagreement(self) -> np.ndarray:
-        both = [measured(self.cosine[name], self.scale[name], "image_to_text") for name in ("teacher", "student")]
+        both = [
+            measured(self.cosine[name], self.scale[name], "image_to_text") for name in ("teacher", "student")
+        ]
         return np.argsort(-disagreement(*both), kind="stable")
 
     def cell(self, row: int, column: int) -> dict[str, Any]:
@@ -79,7 +108,11 @@ class Affinities:
         for name in self.features:
             probability = measured(self.cosine[name], self.scale[name], "image_to_text")[i]
             rank = 1 + int((self.cosine[name][i] > self.cosine[name][i, j]).sum())
-            said[name] = {"cosine": float(self.cosine[name][i, j]), "probability": float(probability[j]), "rank": rank}
+            said[name] = {
+                "cosine": float(self.cosine[name][i, j]),
+                "probability": float(probability[j]),
+                "rank": rank,
+            }
         return said
 
 # %% ../nbs/library/27_explorers.ipynb #e5683a8d
@@ -96,9 +129,11 @@ def cell_html(affinities: Affinities, pairs: Pairs, cell: Sequence[int] | None) 
     )
     return (
         f"<div style='display:flex;gap:14px;align-items:flex-start'>{_image_html(pairs.pil(i), 128)}<div>"
-        f"<p style='margin:0'><small>image {i}, {escaped(pairs.keys[i])}</small><br>{escaped(pairs.captions[i])}</p>"
+        f"<p style='margin:0'><small>image {i}, "
+        f"{escaped(pairs.keys[i])}</small><br>{escaped(pairs.captions[i])}</p>"
         f"<p style='margin:4px 0'><small>text {j}{right}</small><br>{escaped(pairs.captions[j])}</p>"
-        f"<table><tr><th></th><th>cosine</th><th>P(text | image)</th><th>rank of this text</th></tr>{rows}</table></div></div>"
+        "<table><tr><th></th><th>cosine</th><th>P(text | image)</th><th>rank of this "
+        f"text</th></tr>{rows}</table></div></div>"
     )
 
 
@@ -139,7 +174,9 @@ class AffinityExplorer(Live):
 
     def matrices(self) -> Matrices:
         "What is drawn"
-        return widgets.with_difference({n: self.affinities.matrix(n, self.measure) for n in ("teacher", "student")}, self.measure)
+        return widgets.with_difference(
+            {n: self.affinities.matrix(n, self.measure) for n in ("teacher", "student")}, self.measure
+        )
 
     def still(self) -> _AffinityStill:
         "The matrices, and what stands behind the chosen cell or the worst"
@@ -153,7 +190,9 @@ def _draw_affinities(explorer: AffinityExplorer) -> None:
     explorer.panel.buttons = buttons + widgets.measure_buttons(explorer.measure)
     captions = [widgets.visible(explorer.affinities.captions[i])[:200] for i in explorer.affinities.rows]
     for name, (matrix, low, high) in explorer.matrices().items():
-        explorer.views[name].show(matrix, low, high, measure=MEASURES[explorer.measure], row_texts=captions, column_texts=captions)
+        explorer.views[name].show(
+            matrix, low, high, measure=MEASURES[explorer.measure], row_texts=captions, column_texts=captions
+        )
 
 # %% ../nbs/library/27_explorers.ipynb #c6b57609
 class _AffinityStill:
@@ -212,9 +251,14 @@ class GateHistory:
 
     def __init__(self, run: Run):
         self.run, self.config = run, run.config()
-        self.snapshots = [(path, labels) for path, labels in kept_snapshots(run) if labels["phase"] == "gates"]
+        self.snapshots = [
+            (path, labels) for path, labels in kept_snapshots(run) if labels["phase"] == "gates"
+        ]
         if not self.snapshots:
-            raise ValueError(f"{run.folder} keeps no snapshot of gates: it has not learned any yet, or keep_snapshots was 0")
+            raise ValueError(
+                f"{run.folder} keeps no snapshot of gates: it has not learned any yet, or keep_snapshots "
+                "was 0"
+            )
 
     def __len__(self) -> int:
         return len(self.snapshots)
@@ -251,23 +295,48 @@ def _cut_html(history: GateHistory, place: int, target: float) -> str:
     rows = [("parameters, M", f"{left['parameters'] / 1e6:.2f}", f"{cost.parameters / 1e6:.2f}")]
     rows.append(("multiply-accumulates a pair, M", f"{left['macs'] / 1e6:.1f}", f"{cost.macs / 1e6:.1f}"))
     for tower, shape in full.items():
-        for part, whole in (("width", shape.width), ("heads", sum(shape.heads)), ("neurons", sum(shape.neurons))):
+        for part, whole in (
+            ("width", shape.width),
+            ("heads", sum(shape.heads)),
+            ("neurons", sum(shape.neurons)),
+        ):
             rows.append((f"{tower} {part}", f"{left[f'{tower}_{part}']:.0f}", str(whole)))
-    cells = "".join(f"<tr><th style='text-align:left'>{name}</th><td>{now}</td><td>{whole}</td></tr>" for name, now, whole in rows)
-    said = f"{escaped(history.said(place))}; target {target:.2f}: sparsity {left['sparsity']:.3f} after the cut"
+    cells = "".join(
+        f"<tr><th style='text-align:left'>{name}</th><td>{now}</td><td>{whole}</td></tr>"
+        for name, now, whole in rows
+    )
+    said = (
+        f"{escaped(history.said(place))}; target {target:.2f}: sparsity {left['sparsity']:.3f} after the cut"
+    )
     said += f"; {left['expected_sparsity']:.3f} expected by the gates themselves"
     return f"<p>{said}</p><table><tr><th></th><th>left</th><th>teacher</th></tr>{cells}</table>"
 
 
 def _cuts_json(table: pd.DataFrame, width: int = WIDTH, height: int = 240) -> dict:  # Plotly JSON
     "Parameters and multiply-accumulates that are left, by target"
-    layout = {"width": width, "height": height, "template": "none", "margin": {"l": 55, "r": 10, "t": 20, "b": 40}, "showlegend": False}
+    layout = {
+        "width": width,
+        "height": height,
+        "template": "none",
+        "margin": {"l": 55, "r": 10, "t": 20, "b": 40},
+        "showlegend": False,
+    }
     data, style = [], widgets.curve_style(COLOURS[0])
     panels = (("parameters", "parameters, M", [0, 0.44]), ("macs", "MACs a pair, M", [0.56, 1]))
     for panel, (column, title, domain) in enumerate(panels, start=1):
-        data.append(widgets.curve(table.index, table[column] / 1e6, column, panel, line=style, mode="lines+markers"))
-        layout[f"xaxis{panel}"] = {"domain": domain, "anchor": widgets.axis_name("y", panel), "title": {"text": "target sparsity"}}
-        layout[f"yaxis{panel}"] = {"anchor": widgets.axis_name("x", panel), "title": {"text": title}, "rangemode": "tozero"}
+        data.append(
+            widgets.curve(table.index, table[column] / 1e6, column, panel, line=style, mode="lines+markers")
+        )
+        layout[f"xaxis{panel}"] = {
+            "domain": domain,
+            "anchor": widgets.axis_name("y", panel),
+            "title": {"text": "target sparsity"},
+        }
+        layout[f"yaxis{panel}"] = {
+            "anchor": widgets.axis_name("x", panel),
+            "title": {"text": title},
+            "rangemode": "tozero",
+        }
     return {"data": data, "layout": layout}
 
 # %% ../nbs/library/27_explorers.ipynb #716105ae
@@ -280,7 +349,11 @@ class GateExplorer(Live):
         self.place, self.ordered = len(self.history) - 1, True
         self.target = float(run.config()["parameters"]["target_sparsity"])
         if self.live:
-            self.panel, self.table, self.views = Panel(), ipywidgets.HTML(), widgets.gate_views(self.history.matrices(0))
+            self.panel, self.table, self.views = (
+                Panel(),
+                ipywidgets.HTML(),
+                widgets.gate_views(self.history.matrices(0)),
+            )
             self.panel.on_choice.append(self.ask)
             self.box = ipywidgets.VBox([self.panel, widgets.gate_grid(self.views), self.table])
             _draw_gates(self)
@@ -304,8 +377,18 @@ def _draw_gates(explorer: GateExplorer) -> None:
     snapshot = widgets.slider("snapshot", "snapshot", 0, last, "through the run", 1)
     panel.sliders = [snapshot, widgets.slider("target", "target sparsity", 0, 0.97, "of the cut")]
     panel.values = {"snapshot": explorer.place, "target": explorer.target}
-    panel.buttons = [{"name": "ordered", "label": "in descending order", "value": not explorer.ordered, "pressed": explorer.ordered}]
-    panel.head = [["snapshot", history.said(explorer.place)], ["kept", f"{explorer.place + 1} of {len(history)}"]]
+    panel.buttons = [
+        {
+            "name": "ordered",
+            "label": "in descending order",
+            "value": not explorer.ordered,
+            "pressed": explorer.ordered,
+        }
+    ]
+    panel.head = [
+        ["snapshot", history.said(explorer.place)],
+        ["kept", f"{explorer.place + 1} of {len(history)}"],
+    ]
     matrices = history.matrices(explorer.place, explorer.ordered)
     for view, (matrix, low, high) in zip(explorer.views.values(), matrices.values(), strict=True):
         view.show(matrix, low, high)
@@ -315,7 +398,10 @@ def _draw_gates(explorer: GateExplorer) -> None:
 def _moment_json(history: GateHistory, place: int) -> dict:  # Plotly JSON
     "The gates of a snapshot, its step in the titles"
     labels = history.snapshots[place][1]
-    matrices = {f"{labels['stage']}, step {labels['phase_step']}: {name}": shown for name, shown in history.matrices(place).items()}
+    matrices = {
+        f"{labels['stage']}, step {labels['phase_step']}: {name}": shown
+        for name, shown in history.matrices(place).items()
+    }
     return widgets.heatmaps_json(matrices, "open probability", ("", "layer"), height=140)
 
 
@@ -324,7 +410,9 @@ class _GateStill:
 
     def __init__(self, history: GateHistory, place: int, target: float):
         stage = history.snapshots[place][1]["stage"]
-        own = [k for k, (_, labels) in enumerate(history.snapshots) if labels["stage"] == stage and k <= place]
+        own = [
+            k for k, (_, labels) in enumerate(history.snapshots) if labels["stage"] == stage and k <= place
+        ]
         moments = dict.fromkeys((own[0], place))
         pictures = [picture(_moment_json(history, k)) for k in moments]
         targets = [k / 20 for k in range(1, 19)]
@@ -338,9 +426,15 @@ class _GateStill:
 # %% ../nbs/library/27_explorers.ipynb #3072c9bd
 def _array(name: str, values: Any, rows: int | None = None) -> np.ndarray:
     "Tensor, list or array as an array; missing integers become -1"
-    array = values.detach().float().cpu().numpy() if hasattr(values, "detach") else np.array([-1 if v is None else v for v in values])
+    array = (
+        values.detach().float().cpu().numpy()
+        if hasattr(values, "detach")
+        else np.array([-1 if v is None else v for v in values])
+    )
     if rows is not None and len(array) != rows:
-        raise ValueError(f"{name} has {len(array)} entries, features has {rows} rows: they must be of the same samples")
+        raise ValueError(
+            f"{name} has {len(array)} entries, features has {rows} rows: they must be of the same samples"
+        )
     return array
 
 # %% ../nbs/library/27_explorers.ipynb #de24de75
@@ -358,7 +452,11 @@ class Umap:
     def __init__(self, features: np.ndarray, seed: int):
         self.folder, self.problem, self.coordinates = tempfile.TemporaryDirectory(), "", None
         np.save(Path(self.folder.name) / "features.npy", features.astype(np.float32))
-        environment = os.environ | {"NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = os.environ | {
+            "NUMBA_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+        }
         given = dict(env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.process = subprocess.Popen([sys.executable, "-c", _UMAP, self.folder.name, str(seed)], **given)
         weakref.finalize(self, self.process.kill)
@@ -367,7 +465,9 @@ class Umap:
         "Whether the coordinates are there; `problem` says why they never will be"
         if self.coordinates is None and not self.problem and self.process.poll() is not None:
             if self.process.returncode:
-                self.problem = (self.process.stderr.read().strip().splitlines() or ["it ended without a word"])[-1]
+                self.problem = (
+                    self.process.stderr.read().strip().splitlines() or ["it ended without a word"]
+                )[-1]
             else:
                 self.coordinates = np.load(Path(self.folder.name) / "plane.npy", allow_pickle=False)
             self.folder.cleanup()
@@ -386,7 +486,14 @@ class ClusterState:
     "What a map of clusters shows; Python, whatever draws it"
 
     def __init__(
-        self, features, assignment, pairs: Pairs | None = None, names: Sequence[str] = (), predicted=None, seed: int = 0, wanted=None
+        self,
+        features,
+        assignment,
+        pairs: Pairs | None = None,
+        names: Sequence[str] = (),
+        predicted=None,
+        seed: int = 0,
+        wanted=None,
     ):  # `predicted` are classes, `wanted` the clusters that the samples should be in
         self.features = _array("features", features)
         self.plane, self.seed, self.pairs, self.names = Plane(self.features), seed, pairs, tuple(names)
@@ -400,7 +507,11 @@ class ClusterState:
     def choices(self) -> dict[str, tuple[str, ...]]:
         "What can be chosen now"
         known = (self.labels >= 0).any()
-        there = {"class": known, "error": known and self.predicted is not None, "moved": self.wanted is not None}
+        there = {
+            "class": known,
+            "error": known and self.predicted is not None,
+            "moved": self.wanted is not None,
+        }
         layouts = ("PCA", "UMAP") if self.umap is not None and self.umap.ready() else ("PCA",)
         return {"colour_by": ("cluster", *(name for name in there if there[name])), "layout": layouts}
 
@@ -408,7 +519,10 @@ class ClusterState:
         "Another colour or layout"
         for name, value in wishes.items():
             if value not in self.choices().get(name, ()):
-                raise ValueError(f"{name}={value!r} is not valid: {name} must be one of {', '.join(self.choices().get(name, ()))}")
+                raise ValueError(
+                    f"{name}={value!r} is not valid: {name} must be one of "
+                    f"{', '.join(self.choices().get(name, ()))}"
+                )
             setattr(self, name, value)
 
     def coordinates(self) -> np.ndarray:  # (N, 2)
@@ -422,21 +536,29 @@ class ClusterState:
     def update(self, features, assignment) -> None:
         "Newer features and assignments of the same samples, on the same plane"
         rows = len(self.features)
-        self.features, self.assignment = _array("features", features, rows), _array("assignment", assignment, rows).astype(int)
+        self.features, self.assignment = (
+            _array("features", features, rows),
+            _array("assignment", assignment, rows).astype(int),
+        )
         self.umap, self.layout = None, "PCA"
 
 # %% ../nbs/library/27_explorers.ipynb #bd62d7ed
 MANY_GROUPS, MANY_POINTS = 8, 5000  # more groups share one colour scale; more points are drawn by WebGL
 
 
-def _groups(state: ClusterState) -> tuple[np.ndarray, dict[int, str]]:  # (N,) group, names of groups; -1: none
+def _groups(
+    state: ClusterState,
+) -> tuple[np.ndarray, dict[int, str]]:  # (N,) group, names of groups; -1: none
     if state.colour_by == "cluster":
         return state.assignment, {int(k): f"cluster {k}" for k in np.unique(state.assignment)}
     if state.colour_by == "class":
         name = lambda k: state.names[k] if 0 <= k < len(state.names) else f"class {k}"  # noqa: E731
         return state.labels, {int(k): name(k) for k in np.unique(state.labels)}
     if state.colour_by == "moved":
-        return (state.assignment != state.wanted).astype(int), {0: "centre of the teacher", 1: "another centre"}
+        return (state.assignment != state.wanted).astype(int), {
+            0: "centre of the teacher",
+            1: "another centre",
+        }
     wrong = (state.predicted != state.labels).astype(int)
     return np.where(state.labels >= 0, wrong, -1), {0: "right", 1: "wrong"}
 
@@ -450,7 +572,11 @@ def _sample_words(state: ClusterState, row: int) -> str:
         k = int(state.labels[row])
         lines.insert(0, escaped(state.names[k]) if k < len(state.names) else f"class {k}")
     if state.pairs is not None:
-        lines = [escaped(state.pairs.captions[row][:120]), *lines, f"<small>{escaped(state.pairs.keys[row])}</small>"]
+        lines = [
+            escaped(state.pairs.captions[row][:120]),
+            *lines,
+            f"<small>{escaped(state.pairs.keys[row])}</small>",
+        ]
     return "<br>".join(lines)
 
 # %% ../nbs/library/27_explorers.ipynb #ebdeeb7c
@@ -463,7 +589,11 @@ def _map_traces(state: ClusterState) -> list[dict]:
     def trace(rows: np.ndarray, name: str, **marker) -> dict:
         given = {"x": places[rows, 0].tolist(), "y": places[rows, 1].tolist(), "customdata": rows.tolist()}
         words = [_sample_words(state, row) for row in rows]
-        return base | given | {"name": escaped(name), "hovertext": words, "marker": {"size": 6, "opacity": 0.8} | marker}
+        return (
+            base
+            | given
+            | {"name": escaped(name), "hovertext": words, "marker": {"size": 6, "opacity": 0.8} | marker}
+        )
 
     if len(names) > MANY_GROUPS:
         bar = {"title": {"text": state.colour_by}, "thickness": 8, "x": 0.6}
@@ -472,19 +602,38 @@ def _map_traces(state: ClusterState) -> list[dict]:
     judged = state.colour_by in ("error", "moved")
     colours = {0: "#0072B2", 1: "#D55E00"} if judged else {k: COLOURS[i] for i, k in enumerate(names)}
     symbols = {1: "x"} if judged else {}
-    return [trace(np.flatnonzero(group == k), name, color=colours[k], symbol=symbols.get(k, "circle")) for k, name in names.items()]
+    return [
+        trace(np.flatnonzero(group == k), name, color=colours[k], symbol=symbols.get(k, "circle"))
+        for k, name in names.items()
+    ]
 
 # %% ../nbs/library/27_explorers.ipynb #5f139ee6
 def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -> dict:  # Plotly JSON
     "The map, and the cluster-size curve"
     said = [f"PCA {k + 1} ({share:.0%} of the variance)" for k, share in enumerate(state.plane.shares)]
     titles = [f"UMAP {k} (seed {state.seed})" for k in (1, 2)] if state.layout == "UMAP" else said
-    layout = {"width": width, "height": height, "template": "none", "margin": {"l": 60, "r": 10, "t": 50, "b": 40}}
+    layout = {
+        "width": width,
+        "height": height,
+        "template": "none",
+        "margin": {"l": 60, "r": 10, "t": 50, "b": 40},
+    }
     layout |= {"font": {"size": 11}, "hovermode": "closest"}
     layout["legend"] = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0, "font": {"size": 10}}
-    for number, (x, y, domain) in enumerate(((*titles, [0, 0.58]), ("cluster, by size", "samples", [0.72, 1])), start=1):
-        layout[f"xaxis{number}"] = {"domain": domain, "anchor": widgets.axis_name("y", number), "title": {"text": x}, "zeroline": False}
-        layout[f"yaxis{number}"] = {"anchor": widgets.axis_name("x", number), "title": {"text": y, "standoff": 4}, "zeroline": False}
+    for number, (x, y, domain) in enumerate(
+        ((*titles, [0, 0.58]), ("cluster, by size", "samples", [0.72, 1])), start=1
+    ):
+        layout[f"xaxis{number}"] = {
+            "domain": domain,
+            "anchor": widgets.axis_name("y", number),
+            "title": {"text": x},
+            "zeroline": False,
+        }
+        layout[f"yaxis{number}"] = {
+            "anchor": widgets.axis_name("x", number),
+            "title": {"text": y, "standoff": 4},
+            "zeroline": False,
+        }
     layout["yaxis2"]["rangemode"] = "tozero"
     sizes = state.sizes()
     style = dict(line=widgets.curve_style(COLOURS[0]), mode="lines+markers", marker={"size": 4})
@@ -503,7 +652,11 @@ class ClusterMap(Live):
         if self.live:
             import plotly.graph_objects as go
 
-            self.panel, self.detail, self.figure = Panel(), ipywidgets.HTML("<i>Click a point.</i>"), go.FigureWidget()
+            self.panel, self.detail, self.figure = (
+                Panel(),
+                ipywidgets.HTML("<i>Click a point.</i>"),
+                go.FigureWidget(),
+            )
             self.panel.on_choice.append(self.ask)
             self.box = ipywidgets.VBox([self.panel, self.figure, self.detail])
             _draw_clusters(self)
@@ -547,16 +700,29 @@ def _draw_clusters(view: ClusterMap) -> None:
         view.figure.layout = drawn["layout"]
         view.figure.add_traces(drawn["data"])
     for trace in view.figure.data[:-1]:
-        trace.on_click(lambda trace, points, _: [view.select(trace.customdata[k]) for k in points.point_inds[:1]])
+        trace.on_click(
+            lambda trace, points, _: [view.select(trace.customdata[k]) for k in points.point_inds[:1]]
+        )
     buttons = []
     for name, label in (("colour_by", "colour: "), ("layout", "")):
         for value in view._offered[name]:
-            buttons.append({"name": name, "label": label + value, "value": value, "pressed": value == getattr(state, name)})
+            buttons.append(
+                {
+                    "name": name,
+                    "label": label + value,
+                    "value": value,
+                    "pressed": value == getattr(state, name),
+                }
+            )
     view.panel.buttons = buttons
     problem = state.umap.problem if state.umap else ""
-    waiting = "" if state.umap is None or problem or "UMAP" in view._offered["layout"] else "UMAP is on its way"
+    waiting = (
+        "" if state.umap is None or problem or "UMAP" in view._offered["layout"] else "UMAP is on its way"
+    )
     said = f"no UMAP: {widgets.visible(problem)}" if problem else waiting
-    view.panel.messages = [{"kind": "warning" if problem else "note", "text": said, "more": ""}] if said else []
+    view.panel.messages = (
+        [{"kind": "warning" if problem else "note", "text": said, "more": ""}] if said else []
+    )
 
 
 def _sample_html(state: ClusterState) -> str:
@@ -564,7 +730,9 @@ def _sample_html(state: ClusterState) -> str:
     if state.selected is None:
         return ""
     image = "" if state.pairs is None else _image_html(state.pairs.pil(state.selected), 128)
-    return f"<div style='display:flex;gap:14px'>{image}<div>{_sample_words(state, state.selected)}</div></div>"
+    return (
+        f"<div style='display:flex;gap:14px'>{image}<div>{_sample_words(state, state.selected)}</div></div>"
+    )
 
 
 class _ClusterStill:
@@ -600,8 +768,14 @@ def purity(state: ClusterState) -> pd.DataFrame:  # a row a cluster, the largest
         name = "" if most < 0 else state.names[most] if most < len(state.names) else f"class {most}"
         rows[int(k)] = {"samples": int(inside.sum()), "class": widgets.visible(name), "share": share}
         if state.wanted is not None:
-            rows[int(k)] |= dict(zip(("teacher's cluster", "its share"), _most(state.wanted[inside]), strict=True))
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("cluster").sort_values("samples", ascending=False)
+            rows[int(k)] |= dict(
+                zip(("teacher's cluster", "its share"), _most(state.wanted[inside]), strict=True)
+            )
+    return (
+        pd.DataFrame.from_dict(rows, orient="index")
+        .rename_axis("cluster")
+        .sort_values("samples", ascending=False)
+    )
 
 # %% ../nbs/library/27_explorers.ipynb #61688893
 def _kept_clusters(run: Run) -> tuple[RunClusters, list[tuple[Path, dict]]]:
@@ -628,14 +802,18 @@ def run_clusters(
     "A run's student on its teacher's plane, with the teacher's clusters as those that are wanted"
     clusters, kept = _kept_clusters(run)
     images = tuple(_pixels(picture_uri) for picture_uri in clusters.said["pictures"])
-    pairs = Pairs(images, tuple(clusters.said["captions"]), tuple(clusters.labels), tuple(clusters.said["keys"]))
+    pairs = Pairs(
+        images, tuple(clusters.said["captions"]), tuple(clusters.labels), tuple(clusters.said["keys"])
+    )
     state = ClusterState(clusters.teacher, clusters.assignment, pairs, wanted=clusters.assignment)
     arrays = read_snapshot(kept[place][0])[0]
     state.update(arrays["clusters_student"].astype(np.float32), arrays["clusters_assignment"])
     return state
 
 
-def cluster_table(run: Run) -> pd.DataFrame:  # a row the teacher, the first and the last kept snapshot of the student
+def cluster_table(
+    run: Run,
+) -> pd.DataFrame:  # a row the teacher, the first and the last kept snapshot of the student
     "What the training did to the clusters: agreement with the teacher, purity, empty clusters and the largest, in images of the map"
     import pandas as pd
 

@@ -26,11 +26,33 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .data import BadSample, captions_of, clean_caption, decode_sample, find_shards, label_sets, project_root, raw_samples, shipped, visible
+from vlkd_lab.data import (
+    BadSample,
+    captions_of,
+    clean_caption,
+    decode_sample,
+    find_shards,
+    label_sets,
+    project_root,
+    raw_samples,
+    shipped,
+    visible,
+)
 from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
 from .gates import locate
 from .methods import METHODS
-from .models import VLM, TowerShape, count_cost, evaluating, head_widths, new_model, plain_config, save_model, text_part, tower_shapes
+from vlkd_lab.models import (
+    VLM,
+    TowerShape,
+    count_cost,
+    evaluating,
+    head_widths,
+    new_model,
+    plain_config,
+    save_model,
+    text_part,
+    tower_shapes,
+)
 from .runs import Run, finished_students, read_json, role_of
 from .trainers import load_student
 
@@ -39,7 +61,8 @@ __all__ = ['LICENCES', 'padded_shapes', 'pad_towers', 'export_onnx', 'check_onnx
            'without_folders', 'export_student', 'push_student', 'to_clip_benchmark']
 
 # %% ../nbs/library/25_export.ipynb #cd06c509
-_LEAST_ADDED = 2  # channels added to the stream of a tower with a norm before its blocks: their multiples must add up to zero
+# channels added to the stream of a tower with a norm before its blocks: their multiples must add up to zero
+_LEAST_ADDED = 2
 
 
 def _padded(shape: TowerShape, least_added: int = 1) -> TowerShape:
@@ -52,7 +75,9 @@ def _padded(shape: TowerShape, least_added: int = 1) -> TowerShape:
         fitting = [n for n in range(width // least, heads - 1, -1) if width % n == 0]
         if fitting and (width == shape.width or width - shape.width >= least_added):
             neurons = max(max(shape.neurons), 1)
-            return TowerShape(width, width // fitting[0], (fitting[0],) * shape.layers, (neurons,) * shape.layers)
+            return TowerShape(
+                width, width // fitting[0], (fitting[0],) * shape.layers, (neurons,) * shape.layers
+            )
 
 
 def padded_shapes(
@@ -85,20 +110,28 @@ def _resized(name: str, tensor: Tensor, old: TowerShape, new: TowerShape) -> Ten
     place = locate(name)
     for axis, kind in enumerate(place.axes):
         if kind:
-            tensor = _grow(tensor, axis, _axis_sizes(kind, old, place.layer), _axis_sizes(kind, new, place.layer))
+            tensor = _grow(
+                tensor, axis, _axis_sizes(kind, old, place.layer), _axis_sizes(kind, new, place.layer)
+            )
     if "qkv" in place.axes:
-        tensor = torch.cat([tensor[: new.width] * math.sqrt(new.head_width / old.head_width), tensor[new.width :]])
+        tensor = torch.cat(
+            [tensor[: new.width] * math.sqrt(new.head_width / old.head_width), tensor[new.width :]]
+        )
     return tensor
 
 # %% ../nbs/library/25_export.ipynb #0422489a
-_READ = ("ln_1.", "ln_2.", "ln_post.", "ln_final.")  # norms whose output is read; what else has channels of the stream writes them
+# norms whose output is read; what else has channels of the stream writes them
+_READ = ("ln_1.", "ln_2.", "ln_post.", "ln_final.")
 _SMALL = 2.0**-8  # of a channel that is added before the first norm, against the others
 
 
 def _add_mean(tensor: Tensor, axis: int, kept: int) -> Tensor:
     "The mean over the kept channels in each of the added ones"
     mean = tensor.narrow(axis, 0, kept).mean(dim=axis, keepdim=True)
-    return torch.cat([tensor.narrow(axis, 0, kept), mean.expand_as(tensor.narrow(axis, kept, tensor.shape[axis] - kept))], dim=axis)
+    return torch.cat(
+        [tensor.narrow(axis, 0, kept), mean.expand_as(tensor.narrow(axis, kept, tensor.shape[axis] - kept))],
+        dim=axis,
+    )
 
 
 def _multiples(added: int) -> Tensor:  # (added,) that add up to zero, none of them zero; for two or more
@@ -115,7 +148,9 @@ def _before_first_norm(tensor: Tensor, axis: int, kept: int, gain: Tensor) -> Te
     centred = centred - centred.mean(dim=axis, keepdim=True)
     weights = gain.reshape([-1 if k == axis else 1 for k in range(tensor.dim())])
     form = (centred * weights).mean(dim=axis, keepdim=True) * (_SMALL / gain.square().mean().sqrt())
-    added = _multiples(tensor.shape[axis] - kept).reshape([-1 if k == axis else 1 for k in range(tensor.dim())])
+    added = _multiples(tensor.shape[axis] - kept).reshape(
+        [-1 if k == axis else 1 for k in range(tensor.dim())]
+    )
     return torch.cat([centred, form * added], dim=axis)
 
 # %% ../nbs/library/25_export.ipynb #4ad0e2ac
@@ -137,7 +172,9 @@ def _pad_tensor(name: str, tensor: Tensor, old: TowerShape, new: TowerShape, fir
     return grown if reads else _add_mean(grown, axis, kept)
 
 
-def _pad_state(state: Mapping[str, Tensor], old: Mapping[str, TowerShape], new: Mapping[str, TowerShape]) -> dict[str, Tensor]:
+def _pad_state(
+    state: Mapping[str, Tensor], old: Mapping[str, TowerShape], new: Mapping[str, TowerShape]
+) -> dict[str, Tensor]:
     "All tensors of a CLIP in their new sizes; computed in double precision"
     padded = {}
     for name, tensor in state.items():
@@ -208,16 +245,25 @@ class _TextSide(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if self.pad is None:
             return self.model.encode_text(tokens, normalize=True)
-        return self.model.project(self.model.run_text(tokens, tokens != self.pad), "text_proj")  # every column, whatever the data
+        # every column, whatever the data
+        return self.model.project(self.model.run_text(tokens, tokens != self.pad), "text_proj")
 
 
-def _sides(vlm: VLM) -> dict[str, tuple[nn.Module, str]]:  # "image", "text" -> what to export, name of its input
+def _sides(
+    vlm: VLM,
+) -> dict[str, tuple[nn.Module, str]]:  # "image", "text" -> what to export, name of its input
     if isinstance(vlm, Blip):
         vlm.can("retrieval")
     return {"image": (_ImageSide(vlm).eval(), "image"), "text": (_TextSide(vlm).eval(), "tokens")}
 
 
-_SAID = ("a photo of a cat", "two red stars left of a large blue house on the grass", "a", "", "a dog that jumps over another dog")
+_SAID = (
+    "a photo of a cat",
+    "two red stars left of a large blue house on the grass",
+    "a",
+    "",
+    "a dog that jumps over another dog",
+)
 
 
 def _example(vlm: VLM, side: str, rows: int) -> Tensor:
@@ -230,15 +276,24 @@ def _example(vlm: VLM, side: str, rows: int) -> Tensor:
 def _metadata(vlm: VLM, opset: int) -> dict[str, str]:
     "What a user of the files must know"
     eyes, text = vlm.config["preprocess_cfg"], vlm.config["model_cfg"].get("text_cfg", {})
-    known = {name: eyes[name] for name in ("size", "mean", "std", "interpolation", "resize_mode") if name in eyes}
-    known |= dict(normalised=True, scale=float(vlm.scale.detach()), context_length=text.get("context_length", 77), opset=opset)
+    known = {
+        name: eyes[name] for name in ("size", "mean", "std", "interpolation", "resize_mode") if name in eyes
+    }
+    known |= dict(
+        normalised=True,
+        scale=float(vlm.scale.detach()),
+        context_length=text.get("context_length", 77),
+        opset=opset,
+    )
     if getattr(vlm.model, "logit_bias", None) is not None:
         known["bias"] = float(vlm.model.logit_bias.detach())
     return {name: json.dumps(value) for name, value in known.items()}
 
 
 @torch.no_grad()
-def _trace(network: nn.Module, example: Tensor, path: Path, names: tuple[str, str], opset: int, dynamo: bool) -> None:
+def _trace(
+    network: nn.Module, example: Tensor, path: Path, names: tuple[str, str], opset: int, dynamo: bool
+) -> None:
     "Write one network, quietly"
     given = dict(input_names=[names[0]], output_names=[names[1]], opset_version=opset, dynamo=dynamo)
     if dynamo:
@@ -270,7 +325,10 @@ def _need(*packages: str) -> None:
 
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise ImportError(f"ONNX files need {' and '.join(missing)}: pip install {' '.join(missing)}; or export with onnx=False")
+        raise ImportError(
+            f"ONNX files need {' and '.join(missing)}: pip install {' '.join(missing)}; or export with "
+            "onnx=False"
+        )
 
 
 def export_onnx(
@@ -287,7 +345,9 @@ def export_onnx(
     with evaluating(vlm.model):
         for side, (network, name) in _sides(vlm).items():
             folder.mkdir(parents=True, exist_ok=True)
-            _trace(network, _example(vlm, side, 2), folder / f"{side}.onnx", (name, "features"), opset, dynamo)
+            _trace(
+                network, _example(vlm, side, 2), folder / f"{side}.onnx", (name, "features"), opset, dynamo
+            )
             written = onnx.load(str(folder / f"{side}.onnx"), load_external_data=False)
             onnx.helper.set_model_props(written, _metadata(vlm, opset))
             onnx.save(written, str(folder / f"{side}.onnx"))
@@ -308,7 +368,9 @@ def check_onnx(
     vlm, found = _float32(vlm), {}
     with evaluating(vlm.model):
         for side, (network, name) in _sides(vlm).items():
-            session = onnxruntime.InferenceSession(str(Path(folder) / f"{side}.onnx"), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                str(Path(folder) / f"{side}.onnx"), providers=["CPUExecutionProvider"]
+            )
             apart = []
             for rows in batch_sizes:
                 example = _example(vlm, side, rows)
@@ -316,7 +378,10 @@ def check_onnx(
                 apart.append(float((given - network(example)).abs().max()))
             found[side] = max(apart, key=lambda value: math.inf if math.isnan(value) else value)
             if not found[side] <= tolerance:
-                raise ValueError(f"{side}.onnx differs from the model in PyTorch by {found[side]:.2g}, more than {tolerance:g}")
+                raise ValueError(
+                    f"{side}.onnx differs from the model in PyTorch by {found[side]:.2g}, more than "
+                    f"{tolerance:g}"
+                )
     return found
 
 # %% ../nbs/library/25_export.ipynb #f51fb0cd
@@ -338,7 +403,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / f"{name}_config.json").is_file() for name in ("open_clip", "vlkd_lab")) or is_blip(folder)
+    return any((folder / f"{name}_config.json").is_file() for name in ("open_clip", "vlkd_lab")) or is_blip(
+        folder
+    )
 
 
 def _last_stage(run: Run, stage: str) -> str:
@@ -347,7 +414,9 @@ def _last_stage(run: Run, stage: str) -> str:
     students = finished_students(run)
     if stage and stage not in finished or not students and not stage:
         named = f"stage={stage!r} is not valid: " if stage else ""
-        raise ValueError(f"{named}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}")
+        raise ValueError(
+            f"{named}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}"
+        )
     return stage or students[-1]
 
 
@@ -362,19 +431,30 @@ def find_origin(
         stage = _last_stage(run, stage)
         return Origin(folder / stage / "student", stage, run)
     if not _is_model(folder):
-        raise FileNotFoundError(f"{source} is neither a run folder nor a model's: it has no config.json of a run, no open_clip_config.json")
+        raise FileNotFoundError(
+            f"{source} is neither a run folder nor a model's: it has no config.json of a run, no "
+            "open_clip_config.json"
+        )
     above = folder.parent.parent
-    return Origin(folder, folder.parent.name, Run(above)) if folder.name == "student" and _is_run(above) else Origin(folder)
+    return (
+        Origin(folder, folder.parent.name, Run(above))
+        if folder.name == "student" and _is_run(above)
+        else Origin(folder)
+    )
 
 # %% ../nbs/library/25_export.ipynb #30df1421
 def newest_student(runs: str | Path = "runs") -> Path | None:  # a run folder; None: there is none yet
     "The run whose student was finished last, baselines aside"
     folders = {path.parent.parent for path in Path(runs).glob("*/*/done.json")}
-    finished = [folder / stage / "done.json" for folder in folders for stage in finished_students(Run(folder))]
+    finished = [
+        folder / stage / "done.json" for folder in folders for stage in finished_students(Run(folder))
+    ]
     return max(finished, key=lambda path: path.stat().st_mtime).parent.parent if finished else None
 
 # %% ../nbs/library/25_export.ipynb #c7a51986
-_ABOVE = re.compile(r"(?<![\w.\-{}])(?:\w+://|(?:[A-Za-z]:)?[\\/](?=\S)|~(?=[\w\\/])|\.\.(?=[\\/]))(?:[^\s,;'\"]*[\\/])?")
+_ABOVE = re.compile(
+    r"(?<![\w.\-{}])(?:\w+://|(?:[A-Za-z]:)?[\\/](?=\S)|~(?=[\w\\/])|\.\.(?=[\\/]))(?:[^\s,;'\"]*[\\/])?"
+)
 _MARKS = re.compile(r"([\\`*\[\]<>|#~$&]|(?<!\w)_|_(?!\w))")  # an underscore inside a word marks nothing
 
 
@@ -394,8 +474,25 @@ def _table(rows: Iterable[Sequence[Any]], head: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 # %% ../nbs/library/25_export.ipynb #49e44766
-LICENCES = ("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail",
-            "creativeml-openrail-m", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense", "other", "unknown")  # fmt: skip
+LICENCES = (
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc0-1.0",
+    "cc-by-4.0",
+    "cc-by-sa-4.0",
+    "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0",
+    "openrail",
+    "creativeml-openrail-m",
+    "gpl-3.0",
+    "lgpl-3.0",
+    "agpl-3.0",
+    "mpl-2.0",
+    "unlicense",
+    "other",
+    "unknown",
+)
 _HUB_NAME = re.compile(r"[\w\-.]+(/[\w\-.]+)?")
 
 
@@ -403,15 +500,24 @@ def _check_words(repository: str, licence: str, datasets: Sequence[str]) -> None
     "ValueError for what the hub would refuse"
     if licence and licence not in LICENCES:
         near = get_close_matches(licence.lower(), LICENCES, n=3) or LICENCES
-        raise ValueError(f"licence={licence!r} is not valid: {', '.join(near)}; for any other text write 'other' and add it as LICENSE")
+        raise ValueError(
+            f"licence={licence!r} is not valid: {', '.join(near)}; for any other text write 'other' and add "
+            "it as LICENSE"
+        )
     if repository and not re.fullmatch(r"[\w\-.]+/[\w\-.]+", repository):
         raise ValueError(f"repository={repository!r} is not valid: write USER/NAME")
     wrong = [name for name in datasets if not _HUB_NAME.fullmatch(name)]
     if isinstance(datasets, str) or wrong:
-        raise ValueError(f"datasets={datasets!r} is not valid: a list of names that they have on the hub, such as ['conceptual_captions']")
+        raise ValueError(
+            f"datasets={datasets!r} is not valid: a list of names that they have on the hub, such as "
+            "['conceptual_captions']"
+        )
     if repository and licence in ("", "unknown"):
-        raise ValueError(f"licence={licence!r} is not valid for {repository}: what lies on the hub needs the licence that is right for the "
-                         "teacher's weights and the data, such as 'apache-2.0'")  # fmt: skip
+        raise ValueError(
+            f"licence={licence!r} is not valid for {repository}: what lies on the hub needs the licence "
+            "that is right for the "
+            "teacher's weights and the data, such as 'apache-2.0'"
+        )
 
 
 def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequence[str]) -> str:
@@ -420,7 +526,11 @@ def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequen
     task = "zero-shot-image-classification"
     if blip and "retrieval" not in tasks:
         task = "image-to-text" if "captioning" in tasks else "visual-question-answering"
-    lines = [f"license: {licence or 'unknown'}", f"library_name: {'transformers' if blip else 'open_clip'}", f"pipeline_tag: {task}"]
+    lines = [
+        f"license: {licence or 'unknown'}",
+        f"library_name: {'transformers' if blip else 'open_clip'}",
+        f"pipeline_tag: {task}",
+    ]
     lines += ["tags:", *(f"- {tag}" for tag in ("blip" if blip else "clip", "distillation", "vlkd_lab"))]
     lines += ["datasets:", *(f"- {json.dumps(name)}" for name in datasets)] if datasets else []
     return "\n".join(["---", *lines, "---"])
@@ -448,27 +558,52 @@ def _training_rows(origin: Origin) -> list[tuple[str, str]]:
     "Method, teacher, data and objective of a run"
     config, result = (origin.run.config(), origin.run.result() or {}) if origin.run else ({}, {})
     given, data, words = config.get("parameters", {}), config.get("data", {}), config.get("objective")
-    size, digest = result.get("models", {}).get("teacher", {}).get("parameters"), config.get("teacher_sha256", "")
-    teacher = f"{_word(given['teacher'])}, {_count(size)} parameters, SHA-256 {digest[:16] or _UNKNOWN}" if "teacher" in given else None
+    size, digest = (
+        result.get("models", {}).get("teacher", {}).get("parameters"),
+        config.get("teacher_sha256", ""),
+    )
+    teacher = (
+        f"{_word(given['teacher'])}, {_count(size)} parameters, SHA-256 {digest[:16] or _UNKNOWN}"
+        if "teacher" in given
+        else None
+    )
     alone = "none" if origin.run else _UNKNOWN
     total = f"{data['total']:,} samples" if "total" in data else "number not known"
-    source = f"{_word(given['data'])}, {total}, fingerprint {data.get('fingerprint', _UNKNOWN)[:16]}" if "data" in given else _UNKNOWN
+    source = (
+        f"{_word(given['data'])}, {total}, fingerprint {data.get('fingerprint', _UNKNOWN)[:16]}"
+        if "data" in given
+        else _UNKNOWN
+    )
     source += f"; sentences of {_word(given['sentences'])}" if given.get("sentences") else ""
     terms = ", ".join(f"{_word(name)} {weight:g}" for name, weight in words.items()) if words else _UNKNOWN
-    versions = ", ".join(f"{_word(name)} {_word(version)}" for name, version in config.get("versions", {}).items()) or _UNKNOWN
-    rows = [("method", _method(origin)), ("teacher", teacher or alone), ("data", source), ("objective", terms)]
+    versions = (
+        ", ".join(f"{_word(name)} {_word(version)}" for name, version in config.get("versions", {}).items())
+        or _UNKNOWN
+    )
+    rows = [
+        ("method", _method(origin)),
+        ("teacher", teacher or alone),
+        ("data", source),
+        ("objective", terms),
+    ]
     return [*rows, ("seed", _word(given.get("seed", _UNKNOWN))), ("versions", versions)]
 
 # %% ../nbs/library/25_export.ipynb #bfc82f0b
 _SCORES = {  # name in result.json -> words for it, and how it is written
-    "zero_shot": ("zero-shot accuracy", "{:.1%}"), "image_to_text_r1": ("image→text R@1", "{:.1%}"),
-    "image_to_text_r5": ("image→text R@5", "{:.1%}"), "image_to_text_r10": ("image→text R@10", "{:.1%}"),
-    "text_to_image_r1": ("text→image R@1", "{:.1%}"), "text_to_image_r5": ("text→image R@5", "{:.1%}"),
-    "text_to_image_r10": ("text→image R@10", "{:.1%}"), "same_class": ("same class as the teacher", "{:.1%}"),
+    "zero_shot": ("zero-shot accuracy", "{:.1%}"),
+    "image_to_text_r1": ("image→text R@1", "{:.1%}"),
+    "image_to_text_r5": ("image→text R@5", "{:.1%}"),
+    "image_to_text_r10": ("image→text R@10", "{:.1%}"),
+    "text_to_image_r1": ("text→image R@1", "{:.1%}"),
+    "text_to_image_r5": ("text→image R@5", "{:.1%}"),
+    "text_to_image_r10": ("text→image R@10", "{:.1%}"),
+    "same_class": ("same class as the teacher", "{:.1%}"),
     "same_caption": ("same caption as the teacher", "{:.1%}"),
     "affinity_divergence": ("affinity divergence from the teacher, nats", "{:.3f}"),
-    "cider": ("captions, CIDEr", "{:.2f}"), "bleu4": ("captions, BLEU-4", "{:.1f}"), "answer_accuracy": ("answers, accuracy", "{:.1%}"),
-}  # fmt: skip
+    "cider": ("captions, CIDEr", "{:.2f}"),
+    "bleu4": ("captions, BLEU-4", "{:.1f}"),
+    "answer_accuracy": ("answers, accuracy", "{:.1%}"),
+}
 
 
 def _finite(value: Any) -> float | None:
@@ -476,27 +611,47 @@ def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _measured(origin: Origin) -> tuple[dict, dict, list[str]]:  # scores of the student and of its teacher, warnings
+def _measured(
+    origin: Origin,
+) -> tuple[dict, dict, list[str]]:  # scores of the student and of its teacher, warnings
     "What the run says of a student; without an evaluation at the end, what its last validation said"
     if origin.run is None:
         return {}, {}, []
     result = origin.run.result() or {}
     mine, teacher = (result.get("models", {}).get(name, {}) for name in (origin.stage, "teacher"))
-    lines = [line for line in origin.run.metrics() if line.get("event") == "validation" and line.get("stage") == origin.stage]
+    lines = [
+        line
+        for line in origin.run.metrics()
+        if line.get("event") == "validation" and line.get("stage") == origin.stage
+    ]
     return mine or (lines[-1] if lines else {}), teacher, result.get("warnings", [])
 
 
 def _scores(origin: Origin) -> str:
     "The table of what was measured, and on what"
     mine, teacher, warned = _measured(origin)
-    shown = [(words, form, *(_finite(of.get(name)) for of in (mine, teacher))) for name, (words, form) in _SCORES.items() if name in mine]
-    rows = [(words, *("—" if value is None else form.format(value) for value in values)) for words, form, *values in shown]
+    shown = [
+        (words, form, *(_finite(of.get(name)) for of in (mine, teacher)))
+        for name, (words, form) in _SCORES.items()
+        if name in mine
+    ]
+    rows = [
+        (words, *("—" if value is None else form.format(value) for value in values))
+        for words, form, *values in shown
+    ]
     if not rows:
-        return "Not measured by the run that made it." if origin.run else "Not known: the run that made it does not lie beside it."
+        return (
+            "Not measured by the run that made it."
+            if origin.run
+            else "Not known: the run that made it does not lie beside it."
+        )
     given = origin.run.config().get("parameters", {})
     pairs, where = given.get("validate_pairs", "an unknown number of"), _word(given.get("val", _UNKNOWN))
     alone = origin.stage == "teacher" or not teacher
-    table = _table([row[:2] for row in rows] if alone else rows, ("", "this model") if alone else ("", "this model", "its teacher"))
+    table = _table(
+        [row[:2] for row in rows] if alone else rows,
+        ("", "this model") if alone else ("", "this model", "its teacher"),
+    )
     ranked = " Retrieval is re-ranked by the matching head." if "features_image_to_text_r1" in mine else ""
     first = f"Measured by the run on the first {pairs} validation pairs of {where}, or all of them if there are fewer.{ranked}\n"
     return "\n".join([first, table, *(f"\n**Warning of the run:** {_word(warning)}" for warning in warned)])
@@ -506,11 +661,27 @@ def _size_rows(vlm: VLM) -> list[tuple[str, str]]:
     "Parameters and multiply-accumulates"
     if isinstance(vlm, Blip):
         cost = blip_cost(vlm)
-        rows = [(f"parameters, {module}", _count(number)) for module, number in cost.parameters.items() if number]
-        return [*rows, ("parameters", _count(cost.total)), *((f"multiply-accumulates, {task}", _count(n)) for task, n in cost.macs.items())]
+        rows = [
+            (f"parameters, {module}", _count(number)) for module, number in cost.parameters.items() if number
+        ]
+        return [
+            *rows,
+            ("parameters", _count(cost.total)),
+            *((f"multiply-accumulates, {task}", _count(n)) for task, n in cost.macs.items()),
+        ]
     cost = count_cost(vlm)
-    towers = [("parameters, image tower", cost.image_parameters), ("parameters, text tower", cost.text_parameters)]
-    return [(name, _count(n)) for name, n in [*towers, ("parameters", cost.parameters), ("multiply-accumulates of a pair", cost.macs)]]
+    towers = [
+        ("parameters, image tower", cost.image_parameters),
+        ("parameters, text tower", cost.text_parameters),
+    ]
+    return [
+        (name, _count(n))
+        for name, n in [
+            *towers,
+            ("parameters", cost.parameters),
+            ("multiply-accumulates of a pair", cost.macs),
+        ]
+    ]
 
 
 def _model_table(vlm: VLM, padded: VLM) -> str:
@@ -518,13 +689,20 @@ def _model_table(vlm: VLM, padded: VLM) -> str:
     config = vlm.config["model_cfg"]
     text, embed = config.get("text_cfg", {}), config["embed_dim"]
     rows = [[*row, wide[1]] for row, wide in zip(_size_rows(vlm), _size_rows(padded), strict=True)]
-    given = [("pictures", "{} × {} pixels, height × width".format(*vlm.image_shape)), ("tokens of a text", text.get("context_length", 77))]
+    given = [
+        ("pictures", "{} × {} pixels, height × width".format(*vlm.image_shape)),
+        ("tokens of a text", text.get("context_length", 77)),
+    ]
     given += [("joint width", embed), ("scale of the cosines", f"{float(vlm.scale.detach()):.4g}")]
     rows += [[name, value, value] for name, value in given]
     if padded is vlm:
         return _table([row[:2] for row in rows], ("", ""))
-    words = ("Its layers kept different numbers of heads and neurons, which open_clip cannot express. Here they are padded to equal "
-             "ones, with weights for which the model computes the same function; `slim/` and the ONNX files have the sizes as cut.\n\n")
+    words = (
+        "Its layers kept different numbers of heads and neurons, which open_clip cannot express. Here they "
+        "are padded to equal "
+        "ones, with weights for which the model computes the same function; `slim/` and the ONNX files have "
+        "the sizes as cut.\n\n"
+    )
     return words + _table(rows, ("", "as cut", "in open_clip's shapes"))
 
 # %% ../nbs/library/25_export.ipynb #1c5b24bc
@@ -556,9 +734,15 @@ with torch.no_grad():
 
 def _onnx_code(blip: bool, has_bias: bool) -> str:
     "How to use the ONNX files behind the code before it"
-    inputs = "image, text = pixels.numpy(), tokens.numpy()" if blip else (
-        'image, text = preprocess(Image.open("image.jpg"))[None].numpy(), tokenizer(["a star", "a house"]).numpy()')  # fmt: skip
-    return _python(f'''
+    inputs = (
+        "image, text = pixels.numpy(), tokens.numpy()"
+        if blip
+        else (
+            'image, text = preprocess(Image.open("image.jpg"))[None].numpy(), tokenizer(["a star", "a '
+            'house"]).numpy()'
+        )
+    )
+    return _python(f"""
 import json
 
 import onnxruntime
@@ -568,19 +752,28 @@ about = towers["image"].get_modelmeta().custom_metadata_map
 scale{", bias" if has_bias else ""} = json.loads(about["scale"]){', json.loads(about["bias"])' if has_bias else ""}
 {inputs}
 image, text = towers["image"].run(None, {{"image": image}})[0], towers["text"].run(None, {{"tokens": text}})[0]
-print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already''')
+print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already""")
 
 # %% ../nbs/library/25_export.ipynb #14b051c1
 _BLIP_USE = {  # task -> class of transformers, what to print
-    "retrieval": ("BlipForImageTextRetrieval",
-                  "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],  # cosine\n"
-                  "          model(pixel_values=pixels, input_ids=fused, attention_mask=mask)[0].softmax(-1)"),
-    "captioning": ("BlipForConditionalGeneration",
-                   "tokenizer.decode(model.generate(pixel_values=pixels, max_new_tokens=30)[0], skip_special_tokens=True)"),
-    "answering": ("BlipForQuestionAnswering",
-                  "tokenizer.decode(model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, max_new_tokens=9)[0],\n"
-                  "                           skip_special_tokens=True)"),
-}  # fmt: skip
+    "retrieval": (
+        "BlipForImageTextRetrieval",
+        "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],  # "
+        "cosine\n"
+        "          model(pixel_values=pixels, input_ids=fused, attention_mask=mask)[0].softmax(-1)",
+    ),
+    "captioning": (
+        "BlipForConditionalGeneration",
+        "tokenizer.decode(model.generate(pixel_values=pixels, max_new_tokens=30)[0], "
+        "skip_special_tokens=True)",
+    ),
+    "answering": (
+        "BlipForQuestionAnswering",
+        "tokenizer.decode(model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, "
+        "max_new_tokens=9)[0],\n"
+        "                           skip_special_tokens=True)",
+    ),
+}
 
 
 def _blip_code(repository: str, tasks: Sequence[str], blip: Blip) -> str:
@@ -597,8 +790,12 @@ pixels = see(Image.open("image.jpg"), return_tensors="pt").pixel_values
 said = tokenizer(["what colour is the star?"], padding="max_length", max_length={blip.tokenizer.context_length}, return_tensors="pt")
 tokens, mask, fused = said.input_ids, said.attention_mask, said.input_ids.clone()
 fused[:, 0] = {blip.tokenizer.enc}  # a text that looks at the picture begins with [ENC]'''
-    uses = [f'model = transformers.{kind}.from_pretrained(name, subfolder="{task}").eval()\nwith torch.no_grad():\n    print({call})'
-            for task, (kind, call) in _BLIP_USE.items() if task in tasks]  # fmt: skip
+    uses = [
+        f'model = transformers.{kind}.from_pretrained(name, subfolder="{task}").eval()\nwith '
+        f"torch.no_grad():\n    print({call})"
+        for task, (kind, call) in _BLIP_USE.items()
+        if task in tasks
+    ]
     return _python("\n\n".join([first, *uses]))
 
 # %% ../nbs/library/25_export.ipynb #d9c610cb
@@ -623,15 +820,22 @@ class _Card:
         parts = [_open_clip_code(self.repository, has_bias)]
         if isinstance(self.vlm, Blip):
             parts = [_blip_code(self.repository, can, self.vlm)] if can else []
-        parts += [f"`transformers` cannot open it for {task}: {_word(problem)}." for task, problem in self.tasks.items() if problem]
+        parts += [
+            f"`transformers` cannot open it for {task}: {_word(problem)}."
+            for task, problem in self.tasks.items()
+            if problem
+        ]
         if self.apart:
             far = f"{max(self.apart.values()):.0e}"
-            parts += [f"In onnxruntime, from a copy's `onnx/`: any size of batch, and at most {far} from PyTorch when written."]
+            parts += [
+                f"In onnxruntime, from a copy's `onnx/`: any size of batch, and at most {far} from PyTorch "
+                "when written."
+            ]
             parts += [_onnx_code(bool(self.tasks), has_bias)] if can or not self.tasks else []
         lab = "load_blip" if self.tasks else "load_model"
         home = "vlkd_lab.fusion" if self.tasks else "vlkd_lab.models"
         folder = "slim" if self.padded is not self.vlm else "."
-        return "\n\n".join([*parts, f"In vlkd_lab: `{home}.{lab}(\"{folder}\")`."])
+        return "\n\n".join([*parts, f'In vlkd_lab: `{home}.{lab}("{folder}")`.'])
 
     def terms(self) -> str:
         "The licence, in words"
@@ -658,32 +862,73 @@ def _card_text(card: _Card) -> str:
     "A hub repository's README.md"
     given = card.origin.run.config().get("parameters", {}) if card.origin.run else {}
     scenes = str(given.get("data", "")).startswith(("scenes:", "data_samples/scenes"))
-    limits = _LIMITS + ("\n- Its data are generated scenes of coloured shapes: it knows nothing of photographs." if scenes else "")
+    limits = _LIMITS + (
+        "\n- Its data are generated scenes of coloured shapes: it knows nothing of photographs."
+        if scenes
+        else ""
+    )
     rows = [(_word(name), _word(value)) for name, value in given.items() if name != "out"]
     parts = {
-        "How to open it": card.usage(), "What it is": _model_table(card.vlm, card.padded), "What was measured": _scores(card.origin),
-        "How it was made": _table(_training_rows(card.origin), ("", "")), "Uses and limits": limits, "Licence": card.terms(),
+        "How to open it": card.usage(),
+        "What it is": _model_table(card.vlm, card.padded),
+        "What was measured": _scores(card.origin),
+        "How it was made": _table(_training_rows(card.origin), ("", "")),
+        "Uses and limits": limits,
+        "Licence": card.terms(),
         "All training parameters": _table(rows, ("parameter", "value")) if rows else "Not known.",
-    }  # fmt: skip
-    front = _front(type(card.vlm), [task for task, problem in card.tasks.items()], card.licence, card.datasets)
-    return "\n\n".join([front, f"# {_word(card.title)}", _about(card), *(f"## {name}\n\n{text}" for name, text in parts.items())]) + "\n"
+    }
+    front = _front(
+        type(card.vlm), [task for task, problem in card.tasks.items()], card.licence, card.datasets
+    )
+    return (
+        "\n\n".join(
+            [
+                front,
+                f"# {_word(card.title)}",
+                _about(card),
+                *(f"## {name}\n\n{text}" for name, text in parts.items()),
+            ]
+        )
+        + "\n"
+    )
 
 # %% ../nbs/library/25_export.ipynb #9a46ef42
-_WRITTEN = {"README.md", "LICENSE", "onnx", "slim", "open_clip_config.json", "open_clip_model.safetensors", "config.json",
-            "model.safetensors", "preprocessor_config.json", "vocab.txt", "merges.txt", "vocab.json", ".gitattributes", ".cache",
-            *TASKS}  # fmt: skip
+_WRITTEN = {
+    "README.md",
+    "LICENSE",
+    "onnx",
+    "slim",
+    "open_clip_config.json",
+    "open_clip_model.safetensors",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "vocab.txt",
+    "merges.txt",
+    "vocab.json",
+    ".gitattributes",
+    ".cache",
+    *TASKS,
+}
 
 
 def _check_out(out: Path) -> None:
     "FileExistsError for a folder that holds anything but an earlier export"
     if not out.exists():
         return
-    strange = [path.name for path in out.iterdir() if path.name not in _WRITTEN and not re.fullmatch(r"[\w.]*token[\w.]*\.\w+", path.name)]
+    strange = [
+        path.name
+        for path in out.iterdir()
+        if path.name not in _WRITTEN and not re.fullmatch(r"[\w.]*token[\w.]*\.\w+", path.name)
+    ]
     card = out / "README.md"
     ours = card.is_file() and "- vlkd_lab" in card.read_text(encoding="utf-8")
     if any(out.iterdir()) and (strange or not ours):
-        raise FileExistsError(f"{out.name} holds something else than an earlier export ({', '.join(sorted(strange)[:3]) or 'no card'}): "
-                              "choose another folder")  # fmt: skip
+        raise FileExistsError(
+            f"{out.name} holds something else than an earlier export "
+            f"({', '.join(sorted(strange)[:3]) or 'no card'}): "
+            "choose another folder"
+        )
 
 
 def _named_tokenizer(vlm: VLM, name: str) -> VLM:
@@ -695,7 +940,9 @@ def _named_tokenizer(vlm: VLM, name: str) -> VLM:
     return replace(vlm, config=config)
 
 # %% ../nbs/library/25_export.ipynb #9934c43c
-def _write_blip(blip: Blip, folder: Path) -> dict[str, str]:  # task -> empty, or why transformers cannot open it
+def _write_blip(
+    blip: Blip, folder: Path
+) -> dict[str, str]:  # task -> empty, or why transformers cannot open it
     "A BLIP in the lab's layout, and for transformers a folder a task"
     blip.save(folder)
     problems = {}
@@ -765,16 +1012,29 @@ def push_student(
     if not card.is_file() or "- vlkd_lab" not in card.read_text(encoding="utf-8"):
         raise FileNotFoundError(f"{folder.name} is no exported student: export_student writes one")
     if "\nlicense: unknown\n" in card.read_text(encoding="utf-8"):
-        raise ValueError("the card names no licence: export it again with the one that is right for the teacher's weights and the data")
-    named = read_json(folder / "open_clip_config.json", {}).get("model_cfg", {}).get("text_cfg", {}).get("hf_tokenizer_name", repository)
+        raise ValueError(
+            "the card names no licence: export it again with the one that is right for the teacher's "
+            "weights and the data"
+        )
+    named = (
+        read_json(folder / "open_clip_config.json", {})
+        .get("model_cfg", {})
+        .get("text_cfg", {})
+        .get("hf_tokenizer_name", repository)
+    )
     if named != repository and (folder / "tokenizer_config.json").is_file():
-        raise ValueError(f"the tokenizer is named {named!r} in open_clip_config.json: export it again with repository={repository!r}")
+        raise ValueError(
+            f"the tokenizer is named {named!r} in open_clip_config.json: export it again with "
+            f"repository={repository!r}"
+        )
     if api is None:
         from huggingface_hub import HfApi
 
         api = HfApi()
     api.create_repo(repository, repo_type="model", private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=str(folder), repo_type="model", commit_message="Exported by vlkd_lab")
+    api.upload_folder(
+        repo_id=repository, folder_path=str(folder), repo_type="model", commit_message="Exported by vlkd_lab"
+    )
     return f"https://huggingface.co/{repository}"
 
 # %% ../nbs/library/25_export.ipynb #21a1ab90
@@ -792,7 +1052,9 @@ def _labelled(
     label = label_sets(fields).get(labels) if labels else own
     if label is not None and not 0 <= label < classes:
         named = fields.get("__key__", "a sample")
-        raise ValueError(f"label {label} of {named} is outside of the {classes} class names; valid: 0 to {classes - 1}")
+        raise ValueError(
+            f"label {label} of {named} is outside of the {classes} class names; valid: 0 to {classes - 1}"
+        )
     return None if label is None else (ending, picture, str(label).encode())
 
 
@@ -836,9 +1098,14 @@ def _write_parts(folder: Path, samples: Iterator[tuple | None], parts: int, said
 
 def _write_about(out: Path, split: str, parts: int, names: Sequence[str], templates: Sequence[str]) -> None:
     "The text files beside the shards; CLIP_benchmark fills {c} with the class name by str.format"
-    prompts = [t.replace("{}", "\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}") for t in templates]
+    prompts = [
+        t.replace("{}", "\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}") for t in templates
+    ]
     files = {"classnames.txt": names, "zeroshot_classification_templates.txt": prompts} if names else {}
-    files |= {"dataset_type.txt": ["classification" if names else "retrieval"], f"{split}/nshards.txt": [str(parts)]}
+    files |= {
+        "dataset_type.txt": ["classification" if names else "retrieval"],
+        f"{split}/nshards.txt": [str(parts)],
+    }
     for file, lines in files.items():
         (out / file).write_text("".join(clean_caption(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -860,7 +1127,9 @@ def to_clip_benchmark(
         raise FileExistsError(f"{out.name} is not empty: choose a new folder")
     (out / split).mkdir(parents=True)
     try:
-        counts = _write_parts(out / split, _samples(shards, labels, len(names)), parts, "cls" if names else "txt")
+        counts = _write_parts(
+            out / split, _samples(shards, labels, len(names)), parts, "cls" if names else "txt"
+        )
         if not counts["written"]:
             wanted = f"a label {labels!r}" if labels else "a class" if names else "a caption"
             raise ValueError(f"none of {counts['left_out']} samples has {wanted}")

@@ -47,8 +47,10 @@ class Pass:
 
     states: Tensor  # (B, L, W) after the last layer
     mask: Tensor  # (B, L) bool, which positions count
-    attention: tuple[Tensor, ...] = ()  # of each layer (B, H, L, L): shares of every position, rows add up to 1
-    cross: tuple[Tensor, ...] = ()  # of each layer that looks across (B, H, L, K): shares over K positions of something else
+    # of each layer (B, H, L, L): shares of every position, rows add up to 1
+    attention: tuple[Tensor, ...] = ()
+    # of each layer that looks across (B, H, L, K): shares over K positions of something else
+    cross: tuple[Tensor, ...] = ()
     cross_mask: Tensor | None = None  # (B, K) bool; None: all K count
     logits: Tensor | None = None  # (B, C) of its first position, or (B, L, V) of every position
     targets: Tensor | None = None  # (B,) or (B, L) which class or token is right; -100: nothing is asked
@@ -65,7 +67,9 @@ class Pass:
         "The same run with every tensor changed"
         held = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
-        return replace(self, **plain, attention=tuple(map(change, self.attention)), cross=tuple(map(change, self.cross)))
+        return replace(
+            self, **plain, attention=tuple(map(change, self.attention)), cross=tuple(map(change, self.cross))
+        )
 
 # %% ../nbs/library/01_features.ipynb #f517a4bf
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Slow:
 
     features: Features  # the same pairs under the copy
     names: Tensor  # (B,) int64, equal for equal texts
-    held: tuple[Tensor, Tensor, Tensor] | None = None  # (M, D) images, (M, D) texts, (M,) names of earlier batches
+    # (M, D) images, (M, D) texts, (M,) names of earlier batches
+    held: tuple[Tensor, Tensor, Tensor] | None = None
     alpha: float = 0.4  # share of the targets that the copy decides
 
 
@@ -82,14 +87,22 @@ class Slow:
 class FusedFeatures(Features):
     "What a model that reads images and texts together says about B pairs"
 
-    passes: Mapping[str, Pass] = field(default_factory=dict)  # "image", "text", "pairs", "question", "caption", "answer"
+    # "image", "text", "pairs", "question", "caption", "answer"
+    passes: Mapping[str, Pass] = field(default_factory=dict)
     momentum: Slow | None = None  # None: there is no slow copy
-    negatives: tuple[Tensor, Tensor] | None = None  # (B,) the wrong text of each image, (B,) the wrong image of each text, as matched
+    # (B,) the wrong text of each image, (B,) the wrong image of each text, as matched
+    negatives: tuple[Tensor, Tensor] | None = None
 
     def detach(self) -> FusedFeatures:
         "The same features, through which no gradient flows"
         held = super().detach()
-        return replace(self, image=held.image, text=held.text, scale=held.scale, passes={n: p.detach() for n, p in self.passes.items()})
+        return replace(
+            self,
+            image=held.image,
+            text=held.text,
+            scale=held.scale,
+            passes={n: p.detach() for n, p in self.passes.items()},
+        )
 
 # %% ../nbs/library/01_features.ipynb #116411c3
 def partner_ranks(
@@ -121,7 +134,9 @@ def flat_captions(
 
 def distinct_captions(
     captions: Sequence[str] | Sequence[Sequence[str]],  # of N pictures, as in `flat_captions`
-) -> tuple[tuple[str, ...], tuple[int, ...], Tensor]:  # M texts; M places where each stands first; (N, M) bool
+) -> tuple[
+    tuple[str, ...], tuple[int, ...], Tensor
+]:  # M texts; M places where each stands first; (N, M) bool
     "The different texts, and which of them are right for which picture: its own, whoever else has them too"
     texts, rows = flat_captions(captions)
     first: dict[str, int] = {}
@@ -136,7 +151,8 @@ def distinct_captions(
 def recall(
     features: Features,  # of N images, and of their T captions as `flat_captions` lays them out
     ks: tuple[int, ...] = (1, 5, 10),
-    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,  # of the N images. None: one each, all differ
+    # of the N images. None: one each, all differ
+    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,
 ) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
     "Retrieval R@k by picture in both directions, among N images and the distinct captions"
     lists = [(row,) for row in range(len(features.image))] if captions is None else captions
@@ -168,10 +184,14 @@ class Batch:
     captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
     crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
-    text_keys: tuple[str, ...] = ()  # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
-    questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()  # B lists of (question, answer, type); empty when they were not read
-    caption_numbers: tuple[int, ...] = ()  # which of its sample's captions each text is, from 0; empty: the first
-    skipped: tuple[tuple[str, str], ...] = field(default=())  # (sample name, reason) met while this batch was filled
+    # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
+    text_keys: tuple[str, ...] = ()
+    # B lists of (question, answer, type); empty when they were not read
+    questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()
+    # which of its sample's captions each text is, from 0; empty: the first
+    caption_numbers: tuple[int, ...] = ()
+    # (sample name, reason) met while this batch was filled
+    skipped: tuple[tuple[str, str], ...] = field(default=())
 
     def for_teacher(self) -> Batch:
         "The same pairs as the teacher wants to see them"
@@ -182,7 +202,9 @@ class Batch:
     def to(self, device, non_blocking: bool = True) -> Batch:
         "The same batch with its tensors on `device`"
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)}
+        moved = {
+            k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)
+        }
         return replace(self, **moved)
 
     def __len__(self) -> int:

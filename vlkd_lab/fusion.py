@@ -55,7 +55,12 @@ class BlipTokenizer:
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:  # (B, L) ids
         "[CLS] words [SEP], padded to the context length; longer texts are cut, and a [SEP] inside a text is no end"
         texts = [texts] if isinstance(texts, str) else list(texts)
-        given = dict(padding="max_length", truncation=True, max_length=context_length or self.context_length, split_special_tokens=True)
+        given = dict(
+            padding="max_length",
+            truncation=True,
+            max_length=context_length or self.context_length,
+            split_special_tokens=True,
+        )
         if not texts:
             return torch.zeros(0, given["max_length"], dtype=torch.long)
         return self.tokenizer(texts, return_tensors="pt", **given).input_ids
@@ -93,11 +98,16 @@ def train_wordpiece(
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     words = BertWordPieceTokenizer(lowercase=True)
     inside = sorted({letter for text in texts for letter in text.lower() if not letter.isspace()})
-    first = special + [f"##{letter}" for letter in inside[: vocabulary // 4]]  # in the trainer's own order they change every time
-    words.train_from_iterator(texts, vocab_size=vocabulary, min_frequency=2, special_tokens=first, show_progress=False)
+    # in the trainer's own order they change every time
+    first = special + [f"##{letter}" for letter in inside[: vocabulary // 4]]
+    words.train_from_iterator(
+        texts, vocab_size=vocabulary, min_frequency=2, special_tokens=first, show_progress=False
+    )
     Path(folder).mkdir(parents=True, exist_ok=True)
     words.save_model(str(folder))
-    given = dict(additional_special_tokens=["[DEC]", "[ENC]"], do_lower_case=True, model_max_length=context_length)
+    given = dict(
+        additional_special_tokens=["[DEC]", "[ENC]"], do_lower_case=True, model_max_length=context_length
+    )
     made = BertTokenizerFast(str(Path(folder) / "vocab.txt"), **given)
     made.save_pretrained(str(folder))
     return BlipTokenizer(made, len(made), context_length)
@@ -128,13 +138,23 @@ class BlipShape:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} is not valid: it must be a whole number from 1 up")
         if self.fusion_layers > self.text_layers:
-            raise ValueError(f"fusion_layers={self.fusion_layers} is not valid: from 1 to text_layers={self.text_layers}")
-        for width, parts in (("image_width", "image_heads"), ("text_width", "text_heads"), ("image_size", "patch_size")):
+            raise ValueError(
+                f"fusion_layers={self.fusion_layers} is not valid: from 1 to text_layers={self.text_layers}"
+            )
+        for width, parts in (
+            ("image_width", "image_heads"),
+            ("text_width", "text_heads"),
+            ("image_size", "patch_size"),
+        ):
             if getattr(self, width) % getattr(self, parts):
-                raise ValueError(f"{width}={getattr(self, width)} is not a multiple of {parts}={getattr(self, parts)}")
+                raise ValueError(
+                    f"{width}={getattr(self, width)} is not a multiple of {parts}={getattr(self, parts)}"
+                )
 
 # %% ../nbs/library/16_fusion.ipynb #2e365f49
-def decoder_sources(shape: BlipShape) -> list[tuple[int, bool]]:  # for each decoder layer: an encoder layer, whether that looks across
+def decoder_sources(
+    shape: BlipShape,
+) -> list[tuple[int, bool]]:  # for each decoder layer: an encoder layer, whether that looks across
     "Which encoder layer each decoder layer shares weights with: the one at the same depth, the last with the last"
     sources = layer_partners(shape.decoder_layers, shape.text_layers)
     return [(source, source >= shape.text_layers - shape.fusion_layers) for source in sources]
@@ -152,12 +172,19 @@ def shape_parameters(shape: BlipShape) -> dict[str, int]:  # "image", "text", "f
     patches = (shape.image_size // shape.patch_size) ** 2
     tower = (3 * shape.patch_size**2 + 1) * image + (patches + 2) * image + 2 * image
     words = (shape.vocabulary + shape.positions + 2) * text
-    own = sum(4 * (text + 1) * text + 2 * text + (0 if crossed else cross) for _, crossed in decoder_sources(shape))
+    own = sum(
+        4 * (text + 1) * text + 2 * text + (0 if crossed else cross) for _, crossed in decoder_sources(shape)
+    )
     return {
         "image": tower + shape.image_layers * _block(image, shape.image_neurons) + (image + 1) * joint,
-        "text": words + shape.text_layers * _block(text, shape.text_neurons) + (text + 1) * joint + 1,  # and the scale
+        # and the scale
+        "text": words + shape.text_layers * _block(text, shape.text_neurons) + (text + 1) * joint + 1,
         "fusion": shape.fusion_layers * cross + 2 * (text + 1),
-        "decoder": own + (text + 1) * text + 2 * text + shape.vocabulary + ((text + 1) * image if text != image else 0),
+        "decoder": own
+        + (text + 1) * text
+        + 2 * text
+        + shape.vocabulary
+        + ((text + 1) * image if text != image else 0),
     }
 
 # %% ../nbs/library/16_fusion.ipynb #933ee416
@@ -178,19 +205,42 @@ def _share(own: nn.Module, source: nn.Module) -> None:
         mine._parameters.update(other._parameters)
 
 # %% ../nbs/library/16_fusion.ipynb #86f125d8
-def blip_config(shape: BlipShape, tokenizer: BlipTokenizer | None = None):  # a BlipConfig of transformers; None: BERT's special tokens
+def blip_config(
+    shape: BlipShape, tokenizer: BlipTokenizer | None = None
+):  # a BlipConfig of transformers; None: BERT's special tokens
     "The sizes as transformers writes them"
     from transformers import BlipConfig
 
     common = dict(hidden_act="gelu", initializer_range=0.02)
-    vision = dict(hidden_size=shape.image_width, intermediate_size=shape.image_neurons, num_hidden_layers=shape.image_layers)
-    vision |= dict(num_attention_heads=shape.image_heads, image_size=shape.image_size, patch_size=shape.patch_size)
-    text = dict(hidden_size=shape.text_width, intermediate_size=shape.text_neurons, num_hidden_layers=shape.text_layers)
-    text |= dict(num_attention_heads=shape.text_heads, vocab_size=shape.vocabulary, max_position_embeddings=shape.positions)
+    vision = dict(
+        hidden_size=shape.image_width,
+        intermediate_size=shape.image_neurons,
+        num_hidden_layers=shape.image_layers,
+    )
+    vision |= dict(
+        num_attention_heads=shape.image_heads, image_size=shape.image_size, patch_size=shape.patch_size
+    )
+    text = dict(
+        hidden_size=shape.text_width,
+        intermediate_size=shape.text_neurons,
+        num_hidden_layers=shape.text_layers,
+    )
+    text |= dict(
+        num_attention_heads=shape.text_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.positions,
+    )
     text |= dict(encoder_hidden_size=shape.image_width, bos_token_id=shape.vocabulary - 2)
     if tokenizer:
-        text |= dict(bos_token_id=tokenizer.dec, eos_token_id=tokenizer.sep, sep_token_id=tokenizer.sep, pad_token_id=tokenizer.pad)
-    return BlipConfig(text_config=text | common, vision_config=vision | common, image_text_hidden_size=shape.joint_width)
+        text |= dict(
+            bos_token_id=tokenizer.dec,
+            eos_token_id=tokenizer.sep,
+            sep_token_id=tokenizer.sep,
+            pad_token_id=tokenizer.pad,
+        )
+    return BlipConfig(
+        text_config=text | common, vision_config=vision | common, image_text_hidden_size=shape.joint_width
+    )
 
 
 def read_shape(
@@ -199,10 +249,22 @@ def read_shape(
 ) -> BlipShape:
     "The sizes of a configuration"
     vision, text = config.vision_config, config.text_config
-    image = dict(image_layers=vision.num_hidden_layers, image_width=vision.hidden_size, image_heads=vision.num_attention_heads)
-    image |= dict(image_neurons=vision.intermediate_size, image_size=vision.image_size, patch_size=vision.patch_size)
-    words = dict(text_layers=text.num_hidden_layers, text_width=text.hidden_size, text_heads=text.num_attention_heads)
-    words |= dict(text_neurons=text.intermediate_size, vocabulary=text.vocab_size, positions=text.max_position_embeddings)
+    image = dict(
+        image_layers=vision.num_hidden_layers,
+        image_width=vision.hidden_size,
+        image_heads=vision.num_attention_heads,
+    )
+    image |= dict(
+        image_neurons=vision.intermediate_size, image_size=vision.image_size, patch_size=vision.patch_size
+    )
+    words = dict(
+        text_layers=text.num_hidden_layers, text_width=text.hidden_size, text_heads=text.num_attention_heads
+    )
+    words |= dict(
+        text_neurons=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        positions=text.max_position_embeddings,
+    )
     depths = {name: own.get(name, text.num_hidden_layers) for name in ("fusion_layers", "decoder_layers")}
     return BlipShape(**image, **words, **depths, joint_width=config.image_text_hidden_size)
 
@@ -221,7 +283,11 @@ class _Parts(nn.Module):
         from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
         super().__init__()
-        self.shape, self.parts, self.shared = shape, tuple(parts), shared and {"encoder", "decoder"} <= set(parts)
+        self.shape, self.parts, self.shared = (
+            shape,
+            tuple(parts),
+            shared and {"encoder", "decoder"} <= set(parts),
+        )
         self.vision_model = BlipVisionModel(config.vision_config)
         if "encoder" in parts:
             self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
@@ -258,7 +324,9 @@ def _tie(network: _Parts) -> None:
     head, decoder = network.text_decoder.cls.predictions, network.text_decoder.bert
     if network.shared:
         _share(decoder.embeddings, network.text_encoder.embeddings)
-        for layer, (source, crossed) in zip(decoder.encoder.layer, decoder_sources(network.shape), strict=True):
+        for layer, (source, crossed) in zip(
+            decoder.encoder.layer, decoder_sources(network.shape), strict=True
+        ):
             encoder = network.text_encoder.encoder.layer[source]
             for name in ("intermediate", "output", *(["crossattention"] if crossed else [])):
                 _share(getattr(layer, name), getattr(encoder, name))
@@ -285,9 +353,13 @@ class _Heads(_Parts):
         "Features that images and texts are compared by"
         return self.project(self.run_image(image), "vision_proj", normalize)
 
-    def encode_text(self, tokens: Tensor, normalize: bool = True) -> Tensor:  # (B, D); tokens as the tokenizer gives them
+    def encode_text(
+        self, tokens: Tensor, normalize: bool = True
+    ) -> Tensor:  # (B, D); tokens as the tokenizer gives them
         "Features that images and texts are compared by"
-        return self.project(self.run_text(*trimmed(tokens, self.text_encoder.config.pad_token_id)), "text_proj", normalize)
+        return self.project(
+            self.run_text(*trimmed(tokens, self.text_encoder.config.pad_token_id)), "text_proj", normalize
+        )
 
 # %% ../nbs/library/16_fusion.ipynb #1d30fb44
 class BlipNetwork(_Heads):
@@ -300,11 +372,19 @@ class BlipNetwork(_Heads):
             raise ValueError(f"images of {height}×{width} pixels, but this model sees {side}×{side}")
         out = self.vision_model(pixel_values=image, output_attentions=maps)
         states = out.last_hidden_state
-        return Pass(states, torch.ones(states.shape[:2], dtype=torch.bool, device=states.device), tuple(out.attentions or ()))
+        return Pass(
+            states,
+            torch.ones(states.shape[:2], dtype=torch.bool, device=states.device),
+            tuple(out.attentions or ()),
+        )
 
-    def run_text(self, tokens: Tensor, mask: Tensor, image: Tensor | None = None, maps: bool = False) -> Pass:  # (B, L), (B, L), (B, K, W)
+    def run_text(
+        self, tokens: Tensor, mask: Tensor, image: Tensor | None = None, maps: bool = False
+    ) -> Pass:  # (B, L), (B, L), (B, K, W)
         "The text encoder; with the states of images it looks at them"
-        out = self.text_encoder(tokens, attention_mask=mask.long(), encoder_hidden_states=image, output_attentions=maps)
+        out = self.text_encoder(
+            tokens, attention_mask=mask.long(), encoder_hidden_states=image, output_attentions=maps
+        )
         across = () if image is None else tuple(out.cross_attentions or ())
         return Pass(out.last_hidden_state, mask, tuple(out.attentions or ()), across)
 
@@ -319,18 +399,33 @@ class BlipNetwork(_Heads):
     ) -> Pass:
         "The decoder over a whole text: at every position the logits of the next token"
         across = None if states_mask is None else states_mask.long()
-        given = dict(attention_mask=mask.long(), encoder_hidden_states=states, encoder_attention_mask=across, output_attentions=maps)
+        given = dict(
+            attention_mask=mask.long(),
+            encoder_hidden_states=states,
+            encoder_attention_mask=across,
+            output_attentions=maps,
+        )
         out = self.text_decoder.bert(tokens, is_decoder=True, use_cache=False, **given)
         logits, attention = self.text_decoder.cls(out.last_hidden_state), tuple(out.attentions or ())
         targets = next_tokens(tokens, mask, prompt)
-        return Pass(out.last_hidden_state, targets != -100, attention, tuple(out.cross_attentions or ()), states_mask, logits, targets)
+        return Pass(
+            out.last_hidden_state,
+            targets != -100,
+            attention,
+            tuple(out.cross_attentions or ()),
+            states_mask,
+            logits,
+            targets,
+        )
 
 # %% ../nbs/library/16_fusion.ipynb #b219ee9b
 PARTS = ("encoder", "projections", "matching", "decoder")  # beside the image tower
 TASKS = {  # what a model can do -> the parts it takes
-    "retrieval": ("encoder", "projections"), "matching": ("encoder", "matching"),
-    "captioning": ("decoder",), "answering": ("encoder", "decoder"),
-}  # fmt: skip
+    "retrieval": ("encoder", "projections"),
+    "matching": ("encoder", "matching"),
+    "captioning": ("decoder",),
+    "answering": ("encoder", "decoder"),
+}
 
 
 @dataclass(frozen=True)
@@ -350,17 +445,30 @@ class Blip(VLM):
     def can(self, task: str) -> None:
         "ValueError that says what the model can do, if this is not among it"
         if task not in self.tasks:
-            raise ValueError(f"this BLIP ({self.name}) was not made for {task}: it can do {', '.join(self.tasks) or 'nothing'}")
+            raise ValueError(
+                f"this BLIP ({self.name}) was not made for {task}: it can do "
+                f"{', '.join(self.tasks) or 'nothing'}"
+            )
 
     def same_view(self, other: Blip) -> bool:
         "Whether both want to see images and texts in the same form"
-        mine, theirs = ((blip.tokenizer.tokenizer.get_vocab(), blip.tokenizer.vocabulary) for blip in (self, other))
+        mine, theirs = (
+            (blip.tokenizer.tokenizer.get_vocab(), blip.tokenizer.vocabulary) for blip in (self, other)
+        )
         return mine == theirs and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 
 def _preprocess_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict:
     "BLIP's view of a picture as open_clip writes it: squeezed into a square, without cropping"
-    return dict(size=size, mode="RGB", mean=list(mean), std=list(std), interpolation="bicubic", resize_mode="squash", fill_color=0)
+    return dict(
+        size=size,
+        mode="RGB",
+        mean=list(mean),
+        std=list(std),
+        interpolation="bicubic",
+        resize_mode="squash",
+        fill_color=0,
+    )
 
 # %% ../nbs/library/16_fusion.ipynb #9e7f3a1a
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -376,25 +484,44 @@ def new_blip(
     "A BLIP with fresh weights, shared as in BLIP"
     if not tasks or set(tasks) - set(TASKS):
         raise ValueError(f"tasks={tuple(tasks)} is not valid: one or more of {', '.join(TASKS)}")
-    shape = replace(shape, vocabulary=tokenizer.vocabulary, positions=max(shape.positions, tokenizer.context_length))
-    eyes = like.config["preprocess_cfg"] | {"size": shape.image_size} if like else _preprocess_config(shape.image_size, MEAN, STD)
+    shape = replace(
+        shape, vocabulary=tokenizer.vocabulary, positions=max(shape.positions, tokenizer.context_length)
+    )
+    eyes = (
+        like.config["preprocess_cfg"] | {"size": shape.image_size}
+        if like
+        else _preprocess_config(shape.image_size, MEAN, STD)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = blip_config(shape, tokenizer)
-        network = BlipNetwork(config, shape, [part for part in PARTS if any(part in TASKS[task] for task in tasks)], shared=True)
+        network = BlipNetwork(
+            config, shape, [part for part in PARTS if any(part in TASKS[task] for task in tasks)], shared=True
+        )
     return _assemble(network, config, eyes, tokenizer, tuple(tasks), "fresh")
 
 
-def _assemble(network: BlipNetwork, config: Any, eyes: dict, tokenizer: BlipTokenizer, tasks: tuple[str, ...], name: str) -> Blip:
+def _assemble(
+    network: BlipNetwork, config: Any, eyes: dict, tokenizer: BlipTokenizer, tasks: tuple[str, ...], name: str
+) -> Blip:
     "A Blip of its parts"
     shape = network.shape
-    text = dict(context_length=tokenizer.context_length, vocab_size=tokenizer.vocabulary, hf_tokenizer_name="blip")
+    text = dict(
+        context_length=tokenizer.context_length, vocab_size=tokenizer.vocabulary, hf_tokenizer_name="blip"
+    )
     about = dict(embed_dim=shape.joint_width, vision_cfg=dict(image_size=shape.image_size), text_cfg=text)
     settings = dict(model_cfg=about | dict(blip=config.to_dict()), preprocess_cfg=eyes)
     return Blip(network.eval(), preprocessing(eyes), tokenizer, settings, name, tasks)
 
 # %% ../nbs/library/16_fusion.ipynb #e9ea30b9
-_FILES = ("config.json", "preprocessor_config.json", "vocab.txt", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json")
+_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "vocab.txt",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _OWN = "vlkd_lab"  # the entry of config.json that holds what transformers does not know
 
 
@@ -416,7 +543,9 @@ def _folder_of(name: str) -> Path:
             return Path(snapshot_download(name, local_files_only=True))  # an earlier download
         except Exception:
             said = f"{type(error).__name__}: {error}"
-        raise FileNotFoundError(f"no BLIP {name!r}: there is no such folder, and the hub said {said}") from None
+        raise FileNotFoundError(
+            f"no BLIP {name!r}: there is no such folder, and the hub said {said}"
+        ) from None
 
 
 def is_blip(
@@ -429,7 +558,11 @@ def is_blip(
         said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(said, dict) and said.get("model_type") == "blip" and not (Path(folder) / "open_clip_config.json").exists()
+    return (
+        isinstance(said, dict)
+        and said.get("model_type") == "blip"
+        and not (Path(folder) / "open_clip_config.json").exists()
+    )
 
 # %% ../nbs/library/16_fusion.ipynb #c7c4a608
 def _names_in(file: Path) -> list[str]:
@@ -441,7 +574,17 @@ def _names_in(file: Path) -> list[str]:
         if file.suffix not in (".pth", ".pt", ".bin"):
             return []
         whole = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except (UnpicklingError, SafetensorError, RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError, AttributeError):
+    except (
+        UnpicklingError,
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):
         return []
     weights = whole.get("model", whole) if isinstance(whole, Mapping) else {}
     return [name for name in weights if isinstance(name, str)] if isinstance(weights, Mapping) else []
@@ -456,17 +599,34 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         if old.is_file():
             return torch.load(old, map_location="cpu", weights_only=True)
     except UnpicklingError:
-        raise ValueError(f"{old} holds more than weights, or is damaged: it is not loaded, because loading it could run its code") from None
-    except (SafetensorError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{old} holds more than weights, or is damaged: it is not loaded, because loading it could run "
+            "its code"
+        ) from None
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 # %% ../nbs/library/16_fusion.ipynb #65799f58
 _KINDS = {  # parts -> tasks, of the published layouts
     ("encoder", "projections", "matching"): ("retrieval", "matching"),
-    ("decoder",): ("captioning",), ("encoder", "decoder"): ("answering",),
-}  # fmt: skip
-_IN_PART = {"text_encoder.": "encoder", "text_decoder.": "decoder", "itm_head.": "matching", "vision_proj.": "projections"}
+    ("decoder",): ("captioning",),
+    ("encoder", "decoder"): ("answering",),
+}
+_IN_PART = {
+    "text_encoder.": "encoder",
+    "text_decoder.": "decoder",
+    "itm_head.": "matching",
+    "vision_proj.": "projections",
+}
 
 
 def _parts_of(state: Mapping[str, Tensor], folder: Path) -> tuple[str, ...]:
@@ -487,17 +647,23 @@ def _fill(network: BlipNetwork, state: Mapping[str, Tensor], folder: Path, is_fo
     lost = [name for name, parameter in own.items() if id(parameter) not in given and name not in ours]
     strange = [name for name in state if name not in own]
     if lost or strange:
-        raise ValueError(f"the weights in {folder} do not fit its config.json: {len(lost)} are missing ({', '.join(lost[:3]) or 'none'}), "
-                         f"{len(strange)} have no place ({', '.join(strange[:3]) or 'none'})")  # fmt: skip
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {len(lost)} are missing "
+            f"({', '.join(lost[:3]) or 'none'}), "
+            f"{len(strange)} have no place ({', '.join(strange[:3]) or 'none'})"
+        )
     for name in state:
         if state[name].shape != own[name].shape:
-            raise ValueError(f"the weights in {folder} do not fit its config.json: {name} is {tuple(state[name].shape)}, "
-                             f"and should be {tuple(own[name].shape)}")  # fmt: skip
+            raise ValueError(
+                f"the weights in {folder} do not fit its config.json: {name} is {tuple(state[name].shape)}, "
+                f"and should be {tuple(own[name].shape)}"
+            )
     network.load_state_dict(state, strict=False)
 
 # %% ../nbs/library/16_fusion.ipynb #2d095861
 def load_blip(
-    name_or_path: str | Path,  # folder, Salesforce's own .pth, or the hub's ID such as Salesforce/blip-itm-base-coco
+    # folder, Salesforce's own .pth, or the hub's ID such as Salesforce/blip-itm-base-coco
+    name_or_path: str | Path,
     device: str | torch.device | None = None,  # None: the GPU if there is one
 ) -> Blip:
     "A trained BLIP, published or of our own, in evaluation mode"
@@ -509,7 +675,9 @@ def load_blip(
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = plain.pop(_OWN, {})
     if plain.get("model_type") != "blip":
-        raise ValueError(f"{folder} holds a model of type {plain.get('model_type')!r}; what is wanted is 'blip'")
+        raise ValueError(
+            f"{folder} holds a model of type {plain.get('model_type')!r}; what is wanted is 'blip'"
+        )
     config, state = BlipConfig.from_dict(plain), _read_weights(folder)
     shape, parts = read_shape(config, own), _parts_of(state, folder)
     network = BlipNetwork(config, shape, parts, shared=own.get("shared", False))
@@ -527,7 +695,9 @@ def _untie(network: BlipNetwork, state: dict[str, Tensor]) -> None:
     if "decoder" not in network.parts:
         return
     head = network.text_decoder.cls.predictions
-    words, scores = (f"text_decoder.{n}.weight" for n in ("bert.embeddings.word_embeddings", "cls.predictions.decoder"))
+    words, scores = (
+        f"text_decoder.{n}.weight" for n in ("bert.embeddings.word_embeddings", "cls.predictions.decoder")
+    )
     if scores in state and not torch.equal(state[scores], state[words]):
         head.decoder.weight = nn.Parameter(torch.empty_like(head.decoder.weight))
 
@@ -573,26 +743,43 @@ def _depth_of(state: Mapping[str, Tensor], stack: str) -> int:  # 0: there is no
 
 def _shape_of(state: Mapping[str, Tensor], file: Path, head_width: int = 64) -> BlipShape:
     "The sizes that weights by transformers' names show; heads are as wide as in all of Salesforce's models"
-    texts = {"text_encoder.": "text_encoder.encoder.layer.", "text_decoder.bert.": "text_decoder.bert.encoder.layer."}
+    texts = {
+        "text_encoder.": "text_encoder.encoder.layer.",
+        "text_decoder.bert.": "text_decoder.bert.encoder.layer.",
+    }
     depths = {text: _depth_of(state, stack) for text, stack in texts.items()}
     text = next((text for text, depth in depths.items() if depth), None)
     if text is None:
-        raise ValueError(f"{file} has an image tower of BLIP's and no text module: it is none of BLIP's models for a task")
+        raise ValueError(
+            f"{file} has an image tower of BLIP's and no text module: it is none of BLIP's models for a task"
+        )
     embedded = "vision_model.embeddings."
-    patches, places = state[f"{embedded}patch_embedding.weight"], state[f"{embedded}position_embedding"].shape[1] - 1
+    patches, places = (
+        state[f"{embedded}patch_embedding.weight"],
+        state[f"{embedded}position_embedding"].shape[1] - 1,
+    )
     words, positions = (state[f"{text}embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
     widths = dict(image_width=len(patches), text_width=words.shape[1])
     if any(width % head_width for width in widths.values()):
-        raise ValueError(f"{file}: widths of {len(patches)} and {words.shape[1]} are no heads of {head_width} channels")
+        raise ValueError(
+            f"{file}: widths of {len(patches)} and {words.shape[1]} are no heads of {head_width} channels"
+        )
     heads = {name.replace("width", "heads"): width // head_width for name, width in widths.items()}
     neurons = dict(
         image_neurons=len(state["vision_model.encoder.layers.0.mlp.fc1.weight"]),
         text_neurons=len(state[f"{text}encoder.layer.0.intermediate.dense.weight"]),
     )
     patch, depth = patches.shape[-1], depths[text]
-    sizes = dict(patch_size=patch, image_size=patch * math.isqrt(places), vocabulary=len(words), positions=len(positions))
+    sizes = dict(
+        patch_size=patch,
+        image_size=patch * math.isqrt(places),
+        vocabulary=len(words),
+        positions=len(positions),
+    )
     joint = dict(joint_width=len(state["vision_proj.weight"])) if "vision_proj.weight" in state else {}
-    layers = dict(image_layers=_depth_of(state, "vision_model.encoder.layers."), text_layers=depth, fusion_layers=depth)
+    layers = dict(
+        image_layers=_depth_of(state, "vision_model.encoder.layers."), text_layers=depth, fusion_layers=depth
+    )
     layers["decoder_layers"] = depths["text_decoder.bert."] or depth
     return BlipShape(**widths, **heads, **neurons, **sizes, **joint, **layers)
 
@@ -605,14 +792,22 @@ def _original_words(file: Path) -> Any:  # a tokenizer of transformers
     try:
         return AutoTokenizer.from_pretrained(str(file.parent) if beside else "bert-base-uncased")
     except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"{file} brings no words: put BERT's vocab.txt (of bert-base-uncased) beside it") from error
+        raise FileNotFoundError(
+            f"{file} brings no words: put BERT's vocab.txt (of bert-base-uncased) beside it"
+        ) from error
 
 
 def _is_shared(state: Mapping[str, Tensor]) -> bool:
     "Whether encoder and decoder have the same weights, all but those of the decoder's self-attention"
-    pairs = [(name, name.replace("text_decoder.bert.", "text_encoder.")) for name in state if name.startswith("text_decoder.bert.")]
+    pairs = [
+        (name, name.replace("text_decoder.bert.", "text_encoder."))
+        for name in state
+        if name.startswith("text_decoder.bert.")
+    ]
     pairs = [pair for pair in pairs if ".attention." not in pair[0]]
-    return bool(pairs) and all(other in state and torch.equal(state[name], state[other]) for name, other in pairs)
+    return bool(pairs) and all(
+        other in state and torch.equal(state[name], state[other]) for name, other in pairs
+    )
 
 
 def _load_original(file: Path, device: str | torch.device | None) -> Blip:
@@ -629,8 +824,11 @@ def _load_original(file: Path, device: str | torch.device | None) -> Blip:
     if "temp" in weights:
         network.logit_scale.data = -weights["temp"].reshape(()).log()
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tasks = _KINDS.get(parts, ("retrieval", "matching", "captioning"))  # all parts: before it was trained for a task
-    return _assemble(network, config, _preprocess_config(shape.image_size, MEAN, STD), tokenizer, tasks, str(file))
+    # all parts: before it was trained for a task
+    tasks = _KINDS.get(parts, ("retrieval", "matching", "captioning"))
+    return _assemble(
+        network, config, _preprocess_config(shape.image_size, MEAN, STD), tokenizer, tasks, str(file)
+    )
 
 # %% ../nbs/library/16_fusion.ipynb #5aeb3ce8
 def save_blip(
@@ -641,7 +839,12 @@ def save_blip(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shape, network = blip.shape, blip.model
-    own = dict(fusion_layers=shape.fusion_layers, decoder_layers=shape.decoder_layers, shared=network.shared, tasks=list(blip.tasks))
+    own = dict(
+        fusion_layers=shape.fusion_layers,
+        decoder_layers=shape.decoder_layers,
+        shared=network.shared,
+        tasks=list(blip.tasks),
+    )
     own |= dict(context_length=blip.tokenizer.context_length)
     _write_about(blip, folder, {_OWN: own})
     state = {name: p.detach().contiguous().cpu().clone() for name, p in network.named_parameters()}
@@ -652,18 +855,31 @@ def save_blip(
 def _write_about(blip: Blip, folder: Path, more: Mapping[str, Any]) -> None:
     "Configuration, preprocessing and tokenizer, as transformers reads them"
     config = deepcopy(blip.config["model_cfg"]["blip"])
-    tokens = dict(bos_token_id=blip.tokenizer.dec, sep_token_id=blip.tokenizer.sep, pad_token_id=blip.tokenizer.pad)
+    tokens = dict(
+        bos_token_id=blip.tokenizer.dec, sep_token_id=blip.tokenizer.sep, pad_token_id=blip.tokenizer.pad
+    )
     config["text_config"] |= tokens
     (folder / "config.json").write_text(json.dumps(config | more, indent=2) + "\n", encoding="utf-8")
     eyes = blip.config["preprocess_cfg"]
     size = {"height": blip.image_size, "width": blip.image_size}
-    said = dict(image_processor_type="BlipImageProcessor", do_resize=True, size=size, resample=3, do_rescale=True, rescale_factor=1 / 255)
+    said = dict(
+        image_processor_type="BlipImageProcessor",
+        do_resize=True,
+        size=size,
+        resample=3,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+    )
     said |= dict(do_normalize=True, do_convert_rgb=True, image_mean=eyes["mean"], image_std=eyes["std"])
     (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
     blip.tokenizer.save_pretrained(str(folder))
 
 # %% ../nbs/library/16_fusion.ipynb #3f5db875
-_CLASSES = {"retrieval": "BlipForImageTextRetrieval", "captioning": "BlipForConditionalGeneration", "answering": "BlipForQuestionAnswering"}
+_CLASSES = {
+    "retrieval": "BlipForImageTextRetrieval",
+    "captioning": "BlipForConditionalGeneration",
+    "answering": "BlipForQuestionAnswering",
+}
 
 
 def export_blip(
@@ -682,9 +898,16 @@ def export_blip(
     depth = shape.decoder_layers if task == "captioning" else shape.text_layers
     config["model_cfg"]["blip"]["text_config"]["num_hidden_layers"] = depth
     _write_about(replace(blip, config=config), folder, {"architectures": [_CLASSES[task]]})
-    kept = {"retrieval": ("text_encoder", "vision_proj", "text_proj", "itm_head"), "captioning": ("text_decoder",)}
+    kept = {
+        "retrieval": ("text_encoder", "vision_proj", "text_proj", "itm_head"),
+        "captioning": ("text_decoder",),
+    }
     kept = ("vision_model", *kept.get(task, ("text_encoder", "text_decoder")))
-    state = {n: p.detach().contiguous().cpu().clone() for n, p in blip.model.named_parameters(remove_duplicate=False) if n.startswith(kept)}
+    state = {
+        n: p.detach().contiguous().cpu().clone()
+        for n, p in blip.model.named_parameters(remove_duplicate=False)
+        if n.startswith(kept)
+    }
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -728,11 +951,28 @@ def fused_batch(
     chosen = [random.Random(f"{seed} {key}").choice(asked) if asked else None for key, asked in each]
     rows = [row for row, asked in enumerate(chosen) if asked]
     device = batch.image.device
-    texts = [trimmed(tokenizer([chosen[row][k] for row in rows]), tokenizer.pad) for k in (0, 1)] if rows else [_no_text()] * 2
-    (question, question_mask), (answer, answer_mask) = ((tokens.to(device), mask.to(device)) for tokens, mask in texts)
+    texts = (
+        [trimmed(tokenizer([chosen[row][k] for row in rows]), tokenizer.pad) for k in (0, 1)]
+        if rows
+        else [_no_text()] * 2
+    )
+    (question, question_mask), (answer, answer_mask) = (
+        (tokens.to(device), mask.to(device)) for tokens, mask in texts
+    )
     names = torch.tensor([_name_of(caption) for caption in batch.captions], device=device)
-    given = dict(asks=torch.tensor(rows, dtype=torch.long, device=device), question=question, question_mask=question_mask)
-    return FusedBatch(batch.image, *trimmed(batch.text, tokenizer.pad), names, **given, answer=answer, answer_mask=answer_mask)
+    given = dict(
+        asks=torch.tensor(rows, dtype=torch.long, device=device),
+        question=question,
+        question_mask=question_mask,
+    )
+    return FusedBatch(
+        batch.image,
+        *trimmed(batch.text, tokenizer.pad),
+        names,
+        **given,
+        answer=answer,
+        answer_mask=answer_mask,
+    )
 
 
 def _no_text() -> tuple[Tensor, Tensor]:
@@ -749,27 +989,36 @@ def see(
     tokenizer: BlipTokenizer,
     tasks: Sequence[str] = tuple(TASKS),  # what is to be run
     seed: int = 0,  # of the wrong partners
-    negatives: tuple[Tensor, Tensor] | None = None,  # wrong text of each image, wrong image of each text; None: drawn
+    # wrong text of each image, wrong image of each text; None: drawn
+    negatives: tuple[Tensor, Tensor] | None = None,
     maps: bool = False,  # keep the attention of every layer
     prompt: int = 0,  # tokens of a caption, after the first, that are given and not asked
 ) -> FusedFeatures:
     "Everything that a BLIP makes of one step's images and texts"
     for task in tasks:
         if task not in TASKS or not set(TASKS[task]) <= set(network.parts):
-            raise ValueError(f"task {task!r}: this network has {', '.join(network.parts)}; tasks are {', '.join(TASKS)}")
+            raise ValueError(
+                f"task {task!r}: this network has {', '.join(network.parts)}; tasks are {', '.join(TASKS)}"
+            )
     image = network.run_image(batch.image, maps)
     passes, rows = {"image": image}, (image.states[:, 0, :0], image.states[:, 0, :0])
     if "retrieval" in tasks:
         passes["text"] = network.run_text(batch.text, batch.text_mask, maps=maps)
         rows = network.project(image, "vision_proj"), network.project(passes["text"], "text_proj")
     if "matching" in tasks:
-        negatives = negatives or hard_negatives(network.logit_scale.exp() * rows[0] @ rows[1].T, batch.names, seed)
+        negatives = negatives or hard_negatives(
+            network.logit_scale.exp() * rows[0] @ rows[1].T, batch.names, seed
+        )
         passes["pairs"] = _matched_pairs(network, batch, image, negatives, tokenizer, maps)
     if "captioning" in tasks:
-        passes["caption"] = network.run_decoder(begun(batch.text, tokenizer.dec), batch.text_mask, image.states, prompt=prompt, maps=maps)
+        passes["caption"] = network.run_decoder(
+            begun(batch.text, tokenizer.dec), batch.text_mask, image.states, prompt=prompt, maps=maps
+        )
     if "answering" in tasks:
         passes |= _asked(network, batch, image, tokenizer, maps)
-    return FusedFeatures(*rows, network.logit_scale.exp(), passes, negatives=negatives if "matching" in tasks else None)
+    return FusedFeatures(
+        *rows, network.logit_scale.exp(), passes, negatives=negatives if "matching" in tasks else None
+    )
 
 
 def begun(tokens: Tensor, first: int) -> Tensor:
@@ -777,9 +1026,17 @@ def begun(tokens: Tensor, first: int) -> Tensor:
     return torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, 1:]], dim=1)
 
 # %% ../nbs/library/16_fusion.ipynb #f3ab6a19
-def _asked(network: BlipNetwork, batch: FusedBatch, image: Pass, tokenizer: BlipTokenizer, maps: bool) -> dict[str, Pass]:
+def _asked(
+    network: BlipNetwork, batch: FusedBatch, image: Pass, tokenizer: BlipTokenizer, maps: bool
+) -> dict[str, Pass]:
     "The questions before their images, and the answers; where nothing is asked, passes of no rows"
-    asks, question, question_mask, answer, answer_mask = batch.asks, batch.question, batch.question_mask, batch.answer, batch.answer_mask
+    asks, question, question_mask, answer, answer_mask = (
+        batch.asks,
+        batch.question,
+        batch.question_mask,
+        batch.answer,
+        batch.answer_mask,
+    )
     if not len(asks):  # one row is run, and none of it kept
         asks, word = asks.new_zeros(1), question.new_full((1, 1), tokenizer.sep)
         question = answer = word
@@ -791,7 +1048,12 @@ def _asked(network: BlipNetwork, batch: FusedBatch, image: Pass, tokenizer: Blip
 
 
 def _matched_pairs(
-    network: BlipNetwork, batch: FusedBatch, image: Pass, negatives: tuple[Tensor, Tensor], tokenizer: BlipTokenizer, maps: bool
+    network: BlipNetwork,
+    batch: FusedBatch,
+    image: Pass,
+    negatives: tuple[Tensor, Tensor],
+    tokenizer: BlipTokenizer,
+    maps: bool,
 ) -> Pass:
     "The true pairs, each image with its wrong text, each text with its wrong image"
     wrong_text, wrong_image = negatives
@@ -799,7 +1061,9 @@ def _matched_pairs(
     texts, images = torch.cat([own, wrong_text, own]), torch.cat([own, own, wrong_image])
     targets = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
     tokens = begun(batch.text, tokenizer.enc)[texts]
-    return network.match(network.run_text(tokens, batch.text_mask[texts], image.states[images], maps), targets)
+    return network.match(
+        network.run_text(tokens, batch.text_mask[texts], image.states[images], maps), targets
+    )
 
 # %% ../nbs/library/16_fusion.ipynb #b9b1deb5
 def write_about(
@@ -817,10 +1081,24 @@ def write_about(
     begin[0] = words.dec
     most = network.shape.positions - len(begin)
     if not 1 <= longest <= most or beams < 1:
-        raise ValueError(f"beams={beams}, longest={longest}: beams must be at least 1, longest from 1 to {most}")
-    across = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask.long()
-    given = dict(encoder_hidden_states=states, encoder_attention_mask=across, num_beams=beams, do_sample=False, max_new_tokens=longest)
-    given |= dict(eos_token_id=words.sep, pad_token_id=words.pad, attention_mask=torch.ones(len(states), len(begin), device=states.device))
+        raise ValueError(
+            f"beams={beams}, longest={longest}: beams must be at least 1, longest from 1 to {most}"
+        )
+    across = (
+        torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask.long()
+    )
+    given = dict(
+        encoder_hidden_states=states,
+        encoder_attention_mask=across,
+        num_beams=beams,
+        do_sample=False,
+        max_new_tokens=longest,
+    )
+    given |= dict(
+        eos_token_id=words.sep,
+        pad_token_id=words.pad,
+        attention_mask=torch.ones(len(states), len(begin), device=states.device),
+    )
     tokens = network.text_decoder.generate(begin.expand(len(states), -1), **given)
     return words.decode(tokens.cpu())
 
@@ -837,7 +1115,9 @@ def write_captions(
     blip.can("captioning")
     if not len(images):
         return []
-    return write_about(blip, blip.model.run_image(images.to(blip.device)).states, None, beams, longest, prompt)
+    return write_about(
+        blip, blip.model.run_image(images.to(blip.device)).states, None, beams, longest, prompt
+    )
 
 # %% ../nbs/library/16_fusion.ipynb #ea91f967
 @torch.no_grad()
@@ -856,7 +1136,9 @@ def answer(
         return []
     words = blip.tokenizer
     tokens, mask = (t.to(blip.device) for t in trimmed(words(list(questions)), words.pad))
-    seen = blip.model.run_text(begun(tokens, words.enc), mask, blip.model.run_image(images.to(blip.device)).states)
+    seen = blip.model.run_text(
+        begun(tokens, words.enc), mask, blip.model.run_image(images.to(blip.device)).states
+    )
     return write_about(blip, blip.model.question_states(seen), mask, beams, longest)
 
 # %% ../nbs/library/16_fusion.ipynb #f12be778
@@ -876,23 +1158,39 @@ def student_shape(
             if name in given:
                 raise ValueError
             given[name] = [int(number) for number in numbers.split("x")]
-        if not all(len(numbers) == {"image": 2, "text": 2, "fusion": 1, "decoder": 1}[name] for name, numbers in given.items()):
+        if not all(
+            len(numbers) == {"image": 2, "text": 2, "fusion": 1, "decoder": 1}[name]
+            for name, numbers in given.items()
+        ):
             raise ValueError
     except (ValueError, KeyError):
         raise ValueError(wrong) from None
-    changed = {name: size for tower in given if tower in ("image", "text") for name, size in _sized(shape, tower, *given[tower]).items()}
+    changed = {
+        name: size
+        for tower in given
+        if tower in ("image", "text")
+        for name, size in _sized(shape, tower, *given[tower]).items()
+    }
     depth = changed.get("text_layers", shape.text_layers)
-    own = {f"{part}_layers": min(getattr(shape, f"{part}_layers"), depth) for part in ("fusion", "decoder") if "text" in given}
+    own = {
+        f"{part}_layers": min(getattr(shape, f"{part}_layers"), depth)
+        for part in ("fusion", "decoder")
+        if "text" in given
+    }
     own |= {f"{part}_layers": given[part][0] for part in ("fusion", "decoder") if part in given}
     return replace(shape, **changed, **own, image_size=image_size or shape.image_size)
 
 
 def _sized(shape: BlipShape, tower: str, layers: int, width: int) -> dict[str, int]:
     "Layers, width, heads and neurons of one tower"
-    old_width, old_heads, neurons = (getattr(shape, f"{tower}_{what}") for what in ("width", "heads", "neurons"))
+    old_width, old_heads, neurons = (
+        getattr(shape, f"{tower}_{what}") for what in ("width", "heads", "neurons")
+    )
     head = old_width // old_heads
     if width < head or width % head:
-        raise ValueError(f"{tower}: width {width} is not valid: heads are {head} wide, so choose a multiple of that")
+        raise ValueError(
+            f"{tower}: width {width} is not valid: heads are {head} wide, so choose a multiple of that"
+        )
     sizes = dict(layers=layers, width=width, heads=width // head, neurons=neurons * width // old_width)
     return {f"{tower}_{what}": size for what, size in sizes.items()}
 
@@ -909,20 +1207,26 @@ def shrunk(
     head = {tower: getattr(teacher, f"{tower}_width") // heads[tower] for tower in heads}
 
     def sized(tower: str) -> Iterator[dict[str, int]]:
-        for layers, count in product(range(1, getattr(teacher, f"{tower}_layers") + 1), range(1, heads[tower] + 1)):
+        for layers, count in product(
+            range(1, getattr(teacher, f"{tower}_layers") + 1), range(1, heads[tower] + 1)
+        ):
             depth, width = layers / getattr(teacher, f"{tower}_layers"), count / heads[tower]
             form = {"_uneven": abs(math.log(depth / width)), "_size": math.log(depth * width)}
             yield _sized(teacher, tower, layers, count * head[tower]) | form
 
     def distance(image: dict, text: dict) -> float:
         uneven = image["_uneven"] + text["_uneven"] + abs(image["_size"] - text["_size"])
-        return abs(sum(shape_parameters(_joined(teacher, image, text)).values()) / whole - share) + 0.05 * uneven
+        return (
+            abs(sum(shape_parameters(_joined(teacher, image, text)).values()) / whole - share) + 0.05 * uneven
+        )
 
     texts = list(sized("text"))
     nearest = _joined(teacher, *min(product(sized("image"), texts), key=lambda both: distance(*both)))
     found = sum(shape_parameters(nearest).values()) / whole
     if abs(found - share) > 0.03 + share / 10:
-        raise ValueError(f"no student has about {share:.0%} of this teacher's parameters: the nearest has {found:.0%}")
+        raise ValueError(
+            f"no student has about {share:.0%} of this teacher's parameters: the nearest has {found:.0%}"
+        )
     return nearest
 
 
@@ -930,13 +1234,19 @@ def _joined(teacher: BlipShape, image: Mapping, text: Mapping) -> BlipShape:
     "Both towers' sizes in one; fusion and decoder keep their depth relative to the encoder's"
     sizes = {name: value for name, value in (*image.items(), *text.items()) if name[0] != "_"}
     depth = lambda layers: max(round(layers * text["text_layers"] / teacher.text_layers), 1)  # noqa: E731
-    return replace(teacher, **sizes, fusion_layers=depth(teacher.fusion_layers), decoder_layers=depth(teacher.decoder_layers))
+    return replace(
+        teacher,
+        **sizes,
+        fusion_layers=depth(teacher.fusion_layers),
+        decoder_layers=depth(teacher.decoder_layers),
+    )
 
 # %% ../nbs/library/16_fusion.ipynb #7c458d9f
 def plan_blip(
     teacher: Blip,
     student: Blip,  # any sizes up to the teacher's
-    layers: Callable | Mapping = even_spread,  # rule(teacher_layers, student_layers), or "image", "text", "decoder" -> rule or layers
+    # rule(teacher_layers, student_layers), or "image", "text", "decoder" -> rule or layers
+    layers: Callable | Mapping = even_spread,
     towers: Sequence[str] = ("image", "text", "decoder"),  # which copy at all; fusion is part of the text
 ) -> Plan:
     "Which layers, heads, channels and neurons of the teacher each part of the student copies"
@@ -944,22 +1254,40 @@ def plan_blip(
     if set(towers) - set(widths):
         raise ValueError(f"towers are {', '.join(towers)}; what can be named is {', '.join(widths)}")
     if widths != _head_widths(student.shape):
-        raise ValueError(f"heads are {_head_widths(student.shape)} wide in the student, {widths} in the teacher: whole heads are inherited")
+        raise ValueError(
+            f"heads are {_head_widths(student.shape)} wide in the student, {widths} in the teacher: whole "
+            "heads are inherited"
+        )
     if isinstance(layers, Mapping) and set(layers) - set(widths):
         raise ValueError(f"layers are named {', '.join(layers)}; what can be named is {', '.join(widths)}")
     state = _at_grid(teacher, student.shape)
-    weights = {name: weight for name, weight in student.model.state_dict().items() if name in state or "question_proj" not in name}
+    weights = {
+        name: weight
+        for name, weight in student.model.state_dict().items()
+        if name in state or "question_proj" not in name
+    }
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     borrowed = _borrowed(teacher.shape, state)
-    plan = plan_manual(state | {name: state[source] for name, source in borrowed.items()}, shapes, widths, layers)
-    copies = tuple(replace(copy, source=borrowed.get(copy.source, copy.source)) for copy in plan.copies if _tower(copy.name) in towers)
-    stacks, heads = (stack for stack in plan.stacks if stack.tower in towers), (pair for pair in plan.head_width if pair[0] in towers)
+    plan = plan_manual(
+        state | {name: state[source] for name, source in borrowed.items()}, shapes, widths, layers
+    )
+    copies = tuple(
+        replace(copy, source=borrowed.get(copy.source, copy.source))
+        for copy in plan.copies
+        if _tower(copy.name) in towers
+    )
+    stacks, heads = (
+        (stack for stack in plan.stacks if stack.tower in towers),
+        (pair for pair in plan.head_width if pair[0] in towers),
+    )
     return replace(plan, copies=copies, stacks=tuple(stacks), head_width=tuple(heads))
 
 
 def _tower(name: str) -> str:
     "The tower of a weight"
-    return "image" if name.startswith("vision_") else "decoder" if name.startswith("text_decoder.") else "text"
+    return (
+        "image" if name.startswith("vision_") else "decoder" if name.startswith("text_decoder.") else "text"
+    )
 
 
 def _head_widths(shape: BlipShape) -> dict[str, int]:
@@ -978,11 +1306,17 @@ def _at_grid(teacher: Blip, shape: BlipShape) -> dict[str, Tensor]:
     return state | {name: torch.cat([first, fitted.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)}
 
 # %% ../nbs/library/16_fusion.ipynb #6f40f557
-def _borrowed(shape: BlipShape, state: Mapping[str, Tensor]) -> dict[str, str]:  # name that is missing -> name to copy instead
+def _borrowed(
+    shape: BlipShape, state: Mapping[str, Tensor]
+) -> dict[str, str]:  # name that is missing -> name to copy instead
     "For encoder layers without cross-attention, that of the first layer which has one"
     first = shape.text_layers - shape.fusion_layers
     found = [name for name in state if name.startswith(f"text_encoder.encoder.layer.{first}.crossattention.")]
-    return {name.replace(f"layer.{first}.", f"layer.{layer}.", 1): name for layer in range(first) for name in found}
+    return {
+        name.replace(f"layer.{first}.", f"layer.{layer}.", 1): name
+        for layer in range(first)
+        for name in found
+    }
 
 # %% ../nbs/library/16_fusion.ipynb #3fa13655
 def inherit_blip(teacher: Blip, student: Blip, plan: Plan) -> None:
@@ -990,11 +1324,19 @@ def inherit_blip(teacher: Blip, student: Blip, plan: Plan) -> None:
     once = {name for name, _ in student.model.named_parameters()}
     copied, own = inherit(_at_grid(teacher, student.shape), plan), student.model.state_dict()
     wrong = [name for name in copied if name not in own or own[name].shape != copied[name].shape]
-    due = {name for name in once if _tower(name) in dict(plan.head_width)} - {"logit_scale", "question_proj.weight", "question_proj.bias"}
+    due = {name for name in once if _tower(name) in dict(plan.head_width)} - {
+        "logit_scale",
+        "question_proj.weight",
+        "question_proj.bias",
+    }
     wrong += sorted(due - set(copied))
     if wrong:
-        raise ValueError(f"the plan was made for another student: {len(wrong)} weights do not fit, such as {wrong[0]}")
-    student.model.load_state_dict({name: tensor for name, tensor in copied.items() if name in once}, strict=False)
+        raise ValueError(
+            f"the plan was made for another student: {len(wrong)} weights do not fit, such as {wrong[0]}"
+        )
+    student.model.load_state_dict(
+        {name: tensor for name, tensor in copied.items() if name in once}, strict=False
+    )
     with torch.no_grad():
         student.model.logit_scale.copy_(teacher.model.logit_scale)
 
@@ -1004,19 +1346,43 @@ def clip_sizes(
     shape: BlipShape,  # the sizes of all else
 ) -> BlipShape:
     "Sizes with the image tower of a CLIP"
-    visual, heads = clip.model.visual.state_dict(), getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None)
-    plain = heads and all(type(block.mlp.gelu) is nn.GELU and isinstance(block.ls_1, nn.Identity) for block in heads)
-    if not plain or {"conv1.weight", "ln_pre.weight", "proj"} - set(visual) or clip.model.visual.pool_type != "tok":
-        raise ValueError(f"{clip.name}: its image tower is no plain ViT of open_clip (GELU, [CLS] pooling, a norm before the blocks)")
+    visual, heads = (
+        clip.model.visual.state_dict(),
+        getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None),
+    )
+    plain = heads and all(
+        type(block.mlp.gelu) is nn.GELU and isinstance(block.ls_1, nn.Identity) for block in heads
+    )
+    if (
+        not plain
+        or {"conv1.weight", "ln_pre.weight", "proj"} - set(visual)
+        or clip.model.visual.pool_type != "tok"
+    ):
+        raise ValueError(
+            f"{clip.name}: its image tower is no plain ViT of open_clip (GELU, [CLS] pooling, a norm before "
+            "the blocks)"
+        )
     width, patch = visual["conv1.weight"].shape[0], visual["conv1.weight"].shape[-1]
-    sizes = dict(image_layers=len(heads), image_width=width, image_heads=heads[0].attn.num_heads, patch_size=patch)
-    return replace(shape, **sizes, image_neurons=visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0], image_size=clip.image_size)
+    sizes = dict(
+        image_layers=len(heads), image_width=width, image_heads=heads[0].attn.num_heads, patch_size=patch
+    )
+    return replace(
+        shape,
+        **sizes,
+        image_neurons=visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        image_size=clip.image_size,
+    )
 
 
 _FROM_CLIP = {  # name in a block of BLIP's -> of open_clip's
-    "self_attn.qkv.weight": "attn.in_proj_weight", "self_attn.qkv.bias": "attn.in_proj_bias", "self_attn.projection": "attn.out_proj",
-    "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-}  # fmt: skip
+    "self_attn.qkv.weight": "attn.in_proj_weight",
+    "self_attn.qkv.bias": "attn.in_proj_bias",
+    "self_attn.projection": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
 
 
 @torch.no_grad()
@@ -1042,16 +1408,20 @@ def adopt_image_tower(
 # %% ../nbs/library/16_fusion.ipynb #04c8eaa6
 def _without_first_norm(visual: nn.Module, given: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
     "Embeddings that come out as behind the first norm, its division by each token's spread at its mean"
-    conv, places, gain, shift = (given[name] for name in ("conv1.weight", "positional_embedding", "ln_pre.weight", "ln_pre.bias"))
+    conv, places, gain, shift = (
+        given[name] for name in ("conv1.weight", "positional_embedding", "ln_pre.weight", "ln_pre.bias")
+    )
     patches = visual.conv1(images).flatten(2).mT + places[1:]
     spread = (patches.var(dim=-1, unbiased=False) + visual.ln_pre.eps).sqrt().mean()
     centred = lambda rows: (rows - rows.mean(dim=-1, keepdim=True)) * gain / spread  # noqa: E731
     positions = centred(places)
     first = visual.ln_pre(given["class_embedding"] + places[0]) - positions[0]
     return {
-        "embeddings.patch_embedding.weight": centred(conv.flatten(1).T).T.reshape(conv.shape), "embeddings.patch_embedding.bias": shift,
-        "embeddings.position_embedding": positions[None], "embeddings.class_embedding": first[None, None],
-    }  # fmt: skip
+        "embeddings.patch_embedding.weight": centred(conv.flatten(1).T).T.reshape(conv.shape),
+        "embeddings.patch_embedding.bias": shift,
+        "embeddings.position_embedding": positions[None],
+        "embeddings.class_embedding": first[None, None],
+    }
 
 # %% ../nbs/library/16_fusion.ipynb #9c3a28bf
 @dataclass(frozen=True)
@@ -1079,7 +1449,10 @@ def blip_cost(
         mask, states = torch.ones_like(text).bool(), network.run_image(image).states
         runs = {
             "retrieval": lambda: (network.encode_image(image), network.encode_text(text)),
-            "matching": lambda: (network.run_image(image), network.match(network.run_text(text, mask, states))),
+            "matching": lambda: (
+                network.run_image(image),
+                network.match(network.run_text(text, mask, states)),
+            ),
             "captioning": lambda: (network.run_image(image), network.run_decoder(text, mask, states)),
             "answering": lambda: (network.run_image(image), _answered(network, text, mask, states, answer)),
         }
@@ -1097,7 +1470,17 @@ def _own_parameters(network: BlipNetwork) -> dict[str, int]:
     "Parameters by module, each once"
     counted = dict.fromkeys(("image", "text", "fusion", "decoder"), 0)
     for name, weight in network.named_parameters():
-        part = "fusion" if ("text_encoder" in name and "crossattention" in name) or name.startswith("itm_head") else "text"
-        part = "image" if name.startswith("vision_") else "decoder" if name.startswith(("text_decoder", "question_proj")) else part
+        part = (
+            "fusion"
+            if ("text_encoder" in name and "crossattention" in name) or name.startswith("itm_head")
+            else "text"
+        )
+        part = (
+            "image"
+            if name.startswith("vision_")
+            else "decoder"
+            if name.startswith(("text_decoder", "question_proj"))
+            else part
+        )
         counted[part] += weight.numel()
     return counted

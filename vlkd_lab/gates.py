@@ -87,15 +87,30 @@ def final_gates(
 # %% ../nbs/library/14_gates.ipynb #2f01ce38
 _NORM = ("hidden",)
 _AXES = {
-    "conv1.weight": ("hidden", "", "", ""), "class_embedding": _NORM, "positional_embedding": ("", "hidden"), "cls_emb": _NORM,
-    "token_embedding.weight": ("", "hidden"), "proj": ("hidden", ""), "text_projection": ("hidden", ""),
-    "text_projection.weight": ("", "hidden"), "text_projection.bias": ("",),
-    "attn.in_proj_weight": ("qkv", "hidden"), "attn.in_proj_bias": ("qkv",),
-    "attn.out_proj.weight": ("hidden", "heads"), "attn.out_proj.bias": ("hidden",),
-    "mlp.c_fc.weight": ("neurons", "hidden"), "mlp.c_fc.bias": ("neurons",),
-    "mlp.c_proj.weight": ("hidden", "neurons"), "mlp.c_proj.bias": ("hidden",),
-    "ls_1.gamma": _NORM, "ls_2.gamma": _NORM,
-} | {f"{norm}.{part}": _NORM for norm in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final") for part in ("weight", "bias")}
+    "conv1.weight": ("hidden", "", "", ""),
+    "class_embedding": _NORM,
+    "positional_embedding": ("", "hidden"),
+    "cls_emb": _NORM,
+    "token_embedding.weight": ("", "hidden"),
+    "proj": ("hidden", ""),
+    "text_projection": ("hidden", ""),
+    "text_projection.weight": ("", "hidden"),
+    "text_projection.bias": ("",),
+    "attn.in_proj_weight": ("qkv", "hidden"),
+    "attn.in_proj_bias": ("qkv",),
+    "attn.out_proj.weight": ("hidden", "heads"),
+    "attn.out_proj.bias": ("hidden",),
+    "mlp.c_fc.weight": ("neurons", "hidden"),
+    "mlp.c_fc.bias": ("neurons",),
+    "mlp.c_proj.weight": ("hidden", "neurons"),
+    "mlp.c_proj.bias": ("hidden",),
+    "ls_1.gamma": _NORM,
+    "ls_2.gamma": _NORM,
+} | {
+    f"{norm}.{part}": _NORM
+    for norm in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")
+    for part in ("weight", "bias")
+}
 _TENSOR_NAME = re.compile(r"(visual\.|text\.)?(?:transformer\.resblocks\.(\d+)\.)?(.+)")
 
 
@@ -114,8 +129,16 @@ def locate(name: str) -> Place:
         return Place("", None, name, ())
     prefix, layer, tensor = _TENSOR_NAME.fullmatch(name).groups()
     if tensor not in _AXES:
-        raise ValueError(f"gates know no tensor named {name!r}: both towers must be open_clip's transformers, with {', '.join(_AXES)}")
-    return Place("image" if prefix == "visual." else "text", None if layer is None else int(layer), tensor, _AXES[tensor])
+        raise ValueError(
+            f"gates know no tensor named {name!r}: both towers must be open_clip's transformers, with "
+            f"{', '.join(_AXES)}"
+        )
+    return Place(
+        "image" if prefix == "visual." else "text",
+        None if layer is None else int(layer),
+        tensor,
+        _AXES[tensor],
+    )
 
 # %% ../nbs/library/14_gates.ipynb #cec99d4d
 GATE_KINDS = ("hidden", "heads", "neurons", "attention_block", "mlp_block")
@@ -143,12 +166,25 @@ def _group_sizes(shape: TowerShape, kind: str) -> list[int]:
 
 def _tower_gates(groups: Mapping[str, Sequence[Tensor]]) -> TowerGates:
     "From the groups of each kind"
-    whole = {kind: torch.cat(tuple(parts)) for kind, parts in groups.items() if kind not in ("heads", "neurons")}
+    whole = {
+        kind: torch.cat(tuple(parts)) for kind, parts in groups.items() if kind not in ("heads", "neurons")
+    }
     return TowerGates(**(dict(groups) | whole))
 
 # %% ../nbs/library/14_gates.ipynb #7bd6e8a5
-_WRITES = ("conv1.weight", "class_embedding", "positional_embedding", "cls_emb", "token_embedding.weight", "ln_pre.weight", "ln_pre.bias",
-           "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_proj.weight", "mlp.c_proj.bias")  # fmt: skip
+_WRITES = (
+    "conv1.weight",
+    "class_embedding",
+    "positional_embedding",
+    "cls_emb",
+    "token_embedding.weight",
+    "ln_pre.weight",
+    "ln_pre.bias",
+    "attn.out_proj.weight",
+    "attn.out_proj.bias",
+    "mlp.c_proj.weight",
+    "mlp.c_proj.bias",
+)
 
 
 def _factors(place: Place, gates: TowerGates, shape: TowerShape) -> Iterator[tuple[int, Tensor]]:
@@ -178,7 +214,9 @@ def gate_state(
         place = locate(name)
         if place.tower in values:
             for axis, factor in _factors(place, values[place.tower], shapes[place.tower]):
-                weight = weight * factor.to(weight).reshape([-1 if i == axis else 1 for i in range(weight.dim())])
+                weight = weight * factor.to(weight).reshape(
+                    [-1 if i == axis else 1 for i in range(weight.dim())]
+                )
         gated_state[name] = weight
     return gated_state
 
@@ -186,7 +224,9 @@ def gate_state(
 @contextmanager
 def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     "The model with other tensors in its parameters' places"
-    owners = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors}
+    owners = {
+        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors
+    }
     originals = {name: owner._parameters[leaf] for name, (owner, leaf) in owners.items()}
     try:
         for name, (owner, leaf) in owners.items():
@@ -223,7 +263,11 @@ def gated(
     "The model under gates: `encode_image` and `encode_text` work inside, gradients reach its parameters and the gates"
     tensors = gate_state(dict(model.named_parameters()), values, shapes)
     masks = {tower: gates.hidden.detach() > 0 for tower, gates in values.items() if gates.hidden is not None}
-    masks = {tower: (kept, count) for tower, kept in masks.items() if (count := max(int(kept.sum()), 1)) < len(kept)}
+    masks = {
+        tower: (kept, count)
+        for tower, kept in masks.items()
+        if (count := max(int(kept.sum()), 1)) < len(kept)
+    }
     with ExitStack() as stack:
         for name, norm in model.named_modules():
             tower = "image" if name.startswith("visual.") else "text"
@@ -275,7 +319,11 @@ def _expected_parameters(open_: TowerGates, shape: TowerShape, cost: TowerCost) 
     totals = {}
     for kind, block in (("heads", open_.attention_block), ("neurons", open_.mlp_block)):
         probabilities = getattr(open_, kind)
-        layers = torch.tensor(getattr(shape, kind)) if probabilities is None else torch.stack([p.sum() for p in probabilities])
+        layers = (
+            torch.tensor(getattr(shape, kind))
+            if probabilities is None
+            else torch.stack([p.sum() for p in probabilities])
+        )
         totals[kind] = (layers if block is None else layers.to(block.device) * block).sum()
     if open_.hidden is None and shape.width == cost.width:
         return totals["heads"] * cost.head + totals["neurons"] * cost.neuron
@@ -312,28 +360,42 @@ class GateParameters(nn.Module):
         shapes: Mapping[str, TowerShape],  # of the network that is gated now; layers may differ
         costs: Mapping[str, TowerCost],  # `budget` of the full model
         kinds: Sequence[str] = ("hidden", "heads", "neurons"),  # out of GATE_KINDS
-        start: float = 10.0,  # log_alpha of every gate; out of range, so that the first `clamp_` makes it log 100
+        # log_alpha of every gate; out of range, so that the first `clamp_` makes it log 100
+        start: float = 10.0,
     ):
         super().__init__()
         if unknown := sorted(set(kinds) - set(GATE_KINDS)):
             raise ValueError(f"no gates of kind {', '.join(unknown)}: choose from {', '.join(GATE_KINDS)}")
         self.shapes, self.costs, self.kinds = dict(shapes), dict(costs), tuple(kinds)
         sizes = {t: {k: sum(_group_sizes(s, k)) for k in kinds} for t, s in shapes.items()}
-        towers = {t: {k: nn.Parameter(torch.full((n,), start)) for k, n in of.items()} for t, of in sizes.items()}
+        towers = {
+            t: {k: nn.Parameter(torch.full((n,), start)) for k, n in of.items()} for t, of in sizes.items()
+        }
         self.log_alpha = nn.ModuleDict({t: nn.ParameterDict(gates) for t, gates in towers.items()})
         self.lambda_1, self.lambda_2 = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(10.0))
 
     def groups(self, elementwise=lambda log_alpha: log_alpha) -> dict[str, dict[str, tuple[Tensor, ...]]]:
         "Tower -> kind -> one tensor per group, of a function of log_alpha"
         return {
-            tower: {kind: elementwise(flat).split(_group_sizes(self.shapes[tower], kind)) for kind, flat in kinds.items()}
+            tower: {
+                kind: elementwise(flat).split(_group_sizes(self.shapes[tower], kind))
+                for kind, flat in kinds.items()
+            }
             for tower, kinds in self.log_alpha.items()
         }
 
     def parameter_groups(self, learning_rate: float = 0.02, lambda_learning_rate: float = 0.02) -> list[dict]:
         "Groups for the optimiser: the gates descend, the multipliers ascend; no weight decay"
         gates = dict(params=list(self.log_alpha.parameters()), lr=learning_rate, weight_decay=0.0)
-        return [gates, dict(params=[self.lambda_1, self.lambda_2], lr=lambda_learning_rate, weight_decay=0.0, maximize=True)]
+        return [
+            gates,
+            dict(
+                params=[self.lambda_1, self.lambda_2],
+                lr=lambda_learning_rate,
+                weight_decay=0.0,
+                maximize=True,
+            ),
+        ]
 
     @torch.no_grad()
     def clamp_(self) -> None:
@@ -350,9 +412,12 @@ class Gates(GateParameters):
 
     def sample(self, generator: torch.Generator | None = None) -> GateValues:
         "One draw of every gate, for one training step; differentiable"
+
         def draw(log_alpha: Tensor) -> Tensor:
             device = log_alpha.device if generator is None else generator.device
-            return sample_gates(log_alpha, torch.rand(log_alpha.shape, generator=generator, device=device).to(log_alpha))
+            return sample_gates(
+                log_alpha, torch.rand(log_alpha.shape, generator=generator, device=device).to(log_alpha)
+            )
 
         return self._values(draw)
 
@@ -363,12 +428,18 @@ class Gates(GateParameters):
     @torch.no_grad()
     def final(self) -> GateValues:
         "Deterministic gates, each group with as many zeros as it expects"
-        final = {t: {k: [final_gates(g) for g in gs] for k, gs in kinds.items()} for t, kinds in self.groups().items()}
+        final = {
+            t: {k: [final_gates(g) for g in gs] for k, gs in kinds.items()}
+            for t, kinds in self.groups().items()
+        }
         return {tower: _tower_gates(groups) for tower, groups in final.items()}
 
     def expected_parameters(self) -> dict[str, Tensor]:
         "Expected prunable parameters of each tower"
-        return {t: _expected_parameters(p, self.shapes[t], self.costs[t]) for t, p in self.open_probabilities().items()}
+        return {
+            t: _expected_parameters(p, self.shapes[t], self.costs[t])
+            for t, p in self.open_probabilities().items()
+        }
 
     def expected_sparsity(self) -> Tensor:
         "Expected sparsity of the towers together, against the full model"
@@ -385,7 +456,9 @@ def gate_plot(gates: Gates):  # a matplotlib figure
 
     height = 0.7 + 0.16 * max(shape.layers for shape in gates.shapes.values())
     size = (2.6 * len(gates.kinds), height * len(gates.shapes))
-    figure, axes = plt.subplots(len(gates.shapes), len(gates.kinds), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(gates.shapes), len(gates.kinds), figsize=size, squeeze=False, layout="constrained"
+    )
     for row, (tower, kinds) in zip(axes, gates.groups(open_probability).items(), strict=True):
         for axis, (kind, groups) in zip(row, kinds.items(), strict=True):
             lines = groups if kind in ("hidden", "heads", "neurons") else [torch.cat(groups)]
@@ -400,9 +473,15 @@ def gate_plot(gates: Gates):  # a matplotlib figure
     return figure
 
 # %% ../nbs/library/14_gates.ipynb #60f54f6d
-def gate_arrays(gates: GateParameters) -> dict[str, Tensor]:  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
+def gate_arrays(
+    gates: GateParameters,
+) -> dict[str, Tensor]:  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
     "What a snapshot holds of gates"
-    return {f"gates/{tower}/{kind}": log_alpha for tower, kinds in gates.log_alpha.items() for kind, log_alpha in kinds.items()}
+    return {
+        f"gates/{tower}/{kind}": log_alpha
+        for tower, kinds in gates.log_alpha.items()
+        for kind, log_alpha in kinds.items()
+    }
 
 
 def _check_arrays(
@@ -413,8 +492,14 @@ def _check_arrays(
     "Refuse arrays that are not the gates of this network"
     sizes = {f"gates/{t}/{kind}": sum(_group_sizes(s, kind)) for t, s in shapes.items() for kind in kinds}
     wrong = [f"{name} is missing" for name in sizes if name not in arrays]
-    wrong += [f"{name} is {arrays[name].shape}, not ({n},)" for name, n in sizes.items() if name in arrays and arrays[name].shape != (n,)]
-    wrong += [f"{name} is not among its gates" for name in arrays if name.startswith("gates/") and name not in sizes]
+    wrong += [
+        f"{name} is {arrays[name].shape}, not ({n},)"
+        for name, n in sizes.items()
+        if name in arrays and arrays[name].shape != (n,)
+    ]
+    wrong += [
+        f"{name} is not among its gates" for name in arrays if name.startswith("gates/") and name not in sizes
+    ]
     if wrong:
         raise ValueError(f"the snapshot does not fit these gates: {'; '.join(wrong)}")
 
@@ -461,13 +546,22 @@ def _open_probability(log_alpha: np.ndarray) -> np.ndarray:  # same shape, float
 def gate_rows(
     arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
     shapes: Mapping[str, TowerShape],  # of the gated network
-    ordered: bool = True,  # each row in descending order; False: in the order of the units (of the layers, for blocks)
-) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind a shorter row's end
+    # each row in descending order; False: in the order of the units (of the layers, for blocks)
+    ordered: bool = True,
+) -> dict[
+    tuple[str, str], np.ndarray
+]:  # (tower, kind) -> (rows, most gates) float32, nan behind a shorter row's end
     "Open probabilities, a row a layer; hidden channels and each kind of block fill one row"
-    kinds = [kind for kind in GATE_KINDS if any(name.startswith("gates/") and name.endswith(f"/{kind}") for name in arrays)]
+    kinds = [
+        kind
+        for kind in GATE_KINDS
+        if any(name.startswith("gates/") and name.endswith(f"/{kind}") for name in arrays)
+    ]
     _check_arrays(arrays, shapes, kinds)
     return {
-        (tower, kind): _matrix(_open_probability(arrays[f"gates/{tower}/{kind}"]), _row_sizes(shape, kind), ordered)
+        (tower, kind): _matrix(
+            _open_probability(arrays[f"gates/{tower}/{kind}"]), _row_sizes(shape, kind), ordered
+        )
         for tower, shape in shapes.items()
         for kind in kinds
     }
@@ -514,14 +608,19 @@ Counts = dict[str, dict[str, list[int]]]  # tower -> kind -> gates open in each 
 def open_counts(gates: Gates, shift: float = 0.0) -> Counts:
     "How many gates of each group stay open if every log_alpha is moved by `shift`"
     with torch.no_grad():
-        return {t: {k: [int(_open_counts(g + shift)) for g in gs] for k, gs in kinds.items()} for t, kinds in gates.groups().items()}
+        return {
+            t: {k: [int(_open_counts(g + shift)) for g in gs] for k, gs in kinds.items()}
+            for t, kinds in gates.groups().items()
+        }
 
 
 def keep_counts(gates: Gates, counts: Counts) -> GateValues:
     "Deterministic gates with given numbers open, the highest of each group"
     with torch.no_grad():
-        kept = {t: {k: [keep_top(g, n) for g, n in zip(gs, counts[t][k], strict=True)] for k, gs in kinds.items()}
-                for t, kinds in gates.groups().items()}  # fmt: skip
+        kept = {
+            t: {k: [keep_top(g, n) for g, n in zip(gs, counts[t][k], strict=True)] for k, gs in kinds.items()}
+            for t, kinds in gates.groups().items()
+        }
     return {tower: _tower_gates(groups) for tower, groups in kept.items()}
 
 
@@ -531,7 +630,9 @@ def _count_sparsity(gates: Gates, counts: Counts) -> float:
     for tower, shape in gates.shapes.items():
         kinds, new = counts[tower], {}
         for kind, block in (("heads", "attention_block"), ("neurons", "mlp_block")):
-            pairs = zip(kinds.get(kind, getattr(shape, kind)), kinds.get(block, [1] * shape.layers), strict=True)
+            pairs = zip(
+                kinds.get(kind, getattr(shape, kind)), kinds.get(block, [1] * shape.layers), strict=True
+            )
             new[kind] = tuple(n * is_open for n, is_open in pairs)
         shapes[tower] = replace(shape, width=kinds.get("hidden", [shape.width])[0], **new)
     return sparsity(shapes, gates.costs)
@@ -571,25 +672,42 @@ def cuts_at(
     for target in targets:
         shapes = kept_shapes(gates.shapes, close_budget(gates, target))
         cost = shape_cost(config, shapes)
-        row = dict(target=float(target), sparsity=float(sparsity(shapes, gates.costs)), parameters=cost.parameters, macs=cost.macs)
+        row = dict(
+            target=float(target),
+            sparsity=float(sparsity(shapes, gates.costs)),
+            parameters=cost.parameters,
+            macs=cost.macs,
+        )
         for tower, shape in shapes.items():
-            row |= {f"{tower}_width": shape.width, f"{tower}_heads": sum(shape.heads), f"{tower}_neurons": sum(shape.neurons)}
+            row |= {
+                f"{tower}_width": shape.width,
+                f"{tower}_heads": sum(shape.heads),
+                f"{tower}_neurons": sum(shape.neurons),
+            }
         rows.append(row)
     return rows
 
 # %% ../nbs/library/14_gates.ipynb #ca5e02d6
-def _uniform_choices(gates: Gates, tower: str) -> tuple[Tensor, Tensor, Tensor]:  # heads (R,), neurons (M,), distances (R, M)
+def _uniform_choices(
+    gates: Gates, tower: str
+) -> tuple[Tensor, Tensor, Tensor]:  # heads (R,), neurons (M,), distances (R, M)
     "Heads and neurons that every layer of a tower could keep, and how far each pair is from what the gates expect"
     shape, open_ = gates.shapes[tower], gates.open_probabilities()[tower]
     if any(kind.endswith("_block") for kind in gates.kinds):
-        raise ValueError("the uniform form keeps every block: leave attention_block and mlp_block out of the gates' kinds")
+        raise ValueError(
+            "the uniform form keeps every block: leave attention_block and mlp_block out of the gates' kinds"
+        )
     heads, neurons = _expected_count(open_.heads, shape.heads), _expected_count(open_.neurons, shape.neurons)
     hidden = shape.width if open_.hidden is None else float(open_.hidden.sum())
     most = min(min(shape.heads), shape.width // shape.head_width)
     fewest = most if open_.hidden is None or open_.heads is None else 1
     r = torch.arange(fewest, most + 1).double()
     m = torch.arange(min(shape.neurons) if open_.neurons is None else 1, min(shape.neurons) + 1).double()
-    return r, m, (_log_ratio(r, heads) + _log_ratio(r * shape.head_width, hidden))[:, None] + _log_ratio(m, neurons)
+    return (
+        r,
+        m,
+        (_log_ratio(r, heads) + _log_ratio(r * shape.head_width, hidden))[:, None] + _log_ratio(m, neurons),
+    )
 
 
 def _expected_count(groups: Sequence[Tensor] | None, sizes: Sequence[int]) -> float:
@@ -616,7 +734,10 @@ def uniform_shapes(
     "The plain shapes closest to the learned gates that meet the budget"
     room = (1 - target) * sum(cost.prunable for cost in gates.costs.values())
     image, text = gates.shapes["image"], gates.shapes["text"]
-    (r_image, m_image, d_image), (r_text, m_text, d_text) = _uniform_choices(gates, "image"), _uniform_choices(gates, "text")
+    (r_image, m_image, d_image), (r_text, m_text, d_text) = (
+        _uniform_choices(gates, "image"),
+        _uniform_choices(gates, "text"),
+    )
     best = None
     for i, r in enumerate(r_text):  # for each text width and each image tower, the most text neurons that fit
         left = room - _tower_sizes(image, r_image, m_image)
@@ -631,12 +752,20 @@ def uniform_shapes(
             row, col = divmod(cell, len(m_image))
             best = distance.flatten()[cell], r_image[row], m_image[col], r, m_text[column.flatten()[cell]]
     if best is None:
-        raise ValueError(f"no uniform form reaches sparsity {target}: gate hidden channels, heads and neurons; got {gates.kinds}")
+        raise ValueError(
+            f"no uniform form reaches sparsity {target}: gate hidden channels, heads and neurons; got "
+            f"{gates.kinds}"
+        )
     return {"image": _plain_shape(image, *best[1:3]), "text": _plain_shape(text, *best[3:])}
 
 
 def _plain_shape(shape: TowerShape, heads: Tensor, neurons: Tensor) -> TowerShape:
-    return TowerShape(int(heads) * shape.head_width, shape.head_width, (int(heads),) * shape.layers, (int(neurons),) * shape.layers)
+    return TowerShape(
+        int(heads) * shape.head_width,
+        shape.head_width,
+        (int(heads),) * shape.layers,
+        (int(neurons),) * shape.layers,
+    )
 
 # %% ../nbs/library/14_gates.ipynb #5650e761
 def uniform_gates(gates: Gates, target: float) -> GateValues:

@@ -23,7 +23,10 @@ __all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inheri
 # %% ../nbs/library/15_inheritance.ipynb #2e3dc80d
 def _check_depth(teacher_layers: int, student_layers: int) -> None:
     if not 1 <= student_layers <= teacher_layers:
-        raise ValueError(f"a student of {student_layers} layers cannot inherit from {teacher_layers}: give 1 to {teacher_layers} layers")
+        raise ValueError(
+            f"a student of {student_layers} layers cannot inherit from {teacher_layers}: give 1 to "
+            f"{teacher_layers} layers"
+        )
 
 
 def front_step(
@@ -119,13 +122,18 @@ class _Form:
 _FORMS = (
     _Form("attn.in_proj_weight", 3, "ln_1.weight", "mlp.c_fc.weight"),  # open_clip
     _Form("self_attn.qkv.weight", 3, "layer_norm1.weight", "mlp.fc1.weight"),  # BLIP's image tower
-    _Form("attention.self.query.weight", 1, "attention.output.LayerNorm.weight", "intermediate.dense.weight"),  # BLIP's text
+    # BLIP's text
+    _Form("attention.self.query.weight", 1, "attention.output.LayerNorm.weight", "intermediate.dense.weight"),
 )
 
 
 def _form(copies: Mapping[str, Copy], block: str) -> _Form:
     "The form of a block, by the names of its tensors"
-    return next(form for form in _FORMS if all(block + name in copies for name in (form.heads, form.width, form.neurons)))
+    return next(
+        form
+        for form in _FORMS
+        if all(block + name in copies for name in (form.heads, form.width, form.neurons))
+    )
 
 # %% ../nbs/library/15_inheritance.ipynb #375662a9
 def _rows(plan: Plan) -> list[dict[str, Any]]:
@@ -159,7 +167,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         if header != (row["tower"], *counted):
             header = (row["tower"], *counted)
             lines.append([f"{row['tower']} tower", "from block", *(f"{key} kept" for key in counted)])
-        lines.append([row["block"], f"{row['source']} of {row['blocks_of']}", *(f"{row[k][0]} of {row[k][1]}" for k in counted)])
+        lines.append(
+            [
+                row["block"],
+                f"{row['source']} of {row['blocks_of']}",
+                *(f"{row[k][0]} of {row[k][1]}" for k in counted),
+            ]
+        )
     return lines
 
 # %% ../nbs/library/15_inheritance.ipynb #6d1774b6
@@ -181,7 +195,10 @@ class Plan:
     @property
     def layers(self) -> dict[str, tuple]:
         "The teacher's layer for each of the student's, by tower; of a ResNet one tuple per stage"
-        sources = {stack.tower: tuple(s.sources for s in self.stacks if s.tower == stack.tower) for stack in self.stacks}
+        sources = {
+            stack.tower: tuple(s.sources for s in self.stacks if s.tower == stack.tower)
+            for stack in self.stacks
+        }
         return {tower: stages if len(stages) > 1 else stages[0] for tower, stages in sources.items()}
 
     def rows(self) -> list[dict[str, Any]]:
@@ -189,25 +206,40 @@ class Plan:
         return _rows(self)
 
     def __repr__(self) -> str:
-        return "\n".join(f"{line[0]:<36}" + "".join(f"{cell:>16}" for cell in line[1:]) for line in _table(self.rows()))
+        return "\n".join(
+            f"{line[0]:<36}" + "".join(f"{cell:>16}" for cell in line[1:]) for line in _table(self.rows())
+        )
 
     def _repr_html_(self) -> str:
         return _html_rows(_table(self.rows()))
 
     def to_json(self) -> str:
         "Compact text: every distinct selection is written once"
-        index = {kept: i for i, kept in enumerate(dict.fromkeys(k for copy in self.copies for k in copy.kept))}
+        index = {
+            kept: i for i, kept in enumerate(dict.fromkeys(k for copy in self.copies for k in copy.kept))
+        }
         copies = [[copy.name, copy.source, [index[k] for k in copy.kept]] for copy in self.copies]
         stacks = [[s.tower, s.prefix, s.of, s.sources] for s in self.stacks]
-        return json.dumps(dict(kept=[[k.of, k.ranges] for k in index], copies=copies, stacks=stacks, head_width=self.head_width))
+        return json.dumps(
+            dict(
+                kept=[[k.of, k.ranges] for k in index],
+                copies=copies,
+                stacks=stacks,
+                head_width=self.head_width,
+            )
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         "The plan that `to_json` wrote"
         data = json.loads(text)
         kept = [Kept(of, tuple((a, b) for a, b in ranges)) for of, ranges in data["kept"]]
-        copies = tuple(Copy(name, source, tuple(kept[i] for i in axes)) for name, source, axes in data["copies"])
-        stacks = tuple(Stack(tower, prefix, of, tuple(sources)) for tower, prefix, of, sources in data["stacks"])
+        copies = tuple(
+            Copy(name, source, tuple(kept[i] for i in axes)) for name, source, axes in data["copies"]
+        )
+        stacks = tuple(
+            Stack(tower, prefix, of, tuple(sources)) for tower, prefix, of, sources in data["stacks"]
+        )
         return cls(copies, stacks, tuple((tower, width) for tower, width in data["head_width"]))
 
     def plot(self):  # a matplotlib figure
@@ -222,10 +254,14 @@ def inherit(
     "Copy what the plan says"
     for copy in plan.copies:
         if copy.source not in teacher_state:
-            raise ValueError(f"the plan takes {copy.name} from {copy.source}, which the teacher does not have")
+            raise ValueError(
+                f"the plan takes {copy.name} from {copy.source}, which the teacher does not have"
+            )
         planned, found = tuple(kept.of for kept in copy.kept), tuple(teacher_state[copy.source].shape)
         if planned != found:
-            raise ValueError(f"the plan was made for a teacher whose {copy.source} is {planned}, this one's is {found}")
+            raise ValueError(
+                f"the plan was made for a teacher whose {copy.source} is {planned}, this one's is {found}"
+            )
     student = {}
     for copy in plan.copies:
         tensor = teacher_state[copy.source].detach()
@@ -248,16 +284,24 @@ def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> d
         tower = _tower(prefix, student)
         have, want = _depth(teacher, prefix), _depth(student, prefix)
         if want > have:
-            raise ValueError(f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be deeper")
+            raise ValueError(
+                f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be "
+                "deeper"
+            )
         rule = layers.get(tower, even_spread) if isinstance(layers, Mapping) else layers
         stage = int(prefix[-2]) - 1 if prefix[-2].isdigit() else None
         if stage is not None and not callable(rule):
             rule = rule[stage]
         sources = tuple(rule(have, want) if callable(rule) else rule)
         if len(sources) != want or not all(0 <= source < have for source in sources):
-            raise ValueError(f"layers {sources} do not fit {prefix}…: give {want} numbers between 0 and {have - 1}")
+            raise ValueError(
+                f"layers {sources} do not fit {prefix}…: give {want} numbers between 0 and {have - 1}"
+            )
         if stage is not None and sources[0] != 0:
-            raise ValueError(f"layers {sources} of {prefix}…: a ResNet stage begins with block 0, which carries the downsampling")
+            raise ValueError(
+                f"layers {sources} of {prefix}…: a ResNet stage begins with block 0, which carries the "
+                "downsampling"
+            )
         stacks[prefix] = Stack(tower, prefix, have, sources)
     return stacks
 
@@ -286,7 +330,9 @@ def _fixed_axes(tensor: str, dims: int) -> tuple[int, ...]:
     return (0,) if tensor.endswith(by_number) else ()
 
 
-_WHOLE = re.compile(r"visual\.(trunk|attn_pool)|text\.transformer\.(?!resblocks)|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)")
+_WHOLE = re.compile(
+    r"visual\.(trunk|attn_pool)|text\.transformer\.(?!resblocks)|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)"
+)
 
 
 def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width: int) -> tuple[Kept, ...]:
@@ -299,25 +345,45 @@ def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width
     if len(want) != len(have) or any(w > h for w, h in zip(want, have, strict=False)):
         raise ValueError(f"{sizes}; a student cannot be larger than its teacher")
     if any(want[axis] != have[axis] for axis in _fixed_axes(name, len(have))):
-        raise ValueError(f"{sizes}; vocabulary, patch or kernel size and number of positions must be equal (resize positions first)")
+        raise ValueError(
+            f"{sizes}; vocabulary, patch or kernel size and number of positions must be equal (resize "
+            "positions first)"
+        )
     parts = 3 if ".attn.in_proj_" in name or ".self_attn.qkv." in name else 1
-    by_heads = parts == 3 or "attnpool" in name and re.search(r"\.[qkv]_proj\.", name) or re.search(r"\.self\.(query|key|value)\.", name)
+    by_heads = (
+        parts == 3
+        or "attnpool" in name
+        and re.search(r"\.[qkv]_proj\.", name)
+        or re.search(r"\.self\.(query|key|value)\.", name)
+    )
     if by_heads and (want[0] % (parts * head_width) or have[0] % (parts * head_width)):
         raise ValueError(f"{sizes}; neither side may split a head of width {head_width}")
-    return tuple(Kept.leading(w, h, parts if axis == 0 else 1) for axis, (w, h) in enumerate(zip(want, have, strict=True)))
+    return tuple(
+        Kept.leading(w, h, parts if axis == 0 else 1)
+        for axis, (w, h) in enumerate(zip(want, have, strict=True))
+    )
 
 # %% ../nbs/library/15_inheritance.ipynb #4def7f54
 def plan_manual(
     teacher_state: Mapping[str, Tensor],  # of one tower or a whole CLIP, open_clip's names; not changed
     student_shapes: Mapping[str, Sequence[int]],  # name -> shape of every tensor of the student's state
-    head_width: int | Mapping[str, int],  # channels of one head, the same in both networks; or "image", "text" -> channels
-    layers: Callable | Sequence | Mapping = even_spread,  # rule(teacher_layers, student_layers), explicit layers, or one of them by tower
+    # channels of one head, the same in both networks; or "image", "text" -> channels
+    head_width: int | Mapping[str, int],
+    # rule(teacher_layers, student_layers), explicit layers, or one of them by tower
+    layers: Callable | Sequence | Mapping = even_spread,
 ) -> Plan:
     "Chosen layers, and of them the leading heads, channels and neurons"
-    shapes = {name: tuple(getattr(shape, "shape", shape)) for name, shape in student_shapes.items() if name not in _NOT_INHERITED}
+    shapes = {
+        name: tuple(getattr(shape, "shape", shape))
+        for name, shape in student_shapes.items()
+        if name not in _NOT_INHERITED
+    }
     stacks, copies = _stacks(shapes, teacher_state, layers), []
     towers = dict.fromkeys(_tower(name, shapes) for name in shapes)
-    widths = {tower: head_width if isinstance(head_width, int) else head_width.get(tower, head_width["text"]) for tower in towers}
+    widths = {
+        tower: head_width if isinstance(head_width, int) else head_width.get(tower, head_width["text"])
+        for tower in towers
+    }
     for name, want in shapes.items():
         block = _BLOCK_NAME.fullmatch(name)
         source = f"{block[1]}{stacks[block[1]].sources[int(block[2])]}.{block[3]}" if block else name
@@ -357,10 +423,14 @@ def _plot(plan: Plan):  # a matplotlib figure
     "What is kept of every block of the teacher"
     import matplotlib.pyplot as plt
 
-    panels = [(stack, title, blocks) for stack in plan.stacks for title, blocks in _panels(plan, stack).items()]
+    panels = [
+        (stack, title, blocks) for stack in plan.stacks for title, blocks in _panels(plan, stack).items()
+    ]
     columns = 3 if len(panels) % 3 == 0 else 4
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 1.7 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.6 * columns, 1.7 * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (stack, title, blocks) in zip(axes.flat, panels, strict=False):
@@ -408,10 +478,18 @@ def plan_gates(
     for name, tensor in state.items():
         place = locate(name)
         axes = place.axes if place.tower else ("",) * tensor.dim()
-        keys = [(place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in axes]
-        kept = tuple(masks[key] if key else Kept.leading(size, size) for key, size in zip(keys, tensor.shape, strict=True))
+        keys = [
+            (place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in axes
+        ]
+        kept = tuple(
+            masks[key] if key else Kept.leading(size, size)
+            for key, size in zip(keys, tensor.shape, strict=True)
+        )
         if tuple(k.of for k in kept) != tuple(tensor.shape):
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for {tuple(k.of for k in kept)}")
+            raise ValueError(
+                f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for "
+                f"{tuple(k.of for k in kept)}"
+            )
         copies.append(Copy(name, name, kept))
     prefixes = {locate(n).tower: n.split("resblocks.")[0] + "resblocks." for n in state if "resblocks." in n}
     stacks = tuple(Stack(t, prefixes[t], s.layers, tuple(range(s.layers))) for t, s in shapes.items())
@@ -426,5 +504,8 @@ def plan_uniform(
     "The plan of gates whose result is a plain open_clip model"
     for tower, shape in kept_shapes(shapes, values).items():
         if not shape.plain:
-            raise ValueError(f"the {tower} tower would keep {shape}: a plain one has equal layers and width = heads * head_width")
+            raise ValueError(
+                f"the {tower} tower would keep {shape}: a plain one has equal layers and width = heads * "
+                "head_width"
+            )
     return plan_gates(state, shapes, values)

@@ -31,7 +31,10 @@ def _check_pairs(features: dict[str, Features]) -> None:
     "ValueError unless every image has its text and all models saw the same number of pairs"
     for name, model in features.items():
         if len(model.image) != len(model.text):
-            raise ValueError(f"{name} has {len(model.image)} images but {len(model.text)} texts: row i of each must be one pair")
+            raise ValueError(
+                f"{name} has {len(model.image)} images but {len(model.text)} texts: row i of each must be "
+                "one pair"
+            )
         if len(model.image) == 0:
             raise ValueError(f"{name} has no pairs")
     sizes = {name: len(model) for name, model in features.items()}
@@ -45,7 +48,10 @@ def _widen(features: dict[str, Features]) -> dict[str, Features]:
     dtype = torch.float32
     for model in features.values():
         dtype = torch.promote_types(dtype, torch.promote_types(model.image.dtype, model.text.dtype))
-    return {name: Features(m.image.to(dtype), m.text.to(dtype), m.scale.to(dtype).reshape(())) for name, m in features.items()}
+    return {
+        name: Features(m.image.to(dtype), m.text.to(dtype), m.scale.to(dtype).reshape(()))
+        for name, m in features.items()
+    }
 
 # %% ../nbs/library/10_losses.ipynb #17a0317b
 def _on_features(loss: Callable) -> Callable:
@@ -73,7 +79,9 @@ def _tile_size(pairs: int, tile: int | None) -> int:
     if tile is None:
         return TILE if pairs > TILED_ABOVE else 0
     if tile < 0:
-        raise ValueError(f"tile is {tile}; valid are None (chosen by size), 0 (plain form) and positive sizes")
+        raise ValueError(
+            f"tile is {tile}; valid are None (chosen by size), 0 (plain form) and positive sizes"
+        )
     return min(tile, pairs)
 
 
@@ -126,7 +134,9 @@ def _middle(logits: Tensor) -> float | None:
     return (low + high) / 2 if high - low <= 2 * _WINDOW else None
 
 
-def _absorb(logits: Tensor, rows: slice, columns: slice, sums: tuple[_Running, _Running], values: Tensor | None = None) -> None:
+def _absorb(
+    logits: Tensor, rows: slice, columns: slice, sums: tuple[_Running, _Running], values: Tensor | None = None
+) -> None:
     "Add a tile to the running sums of its rows and columns; overwrites the tile"
     middle = _middle(logits)
     sides = ((sums[0], rows, 1), (sums[1], columns, 0))
@@ -135,7 +145,9 @@ def _absorb(logits: Tensor, rows: slice, columns: slice, sums: tuple[_Running, _
             shift = logits.amax(axis)
             weights = (logits - shift.unsqueeze(axis)).exp_()
             total = weights.sum(axis)
-            running.absorb(where, shift, total, None if values is None else weights.mul_(values).sum(axis) / total)
+            running.absorb(
+                where, shift, total, None if values is None else weights.mul_(values).sum(axis) / total
+            )
         return
     weights = (logits.sub_(middle) if middle else logits).exp_()
     totals = {axis: weights.sum(axis) for axis in (0, 1)}
@@ -171,15 +183,20 @@ def _first_pass(student: Features, teacher: Features | None, tile: int):
         matched = [student.scale * (student.image * student.text).sum(1)] * 2
     else:
         targets = _Running(student.image), _Running(student.text)
-        for (rows, columns, logits), (_, _, wanted) in zip(_tiles(student, tile), _tiles(teacher, tile), strict=True):
+        for (rows, columns, logits), (_, _, wanted) in zip(
+            _tiles(student, tile), _tiles(teacher, tile), strict=True
+        ):
             _absorb(wanted, rows, columns, targets, values=logits)
             _absorb(logits, rows, columns, own)
         matched = [side.mean for side in targets]
-    per_row = [side.lse() - hit for side, hit in zip(own, matched, strict=True)]  # (B,) nats of each image, of each text
+    # (B,) nats of each image, of each text
+    per_row = [side.lse() - hit for side, hit in zip(own, matched, strict=True)]
     return (per_row[0].sum() + per_row[1].sum()) / (2 * len(student)), own, targets
 
 # %% ../nbs/library/10_losses.ipynb #14242cb1
-def _second_pass(student: Features, teacher: Features | None, tile: int, own, targets) -> tuple[Tensor, Tensor]:
+def _second_pass(
+    student: Features, teacher: Features | None, tile: int, own, targets
+) -> tuple[Tensor, Tensor]:
     "2B·(dL/ds)·text and 2B·(dL/ds)ᵀ·image, both (B, D)"
     pull_image, pull_text = torch.zeros_like(student.image), torch.zeros_like(student.text)
     spare = student.image.new_empty(tile * tile)
@@ -200,7 +217,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
     "Mean of both directions' cross-entropies; memory grows with B"
 
     @staticmethod
-    def forward(ctx, image: Tensor, text: Tensor, scale: Tensor, teacher: Features | None, tile: int) -> Tensor:
+    def forward(
+        ctx, image: Tensor, text: Tensor, scale: Tensor, teacher: Features | None, tile: int
+    ) -> Tensor:
         loss, ctx.own, ctx.targets = _first_pass(Features(image, text, scale), teacher, tile)
         ctx.save_for_backward(image, text, scale)
         ctx.teacher, ctx.tile = teacher, tile
@@ -210,7 +229,9 @@ class _TiledCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         image, text, scale = ctx.saved_tensors
-        pull_image, pull_text = _second_pass(Features(image, text, scale), ctx.teacher, ctx.tile, ctx.own, ctx.targets)
+        pull_image, pull_text = _second_pass(
+            Features(image, text, scale), ctx.teacher, ctx.tile, ctx.own, ctx.targets
+        )
         share = gradient / (2 * len(image))
         scale_gradient = (pull_image * image).sum() * share
         return pull_image.mul_(scale * share), pull_text.mul_(scale * share), scale_gradient, None, None
@@ -219,7 +240,8 @@ class _TiledCrossEntropy(torch.autograd.Function):
 @_on_features
 def contrastive(
     student: Features,  # (B, D) features of the model being trained
-    tile: int | None = None,  # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
+    # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
+    tile: int | None = None,
 ) -> Tensor:  # () mean nats per row; log B at chance, 0 when every pair is found
     "Cross-entropy of finding each image's text and each text's image"
     if side := _tile_size(len(student), tile):
@@ -233,7 +255,8 @@ def contrastive(
 def affinity_mimicking(
     student: Features,  # (B, D_s) features of the model being trained
     teacher: Features,  # (B, D_t) of the same B pairs; receives no gradient
-    tile: int | None = None,  # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
+    # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
+    tile: int | None = None,
 ) -> Tensor:  # () mean nats per row; least, the teacher's entropy, when the two affinities agree
     "Cross-entropy from the teacher's image-text affinities to the student's"
     teacher = teacher.detach()
@@ -250,14 +273,18 @@ def affinity_mimicking(
 def relational(
     student: Features,  # (B, D_s) features of the model being trained
     teacher: Features,  # (B, D_t) of the same B pairs; receives no gradient
-    tile: int | None = None,  # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
+    # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
+    tile: int | None = None,
 ) -> Tensor:  # () mean nats per row; 0 when the two affinities agree
     "KL divergence of the student's image-text affinities from the teacher's (CLIP-KD's CRD)"
     teacher = teacher.detach()
     if side := _tile_size(len(student), tile):
         return affinity_mimicking(student, teacher, side) - affinity_mimicking(teacher, teacher, side)
     s, t = student.logits(), teacher.logits()
-    divergences = (F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="batchmean", log_target=True) for a, b in ((s, t), (s.T, t.T)))
+    divergences = (
+        F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="batchmean", log_target=True)
+        for a, b in ((s, t), (s.T, t.T))
+    )
     return sum(divergences) / 2
 
 # %% ../nbs/library/10_losses.ipynb #497f2890
@@ -284,7 +311,8 @@ def _check_widths(student: Features, teacher: Features, loss: str) -> None:
     widths = student.image.shape[1], teacher.image.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(
-            f"{loss} compares rows of student and teacher, whose widths differ ({widths[0]} and {widths[1]}): "
+            f"{loss} compares rows of student and teacher, whose widths differ ({widths[0]} and "
+            f"{widths[1]}): "
             f"put the student through Projection({widths[0]}, {widths[1]}) first"
         )
 
@@ -386,7 +414,10 @@ def cluster_distribution(
     with torch.autocast(student_image.device.type, enabled=False):
         student, teacher, centers = _wide(student_image, teacher_image.detach(), centers.detach())
         centers = centers if classes is None else centers[classes]
-        own, wanted = ((by * rows @ centers.T).log_softmax(1) for by, rows in ((scale, student), (teacher_scale, teacher)))
+        own, wanted = (
+            (by * rows @ centers.T).log_softmax(1)
+            for by, rows in ((scale, student), (teacher_scale, teacher))
+        )
         return F.kl_div(own, wanted, reduction="batchmean", log_target=True)
 
 # %% ../nbs/library/10_losses.ipynb #ddeeae5c
@@ -404,7 +435,9 @@ def instance_discrimination(
     return sum(contrastive(Features(own, its, scale), tile) for own, its in sides) / 2
 
 # %% ../nbs/library/10_losses.ipynb #fd43b76b
-def _score_divergence(student: Tensor, teacher: Tensor) -> Tensor:  # (B, M) logits each -> () nats, mean over the rows
+def _score_divergence(
+    student: Tensor, teacher: Tensor
+) -> Tensor:  # (B, M) logits each -> () nats, mean over the rows
     "KL divergence of the student's distributions over the columns from the teacher's"
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
@@ -413,16 +446,25 @@ def _unit_rows(loss: str, **rows: Tensor) -> list[Tensor]:  # in one dtype, floa
     "Rows of unit length; ValueError unless each is (rows, width) with at least one row"
     for name, tensor in rows.items():
         if tensor.ndim != 2 or len(tensor) == 0:
-            raise ValueError(f"{loss}: {name} must be (rows, width) with at least one row; it is {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{loss}: {name} must be (rows, width) with at least one row; it is {tuple(tensor.shape)}"
+            )
     return [F.normalize(tensor, dim=1) for tensor in _wide(*rows.values())]
 
 
-def _check_alike(loss: str, one: str, other: str, rows: tuple[int, int], widths: tuple[int, int] = (0, 0)) -> None:
+def _check_alike(
+    loss: str, one: str, other: str, rows: tuple[int, int], widths: tuple[int, int] = (0, 0)
+) -> None:
     "ValueError unless two sets of rows have the same number of rows, and the same width"
     if rows[0] != rows[1]:
-        raise ValueError(f"{loss}: {one} has {rows[0]} rows, {other} {rows[1]}: row i of both must be of the same sample")
+        raise ValueError(
+            f"{loss}: {one} has {rows[0]} rows, {other} {rows[1]}: row i of both must be of the same sample"
+        )
     if widths[0] != widths[1]:
-        raise ValueError(f"{loss}: {one} is {widths[0]} wide, {other} {widths[1]}: give the student a projection to {widths[1]}")
+        raise ValueError(
+            f"{loss}: {one} is {widths[0]} wide, {other} {widths[1]}: give the student a projection to "
+            f"{widths[1]}"
+        )
 
 # %% ../nbs/library/10_losses.ipynb #0dfe15b8
 def vision_language_score(
@@ -431,14 +473,23 @@ def vision_language_score(
     teacher_text: Tensor,  # (M, D) of any sentences; receives no gradient
     scale: float | Tensor = 100.0,  # multiplier of the cosines, already exponentiated
     temperature: float = 1.0,  # divides the scaled cosines
-    student_text: Tensor | None = None,  # (M, D_s) of the same sentences; None: the teacher's serve, and D_s is D
+    # (M, D_s) of the same sentences; None: the teacher's serve, and D_s is D
+    student_text: Tensor | None = None,
 ) -> Tensor:  # () nats; 0 when all scores agree
     "Divergence of the student's image-sentence scores from the teacher's, over sentences plus over images (DIME-FM's L_vl)"
     name = "vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
-        given = dict(student_image=student_image, teacher_image=teacher_image.detach(), teacher_text=teacher_text.detach())
+        given = dict(
+            student_image=student_image,
+            teacher_image=teacher_image.detach(),
+            teacher_text=teacher_text.detach(),
+        )
         image, wanted_image, wanted_text = _unit_rows(name, **given)
-        text = wanted_text if student_text is None else _unit_rows(name, student_text=student_text)[0].to(image.dtype)
+        text = (
+            wanted_text
+            if student_text is None
+            else _unit_rows(name, student_text=student_text)[0].to(image.dtype)
+        )
         _check_alike(name, "student_image", "teacher_image", (len(image), len(wanted_image)))
         _check_alike(name, "student_text", "teacher_text", (len(text), len(wanted_text)))
         for one, other, shown in ((image, text, "the texts"), (wanted_image, wanted_text, "teacher_text")):
@@ -459,7 +510,13 @@ def pseudo_vision_language_score(
     name = "pseudo_vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
         image, wanted = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
-        _check_alike(name, "student_image", "teacher_image", (len(image), len(wanted)), (image.shape[1], wanted.shape[1]))
+        _check_alike(
+            name,
+            "student_image",
+            "teacher_image",
+            (len(image), len(wanted)),
+            (image.shape[1], wanted.shape[1]),
+        )
         factor = scale / temperature
         return 2 * _score_divergence(factor * image @ wanted.T, factor * wanted @ wanted.T)
 
@@ -484,10 +541,12 @@ class Term:
     "One summand of an objective"
 
     name: str  # as it appears in metrics and controls
-    function: Callable[[Features, Features], Tensor]  # student, teacher -> scalar; an nn.Module may hold parameters
+    # student, teacher -> scalar; an nn.Module may hold parameters
+    function: Callable[[Features, Features], Tensor]
     weight: float = 1.0  # factor in the total; at 0 the term is not computed
     formula: str = ""  # for people to read
-    same_width: bool = False  # compares student rows with teacher rows; an objective's projection is put before it
+    # compares student rows with teacher rows; an objective's projection is put before it
+    same_width: bool = False
     unpaired: bool = False  # needs no text that belongs to an image: B images and M texts will do
     chance: Any = None  # what draws at random; its `draw` is the seed of the next step
     alone: bool = False  # needs no teacher
@@ -497,34 +556,56 @@ class Term:
 
 def score_terms(
     scale: float | Tensor = 100.0,  # multiplier of the cosines
-    temperatures: Sequence[float] = (1.0, 3.0, 7.0),  # of the vision-language score, the pseudo score, the unimodal distance
+    # of the vision-language score, the pseudo score, the unimodal distance
+    temperatures: Sequence[float] = (1.0, 3.0, 7.0),
     own_text: bool = False,  # the student's texts count, and its texts are taught as its images are
 ) -> tuple[Term, ...]:
     "DIME-FM's three terms; with texts of its own, the last two are means over images and texts"
     sides = ("image", "text") if own_text else ("image",)
     texts = lambda student: student.text if own_text else None  # noqa: E731
-    both = lambda loss, s, t, tau: sum(loss(getattr(s, k), getattr(t, k), scale, tau) for k in sides) / len(sides)  # noqa: E731
+    # noqa: E731
+    both = lambda loss, s, t, tau: (
+        sum(loss(getattr(s, k), getattr(t, k), scale, tau) for k in sides) / len(sides)
+    )
     vl, pvl, udist = temperatures
     score = lambda s, t: vision_language_score(s.image, t.image, t.text, scale, vl, texts(s))  # noqa: E731
     pseudo = lambda s, t: both(pseudo_vision_language_score, s, t, pvl)  # noqa: E731
     distance = lambda s, t: both(unimodal_distance, s, t, udist)  # noqa: E731
     given = dict(unpaired=True)
     return (
-        Term("vision_language_score", score, formula="KL(VUᵀ ‖ IUᵀ) + KL(UVᵀ ‖ UIᵀ)", same_width=not own_text, **given),
+        Term(
+            "vision_language_score",
+            score,
+            formula="KL(VUᵀ ‖ IUᵀ) + KL(UVᵀ ‖ UIᵀ)",
+            same_width=not own_text,
+            **given,
+        ),
         Term("pseudo_vision_language_score", pseudo, formula="2 KL(VVᵀ ‖ IVᵀ)", same_width=True, **given),
         Term("unimodal_distance", distance, formula="2 KL(VVᵀ ‖ IIᵀ)", **given),
     )
 
 
 def _no_centers(student: Features, teacher: Features) -> Tensor:
-    raise ValueError("cluster terms need centres: only a run that has clustered its teacher's features can weight them (`ClusterTerms`)")
+    raise ValueError(
+        "cluster terms need centres: only a run that has clustered its teacher's features can weight them "
+        "(`ClusterTerms`)"
+    )
 
 # %% ../nbs/library/10_losses.ipynb #993d8121
 LOSSES = {
     term.name: term
     for term in (
-        Term("affinity_mimicking", affinity_mimicking, formula="½[CE(s·ITᵀ, softmax t·VUᵀ) + CE(s·TIᵀ, softmax t·UVᵀ)]"),
-        Term("contrastive", lambda student, teacher: contrastive(student), formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]", alone=True),
+        Term(
+            "affinity_mimicking",
+            affinity_mimicking,
+            formula="½[CE(s·ITᵀ, softmax t·VUᵀ) + CE(s·TIᵀ, softmax t·UVᵀ)]",
+        ),
+        Term(
+            "contrastive",
+            lambda student, teacher: contrastive(student),
+            formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]",
+            alone=True,
+        ),
         Term("relational", relational, formula="½[KL(s·ITᵀ ‖ t·VUᵀ) + KL(s·TIᵀ ‖ t·UVᵀ)]"),
         Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", same_width=True),
         Term(
@@ -539,7 +620,9 @@ LOSSES = {
             formula="¼[CE(t·IVᵀ, 1) + CE(t·VIᵀ, 1) + CE(t·TUᵀ, 1) + CE(t·UTᵀ, 1)]",
             same_width=True,
         ),
-        Term("cluster_classification", _no_centers, formula="CE(s·ICᵀ, cluster)", same_width=True, centers=True),
+        Term(
+            "cluster_classification", _no_centers, formula="CE(s·ICᵀ, cluster)", same_width=True, centers=True
+        ),
         Term("cluster_distribution", _no_centers, formula="KL(t·VCᵀ ‖ s·ICᵀ)", same_width=True, centers=True),
         *score_terms(),
     )
@@ -548,12 +631,16 @@ LOSSES = {
 
 def register_losses(
     losses: Mapping[str, Term],  # name -> term
-    instead_of: Mapping[str, Term] = {},  # what the same owner has registered before; these names may get other terms
+    # what the same owner has registered before; these names may get other terms
+    instead_of: Mapping[str, Term] = {},
 ) -> None:
     "Let every objective weight further terms by name; ValueError where a name stands for somebody else's term"
     for name, term in losses.items():
         if name in LOSSES and LOSSES[name] is not term and name not in instead_of:
-            raise ValueError(f"there is a loss {name!r} already, {LOSSES[name].formula or 'of no formula'}: choose another name")
+            raise ValueError(
+                f"there is a loss {name!r} already, {LOSSES[name].formula or 'of no formula'}: choose "
+                "another name"
+            )
     LOSSES.update(losses)
 
 # %% ../nbs/library/10_losses.ipynb #bc03a200
@@ -583,12 +670,19 @@ def _check_terms(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     "The terms; ValueError unless names are distinct, weights usable and at least one of them positive"
     names = [term.name for term in terms]
     if repeated := {name for name in names if names.count(name) > 1} | ({"total"} & set(names)):
-        raise ValueError(f"term names must differ from each other and from 'total'; in the way: {', '.join(sorted(repeated))}")
+        raise ValueError(
+            "term names must differ from each other and from 'total'; in the way: "
+            f"{', '.join(sorted(repeated))}"
+        )
     for term in terms:
         if not 0 <= term.weight < float("inf"):
-            raise ValueError(f"the weight of {term.name} is {term.weight}; valid are finite numbers from 0 up")
+            raise ValueError(
+                f"the weight of {term.name} is {term.weight}; valid are finite numbers from 0 up"
+            )
     if not any(term.weight for term in terms):
-        raise ValueError(f"every weight is zero, nothing would be trained; terms: {', '.join(names) or 'none'}")
+        raise ValueError(
+            f"every weight is zero, nothing would be trained; terms: {', '.join(names) or 'none'}"
+        )
     return terms
 
 # %% ../nbs/library/10_losses.ipynb #3312064f
@@ -596,8 +690,15 @@ def _number(term: Term, student: Features, teacher: Features) -> Tensor:  # ()
     "A term's value; ValueError if it is not one number"
     value = term.function(student, teacher)
     if not isinstance(value, Tensor) or value.ndim:
-        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(f"the loss {term.name} gave {what}; it must give a tensor with one number, such as a mean over the pairs")
+        what = (
+            f"a tensor of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"a {type(value).__name__}"
+        )
+        raise ValueError(
+            f"the loss {term.name} gave {what}; it must give a tensor with one number, such as a mean over "
+            "the pairs"
+        )
     return value
 
 
@@ -652,7 +753,9 @@ class Objective:
     def with_weights(self, **weights: float) -> Objective:  # a new objective
         "The same objective with some weights replaced; registered losses may join"
         kept = [replace(term, weight=weights.pop(term.name, term.weight)) for term in self.terms]
-        return Objective({}, *kept, *(_weighted(name, weight) for name, weight in weights.items()), project=self.project)
+        return Objective(
+            {}, *kept, *(_weighted(name, weight) for name, weight in weights.items()), project=self.project
+        )
 
     @property
     def weights(self) -> dict[str, float]:  # name -> weight, zeros included
@@ -671,7 +774,9 @@ def objective_parameters(
 ) -> list[nn.Parameter]:  # each once; empty for an objective without modules
     "The parameters that an objective brings along and that are to be trained with the student"
     modules = [objective.project, *(term.function for term in objective.terms)]
-    return list(nn.ModuleList(module for module in modules if isinstance(module, nn.Module)).to(device).parameters())
+    return list(
+        nn.ModuleList(module for module in modules if isinstance(module, nn.Module)).to(device).parameters()
+    )
 
 # %% ../nbs/library/10_losses.ipynb #71d9e320
 class ClusterTerms:
@@ -685,7 +790,13 @@ class ClusterTerms:
         teacher_scale: float = 32.0,  # multiplier of the teacher's cosines
         share: float = 1.0,  # of the classes that a step runs over, in (0, 1]
     ):
-        self.centers, self.scale, self.margin, self.teacher_scale, self.share = centers, scale, margin, teacher_scale, share
+        self.centers, self.scale, self.margin, self.teacher_scale, self.share = (
+            centers,
+            scale,
+            margin,
+            teacher_scale,
+            share,
+        )
         self.draw = 0
 
     def assignment(self, rows: Tensor) -> Tensor:  # (B, D_t) unit rows -> (B,) int64
@@ -694,23 +805,34 @@ class ClusterTerms:
         return (rows.detach().float() @ self.centers.to(rows.device).float().T).argmax(dim=1)
 
     def _classes(self, assignment: Tensor) -> Tensor | None:
-        return None if self.share == 1 else sample_classes(assignment, len(self.centers), self.share, self.draw)
+        return (
+            None if self.share == 1 else sample_classes(assignment, len(self.centers), self.share, self.draw)
+        )
 
     def classification(self, student: Features, teacher: Features) -> Tensor:
         "The student's images find the clusters of the teacher's"
         own, centers = self.assignment(teacher.image), self.centers.to(student.image.device)
-        return cluster_classification(student.image, centers, own, self.scale, self.margin, self._classes(own))
+        return cluster_classification(
+            student.image, centers, own, self.scale, self.margin, self._classes(own)
+        )
 
     def distribution(self, student: Features, teacher: Features) -> Tensor:
         "The student's images spread over the centres as the teacher's do"
-        centers, classes = self.centers.to(student.image.device), self._classes(self.assignment(teacher.image))
-        return cluster_distribution(student.image, teacher.image, centers, self.scale, self.teacher_scale, classes)
+        centers, classes = (
+            self.centers.to(student.image.device),
+            self._classes(self.assignment(teacher.image)),
+        )
+        return cluster_distribution(
+            student.image, teacher.image, centers, self.scale, self.teacher_scale, classes
+        )
 
     def terms(self, weights: Mapping[str, float]) -> tuple[Term, ...]:  # of those two that `weights` names
         "The terms, for `Objective`"
         made = {"cluster_classification": self.classification, "cluster_distribution": self.distribution}
         named = {name: function for name, function in made.items() if name in weights}
-        return tuple(replace(LOSSES[name], function=f, weight=weights[name], chance=self) for name, f in named.items())
+        return tuple(
+            replace(LOSSES[name], function=f, weight=weights[name], chance=self) for name, f in named.items()
+        )
 
 # %% ../nbs/library/10_losses.ipynb #dbab8b8d
 def gradient_share(
@@ -726,6 +848,8 @@ def gradient_share(
             alone = Objective({}, term, project=objective.project)
             total = alone(Features(*rows, student.scale.detach()), teacher.detach()).total
             pulls = torch.autograd.grad(total, rows, allow_unused=True) if total.requires_grad else ()
-            norms[term.name] = sum(pull.float().square().sum().item() for pull in pulls if pull is not None) ** 0.5
+            norms[term.name] = (
+                sum(pull.float().square().sum().item() for pull in pulls if pull is not None) ** 0.5
+            )
     whole = sum(norms.values())
     return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}

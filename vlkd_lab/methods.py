@@ -36,10 +36,19 @@ class Method:
             raise ValueError(f"name={self.name!r} is not valid: a method's name has letters, digits, - and _")
         misnamed = [name for name, term in self.losses.items() if name != term.name]
         if misnamed:
-            raise ValueError(f"the method {self.name} calls its loss {self.losses[misnamed[0]].name!r} {misnamed[0]!r}")
-        undrawn = [view.__name__ for view in self.views if inspect.isabstract(view) or not callable(getattr(view, "figure", None))]
+            raise ValueError(
+                f"the method {self.name} calls its loss {self.losses[misnamed[0]].name!r} {misnamed[0]!r}"
+            )
+        undrawn = [
+            view.__name__
+            for view in self.views
+            if inspect.isabstract(view) or not callable(getattr(view, "figure", None))
+        ]
         if undrawn:
-            raise ValueError(f"the method {self.name} has a view {undrawn[0]} that draws nothing: give it a figure(watched)")
+            raise ValueError(
+                f"the method {self.name} has a view {undrawn[0]} that draws nothing: give it a "
+                "figure(watched)"
+            )
 
 # %% ../nbs/library/13_methods.ipynb #7b604adc
 class Methods(Mapping):
@@ -58,7 +67,10 @@ class Methods(Mapping):
         if known is not None and _file(known) == SESSION != _file(method):
             return known  # what is being written in a notebook comes before what is installed
         if known is not None and SESSION != _file(method) != _file(known):
-            raise ValueError(f"there is a method {method.name!r} already, of {known.parameters.__module__}: choose another name")
+            raise ValueError(
+                f"there is a method {method.name!r} already, of {known.parameters.__module__}: choose "
+                "another name"
+            )
         register_losses(method.losses, known.losses if known is not None else {})
         self._methods[method.name] = method
         return method
@@ -97,7 +109,12 @@ def _file(method: Method) -> str:
 
 def _entries(group: str) -> Iterable[EntryPoint]:
     "What all installed packages name; a package's older description, as an old .egg-info in a folder, hides no newer one"
-    named = [entry for distribution in distributions() for entry in distribution.entry_points if entry.group == group]
+    named = [
+        entry
+        for distribution in distributions()
+        for entry in distribution.entry_points
+        if entry.group == group
+    ]
     return {(entry.name, entry.value): entry for entry in named}.values()
 
 
@@ -109,7 +126,10 @@ def _load(entry: EntryPoint, methods: Methods) -> None:
             methods.add(loaded)
     except Exception as error:
         methods.broken[entry.name] = f"{type(error).__name__}: {error}"
-        warnings.warn(f"the method {entry.name!r} ({entry.value}) could not be loaded: {methods.broken[entry.name]}", stacklevel=6)
+        warnings.warn(
+            f"the method {entry.name!r} ({entry.value}) could not be loaded: {methods.broken[entry.name]}",
+            stacklevel=6,
+        )
 
 # %% ../nbs/library/13_methods.ipynb #fc7bb357
 METHODS = Methods("vlkd_lab.methods")

@@ -68,7 +68,8 @@ class VLM:
     model: nn.Module  # an open_clip model, or one with slim towers
     preprocess: Callable[[Any], Tensor]  # PIL image -> (3, H, W)
     tokenizer: Callable[[Sequence[str]], Tensor]  # captions -> (B, L) token ids
-    config: dict = field(repr=False)  # "model_cfg", "preprocess_cfg" as open_clip writes them; "towers" when slim
+    # "model_cfg", "preprocess_cfg" as open_clip writes them; "towers" when slim
+    config: dict = field(repr=False)
     name: str = ""  # where it came from
 
     def encode(self, batch: Batch) -> Features:
@@ -109,7 +110,9 @@ class VLM:
 # %% ../nbs/library/06_models.ipynb #cf04549a
 def _tinyclip(vision: dict, text_width: int, text_layers: int, embed_dim: int = 512) -> dict:
     "A published TinyCLIP architecture as an open_clip configuration"
-    text = dict(context_length=77, vocab_size=49408, width=text_width, heads=text_width // 64, layers=text_layers)
+    text = dict(
+        context_length=77, vocab_size=49408, width=text_width, heads=text_width // 64, layers=text_layers
+    )
     return dict(embed_dim=embed_dim, vision_cfg=dict(image_size=224, **vision), text_cfg=text)
 
 
@@ -119,8 +122,12 @@ TINYCLIP_CONFIGS = {
     "TinyCLIP-ViT-39M-16-Text-19M": _tinyclip(dict(layers=12, width=512, patch_size=16), 512, 6),
     "TinyCLIP-ViT-40M-32-Text-19M": _tinyclip(dict(layers=12, width=512, patch_size=32), 512, 6),
     "TinyCLIP-ViT-61M-32-Text-29M": _tinyclip(dict(layers=12, width=640, patch_size=32), 512, 9),
-    "TinyCLIP-ResNet-19M-Text-19M": _tinyclip(dict(layers=[3, 4, 6, 3], width=44, patch_size=None), 512, 6, 1024),
-    "TinyCLIP-ResNet-30M-Text-29M": _tinyclip(dict(layers=[3, 4, 6, 3], width=56, patch_size=None), 512, 9, 1024),
+    "TinyCLIP-ResNet-19M-Text-19M": _tinyclip(
+        dict(layers=[3, 4, 6, 3], width=44, patch_size=None), 512, 6, 1024
+    ),
+    "TinyCLIP-ResNet-30M-Text-29M": _tinyclip(
+        dict(layers=[3, 4, 6, 3], width=56, patch_size=None), 512, 9, 1024
+    ),
     "TinyCLIP-auto-ViT-22M-32-Text-10M": _DENSE,
     "TinyCLIP-auto-ViT-45M-32-Text-18M": _DENSE,
     "TinyCLIP-auto-ViT-63M-32-Text-31M": _DENSE,
@@ -146,7 +153,8 @@ def model_config(source: str | Path | Mapping) -> dict:  # "embed_dim", "vision_
     config = open_clip.get_model_config(name) if path.suffix != ".json" else None
     if config is None:
         raise ValueError(
-            f"no configuration {name!r}: give one of {', '.join(TINYCLIP_CONFIGS)}, a name from open_clip.list_models(), "
+            f"no configuration {name!r}: give one of {', '.join(TINYCLIP_CONFIGS)}, a name from "
+            "open_clip.list_models(), "
             "a JSON file, a folder that holds open_clip_config.json, or a dictionary"
         )
     return config
@@ -165,7 +173,10 @@ def image_tower(
     name = str(source).removeprefix("timm:")
     if name not in timm.list_models():
         close = difflib.get_close_matches(name, timm.list_models(), n=4)
-        raise ValueError(f"timm has no model {name!r}; {'near: ' + ', '.join(close) if close else 'timm.list_models() names them'}")
+        raise ValueError(
+            f"timm has no model {name!r}; "
+            f"{'near: ' + ', '.join(close) if close else 'timm.list_models() names them'}"
+        )
     return dict(_timm_tower(name))
 
 # %% ../nbs/library/06_models.ipynb #b956c01f
@@ -198,7 +209,8 @@ def _first_failure(
 # %% ../nbs/library/06_models.ipynb #1e9cdd56
 _TIMM_HEADS = (
     dict(timm_pool="", timm_proj="linear"),  # a new linear map behind the network's own pooling
-    dict(timm_pool=None, timm_proj=None),  # the network's own last layers, its classifier as wide as the joint space
+    # the network's own last layers, its classifier as wide as the joint space
+    dict(timm_pool=None, timm_proj=None),
 )
 
 
@@ -229,16 +241,23 @@ def _timm_tower(name: str) -> Mapping[str, Any]:
                 failure = _timm_failure(tower)
                 if not failure:
                     return tower
-    raise ValueError(f"timm:{name} cannot be an image tower: {failure}; choose another, such as timm:resnet18")
+    raise ValueError(
+        f"timm:{name} cannot be an image tower: {failure}; choose another, such as timm:resnet18"
+    )
 
 # %% ../nbs/library/06_models.ipynb #0381cf57
 def two_towers(config: Mapping) -> dict:  # the same where there are only two
     "A configuration without what a CoCa has besides its towers"
-    if "multimodal_cfg" not in config and not any(config[part].get("output_tokens") for part in ("vision_cfg", "text_cfg")):
+    if "multimodal_cfg" not in config and not any(
+        config[part].get("output_tokens") for part in ("vision_cfg", "text_cfg")
+    ):
         return dict(config)
     kept = {name: value for name, value in config.items() if name != "multimodal_cfg"}
     custom = dict(custom_text=True) if "multimodal_cfg" in config else {}
-    silent = {part: {name: value for name, value in kept[part].items() if name != "output_tokens"} for part in ("vision_cfg", "text_cfg")}
+    silent = {
+        part: {name: value for name, value in kept[part].items() if name != "output_tokens"}
+        for part in ("vision_cfg", "text_cfg")
+    }
     return kept | silent | custom
 
 # %% ../nbs/library/06_models.ipynb #66fe39bd
@@ -275,7 +294,8 @@ def _prefixes(
     for tower, prefix in prefixes.items():
         if f"{prefix}transformer.resblocks.0.ln_1.weight" not in state:
             raise ValueError(
-                f"the {tower} tower is no open_clip transformer (no weights named {prefix}transformer.resblocks.0.…)"
+                f"the {tower} tower is no open_clip transformer (no weights named "
+                f"{prefix}transformer.resblocks.0.…)"
             )
     for name in state:
         tower = "image" if name.startswith("visual.") else "text"
@@ -406,7 +426,10 @@ def _resize_image_tower(visual: nn.Module, shape: TowerShape) -> None:
     learned = places.requires_grad  # or computed from sines, of which the first channels are taken
     positions = std * torch.randn(len(places), shape.width) if learned else places[:, : shape.width].clone()
     visual.positional_embedding = nn.Parameter(positions, requires_grad=learned)
-    visual.ln_pre, visual.ln_post = _as_wide(visual.ln_pre, shape.width), _as_wide(visual.ln_post, shape.width)
+    visual.ln_pre, visual.ln_post = (
+        _as_wide(visual.ln_pre, shape.width),
+        _as_wide(visual.ln_post, shape.width),
+    )
     visual.proj = nn.Parameter(std * torch.randn(shape.width, visual.proj.shape[1]))
     _resize_blocks(visual.transformer, shape)
 
@@ -511,8 +534,19 @@ def _config_like(config: Mapping, like: VLM) -> dict:
     return config
 
 # %% ../nbs/library/06_models.ipynb #df7d557c
-_IN_BOTH = ("act_kwargs", "norm_kwargs", "ls_init_value", "pool_type", "block_type", "qk_norm", "scaled_cosine_attn", "scale_heads",
-            "scale_attn_inner", "scale_attn", "scale_fc")  # fmt: skip
+_IN_BOTH = (
+    "act_kwargs",
+    "norm_kwargs",
+    "ls_init_value",
+    "pool_type",
+    "block_type",
+    "qk_norm",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+)
 _COMPUTED = {  # what a network computes beside its sizes
     "vision_cfg": (*_IN_BOTH, "no_ln_pre", "final_ln_after_pool", "pos_embed_type"),
     "text_cfg": (*_IN_BOTH, "no_causal_mask", "eos_id", "pad_id", "proj_bias", "embed_cls"),
@@ -542,7 +576,8 @@ def send_pair(vlm: VLM) -> Features:  # one row each
     image, text = features.image.shape[-1], features.text.shape[-1]
     if image != text:
         raise ValueError(
-            f"features of pictures are {image} wide and those of captions {text}: they have no space in common"
+            f"features of pictures are {image} wide and those of captions {text}: they have no space in "
+            "common"
         )
     if not (features.image.isfinite().all() and features.text.isfinite().all()):
         raise ValueError("features of a grey picture or of a short caption are not finite")
@@ -559,7 +594,11 @@ def at_size(
     preprocess_cfg = vlm.config["preprocess_cfg"] | {"size": image_size}
     config = deepcopy(vlm.config["model_cfg"])
     config["vision_cfg"]["image_size"] = image_size
-    return replace(vlm, preprocess=preprocessing(preprocess_cfg), config=vlm.config | dict(model_cfg=config, preprocess_cfg=preprocess_cfg))
+    return replace(
+        vlm,
+        preprocess=preprocessing(preprocess_cfg),
+        config=vlm.config | dict(model_cfg=config, preprocess_cfg=preprocess_cfg),
+    )
 
 
 def new_model(
@@ -577,12 +616,20 @@ def new_model(
         config = _config_like(config, like)
         preprocess_cfg, preprocess, tokenizer = like.config["preprocess_cfg"], like.preprocess, like.tokenizer
     else:
-        preprocess_cfg = _plain(asdict(open_clip.transform.PreprocessCfg(size=config["vision_cfg"].get("image_size", 224))))
+        preprocess_cfg = _plain(
+            asdict(open_clip.transform.PreprocessCfg(size=config["vision_cfg"].get("image_size", 224)))
+        )
         preprocess, tokenizer = preprocessing(preprocess_cfg), tokenizer or _tokenizer_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(config, towers)
-    return VLM(model, preprocess, tokenizer, dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers), "fresh")
+    return VLM(
+        model,
+        preprocess,
+        tokenizer,
+        dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers),
+        "fresh",
+    )
 
 # %% ../nbs/library/06_models.ipynb #d1787845
 def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
@@ -592,7 +639,9 @@ def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
     text = config["text_cfg"]
     options = dict(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
     if text.get("hf_tokenizer_name"):
-        return HFTokenizer(str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options)
+        return HFTokenizer(
+            str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options
+        )
     return _clips_words(json.dumps(options, sort_keys=True))
 
 
@@ -610,13 +659,17 @@ def _pixels(sides: tuple[int, int]) -> str:
 
 
 @torch.no_grad()
-def _training_failure(visual: nn.Module, sides: tuple[int, int], width: int, rows: int) -> str:  # one line; empty: all is well
+def _training_failure(
+    visual: nn.Module, sides: tuple[int, int], width: int, rows: int
+) -> str:  # one line; empty: all is well
     "Why so few pictures do not go through a tower whose norms look at the batch"
     if not any(isinstance(part, nn.modules.batchnorm._NormBase) for part in visual.modules()):
         return ""
     trained = deepcopy(visual).train()
     failure = _first_failure(trained, sides, width, rows)
-    if not failure and not all(buffer.isfinite().all() for buffer in trained.buffers() if buffer.is_floating_point()):
+    if not failure and not all(
+        buffer.isfinite().all() for buffer in trained.buffers() if buffer.is_floating_point()
+    ):
         return "its running statistics are no longer finite"
     return failure
 
@@ -652,20 +705,30 @@ def check_student(
         failure = _first_failure(vlm.model.encode_image, sides, width)
         if failure:
             sizes = _fitting_sizes(vlm, width, sides[0])
-            advice = f"it takes {' or '.join(map(str, sorted(sizes)))} pixels" if sizes else "it takes none of the usual sizes"
+            advice = (
+                f"it takes {' or '.join(map(str, sorted(sizes)))} pixels"
+                if sizes
+                else "it takes none of the usual sizes"
+            )
             choice = f"{size_option}={sizes[0]}" if sizes and size_option else "another image tower"
-            raise ValueError(f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}")
+            raise ValueError(
+                f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}"
+            )
     failure = _training_failure(vlm.model.visual, sides, width, min(rows, 2))
     if failure:
-        raise ValueError(f"{name} cannot be trained on {rows} picture{'' if rows == 1 else 's'} of {_pixels(sides)} at once ({failure}): "
-                         "choose a larger batch_size or micro_batch, or another image tower")  # fmt: skip
+        raise ValueError(
+            f"{name} cannot be trained on {rows} picture{'' if rows == 1 else 's'} of {_pixels(sides)} at "
+            f"once ({failure}): "
+            "choose a larger batch_size or micro_batch, or another image tower"
+        )
 
 # %% ../nbs/library/06_models.ipynb #c622c27a
 _SLIM_CONFIG = "vlkd_lab_config.json"
 
 
 def load_model(
-    name_or_path: str | Path,  # folder, "local-dir:FOLDER", file, "hf-hub:ID", open_clip's "NAME/TAG" or a published TinyCLIP's name
+    # folder, "local-dir:FOLDER", file, "hf-hub:ID", open_clip's "NAME/TAG" or a published TinyCLIP's name
+    name_or_path: str | Path,
     device: str | torch.device | None = None,  # None: the GPU if there is one
 ) -> VLM:
     "A trained model with its own preprocessing and tokenizer, in evaluation mode"
@@ -692,8 +755,13 @@ def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
         quick_gelu = quick_gelu or known["quick_gelu"]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # decided above
-        model = open_clip.create_model(source, pretrained=tag, require_pretrained=True, quick_gelu=quick_gelu,
-                                       force_preprocess_cfg=known["preprocess"])  # fmt: skip
+        model = open_clip.create_model(
+            source,
+            pretrained=tag,
+            require_pretrained=True,
+            quick_gelu=quick_gelu,
+            force_preprocess_cfg=known["preprocess"],
+        )
     config |= dict(quick_gelu=True) if quick_gelu else {}
     preprocess_cfg = _plain(model.visual.preprocess_cfg)
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=None)
@@ -705,15 +773,21 @@ def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
 _VIEW = ("mean", "std", "interpolation", "resize_mode")  # what a tag says about pictures
 
 
-def _settings_of(source: str, tag: str | None) -> dict:  # "quick_gelu"; "preprocess", empty: as the source itself says
+def _settings_of(
+    source: str, tag: str | None
+) -> dict:  # "quick_gelu"; "preprocess", empty: as the source itself says
     "What open_clip's list of tags says about weights whose own configuration may not"
     import open_clip
 
     if tag is not None and Path(tag).is_file():
         settings = _settings_of_file(source, Path(tag))
-        return dict(quick_gelu=settings["model_cfg"].get("quick_gelu", False), preprocess=settings["preprocess_cfg"])
+        return dict(
+            quick_gelu=settings["model_cfg"].get("quick_gelu", False), preprocess=settings["preprocess_cfg"]
+        )
     if tag is not None:
-        return dict(quick_gelu=open_clip.get_pretrained_cfg(source, tag).get("quick_gelu", False), preprocess={})
+        return dict(
+            quick_gelu=open_clip.get_pretrained_cfg(source, tag).get("quick_gelu", False), preprocess={}
+        )
     repository = source.removeprefix("hf-hub:")
     tags = (open_clip.get_pretrained_cfg(*pair) for pair in open_clip.list_pretrained())
     known = next((cfg for cfg in tags if cfg.get("hf_hub") == f"{repository}/"), {})
@@ -739,13 +813,20 @@ def _settings_of_file(architecture: str, file: Path) -> dict:  # "model_cfg", "p
     if recognised and quick_gelu:
         config["quick_gelu"] = True
     elif quick_gelu and not config.get("quick_gelu") and not beside["model_cfg"]:
-        warnings.warn(f"{file} does not say its activation, so GELU is taken: name it {architecture}-quickgelu/FILE if "
-                      f"QuickGELU made it, or {advice}", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{file} does not say its activation, so GELU is taken: name it {architecture}-quickgelu/FILE if "
+            f"QuickGELU made it, or {advice}",
+            stacklevel=2,
+        )
     if all(view == views[0] for view in views):
         return dict(model_cfg=config, preprocess_cfg=views[0] if views else {})
     if not beside["preprocess_cfg"]:
-        warnings.warn(f"{file} does not say how it sees pictures, and weights of {architecture} differ in that, so CLIP's way "
-                      f"is taken: {advice}", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{file} does not say how it sees pictures, and weights of {architecture} differ in that, so "
+            "CLIP's way "
+            f"is taken: {advice}",
+            stacklevel=2,
+        )
     return dict(model_cfg=config, preprocess_cfg={})
 
 
@@ -762,21 +843,29 @@ def _find_weights(name: str, folder: Path) -> tuple[str, str | None]:  # open_cl
     if name.startswith("hf-hub:"):
         return name, None
     if folder.is_dir():
-        raise FileNotFoundError(f"{folder} holds no open_clip_config.json, {_SLIM_CONFIG} or CLIPModel: it is no saved model")
+        raise FileNotFoundError(
+            f"{folder} holds no open_clip_config.json, {_SLIM_CONFIG} or CLIPModel: it is no saved model"
+        )
     architecture, _, tag = name.partition("/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if architecture not in open_clip.list_models() or not (tags or Path(tag).is_file()):
         raise ValueError(
-            f"no model {name!r}: give a folder with open_clip_config.json or a CLIPModel's config.json, a file of weights, hf-hub:ID, "
+            f"no model {name!r}: give a folder with open_clip_config.json or a CLIPModel's config.json, a "
+            "file of weights, hf-hub:ID, "
             "NAME/TAG from open_clip.list_pretrained(), NAME/FILE, or a name from vlkd_lab.published.RELEASES"
         )
     if not open_clip.pretrained.is_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
-        raise ValueError(f"{architecture} has no weights {tag!r}, and there is no such file: choose {architecture}/TAG with TAG one of "
-                         f"{', '.join(tags)}")  # fmt: skip
+        raise ValueError(
+            f"{architecture} has no weights {tag!r}, and there is no such file: choose {architecture}/TAG "
+            "with TAG one of "
+            f"{', '.join(tags)}"
+        )
     return architecture, tag
 
 # %% ../nbs/library/06_models.ipynb #70d61da3
-def _find_checkpoint(name: str, path: Path) -> tuple[Path, dict | None] | None:  # what read_checkpoint takes; None: nothing of this kind
+def _find_checkpoint(
+    name: str, path: Path
+) -> tuple[Path, dict | None] | None:  # what read_checkpoint takes; None: nothing of this kind
     "A published TinyCLIP, or a file, folder or repository in a layout that is read here"
     if path.is_dir():
         return (path, None) if published.is_clip_model(path) or published.is_open_clip(path) else None
@@ -788,7 +877,9 @@ def _find_checkpoint(name: str, path: Path) -> tuple[Path, dict | None] | None: 
         return None if file.suffix in (".npz", ".npy") else (file, _settings_of_file(architecture, file))
     releases = published.find_releases(name)
     if len(releases) > 1:
-        raise ValueError(f"{name} was trained more than once: choose {' or '.join(release.name for release in releases)}")
+        raise ValueError(
+            f"{name} was trained more than once: choose {' or '.join(release.name for release in releases)}"
+        )
     if releases:
         return published.fetch(releases[0]), _release_config(releases[0])
     repository = name.removeprefix("hf-hub:")
@@ -803,12 +894,16 @@ def _name_and_file(name: str) -> tuple[str, Path | None]:
 
     architecture, _, rest = name.partition("/")
     is_file = architecture in open_clip.list_models() and rest and Path(rest).is_file()
-    return architecture, Path(rest) if is_file and not open_clip.pretrained.is_pretrained_cfg(architecture, rest) else None
+    return architecture, Path(rest) if is_file and not open_clip.pretrained.is_pretrained_cfg(
+        architecture, rest
+    ) else None
 
 
 def _release_config(release: published.Release) -> dict:
     "What the authors' configuration says; the marks tell that gates have cut the towers"
-    return deepcopy(TINYCLIP_CONFIGS[release.architecture]) | dict(mask_image=release.cut, mask_text=release.cut)
+    return deepcopy(TINYCLIP_CONFIGS[release.architecture]) | dict(
+        mask_image=release.cut, mask_text=release.cut
+    )
 
 # %% ../nbs/library/06_models.ipynb #c9ccbf59
 def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
@@ -852,10 +947,15 @@ def plain_config(
     if not all(shape.plain for shape in towers.values()):
         return None
     config, image, text = deepcopy(dict(config)), towers["image"], towers["text"]
-    config["vision_cfg"] |= dict(width=image.width, layers=image.layers, head_width=image.head_width, mlp_ratio=_ratio(image))
-    config["text_cfg"] |= dict(width=text.width, layers=text.layers, heads=text.heads[0], mlp_ratio=_ratio(text))
+    config["vision_cfg"] |= dict(
+        width=image.width, layers=image.layers, head_width=image.head_width, mlp_ratio=_ratio(image)
+    )
+    config["text_cfg"] |= dict(
+        width=text.width, layers=text.layers, heads=text.heads[0], mlp_ratio=_ratio(text)
+    )
     if image.width % 4:
-        config["vision_cfg"].pop("pos_embed_type", None)  # open_clip computes no sines of this width; the state holds them
+        # open_clip computes no sines of this width; the state holds them
+        config["vision_cfg"].pop("pos_embed_type", None)
     return config
 
 
@@ -893,7 +993,13 @@ def _load_slim(folder: Path, name: str) -> VLM:
     config["towers"] = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
     model = _build(config["model_cfg"], config["towers"])
     model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
-    return VLM(model, preprocessing(config["preprocess_cfg"]), _tokenizer_of(config["model_cfg"], folder), config, name)
+    return VLM(
+        model,
+        preprocessing(config["preprocess_cfg"]),
+        _tokenizer_of(config["model_cfg"], folder),
+        config,
+        name,
+    )
 
 # %% ../nbs/library/06_models.ipynb #01c905aa
 def train_tokenizer(
@@ -913,12 +1019,18 @@ def train_tokenizer(
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
     bytes_ = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(captions, trainers.BpeTrainer(
-        vocab_size=vocabulary - 2, special_tokens=["<pad>"], initial_alphabet=bytes_, show_progress=False))
+    bpe.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary - 2, special_tokens=["<pad>"], initial_alphabet=bytes_, show_progress=False
+        ),
+    )
     bpe.add_special_tokens(["<start>", "<end>"])
     ends = [(token, bpe.token_to_id(token)) for token in ("<start>", "<end>")]
     bpe.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<start>", eos_token="<end>")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<start>", eos_token="<end>"
+    )
     wrapped.save_pretrained(str(folder))
     return HFTokenizer(str(folder), context_length=context_length)
 
@@ -986,22 +1098,41 @@ def _blank_batch(vlm: VLM, size: int) -> Batch:
     return Batch(image, vlm.tokenizer(["a photo of a thing"] * size).to(vlm.device))
 
 # %% ../nbs/library/06_models.ipynb #32fd2367
-_NOT_PLAIN = ("timm_model_name", "hf_model_name", "attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads",
-              "scale_attn_inner", "scale_attn", "scale_fc", "embed_cls")  # fmt: skip
+_NOT_PLAIN = (
+    "timm_model_name",
+    "hf_model_name",
+    "attentional_pool",
+    "qk_norm",
+    "scaled_cosine_attn",
+    "scale_heads",
+    "scale_attn_inner",
+    "scale_attn",
+    "scale_fc",
+    "embed_cls",
+)
 
 
 def _check_plain(config: Mapping) -> None:
     "Refuse configurations whose towers hold more, or less, than a plain transformer"
     given = {f"{part}.{k}": v for part in ("vision_cfg", "text_cfg") for k, v in config[part].items()}
-    strange = {k: v for k, v in given.items() if k.partition(".")[2] in _NOT_PLAIN and v is not None and v is not False}
+    strange = {
+        k: v
+        for k, v in given.items()
+        if k.partition(".")[2] in _NOT_PLAIN and v is not None and v is not False
+    }
     strange |= {k: v for k, v in given.items() if k.endswith(("pool_type", "proj_type")) and v == "none"}
     strange |= {k: v for k, v in config.items() if k == "multimodal_cfg"}
     if strange:
         options = ", ".join(f"{k}={v!r}" for k, v in strange.items())
-        raise ValueError(f"the cost of plain transformer towers is counted, not of {options}: build the model and use count_cost")
+        raise ValueError(
+            f"the cost of plain transformer towers is counted, not of {options}: build the model and use "
+            "count_cost"
+        )
 
 
-def _block_costs(shape: TowerShape, tokens: int, part: Mapping) -> tuple[int, int]:  # parameters, multiply-accumulates
+def _block_costs(
+    shape: TowerShape, tokens: int, part: Mapping
+) -> tuple[int, int]:  # parameters, multiply-accumulates
     "What all blocks of a tower cost; one without heads or neurons keeps its norms and its two output biases"
     scaled = part.get("ls_init_value") is not None
     width, parameters, macs = shape.width, shape.layers * 2 * shape.width if scaled else 0, 0
@@ -1021,7 +1152,9 @@ def _image_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # param
     kernel, projection = 3 * patch[0] * patch[1] * width, width * config["embed_dim"]
     norms = 2 if vision.get("no_ln_pre") else 4
     parameters, macs = _block_costs(shape, patches + 1, vision)
-    return parameters + kernel + (patches + 2 + norms) * width + projection, macs + kernel * patches + projection
+    return parameters + kernel + (
+        patches + 2 + norms
+    ) * width + projection, macs + kernel * patches + projection
 
 
 def _text_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parameters, multiply-accumulates

@@ -55,27 +55,36 @@ class Release:
         return self.architecture.startswith("TinyCLIP-auto")
 
 # %% ../nbs/library/05_published.ipynb #51dd8d4b
-RELEASES = {release.name: release for release in (
-    Release("TinyCLIP-ViT-8M-16-Text-3M", "YFCC15M", 41.1, converted=True),
-    Release("TinyCLIP-ViT-39M-16-Text-19M", "YFCC15M", 63.5, converted=True),
-    Release("TinyCLIP-ViT-40M-32-Text-19M", "LAION400M", 59.8, converted=True),
-    Release("TinyCLIP-ViT-61M-32-Text-29M", "LAION400M", 62.4, converted=True),
-    Release("TinyCLIP-ResNet-19M-Text-19M", "LAION400M", 56.4),
-    Release("TinyCLIP-ResNet-30M-Text-29M", "LAION400M", 59.1),
-    Release("TinyCLIP-auto-ViT-22M-32-Text-10M", "LAION400M", 53.7),
-    Release("TinyCLIP-auto-ViT-45M-32-Text-18M", "LAION400M", 61.4),
-    Release("TinyCLIP-auto-ViT-45M-32-Text-18M", "LAIONYFCC400M", 62.7),
-    Release("TinyCLIP-auto-ViT-63M-32-Text-31M", "LAION400M", 63.9),
-    Release("TinyCLIP-auto-ViT-63M-32-Text-31M", "LAIONYFCC400M", 64.5),
-)}  # fmt: skip
+RELEASES = {
+    release.name: release
+    for release in (
+        Release("TinyCLIP-ViT-8M-16-Text-3M", "YFCC15M", 41.1, converted=True),
+        Release("TinyCLIP-ViT-39M-16-Text-19M", "YFCC15M", 63.5, converted=True),
+        Release("TinyCLIP-ViT-40M-32-Text-19M", "LAION400M", 59.8, converted=True),
+        Release("TinyCLIP-ViT-61M-32-Text-29M", "LAION400M", 62.4, converted=True),
+        Release("TinyCLIP-ResNet-19M-Text-19M", "LAION400M", 56.4),
+        Release("TinyCLIP-ResNet-30M-Text-29M", "LAION400M", 59.1),
+        Release("TinyCLIP-auto-ViT-22M-32-Text-10M", "LAION400M", 53.7),
+        Release("TinyCLIP-auto-ViT-45M-32-Text-18M", "LAION400M", 61.4),
+        Release("TinyCLIP-auto-ViT-45M-32-Text-18M", "LAIONYFCC400M", 62.7),
+        Release("TinyCLIP-auto-ViT-63M-32-Text-31M", "LAION400M", 63.9),
+        Release("TinyCLIP-auto-ViT-63M-32-Text-31M", "LAIONYFCC400M", 64.5),
+    )
+}
 
 
 def find_releases(
     name: str,  # full name, architecture, ARCHITECTURE/DATA, or wkcn/NAME with or without hf-hub:
-) -> list[Release]:  # empty: nothing published has this name; two: the architecture was trained on two sets of data
+) -> list[
+    Release
+]:  # empty: nothing published has this name; two: the architecture was trained on two sets of data
     "The published checkpoints that a name may stand for"
     name = name.removeprefix("hf-hub:")
-    return [r for r in RELEASES.values() if name in (r.name, r.architecture, f"{r.architecture}/{r.data}", f"wkcn/{r.name}")]
+    return [
+        r
+        for r in RELEASES.values()
+        if name in (r.name, r.architecture, f"{r.architecture}/{r.data}", f"wkcn/{r.name}")
+    ]
 
 # %% ../nbs/library/05_published.ipynb #6e6c1e5a
 _REFUSED = """{file} does not load as weights alone: {problem}
@@ -95,7 +104,10 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:  # by name, floating po
         held = held[key] if isinstance(held, Mapping) and isinstance(held.get(key), Mapping) else held
     if not isinstance(held, Mapping) or not held or not all(isinstance(v, Tensor) for v in held.values()):
         raise ValueError(f"{file} holds no weights by name, neither by themselves nor under 'state_dict'")
-    return {_unwrapped(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in held.items()}
+    return {
+        _unwrapped(name): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in held.items()
+    }
 
 
 def _unwrapped(name: str) -> str:
@@ -128,7 +140,8 @@ def _read_pickle(file: Path):  # whatever it holds
         reason = f"it calls for {call[1]}" if call else str(problem).partition("\n")[0]
         names = dict(file=file, name=str(file), safe=str(file.with_suffix(".safetensors")))
         raise ValueError(_REFUSED.format(problem=reason, **names)) from problem
-    except (LookupError, ValueError, TypeError, AttributeError) as problem:  # what the unpickler makes of other bytes
+    # what the unpickler makes of other bytes
+    except (LookupError, ValueError, TypeError, AttributeError) as problem:
         raise ValueError(f"{file} is damaged, or no PyTorch file ({type(problem).__name__})") from None
 
 # %% ../nbs/library/05_published.ipynb #737ff91b
@@ -156,7 +169,8 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 # %% ../nbs/library/05_published.ipynb #89506c73
 _TOWERS = ("_image_encoder", "_text_encoder", "image_encoder_without_ddp", "text_encoder_without_ddp")
 _WRAPPERS = {"module", "_logit_scale", "logit_scale_without_ddp", *_TOWERS}
-_WIDTH_OF = {"image": "visual.ln_post.weight", "text": "ln_final.weight"}  # a weight with one entry for each channel of the tower
+# a weight with one entry for each channel of the tower
+_WIDTH_OF = {"image": "visual.ln_post.weight", "text": "ln_final.weight"}
 
 
 def from_official(
@@ -171,7 +185,9 @@ def from_official(
             gates[name] = tensor
         elif parts[-1] != "attn_mask":
             if short in plain and not torch.equal(plain[short], tensor):
-                raise ValueError(f"{name} and another name say two things about {short}: the file holds two networks")
+                raise ValueError(
+                    f"{name} and another name say two things about {short}: the file holds two networks"
+                )
             plain[short] = tensor.reshape(()) if short == "logit_scale" else tensor
     _refuse_closed_gates(gates, plain)
     return _whole_blocks(_whole_blocks(plain, "visual."), "")
@@ -180,11 +196,20 @@ def from_official(
 def _refuse_closed_gates(gates: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     "Weights that still wait for their gates are not the network that was trained"
     for tower, width in _WIDTH_OF.items():
-        own = {name: gate for name, gate in gates.items() if tower in name.partition("l0_module")[0] and name.endswith("_loga")}
-        uncut = any(name.endswith("hidden_loga") and gate.shape == state.get(width, gate[:0]).shape for name, gate in own.items())
+        own = {
+            name: gate
+            for name, gate in gates.items()
+            if tower in name.partition("l0_module")[0] and name.endswith("_loga")
+        }
+        uncut = any(
+            name.endswith("hidden_loga") and gate.shape == state.get(width, gate[:0]).shape
+            for name, gate in own.items()
+        )
         closed = sum(int((gate < 0).sum()) for gate in own.values())
         if uncut and closed:
-            raise ValueError(f"the {tower} tower is not cut yet: {closed} closed gates stand beside its full weights")
+            raise ValueError(
+                f"the {tower} tower is not cut yet: {closed} closed gates stand beside its full weights"
+            )
 
 # %% ../nbs/library/05_published.ipynb #2ca19a99
 def _layers(state: Mapping[str, Tensor], prefix: str) -> list[int]:
@@ -223,12 +248,17 @@ def _mlp_ratio(width: int, neurons: int) -> dict[str, float]:
     return {} if ratio == 4 else dict(mlp_ratio=ratio)
 
 
-def _transformer_sizes(state: Mapping[str, Tensor], prefix: str, head_width: int) -> dict:  # layers, width, mlp_ratio
+def _transformer_sizes(
+    state: Mapping[str, Tensor], prefix: str, head_width: int
+) -> dict:  # layers, width, mlp_ratio
     "Sizes of one tower as open_clip's configurations say them"
     block, layers = f"{prefix}transformer.resblocks.", _layers(state, prefix)
     rows = {len(state[f"{block}{i}.attn.in_proj_bias"]) for i in layers}
     if any(r % (3 * head_width) for r in rows):
-        raise ValueError(f"no heads of {head_width} channels fit into attention of {max(rows) // 3}: a configuration must say their width")
+        raise ValueError(
+            f"no heads of {head_width} channels fit into attention of {max(rows) // 3}: a configuration "
+            "must say their width"
+        )
     neurons = {len(state[f"{block}{i}.mlp.c_fc.bias"]) for i in layers}
     width, inner = len(state[_WIDTH_OF["image" if prefix else "text"]]), max(rows) // 3
     if rows == {3 * width} and len(neurons) == 1 and neurons != {0}:
@@ -238,9 +268,14 @@ def _transformer_sizes(state: Mapping[str, Tensor], prefix: str, head_width: int
 
 def _resnet_sizes(state: Mapping[str, Tensor]) -> dict:
     "Sizes of a ModifiedResNet image tower"
-    stages = [len({n.split(".")[2] for n in state if n.startswith(f"visual.layer{stage}.")}) for stage in (1, 2, 3, 4)]
+    stages = [
+        len({n.split(".")[2] for n in state if n.startswith(f"visual.layer{stage}.")})
+        for stage in (1, 2, 3, 4)
+    ]
     grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-    return dict(image_size=32 * grid, layers=stages, width=len(state["visual.layer1.0.conv1.weight"]), patch_size=None)
+    return dict(
+        image_size=32 * grid, layers=stages, width=len(state["visual.layer1.0.conv1.weight"]), patch_size=None
+    )
 
 # %% ../nbs/library/05_published.ipynb #98fb96d0
 def config_of(
@@ -248,33 +283,55 @@ def config_of(
     head_width: int = 64,  # channels of one head in both towers
 ) -> dict:  # open_clip configuration
     "The configuration of a CLIP, read off the sizes of its weights"
-    lacking = [n for n in ("ln_final.weight", "text_projection", "token_embedding.weight", "positional_embedding") if n not in state]
+    lacking = [
+        n
+        for n in ("ln_final.weight", "text_projection", "token_embedding.weight", "positional_embedding")
+        if n not in state
+    ]
     if lacking or not {"visual.proj", "visual.attnpool.positional_embedding"} & set(state):
-        raise ValueError(f"these are not the weights of a CLIP with a ViT or a ResNet: {', '.join(lacking) or 'no image tower'} missing")
+        raise ValueError(
+            "these are not the weights of a CLIP with a ViT or a ResNet: "
+            f"{', '.join(lacking) or 'no image tower'} missing"
+        )
     text = _transformer_sizes(state, "", head_width)
     if "visual.proj" in state:
         patch, places = state["visual.conv1.weight"].shape[-1], len(state["visual.positional_embedding"]) - 1
         if math.isqrt(places) ** 2 != places:
             raise ValueError(f"{places} patches are no square: a configuration must say the image size")
-        vision = dict(image_size=patch * math.isqrt(places), **_transformer_sizes(state, "visual.", head_width), patch_size=patch)
+        vision = dict(
+            image_size=patch * math.isqrt(places),
+            **_transformer_sizes(state, "visual.", head_width),
+            patch_size=patch,
+        )
     else:
         vision = _resnet_sizes(state)
     vision |= {} if head_width == 64 else dict(head_width=head_width)
-    text |= dict(context_length=len(state["positional_embedding"]), vocab_size=len(state["token_embedding.weight"]))
+    text |= dict(
+        context_length=len(state["positional_embedding"]), vocab_size=len(state["token_embedding.weight"])
+    )
     text["heads"] = text["width"] // head_width
     return dict(embed_dim=state["text_projection"].shape[1], vision_cfg=vision, text_cfg=text)
 
 # %% ../nbs/library/05_published.ipynb #7bcd487a
 _RENAMED = {
-    "text_model.encoder.layers.": "transformer.resblocks.", "vision_model.encoder.layers.": "visual.transformer.resblocks.",
-    ".self_attn.": ".attn.", ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.", ".mlp.fc2.": ".mlp.c_proj.",
-    "text_model.embeddings.token_embedding.": "token_embedding.", "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.", "vision_model.post_layernorm.": "visual.ln_post.",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    ".self_attn.": ".attn.",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+    "text_model.embeddings.token_embedding.": "token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
     "text_model.final_layer_norm.": "ln_final.",
-    "vision_model.embeddings.class_embedding": "visual.class_embedding", "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection",
-}  # fmt: skip
+    "visual_projection.weight": "visual.proj",
+    "text_projection.weight": "text_projection",
+}
 
 
 def from_clip_model(
@@ -291,14 +348,20 @@ def from_clip_model(
         parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
         if all(part in renamed for part in parts):
             merged = torch.cat([renamed.pop(part) for part in parts])
-            renamed[name.replace("q_proj.weight", "in_proj_weight").replace("q_proj.bias", "in_proj_bias")] = merged
+            renamed[
+                name.replace("q_proj.weight", "in_proj_weight").replace("q_proj.bias", "in_proj_bias")
+            ] = merged
     return renamed
 
 # %% ../nbs/library/05_published.ipynb #b2feeb86
 def is_clip_model(folder: str | Path) -> bool:  # need not exist
     "Whether a folder holds a model in the layout of transformers' CLIPModel, and not one of open_clip"
     said = _json(Path(folder) / "config.json")
-    return said.get("model_type") == "clip" and "vision_config" in said and not (Path(folder) / "open_clip_config.json").exists()
+    return (
+        said.get("model_type") == "clip"
+        and "vision_config" in said
+        and not (Path(folder) / "open_clip_config.json").exists()
+    )
 
 
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg"}
@@ -312,7 +375,9 @@ def is_open_clip(folder: str | Path) -> bool:  # need not exist
 
 def _sizes(tower) -> dict:
     "Sizes of one tower of a CLIPConfig"
-    return dict(layers=tower.num_hidden_layers, width=tower.hidden_size) | _mlp_ratio(tower.hidden_size, tower.intermediate_size)
+    return dict(layers=tower.num_hidden_layers, width=tower.hidden_size) | _mlp_ratio(
+        tower.hidden_size, tower.intermediate_size
+    )
 
 
 def read_config(folder: str | Path) -> dict:  # open_clip configuration
@@ -325,7 +390,12 @@ def read_config(folder: str | Path) -> dict:  # open_clip configuration
     vision = dict(image_size=image.image_size, **_sizes(image), patch_size=image.patch_size)
     if (head_width := image.hidden_size // image.num_attention_heads) != 64:
         vision["head_width"] = head_width
-    words = dict(context_length=text.max_position_embeddings, vocab_size=text.vocab_size, **_sizes(text), heads=text.num_attention_heads)
+    words = dict(
+        context_length=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        **_sizes(text),
+        heads=text.num_attention_heads,
+    )
     if text.eos_token_id not in (2, text.vocab_size - 1):
         words |= dict(pool_type="eos", eos_id=text.eos_token_id)
     gelu = dict(quick_gelu=True) if text.hidden_act == "quick_gelu" else {}
@@ -336,10 +406,17 @@ def _refuse_unlike(folder: str | Path, image, text) -> None:
     "What a CLIPConfig may say and open_clip cannot"
     acts = {image.hidden_act, text.hidden_act}
     if len(acts) > 1 or not acts <= {"gelu", "quick_gelu"}:
-        raise ValueError(f"{folder}: hidden_act must be gelu or quick_gelu, the same in both towers, not {' and '.join(sorted(acts))}")
+        raise ValueError(
+            f"{folder}: hidden_act must be gelu or quick_gelu, the same in both towers, not "
+            f"{' and '.join(sorted(acts))}"
+        )
     if (epsilons := {image.layer_norm_eps, text.layer_norm_eps}) != {1e-5}:
         raise ValueError(f"{folder}: layer_norm_eps must be 1e-05, not {max(epsilons - {1e-5})}")
-    if image.num_channels != 3 or not isinstance(image.image_size, int) or not isinstance(image.patch_size, int):
+    if (
+        image.num_channels != 3
+        or not isinstance(image.image_size, int)
+        or not isinstance(image.patch_size, int)
+    ):
         raise ValueError(f"{folder}: images must be square and of three channels")
     if not isinstance(text.eos_token_id, int):
         raise ValueError(f"{folder}: eos_token_id must be one number, not {text.eos_token_id}")
@@ -351,21 +428,35 @@ def read_preprocessing(
 ) -> dict:  # "size", "mean", "std", "interpolation", "resize_mode" as open_clip names them; what goes unsaid is missing
     "What preprocessor_config.json says about pictures"
     folder = Path(folder)
-    said = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get("image_processor", {})
+    said = _json(folder / "preprocessor_config.json") or _json(folder / "processor_config.json").get(
+        "image_processor", {}
+    )
     height, width, mode = _edges(said["size"]) if "size" in said else (*_both(image_size), "shortest")
     sides = _both(image_size)
-    crop = (_edges(said["crop_size"])[:2] if "crop_size" in said else sides) if said.get("do_center_crop", True) else None
-    plain = said.get("do_resize", True) and said.get("do_rescale", True) and math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255)
+    crop = (
+        (_edges(said["crop_size"])[:2] if "crop_size" in said else sides)
+        if said.get("do_center_crop", True)
+        else None
+    )
+    plain = (
+        said.get("do_resize", True)
+        and said.get("do_rescale", True)
+        and math.isclose(said.get("rescale_factor", 1 / 255), 1 / 255)
+    )
     fits = (height, width) == sides and (crop == sides or crop is None and mode == "squash")
     if not plain or not fits:
         form = f"squares of {sides[0]} pixels" if sides[0] == sides[1] else f"{sides[0]}×{sides[1]} pixels"
-        raise ValueError(f"{folder}: pictures must become {form}, divided by 255; the preprocessor says otherwise")
+        raise ValueError(
+            f"{folder}: pictures must become {form}, divided by 255; the preprocessor says otherwise"
+        )
     ways = {2: "bilinear", 3: "bicubic"}
     if said.get("resample", 3) not in ways:
         raise ValueError(f"{folder}: resample={said['resample']} is neither 2 (bilinear) nor 3 (bicubic)")
     normal = said if said.get("do_normalize", True) else dict(image_mean=[0.0] * 3, image_std=[1.0] * 3)
     settings = dict(size=image_size, interpolation=ways[said.get("resample", 3)], resize_mode=mode)
-    return settings | {name: list(normal[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in normal}
+    return settings | {
+        name: list(normal[f"image_{name}"]) for name in ("mean", "std") if f"image_{name}" in normal
+    }
 
 
 def _both(size: int | Sequence[int]) -> tuple[int, int]:  # height, width
@@ -391,7 +482,10 @@ def own_tokenizer(
     folder = Path(folder)
     words = _json(folder / "tokenizer.json").get("model", {}).get("vocab") or _json(folder / "vocab.json")
     if not words and vocab_size != _CLIP_WORDS:
-        raise ValueError(f"a vocabulary of {vocab_size} is not CLIP's ({_CLIP_WORDS}): its tokenizer.json must lie in {folder}")
+        raise ValueError(
+            f"a vocabulary of {vocab_size} is not CLIP's ({_CLIP_WORDS}): its tokenizer.json must lie in "
+            f"{folder}"
+        )
     if not words or not isinstance(words, dict):
         return folder if words else None
     plain = {word: number for word, number in words.items() if number < _CLIP_WORDS - 2}
@@ -406,9 +500,28 @@ def _clips_entries() -> dict[str, int]:
     return {word: number for word, number in SimpleTokenizer().encoder.items() if number < _CLIP_WORDS - 2}
 
 # %% ../nbs/library/05_published.ipynb #c42fa46e
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")  # the first is taken
-_OPEN_CLIP_WEIGHTS = tuple(f"{start}{name}" for start in ("open_clip_", "open_clip_pytorch_", "") for name in (
-    "model.safetensors", "model.safetensors.index.json", "model.bin", "model.bin.index.json", "model.pth", "model.pt")) + _WEIGHTS
+# the first is taken
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_OPEN_CLIP_WEIGHTS = (
+    tuple(
+        f"{start}{name}"
+        for start in ("open_clip_", "open_clip_pytorch_", "")
+        for name in (
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "model.bin",
+            "model.bin.index.json",
+            "model.pth",
+            "model.pt",
+        )
+    )
+    + _WEIGHTS
+)
 
 
 @dataclass(frozen=True)
@@ -418,13 +531,15 @@ class Checkpoint:
     state: dict[str, Tensor]  # weights by open_clip's names, float32
     config: dict  # open_clip configuration
     preprocess: dict  # how it differs from open_clip's own preprocessing
-    tokenizer: Path | None  # folder of its own tokenizer; None: CLIP's, or the one that the configuration names
+    # folder of its own tokenizer; None: CLIP's, or the one that the configuration names
+    tokenizer: Path | None
     cut: bool = False  # whether layers may be smaller than the configuration says
 
 
 def read_checkpoint(
     source: str | Path,  # a file, or a folder in the layout of CLIPModel or of open_clip
-    config: Mapping | None = None,  # of a file: a configuration, or "model_cfg" and "preprocess_cfg"; None: as said above
+    # of a file: a configuration, or "model_cfg" and "preprocess_cfg"; None: as said above
+    config: Mapping | None = None,
 ) -> Checkpoint:
     "Weights, configuration, preprocessing and tokenizer of a published model"
     source = Path(source)
@@ -433,7 +548,9 @@ def read_checkpoint(
     if not source.is_dir():
         return _read_file(source, config)
     if is_open_clip(source):
-        return _read_file(_weights_in(source, _OPEN_CLIP_WEIGHTS), read_beside(source / "open_clip_model.safetensors"))
+        return _read_file(
+            _weights_in(source, _OPEN_CLIP_WEIGHTS), read_beside(source / "open_clip_model.safetensors")
+        )
     weights, config = _weights_in(source, _WEIGHTS), read_config(source)
     tokenizer = own_tokenizer(source, config["text_cfg"]["vocab_size"])
     preprocess = read_preprocessing(source, config["vision_cfg"]["image_size"])
@@ -475,14 +592,18 @@ def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
     weights, beside, known = read_weights(file), read_beside(file), dict(config or {})
     if any(name.startswith("visual_encoder.") for name in weights):
         raise ValueError(
-            f"{file} is one of Salesforce's BLIPs: vlkd_lab.fusion.load_blip reads it, and train_dlip takes it"
+            f"{file} is one of Salesforce's BLIPs: vlkd_lab.fusion.load_blip reads it, and train_dlip takes "
+            "it"
         )
     known = known if "model_cfg" in known else dict(model_cfg=known, preprocess_cfg={})
     is_release = file.stem in RELEASES or any(part in _TOWERS for name in weights for part in name.split("."))
     model = dict(known["model_cfg"] if is_release and config else known["model_cfg"] | beside["model_cfg"])
     if not model and not is_release:
-        raise ValueError(f"{file} does not say its activation and the width of its heads: put its configuration beside it, as "
-                         f"{file.with_suffix('.json').name}")  # fmt: skip
+        raise ValueError(
+            f"{file} does not say its activation and the width of its heads: put its configuration beside "
+            "it, as "
+            f"{file.with_suffix('.json').name}"
+        )
     state = from_official(weights)
     cut = not model or any([model.pop("mask_image", False), model.pop("mask_text", False)])
     model = model or config_of(state)
@@ -561,7 +682,14 @@ def _fetch_weights(repository: str) -> None:
         return
 
 # %% ../nbs/library/05_published.ipynb #b11ae592
-_SMALL = ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_SMALL = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def fetch_repository(repository: str) -> Path:  # a folder in the layout of CLIPModel
@@ -574,7 +702,8 @@ def fetch_repository(repository: str) -> Path:  # a folder in the layout of CLIP
         _fetch_weights(repository)
     except (EntryNotFoundError, OSError) as problem:
         raise FileNotFoundError(
-            f"the hub's {repository} is neither in the local cache nor within reach. Where there is a network, run\n"
+            f"the hub's {repository} is neither in the local cache nor within reach. Where there is a "
+            "network, run\n"
             f"    hf download {repository} --local-dir FOLDER\nand give that folder instead of the name"
         ) from problem
     for name in _SMALL:

@@ -56,7 +56,9 @@ class _Source:
     def __init__(self, text: str):
         self.tree, self.lines = ast.parse(text), text.encode().splitlines()
         tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-        self.comments = {t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT}
+        self.comments = {
+            t.start[0]: t.string.lstrip("# ").rstrip() for t in tokens if t.type == tokenize.COMMENT
+        }
 
     def written(self, node: ast.AST | None) -> str:
         "The node as it is written, on one line and without comments"
@@ -65,7 +67,11 @@ class _Source:
         lines = self.lines[node.lineno - 1 : node.end_lineno]
         lines[-1] = lines[-1][: node.end_col_offset]
         lines[0] = lines[0][node.col_offset :]
-        return " ".join(line.decode().split("  #")[0].strip() for line in lines).replace("( ", "(").replace(",)", ")")
+        return (
+            " ".join(line.decode().split("  #")[0].strip() for line in lines)
+            .replace("( ", "(")
+            .replace(",)", ")")
+        )
 
 # %% ../nbs/library/31_reference.ipynb #39ab48a9
 def _arguments(source: _Source, node: ast.FunctionDef) -> Iterator[tuple[str, ast.arg, ast.expr | None]]:
@@ -83,11 +89,18 @@ def _arguments(source: _Source, node: ast.FunctionDef) -> Iterator[tuple[str, as
 
 def _parameters(source: _Source, node: ast.FunctionDef) -> tuple[Parameter, ...]:
     "Its parameters; a comment belongs to the one that ends alone on its line, unless what is returned ends there too"
-    found = [(stars, one, default) for stars, one, default in _arguments(source, node) if one.arg not in ("self", "cls")]
+    found = [
+        (stars, one, default)
+        for stars, one, default in _arguments(source, node)
+        if one.arg not in ("self", "cls")
+    ]
     ends = [(default or one).end_lineno for _, one, default in found]
     taken = node.returns.end_lineno if node.returns else 0
     meanings = [source.comments.get(end, "") if ends.count(end) == 1 and end != taken else "" for end in ends]
-    texts = [(stars + one.arg, source.written(one.annotation), source.written(default)) for stars, one, default in found]
+    texts = [
+        (stars + one.arg, source.written(one.annotation), source.written(default))
+        for stars, one, default in found
+    ]
     return tuple(Parameter(*text, meaning) for text, meaning in zip(texts, meanings, strict=True))
 
 # %% ../nbs/library/31_reference.ipynb #c25d6daf
@@ -104,7 +117,9 @@ def _function(source: _Source, node: ast.FunctionDef, kind: str = "function") ->
     signature = _signature(node.name, parameters, node.args.kwonlyargs[0].arg if alone else "")
     returns = None
     if node.returns and source.written(node.returns) != "None":
-        returns = Parameter("", source.written(node.returns), "", source.comments.get(node.returns.end_lineno, ""))
+        returns = Parameter(
+            "", source.written(node.returns), "", source.comments.get(node.returns.end_lineno, "")
+        )
     if any(source.written(one) in ("property", "cached_property") for one in node.decorator_list):
         kind, signature = "property", node.name
     summary = (ast.get_docstring(node) or "").split("\n")[0]
@@ -116,7 +131,10 @@ def _field(source: _Source, node: ast.AnnAssign) -> Parameter:
     if isinstance(value, ast.Call) and source.written(value.func) == "parameter" and len(value.args) > 1:
         said = [ast.literal_eval(one) for one in value.args[1:3] if isinstance(one, ast.Constant)]
         checks = [one.value for one in value.keywords if one.arg is None and isinstance(one.value, ast.Call)]
-        spoken = [(source.written(one.func).strip("_").replace("_", " "), ", ".join(map(source.written, one.args))) for one in checks]
+        spoken = [
+            (source.written(one.func).strip("_").replace("_", " "), ", ".join(map(source.written, one.args)))
+            for one in checks
+        ]
         words = [f"{check} {given}" for check, given in spoken if given]
         value, meaning = value.args[0], "; ".join([*said, *words])
     return Parameter(name, source.written(node.annotation), source.written(value), meaning)
@@ -125,12 +143,16 @@ def _field(source: _Source, node: ast.AnnAssign) -> Parameter:
 def _class(source: _Source, node: ast.ClassDef) -> Entry:
     functions = [one for one in node.body if isinstance(one, ast.FunctionDef)]
     made = next((one for one in functions if one.name == "__init__"), None)
-    fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not one.target.id.startswith("_")]
+    fields = [
+        one for one in node.body if isinstance(one, ast.AnnAssign) and not one.target.id.startswith("_")
+    ]
     given = _parameters(source, made) if made else tuple(_field(source, one) for one in fields)
     methods = tuple(_function(source, one, "method") for one in functions if not one.name.startswith("_"))
     summary = (ast.get_docstring(node) or "").split("\n")[0]
     bases = tuple(source.written(one) for one in node.bases)
-    return Entry(node.name, "class", _signature(node.name, given), summary, given, None, bases, methods, node.lineno)
+    return Entry(
+        node.name, "class", _signature(node.name, given), summary, given, None, bases, methods, node.lineno
+    )
 
 # %% ../nbs/library/31_reference.ipynb #946e1a4a
 def _values(source: _Source, node: ast.Assign | ast.AnnAssign) -> Iterator[Entry]:
@@ -139,7 +161,9 @@ def _values(source: _Source, node: ast.Assign | ast.AnnAssign) -> Iterator[Entry
     for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
         several = isinstance(target, ast.Tuple)
         names = target.elts if several else [target]
-        values = node.value.elts if several and isinstance(node.value, ast.Tuple) else [node.value] * len(names)
+        values = (
+            node.value.elts if several and isinstance(node.value, ast.Tuple) else [node.value] * len(names)
+        )
         for one, value in zip(names, values, strict=True):
             if isinstance(one, ast.Name):
                 given = Parameter("", kind, source.written(value), meaning)
@@ -174,7 +198,8 @@ def _linked(code: str, link: Callable[[str], str | None]) -> str:
         return f'<a href="{html.escape(target)}">{word[0]}</a>' if target else word[0]
 
     pieces = [html.escape(one, quote=False) for one in re.split(r"(\"[^\"]*\"|'[^']*')", code)]
-    shown = [one if k % 2 else re.sub(r"\b(?<!&)[A-Za-z_]\w*\b", place, one) for k, one in enumerate(pieces)]  # in quotes it is text
+    # in quotes it is text
+    shown = [one if k % 2 else re.sub(r"\b(?<!&)[A-Za-z_]\w*\b", place, one) for k, one in enumerate(pieces)]
     return f"<code>{''.join(shown)}</code>" if code else ""
 
 # %% ../nbs/library/31_reference.ipynb #d0aad3bc
@@ -221,7 +246,9 @@ def entry_html(
         parts.append(f"<p>Built on {', '.join(_linked(one, link) for one in entry.bases)}</p>")
     parts.append(_rows(entry, link))
     if entry.methods:
-        parts.append(f'<dl class="methods">{"".join(_method(one, entry.name, link) for one in entry.methods)}</dl>')
+        parts.append(
+            f'<dl class="methods">{"".join(_method(one, entry.name, link) for one in entry.methods)}</dl>'
+        )
     return f'<div class="entry">{"".join(parts)}</div>'
 
 
@@ -268,7 +295,9 @@ def _front_matter(source: str, page: str) -> tuple[str, str]:
     "A first cell's front matter, and the rest of it"
     found = re.match(r"# (?P<title>.+)\n+> (?P<line>.+)\n?", source)
     if not found:
-        raise ValueError(f"{page} must open with a title and a line that begins with >, not with {source[:40]!r}")
+        raise ValueError(
+            f"{page} must open with a title and a line that begins with >, not with {source[:40]!r}"
+        )
     words = {"title": found["title"], "description": found["line"], "output-file": page}
     lines = [f"{name}: '" + value.replace("'", "''") + "'" for name, value in words.items()]
     return "\n".join(["---", *lines, "---"]), source[found.end() :].strip("\n")
@@ -288,8 +317,14 @@ class WebsitePage:
     def link(self, name: str) -> str | None:
         "Where a name is described, seen from the folder of the library's pages; the page's own module comes first"
         own = self.page.removesuffix(".html")
-        module = next((m for m in sorted(self.library, key=lambda m: m != own) if name in self.library[m]), None)
-        return None if module is None or self.library[module][name].kind == "value" else f"{module}.html#{name.lower()}"
+        module = next(
+            (m for m in sorted(self.library, key=lambda m: m != own) if name in self.library[m]), None
+        )
+        return (
+            None
+            if module is None or self.library[module][name].kind == "value"
+            else f"{module}.html#{name.lower()}"
+        )
 
     def begin(self) -> None:
         "Make the page; nbdev calls it once"
@@ -311,7 +346,12 @@ class WebsitePage:
         if not directives.keys() & {"export", "exports", "exporti"}:
             return [cell]
         entries = {} if "exporti" in directives else read_entries(cell.source)
-        shown = [mk_cell(f"### {name}\n\n{entry_html(entry, self.link)}", "markdown") for name, entry in entries.items()]
-        defined = [one.name for one in ast.parse(cell.source).body if isinstance(one, ast.FunctionDef | ast.ClassDef)]
+        shown = [
+            mk_cell(f"### {name}\n\n{entry_html(entry, self.link)}", "markdown")
+            for name, entry in entries.items()
+        ]
+        defined = [
+            one.name for one in ast.parse(cell.source).body if isinstance(one, ast.FunctionDef | ast.ClassDef)
+        ]
         about = ", ".join(dict.fromkeys([*entries, *defined])) or "imports and settings"
         return [*shown, mk_cell(f'#| code-fold: true\n#| code-summary: "Source: {about}"\n{cell.source}')]

@@ -200,7 +200,9 @@ class RunStopped(Exception):
 # %% ../nbs/library/17_runs.ipynb #87de7140
 def memory_in_use() -> int:  # bytes
     "What PyTorch holds on the GPU if this process uses one, else the process's resident memory"
-    return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else psutil.Process().memory_info().rss
+    return (
+        torch.cuda.memory_allocated() if torch.cuda.is_initialized() else psutil.Process().memory_info().rss
+    )
 
 # %% ../nbs/library/17_runs.ipynb #3ad6287d
 class RunWriter(Run):
@@ -212,7 +214,10 @@ class RunWriter(Run):
         if not _take_lock(self._lock, 0.5):
             self._lock.close()
             pid = read_json(self.folder / "status.json", {}).get("process")
-            raise RuntimeError(f"{self.folder} is being written by another process (id {pid}): watch it with Run, or choose another `out`")
+            raise RuntimeError(
+                f"{self.folder} is being written by another process (id {pid}): watch it with Run, or "
+                "choose another `out`"
+            )
         self.set_status(state="running", process=os.getpid(), error=None, traceback=None)
         return self
 
@@ -250,7 +255,9 @@ def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:
     "Write stage/checkpoint.pt whole; `state` may hold tensors, numbers, strings, lists and dicts"
     folder = run.folder / stage
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({**state, "metric_lines": _line_count(run.folder / "metrics.jsonl")}, folder / ".checkpoint.pt")
+    torch.save(
+        {**state, "metric_lines": _line_count(run.folder / "metrics.jsonl")}, folder / ".checkpoint.pt"
+    )
     os.replace(folder / ".checkpoint.pt", folder / "checkpoint.pt")
 
 
@@ -287,11 +294,14 @@ def rewind(
 def begin(
     run: Run,
     config: Mapping[str, Any],  # what goes into config.json
-    free: Sequence[str] = (),  # entries that may differ when a run is continued, such as "versions" or "parameters.workers"
+    # entries that may differ when a run is continued, such as "versions" or "parameters.workers"
+    free: Sequence[str] = (),
     grows: Sequence[str] = (),  # entries that may become larger
-    same: Mapping[str, str] = {},  # entries that may differ while another one does not: "parameters.data" -> "data.fingerprint"
+    # entries that may differ while another one does not: "parameters.data" -> "data.fingerprint"
+    same: Mapping[str, str] = {},
     defaults: Mapping[str, Any] = {},  # what entries are in a config.json that is older than they
-    on_change: Callable[[dict[str, list]], None] = lambda changes: None,  # called with name -> [old, new] before they are written
+    # called with name -> [old, new] before they are written
+    on_change: Callable[[dict[str, list]], None] = lambda changes: None,
 ) -> bool:  # whether an earlier start is continued
     "Write config.json, or check that this start goes on with what the folder already holds"
     config, old = to_json(config), run.config()
@@ -301,7 +311,9 @@ def begin(
     changes = _differences(to_json(defaults) | _flat(old), _flat(config), free=("continued",))
     refused = [name for name in changes if not _may_change(name, changes, free, grows, same)]
     if refused:
-        lines = "; ".join(f"{k}: it has {_short(changes[k][0])}, asked for {_short(changes[k][1])}" for k in refused[:4])
+        lines = "; ".join(
+            f"{k}: it has {_short(changes[k][0])}, asked for {_short(changes[k][1])}" for k in refused[:4]
+        )
         more = ", ".join(f"{name} may only grow" for name in refused if name in grows)
         hint = "choose another `out`, or delete the folder"
         raise ValueError(f"{run.folder} holds another run ({lines}): {more + ', or ' if more else ''}{hint}")
@@ -313,7 +325,9 @@ def begin(
     return True
 
 # %% ../nbs/library/17_runs.ipynb #0fc56856
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str]) -> dict[str, list]:  # name -> [old, new]
+def _differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str]
+) -> dict[str, list]:  # name -> [old, new]
     "Entries that are not what they were"
     names = [name for name in {**old, **new} if name.partition(".")[0] not in free]
     return {name: [old.get(name), new.get(name)] for name in names if old.get(name) != new.get(name)}
@@ -333,7 +347,12 @@ def _may_change(
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     "One level of nesting as dotted names"
-    inner = {f"{k}.{name}": v for k, part in config.items() if isinstance(part, Mapping) for name, v in part.items()}
+    inner = {
+        f"{k}.{name}": v
+        for k, part in config.items()
+        if isinstance(part, Mapping)
+        for name, v in part.items()
+    }
     return {k: v for k, v in config.items() if not isinstance(v, Mapping)} | inner
 
 
@@ -366,7 +385,11 @@ def role_of(run: Run, stage: str) -> str:
 
 def finished_students(run: Run) -> list[str]:  # stages, the last one last
     "Those whose student is finished; baselines are none"
-    return [stage for stage, role in stage_roles(run).items() if role != "baseline" and (run.folder / stage / "done.json").exists()]
+    return [
+        stage
+        for stage, role in stage_roles(run).items()
+        if role != "baseline" and (run.folder / stage / "done.json").exists()
+    ]
 
 
 def _stages_begun(run: Run) -> list[str]:
@@ -432,17 +455,24 @@ def thinned(values: np.ndarray, most: int = 300) -> np.ndarray:  # at most `most
         return values
     values = np.asarray(values, dtype=float)
     first, known = np.arange(most) * len(values) // most, ~np.isnan(values)
-    sums, counts = np.add.reduceat(np.where(known, values, 0.0), first), np.add.reduceat(known.astype(int), first)
+    sums, counts = (
+        np.add.reduceat(np.where(known, values, 0.0), first),
+        np.add.reduceat(known.astype(int), first),
+    )
     return np.divide(sums, counts, out=np.full(most, np.nan), where=counts > 0)
 
 # %% ../nbs/library/17_runs.ipynb #4afd3760
-def in_effect(events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:  # by name of the control; empty before any change
+def in_effect(
+    events: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:  # by name of the control; empty before any change
     "What the control events of a run, taken together, have changed"
     values: dict[str, Any] = {}
     for event in events:
         if event.get("event") == "control":
             merged = values.get("weights", {}) | event.get("weights", {})
-            values |= {name: event[name] for name in IN_MID_RUN if name in event} | ({"weights": merged} if merged else {})
+            values |= {name: event[name] for name in IN_MID_RUN if name in event} | (
+                {"weights": merged} if merged else {}
+            )
     return values
 
 # %% ../nbs/library/17_runs.ipynb #bba041e8
@@ -470,7 +500,11 @@ def write_snapshot(path: Path, arrays: Mapping[str, Tensor], labels: Mapping[str
     "Small named tensors on the CPU, with labels, as one whole file"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    save_file({k: v.contiguous() for k, v in arrays.items()}, beside, metadata={"labels": json.dumps(to_json(labels))})
+    save_file(
+        {k: v.contiguous() for k, v in arrays.items()},
+        beside,
+        metadata={"labels": json.dumps(to_json(labels))},
+    )
     os.replace(beside, path)
 
 
@@ -492,7 +526,9 @@ def newest_snapshot(run: Run) -> tuple[dict[str, np.ndarray], dict] | None:
     return read_snapshot(path) if path.exists() else None
 
 
-def kept_snapshots(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
+def kept_snapshots(
+    run: Run,
+) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
     "The snapshots of a run that stay"
     found = [(path, _read_labels(path)) for path in (run.folder / "snapshots" / "kept").glob("*.safetensors")]
     return sorted(found, key=lambda snapshot: snapshot[1]["time"])
@@ -538,7 +574,10 @@ def _to_host(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[
     tensors = {name: tensor.detach() for name, tensor in arrays.items()}
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return {name: tensor.clone() for name, tensor in tensors.items()}, lambda wait=False: True
-    host = {name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for name, t in tensors.items()}
+    host = {
+        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+        for name, t in tensors.items()
+    }
     event = torch.cuda.Event()
     event.record()
     return host, lambda wait=False: event.synchronize() is None if wait else event.query()
@@ -553,5 +592,7 @@ def find_run(
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
     found = [Path(folder)] if folder else [path.parent for path in Path(runs).glob("*/config.json")]
     if not found:
-        raise FileNotFoundError(f"there is no run under {runs} yet: train_tinyclip.ipynb makes one, or name a folder")
+        raise FileNotFoundError(
+            f"there is no run under {runs} yet: train_tinyclip.ipynb makes one, or name a folder"
+        )
     return Run(max(found, key=lambda path: max(file.stat().st_mtime for file in path.glob("*.json*"))))

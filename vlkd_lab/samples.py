@@ -38,33 +38,70 @@ __all__ = ['VERSION', 'KINDS', 'COLOURS', 'COLOUR_WORDS', 'SIZES', 'TEXTURES', '
 VERSION = 1  # of the generator; raise it when the same seed gives other samples
 
 KINDS = {  # shape -> words for it; the order is the rank under a long tail
-    "circle": ("circle", "disc"), "star": ("star",), "house": ("house", "hut"), "fish": ("fish",), "heart": ("heart",),
-    "square": ("square", "box"), "tree": ("tree", "fir"), "moon": ("moon", "crescent"), "cross": ("cross", "plus"),
+    "circle": ("circle", "disc"),
+    "star": ("star",),
+    "house": ("house", "hut"),
+    "fish": ("fish",),
+    "heart": ("heart",),
+    "square": ("square", "box"),
+    "tree": ("tree", "fir"),
+    "moon": ("moon", "crescent"),
+    "cross": ("cross", "plus"),
     "boat": ("boat", "ship"),
-    "triangle": ("triangle",), "flower": ("flower", "blossom"), "ring": ("ring", "hoop"), "arrow": ("arrow",), "cat": ("cat",),
-    "diamond": ("diamond",), "cup": ("cup", "mug"), "bolt": ("bolt", "flash"), "drop": ("drop",), "hexagon": ("hexagon",),
-}  # fmt: skip
+    "triangle": ("triangle",),
+    "flower": ("flower", "blossom"),
+    "ring": ("ring", "hoop"),
+    "arrow": ("arrow",),
+    "cat": ("cat",),
+    "diamond": ("diamond",),
+    "cup": ("cup", "mug"),
+    "bolt": ("bolt", "flash"),
+    "drop": ("drop",),
+    "hexagon": ("hexagon",),
+}
 COLOURS = {  # colour -> RGB
-    "red": (208, 36, 40), "orange": (242, 134, 28), "yellow": (246, 214, 48), "green": (44, 150, 62), "blue": (38, 84, 204),
-    "purple": (128, 56, 168), "pink": (246, 140, 178), "brown": (124, 76, 40), "black": (30, 30, 34), "white": (244, 244, 240),
-    "grey": (132, 134, 138), "cyan": (56, 204, 214),
-}  # fmt: skip
+    "red": (208, 36, 40),
+    "orange": (242, 134, 28),
+    "yellow": (246, 214, 48),
+    "green": (44, 150, 62),
+    "blue": (38, 84, 204),
+    "purple": (128, 56, 168),
+    "pink": (246, 140, 178),
+    "brown": (124, 76, 40),
+    "black": (30, 30, 34),
+    "white": (244, 244, 240),
+    "grey": (132, 134, 138),
+    "cyan": (56, 204, 214),
+}
 COLOUR_WORDS = {name: (name,) for name in COLOURS}
 COLOUR_WORDS |= {"purple": ("purple", "violet"), "pink": ("pink", "rosy"), "cyan": ("cyan", "turquoise")}
 SIZES = {"small": ("small", "little", "tiny"), "large": ("large", "big")}
-TEXTURES = {"plain": ("plain",), "striped": ("striped", "stripy"), "dotted": ("dotted", "spotted"), "checked": ("checked", "checkered")}
+TEXTURES = {
+    "plain": ("plain",),
+    "striped": ("striped", "stripy"),
+    "dotted": ("dotted", "spotted"),
+    "checked": ("checked", "checkered"),
+}
 COUNTS = {1: ("one",), 2: ("two",), 3: ("three",)}
 RELATIONS = {  # where the first shape is, seen from the second -> phrases
-    "left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
-    "above": ("above", "over"), "below": ("below", "under"),
-}  # fmt: skip
+    "left": ("left of", "to the left of"),
+    "right": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 SETTINGS = {  # ground -> phrases
-    "grass": ("on the grass", "in a meadow"), "sea": ("on the sea", "in the water"), "sand": ("on the sand", "in the desert"),
-    "night": ("at night", "in the night sky"), "snow": ("in the snow", "on snow"), "bricks": ("on a brick wall", "in front of bricks"),
-    "tiles": ("on a tiled floor", "on tiles"), "sunset": ("at sunset", "in the evening sky"), "paper": ("on lined paper", "on a page"),
+    "grass": ("on the grass", "in a meadow"),
+    "sea": ("on the sea", "in the water"),
+    "sand": ("on the sand", "in the desert"),
+    "night": ("at night", "in the night sky"),
+    "snow": ("in the snow", "on snow"),
+    "bricks": ("on a brick wall", "in front of bricks"),
+    "tiles": ("on a tiled floor", "on tiles"),
+    "sunset": ("at sunset", "in the evening sky"),
+    "paper": ("on lined paper", "on a page"),
     "wood": ("on a wooden table", "on planks"),
-}  # fmt: skip
+}
 
 # %% ../nbs/library/02_samples.ipynb #ac1bac8c
 @dataclass(frozen=True)
@@ -142,9 +179,11 @@ def _layout(chance: random.Random, count: int) -> list[tuple[float, float]]:  # 
 
 # %% ../nbs/library/02_samples.ipynb #ed07cec7
 RADII = {  # (size, whether it is the main shape) -> range of the radius, share of the side
-    ("small", True): (0.155, 0.165), ("small", False): (0.135, 0.145),
-    ("large", True): (0.23, 0.245), ("large", False): (0.19, 0.2),
-}  # fmt: skip
+    ("small", True): (0.155, 0.165),
+    ("small", False): (0.135, 0.145),
+    ("large", True): (0.23, 0.245),
+    ("large", False): (0.19, 0.2),
+}
 
 
 def _kinds(chance: random.Random, count: int, tail: float) -> list[str]:
@@ -175,7 +214,19 @@ def make_scene(
         size = main_size if i == 0 or main_size == "small" else _pick(chance, list(SIZES))
         radius = _between(chance, *RADII[size, i == 0])
         tint = tuple(int(_between(chance, -16, 17)) for _ in range(3))
-        things.append(Thing(kind, colour, size, _pick(chance, list(TEXTURES)), x, y, radius, _between(chance, -0.08, 0.08), tint))
+        things.append(
+            Thing(
+                kind,
+                colour,
+                size,
+                _pick(chance, list(TEXTURES)),
+                x,
+                y,
+                radius,
+                _between(chance, -0.08, 0.08),
+                tint,
+            )
+        )
     light, noise, grain = _between(chance, 0.72, 1.2), _between(chance, 2, 12), int(chance.random() * 2**48)
     return Scene(_pick(chance, list(SETTINGS)), tuple(things), light, noise, grain)
 
@@ -200,26 +251,51 @@ def _round(radius: float, x: float = 0.0, y: float = 0.0, points: int = 24) -> n
 def _heart(points: int = 36) -> np.ndarray:
     "The curve x = sin³ a, y = (13 cos a − 5 cos 2a − 2 cos 3a − cos 4a) / 16"
     a = np.linspace(0, 2 * np.pi, points + 1)
-    return np.stack([np.sin(a) ** 3, -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16 - 0.08], axis=1)
+    return np.stack(
+        [
+            np.sin(a) ** 3,
+            -(13 * np.cos(a) - 5 * np.cos(2 * a) - 2 * np.cos(3 * a) - np.cos(4 * a)) / 16 - 0.08,
+        ],
+        axis=1,
+    )
 
 
 def _moon(points: int = 22) -> np.ndarray:
     "A crescent: an outer arc, and back along an inner one"
-    outer, inner = np.linspace(0.25 * np.pi, 1.75 * np.pi, points), np.linspace(1.66 * np.pi, 0.34 * np.pi, points)
-    loop = [(0.15 + np.cos(a), np.sin(a)) for a in outer] + [(0.48 + 0.76 * np.cos(a), 0.86 * np.sin(a)) for a in inner]
+    outer, inner = (
+        np.linspace(0.25 * np.pi, 1.75 * np.pi, points),
+        np.linspace(1.66 * np.pi, 0.34 * np.pi, points),
+    )
+    loop = [(0.15 + np.cos(a), np.sin(a)) for a in outer] + [
+        (0.48 + 0.76 * np.cos(a), 0.86 * np.sin(a)) for a in inner
+    ]
     return np.array(loop + loop[:1])
 
 # %% ../nbs/library/02_samples.ipynb #9ecb999b
-OUTLINES: dict[str, tuple[np.ndarray, ...]] = {  # kind -> closed loops (points, 2); the first is filled, the others are holes
+# kind -> closed loops (points, 2); the first is filled, the others are holes
+OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_round(0.9, points=32),),
     "star": (_polar(lambda a: np.where(np.round(a / (np.pi / 5)) % 2 == 0, 1.08, 0.44), 10) + (0, 0.08),),
-    "house": (_corners("0,-100 100,-15 75,-15 75,90 -75,90 -75,-15 -100,-15"), _corners("-18,90 -18,35 22,35 22,90")),
-    "fish": (_corners("-100,0 -70,-36 -20,-55 25,-40 52,-10 100,-55 85,0 100,55 52,10 25,40 -20,55 -70,36"), _round(0.13, -0.55, -0.1, 8)),
+    "house": (
+        _corners("0,-100 100,-15 75,-15 75,90 -75,90 -75,-15 -100,-15"),
+        _corners("-18,90 -18,35 22,35 22,90"),
+    ),
+    "fish": (
+        _corners("-100,0 -70,-36 -20,-55 25,-40 52,-10 100,-55 85,0 100,55 52,10 25,40 -20,55 -70,36"),
+        _round(0.13, -0.55, -0.1, 8),
+    ),
     "heart": (_heart(),),
     "square": (_corners("-78,-78 78,-78 78,78 -78,78"),),
-    "tree": (_corners("0,-105 50,-45 25,-45 70,10 38,10 88,65 18,65 18,100 -18,100 -18,65 -88,65 -38,10 -70,10 -25,-45 -50,-45"),),
+    "tree": (
+        _corners(
+            "0,-105 50,-45 25,-45 70,10 38,10 88,65 18,65 18,100 -18,100 -18,65 -88,65 -38,10 -70,10 "
+            "-25,-45 -50,-45"
+        ),
+    ),
     "moon": (_moon() - (0.12, 0),),
-    "cross": (_corners("-32,-95 32,-95 32,-32 95,-32 95,32 32,32 32,95 -32,95 -32,32 -95,32 -95,-32 -32,-32"),),
+    "cross": (
+        _corners("-32,-95 32,-95 32,-32 95,-32 95,32 32,32 32,95 -32,95 -32,32 -95,32 -95,-32 -32,-32"),
+    ),
     "boat": (_corners("-8,-105 70,20 8,20 8,38 100,38 65,88 -65,88 -100,38 -8,38 -8,20 -60,20"),),
     "triangle": (_corners("0,-95 95,78 -95,78"),),
     "flower": (_polar(lambda a: 0.76 + 0.26 * np.cos(6 * a), 60), _round(0.24, points=12)),
@@ -227,14 +303,18 @@ OUTLINES: dict[str, tuple[np.ndarray, ...]] = {  # kind -> closed loops (points,
     "arrow": (_corners("-100,-28 10,-28 10,-80 100,0 10,80 10,28 -100,28"),),
     "cat": (
         _corners("-85,-100 -35,-58 35,-58 85,-100 92,-5 78,45 45,78 0,88 -45,78 -78,45 -92,-5"),
-        _round(0.15, -0.38, 0, 8), _round(0.15, 0.38, 0, 8),
+        _round(0.15, -0.38, 0, 8),
+        _round(0.15, 0.38, 0, 8),
     ),
     "diamond": (_corners("0,-108 66,0 0,108 -66,0"),),
-    "cup": (_corners("-85,-75 50,-75 50,-50 85,-50 100,-35 100,20 85,38 48,42 38,85 -72,85"), _corners("52,-25 74,-25 74,10 51,16")),
+    "cup": (
+        _corners("-85,-75 50,-75 50,-50 85,-50 100,-35 100,20 85,38 48,42 38,85 -72,85"),
+        _corners("52,-25 74,-25 74,10 51,16"),
+    ),
     "bolt": (_corners("-5,-105 55,-105 20,-30 62,-30 -35,108 -8,10 -52,10"),),
     "drop": (_corners("0,-110 30,-52 58,-2 68,35 58,68 32,92 0,100 -32,92 -58,68 -68,35 -58,-2 -30,-52"),),
     "hexagon": (_polar(lambda a: 0.98 + 0 * a, 6),),
-}  # fmt: skip
+}
 
 # %% ../nbs/library/02_samples.ipynb #3d39d965
 def _speckle(u: np.ndarray, stretch: tuple[int, int]) -> np.ndarray:
@@ -251,17 +331,38 @@ def _joints(u: np.ndarray, v: np.ndarray, width: float, height: float, shift: fl
     return ((v % height < 0.025) | ((u + row * shift) % width < 0.025)).astype(float)
 
 
-GROUNDS: dict[str, tuple[tuple, tuple, Callable]] = {  # setting -> two RGB colours and the pattern that blends them
+# setting -> two RGB colours and the pattern that blends them
+GROUNDS: dict[str, tuple[tuple, tuple, Callable]] = {
     "grass": ((92, 148, 58), (150, 196, 96), lambda u, v: _speckle(u, (9, 2))),
-    "sea": ((58, 124, 176), (132, 190, 222), lambda u, v: 0.5 + 0.5 * np.sin(2 * np.pi * (7 * v + 0.22 * np.sin(2 * np.pi * 2.5 * u)))),
-    "sand": ((214, 180, 118), (238, 216, 164), lambda u, v: (_speckle(u, (2, 2)) + np.sin(2 * np.pi * (3 * u + 5 * v)) ** 2) / 2),
+    "sea": (
+        (58, 124, 176),
+        (132, 190, 222),
+        lambda u, v: 0.5 + 0.5 * np.sin(2 * np.pi * (7 * v + 0.22 * np.sin(2 * np.pi * 2.5 * u))),
+    ),
+    "sand": (
+        (214, 180, 118),
+        (238, 216, 164),
+        lambda u, v: (_speckle(u, (2, 2)) + np.sin(2 * np.pi * (3 * u + 5 * v)) ** 2) / 2,
+    ),
     "night": ((22, 24, 58), (236, 232, 200), lambda u, v: (_speckle(u, (3, 3)) > 0.98) * 0.9 + 0.08 * v),
-    "snow": ((222, 230, 240), (252, 253, 255), lambda u, v: (_speckle(u, (3, 3)) > 0.6) * 0.7 + 0.3 * np.sin(2 * np.pi * (u + 2 * v)) ** 2),
-    "bricks": ((168, 92, 74), (214, 198, 186), lambda u, v: np.maximum(_joints(u, v, 0.25, 0.125, 0.125), 0.25 * _speckle(u, (2, 4)))),
+    "snow": (
+        (222, 230, 240),
+        (252, 253, 255),
+        lambda u, v: (_speckle(u, (3, 3)) > 0.6) * 0.7 + 0.3 * np.sin(2 * np.pi * (u + 2 * v)) ** 2,
+    ),
+    "bricks": (
+        (168, 92, 74),
+        (214, 198, 186),
+        lambda u, v: np.maximum(_joints(u, v, 0.25, 0.125, 0.125), 0.25 * _speckle(u, (2, 4))),
+    ),
     "tiles": ((150, 156, 164), (204, 210, 214), lambda u, v: (np.floor(u * 6) + np.floor(v * 6)) % 2),
     "sunset": ((250, 178, 96), (142, 78, 132), lambda u, v: np.clip(1.3 - v, 0, 1)),
     "paper": ((250, 246, 228), (150, 176, 214), lambda u, v: (v % 0.11 < 0.018).astype(float)),
-    "wood": ((166, 120, 78), (110, 72, 42), lambda u, v: np.maximum(u % 0.22 < 0.02, 0.5 * _speckle(u, (24, 2)))),
+    "wood": (
+        (166, 120, 78),
+        (110, 72, 42),
+        lambda u, v: np.maximum(u % 0.22 < 0.02, 0.5 * _speckle(u, (24, 2))),
+    ),
 }
 
 
@@ -286,13 +387,22 @@ def _marks(texture: str, side: int) -> Image.Image:  # (side, side) 255 where th
     return Image.fromarray(np.uint8(255 * on))
 
 
-def _tones(thing: Thing) -> tuple[tuple, tuple, tuple]:  # RGB of the body, of the texture's marks, of the outline
+def _tones(
+    thing: Thing,
+) -> tuple[tuple, tuple, tuple]:  # RGB of the body, of the texture's marks, of the outline
     "The colours one shape is painted with"
-    body = tuple(min(255, max(0, channel + tint)) for channel, tint in zip(COLOURS[thing.colour], thing.tint, strict=True))
+    body = tuple(
+        min(255, max(0, channel + tint))
+        for channel, tint in zip(COLOURS[thing.colour], thing.tint, strict=True)
+    )
     light = 0.3 * body[0] + 0.59 * body[1] + 0.11 * body[2]
     if light > 110:
         return body, tuple(int(0.45 * c) for c in body), (26, 26, 30)
-    return body, tuple(int(0.4 * c + 0.6 * 255) for c in body), (26, 26, 30) if light > 60 else (226, 226, 222)
+    return (
+        body,
+        tuple(int(0.4 * c + 0.6 * 255) for c in body),
+        (26, 26, 30) if light > 60 else (226, 226, 222),
+    )
 
 
 def _paint(canvas: Image.Image, thing: Thing) -> None:
@@ -333,7 +443,9 @@ def render(
 ) -> Image.Image:  # RGB
     "The picture of a scene"
     if size < 16:
-        raise ValueError(f"size is {size}: a picture needs at least 16 pixels a side for its shapes to be told apart")
+        raise ValueError(
+            f"size is {size}: a picture needs at least 16 pixels a side for its shapes to be told apart"
+        )
     side, chance = 2 * size, _random("render", scene.grain)
     left, top = int(chance.random() * size), int(chance.random() * size)
     canvas = _ground(scene.setting, side).crop((left, top, left + side, top + side))
@@ -341,26 +453,44 @@ def render(
     for thing in reversed(scene.things):
         _paint(canvas, thing)
     pixels = np.asarray(canvas.reduce(2), np.float32) * np.float32(scene.light)
-    film = np.random.Generator(np.random.PCG64(scene.grain)).standard_normal((size, size, 1), dtype=np.float32)
+    film = np.random.Generator(np.random.PCG64(scene.grain)).standard_normal(
+        (size, size, 1), dtype=np.float32
+    )
     return Image.fromarray(np.clip(pixels + film * np.float32(scene.noise), 0, 255).astype(np.uint8))
 
 # %% ../nbs/library/02_samples.ipynb #325730b2
-PHRASINGS = {  # shapes in the scene -> sentences of noun phrases {main} {other} {third}, ground {where}, relation {rel} {inverse}
+# shapes in the scene -> sentences of noun phrases {main} {other} {third}, ground {where}, relation {rel} {inverse}
+PHRASINGS = {
     1: (
-        "{main} {where}", "{where} there is {main}", "a picture of {main} {where}", "{main} alone {where}",
-        "one shape {where}, {main}", "a drawing of {main}", "{bare} {where}, it is {size} and {texture}",
+        "{main} {where}",
+        "{where} there is {main}",
+        "a picture of {main} {where}",
+        "{main} alone {where}",
+        "one shape {where}, {main}",
+        "a drawing of {main}",
+        "{bare} {where}, it is {size} and {texture}",
     ),
     2: (
-        "{main} {rel} {other} {where}", "{other} {inverse} {main} {where}", "{where} there is {main} {rel} {other}",
-        "a picture of {main} and {other} {where}", "two shapes {where}, {main} {rel} {other}", "{main} {rel} {other}",
-        "two shapes {where}, the biggest is {main}", "{bare} {rel} {other}, it is {size} and {texture}",
+        "{main} {rel} {other} {where}",
+        "{other} {inverse} {main} {where}",
+        "{where} there is {main} {rel} {other}",
+        "a picture of {main} and {other} {where}",
+        "two shapes {where}, {main} {rel} {other}",
+        "{main} {rel} {other}",
+        "two shapes {where}, the biggest is {main}",
+        "{bare} {rel} {other}, it is {size} and {texture}",
     ),
     3: (
-        "{main} {rel} {other} {where}", "{other} {inverse} {main} {where}", "{where} there is {main} {rel} {other}",
-        "{main} with {other} and {third} {where}", "three shapes {where}, {main} {rel} {other}", "{main} {rel} {other}",
-        "three shapes {where}, the biggest is {main}", "{main}, {other} and {third}",
+        "{main} {rel} {other} {where}",
+        "{other} {inverse} {main} {where}",
+        "{where} there is {main} {rel} {other}",
+        "{main} with {other} and {third} {where}",
+        "three shapes {where}, {main} {rel} {other}",
+        "{main} {rel} {other}",
+        "three shapes {where}, the biggest is {main}",
+        "{main}, {other} and {third}",
     ),
-}  # fmt: skip
+}
 
 # %% ../nbs/library/02_samples.ipynb #7969a727
 def _article(noun: str) -> str:
@@ -388,17 +518,30 @@ def caption(
     return _pick(chance, PHRASINGS[len(things)]).format(
         **dict(zip(("main", "other", "third"), nouns, strict=False)),
         bare=_article(f"{things[0].colour} {_pick(chance, KINDS[things[0].kind])}"),
-        size=_pick(chance, SIZES[things[0].size]), texture=_pick(chance, TEXTURES[things[0].texture]),
-        where=_pick(chance, SETTINGS[scene.setting]), rel=_pick(chance, RELATIONS[relation]),
+        size=_pick(chance, SIZES[things[0].size]),
+        texture=_pick(chance, TEXTURES[things[0].texture]),
+        where=_pick(chance, SETTINGS[scene.setting]),
+        rel=_pick(chance, RELATIONS[relation]),
         inverse=_pick(chance, RELATIONS[OPPOSITE[relation]]),
-    )  # fmt: skip
+    )
 
 # %% ../nbs/library/02_samples.ipynb #3f18a300
-def read_caption(text: str) -> dict[str, set[str]]:  # "kinds", "colours", "sizes", "textures", "settings" -> keys that the words name
+def read_caption(
+    text: str,
+) -> dict[str, set[str]]:  # "kinds", "colours", "sizes", "textures", "settings" -> keys that the words name
     "What a caption mentions, read back with the tables that wrote it"
-    tables = {"kinds": KINDS, "colours": COLOUR_WORDS, "sizes": SIZES, "textures": TEXTURES, "settings": SETTINGS}
+    tables = {
+        "kinds": KINDS,
+        "colours": COLOUR_WORDS,
+        "sizes": SIZES,
+        "textures": TEXTURES,
+        "settings": SETTINGS,
+    }
     padded = f" {text.replace(',', ' ')} "
-    return {part: {key for key, words in table.items() if any(f" {word} " in padded for word in words)} for part, table in tables.items()}
+    return {
+        part: {key for key, words in table.items() if any(f" {word} " in padded for word in words)}
+        for part, table in tables.items()
+    }
 
 # %% ../nbs/library/02_samples.ipynb #f87df80f
 @dataclass(frozen=True)
@@ -424,9 +567,17 @@ def _first(table: dict) -> tuple[str, ...]:
 def _prompts(*forms: str, count: int = 24) -> tuple[str, ...]:
     "Templates in the captions' own words: `slot` becomes {}, everything else runs through what it could be, to average out"
     kinds, sizes, settings, relations = (_first(t) for t in (KINDS, SIZES, SETTINGS, RELATIONS))
-    turns = {"size": (sizes, 1), "texture": (tuple(TEXTURES), 3), "colour": (tuple(COLOURS), 5), "kind": (kinds, 7)}
+    turns = {
+        "size": (sizes, 1),
+        "texture": (tuple(TEXTURES), 3),
+        "colour": (tuple(COLOURS), 5),
+        "kind": (kinds, 7),
+    }
     turns |= {"other": (kinds, 11), "where": (settings, 3), "relation": (relations, 1)}
-    rows = ({name: words[(i + i // len(words)) * step % len(words)] for name, (words, step) in turns.items()} for i in range(count))
+    rows = (
+        {name: words[(i + i // len(words)) * step % len(words)] for name, (words, step) in turns.items()}
+        for i in range(count)
+    )
     return tuple(dict.fromkeys(forms[i % len(forms)].format(**row, slot="{}") for i, row in enumerate(rows)))
 
 # %% ../nbs/library/02_samples.ipynb #53f1fc52
@@ -434,7 +585,11 @@ HEADLINE = "colour"  # the label set that shards carry as `cls`
 LABEL_SETS: dict[str, LabelSet] = {
     "kind": LabelSet(
         _first(KINDS),
-        _prompts("a drawing of a {size} {texture} {colour} {slot}", "a {size} {texture} {slot} {where}", "{where} there is a {slot}"),
+        _prompts(
+            "a drawing of a {size} {texture} {colour} {slot}",
+            "a {size} {texture} {slot} {where}",
+            "{where} there is a {slot}",
+        ),
         _labels(list(KINDS), lambda s: s.things[0].kind),
     ),
     "colour": LabelSet(
@@ -458,7 +613,9 @@ LABEL_SETS: dict[str, LabelSet] = {
 LABEL_SETS |= {
     "setting": LabelSet(
         _first(SETTINGS),
-        _prompts("a {size} {texture} {colour} {kind} {slot}", "a {colour} {kind} {relation} a {other} {slot}"),
+        _prompts(
+            "a {size} {texture} {colour} {kind} {slot}", "a {colour} {kind} {relation} a {other} {slot}"
+        ),
         _labels(list(SETTINGS), lambda s: s.setting),
     ),
     "count": LabelSet(
@@ -468,12 +625,18 @@ LABEL_SETS |= {
     ),
     "relation": LabelSet(
         _first(RELATIONS),
-        _prompts("a {size} {texture} {colour} {kind} {slot} a {other}", "a {colour} {kind} {slot} a {other} {where}"),
+        _prompts(
+            "a {size} {texture} {colour} {kind} {slot} a {other}",
+            "a {colour} {kind} {slot} a {other} {where}",
+        ),
         _labels(list(RELATIONS), lambda s: s.relation),
     ),
     "second kind": LabelSet(
         _first(KINDS),
-        _prompts("a {size} {texture} {colour} {kind} {relation} a {slot}", "a {colour} {kind} {relation} a {slot} {where}"),
+        _prompts(
+            "a {size} {texture} {colour} {kind} {relation} a {slot}",
+            "a {colour} {kind} {relation} a {slot} {where}",
+        ),
         _labels(list(KINDS), lambda s: s.things[1].kind if len(s.things) > 1 else None),
     ),
 }
@@ -491,7 +654,9 @@ class QA:
 def questions(scene: Scene) -> list[QA]:
     "What can be asked about a scene, with the answers"
     main, word = scene.things[0], KINDS[scene.things[0].kind][0]
-    absent = _pick(_random("absent", scene.grain), [kind for kind in KINDS if kind not in {t.kind for t in scene.things}])
+    absent = _pick(
+        _random("absent", scene.grain), [kind for kind in KINDS if kind not in {t.kind for t in scene.things}]
+    )
     asked = [
         QA(f"what colour is the {KINDS[thing.kind][0]}?", thing.colour, "colour") for thing in scene.things
     ] + [
@@ -501,16 +666,24 @@ def questions(scene: Scene) -> list[QA]:
         QA(f"is there {_article(word)}?", "yes", "existence"),
         QA(f"is there {_article(KINDS[absent][0])}?", "no", "existence"),
         QA("where is it?", SETTINGS[scene.setting][0], "setting"),
-    ]  # fmt: skip
+    ]
     if scene.relation:
         other = KINDS[scene.things[1].kind][0]
-        asked.append(QA(f"is the {word} left of, right of, above or below the {other}?", RELATIONS[scene.relation][0], "relation"))
+        asked.append(
+            QA(
+                f"is the {word} left of, right of, above or below the {other}?",
+                RELATIONS[scene.relation][0],
+                "relation",
+            )
+        )
     return asked
 
 # %% ../nbs/library/02_samples.ipynb #1fc92870
 def _noise(image: Image.Image, chance: random.Random) -> Image.Image:
     pixels = np.asarray(image, np.float32)
-    film = np.random.Generator(np.random.PCG64(int(chance.random() * 2**48))).standard_normal(pixels.shape, dtype=np.float32)
+    film = np.random.Generator(np.random.PCG64(int(chance.random() * 2**48))).standard_normal(
+        pixels.shape, dtype=np.float32
+    )
     return Image.fromarray(np.clip(pixels + 42 * film, 0, 255).astype(np.uint8))
 
 
@@ -545,7 +718,11 @@ def _jpeg(image: Image.Image, chance: random.Random) -> Image.Image:
 
 
 def _turned(image: Image.Image, chance: random.Random) -> Image.Image:
-    turned = image.rotate(_between(chance, 18, 32) * _pick(chance, (-1, 1)), Image.Resampling.BILINEAR, fillcolor=(127, 127, 127))
+    turned = image.rotate(
+        _between(chance, 18, 32) * _pick(chance, (-1, 1)),
+        Image.Resampling.BILINEAR,
+        fillcolor=(127, 127, 127),
+    )
     return turned
 
 
@@ -557,9 +734,15 @@ def encode(image: Image.Image, quality: int = 88) -> bytes:
 
 
 SHIFTS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
-    "noise": _noise, "blur": _blur, "faint": _faint, "sketch": _sketch,
-    "grey": _grey, "covered": _covered, "jpeg": _jpeg, "turned": _turned,
-}  # fmt: skip
+    "noise": _noise,
+    "blur": _blur,
+    "faint": _faint,
+    "sketch": _sketch,
+    "grey": _grey,
+    "covered": _covered,
+    "jpeg": _jpeg,
+    "turned": _turned,
+}
 
 # %% ../nbs/library/02_samples.ipynb #53bc15f1
 def near_duplicate(image: Image.Image, chance: random.Random) -> Image.Image:
@@ -601,7 +784,11 @@ def make_sample(
     if shift is not None:
         image = SHIFTS[shift](image, chance)
     labels = {key: labels.label(scene) for key, labels in LABEL_SETS.items()}
-    about = {"cls": labels[HEADLINE], "labels": labels, "questions": [[qa.question, qa.answer, qa.type] for qa in questions(scene)]}
+    about = {
+        "cls": labels[HEADLINE],
+        "labels": labels,
+        "questions": [[qa.question, qa.answer, qa.type] for qa in questions(scene)],
+    }
     about |= {"duplicate_of": None if source is None else f"{source:08d}"}
     return Sample(f"{index:08d}", image, caption(scene, variant=index if source is not None else 0), about)
 
@@ -624,7 +811,9 @@ def _write_shard(folder: Path, shard: int, indices: range, quality: int, given: 
             _add(tar, f"{sample.key}.txt", sample.caption.encode())
             _add(tar, f"{sample.key}.json", json.dumps(sample.about, separators=(",", ":")).encode())
     os.replace(beside, path)
-    path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": len(indices), "successes": len(indices)}) + "\n")
+    path.with_name(f"{path.stem}_stats.json").write_text(
+        json.dumps({"count": len(indices), "successes": len(indices)}) + "\n"
+    )
     return path
 
 # %% ../nbs/library/02_samples.ipynb #0f481dce
@@ -642,17 +831,25 @@ def write_shards(
     quality: int = 88,  # of the JPEGs
 ) -> list[Path]:  # the shards
     "Samples 0 to count − 1 of a split as WebDataset shards in img2dataset's layout, with classes.txt and templates.txt"
-    folder, given = Path(folder), dict(seed=seed, split=split, size=size, shift=shift, duplicates=duplicates, tail=tail)
+    folder, given = (
+        Path(folder),
+        dict(seed=seed, split=split, size=size, shift=shift, duplicates=duplicates, tail=tail),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     make_sample(0, **given)
-    for name, lines in (("classes", LABEL_SETS[HEADLINE].names), ("templates", LABEL_SETS[HEADLINE].templates)):
+    for name, lines in (
+        ("classes", LABEL_SETS[HEADLINE].names),
+        ("templates", LABEL_SETS[HEADLINE].templates),
+    ):
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     parts = [range(k, min(k + per_shard, count)) for k in range(0, count, per_shard)]
     jobs = [(folder, shard, part, quality, given) for shard, part in enumerate(parts)]
     if workers <= 1:
         return [_write_shard(*job) for job in tqdm(jobs, desc=f"{split} shards", disable=len(jobs) < 4)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(tqdm(pool.map(_write_shard, *zip(*jobs, strict=True)), total=len(jobs), desc=f"{split} shards"))
+        return list(
+            tqdm(pool.map(_write_shard, *zip(*jobs, strict=True)), total=len(jobs), desc=f"{split} shards")
+        )
 
 # %% ../nbs/library/02_samples.ipynb #98cd85a9
 def _made_once(folder: Path, write: Callable[[Path], object]) -> Path:  # the folder
@@ -684,7 +881,9 @@ def cached_shards(
     special = f"-duplicates{duplicates:g}" * bool(duplicates) + f"-tail{tail:g}" * bool(tail)
     folder = Path(cache or cache_folder() / "scenes") / f"{split}-{count}-seed{seed}{special}-v{VERSION}"
     workers = 1 if count < 2000 else workers or min(os.cpu_count() or 1, 8)
-    options = dict(per_shard=max(1, min(1000, count // 16)), duplicates=duplicates, tail=tail, workers=workers)
+    options = dict(
+        per_shard=max(1, min(1000, count // 16)), duplicates=duplicates, tail=tail, workers=workers
+    )
     return _made_once(folder, lambda beside: write_shards(beside, count, seed, split, **options))
 
 # %% ../nbs/library/02_samples.ipynb #e4b10ba4
@@ -697,7 +896,9 @@ def write_sentences(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(caption(make_scene(index, f"sentences/{seed}"), variant=index) + "\n" for index in range(count))
+        file.writelines(
+            caption(make_scene(index, f"sentences/{seed}"), variant=index) + "\n" for index in range(count)
+        )
     return path
 
 
@@ -723,7 +924,10 @@ def shipped(
         return inside or root / name
     folder = cache_folder() / f"data_samples-v{VERSION}"
     if not folder.exists():
-        print(f"data_samples/{parts[1]} is not here: scenes and sentences are generated into {folder}", file=sys.stderr)
+        print(
+            f"data_samples/{parts[1]} is not here: scenes and sentences are generated into {folder}",
+            file=sys.stderr,
+        )
     return _made_once(folder, write_shipped).joinpath(*parts[1:])
 
 # %% ../nbs/library/02_samples.ipynb #95c15136
@@ -737,12 +941,16 @@ def show_scenes(
     import matplotlib.pyplot as plt
 
     rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.5 * columns, 2.1 * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.5 * columns, 2.1 * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample in zip(axes.flat, samples, strict=False):
         axis.imshow(sample.image)
         words = "\n".join(textwrap.wrap(sample.caption, 24))
-        axis.text(0.5, -0.05, words, fontsize=7, ha="center", va="top", parse_math=False, transform=axis.transAxes)
+        axis.text(
+            0.5, -0.05, words, fontsize=7, ha="center", va="top", parse_math=False, transform=axis.transAxes
+        )
     plt.close(figure)
     return figure

@@ -40,13 +40,41 @@ def write_whole(path: str | Path, text: str) -> None:
 
 # %% ../nbs/library/03_sources.ipynb #ee7ae564
 PICTURES = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".tif", ".tiff", ".bmp",
-    ".gif", ".ppm", ".pgm",
-)  # fmt: skip
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".avif",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".ppm",
+    ".pgm",
+)
 UNREAD = (
-    ".heic", ".heif", ".hif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef",
-    ".arw", ".raf", ".eps", ".ico", ".tga", ".exr", ".hdr",
-)  # fmt: skip
+    ".heic",
+    ".heif",
+    ".hif",
+    ".jxl",
+    ".jp2",
+    ".j2k",
+    ".svg",
+    ".psd",
+    ".dng",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".raf",
+    ".eps",
+    ".ico",
+    ".tga",
+    ".exr",
+    ".hdr",
+)
 IMAGE_FIELDS = tuple(ending[1:] for ending in (*PICTURES, *UNREAD))  # the preferred first
 TEXT_FIELDS = ("txt", "json", "cls")
 FIELDS = frozenset((*IMAGE_FIELDS, *TEXT_FIELDS))
@@ -234,17 +262,27 @@ def _kept(folder: Path, ending: str, stamp: Any) -> list[Path] | None:
     "The parts that were made before, if they are all there and nothing has changed since"
     paths = sorted(folder.glob(f"*{ending}"))
     said = [read_part(path, whole=False) for path in paths]
-    return paths if said and all(about.get("stamp") == stamp and about.get("parts") == len(paths) for about in said) else None
+    return (
+        paths
+        if said and all(about.get("stamp") == stamp and about.get("parts") == len(paths) for about in said)
+        else None
+    )
 
 # %% ../nbs/library/03_sources.ipynb #43c5c692
 def read_part(path: Path, whole: bool = True) -> dict:  # the fields of a Part, and the stamp of its source
     "What a part's file says; ValueError if it is damaged"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        return about | {"part": Part(**{k: v for k, v in about.items() if k not in ("stamp", "parts")})} if whole else about
+        return (
+            about | {"part": Part(**{k: v for k, v in about.items() if k not in ("stamp", "parts")})}
+            if whole
+            else about
+        )
     except (OSError, ValueError, TypeError) as error:
         if whole:
-            raise ValueError(f"{path}: no part of a text file or folder ({str(error).splitlines()[0]})") from None
+            raise ValueError(
+                f"{path}: no part of a text file or folder ({str(error).splitlines()[0]})"
+            ) from None
         return {}
 
 # %% ../nbs/library/03_sources.ipynb #d335cff9
@@ -269,10 +307,18 @@ def _check_encoding(source: Path) -> None:
     "ValueError for a file that begins as one of another encoding than UTF-8, or as a compressed one"
     with open(source, "rb") as file:
         start = file.read(4)
-    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+    marks = {
+        codecs.BOM_UTF32_LE: "UTF-32",
+        codecs.BOM_UTF32_BE: "UTF-32",
+        codecs.BOM_UTF16_LE: "UTF-16",
+        codecs.BOM_UTF16_BE: "UTF-16",
+    }
     for mark, encoding in marks.items():
         if start.startswith(mark):
-            raise ValueError(f"{source} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8")
+            raise ValueError(
+                f"{source} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t "
+                "UTF-8"
+            )
     if start.startswith(b"\x1f\x8b"):
         raise ValueError(f"{source} is compressed: unpack it, for example with gunzip -k")
 
@@ -386,7 +432,9 @@ def _picture_part(source: Path, name: str, files: Sequence) -> Part:
     digest = hashlib.sha256()
     for path, size, _ in files:
         _add_file(digest, source, path, size)
-    return Part(str(source), name, len(files), sum(size for _, size, _ in files), digest.hexdigest(), files=files)
+    return Part(
+        str(source), name, len(files), sum(size for _, size, _ in files), digest.hexdigest(), files=files
+    )
 
 # %% ../nbs/library/03_sources.ipynb #89fea074
 def pairs_below(
@@ -479,13 +527,36 @@ def _pair_part(source: Path, folder: Path, name: str, rows: Sequence[dict]) -> P
 # %% ../nbs/library/03_sources.ipynb #55404988
 TABLES = (".csv", ".tsv")
 PICTURE_COLUMNS = (
-    "filepath", "file_path", "image_path", "img_path", "image", "img", "picture", "path", "file", "filename",
-    "file_name", "image_file", "image_filename", "image_name", "local_path",
-)  # fmt: skip
+    "filepath",
+    "file_path",
+    "image_path",
+    "img_path",
+    "image",
+    "img",
+    "picture",
+    "path",
+    "file",
+    "filename",
+    "file_name",
+    "image_file",
+    "image_filename",
+    "image_name",
+    "local_path",
+)
 CAPTION_COLUMNS = (
-    "caption", "captions", "title", "text", "txt", "sentence", "description", "comment", "alt_text",
-    "alt", "raw", "prompt",
-)  # fmt: skip
+    "caption",
+    "captions",
+    "title",
+    "text",
+    "txt",
+    "sentence",
+    "description",
+    "comment",
+    "alt_text",
+    "alt",
+    "raw",
+    "prompt",
+)
 CLASS_COLUMNS = ("cls", "class_index", "class_id", "class", "label_id", "label", "target")
 
 
@@ -552,7 +623,9 @@ def _table_values(
 
 # %% ../nbs/library/03_sources.ipynb #a138ab2a
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_PYTHON_LIST = re.compile(rf"\s*\[\s*(?:{_QUOTED})(?:\s*,\s*(?:{_QUOTED})|\s+(?:{_QUOTED}))*\s*,?\s*\]\s*", re.DOTALL)
+_PYTHON_LIST = re.compile(
+    rf"\s*\[\s*(?:{_QUOTED})(?:\s*,\s*(?:{_QUOTED})|\s+(?:{_QUOTED}))*\s*,?\s*\]\s*", re.DOTALL
+)
 
 
 def _captions_of(cell: str) -> list[str]:

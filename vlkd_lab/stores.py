@@ -24,7 +24,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import data
-from .data import Crops, DataReport, NoSample, ShardReport, View, inspect_shards, project_root, read_index, read_once, shards_in_name
+from vlkd_lab.data import (
+    Crops,
+    DataReport,
+    NoSample,
+    ShardReport,
+    View,
+    inspect_shards,
+    project_root,
+    read_index,
+    read_once,
+    shards_in_name,
+)
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
 from .sources import write_whole
@@ -46,7 +57,12 @@ class StoreKey:
     @property
     def name(self) -> str:
         "A folder's name"
-        short = re.sub(r"[^\w.-]+", "-", Path(self.teacher).name if "/" in self.teacher else self.teacher).strip("-") or "teacher"
+        short = (
+            re.sub(r"[^\w.-]+", "-", Path(self.teacher).name if "/" in self.teacher else self.teacher).strip(
+                "-"
+            )
+            or "teacher"
+        )
         return f"{short}-{hashlib.sha256((self.weights + self.view).encode()).hexdigest()[:12]}"
 
 
@@ -56,11 +72,21 @@ def store_key(vlm: VLM) -> StoreKey:
     for picture in (noise, noise[:, :97]):
         seen = vlm.preprocess(Image.fromarray(picture))
         digest.update(np.round(seen.numpy() * 100).astype(np.int32).tobytes())
-    digest.update(vlm.tokenizer(["a photo of a cat", "Two red stars, left of a house."]).numpy().astype(np.int64).tobytes())
+    digest.update(
+        vlm.tokenizer(["a photo of a cat", "Two red stars, left of a house."])
+        .numpy()
+        .astype(np.int64)
+        .tobytes()
+    )
     network = {side: vlm.config["model_cfg"].get(side) for side in ("vision_cfg", "text_cfg", "quick_gelu")}
-    network["text_cfg"] = {name: value for name, value in (network["text_cfg"] or {}).items() if "tokenizer" not in name}
-    digest.update(json.dumps([network, repr(vlm.config.get("towers"))], sort_keys=True).encode())  # the same weights with other heads
-    return StoreKey(vlm.name, state_digest(vlm.model), digest.hexdigest(), vlm.config["model_cfg"]["embed_dim"])
+    network["text_cfg"] = {
+        name: value for name, value in (network["text_cfg"] or {}).items() if "tokenizer" not in name
+    }
+    # the same weights with other heads
+    digest.update(json.dumps([network, repr(vlm.config.get("towers"))], sort_keys=True).encode())
+    return StoreKey(
+        vlm.name, state_digest(vlm.model), digest.hexdigest(), vlm.config["model_cfg"]["embed_dim"]
+    )
 
 # %% ../nbs/library/07_stores.ipynb #d87c676c
 SIDES = ("image", "text")
@@ -82,7 +108,10 @@ def _read_as(side: str) -> tuple[str, Crops | None]:  # "image" or "text"; the c
         return side, None
     if found := _CROP.fullmatch(side):
         return "image", Crops(float(found[1]), always=int(found[2]))
-    raise ValueError(f"no side {side!r}: there are image, text, and of numbered crops image-cropSCALE-NUMBER, such as image-crop0.5-0")
+    raise ValueError(
+        f"no side {side!r}: there are image, text, and of numbered crops image-cropSCALE-NUMBER, such as "
+        "image-crop0.5-0"
+    )
 
 
 @dataclass(frozen=True)
@@ -150,8 +179,16 @@ def _encode_side(vlm: VLM, shard: ShardReport, side: str, batch_size: int) -> Sh
     features = torch.cat(rows)
     if not features.isfinite().all():
         bad = keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
-        raise ValueError(f"{vlm.name}: the {side} features of {shard.name}/{bad} are not finite; a store of them would be worthless")
-    return ShardFeatures(tuple(keys), np.array(labels, dtype=np.int64), features.half().numpy(), np.array(captioned, dtype=bool))
+        raise ValueError(
+            f"{vlm.name}: the {side} features of {shard.name}/{bad} are not finite; a store of them would "
+            "be worthless"
+        )
+    return ShardFeatures(
+        tuple(keys),
+        np.array(labels, dtype=np.int64),
+        features.half().numpy(),
+        np.array(captioned, dtype=bool),
+    )
 
 # %% ../nbs/library/07_stores.ipynb #2caa2e12
 class FeatureStore:
@@ -161,10 +198,13 @@ class FeatureStore:
         self,
         report: DataReport,  # of the shards, or of indices of shards
         key: StoreKey,
-        where: str | Path = "",  # folder; empty: features/KEY beside the shards, or in .cache/features where that cannot be written
+        # folder; empty: features/KEY beside the shards, or in .cache/features where that cannot be written
+        where: str | Path = "",
     ):
         self.key, self.where, self._open = key, where and project_root() / where, OrderedDict()
-        self.shards = {shard.name: _source(shard) for shard in sorted(report.usable, key=lambda shard: shard.name)}
+        self.shards = {
+            shard.name: _source(shard) for shard in sorted(report.usable, key=lambda shard: shard.name)
+        }
         if not self.shards:
             raise ValueError("there is no usable shard whose features could be stored")
         _check_owner(self)
@@ -174,7 +214,10 @@ class FeatureStore:
         whole = self.shards[name][0]
         if self.where:
             return self.where / f"{whole.name}.{side}.safetensors"
-        places = [folder / self.key.name / f"{Path(whole.name).name}.{side}.safetensors" for folder in _beside(whole.path.parent)]
+        places = [
+            folder / self.key.name / f"{Path(whole.name).name}.{side}.safetensors"
+            for folder in _beside(whole.path.parent)
+        ]
         return next((path for path in places if path.exists()), places[0])
 
     def problem(self, name: str, side: str) -> str:
@@ -205,8 +248,12 @@ def _source(shard: ShardReport) -> tuple[ShardReport, set[str] | None]:
 
 def _beside(folder: Path) -> list[Path]:  # the best first
     "Where the features of a folder's shards may lie"
-    elsewhere = data.cache_folder() / "features" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    return [folder / "features", elsewhere] if os.access(folder, os.W_OK) else [elsewhere, folder / "features"]
+    elsewhere = (
+        data.cache_folder() / "features" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    )
+    return (
+        [folder / "features", elsewhere] if os.access(folder, os.W_OK) else [elsewhere, folder / "features"]
+    )
 
 
 def _check_owner(store: FeatureStore) -> None:
@@ -219,7 +266,8 @@ def _check_owner(store: FeatureStore) -> None:
         if (held["weights"], held["view"]) != (store.key.weights, store.key.view):
             raise ValueError(
                 f"{store.where} holds features of the teacher {held['teacher']} ({held['weights'][:12]}), "
-                f"not of {store.key.teacher} ({store.key.weights[:12]}): name another folder, or leave it empty"
+                f"not of {store.key.teacher} ({store.key.weights[:12]}): name another folder, or leave it "
+                "empty"
             )
 
 # %% ../nbs/library/07_stores.ipynb #be39a27f
@@ -266,7 +314,10 @@ def shard_features(
         return store._open[name, side]
     if problem := store.problem(name, side):
         path = store.path(name, side)
-        raise ValueError(f"{path}: the {side} features of {name} are {problem}; start the job again, which computes what is missing")
+        raise ValueError(
+            f"{path}: the {side} features of {name} are {problem}; start the job again, which computes what "
+            "is missing"
+        )
     found, kept = _read(store.path(name, side)), store.shards[name][1]
     if kept is not None:
         found = _chosen(found, [row for row, key in enumerate(found.keys) if key in kept])
@@ -278,7 +329,10 @@ def shard_features(
 
 def _chosen(found: ShardFeatures, rows: Sequence[int]) -> ShardFeatures:
     "Some rows of a shard"
-    return ShardFeatures(tuple(found.keys[row] for row in rows), *(a[list(rows)] for a in (found.labels, found.rows, found.captioned)))
+    return ShardFeatures(
+        tuple(found.keys[row] for row in rows),
+        *(a[list(rows)] for a in (found.labels, found.rows, found.captioned)),
+    )
 
 
 @dataclass(frozen=True)
@@ -305,7 +359,11 @@ def load(
     if captioned:
         parts = {name: _chosen(part, np.flatnonzero(part.captioned)) for name, part in parts.items()}
     keys = tuple(f"{name}/{key}" for name, part in parts.items() for key in part.keys)
-    return Stored(np.concatenate([p.rows for p in parts.values()]), np.concatenate([p.labels for p in parts.values()]), keys)
+    return Stored(
+        np.concatenate([p.rows for p in parts.values()]),
+        np.concatenate([p.labels for p in parts.values()]),
+        keys,
+    )
 
 # %% ../nbs/library/07_stores.ipynb #70c259a7
 def _first_rows(keys: Sequence[str]) -> dict[str, int]:
@@ -324,13 +382,24 @@ class StoredTeacher:
         texts: FeatureStore | None = None,  # of texts that belong to no image; None: `store` has them
         crop_scale: float = 1.0,  # of numbered crops
     ):
-        self.stores, self.scale, self.device = {"image": store, "text": texts or store}, scale.detach().to(device), device
+        self.stores, self.scale, self.device = (
+            {"image": store, "text": texts or store},
+            scale.detach().to(device),
+            device,
+        )
         self.crop_scale, self._places = crop_scale, {}
 
     def encode(self, batch: Batch) -> Features:  # (B, D) unit rows, and (M, D)
         "The teacher's features of a batch, by its keys"
         sides = crop_sides(self.crop_scale, max(batch.crops) + 1) if batch.crops else ("image",)
-        image = self._rows("image", zip(batch.keys, (sides[k] for k in batch.crops) if batch.crops else sides * len(batch), strict=True))
+        image = self._rows(
+            "image",
+            zip(
+                batch.keys,
+                (sides[k] for k in batch.crops) if batch.crops else sides * len(batch),
+                strict=True,
+            ),
+        )
         names = batch.text_keys or batch.keys
         numbers = batch.caption_numbers or [0] * len(names)
         text = self._rows("text", zip(names, ["text"] * len(names), numbers, strict=True))
@@ -364,7 +433,9 @@ def _main(arguments: list[str]) -> int:
     where, name, *named = arguments
     sides = tuple(named[0].split(",")) if named else SIDES
     parts = {_read_as(side)[0] for side in sides}
-    find = data.find_shards if len(parts) > 1 else data.find_images if "image" in parts else data.find_sentences
+    find = (
+        data.find_shards if len(parts) > 1 else data.find_images if "image" in parts else data.find_sentences
+    )
     folder = data.shipped(name)
     vlm = load_model(folder if folder.is_dir() else name, device)
     store = FeatureStore(inspect_shards(find(where)), store_key(vlm))

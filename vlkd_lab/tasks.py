@@ -31,7 +31,17 @@ from .features import distinct_captions, flat_captions
 from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
 from .models import evaluating, state_digest
 from .runs import read_json, to_json
-from .samples import COLOUR_WORDS, COUNTS, KINDS, OPPOSITE, PHRASINGS, RELATIONS, SETTINGS, SIZES, TEXTURES
+from vlkd_lab.samples import (
+    COLOUR_WORDS,
+    COUNTS,
+    KINDS,
+    OPPOSITE,
+    PHRASINGS,
+    RELATIONS,
+    SETTINGS,
+    SIZES,
+    TEXTURES,
+)
 from .sources import write_whole
 
 # %% auto #0
@@ -52,7 +62,9 @@ class Retrieval:
     matched: int  # pairs that were read together
 
     @property
-    def before(self) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
+    def before(
+        self,
+    ) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
         "R@1, R@5 and R@10 by features alone"
         return _recalls(self.cosines, self.cosines, self.right)
 
@@ -72,7 +84,11 @@ def _recalls(of_images: Tensor, of_texts: Tensor, right: Tensor) -> dict[str, fl
     ways = {"image_to_text": (of_images, right), "text_to_image": (of_texts.T, right.T)}
     ranks = {way: _ranks(*given) for way, given in ways.items()}
     broken = not all(scores.isfinite().all() for scores in (of_images, of_texts))
-    return {f"{way}_r{k}": math.nan if broken else (rank < k).float().mean().item() for way, rank in ranks.items() for k in (1, 5, 10)}
+    return {
+        f"{way}_r{k}": math.nan if broken else (rank < k).float().mean().item()
+        for way, rank in ranks.items()
+        for k in (1, 5, 10)
+    }
 
 
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:  # (N, M), (N, M) bool -> (N,)
@@ -87,7 +103,9 @@ def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
     return tqdm(steps, desc=name, total=total, delay=2, disable=silent)
 
 
-def _image_states(blip: Blip, pairs: Pairs, batch_size: int) -> Iterator[tuple[int, Tensor]]:  # number of the first, (B, K, W) states
+def _image_states(
+    blip: Blip, pairs: Pairs, batch_size: int
+) -> Iterator[tuple[int, Tensor]]:  # number of the first, (B, K, W) states
     "The image tower over all pairs"
     for k, batch in enumerate(pairs.batches(View(blip.preprocess, None), batch_size)):
         yield k * batch_size, blip.model.run_image(batch.image.to(blip.device)).states
@@ -109,7 +127,10 @@ def rerank(
 ) -> Retrieval:
     "Retrieval by features, then by the matching head among the best"
     if candidates < 0 or batch_size < 1:
-        raise ValueError(f"candidates={candidates}, batch_size={batch_size}: candidates must be at least 0, batch_size at least 1")
+        raise ValueError(
+            f"candidates={candidates}, batch_size={batch_size}: candidates must be at least 0, batch_size "
+            "at least 1"
+        )
     for task in ("retrieval", "matching")[: 1 + (candidates > 0)]:
         blip.can(task)
     texts, _, right = distinct_captions(pairs.all_captions)
@@ -117,8 +138,19 @@ def rerank(
         tokens = blip.tokenizer(list(texts))
         cosines, states = _cosines(blip, pairs, tokens, batch_size, hold and candidates > 0, progress)
         chosen = [_candidates(cosines, right, candidates), _candidates(cosines.T, right.T, candidates).T]
-        logits = _matched(blip, tokens, states or _moved(blip, pairs, batch_size), chosen[0] | chosen[1], batch_size, progress)
-    final = [torch.where(picked, cosines + logits, cosines - _BEHIND) for picked in chosen] if candidates else [cosines, cosines]
+        logits = _matched(
+            blip,
+            tokens,
+            states or _moved(blip, pairs, batch_size),
+            chosen[0] | chosen[1],
+            batch_size,
+            progress,
+        )
+    final = (
+        [torch.where(picked, cosines + logits, cosines - _BEHIND) for picked in chosen]
+        if candidates
+        else [cosines, cosines]
+    )
     return Retrieval(cosines, *final, right, candidates, int((chosen[0] | chosen[1]).sum()))
 
 
@@ -135,22 +167,35 @@ def _cosines(
 ) -> tuple[Tensor, list[tuple[int, Tensor]]]:  # (N, M) in double precision, and what is held
     "Every image against every text, by features"
     network, rows, held = blip.model, [], []
-    for start, states in _bar(_moved(blip, pairs, batch_size), "images", -(-len(pairs) // batch_size), progress):
+    for start, states in _bar(
+        _moved(blip, pairs, batch_size), "images", -(-len(pairs) // batch_size), progress
+    ):
         image = F.normalize(network.vision_proj(states[:, 0].to(blip.device)), dim=-1)
         rows.append(image.double().cpu())
         held += [(start, states)] if hold else []
-    text = torch.cat([blip.encode_text(part.to(blip.device)).double().cpu() for part in tokens.split(batch_size)])
+    text = torch.cat(
+        [blip.encode_text(part.to(blip.device)).double().cpu() for part in tokens.split(batch_size)]
+    )
     return torch.cat(rows) @ text.T, held
 
 
 def _matched(
-    blip: Blip, tokens: Tensor, states: Iterable[tuple[int, Tensor]], wanted: Tensor, batch_size: int, progress: bool
+    blip: Blip,
+    tokens: Tensor,
+    states: Iterable[tuple[int, Tensor]],
+    wanted: Tensor,
+    batch_size: int,
+    progress: bool,
 ) -> Tensor:  # (N, M) in double precision, 0 where nothing is wanted
     "The matching head's logit of yes, for the pairs that are wanted"
     words, network, logits = blip.tokenizer, blip.model, torch.zeros(wanted.shape, dtype=torch.double)
-    for start, image in _bar(states if wanted.any() else (), "reading together", -(-len(wanted) // batch_size), progress):
+    for start, image in _bar(
+        states if wanted.any() else (), "reading together", -(-len(wanted) // batch_size), progress
+    ):
         image = image.to(blip.device)
-        for rows, columns in (part.T for part in wanted[start : start + len(image)].nonzero().split(batch_size)):
+        for rows, columns in (
+            part.T for part in wanted[start : start + len(image)].nonzero().split(batch_size)
+        ):
             text, mask = (t.to(blip.device) for t in trimmed(tokens[columns], words.pad))
             seen = network.match(network.run_text(begun(text, words.enc), mask, image[rows.to(blip.device)]))
             logits[start + rows, columns] = seen.logits[:, 1].double().cpu()
@@ -187,12 +232,21 @@ def caption_scores(
 ) -> dict[str, float | None]:  # "bleu4" 0 to 100, "cider" 0 to 10, "true_share" 0 to 1 or None
     "How good captions are"
     if not written or len(written) != len(references):
-        raise ValueError(f"{len(written)} captions and {len(references)} lists of references: give as many, at least one")
-    made, true = [_words(text) for text in written], [[_words(text) for text in several] for several in references]
+        raise ValueError(
+            f"{len(written)} captions and {len(references)} lists of references: give as many, at least one"
+        )
+    made, true = (
+        [_words(text) for text in written],
+        [[_words(text) for text in several] for several in references],
+    )
     bare = [row for row, several in enumerate(true) if not several or not all(several)]
     if bare:
-        raise ValueError(f"caption {bare[0]} has no reference, or one without words: {list(references[bare[0]])!r}")
-    known = [(text, scene) for text, scene in zip(written, facts or (), strict=bool(facts)) if scene is not None]
+        raise ValueError(
+            f"caption {bare[0]} has no reference, or one without words: {list(references[bare[0]])!r}"
+        )
+    known = [
+        (text, scene) for text, scene in zip(written, facts or (), strict=bool(facts)) if scene is not None
+    ]
     share = sum(is_true(text, scene) for text, scene in known) / len(known) if known else None
     return {"bleu4": _bleu4(made, true), "cider": _cider(made, true), "true_share": share}
 
@@ -200,16 +254,22 @@ def caption_scores(
 def _bleu4(made: list[str], true: list[list[str]]) -> float:
     from sacrebleu import corpus_bleu
 
-    columns = [[several[k] if k < len(several) else None for several in true] for k in range(max(map(len, true)))]
+    columns = [
+        [several[k] if k < len(several) else None for several in true] for k in range(max(map(len, true)))
+    ]
     return corpus_bleu(made, columns, smooth_method="none", tokenize="none", force=True).score
 
 
-def _cider(made: list[str], true: list[list[str]]) -> float:  # nan for one picture, among which no word is rarer than another
+def _cider(
+    made: list[str], true: list[list[str]]
+) -> float:  # nan for one picture, among which no word is rarer than another
     from pycocoevalcap.cider.cider import Cider
 
     if len(made) < 2:
         return math.nan
-    return float(Cider().compute_score(dict(enumerate(true)), {row: [text] for row, text in enumerate(made)})[0])
+    return float(
+        Cider().compute_score(dict(enumerate(true)), {row: [text] for row, text in enumerate(made)})[0]
+    )
 
 # %% ../nbs/library/24_tasks.ipynb #e0f8d833
 def references_of(pairs: Pairs) -> list[list[str]]:  # of each picture; one at least
@@ -222,7 +282,8 @@ def references_of(pairs: Pairs) -> list[list[str]]:  # of each picture; one at l
 class SceneFacts:
     "What is known of a scene"
 
-    things: tuple[Mapping[str, str], ...]  # of each shape "kind", "colour", and "size" and "texture" where known; the main one first
+    # of each shape "kind", "colour", and "size" and "texture" where known; the main one first
+    things: tuple[Mapping[str, str], ...]
     setting: str  # key of SETTINGS
     relation: str | None  # key of RELATIONS: where the first shape is, seen from the second
 
@@ -230,14 +291,22 @@ class SceneFacts:
 def scene_facts(pairs: Pairs) -> list[SceneFacts | None]:  # one a pair; None for a picture that is no scene
     "What questions and labels say about each picture"
     sizes = pairs.sets.get("size") or (None,) * len(pairs)
-    return [_facts(asked, size) for asked, size in zip(pairs.questions or ((),) * len(pairs), sizes, strict=True)]
+    return [
+        _facts(asked, size) for asked, size in zip(pairs.questions or ((),) * len(pairs), sizes, strict=True)
+    ]
 
 
 def _facts(asked: Sequence[tuple[str, str, str]], size: int | None) -> SceneFacts | None:
     told = {kind: [(question, text) for question, text, own in asked if own == kind] for _, _, kind in asked}
     try:
-        nouns = [_key(KINDS, re.fullmatch(r"what colour is the (\w+)\?", question)[1]) for question, _ in told["colour"]]
-        things = [{"kind": noun, "colour": _key(COLOUR_WORDS, text)} for noun, (_, text) in zip(nouns, told["colour"], strict=True)]
+        nouns = [
+            _key(KINDS, re.fullmatch(r"what colour is the (\w+)\?", question)[1])
+            for question, _ in told["colour"]
+        ]
+        things = [
+            {"kind": noun, "colour": _key(COLOUR_WORDS, text)}
+            for noun, (_, text) in zip(nouns, told["colour"], strict=True)
+        ]
         things[0]["texture"] = _key(TEXTURES, told["texture"][0][1])
         if told["count"][0][1] not in COUNTS[len(things)]:
             return None  # not all that is asked of a scene was asked
@@ -258,10 +327,26 @@ def _key(table: Mapping[str, Sequence[str]], phrase: str) -> str:
 @lru_cache
 def _phrases() -> dict[tuple[str, ...], tuple[str, Any]]:  # words -> (what they speak of, its key)
     "All phrases of which the captions of scenes are made"
-    tables = {"kind": KINDS, "colour": COLOUR_WORDS, "size": SIZES, "texture": TEXTURES, "setting": SETTINGS, "relation": RELATIONS}
-    found = {tuple(phrase.split()): (part, key) for part, table in tables.items() for key, phrases in table.items() for phrase in phrases}
+    tables = {
+        "kind": KINDS,
+        "colour": COLOUR_WORDS,
+        "size": SIZES,
+        "texture": TEXTURES,
+        "setting": SETTINGS,
+        "relation": RELATIONS,
+    }
+    found = {
+        tuple(phrase.split()): (part, key)
+        for part, table in tables.items()
+        for key, phrases in table.items()
+        for phrase in phrases
+    }
     counts = {(words[0], "shapes" if n > 1 else "shape"): ("count", n) for n, words in COUNTS.items()}
-    marks = {("alone",): ("count", 1), ("the", "biggest", "is"): ("biggest", None), ("it", "is"): ("it", None)}
+    marks = {
+        ("alone",): ("count", 1),
+        ("the", "biggest", "is"): ("biggest", None),
+        ("it", "is"): ("it", None),
+    }
     frames = " ".join(sentence for several in PHRASINGS.values() for sentence in several)
     rest = {(word,): ("", None) for word in re.sub(r"\{\w+\}|,", " ", frames).split() + ["an"]}
     return rest | found | counts | marks
@@ -279,7 +364,9 @@ def _parts(text: str) -> list[tuple[str, Any]] | None:  # None: a word that no c
     return [part for part in parts if part[0]]
 
 # %% ../nbs/library/24_tasks.ipynb #0bd4d5e2
-def _statements(text: str) -> tuple[list[dict], list[tuple]] | None:  # shapes as named, (what, …) about the whole; None: breaks off
+def _statements(
+    text: str,
+) -> tuple[list[dict], list[tuple]] | None:  # shapes as named, (what, …) about the whole; None: breaks off
     "What a caption says"
     things, whole, open_words, link, biggest, it = [], [], {}, None, False, False
     parts = _parts(text)
@@ -288,7 +375,9 @@ def _statements(text: str) -> tuple[list[dict], list[tuple]] | None:  # shapes a
             open_words.setdefault(part, set()).add(key)
         elif part == "kind":
             things.append(open_words | {"kind": {key}})
-            whole += [("relation", link, len(things) - 2)] * bool(link) + [("biggest", len(things) - 1)] * biggest
+            whole += [("relation", link, len(things) - 2)] * bool(link) + [
+                ("biggest", len(things) - 1)
+            ] * biggest
             open_words, link, biggest = {}, None, False
         elif part == "relation":
             if link or open_words or not things:
@@ -299,7 +388,10 @@ def _statements(text: str) -> tuple[list[dict], list[tuple]] | None:  # shapes a
         else:
             it, biggest = it or part == "it", part == "biggest"
     if it and things:
-        things[0], open_words = things[0] | {part: keys | things[0].get(part, set()) for part, keys in open_words.items()}, {}
+        things[0], open_words = (
+            things[0] | {part: keys | things[0].get(part, set()) for part, keys in open_words.items()},
+            {},
+        )
     return None if link or biggest or open_words or not things else (things, whole)
 
 
@@ -310,7 +402,11 @@ def is_true(caption: str, scene: SceneFacts) -> bool:
     places = [own.get(next(iter(thing["kind"]))) for thing in said[0]] if said else [None]
     if None in places or len(set(places)) < len(places):
         return False
-    claims = [(scene.things[at].get(part), keys) for thing, at in zip(said[0], places, strict=True) for part, keys in thing.items()]
+    claims = [
+        (scene.things[at].get(part), keys)
+        for thing, at in zip(said[0], places, strict=True)
+        for part, keys in thing.items()
+    ]
     shapes = all(len(keys) == 1 and own in (None, *keys) for own, keys in claims)
     return shapes and all(_holds(scene, places, *statement) for statement in said[1])
 
@@ -320,7 +416,11 @@ def _holds(scene: SceneFacts, places: list[int], what: str, value: Any, first: i
     if what == "relation":
         ways = {(0, 1): scene.relation, (1, 0): OPPOSITE.get(scene.relation)}
         return ways.get(tuple(places[first : first + 2])) in (None, value)
-    return places[value] == 0 if what == "biggest" else value == {"setting": scene.setting, "count": len(scene.things)}[what]
+    return (
+        places[value] == 0
+        if what == "biggest"
+        else value == {"setting": scene.setting, "count": len(scene.things)}[what]
+    )
 
 # %% ../nbs/library/24_tasks.ipynb #3de013e3
 @dataclass(frozen=True)
@@ -347,7 +447,8 @@ def some_questions(
     "The same pairs with fewer questions"
     if most < 0:
         raise ValueError(f"{most} questions a picture are not possible: give 0 for all, or more")
-    draw = lambda key, asked: tuple(random.Random(f"{seed} {key}").sample(asked, min(most, len(asked))))  # noqa: E731
+    # noqa: E731
+    draw = lambda key, asked: tuple(random.Random(f"{seed} {key}").sample(asked, min(most, len(asked))))
     return replace(pairs, questions=tuple(map(draw, pairs.keys, pairs.questions))) if most else pairs
 
 # %% ../nbs/library/24_tasks.ipynb #c2f924ac
@@ -362,18 +463,29 @@ def answer_all(
     "Answers to all questions about all pictures"
     blip.can("answering")
     if not any(pairs.questions):
-        raise ValueError("these pairs have no questions: the shards' JSON needs `questions`, a list of [question, answer, type]")
+        raise ValueError(
+            "these pairs have no questions: the shards' JSON needs `questions`, a list of [question, "
+            "answer, type]"
+        )
     asked = [(row, *one) for row, several in enumerate(pairs.questions) for one in several]
     written: list[str] = []
     with evaluating(blip.model):
         parts = _image_states(blip, pairs, batch_size)
         for start, states in _bar(parts, "answers", -(-len(pairs) // batch_size), progress):
-            own = [(row - start, question) for row, question, _, _ in asked if start <= row < start + len(states)]
+            own = [
+                (row - start, question) for row, question, _, _ in asked if start <= row < start + len(states)
+            ]
             for k in range(0, len(own), batch_size):
                 rows, questions = zip(*own[k : k + batch_size], strict=True)
                 written += _answered(blip, states[list(rows)], questions, beams, longest)
     rows, questions, truths, types = zip(*asked, strict=True)
-    return Answers(rows, questions, types, tuple((t,) if isinstance(t, str) else tuple(t) for t in truths), tuple(written))
+    return Answers(
+        rows,
+        questions,
+        types,
+        tuple((t,) if isinstance(t, str) else tuple(t) for t in truths),
+        tuple(written),
+    )
 
 
 def _answered(blip: Blip, states: Tensor, questions: Sequence[str], beams: int, longest: int) -> list[str]:
@@ -391,7 +503,11 @@ def plain_answer(text: str) -> str:
     "An answer as it is compared"
     lower = re.sub(r"(?<=\d),(?=\d)|['’]", "", text.lower())  # 1,000 is 1000
     words = re.findall(r"\d+\.\d+|[^\W_]+", lower)
-    kept = [str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in words if word not in ("a", "an", "the")]
+    kept = [
+        str(_NUMBERS.index(word)) if word in _NUMBERS else word
+        for word in words
+        if word not in ("a", "an", "the")
+    ]
     return " ".join(kept or words)
 
 
@@ -409,10 +525,13 @@ def answer_accuracy(answers: Answers) -> pd.DataFrame:  # a row a type, and "all
     "The share of right answers by what is asked for"
     table = pd.DataFrame({"type": answers.types, "hit": answers.hits})
     by_type = table.groupby("type", sort=True)["hit"].agg(questions="size", accuracy="mean")
-    return pd.concat([by_type, pd.DataFrame({"questions": len(table), "accuracy": table["hit"].mean()}, index=["all"])])
+    return pd.concat(
+        [by_type, pd.DataFrame({"questions": len(table), "accuracy": table["hit"].mean()}, index=["all"])]
+    )
 
 # %% ../nbs/library/24_tasks.ipynb #ba33dab5
-MAIN = {"retrieval": "retrieval_r1", "captioning": "cider", "answering": "answer_accuracy"}  # task -> its main score
+# task -> its main score
+MAIN = {"retrieval": "retrieval_r1", "captioning": "cider", "answering": "answer_accuracy"}
 
 
 def score_tasks(
@@ -428,15 +547,21 @@ def score_tasks(
     scores, given = {}, dict(batch_size=batch_size, progress=progress)
     if "retrieval" in blip.tasks:
         found = rerank(blip, pairs, candidates if "matching" in blip.tasks else 0, **given)
-        scores |= {"retrieval_r1": (found.after["image_to_text_r1"] + found.after["text_to_image_r1"]) / 2} | found.after
+        scores |= {
+            "retrieval_r1": (found.after["image_to_text_r1"] + found.after["text_to_image_r1"]) / 2
+        } | found.after
         scores |= {f"features_{name}": value for name, value in found.before.items()}
     if "captioning" in blip.tasks:
         written, references = describe(blip, pairs, beams, **given), references_of(pairs)
         made = caption_scores(written, references, scene_facts(pairs))
         scores |= {name: value for name, value in made.items() if value is not None}
     if "answering" in blip.tasks and any(pairs.questions):
-        table = answer_accuracy(answer_all(blip, some_questions(pairs, questions), beams, **given))["accuracy"]
-        scores |= {"answer_accuracy": table["all"]} | {f"answer_{kind}": value for kind, value in table.drop("all").items()}
+        table = answer_accuracy(answer_all(blip, some_questions(pairs, questions), beams, **given))[
+            "accuracy"
+        ]
+        scores |= {"answer_accuracy": table["all"]} | {
+            f"answer_{kind}": value for kind, value in table.drop("all").items()
+        }
     return {name: float(value) for name, value in scores.items()}
 
 # %% ../nbs/library/24_tasks.ipynb #464562cd
@@ -450,7 +575,11 @@ def measure_tasks(
     "Time for each task, the models taking turns"
     if min(batch_size, repeats) < 1:
         raise ValueError(f"batch_size={batch_size}, repeats={repeats}: both must be at least 1")
-    work = {(name, task): run for name, blip in models.items() for task, run in _works(blip, pairs[:batch_size], beams).items()}
+    work = {
+        (name, task): run
+        for name, blip in models.items()
+        for task, run in _works(blip, pairs[:batch_size], beams).items()
+    }
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in work}
     for round_ in range(repeats + 1):
         for task in dict.fromkeys(task for _, task in work):
@@ -481,7 +610,9 @@ def _works(blip: Blip, pairs: Pairs, beams: int) -> dict[str, Callable]:  # task
     look = lambda: blip.model.run_image(batch.image).states  # noqa: E731
     runs = {
         "retrieval": lambda: (blip.encode_image(batch.image), blip.encode_text(batch.text)),
-        "matching": lambda: blip.model.match(blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, look())),
+        "matching": lambda: blip.model.match(
+            blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, look())
+        ),
         "captioning": lambda: write_captions(blip, batch.image, beams),
         "answering": lambda: answer(blip, batch.image, asked, beams),
     }
@@ -504,9 +635,14 @@ def compare_tasks(
     rows = {}
     for name, blip in models.items():
         cost = blip_cost(blip)
-        price = {"parameters": cost.total} | {f"parameters_{part}": count for part, count in cost.parameters.items()}
+        price = {"parameters": cost.total} | {
+            f"parameters_{part}": count for part, count in cost.parameters.items()
+        }
         price |= {f"gmacs_{task}": macs / 1e9 for task, macs in cost.macs.items()}
-        rows[name] = price | dict((scores or {}).get(name) or score_tasks(blip, pairs, beams, questions, candidates, progress=progress))
+        rows[name] = price | dict(
+            (scores or {}).get(name)
+            or score_tasks(blip, pairs, beams, questions, candidates, progress=progress)
+        )
     return _with_shares(pd.DataFrame(rows).T.join(measure_tasks(models, pairs, repeats=repeats, beams=beams)))
 
 
@@ -524,11 +660,15 @@ def show_tasks(
 ):  # pandas Styler
     "The table for people: a column a model, shares and ratios to the first"
     names = [name for name in table if not name.startswith("parameters_")]
-    shown = {_title(name): [_cell(name, value, table[name].iloc[0]) for value in table[name]] for name in names}
+    shown = {
+        _title(name): [_cell(name, value, table[name].iloc[0]) for value in table[name]] for name in names
+    }
     text = pd.DataFrame(shown, index=table.index).T
     kept = [name for name in text.index if name.startswith("kept")]
     styled = text.style.format(escape="html").format_index(escape="html", axis=1)
-    return styled.set_properties(subset=pd.IndexSlice[kept, :], **{"font-weight": "bold"}).set_uuid(_digest(text.to_dict())[:8])
+    return styled.set_properties(subset=pd.IndexSlice[kept, :], **{"font-weight": "bold"}).set_uuid(
+        _digest(text.to_dict())[:8]
+    )
 
 
 def _cell(name: str, value: float, first: float) -> str:
@@ -550,8 +690,14 @@ def _digest(*what: Any) -> str:
 def _title(name: str) -> str:
     "A column's name for people"
     plain = re.sub(r"^ms_(\w+)", r"\1, time a picture", re.sub(r"^gmacs_(\w+)", r"\1, GMACs", name))
-    plain = re.sub(r"_r(\d+)$", r" R@\1", plain).replace("image_to_text", "image→text").replace("text_to_image", "text→image")
-    return {"bleu4": "BLEU-4", "cider": "CIDEr", "true_share": "true captions"}.get(name, plain.replace("_", " "))
+    plain = (
+        re.sub(r"_r(\d+)$", r" R@\1", plain)
+        .replace("image_to_text", "image→text")
+        .replace("text_to_image", "text→image")
+    )
+    return {"bleu4": "BLEU-4", "cider": "CIDEr", "true_share": "true captions"}.get(
+        name, plain.replace("_", " ")
+    )
 
 # %% ../nbs/library/24_tasks.ipynb #a239b772
 class Gallery:
@@ -575,8 +721,14 @@ class Gallery:
         self.facts, self.truths = scene_facts(pairs[rows]), list(chosen.captions)
         self.pictures = [thumbnail(chosen.pil(row), 144) for row in range(len(rows))]
         given = dict(beams=beams, progress=False)
-        self.captions = {name: describe(blip, chosen, **given) for name, blip in models.items() if "captioning" in blip.tasks}
-        asked = {name: blip for name, blip in models.items() if "answering" in blip.tasks and any(chosen.questions)}
+        self.captions = {
+            name: describe(blip, chosen, **given)
+            for name, blip in models.items()
+            if "captioning" in blip.tasks
+        }
+        asked = {
+            name: blip for name, blip in models.items() if "answering" in blip.tasks and any(chosen.questions)
+        }
         self.answers = {name: answer_all(blip, chosen, **given) for name, blip in asked.items()}
 
     def _repr_html_(self) -> str:
@@ -587,11 +739,27 @@ class Gallery:
         "The lines of a table that speak of one picture"
         fact, said = self.facts[row], {name: captions[row] for name, captions in self.captions.items()}
         true = {name: fact and is_true(text, fact) for name, text in said.items()}
-        lines = [_line(escaped(self.truths[row]), [_mark(said[name], true[name]) if name in said else "—" for name in self.names])]
+        lines = [
+            _line(
+                escaped(self.truths[row]),
+                [_mark(said[name], true[name]) if name in said else "—" for name in self.names],
+            )
+        ]
         some = next(iter(self.answers.values()), None)
         for k in [k for k, own in enumerate(some.rows) if own == row] if some else []:
-            cells = [_mark(self.answers[n].written[k], self.answers[n].hits[k] >= 0.5) if n in self.answers else "—" for n in self.names]
-            lines.append(_line(f"<i>{escaped(some.questions[k])}</i> {escaped(' / '.join(dict.fromkeys(some.truths[k])))}", cells))
+            cells = [
+                _mark(self.answers[n].written[k], self.answers[n].hits[k] >= 0.5)
+                if n in self.answers
+                else "—"
+                for n in self.names
+            ]
+            lines.append(
+                _line(
+                    f"<i>{escaped(some.questions[k])}</i> "
+                    f"{escaped(' / '.join(dict.fromkeys(some.truths[k])))}",
+                    cells,
+                )
+            )
         image = f"<td rowspan={len(lines)}><img alt='' style='width:96px' src='{self.pictures[row]}'></td>"
         return "".join(f"<tr>{image * (k == 0)}{line}</tr>" for k, line in enumerate(lines))
 

@@ -37,12 +37,45 @@ from tqdm import tqdm
 
 from . import __version__, data, fusion, gates, models, runs
 from .features import Batch, Features, flat_captions, gather, recall
-from .gates import GATE_KINDS, Gates, TowerCost, budget, close_budget, gate_state, gated, kept_shapes, sparsity, target_at, uniform_gates
+from vlkd_lab.gates import (
+    GATE_KINDS,
+    Gates,
+    TowerCost,
+    budget,
+    close_budget,
+    gate_state,
+    gated,
+    kept_shapes,
+    sparsity,
+    target_at,
+    uniform_gates,
+)
 from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
 from .losses import LOSSES, Objective, gradient_share, objective_parameters
 from .methods import Method, find_method, name_of, register
-from .models import VLM, TowerShape, evaluating, head_widths, load_model, new_model, save_model, state_digest, tower_shape, tower_shapes
-from .runs import IN_MID_RUN, Run, RunStopped, RunWriter, Snapshots, load_checkpoint, read_json, save_checkpoint, write_whole
+from vlkd_lab.models import (
+    VLM,
+    TowerShape,
+    evaluating,
+    head_widths,
+    load_model,
+    new_model,
+    save_model,
+    state_digest,
+    tower_shape,
+    tower_shapes,
+)
+from vlkd_lab.runs import (
+    IN_MID_RUN,
+    Run,
+    RunStopped,
+    RunWriter,
+    Snapshots,
+    load_checkpoint,
+    read_json,
+    save_checkpoint,
+    write_whole,
+)
 from .samples import cached_shards
 from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 
@@ -71,14 +104,18 @@ _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 def _check_value(option, value: Any) -> Any:
     "The value in the field's type, or a ValueError that names the field and what is valid"
-    wanted = _TYPES.get(option.type, option.type)  # a name where the module postpones annotations, else the type
+    # a name where the module postpones annotations, else the type
+    wanted = _TYPES.get(option.type, option.type)
     if wanted is float and type(value) is int:
         value = float(value)
     if wanted is bool and str(value).lower() in ("true", "false"):
         value = str(value).lower() == "true"  # papermill's command line knows only True and False
     check, valid = option.metadata["check"], option.metadata["valid"]
     if type(value) is not wanted or not (check is None or check(value)):
-        raise ValueError(f"{option.name}={value!r} is not valid: {option.name} must be {wanted.__name__}{', ' + valid if valid else ''}")
+        raise ValueError(
+            f"{option.name}={value!r} is not valid: {option.name} must be "
+            f"{wanted.__name__}{', ' + valid if valid else ''}"
+        )
     return value
 
 
@@ -102,10 +139,14 @@ def _notebook_values(namespace: Mapping[str, Any], names: Sequence[str]) -> dict
     "The literals of a notebook; a person's own variables are no mistakes, unless they look like a parameter"
     hidden = {"In", "Out", "exit", "quit"}
     literals = (int, float, str, bool, list, dict, tuple, type(None))
-    values = {k: v for k, v in namespace.items() if k[0] != "_" and k not in hidden and isinstance(v, literals)}
+    values = {
+        k: v for k, v in namespace.items() if k[0] != "_" and k not in hidden and isinstance(v, literals)
+    }
     if not has_page():
         return values
-    return {k: v for k, v in values.items() if k in names or difflib.get_close_matches(k, names, n=1, cutoff=0.8)}
+    return {
+        k: v for k, v in values.items() if k in names or difflib.get_close_matches(k, names, n=1, cutoff=0.8)
+    }
 
 # %% ../nbs/library/18_trainers.ipynb #0f4d490e
 def has_page() -> bool:
@@ -142,7 +183,9 @@ def _share() -> dict:
 class FitParameters:
     "What every training job takes"
 
-    data: str = parameter("scenes:16000", "training shards: brace pattern, folder or list; scenes:N generates N pairs")
+    data: str = parameter(
+        "scenes:16000", "training shards: brace pattern, folder or list; scenes:N generates N pairs"
+    )
     val: str = parameter("data_samples/scenes/val-000000.tar", "validation shards")
     steps: int = parameter(200, "optimiser steps (of each stage)", **at_least(1))
     batch_size: int = parameter(128, "pairs a step, over all processes", **at_least(2))
@@ -155,43 +198,74 @@ class FitParameters:
     weight_decay: float = parameter(0.1, "of matrices; biases, norms and scale have none", **at_least(0.0))
     warmup: int = parameter(20, "steps over which the learning rate rises", **at_least(0))
     clip_norm: float = parameter(5.0, "largest norm of the gradient (TinyCLIP's recipes: 5)", **above(0))
-    micro_batch: int = parameter(0, "pairs in memory at once by gradient caching; 0: the whole batch", **at_least(0))
-    crop_scale: float = parameter(1.0, "least share of a picture that a random crop keeps", "above 0, at most 1", lambda v: 0 < v <= 1)
+    micro_batch: int = parameter(
+        0, "pairs in memory at once by gradient caching; 0: the whole batch", **at_least(0)
+    )
+    crop_scale: float = parameter(
+        1.0, "least share of a picture that a random crop keeps", "above 0, at most 1", lambda v: 0 < v <= 1
+    )
     max_bad_share: float = parameter(0.05, "share of unusable samples above which the run fails", **_share())
     shuffle: int = parameter(4096, "samples in each reader's shuffle buffer", **at_least(1))
     validate_every: int = parameter(20, "steps between validations", **at_least(1))
     validate_pairs: int = parameter(500, "pairs among which validation retrieves", **at_least(2))
-    checkpoint_seconds: float = parameter(20.0, "time between checkpoints; 0: after every step", **at_least(0.0))
-    probe_pairs: int = parameter(64, "validation pairs whose affinities the views draw; 0: none", **at_least(0))
+    checkpoint_seconds: float = parameter(
+        20.0, "time between checkpoints; 0: after every step", **at_least(0.0)
+    )
+    probe_pairs: int = parameter(
+        64, "validation pairs whose affinities the views draw; 0: none", **at_least(0)
+    )
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
     start_from: str = parameter("", "model, or run whose last student, the student starts as; empty: none")
     lock_image: bool = parameter(False, "keep the student's image tower as it is")
     lock_text: bool = parameter(False, "keep the student's text tower as it is")
-    unlocked_image_layers: int = parameter(0, "last layers of a locked image tower that are trained all the same", **at_least(0))
-    unlocked_text_layers: int = parameter(0, "last layers of a locked text tower that are trained all the same", **at_least(0))
-    processes: int = parameter(1, "training processes, one a GPU; more than 1 are started by torchrun", **at_least(1))
+    unlocked_image_layers: int = parameter(
+        0, "last layers of a locked image tower that are trained all the same", **at_least(0)
+    )
+    unlocked_text_layers: int = parameter(
+        0, "last layers of a locked text tower that are trained all the same", **at_least(0)
+    )
+    processes: int = parameter(
+        1, "training processes, one a GPU; more than 1 are started by torchrun", **at_least(1)
+    )
 
 # %% ../nbs/library/18_trainers.ipynb #77f080d8
 @dataclass(frozen=True)
 class Distillation(FitParameters):
     "What every distillation takes besides"
 
-    teacher: str = parameter("data_samples/teacher", "folder, file, hf-hub:ID, open_clip's NAME/TAG, or a published TinyCLIP")
+    teacher: str = parameter(
+        "data_samples/teacher", "folder, file, hf-hub:ID, open_clip's NAME/TAG, or a published TinyCLIP"
+    )
     losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
-    hold_scale: float = parameter(0.0, "where the student's logit scale is held; 0: as the method has it", **at_least(0.0))
-    teacher_features: str = parameter("beside", "computed at every step, or read from the store", **one_of("beside", "stored"))
+    hold_scale: float = parameter(
+        0.0, "where the student's logit scale is held; 0: as the method has it", **at_least(0.0)
+    )
+    teacher_features: str = parameter(
+        "beside", "computed at every step, or read from the store", **one_of("beside", "stored")
+    )
     features: str = parameter("", "folder of the feature store; empty: beside the shards")
-    augmentations: int = parameter(0, "numbered crops of each picture, which a store can hold; 0: new ones in every epoch", **at_least(0))
+    augmentations: int = parameter(
+        0, "numbered crops of each picture, which a store can hold; 0: new ones in every epoch", **at_least(0)
+    )
 
     def check_stored(self) -> None:
         "ValueError if stored features could not stand for the teacher"
         if self.augmentations and self.crop_scale == 1:
-            raise ValueError(f"augmentations={self.augmentations} is not valid with crop_scale=1, which crops nothing; choose one below 1")
+            raise ValueError(
+                f"augmentations={self.augmentations} is not valid with crop_scale=1, which crops nothing; "
+                "choose one below 1"
+            )
         if self.teacher_features == "stored" and self.crop_scale < 1 and not self.augmentations:
-            raise ValueError(f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored features are of whole "
-                             "pictures; choose teacher_features='beside', crop_scale=1, or augmentations=4 to store four crops of each")
+            raise ValueError(
+                f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored "
+                "features are of whole "
+                "pictures; choose teacher_features='beside', crop_scale=1, or augmentations=4 to store four "
+                "crops of each"
+            )
 
-    def held(self, scale: Tensor) -> Tensor | None:  # the teacher's multiplier -> the student's, or None: it learns its own
+    def held(
+        self, scale: Tensor
+    ) -> Tensor | None:  # the teacher's multiplier -> the student's, or None: it learns its own
         "Where the student's scale is held"
         return torch.tensor(self.hold_scale, device=scale.device) if self.hold_scale else None
 
@@ -201,7 +275,9 @@ class Distillation(FitParameters):
             pairs = [term.replace(":", "=").split("=") for term in self.losses.replace(" ", "").split(",")]
             weights = {name: float(weight) for name, weight in pairs}
         except ValueError:
-            raise ValueError(f"losses={self.losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas") from None
+            raise ValueError(
+                f"losses={self.losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas"
+            ) from None
         if unknown := [name for name in weights if name not in self.terms()]:
             what = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers; there are {', '.join(self.terms())}"
             raise ValueError(f"losses={self.losses!r} is not valid: {what}")
@@ -216,17 +292,31 @@ class Distillation(FitParameters):
 class TinyCLIP(Distillation):
     "Parameters of a TinyCLIP distillation"
 
-    stages: int = parameter(3, "stages of inheritance and distillation", "from 1 to 20", lambda v: 1 <= v <= 20)
-    target_sparsity: float = parameter(0.75, "share of prunable weights removed at the end", "from 0 to 0.97", lambda v: 0 <= v <= 0.97)
-    inheritance: str = parameter("auto", "how students get their weights", **one_of("auto", "auto_uniform", "manual", "none"))
+    stages: int = parameter(
+        3, "stages of inheritance and distillation", "from 1 to 20", lambda v: 1 <= v <= 20
+    )
+    target_sparsity: float = parameter(
+        0.75, "share of prunable weights removed at the end", "from 0 to 0.97", lambda v: 0 <= v <= 0.97
+    )
+    inheritance: str = parameter(
+        "auto", "how students get their weights", **one_of("auto", "auto_uniform", "manual", "none")
+    )
     student: str = parameter("", "architecture for manual and none; empty: one of the target's size")
     compare_scratch: bool = parameter(True, "also train the last student's architecture from nothing")
-    losses: str = parameter("affinity_mimicking=1, feature_mimicking=300", "terms and their weights, separated by commas")
+    losses: str = parameter(
+        "affinity_mimicking=1, feature_mimicking=300", "terms and their weights, separated by commas"
+    )
     gate_share: float = parameter(0.35, "share of a stage's steps in which gates are learned", **_share())
     gate_kinds: str = parameter("hidden,heads,neurons", "what is gated; also attention_block, mlp_block")
-    gate_learning_rate: float = parameter(0.2, "of log alpha (recipes: 0.02 over thousands of steps)", **at_least(0.0))
-    multiplier_learning_rate: float = parameter(0.2, "of the Lagrange multipliers (recipes: 0.02)", **at_least(0.0))
-    hold_scale: float = parameter(0.0, "both logit scales are held here (recipes: 50); 0: at the teacher's own", **at_least(0.0))
+    gate_learning_rate: float = parameter(
+        0.2, "of log alpha (recipes: 0.02 over thousands of steps)", **at_least(0.0)
+    )
+    multiplier_learning_rate: float = parameter(
+        0.2, "of the Lagrange multipliers (recipes: 0.02)", **at_least(0.0)
+    )
+    hold_scale: float = parameter(
+        0.0, "both logit scales are held here (recipes: 50); 0: at the teacher's own", **at_least(0.0)
+    )
 
     def held(self, scale: Tensor) -> Tensor:
         "Both scales are held: at the options', or else at the teacher's"
@@ -260,7 +350,9 @@ class _Learning(nn.Module):
         "Gradients of the fit's objective on a batch; the terms by name, and the features they were computed from"
         return _learn(fit, batch)
 
-    def shares(self, fit: Fit, student: Features, teacher: Features) -> dict[str, float]:  # name -> share, adding up to 1
+    def shares(
+        self, fit: Fit, student: Features, teacher: Features
+    ) -> dict[str, float]:  # name -> share, adding up to 1
         "How much each term pulls at the student"
         return gradient_share(fit.objective, student, teacher)
 
@@ -310,7 +402,10 @@ class Learner(_Learning):
 def probe_features(learner: Learner, batch: Batch) -> Features:
     "Features of a batch as the student would give them if training ended now: no dropout, gates as they would be cut"
     gates = learner.gates
-    with evaluating(learner.model), nullcontext() if gates is None else gated(learner.model, gates.final(), gates.shapes):
+    with (
+        evaluating(learner.model),
+        nullcontext() if gates is None else gated(learner.model, gates.final(), gates.shapes),
+    ):
         return Features(*_encode(learner.model, batch.image, batch.text))
 
 
@@ -322,11 +417,16 @@ def _encode(model: nn.Module, image: Tensor, text: Tensor) -> tuple[Tensor, Tens
     return found, words, model.logit_scale.exp().float()
 
 # %% ../nbs/library/18_trainers.ipynb #f63d2efa
-def parameter_groups(learner: Learner, options: FitParameters, extra: Sequence[nn.Parameter] = ()) -> list[dict]:
+def parameter_groups(
+    learner: Learner, options: FitParameters, extra: Sequence[nn.Parameter] = ()
+) -> list[dict]:
     "Groups for AdamW: matrices; biases, norms and scale without decay; gates and multipliers at rates of their own; extra: the objective's"
     trained = [p for p in (*learner.model.parameters(), *extra) if p.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=options.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    groups = [
+        dict(params=matrices, weight_decay=options.weight_decay),
+        dict(params=vectors, weight_decay=0.0),
+    ]
     groups = [group | dict(lr=options.learning_rate, scheduled=True) for group in groups]
     if learner.gates is not None:
         rates = options.gate_learning_rate, options.multiplier_learning_rate
@@ -345,7 +445,9 @@ def lock_towers(
         _lock([*model.visual.parameters()], model.visual.lock, options.unlocked_image_layers, model.visual)
     if options.lock_text:
         apart = {"logit_scale", "logit_bias"}
-        weights = [w for name, w in model.named_parameters() if name not in apart and not name.startswith("visual.")]
+        weights = [
+            w for name, w in model.named_parameters() if name not in apart and not name.startswith("visual.")
+        ]
         _lock(weights, lock_text, options.unlocked_text_layers, text)
     for part in model.modules():
         weights = [*part.parameters(recurse=False)]
@@ -353,7 +455,9 @@ def lock_towers(
             part.eval()
 
 # %% ../nbs/library/18_trainers.ipynb #33a8c4bc
-def _lock(weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: int, tower: nn.Module) -> None:
+def _lock(
+    weights: Sequence[nn.Parameter], lock: Callable[[int], None], layers: int, tower: nn.Module
+) -> None:
     "Freeze all of a tower but its last layers and what stands behind them"
     for weight in weights:
         weight.requires_grad_(bool(layers))
@@ -388,10 +492,16 @@ def _groups_behind(tower: nn.Module) -> int:
     from timm.models import group_parameters
 
     matcher = tower.trunk.group_matcher()
-    blocks = matcher["blocks"] if isinstance(matcher["blocks"], (list, tuple)) else [(matcher["blocks"], None)]
+    blocks = (
+        matcher["blocks"] if isinstance(matcher["blocks"], (list, tuple)) else [(matcher["blocks"], None)]
+    )
     numbered = [pattern for pattern, *_ in blocks if r"(\d+)" in pattern]
     groups = group_parameters(tower.trunk, matcher)
-    layers = [key for key, names in groups.items() if any(re.match(pattern, name) for pattern in numbered for name in names)]
+    layers = [
+        key
+        for key, names in groups.items()
+        if any(re.match(pattern, name) for pattern in numbered for name in names)
+    ]
     return max(groups) - max(layers, default=max(groups))
 
 # %% ../nbs/library/18_trainers.ipynb #35df252b
@@ -405,13 +515,29 @@ def check_locks(
     for tower in ("image", "text"):
         locked, layers = getattr(options, f"lock_{tower}"), getattr(options, f"unlocked_{tower}_layers")
         if layers and not locked:
-            raise ValueError(f"unlocked_{tower}_layers={layers} is not valid with lock_{tower}=False: it says what a lock leaves out")
+            raise ValueError(
+                f"unlocked_{tower}_layers={layers} is not valid with lock_{tower}=False: it says what a "
+                "lock leaves out"
+            )
         if locked and tower not in inherited:
-            raise ValueError(f"lock_{tower}=True is not valid here: the student's {tower} tower begins at random; {instead}")
+            raise ValueError(
+                f"lock_{tower}=True is not valid here: the student's {tower} tower begins at random; "
+                f"{instead}"
+            )
     if isinstance(vision.get("layers"), list | tuple) and options.unlocked_image_layers:
-        raise ValueError(f"unlocked_image_layers={options.unlocked_image_layers} is not valid for a ResNet: it is locked as a whole")
-    if options.lock_image and options.lock_text and not options.unlocked_image_layers + options.unlocked_text_layers:
-        raise ValueError("lock_image=True and lock_text=True leave nothing to train: unlock one, or some last layers of one")
+        raise ValueError(
+            f"unlocked_image_layers={options.unlocked_image_layers} is not valid for a ResNet: it is locked "
+            "as a whole"
+        )
+    if (
+        options.lock_image
+        and options.lock_text
+        and not options.unlocked_image_layers + options.unlocked_text_layers
+    ):
+        raise ValueError(
+            "lock_image=True and lock_text=True leave nothing to train: unlock one, or some last layers of "
+            "one"
+        )
 
 # %% ../nbs/library/18_trainers.ipynb #bbc7059f
 def plain_backward(
@@ -439,7 +565,9 @@ def cached_backward(
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, with the memory of a micro-batch"
     reads = accelerator.unwrap_model(learner).reads
-    rows = micro_batches(*(len(getattr(batch, side)) if side in reads else 0 for side in ("image", "text")), micro_batch)
+    rows = micro_batches(
+        *(len(getattr(batch, side)) if side in reads else 0 for side in ("image", "text")), micro_batch
+    )
     parts, before = [], []
     with torch.no_grad(), _statistics_kept(learner):
         for r, s in rows:
@@ -467,14 +595,19 @@ def micro_batches(
 ) -> list[tuple[slice, slice]]:  # rows of the images, rows of the texts
     "Parts of a batch of at most `most` images and texts; the smaller side may have empty ones"
     count = -(-max(images, texts) // most)
-    ends = [(k * images // count, k * texts // count) for k in range(count + 1)]  # so the last part has both, as many processes need it
+    # so the last part has both, as many processes need it
+    ends = [(k * images // count, k * texts // count) for k in range(count + 1)]
     return [(slice(i, j), slice(m, n)) for (i, m), (j, n) in zip(ends, ends[1:], strict=False)]
 
 
 @contextmanager
 def _statistics_kept(network: nn.Module) -> Iterator[None]:
     "Batch norms use the statistics of their batch, and their running ones do not move"
-    norms = [part for part in network.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training]
+    norms = [
+        part
+        for part in network.modules()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training
+    ]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:
@@ -504,7 +637,8 @@ class Phase:
     name: str  # "gates", "distil" or "contrast"
     steps: int  # steps of this phase
     before: int = 0  # steps of the stage that came before this phase
-    stage_steps: int = 0  # steps of the whole stage, over which the learning rate runs; 0: those of this phase
+    # steps of the whole stage, over which the learning rate runs; 0: those of this phase
+    stage_steps: int = 0
     first_step: int = 0  # steps that this student's line took before the stage
     target_share: float = 0.0  # share of the run's target sparsity that the gates of this phase are to reach
     fixed: bool = False  # a baseline: learning rate and weights cannot be changed in mid-run
@@ -557,7 +691,8 @@ class Fit:
         groups = parameter_groups(self.learner, self.options, self.extra)
         self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6))
         self.target = getattr(self.options, "target_sparsity", None)  # of the whole run
-        self.answered = self.run.status().get("checkpoint", 0)  # the last request for a checkpoint that was met
+        # the last request for a checkpoint that was met
+        self.answered = self.run.status().get("checkpoint", 0)
         self.snapshots, self.refused = Snapshots(self.run), None  # the last control that would not do
 
     @cached_property
@@ -640,7 +775,10 @@ def _learn(fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Feature
     cached = 0 < micro_batch < max(len(batch), len(batch.text))
     total = cached_backward(*arguments, micro_batch) if cached else plain_backward(*arguments)
     student = features[0]
-    fit.widths = fit.widths or (student.image.shape[1], (student if teacher is None else teacher).image.shape[1])
+    fit.widths = fit.widths or (
+        student.image.shape[1],
+        (student if teacher is None else teacher).image.shape[1],
+    )
     return {"total": total, **terms}, student, teacher
 
 # %% ../nbs/library/18_trainers.ipynb #093b5eb2
@@ -678,15 +816,24 @@ def _gate_terms(fit: Fit) -> dict[str, Tensor | float]:
         return {}
     with torch.no_grad():
         expected, penalty = fit.learner.gates.expected_sparsity(), fit.learner.penalty(fit.step)
-    return {"sparsity_penalty": penalty, "expected_sparsity": expected, "target_sparsity": fit.learner.target_at(fit.step)}
+    return {
+        "sparsity_penalty": penalty,
+        "expected_sparsity": expected,
+        "target_sparsity": fit.learner.target_at(fit.step),
+    }
 
 # %% ../nbs/library/18_trainers.ipynb #a314d20a
 def _save_fit(fit: Fit) -> None:
     "Write the phase's checkpoint"
     if fit.accelerator.is_main_process:
-        state = {"step": fit.step, "learner": fit.learner.state_dict(), "optimizer": fit.optimizer.state_dict()}
+        state = {
+            "step": fit.step,
+            "learner": fit.learner.state_dict(),
+            "optimizer": fit.optimizer.state_dict(),
+        }
         state["objective"] = [p.detach() for p in fit.extra]
-        state["scaler"] = fit.accelerator.scaler.state_dict() if fit.accelerator.scaler else {}  # of fp16's gradients
+        # of fp16's gradients
+        state["scaler"] = fit.accelerator.scaler.state_dict() if fit.accelerator.scaler else {}
         save_checkpoint(fit.run, fit.phase.folder, state)
 
 
@@ -710,10 +857,16 @@ def _check_kind(objective: Objective, fit: Fit) -> None:
     "ValueError for a term of another kind of model, or one that this fit has not prepared"
     for term in objective.terms:
         if term.weight and bool(term.module) != fit.learner.fused:
-            kind = "BLIPs, and this student has two towers" if term.module else "two towers, and this student is a BLIP"
+            kind = (
+                "BLIPs, and this student has two towers"
+                if term.module
+                else "two towers, and this student is a BLIP"
+            )
             raise ValueError(f"{term.name} is a term of {kind}")
         if term.weight and fit.learner.fused and term.name not in fit.objective.weights:
-            raise ValueError(f"{term.name} cannot join this run: teacher and student do not both have what it compares")
+            raise ValueError(
+                f"{term.name} cannot join this run: teacher and student do not both have what it compares"
+            )
 
 # %% ../nbs/library/18_trainers.ipynb #1bb043df
 def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
@@ -724,21 +877,32 @@ def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
     return found[0]
 
 
-def change(fit: Fit, wanted: Mapping[str, Any]) -> dict[str, Any]:  # what was different, by name of the control
+def change(
+    fit: Fit, wanted: Mapping[str, Any]
+) -> dict[str, Any]:  # what was different, by name of the control
     "Give a fit other values from the next step on; ValueError, and nothing changed, if they would not do"
     wanted = {} if fit.phase.fixed else {name: wanted[name] for name in IN_MID_RUN if name in wanted}
     runs.check_controls(wanted)
-    now = {"learning_rate_factor": fit.factor, "target_sparsity": fit.target, "weights": fit.objective.weights}
+    now = {
+        "learning_rate_factor": fit.factor,
+        "target_sparsity": fit.target,
+        "weights": fit.objective.weights,
+    }
     if fit.target is None:
         wanted.pop("target_sparsity", None)
     if "weights" in wanted:
-        wanted["weights"] = {name: w for name, w in wanted["weights"].items() if now["weights"].get(name, 0.0) != w}
+        wanted["weights"] = {
+            name: w for name, w in wanted["weights"].items() if now["weights"].get(name, 0.0) != w
+        }
     changes = {name: value for name, value in wanted.items() if value not in (now[name], {})}
     if "weights" in changes:
         objective = fit.objective.with_weights(**changes["weights"])
         _try_objective(objective, fit)
         fit.objective = objective
-    fit.factor, fit.target = changes.get("learning_rate_factor", fit.factor), changes.get("target_sparsity", fit.target)
+    fit.factor, fit.target = (
+        changes.get("learning_rate_factor", fit.factor),
+        changes.get("target_sparsity", fit.target),
+    )
     if fit.learner.gates is not None and "target_sparsity" in changes:
         fit.learner.target_sparsity = fit.target * fit.phase.target_share
     return changes
@@ -781,7 +945,16 @@ def _obey(fit: Fit) -> None:
     fit.shares = bool(asked.get("gradient_share"))
     try:
         if changes := change(fit, asked):
-            _record(fit, {"event": "control", "stage": fit.phase.stage, "phase": fit.phase.name, "step": fit.global_step, **changes})
+            _record(
+                fit,
+                {
+                    "event": "control",
+                    "stage": fit.phase.stage,
+                    "phase": fit.phase.name,
+                    "step": fit.global_step,
+                    **changes,
+                },
+            )
     except ValueError as error:
         if str(error) != fit.refused:
             _note(fit, refused=str(error))
@@ -809,13 +982,16 @@ def fit(
     options: FitParameters,
     accelerator: Accelerator,
     teacher: VLM | StoredTeacher | None = None,
-    validate: Callable[[], dict[str, float]] | None = None,  # scores of the student as it is, called by the first process
+    # scores of the student as it is, called by the first process
+    validate: Callable[[], dict[str, float]] | None = None,
     probe: Batch | None = None,  # fixed pairs, on the device; the views draw their affinities
     look: Callable[[Fit], Mapping[str, Tensor]] | None = None,  # further arrays for the views
 ) -> None:
     "Train for the steps of a phase, continuing from its checkpoint if there is one"
     try:
-        _train(Fit(run, phase, learner, objective, options, accelerator, teacher, probe, look), batches, validate)
+        _train(
+            Fit(run, phase, learner, objective, options, accelerator, teacher, probe, look), batches, validate
+        )
     finally:
         accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
 
@@ -829,7 +1005,11 @@ def _train(
     if not _resume_fit(job):
         _save_fit(job)
     options, steps, main = job.options, job.phase.steps, job.accelerator.is_main_process
-    if main and options.micro_batch and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in job.learner.modules()):
+    if (
+        main
+        and options.micro_batch
+        and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in job.learner.modules())
+    ):
         seen = f"batch norms see micro_batch={options.micro_batch} pictures at once, not the batch"
         job.run.warn(f"{seen}: another value trains another student")
     change(job, agree(job.accelerator, lambda: runs.in_effect(job.run.metrics())))
@@ -867,7 +1047,11 @@ def _one_step(job: Fit, stream: Iterator[Batch], guard: data.BadSampleGuard) -> 
     terms, *features = take_step(job, batch.to(job.accelerator.device))
     job.step += 1
     line = {"stage": job.phase.stage, "phase": job.phase.name, "step": job.global_step, **terms}
-    line |= {"samples": job.global_step * job.options.batch_size, "seconds": time.perf_counter() - start, "data_seconds": read - start}
+    line |= {
+        "samples": job.global_step * job.options.batch_size,
+        "seconds": time.perf_counter() - start,
+        "data_seconds": read - start,
+    }
     _record(job, line)
     if not math.isfinite(terms["total"]):
         lost = [name for name in job.objective.weights if not math.isfinite(terms.get(name, 0.0))]
@@ -882,11 +1066,19 @@ def _show(job: Fit, features: Sequence[Features | None] | None) -> None:
     "Snapshots for the views, from the first process: for watchers when due, and those that are kept"
     if not job.accelerator.is_main_process:
         return
-    labels = {"stage": job.phase.stage, "phase": job.phase.name, "step": job.global_step, "phase_step": job.step}
+    labels = {
+        "stage": job.phase.stage,
+        "phase": job.phase.name,
+        "step": job.global_step,
+        "phase_step": job.step,
+    }
     if job.shares and features is not None and features[1] is not None and time.monotonic() - job.shared > 1:
         job.shared = time.monotonic()
         shares = job.learner.shares(job, *features)
-        _record(job, {"event": "gradient_share", "stage": job.phase.stage, "step": job.global_step, "shares": shares})
+        _record(
+            job,
+            {"event": "gradient_share", "stage": job.phase.stage, "step": job.global_step, "shares": shares},
+        )
     keep = job.options.keep_snapshots
     if keep and (job.step % max(1, job.phase.steps // keep) == 0 or job.step == job.phase.steps):
         name = f"{job.phase.stage}-{job.phase.name}-{job.step:08d}"
@@ -901,7 +1093,10 @@ def _seen(job: Fit) -> dict[str, Tensor]:
     if job.probe is not None and job.learner.compares:
         with job.accelerator.autocast():
             student = probe_features(job.learner, job.probe)
-        arrays = {"student": (student.image @ student.text.T).half(), "student_scale": student.scale.reshape(1)}
+        arrays = {
+            "student": (student.image @ student.text.T).half(),
+            "student_scale": student.scale.reshape(1),
+        }
     if job.learner.gates is not None:
         arrays |= gates.gate_arrays(job.learner.gates)
     return arrays | (job.look(job) if job.look else {})
@@ -911,13 +1106,26 @@ def _validate(job: Fit, validate: Callable[[], dict[str, float]] | None) -> None
     "Log the scores of the student as it is"
     if validate is not None and job.accelerator.is_main_process and job.learner.gates is None:
         scores = validate()
-        _record(job, {"event": "validation", "stage": job.phase.stage, "phase": job.phase.name, "step": job.global_step, **scores})
+        _record(
+            job,
+            {
+                "event": "validation",
+                "stage": job.phase.stage,
+                "phase": job.phase.name,
+                "step": job.global_step,
+                **scores,
+            },
+        )
 
 
 def _known_bad(run: Run) -> list[str]:
     "Names of the samples that bad_samples.jsonl lists already"
     path = run.folder / "bad_samples.jsonl"
-    return [json.loads(line)["sample"] for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line)["sample"] for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 # %% ../nbs/library/18_trainers.ipynb #43b4f869
 class _Computed:
@@ -962,7 +1170,11 @@ class _Computed:
         "Who answers for the teacher while the student learns"
         stored = self.options.teacher_features == "stored"
         given = dict(crop_scale=self.options.crop_scale)
-        return StoredTeacher(self.store, self.teacher.scale, self.accelerator.device, **given) if stored else self.teacher
+        return (
+            StoredTeacher(self.store, self.teacher.scale, self.accelerator.device, **given)
+            if stored
+            else self.teacher
+        )
 
 # %% ../nbs/library/18_trainers.ipynb #dd781a4c
 class Work(_Computed, ABC):
@@ -1011,8 +1223,10 @@ def reopen(run: Run, stages: Sequence[str]) -> None:
     finished = [stage for stage in stages if (run.folder / stage / "done.json").exists()]
     for stage in finished:
         if not any((run.folder / stage).glob("*/checkpoint.pt")):
-            raise ValueError(f"{run.folder} cannot take more steps: {stage} is finished and its checkpoint is gone; "
-                             "begin a run of its own with start_from")  # fmt: skip
+            raise ValueError(
+                f"{run.folder} cannot take more steps: {stage} is finished and its checkpoint is gone; "
+                "begin a run of its own with start_from"
+            )
     for stage in finished:
         (run.folder / stage / "done.json").unlink()
     (run.folder / "result.json").unlink(missing_ok=True)
@@ -1031,7 +1245,15 @@ class _Streaming(Work):
     def streamed(self, report: data.DataReport, view: data.View, batch_size: int, **given) -> data.PairStream:
         "A stream of this process's part of some data, as the options have it"
         options, world = self.options, self.accelerator.num_processes
-        given = dict(seed=options.seed, workers=options.workers, shuffle=options.shuffle, crop_scale=options.crop_scale) | given
+        given = (
+            dict(
+                seed=options.seed,
+                workers=options.workers,
+                shuffle=options.shuffle,
+                crop_scale=options.crop_scale,
+            )
+            | given
+        )
         given |= dict(crops=getattr(options, "augmentations", 0)) if given["crop_scale"] < 1 else {}
         given |= dict(rank=self.accelerator.process_index, world_size=world)
         return data.PairStream(report, view, batch_size // world, **given)
@@ -1099,7 +1321,8 @@ class Job(_Streamed):
     report: data.DataReport  # of the training shards
     val: data.Pairs  # validation pairs, decoded
     accelerator: Accelerator
-    shapes: dict[str, TowerShape] | None = None  # of the teacher's towers; None when they are not both transformers
+    # of the teacher's towers; None when they are not both transformers
+    shapes: dict[str, TowerShape] | None = None
     costs: dict[str, TowerCost] | None = None  # what sparsity counts against
     start: VLM | None = None  # what the student starts as
 
@@ -1139,8 +1362,11 @@ def find_data(
         if int(count) < 1 or not all(name in fine and fine[name](value) for name, value in extra.items()):
             raise ValueError(where)
     except ValueError:
-        raise ValueError(f"{name}={where!r} is not valid: write scenes:N with N pairs to generate, and if you like ,duplicates:SHARE "
-                         "(below 1) and ,tail:EXPONENT; or name shards") from None
+        raise ValueError(
+            f"{name}={where!r} is not valid: write scenes:N with N pairs to generate, and if you like "
+            ",duplicates:SHARE "
+            "(below 1) and ,tail:EXPONENT; or name shards"
+        ) from None
     return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 
 # %% ../nbs/library/18_trainers.ipynb #db554980
@@ -1157,24 +1383,49 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     from accelerate.state import AcceleratorState
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device='cuda' is not valid here: this machine has no GPU that PyTorch can use; choose auto or cpu")
+        raise ValueError(
+            "device='cuda' is not valid here: this machine has no GPU that PyTorch can use; choose auto or "
+            "cpu"
+        )
     if not torch.distributed.is_initialized():
-        AcceleratorState._reset_state(reset_partial_state=True)  # a notebook may change its mind about device and precision
+        # a notebook may change its mind about device and precision
+        AcceleratorState._reset_state(reset_partial_state=True)
     precision = options.precision.replace("fp32", "no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=options.device == "cpu" or not torch.cuda.is_available())
-    if precision == "fp16" and accelerator.device.type == "cpu":  # which accelerate would leave in single precision, unsaid
+    accelerator = Accelerator(
+        mixed_precision=precision, cpu=options.device == "cpu" or not torch.cuda.is_available()
+    )
+    # which accelerate would leave in single precision, unsaid
+    if precision == "fp16" and accelerator.device.type == "cpu":
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     processes = max(options.processes, accelerator.num_processes)
     if options.batch_size % processes:
-        raise ValueError(f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple")
+        raise ValueError(
+            f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
+        )
     return accelerator
 
 # %% ../nbs/library/18_trainers.ipynb #504011c8
-FREE = ("out", "workers", "device", "processes", "validate_every", "checkpoint_seconds", "keep_snapshots", "max_bad_share",
-        "micro_batch", "features", "compare_scratch")  # fmt: skip
+FREE = (
+    "out",
+    "workers",
+    "device",
+    "processes",
+    "validate_every",
+    "checkpoint_seconds",
+    "keep_snapshots",
+    "max_bad_share",
+    "micro_batch",
+    "features",
+    "compare_scratch",
+)
 GROWS = ("steps",)
-SAME = {"data": "data.fingerprint", "val": "validation.fingerprint", "sentences": "sentences.fingerprint",
-        "teacher": "teacher_sha256", "start_from": "start_sha256"}  # fmt: skip
+SAME = {
+    "data": "data.fingerprint",
+    "val": "validation.fingerprint",
+    "sentences": "sentences.fingerprint",
+    "teacher": "teacher_sha256",
+    "start_from": "start_sha256",
+}
 
 
 def out_folder(options: FitParameters) -> Path:
@@ -1190,7 +1441,9 @@ def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs
     "What may differ when a run goes on: what does not change its result, more steps, and data or models that lie elsewhere"
     defaults = {f"parameters.{option.name}": option.default for option in fields(options)}
     unknown = () if "validation" in run.config() else ("validation",)  # of a run from before it was noted
-    places = [f"{part}.{entry}" for part in ("data", "sentences", "validation") for entry in ("shards", "damaged")]
+    places = [
+        f"{part}.{entry}" for part in ("data", "sentences", "validation") for entry in ("shards", "damaged")
+    ]
     free = ("versions", "terms", "stages", *unknown, *places, *(f"parameters.{name}" for name in FREE))
     same = {f"parameters.{name}": entry for name, entry in SAME.items()}
     return dict(free=free, grows=[f"parameters.{name}" for name in GROWS], same=same, defaults=defaults)
@@ -1291,7 +1544,8 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
         rows = [term.name for term in Objective(options.weights()).terms if term.same_width and term.weight]
         if rows and own != its:
             raise ValueError(
-                f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student {own}, teacher {its}; "
+                f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student "
+                f"{own}, teacher {its}; "
                 "use losses='affinity_mimicking=1'"
             )
 
@@ -1303,8 +1557,11 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
         own = shapes[tower]
         if own.head_width != full.head_width or own.width > full.width or own.layers > full.layers:
             size = f"{own.layers} layers of width {own.width} in heads of {own.head_width}"
-            raise ValueError(f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has {size}): "
-                             "choose inheritance='none', which leaves it as it is")  # fmt: skip
+            raise ValueError(
+                f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has "
+                f"{size}): "
+                "choose inheritance='none', which leaves it as it is"
+            )
     return shapes
 
 # %% ../nbs/library/18_trainers.ipynb #251c9872
@@ -1389,8 +1646,11 @@ def transformer_shapes(
         return tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
     except (ValueError, KeyError) as error:
         if needed:
-            raise ValueError(f"student='' and inheritance='manual' need a teacher of two plain transformer towers of open_clip, and here "
-                             f"{error}; name a student's architecture and choose inheritance='none'") from None
+            raise ValueError(
+                "student='' and inheritance='manual' need a teacher of two plain transformer towers of "
+                "open_clip, and here "
+                f"{error}; name a student's architecture and choose inheritance='none'"
+            ) from None
         return None
 
 
@@ -1401,8 +1661,11 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
     except (ValueError, KeyError) as error:
         if options.inheritance.startswith("auto") or not options.student:
             named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
-            raise ValueError(f"{named} needs a teacher of two plain transformer towers of open_clip, and here {error}; use "
-                             "inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own") from None
+            raise ValueError(
+                f"{named} needs a teacher of two plain transformer towers of open_clip, and here {error}; "
+                "use "
+                "inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own"
+            ) from None
         return None
 
 # %% ../nbs/library/18_trainers.ipynb #9b2e5ab7
@@ -1423,22 +1686,29 @@ def last_student(run: Run) -> Path:
     "The folder of the student that a run finished last; a baseline is none"
     finished = runs.finished_students(run)
     if not finished:
-        raise FileNotFoundError(f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder")
+        raise FileNotFoundError(
+            f"{run.folder} has no finished student yet: let it train to its end, or name a model's folder"
+        )
     return run.folder / finished[-1] / "student"
 
 
 def _check_start(options: FitParameters, start: VLM | None) -> None:
     "Refuse two answers to the question what the student is"
     if start is not None and options.student and options.inheritance == "none":
-        raise ValueError(f"student={options.student!r} is not valid with start_from={options.start_from!r}: the student is the model "
-                         "that it starts as; leave student empty")  # fmt: skip
+        raise ValueError(
+            f"student={options.student!r} is not valid with start_from={options.start_from!r}: the student "
+            "is the model "
+            "that it starts as; leave student empty"
+        )
 
 # %% ../nbs/library/18_trainers.ipynb #2083bb68
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("torch", "open_clip_torch", "accelerate", "webdataset")
-    return {"python": platform.python_version(), "vlkd_lab": __version__} | {name: version(name) for name in names}
+    return {"python": platform.python_version(), "vlkd_lab": __version__} | {
+        name: version(name) for name in names
+    }
 
 # %% ../nbs/library/18_trainers.ipynb #951a5711
 def manual_shapes(
@@ -1451,9 +1721,16 @@ def manual_shapes(
     for tower, full in teacher.items():
         cost, most, heads = budget({tower: full}), source[tower], full.heads[0]
         if not min(heads, *most.heads):
-            raise ValueError(f"a layer of the {tower} tower has no heads, so no plain network is a part of it: name a student, or choose "
-                             "inheritance='auto'")  # fmt: skip
-        sizes = [_shrunk(full, layers, kept) for layers in range(1, most.layers + 1) for kept in range(1, min(most.heads) + 1)]
+            raise ValueError(
+                f"a layer of the {tower} tower has no heads, so no plain network is a part of it: name a "
+                "student, or choose "
+                "inheritance='auto'"
+            )
+        sizes = [
+            _shrunk(full, layers, kept)
+            for layers in range(1, most.layers + 1)
+            for kept in range(1, min(most.heads) + 1)
+        ]
 
         def distance(shape: TowerShape, tower=tower, full=full, cost=cost, heads=heads) -> float:
             uneven = abs(math.log((shape.layers / full.layers) / (shape.heads[0] / heads)))
@@ -1476,14 +1753,28 @@ def learn_gates(
 ) -> tuple[dict[str, Tensor], Plan, dict[str, TowerShape]]:  # weights, plan and tower sizes of the student
     "Automatic inheritance: train gates on the source, close the budget, multiply in, cut out"
     options, stage = job.options, f"stage-{number}"
-    shapes = tower_shapes(source.model.state_dict(), {tower: shape.head_width for tower, shape in job.shapes.items()})
+    shapes = tower_shapes(
+        source.model.state_dict(), {tower: shape.head_width for tower, shape in job.shapes.items()}
+    )
     gates = Gates(shapes, job.costs, kinds=gate_kinds(options)).to(job.accelerator.device)
     steps, target = gate_steps(options), stage_target(job, number)
     source.model.train()
-    learner = Learner(source.model, gates, max(sparsity(shapes, job.costs), 0.0), target, ramp=max(steps // 2, 1))
+    learner = Learner(
+        source.model, gates, max(sparsity(shapes, job.costs), 0.0), target, ramp=max(steps // 2, 1)
+    )
     share = number / options.stages
     phase = Phase(stage, "gates", steps, 0, options.steps, line_steps(job, number - 1), target_share=share)
-    fit(job.run, phase, learner, Objective(options.weights()), job.batches, options, job.accelerator, job.source, probe=job.probe)
+    fit(
+        job.run,
+        phase,
+        learner,
+        Objective(options.weights()),
+        job.batches,
+        options,
+        job.accelerator,
+        job.source,
+        probe=job.probe,
+    )
     target = stage_target(job, number)  # it may have been changed meanwhile
     values = (uniform_gates if options.inheritance == "auto_uniform" else close_budget)(gates, target)
     weights, plan = _cut(source.model.state_dict(), shapes, values)
@@ -1495,7 +1786,9 @@ def learn_gates(
 
 # %% ../nbs/library/18_trainers.ipynb #a2169b16
 @torch.no_grad()
-def _cut(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape], values: Mapping[str, Any]) -> tuple[dict[str, Tensor], Plan]:
+def _cut(
+    state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape], values: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], Plan]:
     "What is left of a network under deterministic gates: gates multiplied in, the rest cut out"
     plan = plan_gates(state, shapes, values)
     return inherit(gate_state(state, values, shapes), plan), plan
@@ -1503,7 +1796,10 @@ def _cut(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape], values: 
 
 def stage_target(job: Job, number: int) -> float:
     "Sparsity at the end of a stage: its share of the run's target, as it stands now"
-    final = agree(job.accelerator, lambda: runs.in_effect(job.run.metrics()).get("target_sparsity", job.options.target_sparsity))
+    final = agree(
+        job.accelerator,
+        lambda: runs.in_effect(job.run.metrics()).get("target_sparsity", job.options.target_sparsity),
+    )
     return replace(job.options, target_sparsity=final).targets()[number - 1]
 
 
@@ -1512,25 +1808,40 @@ def gate_kinds(options: TinyCLIP) -> tuple[str, ...]:
     kinds = tuple(options.gate_kinds.replace(" ", "").split(","))
     unknown = [kind for kind in kinds if kind not in GATE_KINDS]
     if unknown:
-        raise ValueError(f"gate_kinds={options.gate_kinds!r} is not valid: no kind {unknown[0]!r}; there are {', '.join(GATE_KINDS)}")
+        raise ValueError(
+            f"gate_kinds={options.gate_kinds!r} is not valid: no kind {unknown[0]!r}; there are "
+            f"{', '.join(GATE_KINDS)}"
+        )
     return kinds
 
 # %% ../nbs/library/18_trainers.ipynb #09fe01c4
 def gate_steps(options: TinyCLIP) -> int:
     "Steps of a stage in which gates are learned"
-    return min(max(round(options.gate_share * options.steps), 1), options.steps - 1) if options.inheritance.startswith("auto") else 0
+    return (
+        min(max(round(options.gate_share * options.steps), 1), options.steps - 1)
+        if options.inheritance.startswith("auto")
+        else 0
+    )
 
 # %% ../nbs/library/18_trainers.ipynb #a77664b0
-def copy_manually(source: VLM, student: VLM) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
+def copy_manually(
+    source: VLM, student: VLM
+) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
     "Manual inheritance: an even spread of layers, leading heads, channels and neurons; scale and bias are the teacher's"
     plan, names = _plan_copy(source, student), ("logit_scale", "logit_bias")
-    return student.model.state_dict() | inherit(source.model.state_dict(), plan) | _numbers(source, student, names), plan
+    return student.model.state_dict() | inherit(source.model.state_dict(), plan) | _numbers(
+        source, student, names
+    ), plan
 
 
 def _numbers(source: VLM, student: VLM, names: Sequence[str]) -> dict[str, Tensor]:
     "Single numbers of one network for another one that has them too"
     theirs, own = source.model.state_dict(), student.model.state_dict()
-    return {name: theirs[name].reshape(own[name].shape).clone() for name in names if name in own and name in theirs}
+    return {
+        name: theirs[name].reshape(own[name].shape).clone()
+        for name in names
+        if name in own and name in theirs
+    }
 
 
 def _any_block(name: str) -> str:
@@ -1540,19 +1851,30 @@ def _any_block(name: str) -> str:
 
 def _plan_copy(source: VLM, student: VLM) -> Plan:
     "What manual inheritance copies; ValueError where the two cannot compute alike"
-    state, shapes = source.model.state_dict(), {name: tensor.shape for name, tensor in student.model.state_dict().items()}
+    state, shapes = (
+        source.model.state_dict(),
+        {name: tensor.shape for name, tensor in student.model.state_dict().items()},
+    )
     widths, theirs = (head_widths(vlm.config["model_cfg"]) for vlm in (student, source))
     kinds = ("in_proj_weight", "attnpool.q_proj.weight")
     towers = {"image" if name.startswith("visual.") else "text" for name in shapes if name.endswith(kinds)}
     different = [tower for tower in sorted(towers) if widths[tower] != theirs[tower]]
     if different:
         tower = different[0]
-        raise ValueError(f"heads of the {tower} tower have {widths[tower]} channels in the student and {theirs[tower]} in "
-                         "the teacher: whole heads are copied, so give it equally wide ones")  # fmt: skip
+        raise ValueError(
+            f"heads of the {tower} tower have {widths[tower]} channels in the student and {theirs[tower]} in "
+            "the teacher: whole heads are copied, so give it equally wide ones"
+        )
     known, place = set(map(_any_block, shapes)), {_any_block(name): name for name in state}
-    lost = [name for kind, name in place.items() if kind not in known and not name.startswith(("text_decoder.", "logit_"))]
+    lost = [
+        name
+        for kind, name in place.items()
+        if kind not in known and not name.startswith(("text_decoder.", "logit_"))
+    ]
     if lost:
-        raise ValueError(f"the teacher has {lost[0]}, for which the student has no place: the two must be of the same kind")
+        raise ValueError(
+            f"the teacher has {lost[0]}, for which the student has no place: the two must be of the same kind"
+        )
     return plan_manual(state, shapes, widths, layers=even_spread)
 
 # %% ../nbs/library/18_trainers.ipynb #ff93d020
@@ -1580,7 +1902,10 @@ def make_student(job: Job, number: int) -> VLM:
         save_model(student, folder / "init")
         shapes = towers and {tower: asdict(shape) for tower, shape in towers.items()}
         removed = sparsity(towers, job.costs) if towers else None
-        write_whole(folder / "plan.json", json.dumps({"sparsity": removed, "towers": shapes, "plan": plan and plan.to_json()}))
+        write_whole(
+            folder / "plan.json",
+            json.dumps({"sparsity": removed, "towers": shapes, "plan": plan and plan.to_json()}),
+        )
     job.accelerator.wait_for_everyone()
     return student
 
@@ -1601,7 +1926,9 @@ def stage_plan(run: Run, number: int) -> Plan | None:  # None when nothing was i
     return saved["plan"] and Plan.from_json(saved["plan"])
 
 
-def full_shapes(run: Run) -> dict[str, TowerShape] | None:  # "image", "text"; None when they are not both transformers
+def full_shapes(
+    run: Run,
+) -> dict[str, TowerShape] | None:  # "image", "text"; None when they are not both transformers
     "Sizes of the teacher's towers, from config.json"
     towers = run.config().get("towers")
     return towers and {tower: tower_shape(sizes) for tower, sizes in towers.items()}
@@ -1637,7 +1964,11 @@ def stage_gates(job: Job, number: int) -> Gates | None:  # None when the stage l
 # %% ../nbs/library/18_trainers.ipynb #ca0f4ded
 def stage_count(options: TinyCLIP) -> int:
     "Stages that are run: one when there is nothing to hand on"
-    return 1 if options.inheritance == "none" or (options.inheritance == "manual" and options.student) else options.stages
+    return (
+        1
+        if options.inheritance == "none" or (options.inheritance == "manual" and options.student)
+        else options.stages
+    )
 
 
 def stage_steps(options: TinyCLIP) -> int:
@@ -1667,7 +1998,12 @@ def run_scratch(job: Job, number: int) -> VLM:
     if (folder / "done.json").exists():
         return load_model(folder / "student", job.accelerator.device)
     like = load_model(folder.parent / f"stage-{number}" / "student", "cpu")
-    student = new_model(like.config["model_cfg"], like=job.like, towers=like.config.get("towers"), seed=seed_of(options.seed, "scratch"))
+    student = new_model(
+        like.config["model_cfg"],
+        like=job.like,
+        towers=like.config.get("towers"),
+        seed=seed_of(options.seed, "scratch"),
+    )
     phase = Phase(f"scratch-{number}", "contrast", line_steps(job, number), fixed=True)
     return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
 
@@ -1679,21 +2015,33 @@ def finish_fit(
     objective: Objective,
     teacher: VLM | StoredTeacher | None,
     learner: Callable[[nn.Module], Learner] = Learner,  # makes one of the student's network
-    batches: Callable[[int], Iterator[Batch]] | None = None,  # step -> batches from that step on; None: the job's
+    # step -> batches from that step on; None: the job's
+    batches: Callable[[int], Iterator[Batch]] | None = None,
 ) -> VLM:
     "Fit, save the student and mark the stage as done; its last checkpoint stays, for more steps"
     model = student.model.to(job.accelerator.device).train()
     if job.accelerator.is_main_process and not (job.run.folder / phase.stage / "init").exists():
         student.save(job.run.folder / phase.stage / "init")
     fit(
-        job.run, phase, learner(model), objective, batches or job.batches, job.options, job.accelerator, teacher,
-        validate=lambda: job.validation(student, objective), probe=job.probe, look=None if phase.fixed else job.look,
+        job.run,
+        phase,
+        learner(model),
+        objective,
+        batches or job.batches,
+        job.options,
+        job.accelerator,
+        teacher,
+        validate=lambda: job.validation(student, objective),
+        probe=job.probe,
+        look=None if phase.fixed else job.look,
     )
     model.eval()
     if job.accelerator.is_main_process:
         folder = job.run.folder / phase.stage
         student.save(folder / "student")
-        write_whole(folder / "done.json", json.dumps({"steps": phase.first_step + phase.before + phase.steps}))
+        write_whole(
+            folder / "done.json", json.dumps({"steps": phase.first_step + phase.before + phase.steps})
+        )
         _drop_checkpoints(folder, but=phase.name)
     job.accelerator.wait_for_everyone()
     return student
@@ -1714,11 +2062,15 @@ def encode_captions(
 def validation_features(
     model: VLM,
     pairs: data.Pairs,  # N pairs
-    every_caption: bool = False,  # all captions, as `flat_captions` lays them out; else the first of each picture
+    # all captions, as `flat_captions` lays them out; else the first of each picture
+    every_caption: bool = False,
 ) -> Features:
     "Features of the validation pairs under a model that may be in training"
     with evaluating(model.model):
-        parts = [model.encode(batch.to(model.device)) for batch in pairs.batches(data.View(model.preprocess, model.tokenizer))]
+        parts = [
+            model.encode(batch.to(model.device))
+            for batch in pairs.batches(data.View(model.preprocess, model.tokenizer))
+        ]
     image, text = (torch.cat([getattr(part, side) for part in parts]).float() for side in ("image", "text"))
     features = Features(image, text, parts[0].scale)
     texts = flat_captions(pairs.all_captions)[0]
@@ -1782,15 +2134,28 @@ class Contrastive(FitParameters):
     architecture: str = parameter("", "any configuration `model_config` takes; empty: the small one below")
     image_size: int = parameter(64, "pixels on a side (small architecture)", **at_least(16))
     patch_size: int = parameter(16, "pixels on a side of a patch (small architecture)", **at_least(2))
-    vocabulary: int = parameter(1024, "entries of the tokenizer that is trained on the captions (small architecture)", **at_least(259))
+    vocabulary: int = parameter(
+        1024, "entries of the tokenizer that is trained on the captions (small architecture)", **at_least(259)
+    )
     context_length: int = parameter(32, "tokens of a caption (small architecture)", **at_least(4))
 
     def small(self, vocabulary: int) -> dict:  # an open_clip configuration
         "A two-tower model of 1.3M parameters beside the token embedding"
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
-        vision = dict(image_size=self.image_size, patch_size=self.patch_size, width=128, head_width=16, layers=4)
-        text = dict(context_length=self.context_length, vocab_size=vocabulary, width=96, heads=6, layers=4, hf_tokenizer_name="teacher")
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+        vision = dict(
+            image_size=self.image_size, patch_size=self.patch_size, width=128, head_width=16, layers=4
+        )
+        text = dict(
+            context_length=self.context_length,
+            vocab_size=vocabulary,
+            width=96,
+            heads=6,
+            layers=4,
+            hf_tokenizer_name="teacher",
+        )
         return dict(embed_dim=64, vision_cfg=vision, text_cfg=text)
 
 
@@ -1798,9 +2163,16 @@ def open_contrastive(options: Contrastive) -> ContrastiveJob:
     "Make the model and its tokenizer, check the data, write config.json"
     accelerator, model = make_accelerator(options), find_start(options)
     if model is not None and options.architecture:
-        raise ValueError(f"architecture={options.architecture!r} is not valid with start_from={options.start_from!r}: the model is the "
-                         "one that it starts as; leave architecture empty")  # fmt: skip
-    check_locks(options, () if model is None else ("image", "text"), {} if model is None else model.config["model_cfg"]["vision_cfg"])
+        raise ValueError(
+            f"architecture={options.architecture!r} is not valid with start_from={options.start_from!r}: "
+            "the model is the "
+            "one that it starts as; leave architecture empty"
+        )
+    check_locks(
+        options,
+        () if model is None else ("image", "text"),
+        {} if model is None else model.config["model_cfg"]["vision_cfg"],
+    )
     about = {} if model is None else {"start_sha256": state_digest(model.model)}
     if model is not None:
         model = replace(model, name="teacher")
@@ -1809,8 +2181,13 @@ def open_contrastive(options: Contrastive) -> ContrastiveJob:
         models.check_student(model, f"architecture={options.architecture!r}", 2)
     else:
         folder = out_folder(options) / "tokenizer"
-        tokenizer = models.train_tokenizer(read_captions(find_data(options.data)), folder, options.vocabulary, options.context_length)
-        model = replace(new_model(options.small(len(tokenizer.tokenizer)), tokenizer=tokenizer, seed=options.seed), name="teacher")
+        tokenizer = models.train_tokenizer(
+            read_captions(find_data(options.data)), folder, options.vocabulary, options.context_length
+        )
+        model = replace(
+            new_model(options.small(len(tokenizer.tokenizer)), tokenizer=tokenizer, seed=options.seed),
+            name="teacher",
+        )
     return open_run(options, model, accelerator, about | {"model": model.config["model_cfg"]}, ContrastiveJob)
 
 
@@ -1846,7 +2223,13 @@ class ContrastiveJob(TeacherJob):
     "Two towers, contrastively"
 
     def learn(self) -> None:
-        finish_fit(self, Phase("teacher", "contrast", self.options.steps), self.teacher, Objective({"contrastive": 1.0}), None)
+        finish_fit(
+            self,
+            Phase("teacher", "contrast", self.options.steps),
+            self.teacher,
+            Objective({"contrastive": 1.0}),
+            None,
+        )
 
 # %% ../nbs/library/18_trainers.ipynb #5785c3df
 def train(job: Job) -> None:
@@ -1906,7 +2289,10 @@ class StillTraining(Exception):
     def __init__(self, run: Run):
         at = run.status()
         where = f"{at.get('stage', 'starting')}, {at['state']}"
-        super().__init__(f"still training ({where}): the kernel is free; run this cell and those below when the bench says it is done")
+        super().__init__(
+            f"still training ({where}): the kernel is free; run this cell and those below when the bench "
+            "says it is done"
+        )
 
     def _render_traceback_(self) -> list[str]:  # what IPython shows in place of a traceback
         return [str(self)]
@@ -1939,7 +2325,9 @@ def start(
         _TRAININGS[folder] = training
         training._thread.start()
         deadline = time.monotonic() + 10
-        while training.alive and job.run.status()["state"] not in runs.WORKING and time.monotonic() < deadline:
+        while (
+            training.alive and job.run.status()["state"] not in runs.WORKING and time.monotonic() < deadline
+        ):
             time.sleep(0.02)  # until it holds its folder, so that the next cell finds it at work
     else:
         work(job)
@@ -2010,12 +2398,16 @@ def _launch(folder: Path, processes: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([*command, "-m", "vlkd_lab.trainers", str(folder)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [*command, "-m", "vlkd_lab.trainers", str(folder)], capture_output=True, text=True, env=environment
+    )
     if done.returncode and Run(folder).status()["state"] == "stopped":
         raise RunStopped(f"the job of {folder} was stopped")
     if done.returncode:
         reason = _first_error(Run(folder), done.stderr)
-        raise RuntimeError(f"the job of {folder} failed with exit code {done.returncode}: {reason}\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"the job of {folder} failed with exit code {done.returncode}: {reason}\n{done.stderr[-2000:]}"
+        )
 
 
 def _first_error(run: Run, stderr: str) -> str:
@@ -2030,15 +2422,22 @@ def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
     return wanted.open(check_parameters(wanted.parameters, parameters))
 
 
-register(Method(
-    name="TinyCLIP",
-    citation="TinyCLIP (Wu et al., 2023): weights inherited from the teacher, then affinity mimicking",
-    parameters=TinyCLIP,
-    open=open_tinyclip,
-))  # fmt: skip
-register(Method(
-    name="Contrastive", citation="contrastive training from nothing", parameters=Contrastive, open=open_contrastive
-))  # fmt: skip
+register(
+    Method(
+        name="TinyCLIP",
+        citation="TinyCLIP (Wu et al., 2023): weights inherited from the teacher, then affinity mimicking",
+        parameters=TinyCLIP,
+        open=open_tinyclip,
+    )
+)
+register(
+    Method(
+        name="Contrastive",
+        citation="contrastive training from nothing",
+        parameters=Contrastive,
+        open=open_contrastive,
+    )
+)
 
 # %% ../nbs/library/18_trainers.ipynb #3687c673
 def _main(arguments: list[str]) -> None:
@@ -2082,6 +2481,9 @@ def notebook_job(namespace: Mapping[str, Any]) -> Job:
         values[name.strip()] = _literal(value.strip())
     job = open_job(method.name, values)
     if isinstance(job.teacher, fusion.Blip):
-        raise ValueError(f"method={method.name!r} trains a BLIP, whose scores are of other kinds: its job has a page of its own, "
-                         "train_dlip.ipynb or train_blip.ipynb, which goes on with this run folder")  # fmt: skip
+        raise ValueError(
+            f"method={method.name!r} trains a BLIP, whose scores are of other kinds: its job has a page of "
+            "its own, "
+            "train_dlip.ipynb or train_blip.ipynb, which goes on with this run folder"
+        )
     return job

@@ -21,7 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .data import FastPreprocess, NoSample, Pairs, load_pairs, visible
-from .evaluation import Classes, accuracy, all_label_sets, classifier, find_classes, job_models, predict, probe_table, probed_sets
+from vlkd_lab.evaluation import (
+    Classes,
+    accuracy,
+    all_label_sets,
+    classifier,
+    find_classes,
+    job_models,
+    predict,
+    probe_table,
+    probed_sets,
+)
 from .models import VLM, evaluating
 from .runs import to_json
 from .samples import LABEL_SETS, SHIFTS
@@ -40,12 +50,15 @@ class LabelledSet:
     "Pairs, and one way to sort them into named classes"
 
     pairs: Pairs  # N pairs; several sets may share them
-    labels: tuple[int | None, ...]  # N indices into the classes' names, None where the question does not arise
+    # N indices into the classes' names, None where the question does not arise
+    labels: tuple[int | None, ...]
     classes: Classes  # names and prompts
 
     def __post_init__(self):
         if len(self.labels) != len(self.pairs):
-            raise ValueError(f"{len(self.labels)} labels for {len(self.pairs)} pairs; each pair needs one, or None")
+            raise ValueError(
+                f"{len(self.labels)} labels for {len(self.pairs)} pairs; each pair needs one, or None"
+            )
         if all(label is None for label in self.labels):
             raise ValueError(f"none of its {len(self.pairs)} pairs has a label")
         last = len(self.classes.names) - 1
@@ -66,11 +79,20 @@ def scene_sets(
     pairs: Pairs,  # generated scenes
 ) -> dict[str, LabelledSet]:  # by name, in the order of LABEL_SETS; all share the pairs
     "Every label set that the scenes carry and whose classes are known"
-    known = {name: made for name, made in LABEL_SETS.items() if any(label is not None for label in pairs.sets.get(name, ()))}
+    known = {
+        name: made
+        for name, made in LABEL_SETS.items()
+        if any(label is not None for label in pairs.sets.get(name, ()))
+    }
     if not known:
         has = ", ".join(map(repr, pairs.sets)) or "none"
-        raise ValueError(f"no label set whose classes are known; the pairs have {has}, known are {', '.join(LABEL_SETS)}")
-    return {name: _labelled(name, pairs, pairs.sets[name], Classes(made.names, made.templates)) for name, made in known.items()}
+        raise ValueError(
+            f"no label set whose classes are known; the pairs have {has}, known are {', '.join(LABEL_SETS)}"
+        )
+    return {
+        name: _labelled(name, pairs, pairs.sets[name], Classes(made.names, made.templates))
+        for name, made in known.items()
+    }
 
 # %% ../nbs/library/23_transfer.ipynb #0b1f6592
 def shard_sets(
@@ -81,7 +103,10 @@ def shard_sets(
     classes = {name: find_classes(shards) for name, shards in where.items()}
     for name, found in classes.items():
         if found is None:
-            raise ValueError(f"data set {name!r}: no classes.txt beside {where[name]}; it names a class a line, in the indices' order")
+            raise ValueError(
+                f"data set {name!r}: no classes.txt beside {where[name]}; it names a class a line, in the "
+                "indices' order"
+            )
     pairs = {name: load_pairs(shards, limit) for name, shards in where.items()}
     return {name: _labelled(name, pairs[name], pairs[name].labels, classes[name]) for name in where}
 
@@ -94,7 +119,10 @@ def _image_rows(
     bar: tqdm,  # one step a picture
 ) -> dict[str, Tensor]:  # model -> (N, D) unit rows, float32, on the CPU
     "Image features of all models; no more than 256 changed pictures are held at once"
-    lenses, rows = {name: FastPreprocess(vlm.preprocess) for name, vlm in models.items()}, {name: [] for name in models}
+    lenses, rows = (
+        {name: FastPreprocess(vlm.preprocess) for name, vlm in models.items()},
+        {name: [] for name in models},
+    )
     for start in range(0, len(pairs), 256):
         part = pairs[start : start + 256]
         part = part if shift is None else shifted(part, shift, seed)
@@ -105,13 +133,17 @@ def _image_rows(
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
 # %% ../nbs/library/23_transfer.ipynb #96ec61c0
-def _top1(image: Tensor, class_rows: Tensor, labels: Sequence[int | None]) -> float:  # nan where a feature is not finite
+def _top1(
+    image: Tensor, class_rows: Tensor, labels: Sequence[int | None]
+) -> float:  # nan where a feature is not finite
     "Zero-shot accuracy, which a broken model does not get by luck"
     finite = image.isfinite().all() and class_rows.isfinite().all()
     return accuracy(predict(image, class_rows), labels) if finite else math.nan
 
 
-def _accuracies(models: Mapping, sets: Mapping, shifts: Sequence[str | None], seed: int, bar: tqdm) -> dict[str | None, pd.DataFrame]:
+def _accuracies(
+    models: Mapping, sets: Mapping, shifts: Sequence[str | None], seed: int, bar: tqdm
+) -> dict[str | None, pd.DataFrame]:
     "Zero-shot accuracy under every shift: a table with a row a model and a column a set"
     found = {shift: pd.DataFrame(math.nan, index=list(models), columns=list(sets)) for shift in shifts}
     with evaluating(*(vlm.model for vlm in models.values())):
@@ -123,14 +155,18 @@ def _accuracies(models: Mapping, sets: Mapping, shifts: Sequence[str | None], se
             mine = {key: own.labels for key, own in sets.items() if own.pairs is pairs}
             for shift, table in found.items():
                 for name, image in _image_rows(models, pairs, shift, seed, bar).items():
-                    table.loc[name, list(mine)] = [_top1(image, rows[name, key], labels) for key, labels in mine.items()]
+                    table.loc[name, list(mine)] = [
+                        _top1(image, rows[name, key], labels) for key, labels in mine.items()
+                    ]
     return found
 
 # %% ../nbs/library/23_transfer.ipynb #1e082e23
 def _check(models: Mapping[str, VLM], sets: Mapping[str, LabelledSet], shifts: Sequence[str]) -> None:
     "Refuse what cannot work before anything is encoded"
     if not models or not sets:
-        raise ValueError(f"nothing to measure: {len(models)} models and {len(sets)} label sets; give at least one of each")
+        raise ValueError(
+            f"nothing to measure: {len(models)} models and {len(sets)} label sets; give at least one of each"
+        )
     if "mean" in sets:
         raise ValueError("a label set may not be called 'mean': that is the column of the means")
     _check_shifts(shifts)
@@ -196,7 +232,9 @@ def shifted(
 # %% ../nbs/library/23_transfer.ipynb #ce232edd
 def _robustness(found: Mapping[str | None, pd.DataFrame]) -> pd.DataFrame:
     "Means over the sets by shift, their average, and what is kept"
-    table = pd.DataFrame({shift or "unshifted": scores.mean(axis=1, skipna=False) for shift, scores in found.items()})
+    table = pd.DataFrame(
+        {shift or "unshifted": scores.mean(axis=1, skipna=False) for shift, scores in found.items()}
+    )
     average = table.drop(columns="unshifted").mean(axis=1, skipna=False)
     return table.assign(average=average, kept=average / table["unshifted"].where(table["unshifted"] > 0))
 
@@ -206,7 +244,9 @@ def robustness_table(
     sets: Mapping[str, LabelledSet],
     shifts: Sequence[str] = tuple(SHIFTS),
     seed: int = 0,  # of the shifts
-) -> pd.DataFrame:  # shares; a row a model; unshifted, every shift, average over the shifts, kept = average / unshifted
+) -> (
+    pd.DataFrame
+):  # shares; a row a model; unshifted, every shift, average over the shifts, kept = average / unshifted
     "Zero-shot accuracy on shifted pictures, mean over the sets"
     _check(models, sets, shifts)
     variants = (None, *dict.fromkeys(shifts))
@@ -214,7 +254,11 @@ def robustness_table(
         return _robustness(_accuracies(models, sets, variants, seed, bar))
 
 # %% ../nbs/library/23_transfer.ipynb #22f9e2d1
-_TITLES = {"zero_shot": "Zero-shot accuracy", "linear_probe": "Linear-probe accuracy", "robustness": "Zero-shot accuracy under shifts"}
+_TITLES = {
+    "zero_shot": "Zero-shot accuracy",
+    "linear_probe": "Linear-probe accuracy",
+    "robustness": "Zero-shot accuracy under shifts",
+}
 
 
 @dataclass(frozen=True)
@@ -228,7 +272,9 @@ class Transfer:
     @property
     def tables(self) -> dict[str, pd.DataFrame]:  # title -> table
         "The tables that there are"
-        return {title: getattr(self, name) for name, title in _TITLES.items() if getattr(self, name) is not None}
+        return {
+            title: getattr(self, name) for name, title in _TITLES.items() if getattr(self, name) is not None
+        }
 
     def _repr_html_(self) -> str:
         return "".join(f"<h4>{title}</h4>{_percentages(table)}" for title, table in self.tables.items())
@@ -236,12 +282,16 @@ class Transfer:
     def to_json(self) -> dict:  # table -> model -> column -> share
         "The tables as JSON can hold them"
         tables = {name: getattr(self, name) for name in _TITLES}
-        return to_json({name: None if table is None else table.to_dict("index") for name, table in tables.items()})
+        return to_json(
+            {name: None if table is None else table.to_dict("index") for name, table in tables.items()}
+        )
 
 
 def _percentages(table: pd.DataFrame) -> str:
     "A table of shares as HTML; names are shown as they are"
-    shown = table.apply(lambda column: column.map(lambda share: f"{share:.1%}" if math.isfinite(share) else "—"))
+    shown = table.apply(
+        lambda column: column.map(lambda share: f"{share:.1%}" if math.isfinite(share) else "—")
+    )
     return shown.rename(index=visible, columns=visible).to_html(border=0)
 
 # %% ../nbs/library/23_transfer.ipynb #94527ec6
@@ -274,7 +324,9 @@ def _shared(train: Pairs, val: Pairs) -> list[str]:
     shared = probed_sets(train, val)
     if not shared:
         has = [", ".join(map(repr, all_label_sets(pairs))) or "none" for pairs in (train, val)]
-        raise ValueError(f"a linear probe needs a label set that both carry; train has {has[0]}, val has {has[1]}")
+        raise ValueError(
+            f"a linear probe needs a label set that both carry; train has {has[0]}, val has {has[1]}"
+        )
     return shared
 
 # %% ../nbs/library/23_transfer.ipynb #8a91c535
@@ -284,7 +336,8 @@ def transfer(
     train: Pairs | None = None,  # on which linear probes are fitted; None: no linear probe
     sets: Mapping[str, LabelledSet] | None = None,  # for zero-shot and shifts; None: those of `val`
     shifts: Sequence[str] = tuple(SHIFTS),
-    classes: Classes | None = None,  # of `val.labels`; needed where the pairs are no scenes and `sets` is None
+    # of `val.labels`; needed where the pairs are no scenes and `sets` is None
+    classes: Classes | None = None,
     seed: int = 0,  # of the shifts
 ) -> Transfer:
     "Zero-shot, linear probe and robustness of every model"
@@ -322,7 +375,14 @@ def _marks(axis, table: pd.DataFrame, models: Sequence[str]) -> list:  # matplot
     for k, name in enumerate(models):
         colour, marker = ("black", "*") if name == "teacher" else (f"C{k}", "osD^v"[k % 5])
         offset = 0.5 * ((k + 0.5) / len(models) - 0.5)
-        drawn += axis.plot(100 * table.loc[name], places + offset, marker, color=colour, ms=8 if marker == "*" else 5, clip_on=False)
+        drawn += axis.plot(
+            100 * table.loc[name],
+            places + offset,
+            marker,
+            color=colour,
+            ms=8 if marker == "*" else 5,
+            clip_on=False,
+        )
         if "unshifted" in table:
             axis.axvline(100 * table.loc[name, "unshifted"], color=colour, lw=0.8, ls=":", zorder=0)
     axis.set_yticks(places, [visible(column) for column in table.columns], parse_math=False)
@@ -343,7 +403,9 @@ def plot_transfer(transfer: Transfer) -> Figure:
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
         drawn = _marks(axis, table, models)
         axis.set_title(title, fontsize=10)
-    legend = figure.legend(drawn, [visible(name) for name in models], loc="outside lower center", ncols=4, frameon=False)
+    legend = figure.legend(
+        drawn, [visible(name) for name in models], loc="outside lower center", ncols=4, frameon=False
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
     plt.close(figure)

@@ -51,8 +51,13 @@ class Trial:
 def score_model(model: VLM | Blip) -> dict[str, float]:
     "Scores on the shipped validation scenes: shares from 0 to 1, CIDEr from 0 up"
     if isinstance(model, Blip):
-        return score_tasks(model, load_pairs("data_samples/scenes/val-000000.tar", limit=400), questions=4, progress=False)
-    val, fitted = load_pairs("data_samples/scenes/val-000000.tar"), load_pairs(find_data("scenes:16000"), limit=2000)
+        return score_tasks(
+            model, load_pairs("data_samples/scenes/val-000000.tar", limit=400), questions=4, progress=False
+        )
+    val, fitted = (
+        load_pairs("data_samples/scenes/val-000000.tar"),
+        load_pairs(find_data("scenes:16000"), limit=2000),
+    )
     tables = {name: table["it"] for name, table in transfer({"it": model}, val, fitted).to_json().items()}
     return {
         "r1": quick_score(model)["r1"],
@@ -82,7 +87,16 @@ def origin() -> dict[str, str]:  # "commit", "machine", "date", "torch"
     "Where and when a number is made, and by which code"
     import torch
 
-    describe = ["git", "-C", str(project_root()), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    describe = [
+        "git",
+        "-C",
+        str(project_root()),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=7",
+        "--exclude=*",
+    ]
     commit = f"release {__version__}"  # of an installed package; the folder may be another project's
     if is_working_copy(project_root()):
         try:
@@ -92,7 +106,12 @@ def origin() -> dict[str, str]:  # "commit", "machine", "date", "torch"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     machine = f"{cores} CPU cores ({platform.machine()}), {gpu}"
-    return {"commit": commit or "unknown", "machine": machine, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
+    return {
+        "commit": commit or "unknown",
+        "machine": machine,
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+    }
 
 # %% ../nbs/library/29_trials.ipynb #49f8831d
 def run_trial(
@@ -112,9 +131,21 @@ def run_trial(
         write_whole(out / "origin.json", json.dumps(origin()))
     job = trial.open(seed, out)
     train(job)
-    students = {stage: _scored(job, stage, model, score) for stage, model in job_models(job).items() if stage != "teacher"}
-    found = {"trial": name, "seed": seed, "parameters": dict(trial.parameters), "origin": read_json(out / "origin.json")}
-    found |= {"samples": {stage: steps * job.options.batch_size for stage, steps in job.plan}, "students": students}
+    students = {
+        stage: _scored(job, stage, model, score)
+        for stage, model in job_models(job).items()
+        if stage != "teacher"
+    }
+    found = {
+        "trial": name,
+        "seed": seed,
+        "parameters": dict(trial.parameters),
+        "origin": read_json(out / "origin.json"),
+    }
+    found |= {
+        "samples": {stage: steps * job.options.batch_size for stage, steps in job.plan},
+        "students": students,
+    }
     write_whole(out / "trial.json", json.dumps(to_json(found)))
     return read_json(out / "trial.json")
 
@@ -125,7 +156,9 @@ def _scored(job: Job, stage: str, model: VLM | Blip, score: Callable) -> dict:
     if not isinstance(model, Blip):
         return found | {"curve": validation_curve(job.run, stage)}
     times = measure_tasks({"teacher": job.teacher, "student": model}, job.val, repeats=5)
-    return found | {"speed_up": {name.removeprefix("ms_"): row["teacher"] / row["student"] for name, row in times.items()}}
+    return found | {
+        "speed_up": {name.removeprefix("ms_"): row["teacher"] / row["student"] for name, row in times.items()}
+    }
 
 
 def _step_seconds(run: Run, stage: str) -> float | None:  # None where nothing was trained
@@ -141,8 +174,11 @@ def _refuse_another(out: Path, kept: Mapping | None, trial: Trial) -> None:
     different = [name for name in wanted if name in earlier and earlier[name] != wanted[name]]
     if different:
         name = different[0]
-        raise ValueError(f"{out} holds another trial ({name}: it has {earlier[name]}, asked for {wanted[name]}): choose another folder, "
-                         "or delete it")  # fmt: skip
+        raise ValueError(
+            f"{out} holds another trial ({name}: it has {earlier[name]}, asked for {wanted[name]}): choose "
+            "another folder, "
+            "or delete it"
+        )
 
 # %% ../nbs/library/29_trials.ipynb #66a45263
 def run_trials(

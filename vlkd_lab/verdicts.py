@@ -37,7 +37,8 @@ class Claim:
     test: str  # what is done here
     rule: str  # what counts as a yes, in words; `holds` is the same in code
     trials: tuple[str, ...]  # names of trials
-    measure: Callable[[Mapping[str, dict]], dict[str, float]]  # trial -> what one seed gave; what is looked at, by label
+    # trial -> what one seed gave; what is looked at, by label
+    measure: Callable[[Mapping[str, dict]], dict[str, float]]
     holds: Callable[[Mapping[str, float]], bool]  # of what one seed measured
     unit: str = "%"  # "%" shows shares times 100, "×" ratios, "" plain numbers
 
@@ -61,7 +62,13 @@ class Verdict:
         if not self.yes:
             return "not run yet"
         count = f"{sum(self.yes)} of {len(self.yes)} seeds"
-        return f"holds ({count})" if all(self.yes) else f"undecided ({count})" if any(self.yes) else f"does not hold ({count})"
+        return (
+            f"holds ({count})"
+            if all(self.yes)
+            else f"undecided ({count})"
+            if any(self.yes)
+            else f"does not hold ({count})"
+        )
 
     def _repr_html_(self) -> str:
         return show_verdicts({"": self})
@@ -74,7 +81,10 @@ def judge(
 ) -> Verdict:
     "Measure every seed of which all trials are there, and apply the rule"
     seeds = sorted(set.intersection(*(set(records.get(name, {})) for name in claim.trials)))
-    found = {seed: claim.measure({name: records[name][seed] for name in claim.trials} | dict(teachers or {})) for seed in seeds}
+    found = {
+        seed: claim.measure({name: records[name][seed] for name in claim.trials} | dict(teachers or {}))
+        for seed in seeds
+    }
     return Verdict(claim, pd.DataFrame(found).T, tuple(bool(claim.holds(found[seed])) for seed in seeds))
 
 # %% ../nbs/library/30_verdicts.ipynb #671ed1ce
@@ -100,7 +110,10 @@ def _measured(values: pd.DataFrame, unit: str) -> str:  # HTML, a row a label
     axis = [label.partition(",")[0] for label in values]
     rows = []
     for label, shared in zip(values, axis, strict=True):
-        own, all_ = values[label].dropna(), values[[other for other, name in zip(values, axis, strict=True) if name == shared]]
+        own, all_ = (
+            values[label].dropna(),
+            values[[other for other, name in zip(values, axis, strict=True) if name == shared]],
+        )
         spread = f"({_said(own.min(), unit)}–{_said(own.max(), unit)})" if len(own) > 1 else ""
         drawn = _strip(own, float(all_.min().min()), float(all_.max().max()), unit)
         mean = f'<td align="right"><b>{_said(own.mean(), unit)}</b>'
@@ -122,9 +135,11 @@ def show_verdicts(
         pill = f"color:white;background:{colour};border-radius:9px;padding:1px 9px;display:inline-block"
         badge = f'<span style="{pill}">{escaped(verdict.words)}</span>'
         blocks.append(
-            f'<div style="border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px 0;overflow-x:auto">'
+            f'<div style="border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px '
+            '0;overflow-x:auto">'
             f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.6">{escaped(name)}</small>'
-            f'<div style="margin:4px 0;max-width:46em">{escaped(claim.test)} <i>Yes if {escaped(claim.rule)}.</i></div>'
+            f'<div style="margin:4px 0;max-width:46em">{escaped(claim.test)} <i>Yes if '
+            f"{escaped(claim.rule)}.</i></div>"
             f"{'' if verdict.values.empty else _measured(verdict.values, claim.unit)}</div>"
         )
     return "".join(blocks)
@@ -133,7 +148,17 @@ def show_verdicts(
 _QUIET = dict(probe_pairs=0, keep_snapshots=0, compare_scratch=False)
 _PAIRS = dict(data="scenes:16000", steps=400) | _QUIET
 _DOUBLED = dict(data="scenes:16000,duplicates:0.6,tail:1") | _QUIET
-_BLIP = dict(data="scenes:16000", steps=400, batch_size=64, precision="bf16", validate_every=50, checkpoint_seconds=600.0) | _QUIET
+_BLIP = (
+    dict(
+        data="scenes:16000",
+        steps=400,
+        batch_size=64,
+        precision="bf16",
+        validate_every=50,
+        checkpoint_seconds=600.0,
+    )
+    | _QUIET
+)
 _CLUSTERS = "cluster_classification:0.1, cluster_distribution:1"
 OBJECTIVES = {  # name in the trials -> what trains two towers on pairs
     "contrastive": "contrastive:1",
@@ -150,23 +175,37 @@ def _two_towers() -> dict[str, Trial]:
     for start, words in (("none", "from nothing"), ("manual", "from inherited weights")):
         own, name = dict(inheritance=start), f"-{'scratch' if start == 'none' else 'inherited'}"
         for method, losses in OBJECTIVES.items():
-            made["towers-" + method + name] = Trial("ClipCid", f"{method}, {words}", _PAIRS | own | dict(losses=losses, removed_share=0.0))
+            made["towers-" + method + name] = Trial(
+                "ClipCid", f"{method}, {words}", _PAIRS | own | dict(losses=losses, removed_share=0.0)
+            )
         affinity = dict(losses="affinity_mimicking:1", stages=1, target_sparsity=0.5)
-        made["towers-tinyclip" + name] = Trial("TinyCLIP", f"affinity mimicking, {words}", _PAIRS | own | affinity)
-        made["towers-dime-fm" + name] = Trial("DimeFm", f"unpaired scores, {words}", _PAIRS | own | dict(text_tower="student"))
+        made["towers-tinyclip" + name] = Trial(
+            "TinyCLIP", f"affinity mimicking, {words}", _PAIRS | own | affinity
+        )
+        made["towers-dime-fm" + name] = Trial(
+            "DimeFm", f"unpaired scores, {words}", _PAIRS | own | dict(text_tower="student")
+        )
     return made
 
 
 def _tinyclip() -> dict[str, Trial]:
     "Automatic inheritance in stages"
     given = dict(data="scenes:16000") | _QUIET
-    tenth, once, firm = dict(target_sparsity=0.9), dict(stages=1, steps=600), dict(multiplier_learning_rate=1.0)
+    tenth, once, firm = (
+        dict(target_sparsity=0.9),
+        dict(stages=1, steps=600),
+        dict(multiplier_learning_rate=1.0),
+    )
     return {
-        "stages-0.75": Trial("TinyCLIP", "the default job: 3 stages of 200 steps to 25 %", given | dict(compare_scratch=True)),
+        "stages-0.75": Trial(
+            "TinyCLIP", "the default job: 3 stages of 200 steps to 25 %", given | dict(compare_scratch=True)
+        ),
         "stages-0.9": Trial("TinyCLIP", "3 stages of 200 steps to 10 %", given | tenth),
         "at-once-0.9": Trial("TinyCLIP", "1 stage of 600 steps to 10 %", given | tenth | once),
         "stages-0.9-firm": Trial("TinyCLIP", "3 stages to 10 %, firmer multipliers", given | tenth | firm),
-        "at-once-0.9-firm": Trial("TinyCLIP", "1 stage to 10 %, firmer multipliers", given | tenth | once | firm),
+        "at-once-0.9-firm": Trial(
+            "TinyCLIP", "1 stage to 10 %, firmer multipliers", given | tenth | once | firm
+        ),
     }
 
 # %% ../nbs/library/30_verdicts.ipynb #b475bd66
@@ -179,12 +218,22 @@ def _clip_cid() -> dict[str, Trial]:
         "whole": OBJECTIVES["clip-cid"],
     }
     given = _DOUBLED | dict(steps=400)
-    made = {f"cid-{name}": Trial("ClipCid", f"balanced, {losses}", given | dict(losses=losses)) for name, losses in terms.items()}
-    fewer, all_pairs = dict(data="scenes:9008,duplicates:0.6,tail:1", removed_share=0.0), dict(removed_share=0.0)
+    made = {
+        f"cid-{name}": Trial("ClipCid", f"balanced, {losses}", given | dict(losses=losses))
+        for name, losses in terms.items()
+    }
+    fewer, all_pairs = (
+        dict(data="scenes:9008,duplicates:0.6,tail:1", removed_share=0.0),
+        dict(removed_share=0.0),
+    )
     return made | {
         "cid-all": Trial("ClipCid", "all 16,000 images, 600 steps", _DOUBLED | all_pairs),
-        "cid-balanced": Trial("ClipCid", "43.7 % removed, as many epochs: 338 steps", _DOUBLED | dict(steps=338)),
-        "cid-random": Trial("ClipCid", "as few images, not chosen, 338 steps", _DOUBLED | fewer | dict(steps=338)),
+        "cid-balanced": Trial(
+            "ClipCid", "43.7 % removed, as many epochs: 338 steps", _DOUBLED | dict(steps=338)
+        ),
+        "cid-random": Trial(
+            "ClipCid", "as few images, not chosen, 338 steps", _DOUBLED | fewer | dict(steps=338)
+        ),
         "cid-balanced-long": Trial("ClipCid", "43.7 % removed, as many steps: 600", _DOUBLED),
     }
 
@@ -225,7 +274,8 @@ def speed_up(slow: Mapping, fast: Mapping) -> float:  # students of two trials
     "How many times fewer steps the fast one needs for the slow one's best score; 0 when it never gets there"
     best = max(value for _, value in slow["curve"])
     reached = first_step(fast["curve"], best)
-    soonest = min(step for step, _ in fast["curve"] if step)  # what is good before any training counts from here
+    # what is good before any training counts from here
+    soonest = min(step for step, _ in fast["curve"] if step)
     return 0.0 if reached is None else first_step(slow["curve"], best) / max(reached, soonest)
 
 # %% ../nbs/library/30_verdicts.ipynb #e9e424ed
@@ -254,10 +304,14 @@ _TINYCLIP = {
     "tinyclip-speed": Claim(
         "TinyCLIP",
         "Inherited weights speed training up 1.4 to 7.8 times",
-        "The same student trained contrastively from nothing for 2,000 steps, and from inherited weights for 400.",
+        "The same student trained contrastively from nothing for 2,000 steps, and from inherited weights "
+        "for 400.",
         "under the same loss the best R@1 from nothing is reached in at most 1/1.4 of its steps",
         ("towers-contrastive-long", *_INHERITED.values()),
-        lambda found: {name: speed_up(_only(found, "towers-contrastive-long"), _only(found, trial)) for name, trial in _INHERITED.items()},
+        lambda found: {
+            name: speed_up(_only(found, "towers-contrastive-long"), _only(found, trial))
+            for name, trial in _INHERITED.items()
+        },
         lambda values: values["same loss"] >= 1.4,
         "×",
     ),
@@ -267,19 +321,32 @@ _TINYCLIP = {
 TITLES = {"R@1": "r1", "zero-shot": "zero_shot"}  # shown -> in the records
 
 
-def _side_by_side(found: Mapping, trials: Mapping[str, tuple[str, str]], titles: Mapping[str, str]) -> dict[str, float]:
+def _side_by_side(
+    found: Mapping, trials: Mapping[str, tuple[str, str]], titles: Mapping[str, str]
+) -> dict[str, float]:
     "Some scores of some trials: shown name -> (trial, stage)"
-    given = ((title, name, *where, score) for title, score in titles.items() for name, where in trials.items())
+    given = (
+        (title, name, *where, score) for title, score in titles.items() for name, where in trials.items()
+    )
     return {f"{title}, {name}": at(found, trial, score, stage) for title, name, trial, stage, score in given}
 
 
-def _above(values: Mapping[str, float], better: str, worse: str, titles: Mapping[str, str] = TITLES, margin: float = 0.0) -> bool:
+def _above(
+    values: Mapping[str, float],
+    better: str,
+    worse: str,
+    titles: Mapping[str, str] = TITLES,
+    margin: float = 0.0,
+) -> bool:
     "Whether one is above the other in every score, by a margin"
     return all(values[f"{title}, {better}"] > values[f"{title}, {worse}"] + margin for title in titles)
 
 
-_OBJECTIVE = {f"{objective}, {start}": (f"towers-{trial}-{start}", stage) for start in ("inherited", "scratch")
-              for objective, trial, stage in (("affinity", "tinyclip", "stage-1"), ("plain", "contrastive", "student"))}  # fmt: skip
+_OBJECTIVE = {
+    f"{objective}, {start}": (f"towers-{trial}-{start}", stage)
+    for start in ("inherited", "scratch")
+    for objective, trial, stage in (("affinity", "tinyclip", "stage-1"), ("plain", "contrastive", "student"))
+}
 _TINYCLIP |= {
     "tinyclip-affinity": Claim(
         "TinyCLIP",
@@ -307,24 +374,36 @@ def _stages(ending: str, says: str, test: str) -> Claim:
     )
 
 
-_DEEP = "Automatic inheritance down to 10 % of the prunable weights: three stages of 200 steps, or one of 600."
+_DEEP = (
+    "Automatic inheritance down to 10 % of the prunable weights: three stages of 200 steps, or one of 600."
+)
 _TINYCLIP |= {
     "tinyclip-stages": _stages("", "Several stages beat one at extreme compression", _DEEP),
     "tinyclip-stages-firm": _stages(
-        "-firm", "Several stages beat one at extreme compression, second try", "The same with multipliers that ascend five times as fast."
+        "-firm",
+        "Several stages beat one at extreme compression, second try",
+        "The same with multipliers that ascend five times as fast.",
     ),
 }
 
 # %% ../nbs/library/30_verdicts.ipynb #6fb6f860
 _PROBED = TITLES | {"linear probe": "linear_probe"}
-_FILTERED = {name: (trial, "student") for name, trial in (
-    ("all", "cid-all"), ("balanced", "cid-balanced"), ("random", "cid-random"), ("balanced, 600 steps", "cid-balanced-long"))}  # fmt: skip
+_FILTERED = {
+    name: (trial, "student")
+    for name, trial in (
+        ("all", "cid-all"),
+        ("balanced", "cid-balanced"),
+        ("random", "cid-random"),
+        ("balanced, 600 steps", "cid-balanced-long"),
+    )
+}
 _TERMS = {name: (f"cid-{name}", "student") for name in ("contrastive", "cluster", "instance", "whole")}
 _CLIP_CID = {
     "clip-cid-filtering": Claim(
         "CLIP-CID",
         "43.7 % of the pairs can go without loss",
-        "16,000 scenes with planted near-duplicates: all, balanced, a random part as large, for as many epochs; balanced for 600 steps.",
+        "16,000 scenes with planted near-duplicates: all, balanced, a random part as large, for as many "
+        "epochs; balanced for 600 steps.",
         "balanced, for as many epochs, is at most a point below all in R@1, zero-shot and linear probe",
         tuple(trial for trial, _ in _FILTERED.values()),
         lambda found: _side_by_side(found, _FILTERED, _PROBED),
@@ -333,11 +412,15 @@ _CLIP_CID = {
     "clip-cid-cluster": Claim(
         "CLIP-CID",
         "The cluster terms lift the linear probe",
-        "Four objectives on the balanced data, 400 steps: with and without cluster terms, beside the contrastive loss and beside both.",
+        "Four objectives on the balanced data, 400 steps: with and without cluster terms, beside the "
+        "contrastive loss and beside both.",
         "the linear probe is higher with them in both pairs",
         tuple(trial for trial, _ in _TERMS.values()),
         lambda found: _side_by_side(found, _TERMS, {"probe": "linear_probe"}),
-        lambda values: values["probe, cluster"] > values["probe, contrastive"] and values["probe, whole"] > values["probe, instance"],
+        lambda values: (
+            values["probe, cluster"] > values["probe, contrastive"]
+            and values["probe, whole"] > values["probe, instance"]
+        ),
     ),
     "clip-cid-samples": Claim(
         "CLIP-CID",
@@ -345,7 +428,11 @@ _CLIP_CID = {
         "The same two trainings: samples until the contrastive student's best R@1.",
         "the whole method needs at most 1/1.25 of the samples",
         ("cid-contrastive", "cid-whole"),
-        lambda found: {"fewer samples": speed_up(*(found[name]["students"]["student"] for name in ("cid-contrastive", "cid-whole")))},
+        lambda found: {
+            "fewer samples": speed_up(
+                *(found[name]["students"]["student"] for name in ("cid-contrastive", "cid-whole"))
+            )
+        },
         lambda values: values["fewer samples"] >= 1.25,
         "×",
     ),
@@ -357,7 +444,8 @@ _DIME_FM = {
     "dime-fm-unpaired": Claim(
         "DIME-FM",
         "Unpaired images and sentences rival training on pairs",
-        "600 steps with 16,000 images without captions and 20,000 sentences about others; the same towers trained on the 16,000 pairs.",
+        "600 steps with 16,000 images without captions and 20,000 sentences about others; the same towers "
+        "trained on the 16,000 pairs.",
         "R@1, zero-shot and linear probe are all higher without pairs",
         ("unpaired",),
         lambda found: _side_by_side(found, _PAIRED, _PROBED),
@@ -366,15 +454,22 @@ _DIME_FM = {
     "dime-fm-robust": Claim(
         "DIME-FM",
         "The student is robust: 50.2 on average over five shifted test sets, as its teacher's kind",
-        "Zero-shot accuracy under eight shifts of the pictures, and the share of the unshifted accuracy that is left.",
-        "accuracy under shifts is higher than the paired student's, and the share that is left is within 3 points of the teacher's",
+        "Zero-shot accuracy under eight shifts of the pictures, and the share of the unshifted accuracy "
+        "that is left.",
+        "accuracy under shifts is higher than the paired student's, and the share that is left is within 3 "
+        "points of the teacher's",
         ("unpaired",),
-        lambda found: _side_by_side(found, _PAIRED | {"teacher": ("teacher", "student")},
-                                    {"under shifts": "robustness", "share left": "robustness_kept"}),
-        lambda values: values["under shifts, unpaired"] > values["under shifts, paired"]
-        and values["share left, unpaired"] > values["share left, teacher"] - 0.03,
+        lambda found: _side_by_side(
+            found,
+            _PAIRED | {"teacher": ("teacher", "student")},
+            {"under shifts": "robustness", "share left": "robustness_kept"},
+        ),
+        lambda values: (
+            values["under shifts, unpaired"] > values["under shifts, paired"]
+            and values["share left, unpaired"] > values["share left, teacher"] - 0.03
+        ),
     ),
-}  # fmt: skip
+}
 
 # %% ../nbs/library/30_verdicts.ipynb #ec14355d
 _TASKS = {"R@1": "retrieval_r1", "CIDEr": "cider", "answers": "answer_accuracy"}
@@ -383,7 +478,10 @@ _TASKS = {"R@1": "retrieval_r1", "CIDEr": "cider", "answers": "answer_accuracy"}
 def _tasks_kept(found: Mapping, trials: Mapping[str, str]) -> dict[str, float]:  # shown name -> trial
     "What students keep of the BLIP's three main scores"
     given = ((title, name, trial, score) for title, score in _TASKS.items() for name, trial in trials.items())
-    return {f"{title}, {name}" if name else title: _kept(found, trial, score, teacher="blip") for title, name, trial, score in given}
+    return {
+        f"{title}, {name}" if name else title: _kept(found, trial, score, teacher="blip")
+        for title, name, trial, score in given
+    }
 
 
 _SMALL = {"400 steps": "dlip-22", "1,600": "dlip-22-long"}
@@ -400,7 +498,8 @@ _DLIP = {
     "dlip-22": Claim(
         "DLIP",
         "22.4 % of the parameters keep over 95 %",
-        "22 % of the parameters, layers inherited, for 400 and for 1,600 steps of 64 (the teacher was trained for 3,000).",
+        "22 % of the parameters, layers inherited, for 400 and for 1,600 steps of 64 (the teacher was "
+        "trained for 3,000).",
         "after 1,600 steps R@1, CIDEr and answers all keep at least 95 %",
         tuple(_SMALL.values()),
         lambda found: _tasks_kept(found, _SMALL),
@@ -432,7 +531,8 @@ _DLIP |= {
     "dlip-modules": Claim(
         "DLIP",
         "Image and text encoders matter about equally for compression",
-        "About 0.2M parameters or a tenth of the work taken from one module, 400 steps; what is lost, in % of the teacher's score.",
+        "About 0.2M parameters or a tenth of the work taken from one module, 400 steps; what is lost, in % "
+        "of the teacher's score.",
         "R@1 loses within 1.5 points as much from the image tower as from the text encoder",
         ("dlip-whole", *_CUT.values()),
         lambda found: _lost(found, _CUT),
@@ -441,23 +541,31 @@ _DLIP |= {
     "dlip-fusion": Claim(
         "DLIP",
         "A moderate number of fusion layers is enough",
-        "Two of four fusion layers, and one; what is lost against taking nothing, in % of the teacher's score.",
+        "Two of four fusion layers, and one; what is lost against taking nothing, in % of the teacher's "
+        "score.",
         "with two, R@1 and answers lose at most two points, and less than with one",
         ("dlip-whole", "dlip-fusion-2", "dlip-fusion-1"),
         lambda found: _lost(found, {"two": "dlip-fusion-2", "one": "dlip-fusion-1"}),
-        lambda values: all(values[f"{t}, two"] <= 0.02 and values[f"{t}, two"] < values[f"{t}, one"] for t in ("R@1", "answers")),
+        lambda values: all(
+            values[f"{t}, two"] <= 0.02 and values[f"{t}, two"] < values[f"{t}, one"]
+            for t in ("R@1", "answers")
+        ),
     ),
 }
 
 # %% ../nbs/library/30_verdicts.ipynb #51bb72e0
 _DECODER = {"distilled": ("dlip-scratch", "student"), "not": ("dlip-scratch-no-decoder", "student")}
-_BEGIN = {"image inherited": ("dlip-begin-image", "student"), "text inherited": ("dlip-begin-text", "student")}
+_BEGIN = {
+    "image inherited": ("dlip-begin-image", "student"),
+    "text inherited": ("dlip-begin-text", "student"),
+}
 _VISION = {"R@1 by features": "features_image_to_text_r1", "CIDEr": "cider"}
 _DLIP |= {
     "dlip-decoder": Claim(
         "DLIP",
         "The decoder needs its own distillation",
-        "Half of each module, nothing inherited, with the decoder's terms and without them; all other terms in both.",
+        "Half of each module, nothing inherited, with the decoder's terms and without them; all other terms "
+        "in both.",
         "CIDEr is higher with them",
         ("dlip-scratch", "dlip-scratch-no-decoder"),
         lambda found: _side_by_side(found, _DECODER, {"CIDEr": "cider"}),
@@ -484,7 +592,11 @@ STORED = "data_samples/results_claims.json"  # from the project's root
 def stored_results(path: str | Path = STORED) -> dict:  # "trials": trial -> seed -> record; "teachers"
     "The numbers that come with the project"
     kept = read_json(shipped(path), {"trials": {}, "teachers": {}})
-    return kept | {"trials": {name: {int(seed): found for seed, found in by.items()} for name, by in kept["trials"].items()}}
+    return kept | {
+        "trials": {
+            name: {int(seed): found for seed, found in by.items()} for name, by in kept["trials"].items()
+        }
+    }
 
 
 def own_results(folder: str | Path = "runs/claims") -> dict[str, dict[int, dict]]:  # trial -> seed -> record
@@ -504,9 +616,14 @@ def all_results(folder: str | Path = "runs/claims") -> dict[str, dict[int, dict]
     return {name: stored.get(name, {}) | own.get(name, {}) for name in TRIALS}
 
 
-def keep_results(records: Mapping[str, Mapping[int, dict]], teachers: Mapping[str, dict], path: str | Path = STORED) -> None:
+def keep_results(
+    records: Mapping[str, Mapping[int, dict]], teachers: Mapping[str, dict], path: str | Path = STORED
+) -> None:
     "Write the numbers that come with the project, to five digits"
-    tidy = json.loads(json.dumps(to_json({"trials": records, "teachers": teachers})), parse_float=lambda text: round(float(text), 5))
+    tidy = json.loads(
+        json.dumps(to_json({"trials": records, "teachers": teachers})),
+        parse_float=lambda text: round(float(text), 5),
+    )
     write_whole(project_root() / path, json.dumps(tidy, separators=(",", ":")))
 
 # %% ../nbs/library/30_verdicts.ipynb #65d3b21f
@@ -516,7 +633,10 @@ TEACHERS = {"teacher": "data_samples/teacher", "blip": "data_samples/blip"}
 def score_teachers() -> dict[str, dict]:  # as trials give their students
     "Both shipped teachers, scored as students are"
     found: dict[str, VLM | Blip] = {name: load_student(shipped(path)) for name, path in TEACHERS.items()}
-    return {name: {"students": {"student": {"scores": score_model(model)} | model_cost(model)}} for name, model in found.items()}
+    return {
+        name: {"students": {"student": {"scores": score_model(model)} | model_cost(model)}}
+        for name, model in found.items()
+    }
 
 
 def origins(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row a place; "trials"
@@ -528,9 +648,26 @@ def origins(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row
     return grouped.rename(columns={"min": "first day", "max": "last day", "size": "trials"}).reset_index()
 
 # %% ../nbs/library/30_verdicts.ipynb #25f2e72b
-_METHODS = {"contrastive": "no teacher", "tinyclip": "TinyCLIP", "clip-cid": "CLIP-CID", "dime-fm": "DIME-FM", "dlip": "DLIP, two towers"}
-_COLUMNS = {"R@1": "r1", "zero-shot": "zero_shot", "linear probe": "linear_probe", "under shifts": "robustness"}
-_ASIDE = {"contrastive": "—", "tinyclip": "at every step", "clip-cid": "once, stored", "dime-fm": "once, stored", "dlip": "once, stored"}
+_METHODS = {
+    "contrastive": "no teacher",
+    "tinyclip": "TinyCLIP",
+    "clip-cid": "CLIP-CID",
+    "dime-fm": "DIME-FM",
+    "dlip": "DLIP, two towers",
+}
+_COLUMNS = {
+    "R@1": "r1",
+    "zero-shot": "zero_shot",
+    "linear probe": "linear_probe",
+    "under shifts": "robustness",
+}
+_ASIDE = {
+    "contrastive": "—",
+    "tinyclip": "at every step",
+    "clip-cid": "once, stored",
+    "dime-fm": "once, stored",
+    "dlip": "once, stored",
+}
 
 
 def overall(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row a method, start and seed
@@ -539,16 +676,28 @@ def overall(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row
     for method, shown in _METHODS.items():
         for start, words in (("scratch", "from nothing"), ("inherited", "inherited")):
             for seed, found in records.get(f"towers-{method}-{start}", {}).items():
-                (stage, student), = found["students"].items()  # fmt: skip
+                ((stage, student),) = found["students"].items()
                 plain = records[f"towers-contrastive-{start}"][seed]["students"]["student"]["step_seconds"]
                 texts = 2 * found["samples"][stage] if method == "dime-fm" else found["samples"][stage]
-                row = {"method": shown, "start": words, "seed": seed} | {name: student["scores"][key] for name, key in _COLUMNS.items()}
-                cost = {"parameters": student["parameters"], "images seen": found["samples"][stage], "texts seen": texts}
-                rows.append(row | cost | {"teacher runs": _ASIDE[method], "time of a step": student["step_seconds"] / plain})
+                row = {"method": shown, "start": words, "seed": seed} | {
+                    name: student["scores"][key] for name, key in _COLUMNS.items()
+                }
+                cost = {
+                    "parameters": student["parameters"],
+                    "images seen": found["samples"][stage],
+                    "texts seen": texts,
+                }
+                rows.append(
+                    row
+                    | cost
+                    | {"teacher runs": _ASIDE[method], "time of a step": student["step_seconds"] / plain}
+                )
     return pd.DataFrame(rows)
 
 # %% ../nbs/library/30_verdicts.ipynb #ab65998c
-def few_colours(figure, colours: int = 48, dpi: int = 120):  # an IPython Image, as wide as the figure in inches times 100
+def few_colours(
+    figure, colours: int = 48, dpi: int = 120
+):  # an IPython Image, as wide as the figure in inches times 100
     "A matplotlib figure as a PNG with a small palette, which takes a third of the room"
     from IPython.display import Image
 
@@ -563,17 +712,29 @@ def show_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a pandas 
     "Mean (smallest to largest) over the seeds"
     from pandas.io.formats.style import Styler
 
-    said = lambda own: f"{100 * own.mean():.1f}<br><small>{100 * own.min():.1f}–{100 * own.max():.1f}</small>"  # noqa: E731
+    # noqa: E731
+    said = lambda own: f"{100 * own.mean():.1f}<br><small>{100 * own.min():.1f}–{100 * own.max():.1f}</small>"
     shown = table.groupby(["start", "method"], sort=False)
     rows = shown[list(_COLUMNS)].agg(said)
     first = shown[["parameters", "images seen", "texts seen", "teacher runs"]].first()
     first = first.assign(**{"time of a step": shown["time of a step"].median().map("{:.2f}".format)})
     own = teacher["students"]["student"]
-    above = {name: f"{100 * own['scores'][key]:.1f}" for name, key in _COLUMNS.items()} | {"parameters": own["parameters"]}
-    whole = pd.concat([pd.DataFrame([above], index=pd.MultiIndex.from_tuples([("", "teacher")], names=rows.index.names)), rows.join(first)])
-    counts = {name: lambda value: "" if pd.isna(value) else f"{value:,.0f}" for name in ("parameters", "images seen", "texts seen")}
+    above = {name: f"{100 * own['scores'][key]:.1f}" for name, key in _COLUMNS.items()} | {
+        "parameters": own["parameters"]
+    }
+    whole = pd.concat(
+        [
+            pd.DataFrame([above], index=pd.MultiIndex.from_tuples([("", "teacher")], names=rows.index.names)),
+            rows.join(first),
+        ]
+    )
+    counts = {
+        name: lambda value: "" if pd.isna(value) else f"{value:,.0f}"
+        for name in ("parameters", "images seen", "texts seen")
+    }
     ordered = whole.sort_index(level="start", sort_remaining=False)
-    styled = Styler(ordered, uuid="overall", cell_ids=False).format(counts, na_rep="")  # the same page every time, and a short one
+    # the same page every time, and a short one
+    styled = Styler(ordered, uuid="overall", cell_ids=False).format(counts, na_rep="")
     return styled.set_table_styles([{"selector": "td", "props": "white-space: nowrap"}])
 
 
@@ -584,11 +745,29 @@ def plot_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a matplot
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True, layout="constrained")
     places = {name: k for k, name in enumerate(reversed(_METHODS.values()))}
     for axis, column in zip(axes, ("R@1", "zero-shot"), strict=True):
-        for (start, offset), colour in zip((("from nothing", -0.13), ("inherited", 0.13)), ("#f58518", "#4c78a8"), strict=True):
+        for (start, offset), colour in zip(
+            (("from nothing", -0.13), ("inherited", 0.13)), ("#f58518", "#4c78a8"), strict=True
+        ):
             own = table[table["start"] == start]
-            axis.plot(100 * own[column], own["method"].map(places) + offset, "o", ms=5, alpha=0.8, color=colour, label=start)
-        axis.axvline(100 * teacher["students"]["student"]["scores"][_COLUMNS[column]], color="black", ls="--", lw=1, label="teacher")
-        axis.set(yticks=list(places.values()), yticklabels=list(places), xlabel=f"{column}, %", xlim=(0, None))
+            axis.plot(
+                100 * own[column],
+                own["method"].map(places) + offset,
+                "o",
+                ms=5,
+                alpha=0.8,
+                color=colour,
+                label=start,
+            )
+        axis.axvline(
+            100 * teacher["students"]["student"]["scores"][_COLUMNS[column]],
+            color="black",
+            ls="--",
+            lw=1,
+            label="teacher",
+        )
+        axis.set(
+            yticks=list(places.values()), yticklabels=list(places), xlabel=f"{column}, %", xlim=(0, None)
+        )
         axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
     plt.close(figure)
@@ -603,11 +782,18 @@ def plot_curves(
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 2.5), layout="constrained")
-    for (shown, trial), colour in zip(lines.items(), ("#f58518", "#4c78a8", "#54a24b", "#b279a2", "#9d755d"), strict=False):
-        curves = [pd.Series(dict(_only({trial: found}, trial)["curve"])) for found in records.get(trial, {}).values()]
+    for (shown, trial), colour in zip(
+        lines.items(), ("#f58518", "#4c78a8", "#54a24b", "#b279a2", "#9d755d"), strict=False
+    ):
+        curves = [
+            pd.Series(dict(_only({trial: found}, trial)["curve"]))
+            for found in records.get(trial, {}).values()
+        ]
         if curves:
             seeds = 100 * pd.concat(curves, axis=1)
-            axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), lw=0, alpha=0.25, color=colour)
+            axis.fill_between(
+                seeds.index, seeds.min(axis=1), seeds.max(axis=1), lw=0, alpha=0.25, color=colour
+            )
             axis.plot(seeds.index, seeds.mean(axis=1), lw=1.5, color=colour, label=shown)
     axis.set(xlabel="steps", ylabel="R@1, %", xlim=(0, None), ylim=(0, None))
     axis.grid(alpha=0.3)

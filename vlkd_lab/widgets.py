@@ -30,7 +30,18 @@ from .blip_terms import KINDS, MODULES
 from .data import escaped, project_root, visible
 from .gates import gate_rows, reduced
 from .methods import METHODS, all_losses
-from .runs import CONTROLS, WATCH_SECONDS, Curves, Run, in_effect, kept_snapshots, newest_snapshot, read_json, read_snapshot, thinned
+from vlkd_lab.runs import (
+    CONTROLS,
+    WATCH_SECONDS,
+    Curves,
+    Run,
+    in_effect,
+    kept_snapshots,
+    newest_snapshot,
+    read_json,
+    read_snapshot,
+    thinned,
+)
 from .trainers import has_page, source_shapes
 
 if TYPE_CHECKING:
@@ -55,18 +66,24 @@ SEQUENTIAL, DIVERGING = "Viridis", "RdBu"  # of Plotly's colour scales
 
 
 @lru_cache
-def palette(name: str) -> bytes:  # 256 colours, three bytes each; the last stands for "missing" and is not used
+def palette(
+    name: str,
+) -> bytes:  # 256 colours, three bytes each; the last stands for "missing" and is not used
     "A Plotly colour scale as bytes"
     from plotly.colors import convert_colors_to_same_type, get_colorscale, unlabel_rgb
 
     places, colours = zip(*get_colorscale(name), strict=True)
-    rgb = np.array([unlabel_rgb(colour) for colour in convert_colors_to_same_type(list(colours), colortype="rgb")[0]])
+    rgb = np.array(
+        [unlabel_rgb(colour) for colour in convert_colors_to_same_type(list(colours), colortype="rgb")[0]]
+    )
     at = np.linspace(0, 1, 255)
     table = np.stack([np.interp(at, places, channel) for channel in rgb.T], axis=1)
     return np.concatenate([table, np.full((1, 3), 128)]).round().astype(np.uint8).tobytes()
 
 
-def to_bytes(matrix: np.ndarray, low: float, high: float) -> bytes:  # one an entry: 0 at low, 254 at high, 255 where it is nan
+def to_bytes(
+    matrix: np.ndarray, low: float, high: float
+) -> bytes:  # one an entry: 0 at low, 254 at high, 255 where it is nan
     "What a canvas draws"
     matrix = np.asarray(matrix, dtype=np.float32)
     scaled = np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) * 254
@@ -124,7 +141,9 @@ def _panels(page, layout: Mapping[str, Any]) -> dict[str, Any]:  # "x1" -> matpl
         x, y = layout[name], layout.get(f"yaxis{number}", {})
         (left, right), (low, high) = x.get("domain", (0, 1)), y.get("domain", (0, 1))
         corner = margin["l"] / width + left * across, margin["b"] / height + low * up
-        panel = panels[axis_name("x", number)] = page.add_axes((*corner, (right - left) * across, (high - low) * up))
+        panel = panels[axis_name("x", number)] = page.add_axes(
+            (*corner, (right - left) * across, (high - low) * up)
+        )
         panel.tick_params(which="both", labelsize=7.5, width=0.5, length=2)
         panel.set_xlabel(_words(x.get("title", {}).get("text", "")), fontsize=8, labelpad=2)
         panel.set_ylabel(_words(y.get("title", {}).get("text", "")), fontsize=8, labelpad=2)
@@ -139,14 +158,25 @@ def _draw_lines(page, panel, trace: Mapping[str, Any]) -> None:
     mode, line, marker = trace.get("mode", "lines"), trace.get("line", {}), trace.get("marker", {})
     label = _words(trace.get("name", "")) if trace.get("showlegend", True) else None
     if "lines" in mode:
-        style = dict(color=line.get("color"), ls=_DASHES[line.get("dash", "solid")], lw=line.get("width", 2) * 0.8, label=label)
+        style = dict(
+            color=line.get("color"),
+            ls=_DASHES[line.get("dash", "solid")],
+            lw=line.get("width", 2) * 0.8,
+            label=label,
+        )
         panel.plot(x, y, marker="o" if "markers" in mode else None, ms=marker.get("size", 6) * 0.6, **style)
     else:
         colours = marker.get("color")
         scale = dict(vmin=marker.get("cmin"), vmax=marker.get("cmax"))
-        coloured = dict(c=colours, cmap=_colour_map(marker["colorscale"])) | scale if "colorscale" in marker else dict(color=colours)
+        coloured = (
+            dict(c=colours, cmap=_colour_map(marker["colorscale"])) | scale
+            if "colorscale" in marker
+            else dict(color=colours)
+        )
         shape = {"x": "x", "diamond": "D"}.get(marker.get("symbol"), "o")
-        drawn = panel.scatter(x, y, s=(marker.get("size", 6) * 0.6) ** 2, marker=shape, label=label, linewidths=0.9, **coloured)
+        drawn = panel.scatter(
+            x, y, s=(marker.get("size", 6) * 0.6) ** 2, marker=shape, label=label, linewidths=0.9, **coloured
+        )
         if "colorbar" in marker:
             _draw_bar(page, panel, drawn, marker["colorbar"])
 
@@ -175,7 +205,9 @@ def _draw_marks(page, panels: Mapping[str, Any], layout: Mapping[str, Any]) -> N
     first = next(iter(panels.values()))
     for note in layout.get("annotations", ()):
         panel = panels.get(note.get("xref"))
-        text = dict(s=_words(note["text"]), parse_math=False, color=note.get("font", {}).get("color", "black"))
+        text = dict(
+            s=_words(note["text"]), parse_math=False, color=note.get("font", {}).get("color", "black")
+        )
         if panel is not None and note["yref"] == axis_name("y", note["xref"][1:]):
             panel.text(note["x"], note["y"], ha="center", va="center", fontsize=6, **text)
         elif panel is not None:
@@ -184,7 +216,9 @@ def _draw_marks(page, panels: Mapping[str, Any], layout: Mapping[str, Any]) -> N
         else:
             boxes = [p.get_position() for p in panels.values()]
             corner = min(boxes, key=lambda box: abs(box.x0 - note["x"]) + abs(box.y1 - note["y"]))
-            first.figure.text(corner.x0, corner.y1 + 0.01, ha="left", va="bottom", fontsize=8, fontweight="bold", **text)
+            first.figure.text(
+                corner.x0, corner.y1 + 0.01, ha="left", va="bottom", fontsize=8, fontweight="bold", **text
+            )
 
 # %% ../nbs/library/26_widgets.ipynb #0bddd57d
 def picture(drawn: Mapping[str, Any]) -> bytes:  # PNG
@@ -211,9 +245,19 @@ def picture(drawn: Mapping[str, Any]) -> bytes:  # PNG
             panel.set_ylim(bottom=0)
     _draw_marks(page, panels, layout)
     found = [panel.get_legend_handles_labels() for panel in panels.values()]
-    handles = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    handles = {
+        label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)
+    }
     if handles and layout.get("showlegend", True):
-        page.legend(handles.values(), handles.keys(), loc="upper left", ncols=7, fontsize=7, frameon=False, borderpad=0.2)
+        page.legend(
+            handles.values(),
+            handles.keys(),
+            loc="upper left",
+            ncols=7,
+            fontsize=7,
+            frameon=False,
+            borderpad=0.2,
+        )
     page.savefig(buffer, format="png")
     return stacked([buffer.getvalue()])
 
@@ -234,7 +278,9 @@ def stacked(pictures: Sequence[bytes], colours: int = 256) -> bytes:  # PNG
     for k, image in enumerate(images):
         whole.paste(image, (0, sum(i.height for i in images[:k])))
     buffer = io.BytesIO()
-    whole.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    whole.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
+        buffer, "PNG", optimize=True
+    )
     return buffer.getvalue()
 
 
@@ -320,7 +366,10 @@ class MatrixView(_Framed):
     low, high = traitlets.Float(0.0).tag(sync=True), traitlets.Float(1.0).tag(sync=True)
     title, measure = traitlets.Unicode("").tag(sync=True), traitlets.Unicode("").tag(sync=True)
     row_label, column_label = traitlets.Unicode("").tag(sync=True), traitlets.Unicode("").tag(sync=True)
-    row_name, column_name = traitlets.Unicode("row").tag(sync=True), traitlets.Unicode("column").tag(sync=True)
+    row_name, column_name = (
+        traitlets.Unicode("row").tag(sync=True),
+        traitlets.Unicode("column").tag(sync=True),
+    )
     row_texts, column_texts = traitlets.List().tag(sync=True), traitlets.List().tag(sync=True)
     width, height = traitlets.Int(274).tag(sync=True), traitlets.Int(240).tag(sync=True)
     selected = traitlets.List().tag(sync=True)  # row and column, or empty
@@ -338,7 +387,13 @@ class MatrixView(_Framed):
         "Send a matrix as the next frame"
         self.matrix = np.asarray(matrix, dtype=np.float32)
         rows, columns = self.matrix.shape
-        drawn = dict(frame=to_bytes(self.matrix, low, high), rows=rows, columns=columns, low=float(low), high=float(high))
+        drawn = dict(
+            frame=to_bytes(self.matrix, low, high),
+            rows=rows,
+            columns=columns,
+            low=float(low),
+            high=float(high),
+        )
         self.send_frame(**drawn | state)
 
 # %% ../nbs/library/26_widgets.ipynb #4e2657aa
@@ -347,7 +402,10 @@ class Plane:
 
     def __init__(self, features: np.ndarray):  # (N, D)
         if features.ndim != 2 or min(features.shape) < 2:
-            raise ValueError(f"features must be (N, D) with at least two samples and two columns; they are {features.shape}")
+            raise ValueError(
+                "features must be (N, D) with at least two samples and two columns; they are "
+                f"{features.shape}"
+            )
         self.mean = features.mean(axis=0)
         values, vectors = np.linalg.eigh(np.cov(features.T.astype(np.float64)))
         self.axes, self.shares = vectors[:, [-1, -2]], values[[-1, -2]] / max(values.sum(), 1e-12)
@@ -374,7 +432,8 @@ class RunClusters:
     def __init__(self, run: Run):
         arrays = read_snapshot(run.folder / "clusters.safetensors")[0]
         self.centers, self.teacher = arrays["centers"], arrays["teacher"].astype(np.float32)  # (K, D), (P, D)
-        self.assignment, self.sizes = arrays["assignment"], arrays["sizes"]  # (P,) nearest centre; (K,) training images
+        # (P,) nearest centre; (K,) training images
+        self.assignment, self.sizes = arrays["assignment"], arrays["sizes"]
         self.said = read_json(run.folder / "clusters.json")  # captions, keys, labels, pictures; all untrusted
         self.labels = self.said["labels"] or [None] * len(self.teacher)
 
@@ -392,7 +451,10 @@ class RunClusters:
     def compared(self, found: np.ndarray) -> dict[str, float]:
         "A student's nearest centres (P,) beside the teacher's"
         sizes = np.bincount(found, minlength=len(self.centers))
-        same = {"agreement": float((found == self.assignment).mean()), "purity": cluster_purity(found, self.assignment)}
+        same = {
+            "agreement": float((found == self.assignment).mean()),
+            "purity": cluster_purity(found, self.assignment),
+        }
         return same | {"empty clusters": int((sizes == 0).sum()), "largest cluster": int(sizes.max())}
 
 # %% ../nbs/library/26_widgets.ipynb #24301e7e
@@ -401,7 +463,8 @@ def _clusters_of(run: Run) -> RunClusters | None:
     return RunClusters(run) if there else None
 
 # %% ../nbs/library/26_widgets.ipynb #6ddca4e1
-Matrices = Mapping[str, tuple[np.ndarray, float, float]]  # title -> (matrix, low end of the colours, high end)
+# title -> (matrix, low end of the colours, high end)
+Matrices = Mapping[str, tuple[np.ndarray, float, float]]
 MEASURES = {"cosine": "cosine", "image_to_text": "P(text | image)", "text_to_image": "P(image | text)"}
 
 # %% ../nbs/library/26_widgets.ipynb #c89bdcb4
@@ -446,7 +509,11 @@ class Watched:
         "The values that can change in mid-run, as they are now"
         parameters, changed = self.config.get("parameters", {}), in_effect(self.curves.events)
         weights = (self.objective or {"contrastive": 1.0}) | changed.get("weights", {})
-        now = {"learning_rate_factor": 1.0, "target_sparsity": parameters.get("target_sparsity")} | changed | {"weights": weights}
+        now = (
+            {"learning_rate_factor": 1.0, "target_sparsity": parameters.get("target_sparsity")}
+            | changed
+            | {"weights": weights}
+        )
         return {name: value for name, value in now.items() if value is not None}
 
 # %% ../nbs/library/26_widgets.ipynb #836951c7
@@ -466,13 +533,21 @@ def measured(cosine: np.ndarray, scale: float, measure: str) -> np.ndarray:
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r} is not valid: choose one of {', '.join(MEASURES)}")
     cosine = np.asarray(cosine, dtype=np.float32)
-    return cosine if measure == "cosine" else softmax(scale * cosine, axis=1 if measure == "image_to_text" else 0)
+    return (
+        cosine
+        if measure == "cosine"
+        else softmax(scale * cosine, axis=1 if measure == "image_to_text" else 0)
+    )
 
 
 def with_difference(found: Mapping[str, np.ndarray], measure: str) -> Matrices:
     "Matrices with limits that hold still, and student minus teacher when both are there"
     first = next(iter(found.values()), np.zeros((1, 1)))
-    low, high = (math.floor(10 * first.min()) / 10, math.ceil(10 * first.max()) / 10) if measure == "cosine" else (0.0, 1.0)
+    low, high = (
+        (math.floor(10 * first.min()) / 10, math.ceil(10 * first.max()) / 10)
+        if measure == "cosine"
+        else (0.0, 1.0)
+    )
     shown = {name: (matrix, low, high) for name, matrix in found.items()}
     if len(found) == 2:
         difference = found["student"] - found["teacher"]
@@ -496,7 +571,13 @@ def duration(seconds: float) -> str:
         return "—"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes:02} min"
+        if hours
+        else f"{minutes} min {seconds:02} s"
+        if minutes
+        else f"{seconds} s"
+    )
 
 
 def progress(watched: Watched, recent: int = 30) -> dict[str, float]:
@@ -508,7 +589,12 @@ def progress(watched: Watched, recent: int = 30) -> dict[str, float]:
     seconds = watched.curves.column(stage, "seconds")[-recent:]
     data_seconds = watched.curves.column(stage, "data_seconds")[-recent:]
     if not len(seconds):
-        return {"share": 0.0, "samples_per_second": math.nan, "data_share": math.nan, "seconds_left": math.nan}
+        return {
+            "share": 0.0,
+            "samples_per_second": math.nan,
+            "data_share": math.nan,
+            "seconds_left": math.nan,
+        }
     batch = watched.config.get("parameters", {}).get("batch_size", math.nan)
     speed, wait = batch / seconds.mean(), data_seconds.sum() / seconds.sum()
     share = 1 - left / sum(plan.values()) if plan else 0.0
@@ -520,7 +606,10 @@ def headline(watched: Watched) -> list[list[str]]:  # [name, value] each
     "The head line as text"
     status, now = watched.status, progress(watched)
     column = watched.curves.column(status.get("stage"), "step")
-    cells = [["state", status["state"]], ["stage", " · ".join(status[k] for k in ("stage", "phase") if status.get(k)) or "—"]]
+    cells = [
+        ["state", status["state"]],
+        ["stage", " · ".join(status[k] for k in ("stage", "phase") if status.get(k)) or "—"],
+    ]
     cells.append(["step", f"{int(column[-1])}" if len(column) else "—"])
     number = lambda value, text: "—" if math.isnan(value) else text.format(value)  # noqa: E731
     cells.append(["samples a second", number(now["samples_per_second"], "{:,.0f}")])
@@ -531,7 +620,8 @@ def headline(watched: Watched) -> list[list[str]]:  # [name, value] each
     return cells
 
 # %% ../nbs/library/26_widgets.ipynb #75a63b29
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")  # Okabe and Ito's, for colour-blind eyes
+# Okabe and Ito's, for colour-blind eyes
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
 GREY = "#999999"
 WIDTH = 830  # pixels: what JupyterLab leaves of a window of 1280
 _NO_TERMS = {"step", "samples", "seconds", "data_seconds", "learning_rate", "gradient_norm", "total"}
@@ -541,7 +631,9 @@ _NO_TERMS |= {"expected_sparsity", "target_sparsity"}
 def _weights_by_step(watched: Watched, term: str) -> dict[str, np.ndarray]:  # stage -> (steps,) weight
     "The weight of a term at every step, changes in mid-run included"
     now, found = watched.objective.get(term, 1.0 if term not in all_losses() else 0.0), {}
-    events = [e for e in watched.curves.events if e.get("event") == "control" and term in e.get("weights", {})]
+    events = [
+        e for e in watched.curves.events if e.get("event") == "control" and term in e.get("weights", {})
+    ]
     for stage in watched.curves.columns:
         steps = watched.curves.column(stage, "step")
         weights = np.full(len(steps), 1.0 if _is_baseline(watched, stage) else now)
@@ -552,7 +644,9 @@ def _weights_by_step(watched: Watched, term: str) -> dict[str, np.ndarray]:  # s
     return found
 
 
-def term_curves(watched: Watched, most: int = 300) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # name -> (steps, weighted values)
+def term_curves(
+    watched: Watched, most: int = 300
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # name -> (steps, weighted values)
     "What every term adds to the loss, thinned; a run from scratch under names of its own"
     stages, found = watched.curves.columns, {}
     for scratch in (False, True):
@@ -563,17 +657,27 @@ def term_curves(watched: Watched, most: int = 300) -> dict[str, tuple[np.ndarray
     return found
 
 
-def _weighted(watched: Watched, stages: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # term -> steps, weighted values
+def _weighted(
+    watched: Watched, stages: Sequence[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # term -> steps, weighted values
     "What every term adds to the loss in some stages, step by step"
     found, steps = {}, [watched.curves.column(stage, "step") for stage in stages]
-    for term in dict.fromkeys(name for stage in stages for name in watched.curves.columns[stage] if name not in _NO_TERMS):
+    for term in dict.fromkeys(
+        name for stage in stages for name in watched.curves.columns[stage] if name not in _NO_TERMS
+    ):
         weights = _weights_by_step(watched, term)
         values = [watched.curves.column(stage, term) * weights[stage] for stage in stages]
         found[term] = np.concatenate(steps), np.concatenate(values)
     return found
 
 # %% ../nbs/library/26_widgets.ipynb #97c7ccc9
-MODULE_NAMES = {"image": "image", "text": "text", "both": "image–text", "fusion": "fusion", "decoder": "decoder"}
+MODULE_NAMES = {
+    "image": "image",
+    "text": "text",
+    "both": "image–text",
+    "fusion": "fusion",
+    "decoder": "decoder",
+}
 TABLE_KINDS = ("base", *KINDS, "cross attention")
 
 
@@ -590,21 +694,30 @@ def kind_of(term: str) -> str:  # of TABLE_KINDS
     return "base" if loss.alone else term.removeprefix(loss.module + "_").replace("_", " ")
 
 
-def module_curves(watched: Watched, most: int = 300) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # name -> (steps, weighted sums)
+def module_curves(
+    watched: Watched, most: int = 300
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:  # name -> (steps, weighted sums)
     "What every module adds to the loss, thinned; a run from scratch under names of its own"
     found, modules = {}, modules_of(watched)
     for scratch in (False, True):
-        weighted = _weighted(watched, [stage for stage in watched.curves.columns if _is_baseline(watched, stage) == scratch])
+        weighted = _weighted(
+            watched, [stage for stage in watched.curves.columns if _is_baseline(watched, stage) == scratch]
+        )
         for module, name in MODULE_NAMES.items():
             own = [added for term, added in weighted.items() if modules.get(term) == module]
             if own:
                 values = np.stack([values for _, values in own])
                 total = np.where(np.isfinite(values).any(axis=0), np.nansum(values, axis=0), np.nan)
-                found[name + (" (scratch)" if scratch else "")] = thinned(own[0][0], most), thinned(total, most)
+                found[name + (" (scratch)" if scratch else "")] = (
+                    thinned(own[0][0], most),
+                    thinned(total, most),
+                )
     return found
 
 # %% ../nbs/library/26_widgets.ipynb #10e9f8b2
-def module_table(watched: Watched, recent: int = 20) -> tuple[np.ndarray, np.ndarray]:  # (modules, kinds) both
+def module_table(
+    watched: Watched, recent: int = 20
+) -> tuple[np.ndarray, np.ndarray]:  # (modules, kinds) both
     "Weighted terms, means over the newest steps, and shares of the gradient; nan: no such term, or not known"
     values, shares = np.full((2, len(MODULES), len(TABLE_KINDS)), np.nan)
     stages = [stage for stage in watched.curves.columns if not _is_baseline(watched, stage)]
@@ -635,10 +748,18 @@ def _term_lines(watched: Watched) -> list[dict]:
     if modules_of(watched):
         return _module_lines(watched)
     lines, curves = [], term_curves(watched)
-    floor = max((np.nanmax(values, initial=0) for _, values in curves.values()), default=0) / 1000  # of the logarithmic axis
+    # of the logarithmic axis
+    floor = max((np.nanmax(values, initial=0) for _, values in curves.values()), default=0) / 1000
     for k, (name, (steps, values)) in enumerate(curves.items()):
         colour, values = COLOURS[k % len(COLOURS)], np.where(values > floor, values, np.nan)
-        lines.append(curve(steps, values, name, line=curve_style(GREY, "dot") if name.endswith("(scratch)") else curve_style(colour)))
+        lines.append(
+            curve(
+                steps,
+                values,
+                name,
+                line=curve_style(GREY, "dot") if name.endswith("(scratch)") else curve_style(colour),
+            )
+        )
     return lines
 
 
@@ -651,8 +772,22 @@ def _validation_lines(watched: Watched) -> list[dict]:
             mean = (float(event["image_to_text_r1"]) + float(event["text_to_image_r1"])) / 2
             points.setdefault(event["stage"], []).append((event["step"], mean))
     for k, (stage, found) in enumerate(points.items()):
-        style = curve_style(GREY, "dot") if _is_baseline(watched, stage) else curve_style(COLOURS[k % len(COLOURS)])
-        lines.append(curve(*zip(*found, strict=True), stage, 2, line=style, mode="lines+markers", marker={"size": 4}, showlegend=False))
+        style = (
+            curve_style(GREY, "dot")
+            if _is_baseline(watched, stage)
+            else curve_style(COLOURS[k % len(COLOURS)])
+        )
+        lines.append(
+            curve(
+                *zip(*found, strict=True),
+                stage,
+                2,
+                line=style,
+                mode="lines+markers",
+                marker={"size": 4},
+                showlegend=False,
+            )
+        )
     return lines
 
 # %% ../nbs/library/26_widgets.ipynb #8fc62e8e
@@ -663,19 +798,31 @@ def _budget_lines(watched: Watched) -> list[dict]:
     for name, dash in (("expected_sparsity", "solid"), ("target_sparsity", "dash")):
         values = np.concatenate([watched.curves.column(stage, name) for stage in own]) if own else np.zeros(0)
         if np.isfinite(values).any():
-            lines.append(curve(thinned(steps), thinned(values), name.replace("_", " "), 3, line=curve_style("#000000", dash)))
+            lines.append(
+                curve(
+                    thinned(steps),
+                    thinned(values),
+                    name.replace("_", " "),
+                    3,
+                    line=curve_style("#000000", dash),
+                )
+            )
     for event in watched.curves.events:
         for term, share in event.get("shares", {}).items():
             shares.setdefault(term, []).append((event["step"], share))
     for k, (term, found) in enumerate(shares.items()):
         style, name = curve_style(COLOURS[k % len(COLOURS)], "dashdot"), f"gradient: {term.replace('_', ' ')}"
-        lines.append(curve(*zip(*found, strict=True), name, 3, line=style, mode="lines+markers", marker={"size": 3}))
+        lines.append(
+            curve(*zip(*found, strict=True), name, 3, line=style, mode="lines+markers", marker={"size": 3})
+        )
     return lines + _agreement_lines(watched)
 
 
 def _agreement_lines(watched: Watched) -> list[dict]:
     "The share of validation images that are nearest to the teacher's centre, of a run that has clusters"
-    found = [(e["step"], float(e["cluster_agreement"])) for e in watched.curves.events if "cluster_agreement" in e]
+    found = [
+        (e["step"], float(e["cluster_agreement"])) for e in watched.curves.events if "cluster_agreement" in e
+    ]
     style = dict(line=curve_style(COLOURS[2]), mode="lines+markers", marker={"size": 4})
     return [curve(*zip(*found, strict=True), "cluster agreement", 3, **style)] if found else []
 
@@ -683,15 +830,21 @@ def _agreement_lines(watched: Watched) -> list[dict]:
 def _budget_title(watched: Watched, lines: Sequence[Mapping[str, Any]]) -> str:
     "What the third panel shows, in words"
     names = {line["name"] for line in lines}
-    sparsity = ["sparsity"] * ("expected sparsity" in names or "target_sparsity" in watched.config.get("parameters", ()))
+    sparsity = ["sparsity"] * (
+        "expected sparsity" in names or "target_sparsity" in watched.config.get("parameters", ())
+    )
     clusters = ["cluster agreement"] * ("cluster agreement" in names)
     return "; ".join([*sparsity, *clusters, "gradient" if clusters else "share of the gradient"])
 
 # %% ../nbs/library/26_widgets.ipynb #44fc7287
 def _changes_said(event: Mapping[str, Any]) -> str:
     "A control event in words"
-    parts = {name: value for name, value in event.items() if name in CONTROLS and name != "weights"} | event.get("weights", {})
-    return f"step {event['step']}: " + ", ".join(f"{escaped(name)} = {value:g}" for name, value in parts.items())
+    parts = {
+        name: value for name, value in event.items() if name in CONTROLS and name != "weights"
+    } | event.get("weights", {})
+    return f"step {event['step']}: " + ", ".join(
+        f"{escaped(name)} = {value:g}" for name, value in parts.items()
+    )
 
 
 def _marks(watched: Watched) -> tuple[list[dict], list[dict]]:  # shapes, annotations
@@ -704,32 +857,71 @@ def _marks(watched: Watched) -> tuple[list[dict], list[dict]]:  # shapes, annota
     for event in watched.curves.events:
         if event.get("event") == "control":
             shapes.append(_vertical(event["step"], 1, "#D55E00", "solid"))
-            notes.append(_note(event["step"], 1, "▼", hovertext=_changes_said(event), font={"color": "#D55E00", "size": 11}))
+            notes.append(
+                _note(
+                    event["step"],
+                    1,
+                    "▼",
+                    hovertext=_changes_said(event),
+                    font={"color": "#D55E00", "size": 11},
+                )
+            )
     return shapes, notes
 
 
 def _note(x: float, panel: int, text: str, **more) -> dict:
     "A word over a panel"
-    place = {"x": x, "y": 1.0, "xref": axis_name("x", panel), "yref": axis_name("y", panel) + " domain", "yanchor": "bottom"}
+    place = {
+        "x": x,
+        "y": 1.0,
+        "xref": axis_name("x", panel),
+        "yref": axis_name("y", panel) + " domain",
+        "yanchor": "bottom",
+    }
     return place | {"text": text, "showarrow": False, "font": {"color": "#555555", "size": 10}} | more
 
 
 def _vertical(x: float, panel: int, colour: str, dash: str) -> dict:
-    place = {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "xref": axis_name("x", panel), "yref": axis_name("y", panel) + " domain"}
+    place = {
+        "type": "line",
+        "x0": x,
+        "x1": x,
+        "y0": 0,
+        "y1": 1,
+        "xref": axis_name("x", panel),
+        "yref": axis_name("y", panel) + " domain",
+    }
     return place | {"line": {"color": colour, "dash": dash, "width": 1}, "layer": "below"}
 
 # %% ../nbs/library/26_widgets.ipynb #6f6f9ab6
 def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict:  # Plotly JSON: data, layout
     "Losses, validation and budget of a run; of a run of BLIPs by module"
     shapes, notes = _marks(watched)
-    layout = {"width": width, "height": height, "margin": {"l": 55, "r": 10, "t": 58, "b": 40}, "template": "none", "font": {"size": 11}}
+    layout = {
+        "width": width,
+        "height": height,
+        "margin": {"l": 55, "r": 10, "t": 58, "b": 40},
+        "template": "none",
+        "font": {"size": 11},
+    }
     layout |= {"shapes": shapes, "annotations": notes, "hovermode": "closest"}
     layout["legend"] = {"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 0, "font": {"size": 10}}
     budget = _budget_lines(watched)
     titles = ("weighted term, nats", "R@1, mean of both directions", _budget_title(watched, budget))
-    for panel, (title, domain) in enumerate(zip(titles, ([0, 0.29], [0.38, 0.63], [0.73, 1]), strict=True), start=1):
-        layout[f"xaxis{panel}"] = {"domain": domain, "anchor": axis_name("y", panel), "title": {"text": "step"}, "zeroline": False}
-        layout[f"yaxis{panel}"] = {"anchor": axis_name("x", panel), "title": {"text": title, "standoff": 4}, "zeroline": False}
+    for panel, (title, domain) in enumerate(
+        zip(titles, ([0, 0.29], [0.38, 0.63], [0.73, 1]), strict=True), start=1
+    ):
+        layout[f"xaxis{panel}"] = {
+            "domain": domain,
+            "anchor": axis_name("y", panel),
+            "title": {"text": "step"},
+            "zeroline": False,
+        }
+        layout[f"yaxis{panel}"] = {
+            "anchor": axis_name("x", panel),
+            "title": {"text": title, "standoff": 4},
+            "zeroline": False,
+        }
     layout["yaxis1"] |= {"type": "log", "exponentformat": "power"}
     layout["yaxis2"]["rangemode"] = layout["yaxis3"]["rangemode"] = "tozero"
     if modules_of(watched):
@@ -739,8 +931,19 @@ def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict
 # %% ../nbs/library/26_widgets.ipynb #98b7b7ec
 def _heatmap(matrix: np.ndarray, low: float, high: float, colours: str, place: int, bar: dict | None) -> dict:
     "A Plotly heatmap with its first row on top"
-    shown = {"type": "heatmap", "z": np.asarray(matrix, dtype=np.float32), "zmin": low, "zmax": high, "colorscale": colours}
-    return shown | {"xaxis": axis_name("x", place), "yaxis": axis_name("y", place), "showscale": bool(bar), "colorbar": bar}
+    shown = {
+        "type": "heatmap",
+        "z": np.asarray(matrix, dtype=np.float32),
+        "zmin": low,
+        "zmax": high,
+        "colorscale": colours,
+    }
+    return shown | {
+        "xaxis": axis_name("x", place),
+        "yaxis": axis_name("y", place),
+        "showscale": bool(bar),
+        "colorbar": bar,
+    }
 
 
 def heatmaps_json(
@@ -759,13 +962,35 @@ def heatmaps_json(
         row, column = divmod(k, columns)
         x = [column / columns, (column + 0.72) / columns]
         y = [1 - (row + 1 - 34 / height) / rows, 1 - row / rows]
-        bar = {"x": x[1] + 0.005, "y": sum(y) / 2, "len": y[1] - y[0], "thickness": 8, "title": {"text": measure, "side": "right"}}
+        bar = {
+            "x": x[1] + 0.005,
+            "y": sum(y) / 2,
+            "len": y[1] - y[0],
+            "thickness": 8,
+            "title": {"text": measure, "side": "right"},
+        }
         data.append(_heatmap(matrix, low, high, DIVERGING if low == -high else SEQUENTIAL, k + 1, bar))
         plain = {"showticklabels": False}
-        layout[f"xaxis{k + 1}"] = plain | {"domain": x, "anchor": axis_name("y", k + 1), "title": {"text": axes[0], "standoff": 2}}
-        layout[f"yaxis{k + 1}"] = plain | {"domain": y, "anchor": axis_name("x", k + 1), "title": {"text": axes[1], "standoff": 2}}
+        layout[f"xaxis{k + 1}"] = plain | {
+            "domain": x,
+            "anchor": axis_name("y", k + 1),
+            "title": {"text": axes[0], "standoff": 2},
+        }
+        layout[f"yaxis{k + 1}"] = plain | {
+            "domain": y,
+            "anchor": axis_name("x", k + 1),
+            "title": {"text": axes[1], "standoff": 2},
+        }
         layout[f"yaxis{k + 1}"]["autorange"] = "reversed"
-        place = {"x": x[0], "y": y[1], "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom", "showarrow": False}
+        place = {
+            "x": x[0],
+            "y": y[1],
+            "xref": "paper",
+            "yref": "paper",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "showarrow": False,
+        }
         notes.append(place | {"text": f"<b>{escaped(title)}</b>"})
     return {"data": data, "layout": layout | {"annotations": notes}}
 
@@ -778,7 +1003,9 @@ def gate_matrices(watched: Watched) -> Matrices:
     return {f"{stage}: {name}": shown for name, shown in drawn_gates(watched.run, stage, arrays).items()}
 
 
-def drawn_gates(run: Run, stage: str, arrays: Mapping[str, np.ndarray], ordered: bool = True) -> Matrices:  # "image heads" and so on
+def drawn_gates(
+    run: Run, stage: str, arrays: Mapping[str, np.ndarray], ordered: bool = True
+) -> Matrices:  # "image heads" and so on
     "A snapshot's gates, with no more columns than a canvas has pixels"
     rows = gate_rows(arrays, source_shapes(run, stage), ordered)
     return {f"{tower} {kind}": (reduced(matrix, 180), 0.0, 1.0) for (tower, kind), matrix in rows.items()}
@@ -791,7 +1018,9 @@ def _gates_seen(watched: Watched) -> tuple[dict[str, np.ndarray], str]:  # array
         watched.gates = found, watched.labels.get("stage", "")
     elif watched.gates is None or watched.gates[1] != watched.labels["stage"]:
         past = [snapshot for snapshot in kept_snapshots(watched.run) if snapshot[1]["phase"] == "gates"]
-        watched.gates = (read_snapshot(past[-1][0])[0], past[-1][1]["stage"]) if past else ({}, watched.labels["stage"])
+        watched.gates = (
+            (read_snapshot(past[-1][0])[0], past[-1][1]["stage"]) if past else ({}, watched.labels["stage"])
+        )
     arrays, stage = watched.gates
     return {name: array for name, array in arrays.items() if name.startswith("gates/")}, stage
 
@@ -799,11 +1028,14 @@ def _gates_seen(watched: Watched) -> tuple[dict[str, np.ndarray], str]:  # array
 def _module_lines(watched: Watched) -> list[dict]:
     "Weighted sums by module, those of a run from scratch dotted"
     curves, places = module_curves(watched), list(MODULE_NAMES.values())
-    floor = max((np.nanmax(values, initial=0) for _, values in curves.values()), default=0) / 10_000  # of the logarithmic axis
+    # of the logarithmic axis
+    floor = max((np.nanmax(values, initial=0) for _, values in curves.values()), default=0) / 10_000
     lines = []
     for name, (steps, values) in curves.items():
         scratch, values = name.endswith("(scratch)"), np.where(values > floor, values, np.nan)
-        style = curve_style(COLOURS[places.index(name.removesuffix(" (scratch)"))], "dot" if scratch else "solid")
+        style = curve_style(
+            COLOURS[places.index(name.removesuffix(" (scratch)"))], "dot" if scratch else "solid"
+        )
         lines.append(curve(steps, values, name, line=style, showlegend=not scratch))
     return lines
 
@@ -825,10 +1057,17 @@ def _score_lines(watched: Watched) -> list[dict]:
     points, colours = {}, dict(zip(("R@1", "right answers", "caption's words"), COLOURS[5:], strict=True))
     for event in watched.curves.events:
         for name, score in validation_scores_of(event).items() if event.get("event") == "validation" else ():
-            points.setdefault((name, _is_baseline(watched, event["stage"])), []).append((event["step"], score))
+            points.setdefault((name, _is_baseline(watched, event["stage"])), []).append(
+                (event["step"], score)
+            )
     more = dict(mode="lines+markers", marker={"size": 4})
-    styles = {key: dict(line=curve_style(colours[key[0]], "dot" if key[1] else "solid"), showlegend=not key[1]) for key in points}
-    return [curve(*zip(*found, strict=True), key[0], 2, **styles[key], **more) for key, found in points.items()]
+    styles = {
+        key: dict(line=curve_style(colours[key[0]], "dot" if key[1] else "solid"), showlegend=not key[1])
+        for key in points
+    }
+    return [
+        curve(*zip(*found, strict=True), key[0], 2, **styles[key], **more) for key, found in points.items()
+    ]
 
 # %% ../nbs/library/26_widgets.ipynb #fffa4963
 DECADES = 3  # of the table's colours
@@ -841,9 +1080,17 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
         high = np.log10(max(np.nanmax(values, initial=0), 1e-9))
         z = np.where(values > 0, np.clip(np.log10(values), high - DECADES, high), np.nan)
     light = z > high - DECADES / 3
-    notes = [_cell_note(row, column, values, shares, light[row, column]) for row, column in np.argwhere(np.isfinite(values))]
+    notes = [
+        _cell_note(row, column, values, shares, light[row, column])
+        for row, column in np.argwhere(np.isfinite(values))
+    ]
     layout["shapes"] = [shape for shape in layout["shapes"] if shape["xref"] != "x3"]
-    heading = _note(-0.5, 3, "weighted terms" + (", share of the gradient" if np.isfinite(shares).any() else ""), xanchor="left")
+    heading = _note(
+        -0.5,
+        3,
+        "weighted terms" + (", share of the gradient" if np.isfinite(shares).any() else ""),
+        xanchor="left",
+    )
     layout["annotations"] = [*layout["annotations"], *notes, heading]
     kinds = [kind.replace("similarities", "similar-<br>ities").replace(" ", "<br>") for kind in TABLE_KINDS]
     for axis, texts in (("xaxis3", kinds), ("yaxis3", list(MODULE_NAMES.values()))):
@@ -855,7 +1102,10 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
     scratch = any(_is_baseline(watched, stage) for stage in watched.curves.columns)
     layout["yaxis1"]["title"]["text"] = "weighted, by module" + ("; dotted: scratch" if scratch else "")
     layout["yaxis2"]["title"]["text"] = "validation"
-    return [_heatmap(z, high - DECADES, high, SEQUENTIAL, 3, None) | {"name": "weighted terms", "hoverinfo": "skip"}]
+    return [
+        _heatmap(z, high - DECADES, high, SEQUENTIAL, 3, None)
+        | {"name": "weighted terms", "hoverinfo": "skip"}
+    ]
 
 
 def _cell_note(row: int, column: int, values: np.ndarray, shares: np.ndarray, light: bool) -> dict:
@@ -872,15 +1122,26 @@ MOST_CENTRES = 200  # on a map; the largest clusters of the training images
 
 def _image_traces(clusters: RunClusters, features: np.ndarray, found: np.ndarray) -> list[dict]:
     "The images as the student sees them, those that stayed with the teacher's centre and those that did not"
-    places, stayed, last = clusters.plane.project(features), found == clusters.assignment, len(clusters.centers) - 1
+    places, stayed, last = (
+        clusters.plane.project(features),
+        found == clusters.assignment,
+        len(clusters.centers) - 1,
+    )
     many, traces = last >= len(COLOURS), []
     scale = {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": last} if many else {}
     bar = {"colorbar": {"title": {"text": "nearest centre"}, "thickness": 8, "x": 0.58}} if many else {}
-    for name, kept, shape in (("centre of the teacher", stayed, {"symbol": "circle"} | bar), ("another centre", ~stayed, {"symbol": "x"})):
+    for name, kept, shape in (
+        ("centre of the teacher", stayed, {"symbol": "circle"} | bar),
+        ("another centre", ~stayed, {"symbol": "x"}),
+    ):
         rows = np.flatnonzero(kept)
-        marker = {"size": 6, "color": found[rows] if many else [COLOURS[k] for k in found[rows]]} | scale | shape
+        marker = (
+            {"size": 6, "color": found[rows] if many else [COLOURS[k] for k in found[rows]]} | scale | shape
+        )
         words = [clusters.words(row, found[row]) for row in rows]
-        traces.append(curve(*places[rows].T, name, mode="markers", marker=marker, hovertext=words, hoverinfo="text"))
+        traces.append(
+            curve(*places[rows].T, name, mode="markers", marker=marker, hovertext=words, hoverinfo="text")
+        )
     return traces
 
 
@@ -895,41 +1156,88 @@ def _centre_trace(clusters: RunClusters) -> dict:
 
 def _size_traces(clusters: RunClusters, found: np.ndarray) -> list[dict]:
     "Images of the map in each cluster, the teacher's largest first"
-    teacher, student = (np.bincount(rows, minlength=len(clusters.centers)) for rows in (clusters.assignment, found))
+    teacher, student = (
+        np.bincount(rows, minlength=len(clusters.centers)) for rows in (clusters.assignment, found)
+    )
     order, places = np.argsort(-teacher, kind="stable"), thinned(np.arange(1, len(teacher) + 1))
     dots = dict(mode="markers", marker={"size": 6, "color": "#000000"})
     by_teacher = curve(places, thinned(teacher[order]), "images by the teacher", 2, line=curve_style(GREY))
     return [by_teacher, curve(places, thinned(student[order]), "by the student", 2, **dots)]
 
 # %% ../nbs/library/26_widgets.ipynb #e0909834
-def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> dict:  # Plotly JSON; empty without clusters
+def clusters_json(
+    watched: Watched, width: int = WIDTH, height: int = 330
+) -> dict:  # Plotly JSON; empty without clusters
     "The newest student on the map of its teacher's clusters, always as five traces in one order"
     if watched.clusters is None or "clusters_student" not in watched.arrays:
         return {}
-    clusters, features, found = watched.clusters, *(watched.arrays[f"clusters_{name}"] for name in ("student", "assignment"))
-    layout = {"width": width, "height": height, "margin": {"l": 55, "r": 10, "t": 58, "b": 40}, "template": "none", "font": {"size": 11}}
+    clusters, features, found = (
+        watched.clusters,
+        *(watched.arrays[f"clusters_{name}"] for name in ("student", "assignment")),
+    )
+    layout = {
+        "width": width,
+        "height": height,
+        "margin": {"l": 55, "r": 10, "t": 58, "b": 40},
+        "template": "none",
+        "font": {"size": 11},
+    }
     layout["legend"] = {"orientation": "h", "y": 1.09, "yanchor": "bottom", "x": 0, "font": {"size": 10}}
-    map_titles = [f"PCA {k + 1} ({share:.0%} of the variance)" for k, share in enumerate(clusters.plane.shares)]
+    map_titles = [
+        f"PCA {k + 1} ({share:.0%} of the variance)" for k, share in enumerate(clusters.plane.shares)
+    ]
     titles = ((*map_titles, [0, 0.57]), ("cluster, by the teacher's size", "images", [0.74, 1]))
     for panel, (x, y, domain) in enumerate(titles, start=1):
-        layout[f"xaxis{panel}"] = {"domain": domain, "anchor": axis_name("y", panel), "title": {"text": x}, "zeroline": False}
-        layout[f"yaxis{panel}"] = {"anchor": axis_name("x", panel), "title": {"text": y, "standoff": 4}, "zeroline": False}
+        layout[f"xaxis{panel}"] = {
+            "domain": domain,
+            "anchor": axis_name("y", panel),
+            "title": {"text": x},
+            "zeroline": False,
+        }
+        layout[f"yaxis{panel}"] = {
+            "anchor": axis_name("x", panel),
+            "title": {"text": y, "standoff": 4},
+            "zeroline": False,
+        }
     layout["yaxis2"]["rangemode"] = "tozero"
-    now, at = clusters.compared(found), f"{escaped(watched.labels.get('stage', ''))}, step {watched.labels.get('step', 0)}"
+    now, at = (
+        clusters.compared(found),
+        f"{escaped(watched.labels.get('stage', ''))}, step {watched.labels.get('step', 0)}",
+    )
     said = f"<b>{at}: {now['agreement']:.0%} of the images have the teacher's centre; purity {now['purity']:.0%}</b>"
-    place = {"x": 0, "y": 1, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom", "showarrow": False}
+    place = {
+        "x": 0,
+        "y": 1,
+        "xref": "paper",
+        "yref": "paper",
+        "xanchor": "left",
+        "yanchor": "bottom",
+        "showarrow": False,
+    }
     layout |= {"shapes": [], "annotations": [place | {"text": said}], "hovermode": "closest"}
-    traces = [*_image_traces(clusters, features.astype(np.float32), found), _centre_trace(clusters), *_size_traces(clusters, found)]
+    traces = [
+        *_image_traces(clusters, features.astype(np.float32), found),
+        _centre_trace(clusters),
+        *_size_traces(clusters, found),
+    ]
     return {"data": traces, "layout": layout}
 
 # %% ../nbs/library/26_widgets.ipynb #dfbee3be
-def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
+def kept_students(
+    run: Run,
+) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
     "The kept snapshots of what a run distils, without those of a baseline"
     config = run.config()
-    return [(path, labels) for path, labels in kept_snapshots(run) if runs.role_in(config, labels["stage"]) != "baseline"]
+    return [
+        (path, labels)
+        for path, labels in kept_snapshots(run)
+        if runs.role_in(config, labels["stage"]) != "baseline"
+    ]
 
 
-def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was; None when no snapshot was kept
+def first_scores(
+    run: Run,
+) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was; None when no snapshot was kept
     "The student's scores of the probe before its training"
     for path, labels in kept_students(run)[:1]:
         arrays = read_snapshot(path)[0]
@@ -937,7 +1245,9 @@ def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, 
     return None
 
 
-def _nearest(scores: np.ndarray, sentences: Sequence[str], best: int, marked: set[int]) -> str:  # (S,) of one image
+def _nearest(
+    scores: np.ndarray, sentences: Sequence[str], best: int, marked: set[int]
+) -> str:  # (S,) of one image
     "An image's nearest sentences as HTML, the marked ones bold"
     said = []
     for k in np.argsort(-scores.astype(np.float32), kind="stable")[:best]:
@@ -956,7 +1266,9 @@ def sentences_html(
     probe = watched.probe
     if "sentences" not in probe or not watched.teacher:
         return ""
-    now = f"student, {watched.labels.get('stage', '')} step {watched.labels.get('step', 0)}".replace("student step", "step")
+    now = f"student, {watched.labels.get('stage', '')} step {watched.labels.get('step', 0)}".replace(
+        "student step", "step"
+    )
     columns = {"teacher": watched.teacher["teacher"]} | ({first[1]: first[0]} if first else {})
     columns |= {now: watched.arrays["student"]} if "student" in watched.arrays else {}
     lines = "".join(_sentence_line(probe, row, columns, best) for row in rows)
@@ -968,12 +1280,15 @@ def _sentence_line(probe: Mapping[str, Any], row: int, columns: Mapping[str, np.
     "One image"
     marked = set(np.argsort(-columns["teacher"][row], kind="stable")[:best].tolist())
     picture = f"<img alt='' style='width:64px' src='{escaped(probe['pictures'][row])}'><br>{escaped(probe['captions'][row][:80])}"
-    cells = "".join(f"<td style='text-align:left;vertical-align:top'>{_nearest(s[row], probe['sentences'], best, marked)}</td>"
-                    for s in columns.values())  # fmt: skip
+    cells = "".join(
+        f"<td style='text-align:left;vertical-align:top'>{_nearest(s[row], probe['sentences'], best, marked)}</td>"
+        for s in columns.values()
+    )
     return f"<tr><td style='text-align:left;vertical-align:top;max-width:160px'>{picture}</td>{cells}</tr>"
 
 # %% ../nbs/library/26_widgets.ipynb #ec6e50af
-CROSS = {"fusion": "reading", "decoder": "writing"}  # modules that look at the image -> what they do meanwhile
+# modules that look at the image -> what they do meanwhile
+CROSS = {"fusion": "reading", "decoder": "writing"}
 HEAT = "Inferno"  # Plotly's colour scale of what lies over a picture
 
 
@@ -984,7 +1299,8 @@ def on_grid(
     "Shares on a coarser grid"
     own, cells = maps.shape[-1], np.arange(side)[:, None]
     first = np.arange(own) * side / own  # where a patch begins, in cells
-    parts = np.clip(np.minimum(first + side / own, cells + 1) - np.maximum(first, cells), 0, None)  # (side, g) of a patch in a cell
+    # (side, g) of a patch in a cell
+    parts = np.clip(np.minimum(first + side / own, cells + 1) - np.maximum(first, cells), 0, None)
     parts *= own / side
     return parts @ maps @ parts.T
 
@@ -997,10 +1313,14 @@ def overlap(
     side = min(one.shape[-1], other.shape[-1])
     both = [on_grid(np.asarray(maps, dtype=np.float32), side) for maps in (one, other)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.minimum(*(maps / maps.sum(axis=(-2, -1), keepdims=True) for maps in both)).sum(axis=(-2, -1))
+        return np.minimum(*(maps / maps.sum(axis=(-2, -1), keepdims=True) for maps in both)).sum(
+            axis=(-2, -1)
+        )
 
 
-def cross_maps(watched: Watched, image: int) -> dict[str, dict[str, np.ndarray]]:  # module -> "teacher", "student" -> (L, g, g)
+def cross_maps(
+    watched: Watched, image: int
+) -> dict[str, dict[str, np.ndarray]]:  # module -> "teacher", "student" -> (L, g, g)
     "Where each token of an image's caption looks, of those maps that there are"
     found, words = {}, watched.probe.get("words", ())
     for module in CROSS if image < len(words) else ():
@@ -1029,12 +1349,17 @@ def _densest(models: Iterable[np.ndarray]) -> float:  # of maps (g, g) of one to
     return max([3.0, *(float(shares.max()) * shares.shape[-1] ** 2 for shares in models)])
 
 
-def _laid_over(pixels: np.ndarray, shares: np.ndarray, densest: float) -> np.ndarray:  # (S, S, 3) of (S, S, 3) and (g, g)
+def _laid_over(
+    pixels: np.ndarray, shares: np.ndarray, densest: float
+) -> np.ndarray:  # (S, S, 3) of (S, S, 3) and (g, g)
     "A map over the grey of a picture: patches glow that get more than an even spread; static/cross.js does the same"
     side = shares.shape[-1]
     at = np.arange(len(pixels)) * side // len(pixels)
     glow = np.clip((shares * side**2 - 1) / (densest - 1), 0, 1)[np.ix_(at, at)]
-    colours = np.frombuffer(palette(HEAT), dtype=np.uint8).reshape(-1, 3)[(120 + 134 * glow).round().astype(int)] / 255
+    colours = (
+        np.frombuffer(palette(HEAT), dtype=np.uint8).reshape(-1, 3)[(120 + 134 * glow).round().astype(int)]
+        / 255
+    )
     grey, weight = 0.85 * pixels @ [0.2126, 0.7152, 0.0722], 0.85 * np.sqrt(glow)[..., None]
     return (1 - weight) * grey[..., None] + weight * colours
 
@@ -1047,7 +1372,9 @@ def _shown_tokens(words: Sequence[str], rows: int) -> list[int]:
 _GAP, _LINE = 4, 15  # pixels between cells, of a line of text
 
 
-def _strip(models: Mapping[str, np.ndarray], pixels: np.ndarray, tokens: Sequence[int]) -> tuple[np.ndarray, int]:  # canvas, side of a cell
+def _strip(
+    models: Mapping[str, np.ndarray], pixels: np.ndarray, tokens: Sequence[int]
+) -> tuple[np.ndarray, int]:  # canvas, side of a cell
     "A row of maps a model, a column a token, after the picture itself"
     side, densest = len(pixels), {k: _densest(maps[k] for maps in models.values()) for k in tokens}
     canvas = np.ones((len(models) * (side + _GAP), (len(tokens) + 1) * (side + _GAP) + _GAP, 3))
@@ -1066,9 +1393,13 @@ def _strips(watched: Watched, image: int, modules: Sequence[str], width: int, mo
     for module in (module for module in modules if module in found):
         models = found[module]
         tokens = _shown_tokens(words, min(len(maps) for maps in models.values()))
-        alike = overlap(models["teacher"], models["student"]) if len(models) == 2 else np.full(len(words), np.nan)
+        alike = (
+            overlap(models["teacher"], models["student"]) if len(models) == 2 else np.full(len(words), np.nan)
+        )
         known = alike[tokens][np.isfinite(alike[tokens])]
-        title = f"{CROSS[module]} ({module})" + (f": overlap {known.mean():.2f}, mean over {len(known)} tokens" if len(known) else "")
+        title = f"{CROSS[module]} ({module})" + (
+            f": overlap {known.mean():.2f}, mean over {len(known)} tokens" if len(known) else ""
+        )
         count = -(-len(tokens) // -(-len(tokens) // most))  # a strip, so that all are about equally long
         side = min((width - 26) // (count + 1) - _GAP, 92)
         pixels = _decoded(watched.probe["pictures"][image], side)
@@ -1090,24 +1421,53 @@ def cross_picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    parts, words, labels = _strips(watched, image, modules, width), watched.probe["words"][image], watched.labels
+    parts, words, labels = (
+        _strips(watched, image, modules, width),
+        watched.probe["words"][image],
+        watched.labels,
+    )
     heights = [canvas.shape[0] + (3 + bool(title)) * _LINE for title, *_, canvas, _ in parts]
     height, top, buffer = sum(heights) + _LINE + 6, _LINE + 4, io.BytesIO()
     page = Figure(figsize=(width / _PAGE, height / _PAGE), dpi=_PAGE, facecolor="white")
     FigureCanvasAgg(page)
     at = f"; student: {labels.get('stage', '')}, step {labels.get('step', 0)}" if "step" in labels else ""
-    _write(page, 4, 8, f"image {image}: {visible(watched.probe['captions'][image])[:110]}{visible(at)}", fontweight="bold", fontsize=8)
+    _write(
+        page,
+        4,
+        8,
+        f"image {image}: {visible(watched.probe['captions'][image])[:110]}{visible(at)}",
+        fontweight="bold",
+        fontsize=8,
+    )
     for (title, models, tokens, alike, canvas, side), tall in zip(parts, heights, strict=True):
         _write(page, 4, top + 6, title, fontsize=8)
         top_of_maps = top + _LINE * (1 + bool(title))
         page.figimage(canvas, 22, height - top_of_maps - canvas.shape[0])
         for row, name in enumerate(models):
-            _write(page, 11, top_of_maps + row * (side + _GAP) + side / 2, name, rotation=90, ha="center", fontsize=7)
+            _write(
+                page,
+                11,
+                top_of_maps + row * (side + _GAP) + side / 2,
+                name,
+                rotation=90,
+                ha="center",
+                fontsize=7,
+            )
         for column, token in enumerate(tokens, start=1):
             x = 22 + column * (side + _GAP) + _GAP + side / 2
-            _write(page, x, top_of_maps - 8, _short(visible(words[token]), side // 6), ha="center", fontsize=7.5)
+            _write(
+                page, x, top_of_maps - 8, _short(visible(words[token]), side // 6), ha="center", fontsize=7.5
+            )
             if np.isfinite(alike[token]):
-                _write(page, x, top_of_maps + canvas.shape[0] + 4, f"{alike[token]:.2f}", ha="center", fontsize=7, color="#555555")
+                _write(
+                    page,
+                    x,
+                    top_of_maps + canvas.shape[0] + 4,
+                    f"{alike[token]:.2f}",
+                    ha="center",
+                    fontsize=7,
+                    color="#555555",
+                )
         top += tall
     page.savefig(buffer, format="png")
     return stacked([buffer.getvalue()])
@@ -1127,9 +1487,14 @@ class CrossView(_Framed):
     "Where teacher and student look for a chosen word of a chosen image"
 
     _esm = script("cross.js")
-    pictures, captions, words = traitlets.List().tag(sync=True), traitlets.List().tag(sync=True), traitlets.List().tag(sync=True)
+    pictures, captions, words = (
+        traitlets.List().tag(sync=True),
+        traitlets.List().tag(sync=True),
+        traitlets.List().tag(sync=True),
+    )
     image, word = traitlets.Int(0).tag(sync=True), traitlets.Int(1).tag(sync=True)
-    panels, said = traitlets.List().tag(sync=True), traitlets.Unicode("").tag(sync=True)  # one of each map; their overlap in words
+    # one of each map; their overlap in words
+    panels, said = traitlets.List().tag(sync=True), traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, watched: Watched):
         probe, count = watched.probe, len(watched.probe["words"])
@@ -1150,7 +1515,10 @@ class CrossView(_Framed):
     def show(self, image: int | None = None, word: int | None = None) -> None:
         "Send the newest maps, of what is chosen or of another image or word; an image begins with its most telling word"
         row = min(max(self.image if image is None else image, 0), len(self.captions) - 1)
-        words, found = [visible(token) for token in self.watched.probe["words"][row]], cross_maps(self.watched, row)
+        words, found = (
+            [visible(token) for token in self.watched.probe["words"][row]],
+            cross_maps(self.watched, row),
+        )
         if word is None:
             word = self.word if image is None else _telling(words, found)
         word = min(max(word, 0), len(words) - 1)
@@ -1166,7 +1534,9 @@ def _telling(words: Sequence[str], found: Mapping[str, Mapping[str, np.ndarray]]
     return 0
 
 # %% ../nbs/library/26_widgets.ipynb #05fed19a
-def _word_panels(found: Mapping[str, Mapping[str, np.ndarray]], word: int) -> tuple[list[dict], bytes, list[str]]:
+def _word_panels(
+    found: Mapping[str, Mapping[str, np.ndarray]], word: int
+) -> tuple[list[dict], bytes, list[str]]:
     "The maps of a word as a page draws them, one scale a module: panels, frame, overlaps in words"
     panels, frame, alike = [], b"", []
     for module, models in found.items():
@@ -1186,14 +1556,25 @@ class Panel(Pulsed):
     "The head line, the controls and the messages of a run"
 
     _esm = script("panel.js")
-    head, buttons, sliders = traitlets.List().tag(sync=True), traitlets.List().tag(sync=True), traitlets.List().tag(sync=True)
-    values, off = traitlets.Dict().tag(sync=True), traitlets.Bool(False).tag(sync=True)  # of the sliders, and whether they can be moved
-    messages, share = traitlets.List().tag(sync=True), traitlets.Float(0.0).tag(sync=True)  # share of the work that is done
-    reading = traitlets.Bool(False).tag(sync=True)  # whether a traceback is unfolded; kept here, for a page may draw the panel anew
+    head, buttons, sliders = (
+        traitlets.List().tag(sync=True),
+        traitlets.List().tag(sync=True),
+        traitlets.List().tag(sync=True),
+    )
+    # of the sliders, and whether they can be moved
+    values, off = traitlets.Dict().tag(sync=True), traitlets.Bool(False).tag(sync=True)
+    # share of the work that is done
+    messages, share = traitlets.List().tag(sync=True), traitlets.Float(0.0).tag(sync=True)
+    # whether a traceback is unfolded; kept here, for a page may draw the panel anew
+    reading = traitlets.Bool(False).tag(sync=True)
 
     def fail(self, error: Exception) -> None:
         "Say it on the page"
-        said = {"kind": "error", "text": visible(f"the view failed: {type(error).__name__}: {error}"), "more": ""}
+        said = {
+            "kind": "error",
+            "text": visible(f"the view failed: {type(error).__name__}: {error}"),
+            "more": "",
+        }
         self.messages = [message for message in self.messages if message != said] + [said]
 
 
@@ -1208,7 +1589,13 @@ def slider(
     most: float = math.inf,  # of the field for exact values; infinite: `high`
 ) -> dict:
     "A slider with a field for exact values, which may go beyond it up to `most`"
-    limits = {"low": low, "high": high, "step": step, "scale": scale, "most": high if math.isinf(most) else most}
+    limits = {
+        "low": low,
+        "high": high,
+        "step": step,
+        "scale": scale,
+        "most": high if math.isinf(most) else most,
+    }
     return {"name": name, "label": label, "help": help} | limits
 
 # %% ../nbs/library/26_widgets.ipynb #4a61da80
@@ -1218,7 +1605,16 @@ def run_sliders(watched: Watched) -> list[dict]:
     rate = "factor on the schedule; 0 holds the weights still"
     specs = [slider("learning_rate_factor", "learning rate ×", 0.01, 10, rate, scale="log", most=100)]
     if "target_sparsity" in effect:
-        specs.insert(0, slider("target_sparsity", "target sparsity", 0, 0.97, "share of prunable weights removed at the end of the run"))
+        specs.insert(
+            0,
+            slider(
+                "target_sparsity",
+                "target sparsity",
+                0,
+                0.97,
+                "share of prunable weights removed at the end of the run",
+            ),
+        )
     base = watched.objective or {"contrastive": 1.0}
     two_towers = [name for name, term in all_losses().items() if not term.module]
     others = watched.config.get("terms", two_towers) if "teacher" in parameters else ()
@@ -1226,7 +1622,15 @@ def run_sliders(watched: Watched) -> list[dict]:
     terms = [*base, *(t for t in others if t not in base)]
     for term in sorted(terms, key=lambda term: list(MODULES).index(modules[term]) if term in modules else -1):
         high = 4 * base.get(term, 0.0) or 4.0
-        spec = slider(f"weights.{term}", term.replace("_", " "), 0, high, f"weight of {term} in the loss", high / 80, most=1e9)
+        spec = slider(
+            f"weights.{term}",
+            term.replace("_", " "),
+            0,
+            high,
+            f"weight of {term} in the loss",
+            high / 80,
+            most=1e9,
+        )
         specs.append(spec | ({"group": MODULE_NAMES[modules[term]]} if term in modules else {}))
     return specs
 
@@ -1234,7 +1638,11 @@ def run_sliders(watched: Watched) -> list[dict]:
 def run_values(watched: Watched) -> dict[str, float]:
     "Where the sliders stand: what is asked for, else what is in effect"
     effect, asked = watched.effect, watched.asked
-    values = {name: asked.get(name, effect[name]) for name in ("learning_rate_factor", "target_sparsity") if name in effect}
+    values = {
+        name: asked.get(name, effect[name])
+        for name in ("learning_rate_factor", "target_sparsity")
+        if name in effect
+    }
     weights = {term: 0.0 for term in all_losses()} | effect["weights"] | asked.get("weights", {})
     return values | {f"weights.{term}": weight for term, weight in weights.items()}
 
@@ -1244,18 +1652,39 @@ def run_buttons(watched: Watched, measure: str) -> list[dict]:
     working, asked = watched.status["state"] in runs.WORKING, watched.asked
     paused, shares = bool(asked.get("pause")), bool(asked.get("gradient_share"))
     buttons = [
-        {"name": "pause", "label": "Resume" if paused else "Pause", "value": not paused, "off": not working, "help": "between two steps"},
-        {"name": "stop", "label": "Stop", "value": True, "off": not working, "help": "writes a checkpoint; the job can go on"},
-        {"name": "gradient_share", "label": "Share of the gradient", "value": not shares, "pressed": shares, "off": not working,
-         "help": "how much of the pull at the student's features comes from each term"},
-    ]  # fmt: skip
+        {
+            "name": "pause",
+            "label": "Resume" if paused else "Pause",
+            "value": not paused,
+            "off": not working,
+            "help": "between two steps",
+        },
+        {
+            "name": "stop",
+            "label": "Stop",
+            "value": True,
+            "off": not working,
+            "help": "writes a checkpoint; the job can go on",
+        },
+        {
+            "name": "gradient_share",
+            "label": "Share of the gradient",
+            "value": not shares,
+            "pressed": shares,
+            "off": not working,
+            "help": "how much of the pull at the student's features comes from each term",
+        },
+    ]
     return buttons + measure_buttons(measure)
 
 
 def measure_buttons(measure: str) -> list[dict]:
     "What the matrices of affinities show"
     said = "what the matrices of affinities show"
-    return [{"name": "measure", "label": text, "value": name, "pressed": name == measure, "help": said} for name, text in MEASURES.items()]
+    return [
+        {"name": "measure", "label": text, "value": name, "pressed": name == measure, "help": said}
+        for name, text in MEASURES.items()
+    ]
 
 
 def run_messages(watched: Watched, refused: str = "") -> list[dict]:
@@ -1264,11 +1693,29 @@ def run_messages(watched: Watched, refused: str = "") -> list[dict]:
     if status.get("error"):
         freed = status.get("freed_bytes")
         more = f" ({freed / 2**20:.0f} MiB were let go)" if freed else ""
-        said.append({"kind": "error", "text": visible(status["error"]) + more, "more": visible(status.get("traceback") or "")})
+        said.append(
+            {
+                "kind": "error",
+                "text": visible(status["error"]) + more,
+                "more": visible(status.get("traceback") or ""),
+            }
+        )
     if status["state"] == "lost":
-        said.append({"kind": "error", "text": "the job's process is gone; started again, it goes on from its last checkpoint", "more": ""})
+        said.append(
+            {
+                "kind": "error",
+                "text": "the job's process is gone; started again, it goes on from its last checkpoint",
+                "more": "",
+            }
+        )
     if status["state"] in runs.WORKING and _is_baseline(watched, status.get("stage", "")):
-        said.append({"kind": "note", "text": "this is the baseline: its learning rate and weights stay as they are", "more": ""})
+        said.append(
+            {
+                "kind": "note",
+                "text": "this is the baseline: its learning rate and weights stay as they are",
+                "more": "",
+            }
+        )
     warnings = (*status.get("warnings", ()), status.get("refused"), refused)
     return said + [{"kind": "warning", "text": visible(text), "more": ""} for text in warnings if text]
 
@@ -1347,17 +1794,29 @@ def _sync_figure(live: go.FigureWidget, drawn: Mapping[str, Any]) -> None:
         if [trace.name for trace in live.data] != [line["name"] for line in drawn["data"]]:
             live.data = []
             live.add_traces(drawn["data"])
-            live.layout.update({axis: drawn["layout"][axis] for axis in drawn["layout"] if axis[1:].startswith("axis")})
+            live.layout.update(
+                {axis: drawn["layout"][axis] for axis in drawn["layout"] if axis[1:].startswith("axis")}
+            )
         for trace, line in zip(live.data, drawn["data"], strict=True):
-            trace.update({field: line[field] for field in ("x", "y", "z", "hovertext", "marker") if field in line})
-        live.layout.shapes, live.layout.annotations = drawn["layout"]["shapes"], drawn["layout"]["annotations"]
+            trace.update(
+                {field: line[field] for field in ("x", "y", "z", "hovertext", "marker") if field in line}
+            )
+        live.layout.shapes, live.layout.annotations = (
+            drawn["layout"]["shapes"],
+            drawn["layout"]["annotations"],
+        )
         for axis in (name for name in drawn["layout"] if name.startswith("yaxis")):
             live.layout[axis].title.text = drawn["layout"][axis]["title"]["text"]
 
 # %% ../nbs/library/26_widgets.ipynb #13831f69
 def _panel_state(watched: Watched, measure: str, refused: str = "") -> dict[str, Any]:
     "Everything that the panel draws"
-    state = dict(head=headline(watched), buttons=run_buttons(watched, measure), sliders=run_sliders(watched), values=run_values(watched))
+    state = dict(
+        head=headline(watched),
+        buttons=run_buttons(watched, measure),
+        sliders=run_sliders(watched),
+        values=run_values(watched),
+    )
     scratch = _is_baseline(watched, watched.status.get("stage", ""))
     off, share = scratch or watched.status["state"] not in runs.WORKING, round(progress(watched)["share"], 3)
     return state | dict(off=off, messages=run_messages(watched, refused), share=share)
@@ -1367,18 +1826,24 @@ def affinity_views() -> dict[str, MatrixView]:
     "Canvases for teacher, student and difference"
     names = dict(row_label="image", column_label="text", row_name="image", column_name="text")
     colours = {"teacher": SEQUENTIAL, "student": SEQUENTIAL, "difference": DIVERGING}
-    return {name: MatrixView(colours=palette_name, title=name, **names) for name, palette_name in colours.items()}
+    return {
+        name: MatrixView(colours=palette_name, title=name, **names) for name, palette_name in colours.items()
+    }
 
 
 def gate_views(titles: Iterable[str]) -> dict[str, MatrixView]:
     "A canvas for every tower and kind of gates"
-    given = dict(measure="open probability", row_label="layer", row_name="layer", column_name="place", height=130)
+    given = dict(
+        measure="open probability", row_label="layer", row_name="layer", column_name="place", height=130
+    )
     return {title: MatrixView(title=title, column_label=title.split()[-1], **given) for title in titles}
 
 
 def gate_grid(views: Mapping[str, MatrixView]) -> ipywidgets.GridBox:
     "Three canvases a row"
-    return ipywidgets.GridBox(list(views.values()), layout={"grid_template_columns": "repeat(3, 274px)", "grid_gap": "0 8px"})
+    return ipywidgets.GridBox(
+        list(views.values()), layout={"grid_template_columns": "repeat(3, 274px)", "grid_gap": "0 8px"}
+    )
 
 # %% ../nbs/library/26_widgets.ipynb #4c4369c3
 class SentenceBox:
@@ -1392,7 +1857,9 @@ class SentenceBox:
         self.image = self.image if image is None else int(image)
         if "sentences" in watched.probe:
             self._first = self._first or first_scores(watched.run)
-            self.widget.value = sentences_html(watched, [min(self.image, len(watched.probe["captions"]) - 1)], first=self._first)
+            self.widget.value = sentences_html(
+                watched, [min(self.image, len(watched.probe["captions"]) - 1)], first=self._first
+            )
 
 # %% ../nbs/library/26_widgets.ipynb #79b86831
 class _Matrices:
@@ -1407,9 +1874,20 @@ class _Matrices:
         at = f"student: {watched.labels.get('stage', '')}, step {watched.labels.get('step', 0)}"
         titles = {"student": at, "difference": "student − teacher"}
         for name, (matrix, low, high) in probe_affinities(watched, measure).items():
-            sentences = [visible(text)[:200] for text in watched.probe["sentences"]] if "sentences" in watched.probe else captions
-            words = dict(measure=MEASURES[measure], title=titles.get(name, name), row_texts=captions, column_texts=sentences)
-            words |= dict(column_label="sentence", column_name="sentence") if "sentences" in watched.probe else {}
+            sentences = (
+                [visible(text)[:200] for text in watched.probe["sentences"]]
+                if "sentences" in watched.probe
+                else captions
+            )
+            words = dict(
+                measure=MEASURES[measure],
+                title=titles.get(name, name),
+                row_texts=captions,
+                column_texts=sentences,
+            )
+            words |= (
+                dict(column_label="sentence", column_name="sentence") if "sentences" in watched.probe else {}
+            )
             self.affinity[name].show(matrix, low, high, **words)
 
     def show_gates(self, matrices: Matrices) -> None:
@@ -1470,7 +1948,9 @@ class RunPart(ABC):
     "A part of the bench that a method brings"
 
     @abstractmethod
-    def figure(self, watched: Watched) -> Mapping[str, Any]:  # Plotly JSON, with data and layout; empty while there is nothing to see
+    def figure(
+        self, watched: Watched
+    ) -> Mapping[str, Any]:  # Plotly JSON, with data and layout; empty while there is nothing to see
         "What it draws of a run as it is now"
 
 
@@ -1480,11 +1960,17 @@ def method_parts(watched: Watched) -> list[RunPart]:
     return [] if method is None else [kind() for kind in method.views]
 
 
-def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty where there is nothing to show
+def part_figure(
+    part: RunPart, watched: Watched
+) -> dict[str, Any]:  # Plotly JSON; empty where there is nothing to show
     "What a part draws, with the bench's width and margins where it says nothing else"
     drawn = part.figure(watched)
     margin = {"l": 70, "r": 20, "t": 30, "b": 40}
-    return {**drawn, "layout": {"width": WIDTH, "height": 220, "margin": margin, **drawn.get("layout", {})}} if drawn else {}
+    return (
+        {**drawn, "layout": {"width": WIDTH, "height": 220, "margin": margin, **drawn.get("layout", {})}}
+        if drawn
+        else {}
+    )
 
 
 @contextmanager
@@ -1493,7 +1979,9 @@ def _may_fail(part: RunPart) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warnings.warn(f"{type(part).__name__} could not be drawn: {type(error).__name__}: {error}", stacklevel=4)
+        warnings.warn(
+            f"{type(part).__name__} could not be drawn: {type(error).__name__}: {error}", stacklevel=4
+        )
 
 
 def _part_pictures(watched: Watched) -> list[bytes]:  # PNG
@@ -1512,7 +2000,8 @@ class RunWidgets(_Further):
     def __init__(self, watched: Watched):
         super().__init__()
         self.panel, self.figure = Panel(), _live_figure(curves_json(watched))
-        self.parts: dict[RunPart, Any] | None = None  # part -> its figure on the page, once there is something to see
+        # part -> its figure on the page, once there is something to see
+        self.parts: dict[RunPart, Any] | None = None
         for view in self.affinity.values():
             view.on_choice.append(lambda cell: self.sentences.show(watched, cell[0]))
         self.box.children = (self.panel, self.figure, *self.box.children)
@@ -1543,7 +2032,13 @@ class RunWidgets(_Further):
 # %% ../nbs/library/26_widgets.ipynb #7eb95cdf
 def _wish(run: Run, name: str, value: Any) -> None:
     "Pass on what a control of the panel wishes; ValueError if a job would not understand it"
-    run.control(**({"weights": {name.removeprefix("weights."): value}} if name.startswith("weights.") else {name: value}))
+    run.control(
+        **(
+            {"weights": {name.removeprefix("weights."): value}}
+            if name.startswith("weights.")
+            else {name: value}
+        )
+    )
 
 
 class RunView(Live):
@@ -1551,7 +2046,12 @@ class RunView(Live):
 
     def __init__(self, folder: str | Path, live: bool | None = None):
         super().__init__(live)
-        self.watched, self.measure, self.refused, self._due = Watched(Run(folder)), "cosine", "", {"snapshot", "curves"}
+        self.watched, self.measure, self.refused, self._due = (
+            Watched(Run(folder)),
+            "cosine",
+            "",
+            {"snapshot", "curves"},
+        )
         self._touched, self._drawn, self._was = -math.inf, -math.inf, ""
         self.watched.look()
         if self.live:
@@ -1611,7 +2111,9 @@ def _update_view(view: RunView) -> None:
     view._was = state
 
 # %% ../nbs/library/26_widgets.ipynb #a5c841ce
-def _run_picture(watched: Watched, measure: str = "cosine") -> bytes | None:  # PNG; None when there is nothing to see yet
+def _run_picture(
+    watched: Watched, measure: str = "cosine"
+) -> bytes | None:  # PNG; None when there is nothing to see yet
     "A run's curves, affinities, clusters and gates"
     parts = []
     if watched.status["state"] not in runs.WORKING:
@@ -1619,7 +2121,15 @@ def _run_picture(watched: Watched, measure: str = "cosine") -> bytes | None:  # 
     if watched.curves.columns:
         parts.append(picture(curves_json(watched)))
     if shown := probe_affinities(watched, measure):
-        parts.append(picture(heatmaps_json(shown, MEASURES[measure], ("sentence" if "sentences" in watched.probe else "text", "image"))))
+        parts.append(
+            picture(
+                heatmaps_json(
+                    shown,
+                    MEASURES[measure],
+                    ("sentence" if "sentences" in watched.probe else "text", "image"),
+                )
+            )
+        )
     if cross_maps(watched, 0):
         parts.append(cross_picture(watched, 0))
     if shown := clusters_json(watched):
@@ -1645,7 +2155,9 @@ class RunStill:
         self.png = _run_picture(watched, measure)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        said = self.text if self.png else f"{self.text}; there is nothing to draw yet, `still()` draws it later"
+        said = (
+            self.text if self.png else f"{self.text}; there is nothing to draw yet, `still()` draws it later"
+        )
         return {"text/plain": said} | ({"image/png": base64.b64encode(self.png).decode()} if self.png else {})
 
 # %% ../nbs/library/26_widgets.ipynb #9c9300ca
@@ -1662,7 +2174,10 @@ class NearestSentences:
         watched = Watched(run)
         watched.look()
         if "sentences" not in watched.probe:
-            raise ValueError(f"{run.folder} has no probe of sentences: only runs that distil from sentences have one, once they have begun")
+            raise ValueError(
+                f"{run.folder} has no probe of sentences: only runs that distil from sentences have one, "
+                "once they have begun"
+            )
         if watched.status["state"] not in runs.WORKING:
             _settle(watched)
         count = len(watched.probe["captions"])
@@ -1690,21 +2205,34 @@ class CrossAttention:
             _settle(watched)
         count = len(watched.probe.get("words", ()))
         if not count:
-            raise ValueError(f"{run.folder} has no cross-attention: only runs that distil a BLIP have some, once they have begun")
+            raise ValueError(
+                f"{run.folder} has no cross-attention: only runs that distil a BLIP have some, once they "
+                "have begun"
+            )
         if not 0 <= image < count:
-            raise ValueError(f"image={image} is not valid: the probe has cross-attention of images 0 to {count - 1}")
+            raise ValueError(
+                f"image={image} is not valid: the probe has cross-attention of images 0 to {count - 1}"
+            )
         if not modules or set(modules) - set(CROSS):
             raise ValueError(f"modules={tuple(modules)} is not valid: choose among {', '.join(CROSS)}")
         found = cross_maps(watched, image)
-        self.overlaps = {m: overlap(*found[m].values()).tolist() for m in modules if len(found.get(m, ())) == 2}  # module -> of each token
+        # module -> of each token
+        self.overlaps = {
+            m: overlap(*found[m].values()).tolist() for m in modules if len(found.get(m, ())) == 2
+        }
         self.words, self.png = watched.probe["words"][image], cross_picture(watched, image, modules, width)
 
     def _repr_png_(self) -> bytes:
         return self.png
 
     def __repr__(self) -> str:
-        said = [f"{m}: " + ", ".join(f"{visible(word)} {share:.2f}" for word, share in zip(self.words, shares, strict=False))
-                for m, shares in self.overlaps.items()]  # fmt: skip
+        said = [
+            f"{m}: "
+            + ", ".join(
+                f"{visible(word)} {share:.2f}" for word, share in zip(self.words, shares, strict=False)
+            )
+            for m, shares in self.overlaps.items()
+        ]
         return "overlap of teacher and student; " + "; ".join(said)
 
 # %% ../nbs/library/26_widgets.ipynb #18bb762d
@@ -1726,13 +2254,17 @@ def attach(
     return view
 
 # %% ../nbs/library/26_widgets.ipynb #f91381d2
-def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a parameter that differs, a column a run
+def differences(
+    several: Mapping[str, Watched],
+):  # a pandas DataFrame: a row a parameter that differs, a column a run
     "Where the configurations of runs differ"
     import pandas as pd
 
     configs = {}
     for name, watched in several.items():
-        changed = {f"changed: {control}": value for control, value in in_effect(watched.curves.events).items()}
+        changed = {
+            f"changed: {control}": value for control, value in in_effect(watched.curves.events).items()
+        }
         configs[name] = watched.config.get("parameters", {}) | changed
     keys = dict.fromkeys(key for config in configs.values() for key in config if key != "out")
     rows = {key: {name: config.get(key) for name, config in configs.items()} for key in keys}
@@ -1740,7 +2272,9 @@ def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a 
     return pd.DataFrame.from_dict(different, orient="index", columns=list(configs)).map(visible)
 
 
-def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int = 300) -> dict:  # Plotly JSON
+def overlay_json(
+    several: Mapping[str, Watched], width: int = WIDTH, height: int = 300
+) -> dict:  # Plotly JSON
     "Total loss, validation and sparsity of several runs; a colour a run, a run from scratch dotted"
     drawn = curves_json(next(iter(several.values())), width, height)
     drawn["data"], drawn["layout"]["shapes"], drawn["layout"]["annotations"] = [], [], []
@@ -1749,11 +2283,22 @@ def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int
     for k, (name, watched) in enumerate(several.items()):
         colour = COLOURS[k % len(COLOURS)]
         for stage in watched.curves.columns:
-            style = {"color": colour, "width": 1.5, "dash": "dot" if _is_baseline(watched, stage) else "solid"}
-            steps, first = thinned(watched.curves.column(stage, "step")), stage == next(iter(watched.curves.columns))
+            style = {
+                "color": colour,
+                "width": 1.5,
+                "dash": "dot" if _is_baseline(watched, stage) else "solid",
+            }
+            steps, first = (
+                thinned(watched.curves.column(stage, "step")),
+                stage == next(iter(watched.curves.columns)),
+            )
             for panel, column in ((1, "total"), (3, "expected_sparsity")):
                 values, legend = thinned(watched.curves.column(stage, column)), first and panel == 1
-                drawn["data"].append(curve(steps, values, escaped(name), panel, line=style, showlegend=legend, legendgroup=str(k)))
+                drawn["data"].append(
+                    curve(
+                        steps, values, escaped(name), panel, line=style, showlegend=legend, legendgroup=str(k)
+                    )
+                )
         for line in _validation_lines(watched):
             drawn["data"].append(line | {"name": escaped(name), "line": line["line"] | {"color": colour}})
     return drawn
@@ -1773,14 +2318,21 @@ class RunsView(Live):
         for watched in self.runs.values():
             watched.look()
         if self.live:
-            self.panel, self.figure, self.table = Panel(), _live_figure(overlay_json(self.runs)), ipywidgets.HTML()
+            self.panel, self.figure, self.table = (
+                Panel(),
+                _live_figure(overlay_json(self.runs)),
+                ipywidgets.HTML(),
+            )
             self.box = ipywidgets.VBox([self.panel, self.figure, self.table])
             self.update()
 
     def update(self) -> None:
         "Look at every run, and show what is new"
         changed = [bool(watched.look()) for watched in self.runs.values()]
-        self.panel.head = [[visible(name), ", ".join(v for _, v in headline(watched)[:3])] for name, watched in self.runs.items()]
+        self.panel.head = [
+            [visible(name), ", ".join(v for _, v in headline(watched)[:3])]
+            for name, watched in self.runs.items()
+        ]
         if any(changed) and time.monotonic() - self._drawn > CURVE_SECONDS:
             self._drawn = time.monotonic()
             _sync_figure(self.figure, overlay_json(self.runs))
