@@ -15,7 +15,8 @@ readme = here / "README.md"
 # What a wheel brings inside the package; scenes and sentences are generated where they are wanted (samples.shipped).
 BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teacher/*", "data_samples/blip/*")
 
-METHODS = [f"{name} = vlkd_lab.{name}" for name in ("trainers", "clip_cid", "dime_fm", "dlip")]  # modules that register methods
+# modules that register methods
+METHODS = ["trainers = vlkd_lab.trainers"] + [f"{name} = vlkd_lab.methods.{name}" for name in ("clip_cid", "dime_fm", "dlip")]
 
 
 class BuildWithSamples(build_py):

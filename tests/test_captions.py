@@ -16,10 +16,10 @@ from PIL import Image
 from torchvision import transforms as T
 
 from vlkd_lab import trainers
-from vlkd_lab.clip_cid import ClipCid, open_clip_cid
+from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import captions_of, load_pairs, raw_samples
-from vlkd_lab.dime_fm import DimeFm, open_dime_fm
-from vlkd_lab.dlip import Dlip, open_dlip, read_texts
+from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
+from vlkd_lab.methods.dlip import Dlip, open_dlip, read_texts
 from vlkd_lab.evaluation import alarms, caption_counts, encode_pairs, retrieve, score
 from vlkd_lab.explorers import confusions
 from vlkd_lab.export import to_clip_benchmark

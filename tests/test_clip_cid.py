@@ -9,7 +9,7 @@ from conftest import TINY, in_two_processes, lines_of
 
 from vlkd_lab import trainers
 from vlkd_lab.balancing import nearest_center
-from vlkd_lab.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
+from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.evaluation import compare, finish, probe_table
 from vlkd_lab.models import image_tower, load_model, new_model, save_model

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from vlkd_lab import trainers
-from vlkd_lab.clip_cid import ClipCid, open_clip_cid
+from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import PairStream, View, find_images, find_sentences, inspect_shards, raw_samples
-from vlkd_lab.dime_fm import DimeFm, open_dime_fm
+from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
 from vlkd_lab.evaluation import find_classes
 from vlkd_lab.runs import Run
 from vlkd_lab.trainers import Contrastive, TinyCLIP, check_parameters, find_data, open_contrastive, open_tinyclip, read_captions, train

@@ -12,7 +12,7 @@ from conftest import TINY, in_two_processes, lines_of
 
 from vlkd_lab import trainers
 from vlkd_lab.data import escaped, find_images, inspect_shards, visible
-from vlkd_lab.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
+from vlkd_lab.methods.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
 from vlkd_lab.evaluation import compare, finish
 from vlkd_lab.export import check_onnx, export_onnx
 from vlkd_lab.features import Batch
@@ -203,7 +203,7 @@ def test_a_student_that_cannot_work_is_refused_before_anything_is_computed(chang
 
 def test_a_trained_student_is_not_tried_again(tiny, monkeypatch):
     train(job_of(tiny, student="timm:test_resnet", steps=2))
-    monkeypatch.setattr("vlkd_lab.dime_fm.check_student", lambda *a: pytest.fail("tried again"))
+    monkeypatch.setattr("vlkd_lab.methods.dime_fm.check_student", lambda *a: pytest.fail("tried again"))
     job_of(tiny, student="timm:test_resnet", steps=2)
 
 

@@ -10,10 +10,11 @@ import torch
 from conftest import TINY_BLIP, in_two_processes
 from webdataset import TarWriter
 
-from vlkd_lab import dlip, fusion, trainers
+from vlkd_lab import fusion, trainers
 from vlkd_lab.blip_terms import GROUPS, blip_terms
 from vlkd_lab.data import raw_samples
-from vlkd_lab.dlip import (
+from vlkd_lab.methods import dlip
+from vlkd_lab.methods.dlip import (
     BlipLearner,
     BlipTraining,
     Dlip,
@@ -149,7 +150,7 @@ def test_scratch_has_the_students_sizes_and_no_weight_of_the_teacher(tiny):
 def test_what_no_term_asks_for_is_not_run(tiny, monkeypatch):
     job, made = job_of(tiny, losses="language_modelling:1"), []
     monkeypatch.setattr(
-        "vlkd_lab.dlip.see", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or see(*given, **more)
+        "vlkd_lab.methods.dlip.see", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or see(*given, **more)
     )
     first_step(job)
     assert made and all(tuple(tasks) == ("captioning",) for tasks in made)
@@ -358,7 +359,8 @@ HALF = """
 import json, sys
 from dataclasses import replace
 import torch
-from vlkd_lab import dlip, trainers
+from vlkd_lab import trainers
+from vlkd_lab.methods import dlip
 from vlkd_lab.runs import Run
 from vlkd_lab.features import Batch
 job = dlip.open_dlip(trainers.check_parameters(dlip.Dlip, json.loads(sys.argv[1])))
@@ -409,7 +411,7 @@ def test_the_shipped_shape_of_a_run_folder(tiny):
 
 
 def test_a_blip_is_no_teacher_for_two_towers_but_can_be_looked_at(tiny_blip, tiny):
-    from vlkd_lab.dime_fm import DimeFm, open_dime_fm
+    from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
 
     with pytest.raises(ValueError, match="is a BLIP: what is wanted here has two towers"):
         open_dime_fm(check_parameters(DimeFm, dict(teacher=str(tiny_blip), data=tiny["data"], val=tiny["val"], device="cpu")))

@@ -22,9 +22,9 @@ from papermill.inspection import _infer_parameters, load_notebook_node
 from webdataset import TarWriter
 
 from vlkd_lab import export
-from vlkd_lab.clip_cid import ClipCid, open_clip_cid
+from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import load_pairs, raw_samples
-from vlkd_lab.dlip import Dlip, open_dlip
+from vlkd_lab.methods.dlip import Dlip, open_dlip
 from vlkd_lab.evaluation import accuracy, classifier, compare, encode_pairs, finish, predict
 from vlkd_lab.export import check_onnx, export_onnx, export_student, find_origin, pad_towers, padded_shapes, push_student, to_clip_benchmark
 from vlkd_lab.features import recall

@@ -17,9 +17,9 @@ from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
 
 from vlkd_lab import stores
-from vlkd_lab.clip_cid import ClipCid
-from vlkd_lab.dime_fm import DimeFm
-from vlkd_lab.dlip import BlipTraining, Dlip
+from vlkd_lab.methods.clip_cid import ClipCid
+from vlkd_lab.methods.dime_fm import DimeFm
+from vlkd_lab.methods.dlip import BlipTraining, Dlip
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.methods import METHODS, all_losses
 from vlkd_lab.models import model_config
@@ -215,7 +215,7 @@ def test_a_wrong_quotation_would_be_noticed():
 
 
 def test_files_that_only_some_runs_have_are_written_by_the_library():
-    library = "\n".join(path.read_text() for path in (ROOT / "vlkd_lab").glob("*.py"))
+    library = "\n".join(path.read_text() for path in (ROOT / "vlkd_lab").rglob("*.py"))
     table = prose("run_folder").split("Other methods and events add:")[1].split("\n\n## ")[0]
     files = re.findall(r"`([\w/]+\.\w+)`", table)
     assert len(files) >= 7

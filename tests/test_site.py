@@ -23,12 +23,12 @@ from filelock import FileLock
 from jupyter_page import CHROMIUM_ARGUMENTS, find_chromium
 from playwright.sync_api import expect, sync_playwright
 
-from vlkd_lab.reference import anchor_of
+from vlkd_lab.reference import anchor_of, library_entries, modules_of_package, page_of_module
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
 NOTEBOOKS = {page_name(p.relative_to(NBS).as_posix()): p for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for p in sorted(NBS.glob(pattern))}
-MODULES = sorted(p for p in (ROOT / "vlkd_lab").glob("*.py") if not p.name.startswith("_"))
+MODULES = modules_of_package(ROOT / "vlkd_lab")
 expect.set_options(timeout=120_000)  # milliseconds; test processes share the cores
 
 
@@ -147,14 +147,15 @@ def test_links_of_the_readme_hold_in_the_site(site):
 # Names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
-def test_every_public_name_has_its_place(path, pages):
-    exported = next(n.value for n in ast.parse(path.read_text(encoding="utf-8")).body
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_its_place(module, pages):
+    exported = next(n.value for n in ast.parse(MODULES[module].read_text(encoding="utf-8")).body
                     if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__")
-    anchors, index = _Page(pages[f"library/{path.stem}"]).anchors, _Page(pages["names"]).links
-    for name in ast.literal_eval(exported):
-        assert name.lower() in anchors, f"{path.stem} does not describe {name}"
-        assert f"library/{path.stem}.html#{name.lower()}" in index, f"{path.stem}.{name} is not in the list of names"
+    page = f"library/{page_of_module(module)}"
+    anchors, index = _Page(pages[page.removesuffix(".html")]).anchors, _Page(pages["names"]).links
+    for name in library_entries(ROOT / "vlkd_lab")[module].keys() & set(ast.literal_eval(exported)):
+        assert name.lower() in anchors, f"{module} does not describe {name}"
+        assert f"{page}#{name.lower()}" in index, f"{module}.{name} is not in the list of names"
 
 
 @pytest.mark.parametrize("module", ["losses", "balancing", "inheritance"])

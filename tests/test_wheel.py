@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from vlkd_lab.reference import modules_of_package
+
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "vlkd_lab").glob("*.py") if not path.name.startswith("_"))
+MODULES = sorted(modules_of_package(ROOT / "vlkd_lab"))
 JOB = "method=TinyCLIP stages=1 steps=2 batch_size=16 validate_pairs=16 device=cpu compare_scratch=false"
 OWN = ("data=mine/train-{000000..000002}.tar", "val=mine/val-000000.tar")
 
@@ -20,7 +22,7 @@ from pathlib import Path
 modules = [importlib.import_module(f"vlkd_lab.{name}") for name in MODULES]
 from vlkd_lab import __version__, widgets
 from vlkd_lab.data import find_sentences, find_shards, load_pairs
-from vlkd_lab.dlip import find_blip
+from vlkd_lab.methods.dlip import find_blip
 from vlkd_lab.export import export_student
 from vlkd_lab.samples import cached_shards, shipped
 from vlkd_lab.trainers import FitParameters, find_data, find_model

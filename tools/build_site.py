@@ -194,14 +194,15 @@ def figure(plot: dict) -> str:
 
 def names_page(root: Path, pages: set[str]) -> str:
     "Every public name of every module: what it is, and where it is described"
-    from vlkd_lab.reference import library_entries
+    from vlkd_lab.reference import library_entries, page_of_module
 
-    rows, by_module = [], {Path(page).name: page for page in pages if page.startswith("library/")}
+    rows, by_page = [], {Path(page).name: page for page in pages if page.startswith("library/")}
     for module, entries in library_entries(root / "vlkd_lab").items():
+        page = Path(page_of_module(module)).stem
         for name, entry in entries.items():
-            link = f"{by_module.get(module)}.html#{name.lower()}"
+            link = f"{by_page.get(page)}.html#{name.lower()}"
             told = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(entry.summary))
-            place = f'<a href="{link}"><code>{name}</code></a>' if module in by_module else f"<code>{name}</code>"
+            place = f'<a href="{link}"><code>{name}</code></a>' if page in by_page else f"<code>{name}</code>"
             rows.append((name.lower(), f"<tr><td>{place}</td><td>{module}</td><td>{entry.kind}</td><td>{told}</td></tr>"))
     body = "".join(row for _, row in sorted(rows))
     head = "<thead><tr><th>name</th><th>module</th><th>kind</th><th>what it is</th></tr></thead>"

@@ -18,6 +18,7 @@ from vlkd_lab.blip_losses import (
     matching,
     queued_contrast,
 )
+
 from .features import FusedFeatures, Pass
 from .losses import Term, relational
 

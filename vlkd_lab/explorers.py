@@ -20,13 +20,6 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets
 import numpy as np
 
-from . import widgets
-from .data import Pairs, thumbnail
-from .features import Features
-from .gates import Gates, cuts_at, gates_from_arrays
-from .models import shape_cost
-from .runs import Run, kept_snapshots, read_snapshot
-from .trainers import full_shapes, new_gates
 from vlkd_lab.widgets import (
     COLOURS,
     MEASURES,
@@ -41,6 +34,14 @@ from vlkd_lab.widgets import (
     measured,
     picture,
 )
+
+from . import widgets
+from .data import Pairs, thumbnail
+from .features import Features
+from .gates import Gates, cuts_at, gates_from_arrays
+from .models import shape_cost
+from .runs import Run, kept_snapshots, read_snapshot
+from .trainers import full_shapes, new_gates
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -38,9 +38,6 @@ from vlkd_lab.data import (
     shipped,
     visible,
 )
-from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
-from .gates import locate
-from .methods import METHODS
 from vlkd_lab.models import (
     VLM,
     TowerShape,
@@ -53,6 +50,10 @@ from vlkd_lab.models import (
     text_part,
     tower_shapes,
 )
+
+from .fusion import TASKS, Blip, blip_cost, export_blip, is_blip
+from .gates import locate
+from .methods import METHODS
 from .runs import Run, finished_students, read_json, role_of
 from .trainers import load_student
 

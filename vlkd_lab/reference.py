@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['Parameter', 'Entry', 'read_entries', 'entry_html', 'describe', 'library_entries', 'page_of', 'anchor_of',
-           'WebsitePage']
+__all__ = ['Parameter', 'Entry', 'read_entries', 'entry_html', 'describe', 'modules_of_package', 'library_entries',
+           'page_of_module', 'page_of', 'anchor_of', 'WebsitePage']
 
 # %% ../nbs/library/31_reference.ipynb #54a32d7f
 @dataclass(frozen=True)
@@ -259,13 +259,31 @@ def describe(
     return read_entries(textwrap.dedent(inspect.getsource(thing)))[thing.__name__]
 
 # %% ../nbs/library/31_reference.ipynb #4e4313f0
+def modules_of_package(
+    folder: Path,  # of the package
+) -> dict[str, Path]:  # name seen from the package, such as "trainers.loop" -> file
+    "The modules of a package and of the packages in it; what begins with one _ is nobody else's"
+    files = {path.relative_to(folder): path for path in sorted(folder.rglob("*.py"))}
+    packages = {place.parent.as_posix().replace("/", "."): files[place] for place in files if place.stem == "__init__"}
+    modules = {place.with_suffix("").as_posix().replace("/", "."): path for place, path in files.items()}
+    public = {name: path for name, path in modules.items() if not path.stem.startswith("_")}
+    return {name: path for name, path in sorted({**packages, **public}.items()) if name != "."}
+
+
 @lru_cache
 def library_entries(
     folder: Path,  # the package's folder
-) -> dict[str, dict[str, Entry]]:  # module -> name -> entry
-    "The public names of every module of a package, from the text of its files"
-    modules = sorted(path for path in folder.glob("*.py") if not path.name.startswith("_"))
-    return {path.stem: read_entries(path.read_text(encoding="utf-8")) for path in modules}
+) -> dict[str, dict[str, Entry]]:  # module, as `modules_of_package` names it -> name -> entry
+    "The public names that every module of a package defines, from the text of its files"
+    modules = modules_of_package(folder)
+    return {name: read_entries(path.read_text(encoding="utf-8")) for name, path in modules.items()}
+
+
+def page_of_module(
+    module: str,  # seen from the package
+) -> str:  # seen from the folder of the library's pages
+    "The page of a module: its notebook is named after it, with _ for the points"
+    return f"{module.replace('.', '_')}.html"
 
 # %% ../nbs/library/31_reference.ipynb #f4433fb4
 def page_of(
@@ -304,7 +322,7 @@ def _front_matter(source: str, page: str) -> tuple[str, str]:
 
 # %% ../nbs/library/31_reference.ipynb #ba54c865
 class WebsitePage:
-    "nbdev's processor for a page of the website: entries in place of what is exported, sources folded, nothing executed"
+    "nbdev's processor for a page of the website: entries in place of exports, sources folded, nothing run"
 
     def __init__(
         self,
@@ -316,15 +334,11 @@ class WebsitePage:
 
     def link(self, name: str) -> str | None:
         "Where a name is described, seen from the folder of the library's pages; the page's own module comes first"
-        own = self.page.removesuffix(".html")
-        module = next(
-            (m for m in sorted(self.library, key=lambda m: m != own) if name in self.library[m]), None
-        )
-        return (
-            None
-            if module is None or self.library[module][name].kind == "value"
-            else f"{module}.html#{name.lower()}"
-        )
+        own_first = sorted(self.library, key=lambda module: page_of_module(module) != self.page)
+        module = next((module for module in own_first if name in self.library[module]), None)
+        if module is None or self.library[module][name].kind == "value":
+            return None
+        return f"{page_of_module(module)}#{name.lower()}"
 
     def begin(self) -> None:
         "Make the page; nbdev calls it once"

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from . import data
 from vlkd_lab.data import (
     Crops,
     DataReport,
@@ -36,6 +35,8 @@ from vlkd_lab.data import (
     read_once,
     shards_in_name,
 )
+
+from . import data
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
 from .sources import write_whole

@@ -24,13 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import Pairs, View, escaped, thumbnail
-from .dlip import DlipJob
-from .evaluation import job_models
-from .features import distinct_captions, flat_captions
-from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
-from .models import evaluating, state_digest
-from .runs import read_json, to_json
 from vlkd_lab.samples import (
     COLOUR_WORDS,
     COUNTS,
@@ -42,6 +35,14 @@ from vlkd_lab.samples import (
     SIZES,
     TEXTURES,
 )
+
+from .data import Pairs, View, escaped, thumbnail
+from .evaluation import job_models
+from .features import distinct_captions, flat_captions
+from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
+from .methods.dlip import DlipJob
+from .models import evaluating, state_digest
+from .runs import read_json, to_json
 from .sources import write_whole
 
 # %% auto #0

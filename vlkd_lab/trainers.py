@@ -35,8 +35,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import __version__, data, fusion, gates, models, runs
-from .features import Batch, Features, flat_captions, gather, recall
 from vlkd_lab.gates import (
     GATE_KINDS,
     Gates,
@@ -50,9 +48,6 @@ from vlkd_lab.gates import (
     target_at,
     uniform_gates,
 )
-from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
-from .losses import LOSSES, Objective, gradient_share, objective_parameters
-from .methods import Method, find_method, name_of, register
 from vlkd_lab.models import (
     VLM,
     TowerShape,
@@ -76,6 +71,12 @@ from vlkd_lab.runs import (
     save_checkpoint,
     write_whole,
 )
+
+from . import __version__, data, fusion, gates, models, runs
+from .features import Batch, Features, flat_captions, gather, recall
+from .inheritance import Plan, even_spread, inherit, plan_gates, plan_manual
+from .losses import LOSSES, Objective, gradient_share, objective_parameters
+from .methods import Method, find_method, name_of, register
 from .samples import cached_shards
 from .stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
 

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .data import FastPreprocess, NoSample, Pairs, load_pairs, visible
 from vlkd_lab.evaluation import (
     Classes,
     accuracy,
@@ -32,6 +31,8 @@ from vlkd_lab.evaluation import (
     probe_table,
     probed_sets,
 )
+
+from .data import FastPreprocess, NoSample, Pairs, load_pairs, visible
 from .models import VLM, evaluating
 from .runs import to_json
 from .samples import LABEL_SETS, SHIFTS

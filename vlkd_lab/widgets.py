@@ -25,11 +25,6 @@ import ipywidgets
 import numpy as np
 import traitlets
 
-from . import runs
-from .blip_terms import KINDS, MODULES
-from .data import escaped, project_root, visible
-from .gates import gate_rows, reduced
-from .methods import METHODS, all_losses
 from vlkd_lab.runs import (
     CONTROLS,
     WATCH_SECONDS,
@@ -42,6 +37,12 @@ from vlkd_lab.runs import (
     read_snapshot,
     thinned,
 )
+
+from . import runs
+from .blip_terms import KINDS, MODULES
+from .data import escaped, project_root, visible
+from .gates import gate_rows, reduced
+from .methods import METHODS, all_losses
 from .trainers import has_page, source_shapes
 
 if TYPE_CHECKING:
