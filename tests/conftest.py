@@ -147,7 +147,7 @@ def killed_in_its_fourth_step(monkeypatch):
                 raise KeyboardInterrupt
             return step(fit, batch)
 
-        monkeypatch.setattr(trainers, "take_step", dies)
+        monkeypatch.setattr(trainers.loop, "take_step", dies)
         job = open_job()
         with pytest.raises(KeyboardInterrupt):
             trainers.train(job)

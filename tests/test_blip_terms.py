@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vlkd_lab import trainers
 from vlkd_lab.blip_losses import layer_partners
 from vlkd_lab.blip_terms import (
     BLIP_LOSSES,
@@ -22,7 +21,7 @@ from vlkd_lab.blip_terms import (
 )
 from vlkd_lab.features import Features, FusedFeatures, Pass, Slow
 from vlkd_lab.losses import Objective
-from vlkd_lab.methods import all_losses
+from vlkd_lab.methods import all_losses, tinyclip
 
 PASSES = {"image": ["image"], "text": ["text"], "fusion": ["pairs", "question"], "decoder": ["caption", "answer"]}
 WIDTHS = {"image": (6, 10), "text": (8, 12)}
@@ -332,7 +331,7 @@ def test_maps_that_were_not_kept_are_asked_for(name, student, teacher):
 @pytest.mark.parametrize("name", [*TERMS, "distillation", "attention"])
 def test_jobs_of_two_towers_refuse_blips_terms_before_any_work(name):
     with pytest.raises(ValueError, match=f"{name}.*two towers"):
-        trainers.TinyCLIP(losses=f"{name}:1").weights()
+        tinyclip.TinyCLIP(losses=f"{name}:1").weights()
 
 
 # Names and groups

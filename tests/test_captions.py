@@ -16,25 +16,19 @@ from PIL import Image
 from torchvision import transforms as T
 
 from vlkd_lab import trainers
-from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import captions_of, load_pairs, raw_samples
-from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
-from vlkd_lab.methods.dlip import Dlip, open_dlip, read_texts
 from vlkd_lab.evaluation import alarms, caption_counts, encode_pairs, retrieve, score
 from vlkd_lab.explorers import confusions
 from vlkd_lab.export import to_clip_benchmark
 from vlkd_lab.features import Features, distinct_captions, recall
+from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
+from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
+from vlkd_lab.methods.dlip import Dlip, open_dlip, read_texts
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import VLM, load_model
 from vlkd_lab.samples import caption, make_sample, make_scene
 from vlkd_lab.tasks import references_of, rerank, score_tasks
-from vlkd_lab.trainers import (
-    TinyCLIP,
-    check_parameters,
-    open_tinyclip,
-    train,
-    validation_features,
-    validation_scores,
-)
+from vlkd_lab.trainers import check_parameters, train, validation_features, validation_scores
 
 
 def write_tar(path, members):

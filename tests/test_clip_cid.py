@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import TINY, in_two_processes, lines_of
 
-from vlkd_lab import trainers
 from vlkd_lab.balancing import nearest_center
-from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.evaluation import compare, finish, probe_table
+from vlkd_lab.methods import tinyclip
+from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
 from vlkd_lab.models import image_tower, load_model, new_model, save_model
 from vlkd_lab.runs import Run, kept_snapshots, newest_snapshot, read_snapshot
 from vlkd_lab.stores import FeatureStore, fill, store_key
@@ -55,8 +55,8 @@ def test_each_half_can_be_used_alone(tiny, tmp_path):
     assert job.balanced.total == 84
     pairs = load_pairs(inspect_shards(job.run.folder / "balanced"))
     assert len(pairs) == 84 and set(pairs.keys) == {job.stored.keys[row] for row in job.balance.keep.tolist()}
-    other = trainers.open_tinyclip(
-        trainers.TinyCLIP(
+    other = tinyclip.open_tinyclip(
+        tinyclip.TinyCLIP(
             **{k: tiny[k] for k in ("val", "teacher", "device", "batch_size")}, data=f"{job.run.folder}/balanced", out=f"{tmp_path}/t"
         )
     )

@@ -11,12 +11,14 @@ import torch
 from PIL import Image
 
 from vlkd_lab import trainers
-from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import PairStream, View, find_images, find_sentences, inspect_shards, raw_samples
-from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
 from vlkd_lab.evaluation import find_classes
+from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
+from vlkd_lab.methods.contrastive import Contrastive, open_contrastive, read_captions
+from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.runs import Run
-from vlkd_lab.trainers import Contrastive, TinyCLIP, check_parameters, find_data, open_contrastive, open_tinyclip, read_captions, train
+from vlkd_lab.trainers import check_parameters, find_data, train
 
 SIDE, COUNT = 32, 14
 
@@ -120,7 +122,7 @@ def write(here, form):
 def batches(monkeypatch):
     "The batches that a job's steps were given"
     given, step = [], trainers.take_step
-    monkeypatch.setattr(trainers, "take_step", lambda fit, batch: given.append(batch) or step(fit, batch))
+    monkeypatch.setattr(trainers.loop, "take_step", lambda fit, batch: given.append(batch) or step(fit, batch))
     return given
 
 

@@ -12,11 +12,18 @@ from conftest import TINY, in_two_processes, lines_of
 
 from vlkd_lab import trainers
 from vlkd_lab.data import escaped, find_images, inspect_shards, visible
-from vlkd_lab.methods.dime_fm import DimeFm, ImageLearner, UnpairedLearner, dime_objective, new_student, open_dime_fm
 from vlkd_lab.evaluation import compare, finish
 from vlkd_lab.export import check_onnx, export_onnx
 from vlkd_lab.features import Batch
 from vlkd_lab.losses import LOSSES, Term
+from vlkd_lab.methods.dime_fm import (
+    DimeFm,
+    ImageLearner,
+    UnpairedLearner,
+    dime_objective,
+    new_student,
+    open_dime_fm,
+)
 from vlkd_lab.models import image_tower, load_model, model_config, new_model, save_model
 from vlkd_lab.runs import Run, kept_snapshots, read_snapshot
 from vlkd_lab.samples import write_sentences
@@ -322,11 +329,11 @@ def test_a_term_that_needs_pairs_is_refused_in_mid_run(tiny):
                     refused.append(str(error))
         return found
 
-    trainers.take_step = asks
+    trainers.loop.take_step = asks
     try:
         train(job)
     finally:
-        trainers.take_step = taken
+        trainers.loop.take_step = taken
     assert refused == ["contrastive needs pairs: images and texts of this run do not belong together"]
     assert "unimodal_distance" in [line for line in job.run.metrics() if "total" in line][-1]
     assert job.run.config()["terms"] == ["vision_language_score", "pseudo_vision_language_score", "unimodal_distance"]

@@ -13,7 +13,9 @@ from webdataset import TarWriter
 from vlkd_lab import fusion, trainers
 from vlkd_lab.blip_terms import GROUPS, blip_terms
 from vlkd_lab.data import raw_samples
-from vlkd_lab.methods import dlip
+from vlkd_lab.fusion import TASKS, load_blip, see
+from vlkd_lab.losses import Objective
+from vlkd_lab.methods import dlip, tinyclip
 from vlkd_lab.methods.dlip import (
     BlipLearner,
     BlipTraining,
@@ -25,8 +27,6 @@ from vlkd_lab.methods.dlip import (
     open_dlip,
     student_sizes,
 )
-from vlkd_lab.fusion import TASKS, load_blip, see
-from vlkd_lab.losses import Objective
 from vlkd_lab.runs import Run, kept_snapshots, read_json, read_snapshot
 from vlkd_lab.samples import write_shards
 from vlkd_lab.trainers import Fit, Phase, check_parameters, current_student, make_accelerator, start, train
@@ -170,11 +170,11 @@ def test_the_slow_copy_and_the_queue_are_those_of_the_formula(tiny):
         seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.held()[0])))
         return found
 
-    job_step, trainers.take_step = trainers.take_step, watched
+    trainers.loop.take_step = watched
     try:
         train(job)
     finally:
-        trainers.take_step = job_step
+        trainers.loop.take_step = step
     assert seen == [(8, 8), (16, 16), (24, 21)], "a queue of 21 pairs, which 8 does not divide"
 
 
@@ -417,5 +417,5 @@ def test_a_blip_is_no_teacher_for_two_towers_but_can_be_looked_at(tiny_blip, tin
         open_dime_fm(check_parameters(DimeFm, dict(teacher=str(tiny_blip), data=tiny["data"], val=tiny["val"], device="cpu")))
     given = dict(teacher=str(tiny_blip), data=tiny["data"], val=tiny["val"], device="cpu")
     with pytest.raises(ValueError, match="is a BLIP"):
-        trainers.open_tinyclip(check_parameters(trainers.TinyCLIP, given))
+        tinyclip.open_tinyclip(check_parameters(tinyclip.TinyCLIP, given))
     assert isinstance(trainers.find_model(tiny_blip, fused=True), fusion.Blip)

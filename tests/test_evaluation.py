@@ -27,9 +27,10 @@ from vlkd_lab.evaluation import (
     steps_to_reach,
 )
 from vlkd_lab.features import Features, recall
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import load_model
 from vlkd_lab.runs import Run, RunWriter
-from vlkd_lab.trainers import TinyCLIP, check_parameters, open_tinyclip, train
+from vlkd_lab.trainers import check_parameters, train
 
 
 def unit(*shape, seed=0):

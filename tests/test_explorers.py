@@ -34,9 +34,11 @@ from vlkd_lab.explorers import (
 )
 from vlkd_lab.features import Features
 from vlkd_lab.gates import sparsity
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import count_cost, load_model, tower_shapes
 from vlkd_lab.runs import Run, find_run
-from vlkd_lab.trainers import TinyCLIP, full_shapes, open_tinyclip, train
+from vlkd_lab.stages import full_shapes
+from vlkd_lab.trainers import train
 from vlkd_lab.widgets import visible
 
 HOSTILE = "<script>alert(1)</script> \"q\" 'a' \u202eright"

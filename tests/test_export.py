@@ -22,17 +22,28 @@ from papermill.inspection import _infer_parameters, load_notebook_node
 from webdataset import TarWriter
 
 from vlkd_lab import export
-from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.data import load_pairs, raw_samples
-from vlkd_lab.methods.dlip import Dlip, open_dlip
 from vlkd_lab.evaluation import accuracy, classifier, compare, encode_pairs, finish, predict
-from vlkd_lab.export import check_onnx, export_onnx, export_student, find_origin, pad_towers, padded_shapes, push_student, to_clip_benchmark
+from vlkd_lab.export import (
+    check_onnx,
+    export_onnx,
+    export_student,
+    find_origin,
+    pad_towers,
+    padded_shapes,
+    push_student,
+    to_clip_benchmark,
+)
 from vlkd_lab.features import recall
 from vlkd_lab.fusion import load_blip, new_blip, save_blip
+from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
+from vlkd_lab.methods.contrastive import Contrastive, open_contrastive
+from vlkd_lab.methods.dlip import Dlip, open_dlip
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import TowerShape, load_model, new_model, save_model
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import LABEL_SETS
-from vlkd_lab.trainers import Contrastive, TinyCLIP, check_parameters, open_contrastive, open_tinyclip, train
+from vlkd_lab.trainers import check_parameters, train
 
 ROOT = Path(__file__).parent.parent
 CUT = {"image": TowerShape(23, 8, (3, 1), (5, 90)), "text": TowerShape(19, 8, (0, 2), (40, 0))}

@@ -17,14 +17,16 @@ from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
 
 from vlkd_lab import stores
-from vlkd_lab.methods.clip_cid import ClipCid
-from vlkd_lab.methods.dime_fm import DimeFm
-from vlkd_lab.methods.dlip import BlipTraining, Dlip
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.methods import METHODS, all_losses
+from vlkd_lab.methods.clip_cid import ClipCid
+from vlkd_lab.methods.contrastive import Contrastive
+from vlkd_lab.methods.dime_fm import DimeFm
+from vlkd_lab.methods.dlip import BlipTraining, Dlip
+from vlkd_lab.methods.tinyclip import TinyCLIP
 from vlkd_lab.models import model_config
 from vlkd_lab.published import find_releases
-from vlkd_lab.trainers import Contrastive, TinyCLIP, _literal, check_parameters
+from vlkd_lab.trainers import check_parameters, read_value
 
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}
@@ -95,7 +97,7 @@ def check_module(words):
             stores._read_as(side)
         return
     assert module == "vlkd_lab.trainers" and "=" not in rest[0]
-    given = {name: _literal(value) for name, _, value in (word.partition("=") for word in rest[1:])}
+    given = {name: read_value(value) for name, _, value in (word.partition("=") for word in rest[1:])}
     method = given.pop("method")
     assert method in METHODS
     check_parameters(METHOD[method], given)

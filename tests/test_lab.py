@@ -15,8 +15,9 @@ import nbformat
 import pytest
 from conftest import IPYKERNEL6
 
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.runs import Run
-from vlkd_lab.trainers import TinyCLIP, open_tinyclip, train
+from vlkd_lab.trainers import train
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'> \"quotes\" \u202eright to left"

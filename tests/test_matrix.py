@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from conftest import TINY, lines_of
 from safetensors.torch import load_file
 
-from vlkd_lab import trainers
+from vlkd_lab import stages, trainers
 from vlkd_lab.features import Batch, Features
 from vlkd_lab.losses import LOSSES, Objective
+from vlkd_lab.methods import contrastive, tinyclip
 from vlkd_lab.models import new_model, save_model
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
@@ -144,7 +145,7 @@ def test_two_processes_give_what_one_gives(parameters, sigmoid_student, tmp_path
 
 def test_the_command_line_says_what_it_reads(parameters, capsys):
     given = parameters("TinyCLIP")
-    trainers._main([given["out"], "method=TinyCLIP", *(f"{name}={value}" for name, value in given.items() if name != "out")])
+    trainers.main([given["out"], "method=TinyCLIP", *(f"{name}={value}" for name, value in given.items() if name != "out")])
     shown = capsys.readouterr().out
     assert "3 shards, 120 samples" in shown and "captions are longer than" in shown
 
@@ -214,7 +215,7 @@ def reached_names(options, weights):
 
 @pytest.mark.parametrize("micro_batch", [0, 2])
 def test_what_the_loss_does_not_reach_is_left_as_it_is(micro_batch):
-    options = trainers.Contrastive(warmup=0, micro_batch=micro_batch, learning_rate=1e-2)
+    options = contrastive.Contrastive(warmup=0, micro_batch=micro_batch, learning_rate=1e-2)
     object.__setattr__(options, "held", lambda scale: None)
     trained, changed = reached_names(options, {"affinity_mimicking": 1.0})
     assert "logit_bias" not in trained | changed and "logit_scale" in trained & changed
@@ -225,7 +226,7 @@ def test_what_the_loss_does_not_reach_is_left_as_it_is(micro_batch):
 
 def test_a_term_that_joins_in_mid_run_trains_what_it_reaches():
     student, teacher = (new_model(TINY, seed=seed) for seed in (1, 2))
-    options = trainers.TinyCLIP(warmup=0, hold_scale=20.0)
+    options = tinyclip.TinyCLIP(warmup=0, hold_scale=20.0)
     objective = Objective({"unimodal_distance": 1.0, "affinity_mimicking": 0.0})
     fit = Fit(Run("nowhere"), Phase("stage-1", "distil", 3), Learner(student.model), objective, options, Accelerator(cpu=True), teacher)
     batch = Batch(torch.randn(6, 3, 32, 32), student.tokenizer([f"text {k}" for k in range(6)]))
@@ -262,8 +263,8 @@ def test_a_step_asks_the_device_once(parameters, monkeypatch):
         return count
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainers, "take_step", counted)
-        patched.setattr(trainers, "_one_step", _only_the_step)
+        patched.setattr(trainers.loop, "take_step", counted)
+        patched.setattr(trainers.loop, "_one_step", _only_the_step)
         for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
             patched.setattr(torch.Tensor, name, counting(name))
         with pytest.raises(ValueError, match="enough"):
@@ -426,8 +427,8 @@ def test_a_student_that_was_cut_can_be_cut_further(parameters, tiny_teacher):
     run = run_of("TinyCLIP", given)
     plan = json.loads((run.folder / "stage-1" / "plan.json").read_text())
     assert plan["sparsity"] == pytest.approx(0.6, abs=0.06)
-    assert trainers.source_shapes(run, "stage-1") != trainers.full_shapes(run), "gates begin with what the first run left"
-    assert trainers.stage_gates(open_job("TinyCLIP", given), 1) is not None
+    assert stages.source_shapes(run, "stage-1") != stages.full_shapes(run), "gates begin with what the first run left"
+    assert stages.stage_gates(run, 1) is not None
 
 
 def other_eyes(tiny_teacher, folder):

@@ -14,8 +14,10 @@ from vlkd_lab.evaluation import compare
 from vlkd_lab.export import export_student
 from vlkd_lab.losses import LOSSES, Term, contrastive
 from vlkd_lab.methods import METHODS, Method, Methods, all_losses, find_method, name_of
+from vlkd_lab.methods.tinyclip import TinyCLIP
 from vlkd_lab.runs import Run, role_of, stage_roles
-from vlkd_lab.trainers import TinyCLIP, full_shapes, open_job, source_shapes, train
+from vlkd_lab.stages import full_shapes, source_shapes
+from vlkd_lab.trainers import open_job, train
 from vlkd_lab.widgets import RunPart, RunView, attach
 
 STRANGER = '''

@@ -21,7 +21,17 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, 
 
 from vlkd_lab import models, published
 from vlkd_lab.features import Batch
-from vlkd_lab.models import TINYCLIP_CONFIGS, TowerShape, count_cost, load_model, model_config, save_model, shape_cost, train_tokenizer
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
+from vlkd_lab.models import (
+    TINYCLIP_CONFIGS,
+    TowerShape,
+    count_cost,
+    load_model,
+    model_config,
+    save_model,
+    shape_cost,
+    train_tokenizer,
+)
 from vlkd_lab.published import (
     RELEASES,
     config_of,
@@ -33,7 +43,7 @@ from vlkd_lab.published import (
     read_weights,
 )
 from vlkd_lab.runs import Run
-from vlkd_lab.trainers import TinyCLIP, check_parameters, find_model, open_tinyclip, train
+from vlkd_lab.trainers import check_parameters, find_model, train
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "published.npz")
 SIZES = json.loads((Path(__file__).parent / "golden" / "tinyclip_configs.json").read_text())

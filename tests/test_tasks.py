@@ -9,9 +9,17 @@ import torch
 
 from vlkd_lab import tasks
 from vlkd_lab.data import load_pairs
-from vlkd_lab.methods.dlip import Dlip, open_dlip
 from vlkd_lab.features import Features, recall
-from vlkd_lab.fusion import BlipShape, answer, new_blip, student_shape, train_wordpiece, trimmed, write_captions
+from vlkd_lab.fusion import (
+    BlipShape,
+    answer,
+    new_blip,
+    student_shape,
+    train_wordpiece,
+    trimmed,
+    write_captions,
+)
+from vlkd_lab.methods.dlip import Dlip, open_dlip
 from vlkd_lab.models import evaluating
 from vlkd_lab.samples import caption, make_scene, questions
 from vlkd_lab.tasks import (

@@ -16,6 +16,7 @@ from vlkd_lab.export import check_onnx, export_student, pad_towers
 from vlkd_lab.fusion import train_wordpiece
 from vlkd_lab.gates import Gates, budget, close_budget, gate_state, gated, kept_shapes
 from vlkd_lab.inheritance import inherit, plan_gates
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import (
     TowerShape,
     copied_config,
@@ -30,16 +31,7 @@ from vlkd_lab.models import (
     tower_shapes,
 )
 from vlkd_lab.runs import Run
-from vlkd_lab.trainers import (
-    FitParameters,
-    TinyCLIP,
-    check_parameters,
-    copy_manually,
-    lock_towers,
-    open_job,
-    open_tinyclip,
-    train,
-)
+from vlkd_lab.trainers import FitParameters, check_parameters, copy_manually, lock_towers, open_job, train
 
 RESNET = dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None)
 TIMM = dict(timm_model_name="test_vit3", timm_model_pretrained=False, timm_pool="map", timm_proj="none", image_size=160)

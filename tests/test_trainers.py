@@ -19,33 +19,28 @@ from vlkd_lab.evaluation import compare, finish, job_models
 from vlkd_lab.features import Batch
 from vlkd_lab.gates import sparsity
 from vlkd_lab.losses import LOSSES, Objective, Term
+from vlkd_lab.methods.contrastive import Contrastive, open_contrastive
+from vlkd_lab.methods.tinyclip import GatedLearner, Target, TinyCLIP, learn_gates, open_tinyclip, run_stage
 from vlkd_lab.models import TowerShape, load_model, tower_shapes
 from vlkd_lab.runs import Run, RunStopped, RunWriter, kept_snapshots, newest_snapshot, read_snapshot, watch
+from vlkd_lab.stages import stage_gates, stage_plan
 from vlkd_lab.trainers import (
-    Contrastive,
     Diverged,
     FitParameters,
     Learner,
     Phase,
     StillTraining,
-    TinyCLIP,
     at_work,
     cached_backward,
     check_parameters,
     current_student,
     find_data,
     fit,
-    learn_gates,
     manual_shapes,
     notebook_parameters,
-    open_contrastive,
-    open_tinyclip,
     out_folder,
     plain_backward,
     probe_features,
-    run_stage,
-    stage_gates,
-    stage_plan,
     start,
     train,
 )
@@ -132,12 +127,11 @@ def test_notebook_parameters_pass_over_what_is_no_literal():
 @pytest.mark.parametrize("micro", [1, 5, 7, 12])
 def test_gradient_caching_gives_the_whole_batchs_gradient(tiny, gated, micro):
     job = job_of(tiny)
-    gates = None
+    learner = Learner(job.teacher.model.double())
     if gated:
         from vlkd_lab.gates import Gates
 
-        gates = Gates(job.shapes, job.costs, start=0.3).double()
-    learner = Learner(job.teacher.model.double(), gates, 0.0, 0.9, ramp=0)
+        learner = GatedLearner(learner.model, Gates(job.shapes, job.costs, start=0.3).double(), Target(end=0.9))
     batch, accelerator = next(job.batches(0)), Accelerator(cpu=True)
     batch = Batch(batch.image[:12].double(), batch.text[:12])
     found = []
@@ -175,7 +169,7 @@ def test_every_inheritance_reaches_its_target_and_opens_elsewhere(tiny, inherita
         image = torch.randn(2, 3, 32, 32)
         assert torch.allclose(model.eval().encode_image(image, normalize=True), student.encode_image(image), atol=1e-6)
     plan = stage_plan(job.run, 1)
-    assert (plan is None) == (inheritance == "none") and (stage_gates(job, 1) is None) == (not inheritance.startswith("auto"))
+    assert (plan is None) == (inheritance == "none") and (stage_gates(job.run, 1) is None) == (not inheritance.startswith("auto"))
     lines = [m for m in job.run.metrics() if "total" in m]
     line = [m["step"] for m in lines if m["stage"].startswith("stage")]
     assert line == list(range(1, 13)), "one line a step, gates included"
@@ -424,7 +418,7 @@ def load_now(run):
     "The student as of the last checkpoint, without asking the running job (this thread is the job)"
     from unittest import mock
 
-    with mock.patch("vlkd_lab.trainers._ask_for_checkpoint"):
+    with mock.patch("vlkd_lab.trainers.students._request_checkpoint"):
         return current_student(Run(run.folder))
 
 

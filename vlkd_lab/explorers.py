@@ -41,7 +41,7 @@ from .features import Features
 from .gates import Gates, cuts_at, gates_from_arrays
 from .models import shape_cost
 from .runs import Run, kept_snapshots, read_snapshot
-from .trainers import full_shapes, new_gates
+from .stages import full_shapes, new_gates
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -43,7 +43,8 @@ from .blip_terms import KINDS, MODULES
 from .data import escaped, project_root, visible
 from .gates import gate_rows, reduced
 from .methods import METHODS, all_losses
-from .trainers import has_page, source_shapes
+from .stages import source_shapes
+from .trainers import has_page
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -17,7 +17,7 @@ from typing import Any
 from ..losses import LOSSES, Term, register_losses
 
 # %% auto #0
-__all__ = ['SESSION', 'METHODS', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses']
+__all__ = ['SESSION', 'METHODS', 'DEFAULT_METHOD', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses']
 
 # %% ../../nbs/library/13_methods.ipynb #f3f8244a
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Method:
     open: Callable[[Any], Any]  # checked parameters -> a job that is ready to train
     losses: Mapping[str, Term] = field(default_factory=dict)  # name -> term, what it adds to LOSSES
     views: tuple[type, ...] = ()  # parts of the bench beside the common ones, below `widgets.RunPart`
+    unfinished: Callable | None = None  # (run, stage, phase, state, device) -> the student of a phase so far, or None
 
     def __post_init__(self):
         if not self.name.replace("-", "").replace("_", "").isalnum():
@@ -133,6 +134,7 @@ def _load(entry: EntryPoint, methods: Methods) -> None:
 
 # %% ../../nbs/library/13_methods.ipynb #fc7bb357
 METHODS = Methods("vlkd_lab.methods")
+DEFAULT_METHOD = "TinyCLIP"  # of the command line, for a folder that holds no run yet
 
 
 def register(method: Method) -> Method:

@@ -138,8 +138,8 @@ def _find_start(options: ClipCid, teacher: VLM) -> VLM | None:
     return start
 
 # %% ../../nbs/library/19_methods_clip_cid.ipynb #54c4d03f
-class _Prepared:
-    "What a job computes before it trains; each is kept where a later start finds it"
+class _Balanced(Job):
+    "What a job computes of its data before it trains; each is kept where a later start finds it"
 
     @cached_property
     def stored(self) -> Stored:
@@ -149,17 +149,20 @@ class _Prepared:
     @cached_property
     def linkage(self) -> Linkage:
         "The near pairs, of which every threshold's groups follow"
-        path, most = (
-            self.run.folder / "linkage.safetensors",
-            max(self.options.largest_threshold, self.options.threshold),
-        )
-        given = dict(device=str(self.accelerator.device), progress=self.talks)
-        self.once(path, ["store"], lambda: balancing.link(self.stored.unit(), most, **given).save(path))
+        path = self.run.folder / "linkage.safetensors"
+        most = max(self.options.largest_threshold, self.options.threshold)
+        device = str(self.accelerator.device)
+
+        def link() -> None:
+            rows = self.stored.unit()
+            balancing.link(rows, most, device=device, progress=trainers.may_print()).save(path)
+
+        trainers.once(self, path, ["store"], link)
         return balancing.load_linkage(path)
 
     @cached_property
     def threshold(self) -> float:
-        "The threshold asked for, or the one that removes the share asked for; an error if it would do nothing, or everything"
+        "The options' threshold, or the one that removes their share; an error if it would do nothing or all"
         return balancing.usable_threshold(self.linkage, self.options.threshold, self.options.removed_share)
 
     @cached_property
@@ -168,7 +171,7 @@ class _Prepared:
         return balance_at(self.linkage, self.stored.unit(), self.threshold)
 
 # %% ../../nbs/library/19_methods_clip_cid.ipynb #3fa3ff45
-class _Clustered(_Prepared):
+class _Clustered(_Balanced):
     "The balanced data and their clusters"
 
     @property
@@ -178,30 +181,28 @@ class _Clustered(_Prepared):
 
     @cached_property
     def balanced(self) -> data.DataReport:
-        "What the student is trained on: indices in the run's folder `balanced`, or all shards when nothing is to be removed"
+        "What the student is trained on: indices in the run's folder `balanced`, or all shards"
         if not self.balances:
             return self.report
         folder = self.run.folder / "balanced"
-        # noqa: E731
-        written = lambda: balancing.write_balanced(
-            self.report, self.stored.keys, self.balance, folder, progress=False
-        )
-        self.once(folder / "balance.json", ["store", "linkage"], written)
-        report, world = data.inspect_shards(folder), self.accelerator.num_processes
+
+        def write() -> None:
+            balancing.write_balanced(self.report, self.stored.keys, self.balance, folder, progress=False)
+
+        trainers.once(self, folder / "balance.json", ["store", "linkage"], write)
+        report = data.inspect_shards(folder)
+        world = self.accelerator.num_processes
         data.check_split(report, self.options.workers, world, self.options.batch_size // world)
         return report
 
     @cached_property
     def clusters(self) -> Clusters:
-        "k-means over the teacher's features of the images that stay; its centres, and where the map's images lie, go into the run folder"
+        "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
         path = self.run.folder / "clusters.safetensors"
-        self.once(
-            path,
-            ["store", "linkage"] if self.balances else ["store"],
-            lambda: _write_clusters(self, self._cluster()),
-        )
-        found = runs.read_snapshot(path)[0]
-        return Clusters(torch.from_numpy(found["centers"]), torch.from_numpy(found["training"]).long())
+        needs = ["store", "linkage"] if self.balances else ["store"]
+        trainers.once(self, path, needs, lambda: _write_clusters(self, self._cluster()))
+        arrays, _ = runs.read_snapshot(path)
+        return Clusters(torch.from_numpy(arrays["centers"]), torch.from_numpy(arrays["training"]).long())
 
     def _cluster(self) -> Clusters:
         rows = self.stored.unit()
@@ -221,16 +222,16 @@ def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
         "centers": clusters.centers.float(),
         "teacher": rows.half(),
         "assignment": nearest_center(rows, clusters.centers)[0].int(),
+        "sizes": sizes,
+        "training": clusters.assignment.int(),
     }
-    arrays |= {"sizes": sizes, "training": clusters.assignment.int()}
     pictures = [data.thumbnail(pairs.pil(row), 48) for row in range(len(pairs))]
     about = {"captions": pairs.captions, "keys": pairs.keys, "labels": pairs.labels, "pictures": pictures}
     runs.write_whole(job.run.folder / "clusters.json", json.dumps(about))
     runs.write_snapshot(job.run.folder / "clusters.safetensors", arrays, {})
 
 # %% ../../nbs/library/19_methods_clip_cid.ipynb #bb1db2c7
-@dataclass
-class ClipCidJob(_Clustered, Job):
+class ClipCidJob(_Clustered):
     "Balance, clusters, and the distillation that uses them"
 
     baselines = ("scratch",)
@@ -241,13 +242,13 @@ class ClipCidJob(_Clustered, Job):
         return replace(super().stream, report=self.balanced)
 
     @property
-    def asked_sides(self) -> tuple[str, ...]:
+    def stored_sides(self) -> tuple[str, ...]:
         "The whole images, which are balanced and clustered, beside what training asks"
-        return tuple(dict.fromkeys(("image", *super().asked_sides)))
+        return tuple(dict.fromkeys(("image", *super().stored_sides)))
 
     @property
     def plan(self) -> list[tuple[str, int]]:
-        names = ["student"] + ["scratch"] * self.options.compare_scratch
+        names = ["student", "scratch"] if self.options.compare_scratch else ["student"]
         return [(name, self.options.steps) for name in names]
 
     def go_on(self, changes: Mapping[str, Sequence]) -> None:
@@ -259,14 +260,9 @@ class ClipCidJob(_Clustered, Job):
     def work(self) -> None:
         todo = [name for name, _ in self.plan if not (self.run.folder / name / "done.json").exists()]
         if "student" in todo:
+            phase = Phase("student", "distil", self.options.steps)
             student = new_student(self)
-            finish_fit(
-                self,
-                Phase("student", "distil", self.options.steps),
-                student,
-                cid_objective(self, student),
-                self.source,
-            )
+            finish_fit(self, phase, student, cid_objective(self, student), self.source)
         if "scratch" in todo:
             phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
@@ -341,7 +337,7 @@ def _make_student(
 
 
 def _fewest_images(options: ClipCid, world: int) -> int:
-    "Images that a process sends through the student at once: all of its own, or what gradient caching makes of them"
+    "Images that a process sends through the student at once: its own, or a part for gradient caching"
     images = options.batch_size // world
     if not 0 < options.micro_batch < images:
         return images

@@ -282,7 +282,7 @@ class ImageLearner(UnpairedLearner):
         return rows, rows[:0], self.model.logit_scale.exp().float()
 
 # %% ../../nbs/library/20_methods_dime_fm.ipynb #d03463a2
-class _Sentences:
+class _Sentences(Job):
     "The texts of a job"
 
     def _prompts(self) -> list[Path]:
@@ -293,37 +293,37 @@ class _Sentences:
         templates = names.with_name("templates.txt")
         given = (corpus.read_lines(templates),) if templates.exists() else ()
         prompts = corpus.class_prompts(corpus.read_lines(names), *given)
-        self.once(path, [], lambda: write_whole(path, "".join(f"{prompt}\n" for prompt in prompts)))
+        trainers.once(self, path, [], lambda: write_whole(path, "".join(f"{prompt}\n" for prompt in prompts)))
         return data.find_sentences(path)
 
     @cached_property
     def selection(self) -> corpus.Selection:
-        "The most visually grounded sentences, judged by up to 20,000 of the images; those of an earlier start if there are any"
+        "The most visually grounded sentences, judged by up to 20,000 of the images; kept once found"
         if (self.run.folder / "sentences.txt").exists():
             return corpus.read_selection(self.run.folder / "sentences.txt")
         files = dict.fromkeys(
             read_part(part)["part"].source for part in data.find_sentences(self.options.sentences)
         )
-        given = dict(near=self.options.near, progress=self.talks)
+        given = dict(near=self.options.near, progress=trainers.may_print())
         return corpus.select_sentences(list(files), self.teacher, self.judges, self.options.grounded, **given)
 
     @cached_property
     def judges(self) -> Tensor:  # (N, D) unit rows
         "The teacher's features of the images that sentences are judged by"
-        return torch.from_numpy(load(self.filled(self.report, ("image",))).unit()[:20_000])
+        return torch.from_numpy(load(trainers.filled_store(self, self.report, ("image",))).unit()[:20_000])
 
     @cached_property
     def sentence_report(self) -> data.DataReport:
         "The sentences that are trained on"
         path = self.run.folder / "sentences.txt"
         if self.options.grounded:
-            self.once(path, ["judges"], lambda: corpus.write_selection(self.selection, path))
+            trainers.once(self, path, ["judges"], lambda: corpus.write_selection(self.selection, path))
         found = (
             data.find_sentences(path)
             if self.options.grounded
             else trainers.find_data(self.options.sentences, data.find_sentences)
         )
-        report = data.inspect_shards([*found, *self._prompts()], progress=self.talks)
+        report = data.inspect_shards([*found, *self._prompts()], progress=trainers.may_print())
         _check_sentences(report, self.options, self.accelerator.num_processes)
         return report
 
@@ -475,10 +475,6 @@ class _View(_Sentences):
     def view(self) -> data.View:
         return data.View(self.like.preprocess, self.teacher.tokenizer)
 
-    @property
-    def stored_teacher(self) -> bool:
-        return self.options.teacher_features == "stored"
-
 # %% ../../nbs/library/20_methods_dime_fm.ipynb #7cba00f3
 def _no_tokens(texts: list[str]) -> Tensor:  # (M, 0)
     "For sentences that are only asked for by their names"
@@ -491,9 +487,9 @@ class _Streams(_View):
     @cached_property
     def images(self) -> data.PairStream:
         "The images, without captions"
-        teacher = None if self.stored_teacher else data.View(self.teacher.preprocess, None)
-        return self.streamed(
-            self.report, replace(self.view, tokenizer=None), self.options.batch_size, teacher=teacher
+        teacher = None if self.is_stored else data.View(self.teacher.preprocess, None)
+        return trainers.open_stream(
+            self, self.report, replace(self.view, tokenizer=None), self.options.batch_size, teacher=teacher
         )
 
     @cached_property
@@ -506,13 +502,11 @@ class _Streams(_View):
     def texts(self) -> data.PairStream:
         "The sentences, in an order of their own"
         tokens = (
-            _no_tokens
-            if self.stored_teacher and self.options.text_tower == "teacher"
-            else self.teacher.tokenizer
+            _no_tokens if self.is_stored and self.options.text_tower == "teacher" else self.teacher.tokenizer
         )
         given = dict(seed=seed_of(self.options.seed, "sentences"), crop_scale=1.0)
-        return self.streamed(
-            self.sentence_report, data.View(None, tokens), self.options.sentence_batch, **given
+        return trainers.open_stream(
+            self, self.sentence_report, data.View(None, tokens), self.options.sentence_batch, **given
         )
 
     def unpaired(self, step: int) -> Iterator[Batch]:
@@ -527,8 +521,8 @@ PROBE_POOL = 2000  # sentences of the corpus among which the probe's are found
 EACH = 2  # sentences of the probe for each of its images
 
 # %% ../../nbs/library/20_methods_dime_fm.ipynb #ab2bab75
-class _Probe:
-    "What is looked at while it trains: images of the validation set beside sentences of the corpus, and scores"
+class _Probe(_Streams):
+    "What is looked at while it trains: validation images beside sentences of the corpus, and scores"
 
     @cached_property
     @torch.no_grad()
@@ -596,45 +590,38 @@ def nearest_each(
     return found
 
 # %% ../../nbs/library/20_methods_dime_fm.ipynb #a3edadcb
-@dataclass
-class DimeFmJob(_Streams, _Probe, Job):
+class DimeFmJob(_Probe):
     "Sentences and images, what the teacher says of them, and the student that learns it"
 
     baselines = ("scratch",)
 
     @property
     def plan(self) -> list[tuple[str, int]]:
-        names = ["student"] + ["scratch"] * self.options.compare_scratch
+        names = ["student", "scratch"] if self.options.compare_scratch else ["student"]
         return [(name, self.options.steps) for name in names]
 
     @property
-    def asked_sides(self) -> tuple[str, ...]:
-        return tuple(side for side in super().asked_sides if side != "text")
+    def stored_sides(self) -> tuple[str, ...]:
+        return tuple(side for side in super().stored_sides if side != "text")
 
     @cached_property
     def source(self) -> VLM | StoredTeacher:
         "Who answers for the teacher: two stores, or the teacher itself"
-        if not self.stored_teacher:
+        if not self.is_stored:
             return self.teacher
-        texts = self.filled(self.sentence_report, ("text",))
+        texts = trainers.filled_store(self, self.sentence_report, ("text",))
         given = dict(texts=texts, crop_scale=self.options.crop_scale)
         return StoredTeacher(self.store, self.teacher.scale, self.accelerator.device, **given)
 
     def work(self) -> None:
         todo = [name for name, _ in self.plan if not (self.run.folder / name / "done.json").exists()]
-        _ = todo and self.sentence_report  # in making it every process takes part
+        if todo:
+            self.sentence_report  # noqa: B018 in making it every process takes part
         if "student" in todo:
             learner = ImageLearner if self.options.text_tower == "teacher" else UnpairedLearner
             phase = Phase("student", "distil", self.options.steps)
-            finish_fit(
-                self,
-                phase,
-                new_student(self),
-                dime_objective(self.options),
-                self.source,
-                learner,
-                self.unpaired,
-            )
+            objective = dime_objective(self.options)
+            finish_fit(self, phase, new_student(self), objective, self.source, learner, self.unpaired)
         if "scratch" in todo:
             phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
             finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)

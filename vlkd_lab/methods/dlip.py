@@ -843,7 +843,9 @@ class _Distilled(_FusedJob):
 
     @cached_property
     def stream(self) -> data.PairStream:
-        return self.streamed(self.report, self.view, self.options.batch_size, teacher=self.teacher_view)
+        return trainers.open_stream(
+            self, self.report, self.view, self.options.batch_size, teacher=self.teacher_view
+        )
 
 # %% ../../nbs/library/21_methods_dlip.ipynb #cc507270
 @dataclass
