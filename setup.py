@@ -16,7 +16,7 @@ readme = here / "README.md"
 BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teacher/*", "data_samples/blip/*")
 
 # modules that register methods
-METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ("tinyclip", "contrastive", "clip_cid", "dime_fm", "dlip")]
+METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ("tinyclip", "contrastive", "distil", "clip_cid", "dime_fm", "dlip")]
 
 
 class BuildWithSamples(build_py):

@@ -20,10 +20,8 @@ from vlkd_lab.trainers import (
     Job,
     Phase,
     finish_fit,
-    manual_shapes,
     one_of,
     parameter,
-    seed_of,
     validation_features,
     within,
 )
@@ -32,10 +30,11 @@ from .. import balancing, data, runs, trainers
 from ..balancing import Balance, Clusters, Linkage, balance_at, nearest_center
 from ..features import Features, recall
 from ..gates import budget
-from ..losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_discrimination
-from ..models import VLM, check_student, copied_config, evaluating, model_config, new_model
+from ..losses import LOSSES, ClusterTerms, Objective, Term, instance_discrimination
+from ..models import VLM, check_student, evaluating
 from ..stores import FeatureStore, Stored, load, store_key
 from . import Method, register
+from .distil import projection
 
 # %% auto #0
 __all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
@@ -103,7 +102,7 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     options.check_stored()
     teacher = trainers.find_model(options.teacher, accelerator.device)
     trainers.check_teacher(options, teacher)
-    start = _find_start(options, teacher)
+    start = trainers.find_smaller_start(options, teacher)
     needed = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=needed)
     report, key = data.inspect_shards(trainers.find_data(options.data)), store_key(teacher)
@@ -111,31 +110,15 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
-        student = _make_student(options, teacher, start, shapes, inherited=True)
+        student = trainers.smaller_student(options, teacher, start, shapes)
         check_student(
-            student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
+            student,
+            f"student={options.student!r}",
+            trainers.fewest_rows(options.batch_size // accelerator.num_processes, options.micro_batch),
         )
     about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
-
-# %% ../../nbs/library/19_methods_clip_cid.ipynb #8d5547d3
-def _find_start(options: ClipCid, teacher: VLM) -> VLM | None:
-    "What the student starts as; ValueError for two answers to that, or for locks that make no sense"
-    start = trainers.find_start(options, teacher.device)
-    for name, empty in dict(student="", inheritance="none").items() if start is not None else ():
-        if getattr(options, name) != empty:
-            raise ValueError(
-                f"{name}={getattr(options, name)!r} is not valid with start_from={options.start_from!r}: "
-                "the student is the "
-                f"model that it starts as; choose {name}={empty!r}"
-            )
-    inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
-    vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
-    trainers.check_locks(
-        options, inherited, vision, "choose inheritance='manual', or name a model as start_from"
-    )
-    return start
 
 # %% ../../nbs/library/19_methods_clip_cid.ipynb #54c4d03f
 class _Balanced(Job):
@@ -264,8 +247,8 @@ class ClipCidJob(_Clustered):
             student = new_student(self)
             finish_fit(self, phase, student, cid_objective(self, student), self.source)
         if "scratch" in todo:
-            phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
-            finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
+            baseline = new_student(self, inherited=False)
+            trainers.train_baseline(self, "scratch", self.options.steps, baseline)
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         features = validation_features(student, self.val, every_caption=True)
@@ -279,7 +262,7 @@ class ClipCidJob(_Clustered):
 # %% ../../nbs/library/19_methods_clip_cid.ipynb #fc210702
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
     "The student before its training"
-    return _make_student(job.options, job.teacher, job.start, job.shapes, inherited)
+    return trainers.smaller_student(job.options, job.teacher, job.start, job.shapes, inherited)
 
 
 SAMPLED_ABOVE = 10_000  # clusters
@@ -294,11 +277,8 @@ def cid_objective(job: ClipCidJob, student: VLM) -> Objective:
         centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, share
     )
     own = holder.terms(weights) + _instance_term(options, weights)
-    width, wanted = (model_config(vlm.config["model_cfg"])["embed_dim"] for vlm in (student, job.teacher))
     plain = {name: weight for name, weight in weights.items() if name not in {term.name for term in own}}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(options.seed, "projection"))
-        project = None if width == wanted else Projection(width, wanted)
+    project = projection(options, student, job.teacher)
     return Objective(plain, *own, project=project)
 
 
@@ -313,36 +293,6 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
             function=lambda s, t: instance_discrimination(s, t, options.instance_scale),
             weight=weights[name],
         ),
-    )
-
-# %% ../../nbs/library/19_methods_clip_cid.ipynb #bf474cd9
-def _make_student(
-    options: ClipCid, teacher: VLM, start: VLM | None, shapes: dict | None, inherited: bool
-) -> VLM:
-    "The student that the options name; `shapes`: of the teacher's towers, where they are transformers"
-    if start is not None and inherited:
-        return trainers.find_start(options, start.device)
-    if start is not None:
-        return new_model(
-            start.config["model_cfg"], like=start, towers=start.config.get("towers"), seed=options.seed
-        )
-    towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
-    config = options.student or teacher.config["model_cfg"]
-    if options.student and options.inheritance == "manual":
-        config = copied_config(config, teacher.config["model_cfg"])
-    student = new_model(config, like=teacher, towers=towers, seed=options.seed)
-    if inherited and options.inheritance == "manual":
-        student.model.load_state_dict(trainers.copy_manually(teacher, student)[0])
-    return student
-
-
-def _fewest_images(options: ClipCid, world: int) -> int:
-    "Images that a process sends through the student at once: its own, or a part for gradient caching"
-    images = options.batch_size // world
-    if not 0 < options.micro_batch < images:
-        return images
-    return min(
-        rows.stop - rows.start for rows, _ in trainers.micro_batches(images, images, options.micro_batch)
     )
 
 # %% ../../nbs/library/19_methods_clip_cid.ipynb #50b042b5

@@ -137,7 +137,7 @@ def student_config(options: DimeFm, teacher: VLM) -> dict:
 
 
 def new_student(job: DimeFmJob, inherited: bool = True) -> VLM:
-    "The student before its training; not inherited: with nothing of any other model in it, not even a text tower"
+    "The student before its training; not inherited: with nothing of any other model in it"
     return _make_student(job.options, job.teacher, job.shapes, inherited)
 
 
@@ -178,7 +178,7 @@ def _buildable(config: Mapping[str, Any]) -> dict:
 
 
 def _started_config(base: dict, options: DimeFm) -> dict:
-    "The image tower that the student starts as beside the teacher's words; ValueError if one activation cannot serve both"
+    "The image tower that the student starts as, beside the teacher's words; ValueError if these do not go together"
     start = trainers.find_start(options).config["model_cfg"]
     vision = start["vision_cfg"]
     has_one = not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list | tuple)
@@ -196,7 +196,7 @@ def _started_config(base: dict, options: DimeFm) -> dict:
 
 # %% ../../nbs/library/20_methods_dime_fm.ipynb #88a9e673
 def _seen_as(options: DimeFm, teacher: VLM) -> VLM:
-    "The teacher's words, and pictures as the student sees them: at its size, or as the model that it starts as did"
+    "The teacher's words, and pictures as the student sees them"
     if options.start_from and not options.student:
         start, words = trainers.find_start(options), model_config(teacher.config["model_cfg"])
         config = words | dict(vision_cfg=start.config["model_cfg"]["vision_cfg"])
@@ -415,7 +415,7 @@ def _check_student(options: DimeFm, teacher: VLM, shapes: dict | None, world: in
 
 
 def _fewest_images(options: DimeFm, world: int) -> int:
-    "Images that a process sends through the student at once: all of its own, or what gradient caching makes of them"
+    "Images that a process sends through the student at once: its own, or a part for gradient caching"
     images, sentences = options.batch_size // world, options.sentence_batch // world
     if not 0 < options.micro_batch < max(images, sentences):
         return images
@@ -623,8 +623,8 @@ class DimeFmJob(_Probe):
             objective = dime_objective(self.options)
             finish_fit(self, phase, new_student(self), objective, self.source, learner, self.unpaired)
         if "scratch" in todo:
-            phase = Phase("scratch", "contrast", self.options.steps, fixed=True)
-            finish_fit(self, phase, new_student(self, inherited=False), Objective({"contrastive": 1.0}), None)
+            baseline = new_student(self, inherited=False)
+            trainers.train_baseline(self, "scratch", self.options.steps, baseline)
 
 # %% ../../nbs/library/20_methods_dime_fm.ipynb #509b3008
 def dime_objective(options: DimeFm) -> Objective:

@@ -237,7 +237,7 @@ def lock_modules(
     model: nn.Module,  # a BlipNetwork; changed
     options: FitParameters,  # what is locked, and how many last layers are not
 ) -> None:
-    "Freeze a BLIP's image tower, or its text encoder without the fusion; what the decoder shares with it is frozen too"
+    "Freeze a BLIP's image tower, or its text encoder without the fusion, and what the decoder shares with it"
     if options.lock_image:
         image = model.vision_model
         behind = [image.post_layernorm, getattr(model, "vision_proj", None)]
@@ -383,7 +383,7 @@ def _slow_rows(
 def _slow(
     slow: tuple[Tensor, Tensor, Tensor], fit: Fit, rows: slice, learner: BlipLearner, several: bool
 ) -> Slow:
-    "What the contrast of one part is computed against: its own slow rows, then the other parts', then the queue"
+    "What the contrast of a part is computed against: its own momentum rows, the other parts', the queue"
     own = torch.zeros(len(slow[2]), dtype=torch.bool, device=slow[2].device)
     per, processes = len(own) // fit.accelerator.num_processes, fit.accelerator.num_processes
     for rank in range(processes):
@@ -429,7 +429,7 @@ def _valued(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _counted(
     fit: Fit, batch: FusedBatch, tasks: Sequence[str], everywhere: bool = False
 ) -> dict[str, Tensor]:  # () each
-    "How many rows the mean of each weighted term is over: pairs, tokens or asked words; everywhere: the mean over all processes"
+    "Rows that the mean of each weighted term is over: pairs, tokens, answers; everywhere: in all processes"
     pairs, asks = (torch.tensor(len(rows), device=batch.image.device) for rows in (batch.image, batch.asks))
     tokens, question = batch.text_mask.sum(), batch.question_mask.sum()
     caption, answer = batch.text_mask[:, 1:].sum(), batch.answer_mask[:, 1:].sum()

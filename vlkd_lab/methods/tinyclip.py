@@ -146,8 +146,7 @@ class GatedLearner(Learner):
 
     def metrics(self, step: int) -> dict[str, Tensor | float]:
         "What the sparsity budget is doing"
-        expected = self.gates.expected_sparsity()
-        target = self.target.at(step)
+        expected, target = self.gates.expected_sparsity(), self.target.at(step)
         return {
             "sparsity_penalty": self.penalty(step),
             "expected_sparsity": expected,
@@ -341,8 +340,7 @@ def run_scratch(job: Job, number: int) -> VLM:
     like = load_model(job.run.folder / f"stage-{number}" / "student", "cpu")
     seed = seed_of(job.options.seed, "scratch")
     student = new_model(like.config["model_cfg"], like=job.like, towers=like.config.get("towers"), seed=seed)
-    phase = Phase(f"scratch-{number}", "contrast", line_steps(job, number), fixed=True)
-    return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
+    return trainers.train_baseline(job, f"scratch-{number}", line_steps(job, number), student)
 
 # %% ../../nbs/library/19_methods_tinyclip.ipynb #31528bc5
 class TinyClipJob(Job):
@@ -436,7 +434,7 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
 
 
 def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShape]) -> dict[str, TowerShape]:
-    "Sizes of what is cut further; ValueError unless it is a part of the teacher, which sparsity counts against"
+    "Sizes of what is cut further; ValueError unless it is a part of the teacher"
     shapes = trainers.transformer_shapes(start, needed=True)
     for tower, full in teacher.items():
         own = shapes[tower]

@@ -31,6 +31,7 @@ from vlkd_lab.trainers.jobs import (
     open_stream,
     out_folder,
     reopen,
+    train_baseline,
     trained_on,
     validation_features,
     validation_scores,
@@ -79,6 +80,7 @@ from vlkd_lab.trainers.students import (
     copy_manually,
     current_student,
     find_model,
+    find_smaller_start,
     find_start,
     first_line,
     last_student,
@@ -88,11 +90,12 @@ from vlkd_lab.trainers.students import (
     part_of,
     plan_copy,
     shared_numbers,
+    smaller_student,
     transformer_shapes,
 )
 
 from ..methods import METHODS
-from .backward import cached_backward, micro_batches, plain_backward
+from .backward import cached_backward, fewest_rows, micro_batches, plain_backward
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, as_numbers, change, fit, take_step
 

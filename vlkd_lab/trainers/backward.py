@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..features import Batch, Features, gather
 
 # %% auto #0
-__all__ = ['plain_backward', 'cached_backward', 'micro_batches']
+__all__ = ['plain_backward', 'cached_backward', 'micro_batches', 'fewest_rows']
 
 # %% ../../nbs/library/18_trainers_backward.ipynb #bbc7059f
 def plain_backward(
@@ -85,6 +85,16 @@ def micro_batches(
     return parts
 
 
+def fewest_rows(
+    rows: int,  # of a process's batch
+    micro_batch: int,  # 0: the batch is not cut
+) -> int:
+    "Rows that go through a network at once: all of them, or the smallest part of gradient caching"
+    if not 0 < micro_batch < rows:
+        return rows
+    return min(images.stop - images.start for images, _ in micro_batches(rows, rows, micro_batch))
+
+# %% ../../nbs/library/18_trainers_backward.ipynb #c848ad4f
 @contextmanager
 def _statistics_kept(network: nn.Module) -> Iterator[None]:
     "Batch norms use the statistics of their batch, and their running ones do not move"

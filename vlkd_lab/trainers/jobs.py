@@ -41,7 +41,7 @@ from .options import FitParameters
 __all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'Work',
            'reopen', 'drop_checkpoints', 'once', 'may_print', 'filled_store', 'open_stream', 'Streams', 'Job',
            'trained_on', 'encode_captions', 'validation_features', 'validation_scores', 'open_run', 'finish_fit',
-           'TeacherJob', 'at_work', 'write_probe']
+           'train_baseline', 'TeacherJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/18_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -140,7 +140,7 @@ def out_folder(options: FitParameters) -> Path:
 
 
 def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs.begin`
-    "What may differ when a run goes on: what changes no result, more steps, data or models that lie elsewhere"
+    "What may differ when a run goes on: what changes no result, more steps, data or models elsewhere"
     unknown = () if "validation" in run.config() else ("validation",)  # of a run from before it was noted
     places = []
     for part in ("data", "sentences", "validation"):
@@ -499,6 +499,17 @@ def finish_fit(
     return student
 
 
+def train_baseline(
+    job: Job,
+    stage: str,  # of the run
+    steps: int,
+    student: VLM,  # before its training, with nothing inherited
+) -> VLM:
+    "The same student trained from scratch, contrastively: what a distilled one is compared with"
+    phase = Phase(stage, "contrast", steps, fixed=True)
+    return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
+
+# %% ../../nbs/library/18_trainers_jobs.ipynb #40bbc522
 class TeacherJob(Job):
     "Trains the model that it calls teacher; it is saved in the run's folder teacher/student"
 

@@ -58,7 +58,7 @@ def check_parameters(kind: type, values: Mapping[str, Any]):
 
 # %% ../../nbs/library/18_trainers_options.ipynb #44b9ead6
 def notebook_parameters(kind: type, namespace: Mapping[str, Any]):
-    "Check the literals that a notebook's parameters cells, its own and papermill's, have put into `globals()`"
+    "Check the literals that a notebook's parameters cells have put into `globals()`"
     return check_parameters(kind, notebook_values(namespace, [option.name for option in fields(kind)]))
 
 

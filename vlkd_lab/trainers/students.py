@@ -20,12 +20,13 @@ from ..inheritance import Plan, even_spread, inherit, plan_manual
 from ..methods import METHODS
 from ..models import VLM, TowerShape, head_widths, load_model, tower_shapes
 from ..runs import Run, load_checkpoint, read_json
+from .locks import check_locks
 from .options import Distillation, FitParameters
 
 # %% auto #0
 __all__ = ['local_name', 'find_model', 'load_student', 'check_teacher', 'first_line', 'find_start', 'last_student',
-           'manual_shapes', 'transformer_shapes', 'copy_manually', 'shared_numbers', 'plan_copy', 'current_student',
-           'part_of']
+           'manual_shapes', 'transformer_shapes', 'copy_manually', 'shared_numbers', 'plan_copy', 'find_smaller_start',
+           'smaller_student', 'current_student', 'part_of']
 
 # %% ../../nbs/library/18_trainers_students.ipynb #6c950591
 def local_name(name: str | Path) -> str:
@@ -196,6 +197,50 @@ def plan_copy(source: VLM, student: VLM) -> Plan:
 def _any_block(name: str) -> str:
     "A weight's name without the number of its block"
     return re.sub(r"\.\d+\.", ".N.", name)
+
+# %% ../../nbs/library/18_trainers_students.ipynb #sm4ll002
+def find_smaller_start(
+    options: Distillation,  # with `student` and `inheritance`
+    teacher: VLM,
+) -> VLM | None:
+    "What the student starts as; ValueError for two answers to that, or for locks that make no sense"
+    start = find_start(options, teacher.device)
+    if start is not None:
+        for name, empty in dict(student="", inheritance="none").items():
+            value = getattr(options, name)
+            if value != empty:
+                raise ValueError(
+                    f"{name}={value!r} is not valid with start_from={options.start_from!r}: the student is "
+                    "the model "
+                    f"that it starts as; choose {name}={empty!r}"
+                )
+    inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
+    vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
+    check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
+    return start
+
+
+def smaller_student(
+    options: Distillation,  # with `student`, `student_share` and `inheritance`
+    teacher: VLM,
+    start: VLM | None,  # what it starts as
+    shapes: Mapping[str, TowerShape] | None,  # of the teacher's towers, where they are transformers
+    inherited: bool = True,  # False: the same architecture with nothing of any other model in it
+) -> VLM:
+    "The student that the options name, before its training"
+    if start is not None and inherited:
+        return find_start(options, start.device)
+    if start is not None:
+        towers = start.config.get("towers")
+        return models.new_model(start.config["model_cfg"], like=start, towers=towers, seed=options.seed)
+    towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
+    config = options.student or teacher.config["model_cfg"]
+    if options.student and options.inheritance == "manual":
+        config = models.copied_config(config, teacher.config["model_cfg"])
+    student = models.new_model(config, like=teacher, towers=towers, seed=options.seed)
+    if inherited and options.inheritance == "manual":
+        student.model.load_state_dict(copy_manually(teacher, student)[0])
+    return student
 
 # %% ../../nbs/library/18_trainers_students.ipynb #abcb43ec
 def current_student(
