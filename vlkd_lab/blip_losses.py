@@ -32,7 +32,7 @@ def counted_mean(
 
 
 def _counted(mask: Tensor | None, *both: Tensor) -> tuple[Tensor, ...]:
-    "The rows that count, before anything is computed: whatever stands in the others leaves no trace, not even in a gradient"
+    "The rows that count; whatever stands in the others leaves no trace, not even in a gradient"
     if mask is None:
         return both
     if mask.shape != both[0].shape[: mask.ndim]:
@@ -249,7 +249,7 @@ def attention_divergence(
     image_queries: bool = False,  # Q and Q' are [CLS] and patches, and may differ
     image_keys: bool = False,  # K and K' are [CLS] and patches, and may differ
 ) -> Tensor:  # () nats a row
-    "How far the student looks from where the teacher looks: KL of the head-averaged maps, a mean over rows that count"
+    "KL of the student's head-averaged maps from the teacher's, a mean over the rows that count"
     s, t = (maps.float().mean(dim=1) for maps in (student, teacher.detach()))  # (B, Q, K)
     if image_keys:
         t = _to_grid(t, _side(s.shape[2]), summed=True)

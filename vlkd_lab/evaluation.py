@@ -120,7 +120,7 @@ def accuracy(
 
 # %% ../nbs/library/22_evaluation.ipynb #b7c19c18
 def affinity_divergence(student: Features, teacher: Features, batch: int = 250) -> float:  # nats, at least 0
-    "Mean divergence of the student's affinities from the teacher's, both ways, within batches of consecutive pairs"
+    "Mean divergence of the student's affinities from the teacher's, both ways, within batches of neighbours"
     values = []
     for k in range(0, len(teacher), batch):
         s, t = student[k : k + batch], teacher[k : k + batch]
@@ -391,7 +391,8 @@ def compare(
     if classes and (
         beyond := [label for label in pairs.labels if label is not None and label >= len(classes.names)]
     ):
-        counts = f"{len(beyond)} of {len(pairs)} validation pairs have a class beyond classes.txt, such as {beyond[0]}"
+        share = f"{len(beyond)} of {len(pairs)} validation pairs"
+        counts = f"{share} have a class beyond classes.txt, such as {beyond[0]}"
         job.run.warn(f"{counts}: it names {len(classes.names)} classes, the first of which is 0")
     _, features, rows = score(job.teacher, pairs, classes)
     baselines = [name for name in models if role_of(job.run, name) == "baseline"]
@@ -409,7 +410,7 @@ def compare(
 
 # %% ../nbs/library/22_evaluation.ipynb #6a020429
 def finish(job: Job, table: pd.DataFrame) -> dict:
-    "Write result.json and mark the run as finished; returns the result, which for a job that was stopped is only shown"
+    "Write result.json and mark the run as finished; the result of a job that was stopped is only returned"
     result = {"models": to_json(table.to_dict("index")), "warnings": job.run.status().get("warnings", [])}
     if not _is_complete(job):
         return result | {
@@ -511,7 +512,7 @@ MOST_IN_PANEL = 6  # terms whose names still fit into a panel
 
 
 def plot_losses(run: Run) -> Figure:
-    "Every named term by step, one panel a stage; many of them on a logarithmic axis; sparsity on the right while gates are learned"
+    "Every named term by step, one panel a stage; many share a logarithmic axis; sparsity is on the right"
     import matplotlib.pyplot as plt
 
     lines = [m for m in run.metrics() if "total" in m]
@@ -567,7 +568,7 @@ def _closed(figure: Figure) -> Figure:
 
 # %% ../nbs/library/22_evaluation.ipynb #87ba8dbf
 def plot_validation(run: Run, teacher: float | None = None) -> Figure:
-    "R@1 (mean of both directions) by step; each stage's student, scratch, the teacher's level, and the reference where there is one"
+    "R@1 (mean of both directions) by step: every stage, the teacher's level, the reference run"
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")

@@ -144,7 +144,7 @@ def _multiples(added: int) -> Tensor:  # (added,) that add up to zero, none of t
 
 
 def _before_first_norm(tensor: Tensor, axis: int, kept: int, gain: Tensor) -> Tensor:
-    "What writes into the first norm: of mean zero, and the added channels a small multiple of what the norm's output has as mean"
+    "What writes into the first norm, of mean zero; added channels hold small multiples of its output's mean"
     centred = tensor.narrow(axis, 0, kept)
     centred = centred - centred.mean(dim=axis, keepdim=True)
     weights = gain.reshape([-1 if k == axis else 1 for k in range(tensor.dim())])
@@ -520,7 +520,7 @@ def _check_words(repository: str, licence: str, datasets: Sequence[str]) -> None
             "teacher's weights and the data, such as 'apache-2.0'"
         )
 
-
+# %% ../nbs/library/25_export.ipynb #c0f1e5d1
 def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequence[str]) -> str:
     "What the hub reads of a card"
     blip = issubclass(kind, Blip)
@@ -627,7 +627,7 @@ def _measured(
     ]
     return mine or (lines[-1] if lines else {}), teacher, result.get("warnings", [])
 
-
+# %% ../nbs/library/25_export.ipynb #c0f1e5d2
 def _scores(origin: Origin) -> str:
     "The table of what was measured, and on what"
     mine, teacher, warned = _measured(origin)
@@ -654,7 +654,10 @@ def _scores(origin: Origin) -> str:
         ("", "this model") if alone else ("", "this model", "its teacher"),
     )
     ranked = " Retrieval is re-ranked by the matching head." if "features_image_to_text_r1" in mine else ""
-    first = f"Measured by the run on the first {pairs} validation pairs of {where}, or all of them if there are fewer.{ranked}\n"
+    first = (
+        f"Measured by the run on the first {pairs} validation pairs of {where}, "
+        f"or all of them if there are fewer.{ranked}\n"
+    )
     return "\n".join([first, table, *(f"\n**Warning of the run:** {_word(warning)}" for warning in warned)])
 
 # %% ../nbs/library/25_export.ipynb #e915c599
@@ -711,19 +714,21 @@ def _python(code: str) -> str:
     return f"```python\n{code.strip()}\n```"
 
 
-_ONE_OF_ALL = "print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))  # of the texts, which is the picture's"
-_EACH_ALONE = "print((model.logit_scale.exp() * image @ text.T + model.logit_bias).sigmoid())  # of each pair: does it belong together"
+_COSINES = "model.logit_scale.exp() * image @ text.T"
+_ONE_OF_ALL = f"print(({_COSINES}).softmax(dim=-1))  # of the texts, which is the picture's"
+_EACH_ALONE = f"print(({_COSINES} + model.logit_bias).sigmoid())  # of each pair: does it belong together"
 
 
 def _open_clip_code(repository: str, has_bias: bool) -> str:
     "How to open a CLIP; one with a bias compares each pair for itself"
     name = f"hf-hub:{repository}" if repository else "local-dir:."
+    home = "a copy elsewhere" if repository else "the folder of this file; elsewhere"
     return _python(f'''
 import open_clip
 import torch
 from PIL import Image
 
-name = "{name}"  # {"a copy elsewhere" if repository else "the folder of this file; elsewhere"}: local-dir:FOLDER
+name = "{name}"  # {home}: local-dir:FOLDER
 model, _, preprocess = open_clip.create_model_and_transforms(name)
 tokenizer = open_clip.get_tokenizer(name)
 model.eval()
@@ -735,14 +740,11 @@ with torch.no_grad():
 
 def _onnx_code(blip: bool, has_bias: bool) -> str:
     "How to use the ONNX files behind the code before it"
-    inputs = (
-        "image, text = pixels.numpy(), tokens.numpy()"
-        if blip
-        else (
-            'image, text = preprocess(Image.open("image.jpg"))[None].numpy(), tokenizer(["a star", "a '
-            'house"]).numpy()'
-        )
-    )
+    picture = "pixels" if blip else 'preprocess(Image.open("image.jpg"))[None]'
+    words = "tokens" if blip else 'tokenizer(["a star", "a house"])'
+    bias = """, json.loads(about["bias"])""" if has_bias else ""
+    image = 'towers["image"].run(None, {"image": image})[0]'
+    text = 'towers["text"].run(None, {"tokens": text})[0]'
     return _python(f"""
 import json
 
@@ -750,9 +752,9 @@ import onnxruntime
 
 towers = {{side: onnxruntime.InferenceSession(f"onnx/{{side}}.onnx") for side in ("image", "text")}}
 about = towers["image"].get_modelmeta().custom_metadata_map
-scale{", bias" if has_bias else ""} = json.loads(about["scale"]){', json.loads(about["bias"])' if has_bias else ""}
-{inputs}
-image, text = towers["image"].run(None, {{"image": image}})[0], towers["text"].run(None, {{"tokens": text}})[0]
+scale{", bias" if has_bias else ""} = json.loads(about["scale"]){bias}
+image, text = {picture}.numpy(), {words}.numpy()
+image, text = {image}, {text}
 print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already""")
 
 # %% ../nbs/library/25_export.ipynb #14b051c1
@@ -779,6 +781,8 @@ _BLIP_USE = {  # task -> class of transformers, what to print
 
 def _blip_code(repository: str, tasks: Sequence[str], blip: Blip) -> str:
     "How to open a BLIP, and what to do with it for each task"
+    kinds = "transformers.BlipImageProcessor, transformers.AutoTokenizer"
+    padding = f'padding="max_length", max_length={blip.tokenizer.context_length}'
     first = f'''
 import torch
 import transformers
@@ -786,9 +790,9 @@ from PIL import Image
 
 name = "{repository or "."}"  # {"a folder will do too" if repository else "the folder of this file"}
 home = dict(subfolder="{tasks[0]}")
-see, tokenizer = (kind.from_pretrained(name, **home) for kind in (transformers.BlipImageProcessor, transformers.AutoTokenizer))
+see, tokenizer = (kind.from_pretrained(name, **home) for kind in ({kinds}))
 pixels = see(Image.open("image.jpg"), return_tensors="pt").pixel_values
-said = tokenizer(["what colour is the star?"], padding="max_length", max_length={blip.tokenizer.context_length}, return_tensors="pt")
+said = tokenizer(["what colour is the star?"], {padding}, return_tensors="pt")
 tokens, mask, fused = said.input_ids, said.attention_mask, said.input_ids.clone()
 fused[:, 0] = {blip.tokenizer.enc}  # a text that looks at the picture begins with [ENC]'''
     uses = [
@@ -841,15 +845,23 @@ class _Card:
     def terms(self) -> str:
         "The licence, in words"
         if self.licence not in ("", "unknown"):
-            return f"{self.licence}, chosen by whoever exported the model. The teacher's weights and the data may add terms of their own."
-        return "Not stated. Ask whoever trained it; the licences of the teacher's weights and of the data may bind this model too."
+            return (
+                f"{self.licence}, chosen by whoever exported the model. "
+                "The teacher's weights and the data may add terms of their own."
+            )
+        return (
+            "Not stated. Ask whoever trained it; "
+            "the licences of the teacher's weights and of the data may bind this model too."
+        )
 
 # %% ../nbs/library/25_export.ipynb #0efd3967
-_LIMITS = """
-- The scores are of the named validation pairs alone. Measure on your own data before you rely on them.
-- A student takes over what its teacher and its data hold, their errors and leanings included. Neither was examined for this card.
-- It was not made for decisions about people.
-""".strip()
+_LIMITS = (
+    "- The scores are of the named validation pairs alone. "
+    "Measure on your own data before you rely on them.\n"
+    "- A student takes over what its teacher and its data hold, their errors and leanings included. "
+    "Neither was examined for this card.\n"
+    "- It was not made for decisions about people."
+)
 
 
 def _about(card: _Card) -> str:
@@ -1081,7 +1093,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 # %% ../nbs/library/25_export.ipynb #77d946b9
 def _write_parts(folder: Path, samples: Iterator[tuple | None], parts: int, said: str) -> dict[str, int]:
-    "Samples dealt out to numbered tars in turn, so that none has to wait in memory; tars that got none are removed"
+    "Samples dealt out to numbered tars in turn, so that none waits in memory; empty tars are removed"
     written = left_out = 0
     with ExitStack() as stack:
         tars = [stack.enter_context(tarfile.open(folder / f"{part}.tar", "w")) for part in range(parts)]

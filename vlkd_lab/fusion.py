@@ -53,7 +53,7 @@ class BlipTokenizer:
         self.dec, self.enc = own.get("[DEC]", vocabulary - 2), own.get("[ENC]", vocabulary - 1)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:  # (B, L) ids
-        "[CLS] words [SEP], padded to the context length; longer texts are cut, and a [SEP] inside a text is no end"
+        "[CLS] words [SEP], padded or cut to the context length; a [SEP] inside a text is no end"
         texts = [texts] if isinstance(texts, str) else list(texts)
         given = dict(
             padding="max_length",
@@ -155,7 +155,7 @@ class BlipShape:
 def decoder_sources(
     shape: BlipShape,
 ) -> list[tuple[int, bool]]:  # for each decoder layer: an encoder layer, whether that looks across
-    "Which encoder layer each decoder layer shares weights with: the one at the same depth, the last with the last"
+    "The encoder layer that each decoder layer shares weights with: the one at the same depth"
     sources = layer_partners(shape.decoder_layers, shape.text_layers)
     return [(source, source >= shape.text_layers - shape.fusion_layers) for source in sources]
 
@@ -166,7 +166,7 @@ def _block(width: int, neurons: int) -> int:
 
 
 def shape_parameters(shape: BlipShape) -> dict[str, int]:  # "image", "text", "fusion", "decoder"
-    "Parameters of a BLIP with all its parts by module, each counted once: what the decoder shares counts for the encoder"
+    "Parameters of a whole BLIP by module; what the decoder shares counts for the encoder alone"
     image, text, joint = shape.image_width, shape.text_width, shape.joint_width
     cross = 2 * (text + 1) * text + 2 * (image + 1) * text + 2 * text  # query and output, key and value, norm
     patches = (shape.image_size // shape.patch_size) ** 2
@@ -242,7 +242,7 @@ def blip_config(
         text_config=text | common, vision_config=vision | common, image_text_hidden_size=shape.joint_width
     )
 
-
+# %% ../nbs/library/16_fusion.ipynb #c0f1e5a1
 def read_shape(
     config: Any,  # a BlipConfig of transformers
     own: Mapping[str, Any],  # "fusion_layers", "decoder_layers", where they are not the text encoder's
@@ -1282,7 +1282,7 @@ def plan_blip(
     )
     return replace(plan, copies=copies, stacks=tuple(stacks), head_width=tuple(heads))
 
-
+# %% ../nbs/library/16_fusion.ipynb #c0f1e5a2
 def _tower(name: str) -> str:
     "The tower of a weight"
     return (
@@ -1373,7 +1373,7 @@ def clip_sizes(
         image_size=clip.image_size,
     )
 
-
+# %% ../nbs/library/16_fusion.ipynb #c0f1e5a3
 _FROM_CLIP = {  # name in a block of BLIP's -> of open_clip's
     "self_attn.qkv.weight": "attn.in_proj_weight",
     "self_attn.qkv.bias": "attn.in_proj_bias",

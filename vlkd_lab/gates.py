@@ -239,7 +239,7 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: int) -> Iterator[None]:
-    "A LayerNorm whose input is zero outside the `count` channels of `kept`, with statistics over them; the caller scales its weights"
+    "A LayerNorm with statistics over the `count` channels of `kept`; its input is zero elsewhere"
 
     def fill_with_mean(_, inputs):
         (x,) = inputs
@@ -260,7 +260,7 @@ def gated(
     values: GateValues,
     shapes: Mapping[str, TowerShape],  # of the model
 ) -> Iterator[nn.Module]:
-    "The model under gates: `encode_image` and `encode_text` work inside, gradients reach its parameters and the gates"
+    "The model under gates: inside, `encode_image` and `encode_text` carry gradients to parameters and gates"
     tensors = gate_state(dict(model.named_parameters()), values, shapes)
     masks = {tower: gates.hidden.detach() > 0 for tower, gates in values.items() if gates.hidden is not None}
     masks = {
@@ -691,7 +691,7 @@ def cuts_at(
 def _uniform_choices(
     gates: Gates, tower: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # heads (R,), neurons (M,), distances (R, M)
-    "Heads and neurons that every layer of a tower could keep, and how far each pair is from what the gates expect"
+    "Heads and neurons that every layer could keep, and how far each pair is from what the gates expect"
     shape, open_ = gates.shapes[tower], gates.open_probabilities()[tower]
     if any(kind.endswith("_block") for kind in gates.kinds):
         raise ValueError(

@@ -215,36 +215,41 @@ class Plan:
 
     def to_json(self) -> str:
         "Compact text: every distinct selection is written once"
-        index = {
-            kept: i for i, kept in enumerate(dict.fromkeys(k for copy in self.copies for k in copy.kept))
-        }
-        copies = [[copy.name, copy.source, [index[k] for k in copy.kept]] for copy in self.copies]
-        stacks = [[s.tower, s.prefix, s.of, s.sources] for s in self.stacks]
-        return json.dumps(
-            dict(
-                kept=[[k.of, k.ranges] for k in index],
-                copies=copies,
-                stacks=stacks,
-                head_width=self.head_width,
-            )
-        )
+        return json.dumps(_plan_json(self))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         "The plan that `to_json` wrote"
-        data = json.loads(text)
-        kept = [Kept(of, tuple((a, b) for a, b in ranges)) for of, ranges in data["kept"]]
-        copies = tuple(
-            Copy(name, source, tuple(kept[i] for i in axes)) for name, source, axes in data["copies"]
-        )
-        stacks = tuple(
-            Stack(tower, prefix, of, tuple(sources)) for tower, prefix, of, sources in data["stacks"]
-        )
-        return cls(copies, stacks, tuple((tower, width) for tower, width in data["head_width"]))
+        return _plan_from_json(json.loads(text))
 
     def plot(self):  # a matplotlib figure
         "What is kept of every block of the teacher"
         return _plot(self)
+
+# %% ../nbs/library/15_inheritance.ipynb #c0f1e5b1
+def _plan_json(plan: Plan) -> dict[str, list]:
+    "A plan as lists; a copy names its selections by their places in `kept`"
+    places: dict[Kept, int] = {}
+    copies = []
+    for copy in plan.copies:
+        axes = [places.setdefault(kept, len(places)) for kept in copy.kept]
+        copies.append([copy.name, copy.source, axes])
+    return {
+        "kept": [[kept.of, kept.ranges] for kept in places],
+        "copies": copies,
+        "stacks": [[stack.tower, stack.prefix, stack.of, stack.sources] for stack in plan.stacks],
+        "head_width": plan.head_width,
+    }
+
+
+def _plan_from_json(data: Mapping[str, list]) -> Plan:
+    "The plan of such lists"
+    selections = [Kept(of, tuple(map(tuple, ranges))) for of, ranges in data["kept"]]
+    copies = []
+    for name, source, axes in data["copies"]:
+        copies.append(Copy(name, source, tuple(selections[place] for place in axes)))
+    stacks = [Stack(tower, prefix, of, tuple(layers)) for tower, prefix, of, layers in data["stacks"]]
+    return Plan(tuple(copies), tuple(stacks), tuple(map(tuple, data["head_width"])))
 
 # %% ../nbs/library/15_inheritance.ipynb #94a5c199
 def inherit(
@@ -331,7 +336,9 @@ def _fixed_axes(tensor: str, dims: int) -> tuple[int, ...]:
 
 
 _WHOLE = re.compile(
-    r"visual\.(trunk|attn_pool)|text\.transformer\.(?!resblocks)|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)"
+    r"visual\.(trunk|attn_pool)"
+    r"|text\.transformer\.(?!resblocks)"
+    r"|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)"
 )
 
 

@@ -98,7 +98,7 @@ def _tiles(features: Features, tile: int) -> Iterator[tuple[slice, slice, Tensor
 
 # %% ../nbs/library/10_losses.ipynb #f1d3bdad
 class _Running:
-    "Sum of exponentials of N rows (or columns) seen tile by tile, and the mean of `values` under their softmax"
+    "Log-sum-exp of N rows (or columns) that arrive by tiles, and the mean of `values` under their softmax"
 
     def __init__(self, rows: Tensor):  # (N, D) only its length, dtype and device matter
         self.shift = rows.new_full((len(rows),), -torch.inf)  # (N,) nats
@@ -408,7 +408,7 @@ def cluster_distribution(
     teacher_scale: float = 32.0,  # multiplier of the teacher's
     classes: Tensor | None = None,  # (S,) the centres that count; None: all K
 ) -> Tensor:  # () mean nats per row; 0 when both spread alike over the centres
-    "KL divergence of the student's distribution over the centres from the teacher's (CLIP-CID, cluster discrimination)"
+    "KL divergence of the student's distribution over the centres from the teacher's (CLIP-CID)"
     for rows in (student_image, teacher_image):
         _check_centers(rows, centers)
     with torch.autocast(student_image.device.type, enabled=False):
@@ -428,7 +428,7 @@ def instance_discrimination(
     scale: float | Tensor,  # () multiplier of the cosines, already exponentiated
     tile: int | None = None,  # as in `contrastive`
 ) -> Tensor:  # () mean nats per row; log B at chance
-    "Student and teacher rows of the same sample find each other, images among images and texts among texts (CLIP-CID)"
+    "Student's and teacher's rows of one sample find each other, within images and within texts (CLIP-CID)"
     _check_widths(student, teacher, "instance_discrimination")
     scale = torch.as_tensor(scale, dtype=student.image.dtype, device=student.image.device)
     sides = ((student.image, teacher.image.detach()), (student.text, teacher.text.detach()))
@@ -476,7 +476,7 @@ def vision_language_score(
     # (M, D_s) of the same sentences; None: the teacher's serve, and D_s is D
     student_text: Tensor | None = None,
 ) -> Tensor:  # () nats; 0 when all scores agree
-    "Divergence of the student's image-sentence scores from the teacher's, over sentences plus over images (DIME-FM's L_vl)"
+    "Divergence of the image-sentence scores, over sentences plus over images (DIME-FM's L_vl)"
     name = "vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
         given = dict(
@@ -506,7 +506,7 @@ def pseudo_vision_language_score(
     scale: float | Tensor = 100.0,  # multiplier of the cosines, already exponentiated
     temperature: float = 3.0,  # divides the scaled cosines
 ) -> Tensor:  # () nats; 0 when student and teacher agree
-    "Divergence of the student's scores from the teacher's, the teacher's images in place of sentences (DIME-FM's L_pvl)"
+    "The same with the teacher's images in place of sentences (DIME-FM's L_pvl)"
     name = "pseudo_vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
         image, wanted = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
@@ -634,7 +634,7 @@ def register_losses(
     # what the same owner has registered before; these names may get other terms
     instead_of: Mapping[str, Term] = {},
 ) -> None:
-    "Let every objective weight further terms by name; ValueError where a name stands for somebody else's term"
+    "Let every objective weight further terms; ValueError where a name stands for somebody else's term"
     for name, term in losses.items():
         if name in LOSSES and LOSSES[name] is not term and name not in instead_of:
             raise ValueError(

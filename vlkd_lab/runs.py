@@ -44,7 +44,7 @@ def read_json(path: str | Path, default: Any = None) -> Any:
 
 # %% ../nbs/library/17_runs.ipynb #18425d7e
 def to_json(value: Any) -> Any:
-    "The value as JSON can hold it: non-finite numbers as strings, tuples as lists, tensors and paths as what they say"
+    "The value as JSON can hold it: tuples and tensors as lists, paths and non-finite numbers as strings"
     if isinstance(value, Tensor):
         return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
@@ -162,7 +162,7 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def status(self) -> dict:
-        "State of the job: new, running, paused, waiting (between cells), stopped, failed, finished, or lost when its process is gone"
+        "State of the job: new, running, paused, waiting (for a cell), stopped, failed, finished or lost"
         status = read_json(self.folder / "status.json", {"state": "new"})
         if status["state"] in WORKING and not is_written(self):
             status["state"] = "lost"
@@ -173,7 +173,7 @@ class Run:
         return read_json(self.folder / "result.json")
 
     def control(self, **changes) -> dict:
-        "Ask the job for something: pause=True, target_sparsity=0.6, weights={'contrastive': 0.5}; other weights stay"
+        "Ask the job for something: pause=True, weights={'contrastive': 0.5}; other weights stay"
         check_controls(changes)
         with _held(self.folder / "control.lock"):
             asked = _merged(self.asked(), to_json(changes))

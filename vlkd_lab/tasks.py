@@ -99,7 +99,7 @@ def _ranks(scores: Tensor, right: Tensor) -> Tensor:  # (N, M), (N, M) bool -> (
 
 # %% ../nbs/library/24_tasks.ipynb #7b717455
 def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
-    "A progress bar once it takes longer than two seconds; silent in threads, where a page has no place for it"
+    "A progress bar once it takes longer than two seconds; silent in threads, which have no place for it"
     silent = not progress or threading.current_thread() is not threading.main_thread()
     return tqdm(steps, desc=name, total=total, delay=2, disable=silent)
 
@@ -734,35 +734,46 @@ class Gallery:
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='{_LEFT}'>{escaped(name)}</th>" for name in ("", "truth", *self.names))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(self._picture, range(len(self.pictures))))}</tbody></table>"
+        body = "".join(self._picture(row) for row in range(len(self.pictures)))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def _picture(self, row: int) -> str:
         "The lines of a table that speak of one picture"
-        fact, said = self.facts[row], {name: captions[row] for name, captions in self.captions.items()}
-        true = {name: fact and is_true(text, fact) for name, text in said.items()}
-        lines = [
-            _line(
-                escaped(self.truths[row]),
-                [_mark(said[name], true[name]) if name in said else "—" for name in self.names],
-            )
-        ]
-        some = next(iter(self.answers.values()), None)
-        for k in [k for k, own in enumerate(some.rows) if own == row] if some else []:
-            cells = [
-                _mark(self.answers[n].written[k], self.answers[n].hits[k] >= 0.5)
-                if n in self.answers
-                else "—"
-                for n in self.names
-            ]
-            lines.append(
-                _line(
-                    f"<i>{escaped(some.questions[k])}</i> "
-                    f"{escaped(' / '.join(dict.fromkeys(some.truths[k])))}",
-                    cells,
-                )
-            )
+        lines = [_caption_line(self, row), *_answer_lines(self, row)]
         image = f"<td rowspan={len(lines)}><img alt='' style='width:96px' src='{self.pictures[row]}'></td>"
-        return "".join(f"<tr>{image * (k == 0)}{line}</tr>" for k, line in enumerate(lines))
+        return f"<tr>{image}" + "</tr><tr>".join(lines) + "</tr>"
+
+# %% ../nbs/library/24_tasks.ipynb #c0f1e5c1
+def _caption_line(gallery: Gallery, row: int) -> str:
+    "What each model writes about a picture, marked as true or false where the scene is known"
+    facts = gallery.facts[row]
+    cells = []
+    for name in gallery.names:
+        if name not in gallery.captions:
+            cells.append("—")
+            continue
+        caption = gallery.captions[name][row]
+        cells.append(_mark(caption, None if facts is None else is_true(caption, facts)))
+    return _line(escaped(gallery.truths[row]), cells)
+
+
+def _answer_lines(gallery: Gallery, row: int) -> list[str]:
+    "The questions about a picture, and what each model answers"
+    if not gallery.answers:
+        return []
+    first = next(iter(gallery.answers.values()))
+    lines = []
+    for place, picture in enumerate(first.rows):
+        if picture != row:
+            continue
+        cells = []
+        for name in gallery.names:
+            answers = gallery.answers.get(name)
+            is_right = answers is not None and answers.hits[place] >= 0.5
+            cells.append("—" if answers is None else _mark(answers.written[place], is_right))
+        truths = escaped(" / ".join(dict.fromkeys(first.truths[place])))
+        lines.append(_line(f"<i>{escaped(first.questions[place])}</i> {truths}", cells))
+    return lines
 
 # %% ../nbs/library/24_tasks.ipynb #70625008
 _LEFT = "text-align:left;vertical-align:top;max-width:22em"
