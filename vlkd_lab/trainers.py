@@ -911,7 +911,7 @@ def change(
 
 def _try_objective(objective: Objective, fit: Fit) -> None:
     "ValueError if the objective cannot be computed on this fit's features"
-    taught = [term.name for term in objective.terms if term.weight and not term.alone]
+    taught = [term.name for term in objective.terms if term.weight and term.needs_teacher]
     if fit.teacher is None and taught:
         raise ValueError(f"{taught[0]} needs a teacher, and this phase has none")
     _check_kind(objective, fit)
@@ -1542,7 +1542,7 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
     student = options.student or (start and start.config)
     if student:
         own, its = (models.model_config(c)["embed_dim"] for c in (student, teacher.config))
-        rows = [term.name for term in Objective(options.weights()).terms if term.same_width and term.weight]
+        rows = [term.name for term in Objective(options.weights()).terms if term.needs_projection and term.weight]
         if rows and own != its:
             raise ValueError(
                 f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student "
