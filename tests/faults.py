@@ -131,7 +131,7 @@ def page_error(stem: str, root: Path) -> str:
 
 def test_error(tests: tuple[str, ...], root: Path) -> str:
     """The first test that fails in a copy of the project; empty when all pass."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-rfE", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode not in (0, 1, 2):  # 2: a fault may break the import of a test file
         raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-500:]}{done.stderr[-500:]}")

@@ -346,7 +346,8 @@ def test_groups_are_what_their_names_say():
         assert sorted(told) == sorted(GROUPS["distillation"]), "each term once"
     assert all(BLIP_LOSSES[name].module == module for module in MODULES for name in GROUPS[module]) and set(MODULES) == {*PASSES, "both"}
     assert {name for name in GROUPS["attention"] if "cross" in name} == {"fusion_cross_attention", "decoder_cross_attention"}
-    assert all(BLIP_LOSSES[name].alone for name in GROUPS["base"]) and not any(BLIP_LOSSES[name].alone for name in GROUPS["distillation"])
+    assert not any(BLIP_LOSSES[name].needs_teacher for name in GROUPS["base"])
+    assert all(BLIP_LOSSES[name].needs_teacher for name in GROUPS["distillation"])
 
 
 def test_later_words_count_more():

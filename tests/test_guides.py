@@ -145,7 +145,7 @@ def test_parameters_named_in_the_prose_exist(name):
     text = re.sub(r"```.*?```", "", prose(name), flags=re.S)
     said = re.findall(r"`([a-z]+(?:_[a-z]+)*)[ =]([\w.:,/ =-]+)`", text)
     others = {"make", "jupyter", "tail", "torchrun", "papermill", "pip"}  # commands
-    others |= {"scale", "same_width", "alone", "unpaired", "chance", "function", "run_folder"}  # arguments, fields of Term
+    others |= {"scale", "needs_projection", "needs_teacher", "unpaired", "rng", "function", "run_folder"}  # arguments, fields of Term
     unknown = [f"{parameter} {value}" for parameter, value in said if parameter not in known | others | set(LOSSES)]
     assert not unknown, unknown
     for target in re.findall(r"`make (\w+)`|^make (\w+)", prose(name), flags=re.M):

@@ -360,7 +360,7 @@ def test_objective_projects_only_what_compares_rows_and_owns_its_parameters():
             return interactive_contrastive(student, teacher, self.log_scale.exp())
 
     learnt = Learnt()
-    objective = Objective({"contrastive": 1.0, "feature_mimicking": 2000.0}, Term("icl", learnt, same_width=True), project=project)
+    objective = Objective({"contrastive": 1.0, "feature_mimicking": 2000.0}, Term("icl", learnt, needs_projection=True), project=project)
     terms = objective(student, teacher)
     torch.testing.assert_close(terms["contrastive"], contrastive(student))
     torch.testing.assert_close(terms["feature_mimicking"], feature_mimicking(project(student), teacher))

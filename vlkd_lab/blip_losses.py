@@ -32,7 +32,7 @@ def counted_mean(
 
 
 def _counted(mask: Tensor | None, *both: Tensor) -> tuple[Tensor, ...]:
-    "The rows that count, before anything is computed: whatever stands in the others leaves no trace, not even in a gradient"
+    "The rows that count; whatever stands in the others leaves no trace, not even in a gradient"
     if mask is None:
         return both
     if mask.shape != both[0].shape[: mask.ndim]:
@@ -67,8 +67,8 @@ class Queue(nn.Module):
         length = len(self.names)
         first = max(len(names) - length, 0)
         places = (self.seen + torch.arange(first, len(names), device=names.device)) % max(length, 1)
-        for own, new in ((self.image, image), (self.text, text), (self.names, names)):
-            own[places] = new[first:].to(own.dtype)
+        for buffer, rows in ((self.image, image), (self.text, text), (self.names, names)):
+            buffer[places] = rows[first:].to(buffer.dtype)
         self.seen += len(names)
 
     def held(self) -> tuple[Tensor, Tensor, Tensor]:  # (M, D), (M, D), (M,)
@@ -79,32 +79,33 @@ class Queue(nn.Module):
 # %% ../nbs/library/11_blip_losses.ipynb #db718f3b
 def queued_contrast(
     student: Features,  # (B, D)
-    momentum: Features,  # (B, D) the same pairs under the slow copy; no gradient reaches it
+    momentum: Features,  # (B, D) the same pairs under the momentum encoder; receives no gradient
     names: Tensor,  # (B,) int64, equal for equal texts
-    # (M, D) images, (M, D) texts, (M,) names of earlier batches
-    held: tuple[Tensor, Tensor, Tensor] | None = None,
-    alpha: float = 0.4,  # share of the target that the momentum model decides
+    held: tuple[Tensor, Tensor, Tensor] | None = None,  # earlier (M, D) images, (M, D) texts, (M,) names
+    alpha: float = 0.4,  # share of the target that the momentum encoder decides
 ) -> Tensor:  # () nats a row
     "BLIP's image-text contrastive loss"
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha} is not valid: it must be from 0 to 1")
-    slow = momentum.detach()
-    image, text, all_names = slow.image.float(), slow.text.float(), names
+    momentum = momentum.detach()
+    images = momentum.image.float()
+    texts = momentum.text.float()
+    candidate_names = names
     if held is not None and len(held[2]):
-        image, text, all_names = (
-            torch.cat([own, old.to(own)]) for own, old in zip((image, text, names), held, strict=True)
-        )
-    same = (names[:, None] == all_names).float()
+        images = torch.cat([images, held[0].to(images)])
+        texts = torch.cat([texts, held[1].to(texts)])
+        candidate_names = torch.cat([names, held[2].to(names)])
+    same = (names[:, None] == candidate_names).float()
     same = same / same.sum(dim=1, keepdim=True)
-    total, scale = 0.0, student.scale.float()
-    for queries, slow_queries, candidates in (
-        (student.image, slow.image, text),
-        (student.text, slow.text, image),
+    scale = student.scale.float()
+    total = 0.0
+    for queries, momentum_queries, candidates in (
+        (student.image, momentum.image, texts),
+        (student.text, momentum.text, images),
     ):
-        believed = (scale.detach() * slow_queries.float() @ candidates.T).softmax(dim=1)
-        total = total + F.cross_entropy(
-            scale * queries.float() @ candidates.T, alpha * believed + (1 - alpha) * same
-        )
+        believed = (scale.detach() * momentum_queries.float() @ candidates.T).softmax(dim=1)
+        target = alpha * believed + (1 - alpha) * same
+        total = total + F.cross_entropy(scale * queries.float() @ candidates.T, target)
     return total / 2
 
 # %% ../nbs/library/11_blip_losses.ipynb #5db57c37
@@ -114,19 +115,19 @@ def hard_negatives(
     names: Tensor,  # (B,) int64, equal for equal texts
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # (B,) a wrong text for each image, (B,) a wrong image for each text
-    "Draw wrong partners, similar ones more often"
+    "Draw hard negatives: wrong partners, similar ones more often"
     if len(similarity) < 2:
         raise ValueError("one pair has no wrong partner: matching needs at least 2 pairs a step")
     generator = torch.Generator(similarity.device).manual_seed(seed)
-    other, own = names[:, None] != names, torch.eye(len(names), dtype=torch.bool, device=names.device)
-    other = torch.where(other.any(dim=1, keepdim=True), other, ~own)
-    drawn = []
-    for scores, fine in ((similarity, other), (similarity.T, other)):
-        chances = scores.float().masked_fill(~fine, -torch.inf).softmax(dim=1)
-        drawn.append(
-            torch.multinomial(chances.nan_to_num(0.0).clamp(min=1e-12) * fine, 1, generator=generator)[:, 0]
-        )
-    return drawn[0], drawn[1]
+    own = torch.eye(len(names), dtype=torch.bool, device=names.device)
+    wrong = names[:, None] != names
+    wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, ~own)
+    negatives = []
+    for scores in (similarity, similarity.T):
+        odds = scores.float().masked_fill(~wrong, -torch.inf).softmax(dim=1)
+        odds = odds.nan_to_num(0.0).clamp(min=1e-12) * wrong
+        negatives.append(torch.multinomial(odds, 1, generator=generator)[:, 0])
+    return negatives[0], negatives[1]
 
 # %% ../nbs/library/11_blip_losses.ipynb #3117c4d3
 def matching(
@@ -135,10 +136,8 @@ def matching(
 ) -> Tensor:  # () nats a pair
     "BLIP's image-text matching loss"
     if logits.ndim != 2 or logits.shape[1] != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(
-            f"matching takes (P, 2) logits and (P,) targets, not {tuple(logits.shape)} and "
-            f"{tuple(targets.shape)}"
-        )
+        shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
+        raise ValueError(f"matching takes (P, 2) logits and (P,) targets, not {shapes}")
     return F.cross_entropy(logits.float(), targets)
 
 # %% ../nbs/library/11_blip_losses.ipynb #d5045328
@@ -166,10 +165,10 @@ def language_modelling(
         )
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing={smoothing} is not valid: it must be from 0 to 1")
-    asked = targets != -100
-    if not asked.any():
+    has_target = targets != -100
+    if not has_target.any():
         return logits.sum() * 0.0
-    return F.cross_entropy(logits[asked].float(), targets[asked], label_smoothing=smoothing)
+    return F.cross_entropy(logits[has_target].float(), targets[has_target], label_smoothing=smoothing)
 
 # %% ../nbs/library/11_blip_losses.ipynb #948127c0
 def cosine_distance(
@@ -197,8 +196,9 @@ def logit_divergence(
         raise ValueError(f"{sizes}: they need the same tokens and vocabulary")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not valid: it must be above 0")
-    student, teacher = _counted(mask, student, teacher)
-    s, t = ((x.float() / temperature).log_softmax(dim=-1) for x in (student, teacher.detach()))
+    student, teacher = _counted(mask, student, teacher.detach())
+    s = (student.float() / temperature).log_softmax(dim=-1)
+    t = (teacher.float() / temperature).log_softmax(dim=-1)
     return counted_mean(F.kl_div(s, t, log_target=True, reduction="none").sum(dim=-1)) * temperature**2
 
 # %% ../nbs/library/11_blip_losses.ipynb #b82c889c
@@ -211,34 +211,39 @@ def layer_partners(
         raise ValueError(
             f"{student_layers} layers cannot be matched with {teacher_layers}: both need at least one"
         )
-    return tuple(max(round((i + 1) * teacher_layers / student_layers), 1) - 1 for i in range(student_layers))
+    depths = (round((i + 1) * teacher_layers / student_layers) for i in range(student_layers))
+    return tuple(max(depth, 1) - 1 for depth in depths)
 
 # %% ../nbs/library/11_blip_losses.ipynb #89e97b30
 def _to_grid(
     shares: Tensor,  # (…, 1 + g²) of [CLS] and a square of patches
-    side: int,  # of the square that is wanted
+    side: int,  # of the square to bring them to
     summed: bool,  # whether cells add up (shares) or are averaged (questions)
 ) -> Tensor:  # (…, 1 + side²)
     "A square of patches, brought to another size"
-    own = math.isqrt(shares.shape[-1] - 1)
+    own = _side(shares.shape[-1])
     if own * own != shares.shape[-1] - 1:
         raise ValueError(f"{shares.shape[-1]} image positions are no [CLS] and square of patches")
     if own == side:
         return shares
     part = _overlap(own, side).to(shares)
-    part = part if summed else part / part.sum(dim=1, keepdim=True)
+    if not summed:
+        part = part / part.sum(dim=1, keepdim=True)
     fitted = part @ shares[..., 1:].unflatten(-1, (own, own)) @ part.T
     return torch.cat([shares[..., :1], fitted.flatten(-2)], dim=-1)
 
 
 def _overlap(own: int, side: int) -> Tensor:  # (side, own), columns add up to 1
     "The share of each of `own` equal stripes that lies in each of `side` equal stripes of the same length"
-    new, old = torch.arange(side + 1) * own, torch.arange(own + 1) * side  # where they end, in whole numbers
-    common = torch.minimum(new[1:, None], old[1:]) - torch.maximum(new[:-1, None], old[:-1])
-    return common.clamp(min=0) / side
+    ends = torch.arange(side + 1) * own  # in whole numbers: both end at own * side
+    own_ends = torch.arange(own + 1) * side
+    last = torch.minimum(ends[1:, None], own_ends[1:])
+    first = torch.maximum(ends[:-1, None], own_ends[:-1])
+    return (last - first).clamp(min=0) / side
 
 
 def _side(positions: int) -> int:
+    "Of the square of patches beside [CLS]"
     return math.isqrt(positions - 1)
 
 # %% ../nbs/library/11_blip_losses.ipynb #711684af
@@ -249,29 +254,27 @@ def attention_divergence(
     image_queries: bool = False,  # Q and Q' are [CLS] and patches, and may differ
     image_keys: bool = False,  # K and K' are [CLS] and patches, and may differ
 ) -> Tensor:  # () nats a row
-    "How far the student looks from where the teacher looks: KL of the head-averaged maps, a mean over rows that count"
-    s, t = (maps.float().mean(dim=1) for maps in (student, teacher.detach()))  # (B, Q, K)
+    "KL of the student's head-averaged maps from the teacher's, a mean over the rows that count"
+    s = student.float().mean(dim=1)  # (B, Q, K)
+    t = teacher.detach().float().mean(dim=1)
     if image_keys:
         t = _to_grid(t, _side(s.shape[2]), summed=True)
     if image_queries:
         t = _to_grid(t.mT, _side(s.shape[1]), summed=False).mT
     if s.shape != t.shape:
-        raise ValueError(
-            f"attention of {tuple(s.shape)} cannot be compared with {tuple(t.shape)}: both need the same "
-            "tokens"
-        )
+        shapes = f"attention of {tuple(s.shape)} cannot be compared with {tuple(t.shape)}"
+        raise ValueError(f"{shapes}: both need the same tokens")
     s, t = _counted(query_mask, s, t)
-    # a masked key has no share in either
-    return counted_mean((t * (t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log())).sum(dim=-1))
+    log_ratio = t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log()
+    return counted_mean((t * log_ratio).sum(dim=-1))  # a masked key has no share in either
 
 
 def layers_divergence(
     student: Sequence[Tensor],  # maps of each layer, as `attention_divergence` takes them
     teacher: Sequence[Tensor],  # of a network that may be deeper, or less deep
-    *given,  # query_mask, image_queries, image_keys
+    *options,  # query_mask, image_queries, image_keys
 ) -> Tensor:  # () nats a row, a mean over the student's layers
     "The same over all layers, matched by depth"
     partners = layer_partners(len(student), len(teacher))
-    return sum(
-        attention_divergence(maps, teacher[k], *given) for maps, k in zip(student, partners, strict=True)
-    ) / len(student)
+    pairs = zip(student, partners, strict=True)
+    return sum(attention_divergence(maps, teacher[k], *options) for maps, k in pairs) / len(student)

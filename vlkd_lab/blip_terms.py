@@ -10,15 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vlkd_lab.blip_losses import (
-    cosine_distance,
-    language_modelling,
-    layers_divergence,
-    logit_divergence,
-    matching,
-    queued_contrast,
-)
-
+from . import blip_losses
 from .features import FusedFeatures, Pass
 from .losses import Term, relational
 
@@ -44,19 +36,20 @@ def _fused(student: FusedFeatures) -> FusedFeatures:
 
 def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list[tuple[Pass, Pass]]:
     "The passes through a module that both models made"
-    mine, theirs = _fused(student).passes, _fused(teacher).passes
-    both = [(mine[name], theirs[name]) for name in MODULES[module] if name in mine and name in theirs]
-    if not both:
-        made = ", ".join(theirs) or "none"
+    of_student = _fused(student).passes
+    of_teacher = _fused(teacher).passes
+    shared = [name for name in MODULES[module] if name in of_student and name in of_teacher]
+    if not shared:
+        names = ", ".join(of_teacher) or "none"
         raise ValueError(
-            f"no pass through the module {module!r} was made by both models; the teacher made: {made}"
+            f"no pass through the module {module!r} was made by both models; the teacher made: {names}"
         )
-    return both
+    return [(of_student[name], of_teacher[name]) for name in shared]
 
 
-def _rows(seen: Pass, module: str) -> Tensor:  # (N, W)
+def _rows(outputs: Pass, module: str) -> Tensor:  # (N, W)
     "What stands for a module's output: its first states, or every state from which a word was asked"
-    return seen.states[seen.mask] if module == "decoder" else seen.states[:, 0]
+    return outputs.states[outputs.mask] if module == "decoder" else outputs.states[:, 0]
 
 # %% ../nbs/library/12_blip_terms.ipynb #d254fb03
 class ModuleFeatures(nn.Module):
@@ -69,7 +62,8 @@ class ModuleFeatures(nn.Module):
         seed: int = 0,  # of the map's weights
     ):
         super().__init__()
-        self.module, self.project = module, nn.Identity()
+        self.module = module
+        self.project = nn.Identity()
         if widths and widths[0] != widths[1]:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -77,10 +71,11 @@ class ModuleFeatures(nn.Module):
 
     def forward(self, student: FusedFeatures, teacher: FusedFeatures) -> Tensor:
         both = _passes(student, teacher, self.module)
-        mine, theirs = (torch.cat([_rows(pair[k], self.module) for pair in both]) for k in (0, 1))
-        if not len(mine):
-            return mine.sum() * 0.0
-        return cosine_distance(self.project(mine.float()), theirs)
+        rows = torch.cat([_rows(outputs, self.module) for outputs, _ in both])
+        targets = torch.cat([_rows(outputs, self.module) for _, outputs in both])
+        if not len(rows):
+            return rows.sum() * 0.0
+        return blip_losses.cosine_distance(self.project(rows.float()), targets)
 
 # %% ../nbs/library/12_blip_terms.ipynb #31f64566
 def module_logits(
@@ -90,53 +85,60 @@ def module_logits(
     temperature: float = 1.0,
 ) -> Tensor:  # () nats a pair, or a word
     "KL between what the heads of a module say"
-    both = [
-        pair
-        for pair in _passes(student, teacher, module)
-        if pair[0].logits is not None and pair[1].logits is not None
-    ]
-    if not both:
+    logits: list[Tensor] = []
+    targets: list[Tensor] = []
+    for outputs, of_teacher in _passes(student, teacher, module):
+        if outputs.logits is None or of_teacher.logits is None:
+            continue
+        counts = outputs.mask if module == "decoder" else outputs.mask.new_ones(len(outputs.logits))
+        logits.append(outputs.logits[counts])
+        targets.append(of_teacher.logits[counts])
+    if not logits:
         raise ValueError(f"the module {module!r} of these models has no head that both have")
-    masks = [mine.mask if module == "decoder" else mine.mask.new_ones(len(mine.logits)) for mine, _ in both]
-    flat = [torch.cat([pair[k].logits[mask] for pair, mask in zip(both, masks, strict=True)]) for k in (0, 1)]
-    return logit_divergence(*flat, temperature=temperature)
+    return blip_losses.logit_divergence(torch.cat(logits), torch.cat(targets), temperature=temperature)
 
 
 def module_attention(
     student: FusedFeatures,
     teacher: FusedFeatures,
     module: str,
-    across: bool = False,  # from the text to what it looks at
+    across: bool = False,  # cross-attention: from the text to what it is read with
 ) -> Tensor:  # () nats a row
     "KL between where the layers of a module look"
-    values, counts = [], []
-    for mine, theirs in _passes(student, teacher, module):
-        maps = (mine.cross, theirs.cross) if across else (mine.attention, theirs.attention)
-        if not (maps[0] and maps[1]):
+    values = []
+    counts = []
+    for outputs, of_teacher in _passes(student, teacher, module):
+        maps = outputs.cross if across else outputs.attention
+        targets = of_teacher.cross if across else of_teacher.attention
+        if not maps or not targets:
             raise ValueError(f"{module}: no attention maps were kept; run both models with maps")
-        pictured = module == "image" or across and mine.cross_mask is None
-        values.append(
-            layers_divergence(*maps, mine.mask if module != "image" else None, module == "image", pictured)
-        )
-        counts.append(mine.mask.sum())
+        is_image = module == "image"
+        image_keys = is_image or (across and outputs.cross_mask is None)
+        mask = None if is_image else outputs.mask
+        values.append(blip_losses.layers_divergence(maps, targets, mask, is_image, image_keys))
+        counts.append(outputs.mask.sum())
     total = torch.stack(counts).sum().clamp(min=1)
     return sum(value * count for value, count in zip(values, counts, strict=True)) / total
 
 # %% ../nbs/library/12_blip_terms.ipynb #c09271cb
 def _contrast(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
-    slow = _fused(student).momentum
-    if slow is None:
+    momentum = _fused(student).momentum
+    if momentum is None:
         raise ValueError(
             "image_text_contrast needs a momentum model: only a run that keeps one can weight it"
         )
-    return queued_contrast(student, slow.features, slow.names, slow.held, slow.alpha)
+    queue = momentum.held
+    return blip_losses.queued_contrast(student, momentum.features, momentum.names, queue, momentum.alpha)
 
 
 def _words(name: str, smoothing: float) -> Callable:
+    "The language modelling of one pass"
+
     def loss(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
         if name not in _fused(student).passes:
             raise ValueError(f"no {name} was read in this step")
-        return language_modelling(student.passes[name].logits, student.passes[name].targets, smoothing)
+        outputs = student.passes[name]
+        return blip_losses.language_modelling(outputs.logits, outputs.targets, smoothing)
 
     return loss
 
@@ -144,83 +146,60 @@ def _words(name: str, smoothing: float) -> Callable:
 def _matched(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
     if "pairs" not in _fused(student).passes:
         raise ValueError("no pairs were matched in this step")
-    return matching(student.passes["pairs"].logits, student.passes["pairs"].targets)
+    return blip_losses.matching(student.passes["pairs"].logits, student.passes["pairs"].targets)
 
 
 def base_terms(
-    smoothing: float = 0.1,
-) -> tuple[Term, ...]:  # smoothing: share of the words' targets that is spread over the vocabulary
+    smoothing: float = 0.1,  # share of the words' targets that is spread over the vocabulary
+) -> tuple[Term, ...]:
     "The losses that train a BLIP without a teacher"
-    given = dict(alone=True)
-    return (
-        Term(
-            "image_text_contrast",
-            _contrast,
-            formula="½[CE(s·I[Tm; Tq]ᵀ, target) + CE(s·T[Im; Iq]ᵀ, target)]",
-            module="both",
-            **given,
-        ),
-        Term("image_text_matching", _matched, formula="CE(belongs together)", module="fusion", **given),
-        Term(
-            "language_modelling",
-            _words("caption", smoothing),
-            formula="CE(next word of the caption)",
-            module="decoder",
-            **given,
-        ),
-        Term(
-            "answering",
-            _words("answer", smoothing),
-            formula="CE(next word of the answer)",
-            module="decoder",
-            **given,
-        ),
+    rows = (  # name, function, formula, module
+        ("image_text_contrast", _contrast, "½[CE(s·I[Tm; Tq]ᵀ, target) + CE(s·T[Im; Iq]ᵀ, target)]", "both"),
+        ("image_text_matching", _matched, "CE(belongs together)", "fusion"),
+        ("language_modelling", _words("caption", smoothing), "CE(next word of the caption)", "decoder"),
+        ("answering", _words("answer", smoothing), "CE(next word of the answer)", "decoder"),
+    )
+    return tuple(
+        Term(name, function, formula=formula, module=module, needs_teacher=False)
+        for name, function, formula, module in rows
     )
 
 # %% ../nbs/library/12_blip_terms.ipynb #3e1512cf
-def _between(function: Callable, module: str, *given) -> Callable:
-    return lambda student, teacher: function(student, teacher, module, *given)
+def _between(function: Callable, module: str, *options) -> Callable:
+    "A term's function of student and teacher, from one that also takes the module"
+
+    def term(student: FusedFeatures, teacher: FusedFeatures) -> Tensor:
+        return function(student, teacher, module, *options)
+
+    return term
 
 
 def distillation_terms(
-    # "image", "text" -> student's, teacher's; None: equal
-    widths: Mapping[str, tuple[int, int]] | None = None,
+    widths: Mapping[str, tuple[int, int]] | None = None,  # of "image" and "text": student's, teacher's
     temperature: float = 1.0,  # of the logits
     seed: int = 0,  # of the maps between unequal widths
 ) -> tuple[Term, ...]:
     "What a BLIP learns from a larger one, by module and kind"
-    made, widths = [], widths or {}
+    widths = widths or {}
+    terms = []
+
+    def add(name: str, function: Callable, formula: str, module: str) -> None:
+        terms.append(Term(name, function, formula=formula, module=module))
+
     for module in ("image", "text", "fusion", "decoder"):
         function = ModuleFeatures(module, widths.get("image" if module == "image" else "text"), seed)
-        made.append(
-            Term(f"{module}_features", function, formula="mean 1 − cos(student, teacher)", module=module)
-        )
-    made.append(
-        Term("similarities", relational, formula="½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]", module="both")
-    )
+        add(f"{module}_features", function, "mean 1 − cos(student, teacher)", module)
+    add("similarities", relational, "½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]", "both")
     for module in ("fusion", "decoder"):
         function = _between(module_logits, module, temperature)
-        made.append(Term(f"{module}_logits", function, formula="KL(softmax t ‖ softmax s)", module=module))
+        add(f"{module}_logits", function, "KL(softmax t ‖ softmax s)", module)
     for module in ("image", "text", "fusion", "decoder"):
-        made.append(
-            Term(
-                f"{module}_attention",
-                _between(module_attention, module),
-                formula="KL(attention), heads averaged",
-                module=module,
-            )
-        )
+        function = _between(module_attention, module)
+        add(f"{module}_attention", function, "KL(attention), heads averaged", module)
     for module in ("fusion", "decoder"):
         function = _between(module_attention, module, True)
-        made.append(
-            Term(
-                f"{module}_cross_attention",
-                function,
-                formula="KL(attention across), heads averaged",
-                module=module,
-            )
-        )
-    return tuple(made)
+        add(f"{module}_cross_attention", function, "KL(attention across), heads averaged", module)
+    return tuple(terms)
 
 
 def blip_terms(
@@ -237,22 +216,33 @@ BLIP_LOSSES = {term.name: term for term in blip_terms()}
 
 # %% ../nbs/library/12_blip_terms.ipynb #a9cb7152
 KINDS = ("features", "similarities", "logits", "attention")
-GROUPS = {  # word -> terms
-    "base": tuple(term.name for term in base_terms()),
-    "distillation": tuple(term.name for term in distillation_terms()),
-    **{kind: tuple(t.name for t in distillation_terms() if t.name.endswith(kind)) for kind in KINDS},
-    **{module: tuple(t.name for t in distillation_terms() if t.module == module) for module in MODULES},
-}
+
+
+def _groups() -> dict[str, tuple[str, ...]]:
+    "Terms by the word that stands for several: who needs a teacher, what is compared, and of which module"
+    distilled = [term for term in BLIP_LOSSES.values() if term.needs_teacher]
+    groups = {
+        "base": tuple(term.name for term in BLIP_LOSSES.values() if not term.needs_teacher),
+        "distillation": tuple(term.name for term in distilled),
+    }
+    for kind in KINDS:
+        groups[kind] = tuple(term.name for term in distilled if term.name.endswith(kind))
+    for module in MODULES:
+        groups[module] = tuple(term.name for term in distilled if term.module == module)
+    return groups
+
+
+GROUPS = _groups()  # word -> terms
 
 
 def spread(
-    given: Sequence[tuple[str, float]],
-) -> dict[str, float]:  # (term or group, weight) in their order -> term -> weight
+    weights: Sequence[tuple[str, float]],  # (term or group, weight), in order
+) -> dict[str, float]:  # term -> weight
     "Weights of terms, groups written out; later words count more"
-    weights: dict[str, float] = {}
-    for name, weight in given:
+    of_terms: dict[str, float] = {}
+    for name, weight in weights:
         if name not in GROUPS and name not in BLIP_LOSSES:
-            terms = ", ".join(term.name for term in blip_terms())
+            terms = ", ".join(BLIP_LOSSES)
             raise ValueError(f"no term or group {name!r}: groups are {', '.join(GROUPS)}; terms are {terms}")
-        weights |= dict.fromkeys(GROUPS.get(name, (name,)), weight)
-    return weights
+        of_terms.update(dict.fromkeys(GROUPS.get(name, (name,)), weight))
+    return of_terms

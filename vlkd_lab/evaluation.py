@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thu
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
+from .models import VLM, TowerShape, count_cost, evaluating, head_widths, measure_latency, tower_shapes
 from .runs import Run, read_json, role_of, to_json, write_whole
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
@@ -45,11 +45,10 @@ def encode_pairs(
 ) -> Features:  # of all N images, and N or T texts; float32, on the CPU
     "Features of every pair, seen through the model's own preprocessing and tokenizer"
     with evaluating(vlm.model):
-        parts = [
-            vlm.encode(batch.to(vlm.device))
-            for batch in pairs.batches(View(vlm.preprocess, vlm.tokenizer), batch_size)
-        ]
-    image, text = (torch.cat([getattr(p, side) for p in parts]).float().cpu() for side in ("image", "text"))
+        batches = pairs.batches(View(vlm.preprocess, vlm.tokenizer), batch_size)
+        parts = [vlm.encode(batch.to(vlm.device)) for batch in batches]
+    image = torch.cat([part.image for part in parts]).float().cpu()
+    text = torch.cat([part.text for part in parts]).float().cpu()
     texts = flat_captions(pairs.all_captions)[0]
     if every_caption and len(texts) > len(pairs):
         text = encode_captions(vlm, texts, batch_size).cpu()
@@ -73,17 +72,17 @@ def find_classes(
     "The class names that lie beside shards or a table, or in a folder of pairs"
     shards = find_data(where, held_out=True) if isinstance(where, str) else find_shards(where)
     folder = source_folder(shards[0])
-    lines = {name: _lines(folder / f"{name}.txt") for name in ("classes", "templates")}
-    if "" in lines["classes"]:
-        blank = lines["classes"].index("") + 1
+    names = _lines(folder / "classes.txt")
+    if "" in names:
+        blank = names.index("") + 1
         raise ValueError(
             f"{folder / 'classes.txt'}: line {blank} is blank: each line names the class of its number"
         )
-    templates = tuple(filter(None, lines["templates"]))
+    templates = tuple(filter(None, _lines(folder / "templates.txt")))
     wrong = [template for template in templates if "{}" not in template]
     if wrong:
         raise ValueError(f"{folder / 'templates.txt'}: {wrong[0]!r} has no {{}} for the class name")
-    return Classes(lines["classes"], templates or TEMPLATES) if lines["classes"] else None
+    return Classes(names, templates or TEMPLATES) if names else None
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -95,14 +94,14 @@ def _lines(path: Path) -> tuple[str, ...]:
 @torch.no_grad()
 def classifier(vlm: VLM, classes: Classes) -> Tensor:  # (C, D) unit rows
     "One text feature a class: the mean over the templates, of unit length"
-    prompts = [template.replace("{}", name) for name in classes.names for template in classes.templates]
-    features = torch.cat(
-        [
-            vlm.encode_text(vlm.tokenizer(prompts[k : k + 256]).to(vlm.device))
-            for k in range(0, len(prompts), 256)
-        ]
-    )
-    by_class = features.float().view(len(classes.names), len(classes.templates), -1)
+    prompts = []
+    for name in classes.names:
+        prompts += [template.replace("{}", name) for template in classes.templates]
+    parts = []
+    for start in range(0, len(prompts), 256):
+        tokens = vlm.tokenizer(prompts[start : start + 256])
+        parts.append(vlm.encode_text(tokens.to(vlm.device)))
+    by_class = torch.cat(parts).float().view(len(classes.names), len(classes.templates), -1)
     return F.normalize(by_class.mean(dim=1), dim=1).cpu()
 
 
@@ -112,7 +111,8 @@ def predict(image: Tensor, class_rows: Tensor) -> Tensor:  # (N, D) and (C, D) u
 
 
 def accuracy(
-    predicted: Tensor, labels: Sequence[int | None]
+    predicted: Tensor,  # (N,) class indices
+    labels: Sequence[int | None],  # N class indices, or None
 ) -> float:  # share among the samples that have a label; nan if none has
     "Top-1 accuracy"
     known = [(p, label) for p, label in zip(predicted.tolist(), labels, strict=True) if label is not None]
@@ -120,10 +120,11 @@ def accuracy(
 
 # %% ../nbs/library/22_evaluation.ipynb #b7c19c18
 def affinity_divergence(student: Features, teacher: Features, batch: int = 250) -> float:  # nats, at least 0
-    "Mean divergence of the student's affinities from the teacher's, both ways, within batches of consecutive pairs"
+    "Mean divergence of the student's affinities from the teacher's, both ways, within batches of neighbours"
     values = []
     for k in range(0, len(teacher), batch):
-        s, t = student[k : k + batch], teacher[k : k + batch]
+        s = student[k : k + batch]
+        t = teacher[k : k + batch]
         values.append((affinity_mimicking(s, t) - affinity_mimicking(t, t)).item() * len(t))
     return sum(values) / len(teacher)
 
@@ -135,35 +136,39 @@ def agreement(
     teacher_classes: Tensor | None = None,  # (C, D_t)
 ) -> dict[str, float]:
     "How often both say the same, and how far their affinities are apart"
-    same = lambda a, b: (a == b).float().mean().item()  # noqa: E731
-    said = {
-        "same_caption": same(
-            (student.image @ student.text.T).argmax(1), (teacher.image @ teacher.text.T).argmax(1)
-        )
-    }
+    scores = {"same_caption": _share_equal(_captions_chosen(student), _captions_chosen(teacher))}
     if student_classes is not None and teacher_classes is not None:
-        said["same_class"] = same(
-            predict(student.image, student_classes), predict(teacher.image, teacher_classes)
-        )
-    return said | {"affinity_divergence": affinity_divergence(student, teacher)}
+        of_student = predict(student.image, student_classes)
+        scores["same_class"] = _share_equal(of_student, predict(teacher.image, teacher_classes))
+    scores["affinity_divergence"] = affinity_divergence(student, teacher)
+    return scores
+
+
+def _captions_chosen(features: Features) -> Tensor:  # (N,) the text nearest to each image
+    return (features.image @ features.text.T).argmax(1)
+
+
+def _share_equal(one: Tensor, other: Tensor) -> float:  # of N entries
+    return (one == other).float().mean().item()
 
 # %% ../nbs/library/22_evaluation.ipynb #fb19471a
 def score(
     vlm: VLM,
     pairs: Pairs,
     classes: Classes | None = None,  # None: no zero-shot
-    # the teacher's features of the same pairs, and its class rows
-    teacher: tuple[Features, Tensor | None] | None = None,
+    teacher: tuple[Features, Tensor | None] | None = None,  # its features of the same pairs, its class rows
 ) -> tuple[dict[str, float], Features, Tensor | None]:  # scores by name, features of the pairs, class rows
     "Zero-shot accuracy, retrieval by picture and agreement with the teacher"
     every = encode_pairs(vlm, pairs, every_caption=True)
-    features, rows = first_captions(every, pairs), None if classes is None else classifier(vlm, classes)
-    scores = {
-        "zero_shot": math.nan if rows is None else accuracy(predict(features.image, rows), pairs.labels)
-    }
-    scores |= recall(every, captions=pairs.all_captions)
+    features = first_captions(every, pairs)
+    rows = None
+    zero_shot = math.nan
+    if classes is not None:
+        rows = classifier(vlm, classes)
+        zero_shot = accuracy(predict(features.image, rows), pairs.labels)
+    scores = {"zero_shot": zero_shot, **recall(every, captions=pairs.all_captions)}
     if teacher is not None:
-        scores |= agreement(features, teacher[0], rows, teacher[1])
+        scores.update(agreement(features, teacher[0], rows, teacher[1]))
     if not (every.image.isfinite().all() and every.text.isfinite().all()):
         scores = {name: math.nan for name in scores}
     return scores, features, rows
@@ -181,6 +186,11 @@ def first_captions(
     return Features(features.image, features.text[first], features.scale)
 
 # %% ../nbs/library/22_evaluation.ipynb #3e8180f6
+def _mean_r1(scores: Mapping[str, Any]) -> Any:  # of a share in both directions, or of a column of shares
+    "R@1, the mean of both directions"
+    return (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
+
+
 def caption_counts(pairs: Pairs) -> tuple[int, float]:  # different captions; right ones a picture
     "Among what retrieval chooses"
     right = distinct_captions(pairs.all_captions)[2]
@@ -197,18 +207,18 @@ def alarms(
     "What must be said loudly: NaN, or no better than chance"
     if math.isnan(scores["image_to_text_r1"]):
         return [f"{name}: its features are NaN"]
-    found = []
-    r1 = (scores["image_to_text_r1"] + scores["text_to_image_r1"]) / 2
+    messages = []
+    r1 = _mean_r1(scores)
     chance = right / captions
     if r1 <= chance + min(2 * chance, 0.1):
         several = "" if right == 1 else f", of which {right:.3g} are right for a picture"
         odds = f"1 in {captions / right:.0f}"
-        found.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} ({odds})")
+        messages.append(f"{name}: R@1 of {r1:.2%} is chance among {captions} captions{several} ({odds})")
     if classes and scores["zero_shot"] <= 1.2 / classes:
-        found.append(
+        messages.append(
             f"{name}: zero-shot accuracy of {scores['zero_shot']:.1%} is chance among {classes} classes"
         )
-    return found
+    return messages
 
 # %% ../nbs/library/22_evaluation.ipynb #37e8b3fa
 STRENGTHS = (0.3, 3.0, 30.0, 300.0)  # inverse regularisation that is tried; unit rows want large ones
@@ -226,20 +236,23 @@ def linear_probe(
 
     known = np.array([row for row, label in enumerate(train_labels) if label is not None])
     labels = np.array([label for label in train_labels if label is not None])
-    if len(set(labels.tolist())) < 2:
+    classes = len(np.unique(labels))
+    if classes < 2:
         raise ValueError(
-            "a linear probe needs two classes among its training labels; there are "
-            f"{len(set(labels.tolist()))}"
+            f"a linear probe needs two classes among its training labels; there are {classes}"
         )
-    rows, order = train.numpy()[known], np.random.default_rng(seed).permutation(len(known))
-    held, rest = np.split(order, [len(order) // 5])
-    fitted = lambda c, at: LogisticRegression(C=c, max_iter=1000).fit(rows[at], labels[at])  # noqa: E731
-    tried = (
-        {c: fitted(c, rest).score(rows[held], labels[held]) for c in STRENGTHS}
-        if len(set(labels[rest].tolist())) > 1
-        else {30.0: 0}
-    )
-    predicted = fitted(max(tried, key=tried.get), order).predict(test.numpy())
+    rows = train.numpy()[known]
+    order = np.random.default_rng(seed).permutation(len(known))
+    held_out, rest = np.split(order, [len(order) // 5])
+
+    def fitted(strength: float, chosen: np.ndarray) -> LogisticRegression:
+        return LogisticRegression(C=strength, max_iter=1000).fit(rows[chosen], labels[chosen])
+
+    best = 30.0
+    if len(np.unique(labels[rest])) > 1:
+        scores = {c: fitted(c, rest).score(rows[held_out], labels[held_out]) for c in STRENGTHS}
+        best = max(scores, key=scores.get)
+    predicted = fitted(best, order).predict(test.numpy())
     return accuracy(torch.from_numpy(predicted), test_labels), predicted
 
 
@@ -261,16 +274,16 @@ def probe_table(
     test: Pairs,
 ) -> pd.DataFrame:  # a row a model, a column a label set, and their mean
     "Linear-probe accuracy on every label set"
-    sets, wanted, rows = (
-        all_label_sets(train),
-        {name: all_label_sets(test)[name] for name in probed_sets(train, test)},
-        {},
-    )
+    train_sets = all_label_sets(train)
+    test_sets = all_label_sets(test)
+    rows: dict[str, dict[str, float]] = {}
     for name, vlm in models.items():
-        seen = [encode_pairs(vlm, pairs).image for pairs in (train, test)]
-        rows[name] = {
-            key: linear_probe(seen[0], sets[key], seen[1], labels)[0] for key, labels in wanted.items()
-        }
+        train_images = encode_pairs(vlm, train).image
+        test_images = encode_pairs(vlm, test).image
+        rows[name] = {}
+        for labels in probed_sets(train, test):
+            score, _ = linear_probe(train_images, train_sets[labels], test_images, test_sets[labels])
+            rows[name][labels] = score
     table = pd.DataFrame.from_dict(rows, orient="index")
     return table.assign(mean=table.mean(axis=1)) if len(table.columns) else table
 
@@ -284,47 +297,50 @@ def retrieve(
     "The captions nearest to some images; one that is equal to any of the image's own is marked as right"
     from IPython.display import HTML
 
-    features, texts = encode_pairs(vlm, pairs, every_caption=True), flat_captions(pairs.all_captions)[0]
+    features = encode_pairs(vlm, pairs, every_caption=True)
+    texts = flat_captions(pairs.all_captions)[0]
     rows = [k * len(pairs) // queries for k in range(min(queries, len(pairs)))]
     nearest = (features.image[rows] @ features.text.T).topk(min(best, len(texts)))
-    cells = []
-    for row, found, cosines in zip(rows, nearest.indices.tolist(), nearest.values.tolist(), strict=True):
+    lines = ["<tr><th></th><th>its caption</th><th>nearest captions, cosine</th></tr>"]
+    for row, places, cosines in zip(rows, nearest.indices.tolist(), nearest.values.tolist(), strict=True):
         own = pairs.all_captions[row]
-        said = [
-            ("<b>✓</b> " if texts[j] in own else "") + f"{escaped(texts[j])} <small>{c:.2f}</small>"
-            for j, c in zip(found, cosines, strict=True)
-        ]
+        captions = []
+        for place, cosine in zip(places, cosines, strict=True):
+            mark = "<b>✓</b> " if texts[place] in own else ""
+            captions.append(f"{mark}{escaped(texts[place])} <small>{cosine:.2f}</small>")
         image = f"<img alt='' style='width:72px' src='{thumbnail(pairs.pil(row), 144)}'>"
-        cells.append(
-            f"<tr><td>{image}</td><td>{escaped(own[0])}</td><td "
-            f"style='text-align:left'>{'<br>'.join(said)}</td></tr>"
-        )
-    return HTML(
-        "<table><tr><th></th><th>its caption</th><th>nearest captions, "
-        f"cosine</th></tr>{''.join(cells)}</table>"
-    )
+        cell = f"<td style='text-align:left'>{'<br>'.join(captions)}</td>"
+        lines.append(f"<tr><td>{image}</td><td>{escaped(own[0])}</td>{cell}</tr>")
+    return HTML(f"<table>{''.join(lines)}</table>")
 
 # %% ../nbs/library/22_evaluation.ipynb #c0b722b7
 def validation_curve(
     run: Run, stage: str
 ) -> list[tuple[int, float]]:  # (step of the whole line, mean R@1 of both directions)
     "What validation said during a stage"
-    lines = [m for m in run.metrics() if m.get("event") == "validation" and m["stage"] == stage]
-    return [(m["step"], (float(m["image_to_text_r1"]) + float(m["text_to_image_r1"])) / 2) for m in lines]
+    curve = []
+    for line in run.metrics():
+        if line.get("event") == "validation" and line["stage"] == stage:
+            image_to_text = float(line["image_to_text_r1"])  # text where it is not finite
+            text_to_image = float(line["text_to_image_r1"])
+            curve.append((line["step"], (image_to_text + text_to_image) / 2))
+    return curve
 
 
-def first_step(curve: Sequence[tuple[int, float]], wanted: float) -> int | None:  # None: never
+def first_step(curve: Sequence[tuple[int, float]], level: float) -> int | None:  # None: never
     "The step at which a validation curve first was at least as high"
-    return next((step for step, value in curve if value >= wanted), None)
+    return next((step for step, value in curve if value >= level), None)
 
 
 def steps_to_reach(
-    run: Run, stage: str, wanted: float
+    run: Run,
+    stage: str,
+    level: float,  # mean R@1 of both directions
 ) -> tuple[int, int] | None:  # (of its own stage, of its whole line); None: never
-    "Steps until a stage's student first scored at least `wanted`"
-    begun = [m["step"] for m in run.metrics() if m["stage"] == stage and "total" in m]
-    reached = first_step(validation_curve(run, stage), wanted)
-    return None if reached is None else (reached - begun[0] + 1, reached)
+    "Steps until a stage's student first scored at least that"
+    steps = [line["step"] for line in run.metrics() if line["stage"] == stage and "total" in line]
+    reached = first_step(validation_curve(run, stage), level)
+    return None if reached is None else (reached - steps[0] + 1, reached)
 
 # %% ../nbs/library/22_evaluation.ipynb #461a30a0
 def _job_stages(job: Job) -> list[str]:
@@ -332,30 +348,33 @@ def _job_stages(job: Job) -> list[str]:
     return [stage for stage, _ in job.plan]
 
 
-def _is_complete(job: Job) -> bool:
-    "Whether every stage has been trained to its end"
-    return all((job.run.folder / stage / "done.json").exists() for stage in _job_stages(job))
+def _finished_stages(job: Job) -> list[str]:
+    return [stage for stage in _job_stages(job) if (job.run.folder / stage / "done.json").exists()]
 
 
 def job_models(job: Job) -> dict[str, VLM]:
     "The teacher, every student that the job has finished, and the one in whose training it was stopped"
-    saved = [stage for stage in _job_stages(job) if (job.run.folder / stage / "done.json").exists()]
-    found = {
-        stage: load_student(job.run.folder / stage / "student", job.accelerator.device) for stage in saved
-    }
-    at = job.run.status()
-    if at["state"] in ("stopped", "failed", "lost") and at.get("stage") not in (*saved, None):
-        found[at["stage"]] = current_student(job.run, job.accelerator.device, stage=at["stage"])
-    return {"teacher": job.teacher} | found
+    device = job.accelerator.device
+    students = {}
+    for stage in _finished_stages(job):
+        students[stage] = load_student(job.run.folder / stage / "student", device)
+    status = job.run.status()
+    stage = status.get("stage")
+    if status["state"] in ("stopped", "failed", "lost") and stage is not None and stage not in students:
+        students[stage] = current_student(job.run, device, stage=stage)
+    return {"teacher": job.teacher} | students
 
 
-def _kept(
-    job: Job, vlm: VLM
-) -> float:  # share of the teacher's prunable weights; nan for towers that are no transformers
+def _shapes_of(vlm: VLM) -> dict[str, TowerShape]:
+    return tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
+
+
+def _kept(job: Job, vlm: VLM) -> float:
+    "Share of the teacher's prunable weights; nan for towers that are no transformers"
     if job.costs is None:
         return math.nan
     try:
-        shapes = tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
+        shapes = _shapes_of(vlm)
     except (ValueError, KeyError):
         return math.nan
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
@@ -363,17 +382,21 @@ def _kept(
 
 def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, float], scratch: float) -> dict:
     "One model's line of the table"
-    cost, steps = count_cost(vlm), _steps_of(job, name)
-    reached = None if name == "teacher" or math.isnan(scratch) else steps_to_reach(job.run, name, scratch)
-    own, line = reached or (math.nan, math.nan)
-    prices = {
+    cost = count_cost(vlm)
+    reached = None
+    if name != "teacher" and not math.isnan(scratch):
+        reached = steps_to_reach(job.run, name, scratch)
+    own_steps, line_steps = reached or (math.nan, math.nan)
+    return {
         "parameters": cost.parameters,
         "kept": _kept(job, vlm),
         "macs": cost.macs,
         "latency_ms": latency,
-        "steps": steps,
+        "steps": _steps_of(job, name),
+        **scores,
+        "steps_to_scratch": own_steps,
+        "line_steps_to_scratch": line_steps,
     }
-    return prices | dict(scores) | {"steps_to_scratch": own, "line_steps_to_scratch": line}
 
 
 def _steps_of(job: Job, name: str) -> int:
@@ -385,14 +408,13 @@ def compare(
     job: Job, pairs: Pairs | None = None, classes: Classes | None = None
 ) -> pd.DataFrame:  # one row a model
     "Score and weigh the teacher and all students on validation pairs"
-    models, pairs = job_models(job), pairs or job.val
+    models = job_models(job)
+    pairs = pairs or job.val
     classes = classes or find_classes(job.options.val)
-    latency, (captions, right) = measure_latency(models), caption_counts(pairs)
-    if classes and (
-        beyond := [label for label in pairs.labels if label is not None and label >= len(classes.names)]
-    ):
-        counts = f"{len(beyond)} of {len(pairs)} validation pairs have a class beyond classes.txt, such as {beyond[0]}"
-        job.run.warn(f"{counts}: it names {len(classes.names)} classes, the first of which is 0")
+    latency = measure_latency(models)
+    captions, right = caption_counts(pairs)
+    if classes:
+        _warn_of_other_classes(job, pairs, classes)
     _, features, rows = score(job.teacher, pairs, classes)
     baselines = [name for name in models if role_of(job.run, name) == "baseline"]
     curves = [validation_curve(job.run, name) for name in baselines]
@@ -407,57 +429,62 @@ def compare(
     compared.attrs["baselines"] = baselines
     return compared
 
+
+def _warn_of_other_classes(job: Job, pairs: Pairs, classes: Classes) -> None:
+    count = len(classes.names)
+    beyond = [label for label in pairs.labels if label is not None and label >= count]
+    if beyond:
+        share = f"{len(beyond)} of {len(pairs)} validation pairs"
+        named = f"have a class beyond classes.txt, such as {beyond[0]}"
+        job.run.warn(f"{share} {named}: it names {count} classes, the first of which is 0")
+
 # %% ../nbs/library/22_evaluation.ipynb #6a020429
 def finish(job: Job, table: pd.DataFrame) -> dict:
-    "Write result.json and mark the run as finished; returns the result, which for a job that was stopped is only shown"
-    result = {"models": to_json(table.to_dict("index")), "warnings": job.run.status().get("warnings", [])}
-    if not _is_complete(job):
-        return result | {
-            "warnings": [
-                *result["warnings"],
-                "the job was stopped before its end: these are the students as they are",
-            ]
-        }
+    "Write result.json and mark the run as finished; the result of a job that was stopped is only returned"
+    warnings = job.run.status().get("warnings", [])
+    result = {"models": to_json(table.to_dict("index")), "warnings": warnings}
+    if _finished_stages(job) != _job_stages(job):
+        unfinished = "the job was stopped before its end: these are the students as they are"
+        return result | {"warnings": [*warnings, unfinished]}
     with job.run:
         write_whole(job.run.folder / "result.json", json.dumps(result, indent=1))
     return result
 
 # %% ../nbs/library/22_evaluation.ipynb #096ab69c
+_COLUMNS = {  # name -> title, how a value is written, what it is counted in
+    "parameters": ("parameters, M", "{:.2f}", 1e6),
+    "kept": ("prunable weights kept", "{:.1%}", 1),
+    "macs": ("MACs, M", "{:.1f}", 1e6),
+    "latency_ms": ("latency, ms a pair", "{:.2f}", 1),
+    "zero_shot": ("zero-shot", "{:.1%}", 1),
+    "image_to_text_r1": ("image→text R@1", "{:.1%}", 1),
+    "image_to_text_r5": ("R@5", "{:.1%}", 1),
+    "image_to_text_r10": ("R@10", "{:.1%}", 1),
+    "text_to_image_r1": ("text→image R@1", "{:.1%}", 1),
+    "text_to_image_r5": ("R@5 ", "{:.1%}", 1),
+    "text_to_image_r10": ("R@10 ", "{:.1%}", 1),
+    "same_class": ("same class as teacher", "{:.1%}", 1),
+    "same_caption": ("same caption", "{:.1%}", 1),
+    "affinity_divergence": ("affinity divergence, nats", "{:.3f}", 1),
+    "steps": ("steps", "{:.0f}", 1),
+    "steps_to_scratch": ("own steps to scratch's score", "{:.0f}", 1),
+    "line_steps_to_scratch": ("all steps to it", "{:.0f}", 1),
+}
+
+
 def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
     "The comparison with readable units; displays in a notebook and in an exported page"
     from html import escape
 
     from IPython.display import HTML
 
-    percent, plain = "{:.1%}".format, "{:.0f}".format
-    columns = {
-        "parameters": ("parameters, M", lambda v: f"{v / 1e6:.2f}"),
-        "kept": ("prunable weights kept", percent),
-        "macs": ("MACs, M", lambda v: f"{v / 1e6:.1f}"),
-        "latency_ms": ("latency, ms a pair", "{:.2f}".format),
-        "zero_shot": ("zero-shot", percent),
-        "image_to_text_r1": ("image→text R@1", percent),
-        "image_to_text_r5": ("R@5", percent),
-        "image_to_text_r10": ("R@10", percent),
-        "text_to_image_r1": ("text→image R@1", percent),
-        "text_to_image_r5": ("R@5 ", percent),
-        "text_to_image_r10": ("R@10 ", percent),
-        "same_class": ("same class as teacher", percent),
-        "same_caption": ("same caption", percent),
-        "affinity_divergence": ("affinity divergence, nats", "{:.3f}".format),
-        "steps": ("steps", plain),
-        "steps_to_scratch": ("own steps to scratch's score", plain),
-        "line_steps_to_scratch": ("all steps to it", plain),
-    }
-    known = {c: made for c, made in columns.items() if c in table}
-    shown = pd.DataFrame(
-        {
-            title: table[c].map(lambda v, f=f: "—" if math.isnan(v) else f(v))
-            for c, (title, f) in known.items()
-        }
-    )
+    shown = {}
+    for name, (title, form, unit) in _COLUMNS.items():
+        if name in table:
+            values = [value / unit for value in table[name]]
+            shown[title] = ["—" if math.isnan(value) else form.format(value) for value in values]
     alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escape(w)}</p>" for w in warnings)
-    return HTML(alarm + shown.T.to_html(border=0))
+    return HTML(alarm + pd.DataFrame(shown, index=table.index).T.to_html(border=0))
 
 # %% ../nbs/library/22_evaluation.ipynb #073b92fe
 REFERENCE = "data_samples/reference_tinyclip.json"  # from the project's root
@@ -475,18 +502,22 @@ _COMPARABLE = (
 )
 
 
+def _validated_stages(run: Run) -> list[str]:
+    return list(dict.fromkeys(m["stage"] for m in run.metrics() if m.get("event") == "validation"))
+
+
 def save_reference(run: Run, path: str | Path) -> None:
     "Keep a run's validation curves, and the parameters with which others compare"
-    stages = dict.fromkeys(m["stage"] for m in run.metrics() if m.get("event") == "validation")
-    curves = {
-        stage: [[step, round(value, 4)] for step, value in validation_curve(run, stage)] for stage in stages
-    }
+    curves = {}
+    for stage in _validated_stages(run):
+        curves[stage] = [[step, round(value, 4)] for step, value in validation_curve(run, stage)]
     parameters = {name: run.config()["parameters"][name] for name in _COMPARABLE}
     write_whole(path, json.dumps({"parameters": parameters, "curves": curves}) + "\n")
 
 
 def reference_curves(
-    run: Run, path: str | Path | None = None
+    run: Run,
+    path: str | Path | None = None,  # None: the one that comes with the package
 ) -> dict[str, list[tuple[int, float]]]:  # empty when not comparable
     "The reference's validation curves, if this run has the same parameters"
     reference = read_json(path or shipped(REFERENCE), {"parameters": None})
@@ -505,49 +536,51 @@ _SKIPPED = {
     "phase",
     "event",
     "total",
+    "expected_sparsity",
+    "target_sparsity",
 }
-_SKIPPED |= {"expected_sparsity", "target_sparsity"}
 MOST_IN_PANEL = 6  # terms whose names still fit into a panel
 
 
 def plot_losses(run: Run) -> Figure:
-    "Every named term by step, one panel a stage; many of them on a logarithmic axis; sparsity on the right while gates are learned"
+    "Every named term by step, one panel a stage; many share a logarithmic axis; sparsity is on the right"
     import matplotlib.pyplot as plt
 
     lines = [m for m in run.metrics() if "total" in m]
     stages = list(dict.fromkeys(m["stage"] for m in lines))
     terms = list(dict.fromkeys(k for m in lines for k in m if k not in _SKIPPED))
-    many, width = len(terms) > MOST_IN_PANEL, 3.4 * max(len(stages), 1)
+    many = len(terms) > MOST_IN_PANEL
+    panels = max(len(stages), 1)
+    size = (3.4 * panels + (1.6 if many else 0), 2.8)
     colours = dict(zip(terms, plt.get_cmap("tab20" if many else "tab10").colors * len(terms), strict=False))
-    figure, axes = plt.subplots(
-        1, max(len(stages), 1), figsize=(width + 1.6 * many, 2.8), squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages, strict=False):
-        own = [m for m in lines if m["stage"] == stage]
-        for term in (term for term in terms if any(term in m for m in own)):
-            found = zip(*((m["step"], float(m[term])) for m in own if term in m), strict=True)
-            axis.plot(*found, label=term.replace("_", " "), lw=1, color=colours[term])
-        gates = [
-            (m["step"], m["expected_sparsity"], m["target_sparsity"]) for m in own if "expected_sparsity" in m
-        ]
-        if gates:
-            _sparsity_axis(axis, *zip(*gates, strict=True))
-        axis.set(
-            title=stage,
-            xlabel="step",
-            ylabel="nats" if axis is axes[0][0] else "",
-            yscale="log" if many else "linear",
-        )
+        _plot_stage(axis, [m for m in lines if m["stage"] == stage], colours)
+        axis.set(title=stage, xlabel="step", yscale="log" if many else "linear")
         if not many:
             axis.legend(fontsize=7, loc="upper right")
+    axes[0][0].set_ylabel("nats" if stages else "")
     if many:
-        shown = {
-            label: line
-            for axis in axes[0]
-            for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
+        shown = {}
+        for axis in axes[0]:
+            for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                shown[label] = line
         figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
     return _closed(figure)
+
+
+def _plot_stage(axis, lines: Sequence[dict], colours: Mapping[str, Any]) -> None:
+    "The terms of one stage, and its sparsity"
+    for term, colour in colours.items():
+        steps = [line["step"] for line in lines if term in line]
+        values = [float(line[term]) for line in lines if term in line]
+        if steps:
+            axis.plot(steps, values, label=term.replace("_", " "), lw=1, color=colour)
+    gated = [line for line in lines if "expected_sparsity" in line]
+    if gated:
+        steps = [line["step"] for line in gated]
+        expected = [line["expected_sparsity"] for line in gated]
+        _sparsity_axis(axis, steps, expected, [line["target_sparsity"] for line in gated])
 
 # %% ../nbs/library/22_evaluation.ipynb #dde6c923
 def _sparsity_axis(axis, steps, expected, target) -> None:
@@ -567,24 +600,19 @@ def _closed(figure: Figure) -> Figure:
 
 # %% ../nbs/library/22_evaluation.ipynb #87ba8dbf
 def plot_validation(run: Run, teacher: float | None = None) -> Figure:
-    "R@1 (mean of both directions) by step; each stage's student, scratch, the teacher's level, and the reference where there is one"
+    "R@1 (mean of both directions) by step: every stage, the teacher's level, the reference run"
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 2.8), layout="constrained")
-    for stage in dict.fromkeys(m["stage"] for m in run.metrics() if m.get("event") == "validation"):
-        scratch = role_of(run, stage) == "baseline"
-        axis.plot(
-            *zip(*validation_curve(run, stage), strict=True),
-            label=stage,
-            color="gray" if scratch else None,
-            marker=".",
-            ms=4,
-            lw=1,
-        )
-    for k, curve in enumerate(reference_curves(run).values()):
-        axis.plot(
-            *zip(*curve, strict=True), color="black", lw=0.8, ls=":", label=None if k else "reference run"
-        )
+    for stage in _validated_stages(run):
+        steps, values = zip(*validation_curve(run, stage), strict=True)
+        colour = "gray" if role_of(run, stage) == "baseline" else None
+        axis.plot(steps, values, label=stage, color=colour, marker=".", ms=4, lw=1)
+    label = "reference run"
+    for curve in reference_curves(run).values():
+        steps, values = zip(*curve, strict=True)
+        axis.plot(steps, values, color="black", lw=0.8, ls=":", label=label)
+        label = None
     if teacher is not None:
         axis.axhline(teacher, color="black", lw=1, ls="--", label="teacher")
     axis.set(xlabel="step", ylabel="R@1, mean of both directions", ylim=(0, None))
@@ -597,24 +625,19 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.8), layout="constrained")
-    r1 = (table["image_to_text_r1"] + table["text_to_image_r1"]) / 2
-    for axis, values, title in (
-        (axes[0], table["zero_shot"], "zero-shot accuracy"),
-        (axes[1], r1, "R@1, mean of both directions"),
-    ):
+    millions = table["parameters"] / 1e6
+    panels = {"zero-shot accuracy": table["zero_shot"], "R@1, mean of both directions": _mean_r1(table)}
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
         for name in table.index:
-            x, y = table.loc[name, "parameters"] / 1e6, values[name]
-            marker, color = ("x", "gray") if name in table.attrs.get("baselines", ()) else ("o", None)
+            marker, colour = ("o", None)
+            if name in table.attrs.get("baselines", ()):
+                marker, colour = ("x", "gray")
             if name == "teacher":
-                marker, color = "*", "black"
-            axis.plot(x, y, marker, color=color, ms=8)
-            axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        axis.set(
-            xlabel="parameters, millions",
-            ylabel=title,
-            ylim=(0, 1),
-            xlim=(0, 1.25 * table["parameters"].max() / 1e6),
-        )
+                marker, colour = ("*", "black")
+            place = (millions[name], values[name])
+            axis.plot(*place, marker, color=colour, ms=8)
+            axis.annotate(name, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
+        axis.set(xlabel="parameters, millions", ylabel=title, ylim=(0, 1), xlim=(0, 1.25 * millions.max()))
     return _closed(figure)
 
 # %% ../nbs/library/22_evaluation.ipynb #9f39022c
@@ -622,23 +645,17 @@ def plot_shapes(models: Mapping[str, VLM]) -> Figure:
     "Heads and neurons that each model kept, layer by layer, both towers"
     import matplotlib.pyplot as plt
 
-    shapes = {
-        name: tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
-        for name, vlm in models.items()
-    }
+    shapes = {name: _shapes_of(vlm) for name, vlm in models.items()}
+    thickness = 0.8 / len(shapes)
     figure, axes = plt.subplots(2, 2, figsize=(8.4, 3.6), layout="constrained")
     for row, tower in zip(axes, ("image", "text"), strict=True):
         for axis, part in zip(row, ("heads", "neurons"), strict=True):
             for k, (name, shape) in enumerate(shapes.items()):
                 counts = getattr(shape[tower], part)
-                bars = [i + (k - len(shapes) / 2) * 0.8 / len(shapes) for i in range(len(counts))]
-                axis.bar(
-                    bars,
-                    counts,
-                    width=0.8 / len(shapes),
-                    align="edge",
-                    label=f"{name}, width {shape[tower].width}",
-                )
+                left = (k - len(shapes) / 2) * thickness
+                label = f"{name}, width {shape[tower].width}"
+                places = np.arange(len(counts)) + left
+                axis.bar(places, counts, width=thickness, align="edge", label=label)
             axis.set(title=f"{tower} tower: {part}", xlabel="layer")
         row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _closed(figure)

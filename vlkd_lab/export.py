@@ -62,23 +62,21 @@ __all__ = ['LICENCES', 'padded_shapes', 'pad_towers', 'export_onnx', 'check_onnx
            'without_folders', 'export_student', 'push_student', 'to_clip_benchmark']
 
 # %% ../nbs/library/25_export.ipynb #cd06c509
-# channels added to the stream of a tower with a norm before its blocks: their multiples must add up to zero
-_LEAST_ADDED = 2
+_LEAST_ADDED = 2  # channels before a tower's first norm: what they hold must add up to zero
 
 
 def _padded(shape: TowerShape, least_added: int = 1) -> TowerShape:
     "The narrowest plain shape that holds a tower"
     if shape.plain:
         return shape
-    heads = max(max(shape.heads), 1)
-    least = shape.head_width if any(shape.heads) else shape.width
-    for width in count(max(shape.width, heads * least)):
-        fitting = [n for n in range(width // least, heads - 1, -1) if width % n == 0]
+    least_heads = max(max(shape.heads), 1)
+    least_width = shape.head_width if any(shape.heads) else shape.width  # of a head
+    for width in count(max(shape.width, least_heads * least_width)):
+        fitting = [n for n in range(width // least_width, least_heads - 1, -1) if width % n == 0]
         if fitting and (width == shape.width or width - shape.width >= least_added):
-            neurons = max(max(shape.neurons), 1)
-            return TowerShape(
-                width, width // fitting[0], (fitting[0],) * shape.layers, (neurons,) * shape.layers
-            )
+            heads = (fitting[0],) * shape.layers
+            neurons = (max(max(shape.neurons), 1),) * shape.layers
+            return TowerShape(width, width // fitting[0], heads, neurons)
 
 
 def padded_shapes(
@@ -90,9 +88,11 @@ def padded_shapes(
 # %% ../nbs/library/25_export.ipynb #2e0c5fff
 def _grow(tensor: Tensor, axis: int, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
     "An axis that is a grid of `old` sizes, in a grid of `new` ones with zeros behind"
-    before, after = tensor.shape[:axis], tensor.shape[axis + 1 :]
+    before = tensor.shape[:axis]
+    after = tensor.shape[axis + 1 :]
     grown = tensor.new_zeros((*before, *new, *after))
-    grown[(slice(None),) * axis + tuple(slice(size) for size in old)] = tensor.reshape(*before, *old, *after)
+    corner = [slice(None)] * axis + [slice(size) for size in old]
+    grown[tuple(corner)] = tensor.reshape(*before, *old, *after)
     return grown.reshape(*before, math.prod(new), *after)
 
 
@@ -111,13 +111,11 @@ def _resized(name: str, tensor: Tensor, old: TowerShape, new: TowerShape) -> Ten
     place = locate(name)
     for axis, kind in enumerate(place.axes):
         if kind:
-            tensor = _grow(
-                tensor, axis, _axis_sizes(kind, old, place.layer), _axis_sizes(kind, new, place.layer)
-            )
+            sizes = _axis_sizes(kind, old, place.layer)
+            tensor = _grow(tensor, axis, sizes, _axis_sizes(kind, new, place.layer))
     if "qkv" in place.axes:
-        tensor = torch.cat(
-            [tensor[: new.width] * math.sqrt(new.head_width / old.head_width), tensor[new.width :]]
-        )
+        queries = tensor[: new.width] * math.sqrt(new.head_width / old.head_width)
+        tensor = torch.cat([queries, tensor[new.width :]])
     return tensor
 
 # %% ../nbs/library/25_export.ipynb #0422489a
@@ -128,11 +126,9 @@ _SMALL = 2.0**-8  # of a channel that is added before the first norm, against th
 
 def _add_mean(tensor: Tensor, axis: int, kept: int) -> Tensor:
     "The mean over the kept channels in each of the added ones"
-    mean = tensor.narrow(axis, 0, kept).mean(dim=axis, keepdim=True)
-    return torch.cat(
-        [tensor.narrow(axis, 0, kept), mean.expand_as(tensor.narrow(axis, kept, tensor.shape[axis] - kept))],
-        dim=axis,
-    )
+    own = tensor.narrow(axis, 0, kept)
+    added = tensor.narrow(axis, kept, tensor.shape[axis] - kept)
+    return torch.cat([own, own.mean(dim=axis, keepdim=True).expand_as(added)], dim=axis)
 
 
 def _multiples(added: int) -> Tensor:  # (added,) that add up to zero, none of them zero; for two or more
@@ -144,24 +140,26 @@ def _multiples(added: int) -> Tensor:  # (added,) that add up to zero, none of t
 
 
 def _before_first_norm(tensor: Tensor, axis: int, kept: int, gain: Tensor) -> Tensor:
-    "What writes into the first norm: of mean zero, and the added channels a small multiple of what the norm's output has as mean"
+    "What writes into the first norm, of mean zero; added channels hold small multiples of its output's mean"
     centred = tensor.narrow(axis, 0, kept)
     centred = centred - centred.mean(dim=axis, keepdim=True)
-    weights = gain.reshape([-1 if k == axis else 1 for k in range(tensor.dim())])
-    form = (centred * weights).mean(dim=axis, keepdim=True) * (_SMALL / gain.square().mean().sqrt())
-    added = _multiples(tensor.shape[axis] - kept).reshape(
-        [-1 if k == axis else 1 for k in range(tensor.dim())]
-    )
-    return torch.cat([centred, form * added], dim=axis)
+    along = [1] * tensor.dim()  # the shape of a vector along the axis
+    along[axis] = -1
+    mean = (centred * gain.reshape(along)).mean(dim=axis, keepdim=True)
+    mean = mean * (_SMALL / gain.square().mean().sqrt())
+    added = _multiples(tensor.shape[axis] - kept).reshape(along)
+    return torch.cat([centred, mean * added], dim=axis)
 
 # %% ../nbs/library/25_export.ipynb #4ad0e2ac
 def _pad_tensor(name: str, tensor: Tensor, old: TowerShape, new: TowerShape, first: Tensor | None) -> Tensor:
     "One tensor of a tower in its new sizes; `first` is the weight of the norm before the blocks"
-    place, kept = locate(name), old.width
+    place = locate(name)
+    kept = old.width
     grown = _resized(name, tensor, old, new)
     if "hidden" not in place.axes or new.width == kept:
         return grown
-    axis, share = place.axes.index("hidden"), math.sqrt(kept / new.width)
+    axis = place.axes.index("hidden")
+    share = math.sqrt(kept / new.width)
     if place.tensor == "ln_pre.weight":
         gain = tensor.square().mean().sqrt() / (_SMALL * _multiples(new.width - kept))
         return torch.cat([tensor, gain]) * share
@@ -177,31 +175,25 @@ def _pad_state(
     state: Mapping[str, Tensor], old: Mapping[str, TowerShape], new: Mapping[str, TowerShape]
 ) -> dict[str, Tensor]:
     "All tensors of a CLIP in their new sizes; computed in double precision"
-    padded = {}
+    first = state.get("visual.ln_pre.weight")
+    firsts = {"image": None if first is None else first.double(), "text": None}
+    padded = dict(state)
     for name, tensor in state.items():
         tower = locate(name).tower
         if tower:
-            first = state.get("visual.ln_pre.weight") if tower == "image" else None
-            given = (tensor.double(), old[tower], new[tower], None if first is None else first.double())
-            padded[name] = _pad_tensor(name, *given).to(tensor.dtype).contiguous()
-        else:
-            padded[name] = tensor
+            grown = _pad_tensor(name, tensor.double(), old[tower], new[tower], firsts[tower])
+            padded[name] = grown.to(tensor.dtype).contiguous()
     return padded
 
 # %% ../nbs/library/25_export.ipynb #5da2350c
-_NORMS = {
-    "image": ("vision_cfg", lambda model: model.visual.ln_post),
-    "text": ("text_cfg", lambda model: text_part(model).ln_final),
-}
-
-
 def _without_layer_scale(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Layer scales multiplied into the weights and biases before them"
     written = {"ls_1": "attn.out_proj", "ls_2": "mlp.c_proj"}
     plain = {name: tensor for name, tensor in state.items() if not name.endswith(".gamma")}
     for name in state.keys() - plain.keys():
         block, scale = name.removesuffix(".gamma").rsplit(".", 1)
-        weight, bias = (f"{block}.{written[scale]}.{part}" for part in ("weight", "bias"))
+        weight = f"{block}.{written[scale]}.weight"
+        bias = f"{block}.{written[scale]}.bias"
         gamma = state[name].double()
         plain[weight] = (state[weight].double() * gamma[:, None]).to(state[weight].dtype)
         plain[bias] = (state[bias].double() * gamma).to(state[bias].dtype)
@@ -218,11 +210,12 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
     old = tower_shapes(state, head_widths(vlm.config["model_cfg"]))
     new = padded_shapes(old)
     config = plain_config(vlm.config["model_cfg"], new)
-    for tower, (part, norm) in _NORMS.items():
-        config[part].pop("ls_init_value", None)
+    last_norms = {"image": vlm.model.visual.ln_post, "text": text_part(vlm.model).ln_final}
+    for tower, part in {"image": config["vision_cfg"], "text": config["text_cfg"]}.items():
+        part.pop("ls_init_value", None)
         if new[tower].width != old[tower].width:
-            eps = norm(vlm.model).eps * old[tower].width / new[tower].width
-            config[part]["norm_kwargs"] = (config[part].get("norm_kwargs") or {}) | {"eps": eps}
+            eps = last_norms[tower].eps * old[tower].width / new[tower].width
+            part["norm_kwargs"] = (part.get("norm_kwargs") or {}) | {"eps": eps}
     padded = new_model(config, like=vlm)
     padded.model.load_state_dict(_pad_state(state, old, new))
     padded.model.to(vlm.device).eval()
@@ -241,24 +234,23 @@ class _ImageSide(nn.Module):
 class _TextSide(nn.Module):
     def __init__(self, vlm: VLM):
         super().__init__()
-        self.model, self.pad = vlm.model, vlm.tokenizer.pad if isinstance(vlm, Blip) else None
+        self.model = vlm.model
+        self.pad = vlm.tokenizer.pad if isinstance(vlm, Blip) else None
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.pad is None:
             return self.model.encode_text(tokens, normalize=True)
-        # every column, whatever the data
-        return self.model.project(self.model.run_text(tokens, tokens != self.pad), "text_proj")
+        states = self.model.run_text(tokens, tokens != self.pad)  # every column, whatever the data
+        return self.model.project(states, "text_proj")
 
 
-def _sides(
-    vlm: VLM,
-) -> dict[str, tuple[nn.Module, str]]:  # "image", "text" -> what to export, name of its input
+def _sides(vlm: VLM) -> dict[str, tuple[nn.Module, str]]:  # "image", "text" -> network, name of its input
     if isinstance(vlm, Blip):
         vlm.can("retrieval")
     return {"image": (_ImageSide(vlm).eval(), "image"), "text": (_TextSide(vlm).eval(), "tokens")}
 
 
-_SAID = (
+_TEXTS = (
     "a photo of a cat",
     "two red stars left of a large blue house on the grass",
     "a",
@@ -270,22 +262,22 @@ _SAID = (
 def _example(vlm: VLM, side: str, rows: int) -> Tensor:
     "Something to feed a tower, the same for the same number of rows"
     if side == "text":
-        return vlm.tokenizer([_SAID[k % len(_SAID)] for k in range(rows)])
+        return vlm.tokenizer([_TEXTS[k % len(_TEXTS)] for k in range(rows)])
     return torch.randn(rows, 3, *vlm.image_shape, generator=torch.Generator().manual_seed(rows))
 
 # %% ../nbs/library/25_export.ipynb #434ca0a2
 def _metadata(vlm: VLM, opset: int) -> dict[str, str]:
     "What a user of the files must know"
-    eyes, text = vlm.config["preprocess_cfg"], vlm.config["model_cfg"].get("text_cfg", {})
-    known = {
-        name: eyes[name] for name in ("size", "mean", "std", "interpolation", "resize_mode") if name in eyes
-    }
-    known |= dict(
-        normalised=True,
-        scale=float(vlm.scale.detach()),
-        context_length=text.get("context_length", 77),
-        opset=opset,
-    )
+    view = vlm.config["preprocess_cfg"]
+    text = vlm.config["model_cfg"].get("text_cfg", {})
+    known = {}
+    for name in ("size", "mean", "std", "interpolation", "resize_mode"):
+        if name in view:
+            known[name] = view[name]
+    known["normalised"] = True
+    known["scale"] = float(vlm.scale.detach())
+    known["context_length"] = text.get("context_length", 77)
+    known["opset"] = opset
     if getattr(vlm.model, "logit_bias", None) is not None:
         known["bias"] = float(vlm.model.logit_bias.detach())
     return {name: json.dumps(value) for name, value in known.items()}
@@ -296,17 +288,17 @@ def _trace(
     network: nn.Module, example: Tensor, path: Path, names: tuple[str, str], opset: int, dynamo: bool
 ) -> None:
     "Write one network, quietly"
-    given = dict(input_names=[names[0]], output_names=[names[1]], opset_version=opset, dynamo=dynamo)
+    options = dict(input_names=[names[0]], output_names=[names[1]], opset_version=opset, dynamo=dynamo)
     if dynamo:
-        given |= dict(dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
+        options.update(dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False)
     else:
-        given |= dict(dynamic_axes={name: {0: "batch"} for name in names})
+        options.update(dynamic_axes={name: {0: "batch"} for name in names})
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # its fused operations have no counterpart in ONNX
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that sizes were taken as constants: check_onnx tries others
-            torch.onnx.export(network, (example,), str(path), **given)
+            torch.onnx.export(network, (example,), str(path), **options)
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f"{path.name} cannot be written: {reason}; choose onnx=False") from None
@@ -342,16 +334,16 @@ def export_onnx(
     _need("onnx", "onnxruntime", *(["onnxscript"] if dynamo else []))
     import onnx
 
-    vlm, folder = _float32(vlm), Path(folder)
+    vlm = _float32(vlm)
+    folder = Path(folder)
     with evaluating(vlm.model):
         for side, (network, name) in _sides(vlm).items():
             folder.mkdir(parents=True, exist_ok=True)
-            _trace(
-                network, _example(vlm, side, 2), folder / f"{side}.onnx", (name, "features"), opset, dynamo
-            )
-            written = onnx.load(str(folder / f"{side}.onnx"), load_external_data=False)
-            onnx.helper.set_model_props(written, _metadata(vlm, opset))
-            onnx.save(written, str(folder / f"{side}.onnx"))
+            path = folder / f"{side}.onnx"
+            _trace(network, _example(vlm, side, 2), path, (name, "features"), opset, dynamo)
+            graph = onnx.load(str(path), load_external_data=False)
+            onnx.helper.set_model_props(graph, _metadata(vlm, opset))
+            onnx.save(graph, str(path))
     return folder
 
 # %% ../nbs/library/25_export.ipynb #8157fd2a
@@ -366,24 +358,25 @@ def check_onnx(
     _need("onnxruntime")
     import onnxruntime
 
-    vlm, found = _float32(vlm), {}
+    vlm = _float32(vlm)
+    largest = {}
     with evaluating(vlm.model):
         for side, (network, name) in _sides(vlm).items():
-            session = onnxruntime.InferenceSession(
-                str(Path(folder) / f"{side}.onnx"), providers=["CPUExecutionProvider"]
-            )
-            apart = []
+            path = str(Path(folder) / f"{side}.onnx")
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            differences = []
             for rows in batch_sizes:
                 example = _example(vlm, side, rows)
-                given = torch.from_numpy(session.run(None, {name: example.numpy()})[0])
-                apart.append(float((given - network(example)).abs().max()))
-            found[side] = max(apart, key=lambda value: math.inf if math.isnan(value) else value)
-            if not found[side] <= tolerance:
+                features = torch.from_numpy(session.run(None, {name: example.numpy()})[0])
+                differences.append(float((features - network(example)).abs().max()))
+            # nan is larger than all
+            largest[side] = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
+            if not largest[side] <= tolerance:
                 raise ValueError(
-                    f"{side}.onnx differs from the model in PyTorch by {found[side]:.2g}, more than "
+                    f"{side}.onnx differs from the model in PyTorch by {largest[side]:.2g}, more than "
                     f"{tolerance:g}"
                 )
-    return found
+    return largest
 
 # %% ../nbs/library/25_export.ipynb #f51fb0cd
 @dataclass(frozen=True)
@@ -404,21 +397,22 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / f"{name}_config.json").is_file() for name in ("open_clip", "vlkd_lab")) or is_blip(
-        folder
-    )
+    configs = (folder / "open_clip_config.json", folder / "vlkd_lab_config.json")
+    return any(config.is_file() for config in configs) or is_blip(folder)
 
 
 def _last_stage(run: Run, stage: str) -> str:
-    "The stage that was asked for, or the last student; both must be finished"
+    "The stage if one is named, or the last student; both must be finished"
     finished = [path.parent.name for path in run.folder.glob("*/done.json")]
     students = finished_students(run)
-    if stage and stage not in finished or not students and not stage:
-        named = f"stage={stage!r} is not valid: " if stage else ""
-        raise ValueError(
-            f"{named}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}"
-        )
-    return stage or students[-1]
+    if stage in finished:
+        return stage
+    if not stage and students:
+        return students[-1]
+    refused = f"stage={stage!r} is not valid: " if stage else ""
+    raise ValueError(
+        f"{refused}finished stages of {run.folder.name} are: {', '.join(sorted(finished)) or 'none yet'}"
+    )
 
 
 def find_origin(
@@ -437,20 +431,22 @@ def find_origin(
             "open_clip_config.json"
         )
     above = folder.parent.parent
-    return (
-        Origin(folder, folder.parent.name, Run(above))
-        if folder.name == "student" and _is_run(above)
-        else Origin(folder)
-    )
+    if folder.name == "student" and _is_run(above):
+        return Origin(folder, folder.parent.name, Run(above))
+    return Origin(folder)
 
 # %% ../nbs/library/25_export.ipynb #30df1421
 def newest_student(runs: str | Path = "runs") -> Path | None:  # a run folder; None: there is none yet
     "The run whose student was finished last, baselines aside"
-    folders = {path.parent.parent for path in Path(runs).glob("*/*/done.json")}
-    finished = [
-        folder / stage / "done.json" for folder in folders for stage in finished_students(Run(folder))
-    ]
-    return max(finished, key=lambda path: path.stat().st_mtime).parent.parent if finished else None
+    newest = None
+    newest_time = -math.inf
+    for folder in {path.parent.parent for path in Path(runs).glob("*/*/done.json")}:
+        for stage in finished_students(Run(folder)):
+            time = (folder / stage / "done.json").stat().st_mtime
+            if time > newest_time:
+                newest = folder
+                newest_time = time
+    return newest
 
 # %% ../nbs/library/25_export.ipynb #c7a51986
 _ABOVE = re.compile(
@@ -516,11 +512,10 @@ def _check_words(repository: str, licence: str, datasets: Sequence[str]) -> None
     if repository and licence in ("", "unknown"):
         raise ValueError(
             f"licence={licence!r} is not valid for {repository}: what lies on the hub needs the licence "
-            "that is right for the "
-            "teacher's weights and the data, such as 'apache-2.0'"
+            "that is right for the teacher's weights and the data, such as 'apache-2.0'"
         )
 
-
+# %% ../nbs/library/25_export.ipynb #c0f1e5d1
 def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequence[str]) -> str:
     "What the hub reads of a card"
     blip = issubclass(kind, Blip)
@@ -528,13 +523,18 @@ def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequen
     if blip and "retrieval" not in tasks:
         task = "image-to-text" if "captioning" in tasks else "visual-question-answering"
     lines = [
+        "---",
         f"license: {licence or 'unknown'}",
         f"library_name: {'transformers' if blip else 'open_clip'}",
         f"pipeline_tag: {task}",
+        "tags:",
+        f"- {'blip' if blip else 'clip'}",
+        "- distillation",
+        "- vlkd_lab",
     ]
-    lines += ["tags:", *(f"- {tag}" for tag in ("blip" if blip else "clip", "distillation", "vlkd_lab"))]
-    lines += ["datasets:", *(f"- {json.dumps(name)}" for name in datasets)] if datasets else []
-    return "\n".join(["---", *lines, "---"])
+    if datasets:
+        lines += ["datasets:", *(f"- {json.dumps(name)}" for name in datasets)]
+    return "\n".join([*lines, "---"])
 
 # %% ../nbs/library/25_export.ipynb #a711422d
 _UNKNOWN = "not known"
@@ -557,37 +557,42 @@ def _method(origin: Origin) -> str:
 
 def _training_rows(origin: Origin) -> list[tuple[str, str]]:
     "Method, teacher, data and objective of a run"
-    config, result = (origin.run.config(), origin.run.result() or {}) if origin.run else ({}, {})
-    given, data, words = config.get("parameters", {}), config.get("data", {}), config.get("objective")
-    size, digest = (
-        result.get("models", {}).get("teacher", {}).get("parameters"),
-        config.get("teacher_sha256", ""),
-    )
-    teacher = (
-        f"{_word(given['teacher'])}, {_count(size)} parameters, SHA-256 {digest[:16] or _UNKNOWN}"
-        if "teacher" in given
-        else None
-    )
-    alone = "none" if origin.run else _UNKNOWN
-    total = f"{data['total']:,} samples" if "total" in data else "number not known"
-    source = (
-        f"{_word(given['data'])}, {total}, fingerprint {data.get('fingerprint', _UNKNOWN)[:16]}"
-        if "data" in given
-        else _UNKNOWN
-    )
-    source += f"; sentences of {_word(given['sentences'])}" if given.get("sentences") else ""
-    terms = ", ".join(f"{_word(name)} {weight:g}" for name, weight in words.items()) if words else _UNKNOWN
-    versions = (
-        ", ".join(f"{_word(name)} {_word(version)}" for name, version in config.get("versions", {}).items())
-        or _UNKNOWN
-    )
-    rows = [
+    config = origin.run.config() if origin.run else {}
+    terms = [f"{_word(name)} {weight:g}" for name, weight in (config.get("objective") or {}).items()]
+    versions = [f"{_word(name)} {_word(version)}" for name, version in config.get("versions", {}).items()]
+    return [
         ("method", _method(origin)),
-        ("teacher", teacher or alone),
-        ("data", source),
-        ("objective", terms),
+        ("teacher", _teacher(origin, config)),
+        ("data", _data(config)),
+        ("objective", ", ".join(terms) or _UNKNOWN),
+        ("seed", _word(config.get("parameters", {}).get("seed", _UNKNOWN))),
+        ("versions", ", ".join(versions) or _UNKNOWN),
     ]
-    return [*rows, ("seed", _word(given.get("seed", _UNKNOWN))), ("versions", versions)]
+
+
+def _teacher(origin: Origin, config: Mapping[str, Any]) -> str:
+    "Name, size and digest"
+    parameters = config.get("parameters", {})
+    if "teacher" not in parameters:
+        return "none" if origin.run else _UNKNOWN
+    result = origin.run.result() or {}
+    size = result.get("models", {}).get("teacher", {}).get("parameters")
+    digest = config.get("teacher_sha256", "")[:16] or _UNKNOWN
+    return f"{_word(parameters['teacher'])}, {_count(size)} parameters, SHA-256 {digest}"
+
+
+def _data(config: Mapping[str, Any]) -> str:
+    "Place, number and fingerprint"
+    parameters = config.get("parameters", {})
+    text = _UNKNOWN
+    if "data" in parameters:
+        data = config.get("data", {})
+        total = f"{data['total']:,} samples" if "total" in data else "number not known"
+        fingerprint = data.get("fingerprint", _UNKNOWN)[:16]
+        text = f"{_word(parameters['data'])}, {total}, fingerprint {fingerprint}"
+    if parameters.get("sentences"):
+        text += f"; sentences of {_word(parameters['sentences'])}"
+    return text
 
 # %% ../nbs/library/25_export.ipynb #bfc82f0b
 _SCORES = {  # name in result.json -> words for it, and how it is written
@@ -612,97 +617,88 @@ def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _measured(
-    origin: Origin,
-) -> tuple[dict, dict, list[str]]:  # scores of the student and of its teacher, warnings
+def _measured(origin: Origin) -> tuple[dict, dict, list[str]]:  # scores of student and teacher, warnings
     "What the run says of a student; without an evaluation at the end, what its last validation said"
     if origin.run is None:
         return {}, {}, []
     result = origin.run.result() or {}
-    mine, teacher = (result.get("models", {}).get(name, {}) for name in (origin.stage, "teacher"))
-    lines = [
-        line
-        for line in origin.run.metrics()
-        if line.get("event") == "validation" and line.get("stage") == origin.stage
-    ]
-    return mine or (lines[-1] if lines else {}), teacher, result.get("warnings", [])
+    models = result.get("models", {})
+    student = models.get(origin.stage, {})
+    if not student:
+        for line in origin.run.metrics():
+            if line.get("event") == "validation" and line.get("stage") == origin.stage:
+                student = line
+    return student, models.get("teacher", {}), result.get("warnings", [])
 
-
+# %% ../nbs/library/25_export.ipynb #c0f1e5d2
 def _scores(origin: Origin) -> str:
     "The table of what was measured, and on what"
-    mine, teacher, warned = _measured(origin)
-    shown = [
-        (words, form, *(_finite(of.get(name)) for of in (mine, teacher)))
-        for name, (words, form) in _SCORES.items()
-        if name in mine
-    ]
-    rows = [
-        (words, *("—" if value is None else form.format(value) for value in values))
-        for words, form, *values in shown
-    ]
+    student, teacher, warned = _measured(origin)
+    columns = {"": None, "this model": student}
+    if teacher and origin.stage != "teacher":
+        columns["its teacher"] = teacher
+    rows = []
+    for name, (words, form) in _SCORES.items():
+        if name in student:
+            scores = [_finite(of.get(name)) for of in columns.values() if of is not None]
+            rows.append([words, *("—" if score is None else form.format(score) for score in scores)])
+    if not rows and origin.run:
+        return "Not measured by the run that made it."
     if not rows:
-        return (
-            "Not measured by the run that made it."
-            if origin.run
-            else "Not known: the run that made it does not lie beside it."
-        )
-    given = origin.run.config().get("parameters", {})
-    pairs, where = given.get("validate_pairs", "an unknown number of"), _word(given.get("val", _UNKNOWN))
-    alone = origin.stage == "teacher" or not teacher
-    table = _table(
-        [row[:2] for row in rows] if alone else rows,
-        ("", "this model") if alone else ("", "this model", "its teacher"),
-    )
-    ranked = " Retrieval is re-ranked by the matching head." if "features_image_to_text_r1" in mine else ""
-    first = f"Measured by the run on the first {pairs} validation pairs of {where}, or all of them if there are fewer.{ranked}\n"
-    return "\n".join([first, table, *(f"\n**Warning of the run:** {_word(warning)}" for warning in warned)])
+        return "Not known: the run that made it does not lie beside it."
+    parameters = origin.run.config().get("parameters", {})
+    pairs = parameters.get("validate_pairs", "an unknown number of")
+    where = _word(parameters.get("val", _UNKNOWN))
+    ranked = ""
+    if "features_image_to_text_r1" in student:
+        ranked = " Retrieval is re-ranked by the matching head."
+    lines = [
+        f"Measured by the run on the first {pairs} validation pairs of {where}, "
+        f"or all of them if there are fewer.{ranked}\n",
+        _table(rows, list(columns)),
+    ]
+    lines += [f"\n**Warning of the run:** {_word(warning)}" for warning in warned]
+    return "\n".join(lines)
 
 # %% ../nbs/library/25_export.ipynb #e915c599
 def _size_rows(vlm: VLM) -> list[tuple[str, str]]:
     "Parameters and multiply-accumulates"
+    counts: dict[str, Any] = {}
     if isinstance(vlm, Blip):
         cost = blip_cost(vlm)
-        rows = [
-            (f"parameters, {module}", _count(number)) for module, number in cost.parameters.items() if number
-        ]
-        return [
-            *rows,
-            ("parameters", _count(cost.total)),
-            *((f"multiply-accumulates, {task}", _count(n)) for task, n in cost.macs.items()),
-        ]
-    cost = count_cost(vlm)
-    towers = [
-        ("parameters, image tower", cost.image_parameters),
-        ("parameters, text tower", cost.text_parameters),
-    ]
-    return [
-        (name, _count(n))
-        for name, n in [
-            *towers,
-            ("parameters", cost.parameters),
-            ("multiply-accumulates of a pair", cost.macs),
-        ]
-    ]
+        for module, number in cost.parameters.items():
+            if number:
+                counts[f"parameters, {module}"] = number
+        counts["parameters"] = cost.total
+        for task, number in cost.macs.items():
+            counts[f"multiply-accumulates, {task}"] = number
+    else:
+        cost = count_cost(vlm)
+        counts["parameters, image tower"] = cost.image_parameters
+        counts["parameters, text tower"] = cost.text_parameters
+        counts["parameters"] = cost.parameters
+        counts["multiply-accumulates of a pair"] = cost.macs
+    return [(name, _count(number)) for name, number in counts.items()]
 
 
 def _model_table(vlm: VLM, padded: VLM) -> str:
     "What the model is; with a second column where it was padded"
     config = vlm.config["model_cfg"]
-    text, embed = config.get("text_cfg", {}), config["embed_dim"]
+    height, width = vlm.image_shape
+    shared = {
+        "pictures": f"{height} × {width} pixels, height × width",
+        "tokens of a text": config.get("text_cfg", {}).get("context_length", 77),
+        "joint width": config["embed_dim"],
+        "scale of the cosines": f"{float(vlm.scale.detach()):.4g}",
+    }
     rows = [[*row, wide[1]] for row, wide in zip(_size_rows(vlm), _size_rows(padded), strict=True)]
-    given = [
-        ("pictures", "{} × {} pixels, height × width".format(*vlm.image_shape)),
-        ("tokens of a text", text.get("context_length", 77)),
-    ]
-    given += [("joint width", embed), ("scale of the cosines", f"{float(vlm.scale.detach()):.4g}")]
-    rows += [[name, value, value] for name, value in given]
+    rows += [[name, value, value] for name, value in shared.items()]
     if padded is vlm:
         return _table([row[:2] for row in rows], ("", ""))
     words = (
         "Its layers kept different numbers of heads and neurons, which open_clip cannot express. Here they "
-        "are padded to equal "
-        "ones, with weights for which the model computes the same function; `slim/` and the ONNX files have "
-        "the sizes as cut.\n\n"
+        "are padded to equal ones, with weights for which the model computes the same function; `slim/` and "
+        "the ONNX files have the sizes as cut.\n\n"
     )
     return words + _table(rows, ("", "as cut", "in open_clip's shapes"))
 
@@ -711,19 +707,21 @@ def _python(code: str) -> str:
     return f"```python\n{code.strip()}\n```"
 
 
-_ONE_OF_ALL = "print((model.logit_scale.exp() * image @ text.T).softmax(dim=-1))  # of the texts, which is the picture's"
-_EACH_ALONE = "print((model.logit_scale.exp() * image @ text.T + model.logit_bias).sigmoid())  # of each pair: does it belong together"
+_COSINES = "model.logit_scale.exp() * image @ text.T"
+_ONE_OF_ALL = f"print(({_COSINES}).softmax(dim=-1))  # of the texts, which is the picture's"
+_EACH_ALONE = f"print(({_COSINES} + model.logit_bias).sigmoid())  # of each pair: does it belong together"
 
 
 def _open_clip_code(repository: str, has_bias: bool) -> str:
     "How to open a CLIP; one with a bias compares each pair for itself"
     name = f"hf-hub:{repository}" if repository else "local-dir:."
+    home = "a copy elsewhere" if repository else "the folder of this file; elsewhere"
     return _python(f'''
 import open_clip
 import torch
 from PIL import Image
 
-name = "{name}"  # {"a copy elsewhere" if repository else "the folder of this file; elsewhere"}: local-dir:FOLDER
+name = "{name}"  # {home}: local-dir:FOLDER
 model, _, preprocess = open_clip.create_model_and_transforms(name)
 tokenizer = open_clip.get_tokenizer(name)
 model.eval()
@@ -735,14 +733,11 @@ with torch.no_grad():
 
 def _onnx_code(blip: bool, has_bias: bool) -> str:
     "How to use the ONNX files behind the code before it"
-    inputs = (
-        "image, text = pixels.numpy(), tokens.numpy()"
-        if blip
-        else (
-            'image, text = preprocess(Image.open("image.jpg"))[None].numpy(), tokenizer(["a star", "a '
-            'house"]).numpy()'
-        )
-    )
+    picture = "pixels" if blip else 'preprocess(Image.open("image.jpg"))[None]'
+    words = "tokens" if blip else 'tokenizer(["a star", "a house"])'
+    bias = """, json.loads(about["bias"])""" if has_bias else ""
+    image = 'towers["image"].run(None, {"image": image})[0]'
+    text = 'towers["text"].run(None, {"tokens": text})[0]'
     return _python(f"""
 import json
 
@@ -750,28 +745,28 @@ import onnxruntime
 
 towers = {{side: onnxruntime.InferenceSession(f"onnx/{{side}}.onnx") for side in ("image", "text")}}
 about = towers["image"].get_modelmeta().custom_metadata_map
-scale{", bias" if has_bias else ""} = json.loads(about["scale"]){', json.loads(about["bias"])' if has_bias else ""}
-{inputs}
-image, text = towers["image"].run(None, {{"image": image}})[0], towers["text"].run(None, {{"tokens": text}})[0]
+scale{", bias" if has_bias else ""} = json.loads(about["scale"]){bias}
+image, text = {picture}.numpy(), {words}.numpy()
+image, text = {image}, {text}
 print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already""")
 
 # %% ../nbs/library/25_export.ipynb #14b051c1
 _BLIP_USE = {  # task -> class of transformers, what to print
     "retrieval": (
         "BlipForImageTextRetrieval",
-        "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],  # "
-        "cosine\n"
+        "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],"
+        "  # cosine\n"
         "          model(pixel_values=pixels, input_ids=fused, attention_mask=mask)[0].softmax(-1)",
     ),
     "captioning": (
         "BlipForConditionalGeneration",
-        "tokenizer.decode(model.generate(pixel_values=pixels, max_new_tokens=30)[0], "
-        "skip_special_tokens=True)",
+        "tokenizer.decode("
+        "model.generate(pixel_values=pixels, max_new_tokens=30)[0], skip_special_tokens=True)",
     ),
     "answering": (
         "BlipForQuestionAnswering",
-        "tokenizer.decode(model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, "
-        "max_new_tokens=9)[0],\n"
+        "tokenizer.decode("
+        "model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, max_new_tokens=9)[0],\n"
         "                           skip_special_tokens=True)",
     ),
 }
@@ -779,6 +774,8 @@ _BLIP_USE = {  # task -> class of transformers, what to print
 
 def _blip_code(repository: str, tasks: Sequence[str], blip: Blip) -> str:
     "How to open a BLIP, and what to do with it for each task"
+    kinds = "transformers.BlipImageProcessor, transformers.AutoTokenizer"
+    padding = f'padding="max_length", max_length={blip.tokenizer.context_length}'
     first = f'''
 import torch
 import transformers
@@ -786,18 +783,17 @@ from PIL import Image
 
 name = "{repository or "."}"  # {"a folder will do too" if repository else "the folder of this file"}
 home = dict(subfolder="{tasks[0]}")
-see, tokenizer = (kind.from_pretrained(name, **home) for kind in (transformers.BlipImageProcessor, transformers.AutoTokenizer))
+see, tokenizer = (kind.from_pretrained(name, **home) for kind in ({kinds}))
 pixels = see(Image.open("image.jpg"), return_tensors="pt").pixel_values
-said = tokenizer(["what colour is the star?"], padding="max_length", max_length={blip.tokenizer.context_length}, return_tensors="pt")
+said = tokenizer(["what colour is the star?"], {padding}, return_tensors="pt")
 tokens, mask, fused = said.input_ids, said.attention_mask, said.input_ids.clone()
 fused[:, 0] = {blip.tokenizer.enc}  # a text that looks at the picture begins with [ENC]'''
-    uses = [
-        f'model = transformers.{kind}.from_pretrained(name, subfolder="{task}").eval()\nwith '
-        f"torch.no_grad():\n    print({call})"
-        for task, (kind, call) in _BLIP_USE.items()
-        if task in tasks
-    ]
-    return _python("\n\n".join([first, *uses]))
+    parts = [first]
+    for task, (kind, call) in _BLIP_USE.items():
+        if task in tasks:
+            model = f'model = transformers.{kind}.from_pretrained(name, subfolder="{task}").eval()'
+            parts.append(f"{model}\nwith torch.no_grad():\n    print({call})")
+    return _python("\n\n".join(parts))
 
 # %% ../nbs/library/25_export.ipynb #d9c610cb
 @dataclass(frozen=True)
@@ -818,58 +814,62 @@ class _Card:
         "Code that opens the model"
         can = [task for task, problem in self.tasks.items() if not problem]
         has_bias = getattr(self.vlm.model, "logit_bias", None) is not None
-        parts = [_open_clip_code(self.repository, has_bias)]
-        if isinstance(self.vlm, Blip):
-            parts = [_blip_code(self.repository, can, self.vlm)] if can else []
-        parts += [
-            f"`transformers` cannot open it for {task}: {_word(problem)}."
-            for task, problem in self.tasks.items()
-            if problem
-        ]
+        parts = []
+        if not isinstance(self.vlm, Blip):
+            parts.append(_open_clip_code(self.repository, has_bias))
+        elif can:
+            parts.append(_blip_code(self.repository, can, self.vlm))
+        for task, problem in self.tasks.items():
+            if problem:
+                parts.append(f"`transformers` cannot open it for {task}: {_word(problem)}.")
         if self.apart:
             far = f"{max(self.apart.values()):.0e}"
-            parts += [
+            parts.append(
                 f"In onnxruntime, from a copy's `onnx/`: any size of batch, and at most {far} from PyTorch "
                 "when written."
-            ]
-            parts += [_onnx_code(bool(self.tasks), has_bias)] if can or not self.tasks else []
-        lab = "load_blip" if self.tasks else "load_model"
-        home = "vlkd_lab.fusion" if self.tasks else "vlkd_lab.models"
+            )
+            if can or not self.tasks:
+                parts.append(_onnx_code(bool(self.tasks), has_bias))
+        loader = "vlkd_lab.fusion.load_blip" if self.tasks else "vlkd_lab.models.load_model"
         folder = "slim" if self.padded is not self.vlm else "."
-        return "\n\n".join([*parts, f'In vlkd_lab: `{home}.{lab}("{folder}")`.'])
+        return "\n\n".join([*parts, f'In vlkd_lab: `{loader}("{folder}")`.'])
 
     def terms(self) -> str:
         "The licence, in words"
         if self.licence not in ("", "unknown"):
-            return f"{self.licence}, chosen by whoever exported the model. The teacher's weights and the data may add terms of their own."
-        return "Not stated. Ask whoever trained it; the licences of the teacher's weights and of the data may bind this model too."
+            return (
+                f"{self.licence}, chosen by whoever exported the model. "
+                "The teacher's weights and the data may add terms of their own."
+            )
+        return (
+            "Not stated. Ask whoever trained it; "
+            "the licences of the teacher's weights and of the data may bind this model too."
+        )
 
 # %% ../nbs/library/25_export.ipynb #0efd3967
-_LIMITS = """
-- The scores are of the named validation pairs alone. Measure on your own data before you rely on them.
-- A student takes over what its teacher and its data hold, their errors and leanings included. Neither was examined for this card.
-- It was not made for decisions about people.
-""".strip()
+_LIMITS = (
+    "- The scores are of the named validation pairs alone. "
+    "Measure on your own data before you rely on them.\n"
+    "- A student takes over what its teacher and its data hold, their errors and leanings included. "
+    "Neither was examined for this card.\n"
+    "- It was not made for decisions about people."
+)
 
 
 def _about(card: _Card) -> str:
     "What it is, in a sentence"
-    whole = _size_rows(card.vlm)
-    size = dict(whole)["parameters"]
+    size = dict(_size_rows(card.vlm))["parameters"]
     return f"A {'BLIP' if card.tasks else 'CLIP'} of {size} parameters. Method: {_method(card.origin)}."
 
 
 def _card_text(card: _Card) -> str:
     "A hub repository's README.md"
-    given = card.origin.run.config().get("parameters", {}) if card.origin.run else {}
-    scenes = str(given.get("data", "")).startswith(("scenes:", "data_samples/scenes"))
-    limits = _LIMITS + (
-        "\n- Its data are generated scenes of coloured shapes: it knows nothing of photographs."
-        if scenes
-        else ""
-    )
-    rows = [(_word(name), _word(value)) for name, value in given.items() if name != "out"]
-    parts = {
+    parameters = card.origin.run.config().get("parameters", {}) if card.origin.run else {}
+    limits = _LIMITS
+    if str(parameters.get("data", "")).startswith(("scenes:", "data_samples/scenes")):
+        limits += "\n- Its data are generated scenes of coloured shapes: it knows nothing of photographs."
+    rows = [(_word(name), _word(value)) for name, value in parameters.items() if name != "out"]
+    sections = {
         "How to open it": card.usage(),
         "What it is": _model_table(card.vlm, card.padded),
         "What was measured": _scores(card.origin),
@@ -878,20 +878,10 @@ def _card_text(card: _Card) -> str:
         "Licence": card.terms(),
         "All training parameters": _table(rows, ("parameter", "value")) if rows else "Not known.",
     }
-    front = _front(
-        type(card.vlm), [task for task, problem in card.tasks.items()], card.licence, card.datasets
-    )
-    return (
-        "\n\n".join(
-            [
-                front,
-                f"# {_word(card.title)}",
-                _about(card),
-                *(f"## {name}\n\n{text}" for name, text in parts.items()),
-            ]
-        )
-        + "\n"
-    )
+    front = _front(type(card.vlm), list(card.tasks), card.licence, card.datasets)
+    parts = [front, f"# {_word(card.title)}", _about(card)]
+    parts += [f"## {name}\n\n{text}" for name, text in sections.items()]
+    return "\n\n".join(parts) + "\n"
 
 # %% ../nbs/library/25_export.ipynb #9a46ef42
 _WRITTEN = {
@@ -917,19 +907,20 @@ def _check_out(out: Path) -> None:
     "FileExistsError for a folder that holds anything but an earlier export"
     if not out.exists():
         return
-    strange = [
-        path.name
-        for path in out.iterdir()
-        if path.name not in _WRITTEN and not re.fullmatch(r"[\w.]*token[\w.]*\.\w+", path.name)
-    ]
-    card = out / "README.md"
-    ours = card.is_file() and "- vlkd_lab" in card.read_text(encoding="utf-8")
-    if any(out.iterdir()) and (strange or not ours):
+    names = [path.name for path in out.iterdir()]
+    is_tokenizers = re.compile(r"[\w.]*token[\w.]*\.\w+").fullmatch
+    strange = sorted(name for name in names if name not in _WRITTEN and not is_tokenizers(name))
+    if names and (strange or not _is_export(out)):
         raise FileExistsError(
             f"{out.name} holds something else than an earlier export "
-            f"({', '.join(sorted(strange)[:3]) or 'no card'}): "
-            "choose another folder"
+            f"({', '.join(strange[:3]) or 'no card'}): choose another folder"
         )
+
+
+def _is_export(folder: Path) -> bool:
+    "Whether its card is one of ours"
+    card = folder / "README.md"
+    return card.is_file() and "- vlkd_lab" in card.read_text(encoding="utf-8")
 
 
 def _named_tokenizer(vlm: VLM, name: str) -> VLM:
@@ -941,13 +932,13 @@ def _named_tokenizer(vlm: VLM, name: str) -> VLM:
     return replace(vlm, config=config)
 
 # %% ../nbs/library/25_export.ipynb #9934c43c
-def _write_blip(
-    blip: Blip, folder: Path
-) -> dict[str, str]:  # task -> empty, or why transformers cannot open it
-    "A BLIP in the lab's layout, and for transformers a folder a task"
+def _write_blip(blip: Blip, folder: Path) -> dict[str, str]:
+    "A BLIP in the lab's layout and in a folder a task; task -> why transformers cannot open that, or empty"
     blip.save(folder)
     problems = {}
-    for task in (task for task in _BLIP_USE if task in blip.tasks):
+    for task in _BLIP_USE:
+        if task not in blip.tasks:
+            continue
         try:
             export_blip(blip, folder / task, task)
             problems[task] = ""
@@ -976,15 +967,19 @@ def export_student(
     onnx: bool = True,  # whether ONNX files are written and compared with PyTorch
 ) -> Path:  # the folder
     "Write a student as a complete hub repository"
-    origin, out = find_origin(source, stage), (project_root() / out).resolve()
+    origin = find_origin(source, stage)
+    out = (project_root() / out).resolve()
     _check_words(repository, licence, datasets)
     _check_out(out)
-    _need(*(["onnx", "onnxruntime"] if onnx else []))
+    if onnx:
+        _need("onnx", "onnxruntime")
     vlm = load_student(origin.folder, "cpu")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
-        folder, tasks, padded = Path(beside) / out.name, {}, vlm
+        folder = Path(beside) / out.name
         folder.mkdir()
+        tasks: dict[str, str] = {}
+        padded = vlm
         if isinstance(vlm, Blip):
             tasks = _write_blip(vlm, folder)
         else:
@@ -1009,20 +1004,16 @@ def push_student(
     "Upload an exported folder to the hub"
     folder = Path(folder)
     _check_words(repository or "empty", "other", ())
-    card = folder / "README.md"
-    if not card.is_file() or "- vlkd_lab" not in card.read_text(encoding="utf-8"):
+    if not _is_export(folder):
         raise FileNotFoundError(f"{folder.name} is no exported student: export_student writes one")
-    if "\nlicense: unknown\n" in card.read_text(encoding="utf-8"):
+    if "\nlicense: unknown\n" in (folder / "README.md").read_text(encoding="utf-8"):
         raise ValueError(
             "the card names no licence: export it again with the one that is right for the teacher's "
             "weights and the data"
         )
-    named = (
-        read_json(folder / "open_clip_config.json", {})
-        .get("model_cfg", {})
-        .get("text_cfg", {})
-        .get("hf_tokenizer_name", repository)
-    )
+    config = read_json(folder / "open_clip_config.json", {})
+    text = config.get("model_cfg", {}).get("text_cfg", {})
+    named = text.get("hf_tokenizer_name", repository)
     if named != repository and (folder / "tokenizer_config.json").is_file():
         raise ValueError(
             f"the tokenizer is named {named!r} in open_clip_config.json: export it again with "
@@ -1040,7 +1031,9 @@ def push_student(
 
 # %% ../nbs/library/25_export.ipynb #21a1ab90
 def _labelled(
-    fields: Mapping[str, bytes], labels: str, classes: int
+    fields: Mapping[str, bytes],  # of one sample
+    labels: str,  # label set; empty: its class
+    classes: int,  # 0: captions instead of a label
 ) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
     "One sample as CLIP_benchmark reads it; None for one that is damaged or has no such label"
     try:
@@ -1080,33 +1073,40 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 # %% ../nbs/library/25_export.ipynb #77d946b9
-def _write_parts(folder: Path, samples: Iterator[tuple | None], parts: int, said: str) -> dict[str, int]:
-    "Samples dealt out to numbered tars in turn, so that none has to wait in memory; tars that got none are removed"
-    written = left_out = 0
+def _write_parts(folder: Path, samples: Iterator[tuple | None], parts: int, second: str) -> dict[str, int]:
+    "Samples dealt out to numbered tars in turn, so that none waits in memory; empty tars are removed"
+    written = 0
+    left_out = 0
     with ExitStack() as stack:
         tars = [stack.enter_context(tarfile.open(folder / f"{part}.tar", "w")) for part in range(parts)]
         for sample in samples:
             if sample is None:
                 left_out += 1
                 continue
-            for ending, content in ((sample[0], sample[1]), (said, sample[2])):
-                _add(tars[written % parts], f"s{written:07d}.{ending}", content)
+            ending, image, label = sample
+            _add(tars[written % parts], f"s{written:07d}.{ending}", image)
+            _add(tars[written % parts], f"s{written:07d}.{second}", label)
             written += 1
     for part in range(written, parts):
         (folder / f"{part}.tar").unlink()
     return dict(written=written, left_out=left_out)
 
 
+def _prompt(template: str) -> str:
+    "A template with {c} for {}; other braces are doubled"
+    parts = template.split("{}")
+    return "{c}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)
+
+
 def _write_about(out: Path, split: str, parts: int, names: Sequence[str], templates: Sequence[str]) -> None:
     "The text files beside the shards; CLIP_benchmark fills {c} with the class name by str.format"
-    prompts = [
-        t.replace("{}", "\0").replace("{", "{{").replace("}", "}}").replace("\0", "{c}") for t in templates
-    ]
-    files = {"classnames.txt": names, "zeroshot_classification_templates.txt": prompts} if names else {}
-    files |= {
+    files: dict[str, Sequence[str]] = {
         "dataset_type.txt": ["classification" if names else "retrieval"],
         f"{split}/nshards.txt": [str(parts)],
     }
+    if names:
+        files["classnames.txt"] = names
+        files["zeroshot_classification_templates.txt"] = list(map(_prompt, templates))
     for file, lines in files.items():
         (out / file).write_text("".join(clean_caption(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -1121,19 +1121,21 @@ def to_clip_benchmark(
     parts: int = 4,  # shards to write, at least as many as CLIP_benchmark's --num_workers
 ) -> dict[str, int]:  # "written"; "left_out": damaged, or without such a label
     "Labelled or captioned shards in CLIP_benchmark's layout"
-    out, wrong = Path(out), [t for t in templates if "{}" not in t]
+    out = Path(out)
+    wrong = [template for template in templates if "{}" not in template]
     if names and wrong:
         raise ValueError(f"templates: {wrong[0]!r} has no {{}} for the class name")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out.name} is not empty: choose a new folder")
     (out / split).mkdir(parents=True)
     try:
-        counts = _write_parts(
-            out / split, _samples(shards, labels, len(names)), parts, "cls" if names else "txt"
-        )
+        samples = _samples(shards, labels, len(names))
+        counts = _write_parts(out / split, samples, parts, "cls" if names else "txt")
         if not counts["written"]:
-            wanted = f"a label {labels!r}" if labels else "a class" if names else "a caption"
-            raise ValueError(f"none of {counts['left_out']} samples has {wanted}")
+            missing = "a class" if names else "a caption"
+            if labels:
+                missing = f"a label {labels!r}"
+            raise ValueError(f"none of {counts['left_out']} samples has {missing}")
     except BaseException:
         shutil.rmtree(out)
         raise

@@ -10,7 +10,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import product
@@ -47,23 +47,30 @@ class BlipTokenizer:
         vocabulary: int,  # entries of the embedding, the two additional ones included
         context_length: int = 40,  # tokens of a text at most, first and last included
     ):
-        self.tokenizer, self.vocabulary, self.context_length = tokenizer, vocabulary, context_length
-        self.pad, self.cls, self.sep = tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id
-        own = tokenizer.get_vocab()
-        self.dec, self.enc = own.get("[DEC]", vocabulary - 2), own.get("[ENC]", vocabulary - 1)
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.context_length = context_length
+        self.pad = tokenizer.pad_token_id
+        self.cls = tokenizer.cls_token_id
+        self.sep = tokenizer.sep_token_id
+        ids = tokenizer.get_vocab()
+        self.dec = ids.get("[DEC]", vocabulary - 2)
+        self.enc = ids.get("[ENC]", vocabulary - 1)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:  # (B, L) ids
-        "[CLS] words [SEP], padded to the context length; longer texts are cut, and a [SEP] inside a text is no end"
+        "[CLS] words [SEP], padded or cut to the context length; a [SEP] inside a text is no end"
         texts = [texts] if isinstance(texts, str) else list(texts)
-        given = dict(
+        length = context_length or self.context_length
+        if not texts:
+            return torch.zeros(0, length, dtype=torch.long)
+        return self.tokenizer(
+            texts,
+            return_tensors="pt",
             padding="max_length",
             truncation=True,
-            max_length=context_length or self.context_length,
+            max_length=length,
             split_special_tokens=True,
-        )
-        if not texts:
-            return torch.zeros(0, given["max_length"], dtype=torch.long)
-        return self.tokenizer(texts, return_tensors="pt", **given).input_ids
+        ).input_ids
 
     def decode(self, tokens: Tensor) -> list[str]:  # (B, L) ids -> B texts
         "Words without special tokens"
@@ -97,20 +104,24 @@ def train_wordpiece(
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
     words = BertWordPieceTokenizer(lowercase=True)
-    inside = sorted({letter for text in texts for letter in text.lower() if not letter.isspace()})
-    # in the trainer's own order they change every time
-    first = special + [f"##{letter}" for letter in inside[: vocabulary // 4]]
+    letters: set[str] = set()
+    for text in texts:
+        letters.update("".join(text.lower().split()))
+    inside = sorted(letters)[: vocabulary // 4]  # in the trainer's own order they change every time
+    first = special + [f"##{letter}" for letter in inside]
     words.train_from_iterator(
         texts, vocab_size=vocabulary, min_frequency=2, special_tokens=first, show_progress=False
     )
     Path(folder).mkdir(parents=True, exist_ok=True)
     words.save_model(str(folder))
-    given = dict(
-        additional_special_tokens=["[DEC]", "[ENC]"], do_lower_case=True, model_max_length=context_length
+    tokenizer = BertTokenizerFast(
+        str(Path(folder) / "vocab.txt"),
+        additional_special_tokens=["[DEC]", "[ENC]"],
+        do_lower_case=True,
+        model_max_length=context_length,
     )
-    made = BertTokenizerFast(str(Path(folder) / "vocab.txt"), **given)
-    made.save_pretrained(str(folder))
-    return BlipTokenizer(made, len(made), context_length)
+    tokenizer.save_pretrained(str(folder))
+    return BlipTokenizer(tokenizer, len(tokenizer), context_length)
 
 # %% ../nbs/library/16_fusion.ipynb #e7c03eed
 @dataclass(frozen=True)
@@ -141,21 +152,21 @@ class BlipShape:
             raise ValueError(
                 f"fusion_layers={self.fusion_layers} is not valid: from 1 to text_layers={self.text_layers}"
             )
-        for width, parts in (
+        for name, divisor in (
             ("image_width", "image_heads"),
             ("text_width", "text_heads"),
             ("image_size", "patch_size"),
         ):
-            if getattr(self, width) % getattr(self, parts):
-                raise ValueError(
-                    f"{width}={getattr(self, width)} is not a multiple of {parts}={getattr(self, parts)}"
-                )
+            size = getattr(self, name)
+            part = getattr(self, divisor)
+            if size % part:
+                raise ValueError(f"{name}={size} is not a multiple of {divisor}={part}")
 
 # %% ../nbs/library/16_fusion.ipynb #2e365f49
 def decoder_sources(
     shape: BlipShape,
 ) -> list[tuple[int, bool]]:  # for each decoder layer: an encoder layer, whether that looks across
-    "Which encoder layer each decoder layer shares weights with: the one at the same depth, the last with the last"
+    "The encoder layer that each decoder layer shares weights with: the one at the same depth"
     sources = layer_partners(shape.decoder_layers, shape.text_layers)
     return [(source, source >= shape.text_layers - shape.fusion_layers) for source in sources]
 
@@ -166,107 +177,105 @@ def _block(width: int, neurons: int) -> int:
 
 
 def shape_parameters(shape: BlipShape) -> dict[str, int]:  # "image", "text", "fusion", "decoder"
-    "Parameters of a BLIP with all its parts by module, each counted once: what the decoder shares counts for the encoder"
-    image, text, joint = shape.image_width, shape.text_width, shape.joint_width
+    "Parameters of a whole BLIP by module; what the decoder shares counts for the encoder alone"
+    image = shape.image_width
+    text = shape.text_width
+    joint = shape.joint_width
+    attention = 4 * (text + 1) * text + 2 * text  # with its norm
     cross = 2 * (text + 1) * text + 2 * (image + 1) * text + 2 * text  # query and output, key and value, norm
     patches = (shape.image_size // shape.patch_size) ** 2
-    tower = (3 * shape.patch_size**2 + 1) * image + (patches + 2) * image + 2 * image
+    embedding = (3 * shape.patch_size**2 + 1) * image + (patches + 2) * image + 2 * image
     words = (shape.vocabulary + shape.positions + 2) * text
-    own = sum(
-        4 * (text + 1) * text + 2 * text + (0 if crossed else cross) for _, crossed in decoder_sources(shape)
-    )
+    head = (text + 1) * text + 2 * text + shape.vocabulary
+    bridge = (text + 1) * image if text != image else 0  # from a question to what the decoder reads
+    not_shared = sum(attention if crossed else attention + cross for _, crossed in decoder_sources(shape))
+    scale = 1
     return {
-        "image": tower + shape.image_layers * _block(image, shape.image_neurons) + (image + 1) * joint,
-        # and the scale
-        "text": words + shape.text_layers * _block(text, shape.text_neurons) + (text + 1) * joint + 1,
+        "image": embedding + shape.image_layers * _block(image, shape.image_neurons) + (image + 1) * joint,
+        "text": words + shape.text_layers * _block(text, shape.text_neurons) + (text + 1) * joint + scale,
         "fusion": shape.fusion_layers * cross + 2 * (text + 1),
-        "decoder": own
-        + (text + 1) * text
-        + 2 * text
-        + shape.vocabulary
-        + ((text + 1) * image if text != image else 0),
+        "decoder": not_shared + head + bridge,
     }
 
 # %% ../nbs/library/16_fusion.ipynb #933ee416
-def _hand_over_mask(module: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict] | None:
-    "Give cross-attention the mask of what it looks at, where its caller calls it by another name"
-    across = given.get("encoder_hidden_states") is not None and given.get("encoder_attention_mask") is None
-    return (args, given | dict(encoder_attention_mask=given.get("attention_mask"))) if across else None
+def _hand_over_mask(module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict] | None:
+    "Give cross-attention the mask of its keys, where the caller calls it by another name"
+    is_cross = options.get("encoder_hidden_states") is not None
+    if not is_cross or options.get("encoder_attention_mask") is not None:
+        return None
+    return args, options | {"encoder_attention_mask": options.get("attention_mask")}
 
 
-def _look_at_nothing(module: nn.Module, args: tuple, given: dict) -> tuple[tuple, dict]:
-    "A layer without cross-attention does not look across"
-    return (args[0], None, *args[2:]), given
+def _without_images(module: nn.Module, args: tuple, options: dict) -> tuple[tuple, dict]:
+    "A layer without cross-attention gets no images"
+    return (args[0], None, *args[2:]), options
 
 
-def _share(own: nn.Module, source: nn.Module) -> None:
+def _share(module: nn.Module, source: nn.Module) -> None:
     "Make a module's parameters those of another one of the same form"
-    for mine, other in zip(own.modules(), source.modules(), strict=True):
-        mine._parameters.update(other._parameters)
+    for part, other in zip(module.modules(), source.modules(), strict=True):
+        part._parameters.update(other._parameters)
 
 # %% ../nbs/library/16_fusion.ipynb #86f125d8
 def blip_config(
-    shape: BlipShape, tokenizer: BlipTokenizer | None = None
-):  # a BlipConfig of transformers; None: BERT's special tokens
+    shape: BlipShape,
+    tokenizer: BlipTokenizer | None = None,  # None: BERT's special tokens
+):  # a BlipConfig of transformers
     "The sizes as transformers writes them"
     from transformers import BlipConfig
 
-    common = dict(hidden_act="gelu", initializer_range=0.02)
-    vision = dict(
-        hidden_size=shape.image_width,
-        intermediate_size=shape.image_neurons,
-        num_hidden_layers=shape.image_layers,
-    )
-    vision |= dict(
-        num_attention_heads=shape.image_heads, image_size=shape.image_size, patch_size=shape.patch_size
-    )
-    text = dict(
-        hidden_size=shape.text_width,
-        intermediate_size=shape.text_neurons,
-        num_hidden_layers=shape.text_layers,
-    )
-    text |= dict(
-        num_attention_heads=shape.text_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=shape.positions,
-    )
-    text |= dict(encoder_hidden_size=shape.image_width, bos_token_id=shape.vocabulary - 2)
+    common = {"hidden_act": "gelu", "initializer_range": 0.02}
+    vision = {
+        "hidden_size": shape.image_width,
+        "intermediate_size": shape.image_neurons,
+        "num_hidden_layers": shape.image_layers,
+        "num_attention_heads": shape.image_heads,
+        "image_size": shape.image_size,
+        "patch_size": shape.patch_size,
+    }
+    text = {
+        "hidden_size": shape.text_width,
+        "intermediate_size": shape.text_neurons,
+        "num_hidden_layers": shape.text_layers,
+        "num_attention_heads": shape.text_heads,
+        "vocab_size": shape.vocabulary,
+        "max_position_embeddings": shape.positions,
+        "encoder_hidden_size": shape.image_width,
+        "bos_token_id": shape.vocabulary - 2,
+    }
     if tokenizer:
-        text |= dict(
-            bos_token_id=tokenizer.dec,
-            eos_token_id=tokenizer.sep,
-            sep_token_id=tokenizer.sep,
-            pad_token_id=tokenizer.pad,
-        )
+        text["bos_token_id"] = tokenizer.dec
+        text["eos_token_id"] = text["sep_token_id"] = tokenizer.sep
+        text["pad_token_id"] = tokenizer.pad
     return BlipConfig(
         text_config=text | common, vision_config=vision | common, image_text_hidden_size=shape.joint_width
     )
 
-
+# %% ../nbs/library/16_fusion.ipynb #c0f1e5a1
 def read_shape(
     config: Any,  # a BlipConfig of transformers
     own: Mapping[str, Any],  # "fusion_layers", "decoder_layers", where they are not the text encoder's
 ) -> BlipShape:
     "The sizes of a configuration"
-    vision, text = config.vision_config, config.text_config
-    image = dict(
+    vision = config.vision_config
+    text = config.text_config
+    return BlipShape(
         image_layers=vision.num_hidden_layers,
         image_width=vision.hidden_size,
         image_heads=vision.num_attention_heads,
-    )
-    image |= dict(
-        image_neurons=vision.intermediate_size, image_size=vision.image_size, patch_size=vision.patch_size
-    )
-    words = dict(
-        text_layers=text.num_hidden_layers, text_width=text.hidden_size, text_heads=text.num_attention_heads
-    )
-    words |= dict(
+        image_neurons=vision.intermediate_size,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        text_layers=text.num_hidden_layers,
+        text_width=text.hidden_size,
+        text_heads=text.num_attention_heads,
         text_neurons=text.intermediate_size,
         vocabulary=text.vocab_size,
         positions=text.max_position_embeddings,
+        fusion_layers=own.get("fusion_layers", text.num_hidden_layers),
+        decoder_layers=own.get("decoder_layers", text.num_hidden_layers),
+        joint_width=config.image_text_hidden_size,
     )
-    depths = {name: own.get(name, text.num_hidden_layers) for name in ("fusion_layers", "decoder_layers")}
-    return BlipShape(**image, **words, **depths, joint_width=config.image_text_hidden_size)
 
 # %% ../nbs/library/16_fusion.ipynb #71652287
 class _Parts(nn.Module):
@@ -283,11 +292,9 @@ class _Parts(nn.Module):
         from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
         super().__init__()
-        self.shape, self.parts, self.shared = (
-            shape,
-            tuple(parts),
-            shared and {"encoder", "decoder"} <= set(parts),
-        )
+        self.shape = shape
+        self.parts = tuple(parts)
+        self.shared = shared and {"encoder", "decoder"} <= set(parts)
         self.vision_model = BlipVisionModel(config.vision_config)
         if "encoder" in parts:
             self.text_encoder = BlipTextModel(config.text_config, add_pooling_layer=False)
@@ -303,15 +310,16 @@ class _Parts(nn.Module):
         if "matching" in parts:
             self.itm_head = nn.Linear(shape.text_width, 2)
         self.logit_scale = nn.Parameter(torch.tensor(0.07).log().neg())
-        _tie(self), _hook(self)
+        _tie(self)
+        _hook(self)
 
 
 def _hook(network: _Parts) -> None:
     "Masks to the cross-attention; none where a layer is to have none"
-    blind = network.shape.text_layers - network.shape.fusion_layers
-    for layer in network.text_encoder.encoder.layer[:blind] if "encoder" in network.parts else ():
+    first = network.shape.text_layers - network.shape.fusion_layers  # of the layers with cross-attention
+    for layer in network.text_encoder.encoder.layer[:first] if "encoder" in network.parts else ():
         del layer.crossattention
-        layer.register_forward_pre_hook(_look_at_nothing, with_kwargs=True)
+        layer.register_forward_pre_hook(_without_images, with_kwargs=True)
     for module in network.modules():
         if type(module).__name__ == "BlipTextSelfAttention":
             module.register_forward_pre_hook(_hand_over_mask, with_kwargs=True)
@@ -321,32 +329,36 @@ def _tie(network: _Parts) -> None:
     "Share the word embedding with the head, and the encoder's weights with the decoder"
     if "decoder" not in network.parts:
         return
-    head, decoder = network.text_decoder.cls.predictions, network.text_decoder.bert
+    head = network.text_decoder.cls.predictions
+    decoder = network.text_decoder.bert
     if network.shared:
-        _share(decoder.embeddings, network.text_encoder.embeddings)
-        for layer, (source, crossed) in zip(
-            decoder.encoder.layer, decoder_sources(network.shape), strict=True
-        ):
-            encoder = network.text_encoder.encoder.layer[source]
-            for name in ("intermediate", "output", *(["crossattention"] if crossed else [])):
-                _share(getattr(layer, name), getattr(encoder, name))
-    head.decoder.weight, head.decoder.bias = decoder.embeddings.word_embeddings.weight, head.bias
+        encoder = network.text_encoder
+        _share(decoder.embeddings, encoder.embeddings)
+        sources = decoder_sources(network.shape)
+        for layer, (source, crossed) in zip(decoder.encoder.layer, sources, strict=True):
+            of_encoder = encoder.encoder.layer[source]
+            _share(layer.intermediate, of_encoder.intermediate)
+            _share(layer.output, of_encoder.output)
+            if crossed:
+                _share(layer.crossattention, of_encoder.crossattention)
+    head.decoder.weight = decoder.embeddings.word_embeddings.weight
+    head.decoder.bias = head.bias
 
 # %% ../nbs/library/16_fusion.ipynb #c5466744
 class _Heads(_Parts):
     "What stands on the states of a BLIP"
 
-    def match(self, seen: Pass, targets: Tensor | None = None) -> Pass:  # of `run_text` with images
+    def match(self, outputs: Pass, targets: Tensor | None = None) -> Pass:  # of `run_text` with images
         "The matching head on the first state of each pair"
-        return replace(seen, logits=self.itm_head(seen.states[:, 0]), targets=targets)
+        return replace(outputs, logits=self.itm_head(outputs.states[:, 0]), targets=targets)
 
-    def question_states(self, seen: Pass) -> Tensor:  # (B, L, W) as wide as an image's states
+    def question_states(self, outputs: Pass) -> Tensor:  # (B, L, W) as wide as an image's states
         "What the decoder looks at when it answers"
-        return self.question_proj(seen.states)
+        return self.question_proj(outputs.states)
 
-    def project(self, seen: Pass, name: str, normalize: bool = True) -> Tensor:  # (B, D)
+    def project(self, outputs: Pass, name: str, normalize: bool = True) -> Tensor:  # (B, D)
         "The first state of each sequence, in the joint space"
-        rows = getattr(self, name)(seen.states[:, 0])
+        rows = getattr(self, name)(outputs.states[:, 0])
         return F.normalize(rows, dim=-1) if normalize else rows
 
     def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:  # (B, D)
@@ -354,12 +366,13 @@ class _Heads(_Parts):
         return self.project(self.run_image(image), "vision_proj", normalize)
 
     def encode_text(
-        self, tokens: Tensor, normalize: bool = True
-    ) -> Tensor:  # (B, D); tokens as the tokenizer gives them
+        self,
+        tokens: Tensor,  # (B, L) as the tokenizer gives them
+        normalize: bool = True,
+    ) -> Tensor:  # (B, D)
         "Features that images and texts are compared by"
-        return self.project(
-            self.run_text(*trimmed(tokens, self.text_encoder.config.pad_token_id)), "text_proj", normalize
-        )
+        tokens, mask = trimmed(tokens, self.text_encoder.config.pad_token_id)
+        return self.project(self.run_text(tokens, mask), "text_proj", normalize)
 
 # %% ../nbs/library/16_fusion.ipynb #1d30fb44
 class BlipNetwork(_Heads):
@@ -368,15 +381,13 @@ class BlipNetwork(_Heads):
     def run_image(self, image: Tensor, maps: bool = False) -> Pass:  # (B, 3, H, W)
         "The image tower; with maps, the attention of every layer too"
         if image.shape[-2:] != (self.shape.image_size,) * 2:
-            height, width, side = *image.shape[-2:], self.shape.image_size
+            height, width = image.shape[-2:]
+            side = self.shape.image_size
             raise ValueError(f"images of {height}×{width} pixels, but this model sees {side}×{side}")
         out = self.vision_model(pixel_values=image, output_attentions=maps)
         states = out.last_hidden_state
-        return Pass(
-            states,
-            torch.ones(states.shape[:2], dtype=torch.bool, device=states.device),
-            tuple(out.attentions or ()),
-        )
+        mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        return Pass(states, mask, tuple(out.attentions or ()))
 
     def run_text(
         self, tokens: Tensor, mask: Tensor, image: Tensor | None = None, maps: bool = False
@@ -398,24 +409,24 @@ class BlipNetwork(_Heads):
         maps: bool = False,
     ) -> Pass:
         "The decoder over a whole text: at every position the logits of the next token"
-        across = None if states_mask is None else states_mask.long()
-        given = dict(
+        out = self.text_decoder.bert(
+            tokens,
+            is_decoder=True,
+            use_cache=False,
             attention_mask=mask.long(),
             encoder_hidden_states=states,
-            encoder_attention_mask=across,
+            encoder_attention_mask=None if states_mask is None else states_mask.long(),
             output_attentions=maps,
         )
-        out = self.text_decoder.bert(tokens, is_decoder=True, use_cache=False, **given)
-        logits, attention = self.text_decoder.cls(out.last_hidden_state), tuple(out.attentions or ())
         targets = next_tokens(tokens, mask, prompt)
         return Pass(
             out.last_hidden_state,
             targets != -100,
-            attention,
+            tuple(out.attentions or ()),
             tuple(out.cross_attentions or ()),
             states_mask,
-            logits,
-            targets,
+            logits=self.text_decoder.cls(out.last_hidden_state),
+            targets=targets,
         )
 
 # %% ../nbs/library/16_fusion.ipynb #b219ee9b
@@ -452,10 +463,11 @@ class Blip(VLM):
 
     def same_view(self, other: Blip) -> bool:
         "Whether both want to see images and texts in the same form"
-        mine, theirs = (
-            (blip.tokenizer.tokenizer.get_vocab(), blip.tokenizer.vocabulary) for blip in (self, other)
-        )
-        return mine == theirs and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+        words = self.tokenizer
+        others = other.tokenizer
+        same_words = words.tokenizer.get_vocab() == others.tokenizer.get_vocab()
+        same_size = words.vocabulary == others.vocabulary
+        return same_words and same_size and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 
 def _preprocess_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict:
@@ -471,7 +483,8 @@ def _preprocess_config(size: int, mean: Sequence[float], std: Sequence[float]) -
     )
 
 # %% ../nbs/library/16_fusion.ipynb #9e7f3a1a
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of a picture's channels, in CLIP's data and BLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def new_blip(
@@ -484,34 +497,36 @@ def new_blip(
     "A BLIP with fresh weights, shared as in BLIP"
     if not tasks or set(tasks) - set(TASKS):
         raise ValueError(f"tasks={tuple(tasks)} is not valid: one or more of {', '.join(TASKS)}")
-    shape = replace(
-        shape, vocabulary=tokenizer.vocabulary, positions=max(shape.positions, tokenizer.context_length)
-    )
-    eyes = (
-        like.config["preprocess_cfg"] | {"size": shape.image_size}
-        if like
-        else _preprocess_config(shape.image_size, MEAN, STD)
-    )
+    positions = max(shape.positions, tokenizer.context_length)
+    shape = replace(shape, vocabulary=tokenizer.vocabulary, positions=positions)
+    view = _preprocess_config(shape.image_size, MEAN, STD)
+    if like:
+        view = like.config["preprocess_cfg"] | {"size": shape.image_size}
+    needed = {part for task in tasks for part in TASKS[task]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = blip_config(shape, tokenizer)
-        network = BlipNetwork(
-            config, shape, [part for part in PARTS if any(part in TASKS[task] for task in tasks)], shared=True
-        )
-    return _assemble(network, config, eyes, tokenizer, tuple(tasks), "fresh")
+        network = BlipNetwork(config, shape, [part for part in PARTS if part in needed], shared=True)
+    return _assemble(network, config, view, tokenizer, tuple(tasks), "fresh")
 
 
 def _assemble(
-    network: BlipNetwork, config: Any, eyes: dict, tokenizer: BlipTokenizer, tasks: tuple[str, ...], name: str
+    network: BlipNetwork, config: Any, view: dict, tokenizer: BlipTokenizer, tasks: tuple[str, ...], name: str
 ) -> Blip:
-    "A Blip of its parts"
+    "A Blip of its parts; `view` is how it preprocesses pictures"
     shape = network.shape
-    text = dict(
-        context_length=tokenizer.context_length, vocab_size=tokenizer.vocabulary, hf_tokenizer_name="blip"
-    )
-    about = dict(embed_dim=shape.joint_width, vision_cfg=dict(image_size=shape.image_size), text_cfg=text)
-    settings = dict(model_cfg=about | dict(blip=config.to_dict()), preprocess_cfg=eyes)
-    return Blip(network.eval(), preprocessing(eyes), tokenizer, settings, name, tasks)
+    model = {
+        "embed_dim": shape.joint_width,
+        "vision_cfg": {"image_size": shape.image_size},
+        "text_cfg": {
+            "context_length": tokenizer.context_length,
+            "vocab_size": tokenizer.vocabulary,
+            "hf_tokenizer_name": "blip",
+        },
+        "blip": config.to_dict(),
+    }
+    settings = {"model_cfg": model, "preprocess_cfg": view}
+    return Blip(network.eval(), preprocessing(view), tokenizer, settings, name, tasks)
 
 # %% ../nbs/library/16_fusion.ipynb #e9ea30b9
 _FILES = (
@@ -542,9 +557,9 @@ def _folder_of(name: str) -> Path:
         try:
             return Path(snapshot_download(name, local_files_only=True))  # an earlier download
         except Exception:
-            said = f"{type(error).__name__}: {error}"
+            reply = f"{type(error).__name__}: {error}"
         raise FileNotFoundError(
-            f"no BLIP {name!r}: there is no such folder, and the hub said {said}"
+            f"no BLIP {name!r}: there is no such folder, and the hub said {reply}"
         ) from None
 
 
@@ -552,19 +567,29 @@ def is_blip(
     folder: str | Path,  # need not exist; a file of weights will do too
 ) -> bool:
     "Whether a folder holds a BLIP and not a model of open_clip, or a file one by Salesforce's names"
-    if Path(folder).is_file():
-        return any(name.startswith("visual_encoder.") for name in _names_in(Path(folder)))
+    path = Path(folder)
+    if path.is_file():
+        return any(name.startswith("visual_encoder.") for name in _names_in(path))
     try:
-        said = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return (
-        isinstance(said, dict)
-        and said.get("model_type") == "blip"
-        and not (Path(folder) / "open_clip_config.json").exists()
-    )
+    if not isinstance(config, dict) or config.get("model_type") != "blip":
+        return False
+    return not (path / "open_clip_config.json").exists()
 
 # %% ../nbs/library/16_fusion.ipynb #c7c4a608
+_UNREADABLE = (  # what the loaders raise for a damaged file
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+
+
 def _names_in(file: Path) -> list[str]:
     "The names of the weights in a file, none of which is read; empty for anything else"
     try:
@@ -574,17 +599,7 @@ def _names_in(file: Path) -> list[str]:
         if file.suffix not in (".pth", ".pt", ".bin"):
             return []
         whole = torch.load(file, map_location="meta", weights_only=True, mmap=True)
-    except (
-        UnpicklingError,
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):
+    except (UnpicklingError, OSError, *_UNREADABLE):
         return []
     weights = whole.get("model", whole) if isinstance(whole, Mapping) else {}
     return [name for name in weights if isinstance(name, str)] if isinstance(weights, Mapping) else []
@@ -592,7 +607,8 @@ def _names_in(file: Path) -> list[str]:
 # %% ../nbs/library/16_fusion.ipynb #c0e7f056
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     "Weights by name, from safetensors or by PyTorch's restricted loader"
-    safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"
+    safe = folder / "model.safetensors"
+    old = folder / "pytorch_model.bin"
     try:
         if safe.is_file():
             return load_file(safe)
@@ -603,15 +619,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             f"{old} holds more than weights, or is damaged: it is not loaded, because loading it could run "
             "its code"
         ) from None
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
@@ -621,11 +629,11 @@ _KINDS = {  # parts -> tasks, of the published layouts
     ("decoder",): ("captioning",),
     ("encoder", "decoder"): ("answering",),
 }
-_IN_PART = {
-    "text_encoder.": "encoder",
-    "text_decoder.": "decoder",
-    "itm_head.": "matching",
-    "vision_proj.": "projections",
+_IN_PART = {  # module -> part
+    "text_encoder": "encoder",
+    "text_decoder": "decoder",
+    "itm_head": "matching",
+    "vision_proj": "projections",
 }
 
 
@@ -634,17 +642,18 @@ def _parts_of(state: Mapping[str, Tensor], folder: Path) -> tuple[str, ...]:
     if not any(name.startswith("vision_model.") for name in state):
         has = ", ".join(sorted({name.split(".")[0] for name in state})[:6])
         raise ValueError(f"{folder} is no BLIP for a task: it has no vision_model, but {has}")
-    found = {part for prefix, part in _IN_PART.items() if any(name.startswith(prefix) for name in state)}
-    return tuple(part for part in PARTS if part in found)
+    modules = {name.partition(".")[0] for name in state}
+    present = {part for module, part in _IN_PART.items() if module in modules}
+    return tuple(part for part in PARTS if part in present)
 
 
 def _fill(network: BlipNetwork, state: Mapping[str, Tensor], folder: Path, is_foreign: bool) -> None:
     "Put weights into a network; every parameter must come from somewhere, and nothing may be left over"
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
     own = dict(network.named_parameters(remove_duplicate=False))
-    given = {id(own[name]) for name in state if name in own}
+    filled = {id(own[name]) for name in state if name in own}
     ours = ("logit_scale", "question_proj.weight", "question_proj.bias") if is_foreign else ()
-    lost = [name for name, parameter in own.items() if id(parameter) not in given and name not in ours]
+    lost = [name for name, parameter in own.items() if id(parameter) not in filled and name not in ours]
     strange = [name for name in state if name not in own]
     if lost or strange:
         raise ValueError(
@@ -662,8 +671,7 @@ def _fill(network: BlipNetwork, state: Mapping[str, Tensor], folder: Path, is_fo
 
 # %% ../nbs/library/16_fusion.ipynb #2d095861
 def load_blip(
-    # folder, Salesforce's own .pth, or the hub's ID such as Salesforce/blip-itm-base-coco
-    name_or_path: str | Path,
+    name_or_path: str | Path,  # folder, Salesforce's .pth, or as "Salesforce/blip-itm-base-coco" on the hub
     device: str | torch.device | None = None,  # None: the GPU if there is one
 ) -> Blip:
     "A trained BLIP, published or of our own, in evaluation mode"
@@ -674,12 +682,13 @@ def load_blip(
     folder = _folder_of(str(name_or_path))
     plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     own = plain.pop(_OWN, {})
-    if plain.get("model_type") != "blip":
-        raise ValueError(
-            f"{folder} holds a model of type {plain.get('model_type')!r}; what is wanted is 'blip'"
-        )
-    config, state = BlipConfig.from_dict(plain), _read_weights(folder)
-    shape, parts = read_shape(config, own), _parts_of(state, folder)
+    kind = plain.get("model_type")
+    if kind != "blip":
+        raise ValueError(f"{folder} holds a model of type {kind!r}; what is wanted is 'blip'")
+    config = BlipConfig.from_dict(plain)
+    state = _read_weights(folder)
+    shape = read_shape(config, own)
+    parts = _parts_of(state, folder)
     network = BlipNetwork(config, shape, parts, shared=own.get("shared", False))
     _untie(network, state)
     _fill(network, state, folder, is_foreign=not own)
@@ -687,7 +696,7 @@ def load_blip(
     tokenizer = BlipTokenizer(AutoTokenizer.from_pretrained(str(folder)), shape.vocabulary, length)
     tasks = tuple(own.get("tasks", _KINDS.get(parts, ())))
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _assemble(network, config, _eyes(folder, shape), tokenizer, tasks, str(name_or_path))
+    return _assemble(network, config, _view_of(folder, shape), tokenizer, tasks, str(name_or_path))
 
 
 def _untie(network: BlipNetwork, state: dict[str, Tensor]) -> None:
@@ -695,18 +704,17 @@ def _untie(network: BlipNetwork, state: dict[str, Tensor]) -> None:
     if "decoder" not in network.parts:
         return
     head = network.text_decoder.cls.predictions
-    words, scores = (
-        f"text_decoder.{n}.weight" for n in ("bert.embeddings.word_embeddings", "cls.predictions.decoder")
-    )
+    words = "text_decoder.bert.embeddings.word_embeddings.weight"
+    scores = "text_decoder.cls.predictions.decoder.weight"
     if scores in state and not torch.equal(state[scores], state[words]):
         head.decoder.weight = nn.Parameter(torch.empty_like(head.decoder.weight))
 
 
-def _eyes(folder: Path, shape: BlipShape) -> dict:
-    "How a checkpoint wants to see pictures"
+def _view_of(folder: Path, shape: BlipShape) -> dict:
+    "How a checkpoint preprocesses pictures"
     path = folder / "preprocessor_config.json"
-    said = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return _preprocess_config(shape.image_size, said.get("image_mean", MEAN), said.get("image_std", STD))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return _preprocess_config(shape.image_size, config.get("image_mean", MEAN), config.get("image_std", STD))
 
 # %% ../nbs/library/16_fusion.ipynb #6fac3fa4
 _ORIGINAL = (  # in Salesforce's own files -> as transformers has it
@@ -719,9 +727,8 @@ _ORIGINAL = (  # in Salesforce's own files -> as transformers has it
     (r"visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision_model.encoder.layers.\1.self_attn.projection."),
     (r"visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
 )
-_ONLY_TRAINING = re.compile(
-    r"\w+_m(\..+)?|(image|text|ptr|idx)_queue|ptr|temp|.+position_ids"
-)  # momentum copies, queues
+# momentum encoders, queues
+_ONLY_TRAINING = re.compile(r"\w+_m(\..+)?|(image|text|ptr|idx)_queue|ptr|temp|.+position_ids")
 
 
 def _from_original(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -753,35 +760,33 @@ def _shape_of(state: Mapping[str, Tensor], file: Path, head_width: int = 64) -> 
         raise ValueError(
             f"{file} has an image tower of BLIP's and no text module: it is none of BLIP's models for a task"
         )
-    embedded = "vision_model.embeddings."
-    patches, places = (
-        state[f"{embedded}patch_embedding.weight"],
-        state[f"{embedded}position_embedding"].shape[1] - 1,
-    )
-    words, positions = (state[f"{text}embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
-    widths = dict(image_width=len(patches), text_width=words.shape[1])
-    if any(width % head_width for width in widths.values()):
+    patches = state["vision_model.embeddings.patch_embedding.weight"]
+    places = state["vision_model.embeddings.position_embedding"].shape[1] - 1
+    words = state[f"{text}embeddings.word_embeddings.weight"]
+    image_width = len(patches)
+    text_width = words.shape[1]
+    if image_width % head_width or text_width % head_width:
         raise ValueError(
-            f"{file}: widths of {len(patches)} and {words.shape[1]} are no heads of {head_width} channels"
+            f"{file}: widths of {image_width} and {text_width} are no heads of {head_width} channels"
         )
-    heads = {name.replace("width", "heads"): width // head_width for name, width in widths.items()}
-    neurons = dict(
+    joint = {"joint_width": len(state["vision_proj.weight"])} if "vision_proj.weight" in state else {}
+    return BlipShape(
+        image_layers=_depth_of(state, "vision_model.encoder.layers."),
+        image_width=image_width,
+        image_heads=image_width // head_width,
         image_neurons=len(state["vision_model.encoder.layers.0.mlp.fc1.weight"]),
+        image_size=patches.shape[-1] * math.isqrt(places),
+        patch_size=patches.shape[-1],
+        text_layers=depths[text],
+        text_width=text_width,
+        text_heads=text_width // head_width,
         text_neurons=len(state[f"{text}encoder.layer.0.intermediate.dense.weight"]),
-    )
-    patch, depth = patches.shape[-1], depths[text]
-    sizes = dict(
-        patch_size=patch,
-        image_size=patch * math.isqrt(places),
+        fusion_layers=depths[text],
+        decoder_layers=depths["text_decoder.bert."] or depths[text],
         vocabulary=len(words),
-        positions=len(positions),
+        positions=len(state[f"{text}embeddings.position_embeddings.weight"]),
+        **joint,
     )
-    joint = dict(joint_width=len(state["vision_proj.weight"])) if "vision_proj.weight" in state else {}
-    layers = dict(
-        image_layers=_depth_of(state, "vision_model.encoder.layers."), text_layers=depth, fusion_layers=depth
-    )
-    layers["decoder_layers"] = depths["text_decoder.bert."] or depth
-    return BlipShape(**widths, **heads, **neurons, **sizes, **joint, **layers)
 
 # %% ../nbs/library/16_fusion.ipynb #f4abe846
 def _original_words(file: Path) -> Any:  # a tokenizer of transformers
@@ -799,22 +804,23 @@ def _original_words(file: Path) -> Any:  # a tokenizer of transformers
 
 def _is_shared(state: Mapping[str, Tensor]) -> bool:
     "Whether encoder and decoder have the same weights, all but those of the decoder's self-attention"
-    pairs = [
-        (name, name.replace("text_decoder.bert.", "text_encoder."))
-        for name in state
-        if name.startswith("text_decoder.bert.")
-    ]
-    pairs = [pair for pair in pairs if ".attention." not in pair[0]]
-    return bool(pairs) and all(
-        other in state and torch.equal(state[name], state[other]) for name, other in pairs
-    )
+    has_any = False
+    for name in state:
+        if not name.startswith("text_decoder.bert.") or ".attention." in name:
+            continue
+        has_any = True
+        other = name.replace("text_decoder.bert.", "text_encoder.")
+        if other not in state or not torch.equal(state[name], state[other]):
+            return False
+    return has_any
 
 
 def _load_original(file: Path, device: str | torch.device | None) -> Blip:
     "A BLIP from one of the files that Salesforce published with its own code"
     weights = published.read_weights(file)
     state = _from_original(weights)
-    parts, shape = _parts_of(state, file), _shape_of(state, file)
+    parts = _parts_of(state, file)
+    shape = _shape_of(state, file)
     tokenizer = BlipTokenizer(_original_words(file), shape.vocabulary, min(40, shape.positions))
     config = blip_config(shape, tokenizer)
     config.vision_config.layer_norm_eps = 1e-6  # as that code has it
@@ -824,11 +830,9 @@ def _load_original(file: Path, device: str | torch.device | None) -> Blip:
     if "temp" in weights:
         network.logit_scale.data = -weights["temp"].reshape(()).log()
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    # all parts: before it was trained for a task
-    tasks = _KINDS.get(parts, ("retrieval", "matching", "captioning"))
-    return _assemble(
-        network, config, _preprocess_config(shape.image_size, MEAN, STD), tokenizer, tasks, str(file)
-    )
+    tasks = _KINDS.get(parts, ("retrieval", "matching", "captioning"))  # all parts: trained for no task yet
+    view = _preprocess_config(shape.image_size, MEAN, STD)
+    return _assemble(network, config, view, tokenizer, tasks, str(file))
 
 # %% ../nbs/library/16_fusion.ipynb #5aeb3ce8
 def save_blip(
@@ -838,40 +842,45 @@ def save_blip(
     "Save a BLIP for `load_blip`; what is shared is written once"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shape, network = blip.shape, blip.model
-    own = dict(
-        fusion_layers=shape.fusion_layers,
-        decoder_layers=shape.decoder_layers,
-        shared=network.shared,
-        tasks=list(blip.tasks),
-    )
-    own |= dict(context_length=blip.tokenizer.context_length)
-    _write_about(blip, folder, {_OWN: own})
-    state = {name: p.detach().contiguous().cpu().clone() for name, p in network.named_parameters()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    own = {
+        "fusion_layers": blip.shape.fusion_layers,
+        "decoder_layers": blip.shape.decoder_layers,
+        "shared": blip.model.shared,
+        "tasks": list(blip.tasks),
+        "context_length": blip.tokenizer.context_length,
+    }
+    _write_settings(blip, folder, {_OWN: own})
+    _write_weights(blip.model.named_parameters(), folder)
     return folder
 
 
-def _write_about(blip: Blip, folder: Path, more: Mapping[str, Any]) -> None:
+def _write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    state = {name: weight.detach().contiguous().cpu().clone() for name, weight in weights}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_settings(blip: Blip, folder: Path, more: Mapping[str, Any]) -> None:
     "Configuration, preprocessing and tokenizer, as transformers reads them"
     config = deepcopy(blip.config["model_cfg"]["blip"])
-    tokens = dict(
-        bos_token_id=blip.tokenizer.dec, sep_token_id=blip.tokenizer.sep, pad_token_id=blip.tokenizer.pad
-    )
-    config["text_config"] |= tokens
+    config["text_config"]["bos_token_id"] = blip.tokenizer.dec
+    config["text_config"]["sep_token_id"] = blip.tokenizer.sep
+    config["text_config"]["pad_token_id"] = blip.tokenizer.pad
     (folder / "config.json").write_text(json.dumps(config | more, indent=2) + "\n", encoding="utf-8")
-    eyes = blip.config["preprocess_cfg"]
-    size = {"height": blip.image_size, "width": blip.image_size}
-    said = dict(
-        image_processor_type="BlipImageProcessor",
-        do_resize=True,
-        size=size,
-        resample=3,
-        do_rescale=True,
-        rescale_factor=1 / 255,
-    )
-    said |= dict(do_normalize=True, do_convert_rgb=True, image_mean=eyes["mean"], image_std=eyes["std"])
-    (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    view = blip.config["preprocess_cfg"]
+    processor = {
+        "image_processor_type": "BlipImageProcessor",
+        "do_resize": True,
+        "size": {"height": blip.image_size, "width": blip.image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "image_mean": view["mean"],
+        "image_std": view["std"],
+    }
+    text = json.dumps(processor, indent=2) + "\n"
+    (folder / "preprocessor_config.json").write_text(text, encoding="utf-8")
     blip.tokenizer.save_pretrained(str(folder))
 
 # %% ../nbs/library/16_fusion.ipynb #3f5db875
@@ -879,6 +888,11 @@ _CLASSES = {
     "retrieval": "BlipForImageTextRetrieval",
     "captioning": "BlipForConditionalGeneration",
     "answering": "BlipForQuestionAnswering",
+}
+_TEXT_MODULES = {  # what a class has beside the image tower
+    "retrieval": ("text_encoder", "vision_proj", "text_proj", "itm_head"),
+    "captioning": ("text_decoder",),
+    "answering": ("text_encoder", "text_decoder"),
 }
 
 
@@ -891,37 +905,33 @@ def export_blip(
     if task not in _CLASSES:
         raise ValueError(f"task={task!r} is not valid: one of {', '.join(_CLASSES)}")
     blip.can(task)
-    folder, shape = Path(folder), blip.shape
+    shape = blip.shape
     _check_sayable(shape, task)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = deepcopy(blip.config)
     depth = shape.decoder_layers if task == "captioning" else shape.text_layers
     config["model_cfg"]["blip"]["text_config"]["num_hidden_layers"] = depth
-    _write_about(replace(blip, config=config), folder, {"architectures": [_CLASSES[task]]})
-    kept = {
-        "retrieval": ("text_encoder", "vision_proj", "text_proj", "itm_head"),
-        "captioning": ("text_decoder",),
-    }
-    kept = ("vision_model", *kept.get(task, ("text_encoder", "text_decoder")))
-    state = {
-        n: p.detach().contiguous().cpu().clone()
-        for n, p in blip.model.named_parameters(remove_duplicate=False)
-        if n.startswith(kept)
-    }
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_settings(replace(blip, config=config), folder, {"architectures": [_CLASSES[task]]})
+    modules = ("vision_model", *_TEXT_MODULES[task])
+    weights = blip.model.named_parameters(remove_duplicate=False)
+    _write_weights(((name, weight) for name, weight in weights if name.startswith(modules)), folder)
     return folder
 
 
 def _check_sayable(shape: BlipShape, task: str) -> None:
     "ValueError for sizes that transformers' class for a task cannot express"
-    sizes = dict(text_layers=shape.text_layers)
-    sizes |= dict(fusion_layers=shape.fusion_layers) if task != "captioning" else {}
-    sizes |= dict(decoder_layers=shape.decoder_layers) if task == "answering" else {}
-    widths = dict(text_width=shape.text_width, image_width=shape.image_width) if task == "answering" else {}
-    if task != "captioning" and len(set(sizes.values())) > 1 or len(set(widths.values())) > 1:
-        said = ", ".join(f"{name}={size}" for name, size in (sizes | widths).items())
+    if task == "captioning":
+        return
+    depths = {"text_layers": shape.text_layers, "fusion_layers": shape.fusion_layers}
+    widths = {}
+    if task == "answering":
+        depths["decoder_layers"] = shape.decoder_layers
+        widths = {"text_width": shape.text_width, "image_width": shape.image_width}
+    if len(set(depths.values())) > 1 or len(set(widths.values())) > 1:
+        sizes = ", ".join(f"{name}={size}" for name, size in (depths | widths).items())
         rule = f"transformers' {_CLASSES[task]} has one depth for all text modules, and for answers one width"
-        raise ValueError(f"{rule}; this model has {said}")
+        raise ValueError(f"{rule}; this model has {sizes}")
 
 # %% ../nbs/library/16_fusion.ipynb #3be031b7
 @dataclass(frozen=True)
@@ -947,36 +957,37 @@ def fused_batch(
     "Texts as one step wants them"
     if len(batch.captions) != len(batch) or batch.questions and len(batch.keys) != len(batch):
         raise ValueError("a step needs captions, and with questions also keys, of every image")
-    each = zip(batch.keys, batch.questions, strict=True) if batch.questions else ()
-    chosen = [random.Random(f"{seed} {key}").choice(asked) if asked else None for key, asked in each]
-    rows = [row for row, asked in enumerate(chosen) if asked]
+    rows = []
+    chosen = []  # a question of each of these rows, and its answer
+    if batch.questions:
+        for row, (key, questions) in enumerate(zip(batch.keys, batch.questions, strict=True)):
+            if questions:
+                rows.append(row)
+                chosen.append(random.Random(f"{seed} {key}").choice(questions))
     device = batch.image.device
-    texts = (
-        [trimmed(tokenizer([chosen[row][k] for row in rows]), tokenizer.pad) for k in (0, 1)]
-        if rows
-        else [_no_text()] * 2
-    )
-    (question, question_mask), (answer, answer_mask) = (
-        (tokens.to(device), mask.to(device)) for tokens, mask in texts
-    )
-    names = torch.tensor([_name_of(caption) for caption in batch.captions], device=device)
-    given = dict(
+    text, text_mask = trimmed(batch.text, tokenizer.pad)
+    question, question_mask = _texts([texts[0] for texts in chosen], tokenizer, device)
+    answer, answer_mask = _texts([texts[1] for texts in chosen], tokenizer, device)
+    return FusedBatch(
+        batch.image,
+        text,
+        text_mask,
+        names=torch.tensor([_name_of(caption) for caption in batch.captions], device=device),
         asks=torch.tensor(rows, dtype=torch.long, device=device),
         question=question,
         question_mask=question_mask,
-    )
-    return FusedBatch(
-        batch.image,
-        *trimmed(batch.text, tokenizer.pad),
-        names,
-        **given,
         answer=answer,
         answer_mask=answer_mask,
     )
 
 
-def _no_text() -> tuple[Tensor, Tensor]:
-    return torch.zeros(0, 1, dtype=torch.long), torch.zeros(0, 1, dtype=torch.bool)
+def _texts(texts: Sequence[str], tokenizer: BlipTokenizer, device: torch.device) -> tuple[Tensor, Tensor]:
+    "Ids and mask of some texts, which may be none"
+    tokens = torch.zeros(0, 1, dtype=torch.long)
+    mask = torch.zeros(0, 1, dtype=torch.bool)
+    if texts:
+        tokens, mask = trimmed(tokenizer(texts), tokenizer.pad)
+    return tokens.to(device), mask.to(device)
 
 
 def _name_of(caption: str) -> int:  # below 2**63
@@ -988,9 +999,8 @@ def see(
     batch: FusedBatch,
     tokenizer: BlipTokenizer,
     tasks: Sequence[str] = tuple(TASKS),  # what is to be run
-    seed: int = 0,  # of the wrong partners
-    # wrong text of each image, wrong image of each text; None: drawn
-    negatives: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,  # of the hard negatives
+    negatives: tuple[Tensor, Tensor] | None = None,  # texts wrong for images, images for texts; None: drawn
     maps: bool = False,  # keep the attention of every layer
     prompt: int = 0,  # tokens of a caption, after the first, that are given and not asked
 ) -> FusedFeatures:
@@ -1001,24 +1011,26 @@ def see(
                 f"task {task!r}: this network has {', '.join(network.parts)}; tasks are {', '.join(TASKS)}"
             )
     image = network.run_image(batch.image, maps)
-    passes, rows = {"image": image}, (image.states[:, 0, :0], image.states[:, 0, :0])
+    passes = {"image": image}
+    image_rows = text_rows = image.states[:, 0, :0]
     if "retrieval" in tasks:
         passes["text"] = network.run_text(batch.text, batch.text_mask, maps=maps)
-        rows = network.project(image, "vision_proj"), network.project(passes["text"], "text_proj")
+        image_rows = network.project(image, "vision_proj")
+        text_rows = network.project(passes["text"], "text_proj")
+    scale = network.logit_scale.exp()
     if "matching" in tasks:
-        negatives = negatives or hard_negatives(
-            network.logit_scale.exp() * rows[0] @ rows[1].T, batch.names, seed
-        )
+        negatives = negatives or hard_negatives(scale * image_rows @ text_rows.T, batch.names, seed)
         passes["pairs"] = _matched_pairs(network, batch, image, negatives, tokenizer, maps)
+    else:
+        negatives = None
     if "captioning" in tasks:
+        tokens = begun(batch.text, tokenizer.dec)
         passes["caption"] = network.run_decoder(
-            begun(batch.text, tokenizer.dec), batch.text_mask, image.states, prompt=prompt, maps=maps
+            tokens, batch.text_mask, image.states, prompt=prompt, maps=maps
         )
     if "answering" in tasks:
-        passes |= _asked(network, batch, image, tokenizer, maps)
-    return FusedFeatures(
-        *rows, network.logit_scale.exp(), passes, negatives=negatives if "matching" in tasks else None
-    )
+        passes.update(_answered_questions(network, batch, image, tokenizer, maps))
+    return FusedFeatures(image_rows, text_rows, scale, passes, negatives=negatives)
 
 
 def begun(tokens: Tensor, first: int) -> Tensor:
@@ -1026,25 +1038,24 @@ def begun(tokens: Tensor, first: int) -> Tensor:
     return torch.cat([torch.full_like(tokens[:, :1], first), tokens[:, 1:]], dim=1)
 
 # %% ../nbs/library/16_fusion.ipynb #f3ab6a19
-def _asked(
+def _answered_questions(
     network: BlipNetwork, batch: FusedBatch, image: Pass, tokenizer: BlipTokenizer, maps: bool
 ) -> dict[str, Pass]:
-    "The questions before their images, and the answers; where nothing is asked, passes of no rows"
-    asks, question, question_mask, answer, answer_mask = (
-        batch.asks,
-        batch.question,
-        batch.question_mask,
-        batch.answer,
-        batch.answer_mask,
-    )
-    if not len(asks):  # one row is run, and none of it kept
-        asks, word = asks.new_zeros(1), question.new_full((1, 1), tokenizer.sep)
-        question = answer = word
-        question_mask = answer_mask = torch.ones_like(word, dtype=torch.bool)
-    asked = network.run_text(begun(question, tokenizer.enc), question_mask, image.states[asks], maps)
-    given = (network.question_states(asked), question_mask)
-    said = network.run_decoder(begun(answer, tokenizer.dec), answer_mask, *given, maps=maps)
-    return {name: seen.first(len(batch.asks)) for name, seen in (("question", asked), ("answer", said))}
+    "The questions before their images, and the answers; without questions, passes of no rows"
+    count = len(batch.asks)
+    if not count:  # one row is run, and none of it kept
+        word = batch.question.new_full((1, 1), tokenizer.sep)
+        counts = torch.ones_like(word, dtype=torch.bool)
+        row = batch.asks.new_zeros(1)
+        batch = replace(
+            batch, asks=row, question=word, question_mask=counts, answer=word, answer_mask=counts
+        )
+    tokens = begun(batch.question, tokenizer.enc)
+    question = network.run_text(tokens, batch.question_mask, image.states[batch.asks], maps)
+    states = network.question_states(question)
+    tokens = begun(batch.answer, tokenizer.dec)
+    answer = network.run_decoder(tokens, batch.answer_mask, states, batch.question_mask, maps=maps)
+    return {"question": question.first(count), "answer": answer.first(count)}
 
 
 def _matched_pairs(
@@ -1058,12 +1069,12 @@ def _matched_pairs(
     "The true pairs, each image with its wrong text, each text with its wrong image"
     wrong_text, wrong_image = negatives
     own = torch.arange(len(batch.image), device=batch.image.device)
-    texts, images = torch.cat([own, wrong_text, own]), torch.cat([own, own, wrong_image])
+    texts = torch.cat([own, wrong_text, own])
+    images = torch.cat([own, own, wrong_image])
     targets = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
     tokens = begun(batch.text, tokenizer.enc)[texts]
-    return network.match(
-        network.run_text(tokens, batch.text_mask[texts], image.states[images], maps), targets
-    )
+    outputs = network.run_text(tokens, batch.text_mask[texts], image.states[images], maps)
+    return network.match(outputs, targets)
 
 # %% ../nbs/library/16_fusion.ipynb #b9b1deb5
 def write_about(
@@ -1075,31 +1086,28 @@ def write_about(
     prompt: str = "",  # how each text begins; it is part of the answer
 ) -> list[str]:  # B texts
     "Beam search over whatever is looked at"
-    words, network = blip.tokenizer, blip.model
+    words = blip.tokenizer
     begin = words([prompt])[0] if prompt else torch.tensor([words.dec])
     begin = begin[(begin != words.sep) & (begin != words.pad)].to(states.device)
     begin[0] = words.dec
-    most = network.shape.positions - len(begin)
+    most = blip.shape.positions - len(begin)
     if not 1 <= longest <= most or beams < 1:
         raise ValueError(
             f"beams={beams}, longest={longest}: beams must be at least 1, longest from 1 to {most}"
         )
-    across = (
-        torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask.long()
-    )
-    given = dict(
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    tokens = blip.model.text_decoder.generate(
+        begin.expand(len(states), -1),
+        attention_mask=torch.ones(len(states), len(begin), device=states.device),
         encoder_hidden_states=states,
-        encoder_attention_mask=across,
+        encoder_attention_mask=mask.long(),
         num_beams=beams,
         do_sample=False,
         max_new_tokens=longest,
-    )
-    given |= dict(
         eos_token_id=words.sep,
         pad_token_id=words.pad,
-        attention_mask=torch.ones(len(states), len(begin), device=states.device),
     )
-    tokens = network.text_decoder.generate(begin.expand(len(states), -1), **given)
     return words.decode(tokens.cpu())
 
 
@@ -1115,9 +1123,8 @@ def write_captions(
     blip.can("captioning")
     if not len(images):
         return []
-    return write_about(
-        blip, blip.model.run_image(images.to(blip.device)).states, None, beams, longest, prompt
-    )
+    states = blip.model.run_image(images.to(blip.device)).states
+    return write_about(blip, states, None, beams, longest, prompt)
 
 # %% ../nbs/library/16_fusion.ipynb #ea91f967
 @torch.no_grad()
@@ -1135,11 +1142,10 @@ def answer(
     if not len(images):
         return []
     words = blip.tokenizer
-    tokens, mask = (t.to(blip.device) for t in trimmed(words(list(questions)), words.pad))
-    seen = blip.model.run_text(
-        begun(tokens, words.enc), mask, blip.model.run_image(images.to(blip.device)).states
-    )
-    return write_about(blip, blip.model.question_states(seen), mask, beams, longest)
+    tokens, mask = _texts(list(questions), words, blip.device)
+    image = blip.model.run_image(images.to(blip.device))
+    question = blip.model.run_text(begun(tokens, words.enc), mask, image.states)
+    return write_about(blip, blip.model.question_states(question), mask, beams, longest)
 
 # %% ../nbs/library/16_fusion.ipynb #f12be778
 def student_shape(
@@ -1149,50 +1155,52 @@ def student_shape(
     named: str = "student",  # how a message calls the sizes
 ) -> BlipShape:
     "The teacher's sizes with some of them replaced; heads keep their width"
-    forms = "image:LAYERSxWIDTH, text:LAYERSxWIDTH, fusion:LAYERS, decoder:LAYERS"
-    shape, wrong = teacher, f"{named}={sizes!r} is not valid: write {forms}, any of them"
-    given: dict[str, list[int]] = {}
+    numbers = _parsed_sizes(sizes, named)
+    changes = {"image_size": image_size or teacher.image_size}
+    for tower in ("image", "text"):
+        if tower in numbers:
+            changes.update(_sized(teacher, tower, *numbers[tower]))
+    depth = changes.get("text_layers", teacher.text_layers)
+    for part in ("fusion", "decoder"):
+        name = f"{part}_layers"
+        if part in numbers:
+            changes[name] = numbers[part][0]
+        elif "text" in numbers:
+            changes[name] = min(getattr(teacher, name), depth)
+    return replace(teacher, **changes)
+
+
+def _parsed_sizes(sizes: str, named: str) -> dict[str, list[int]]:  # part -> layers, and of a tower the width
+    "The numbers of a text of sizes"
+    expected = {"image": 2, "text": 2, "fusion": 1, "decoder": 1}
+    numbers: dict[str, list[int]] = {}
     try:
         for part in filter(None, sizes.replace(" ", "").split(",")):
-            name, _, numbers = part.partition(":")
-            if name in given:
+            name, _, text = part.partition(":")
+            values = [int(number) for number in text.split("x")]
+            if name in numbers or len(values) != expected[name]:
                 raise ValueError
-            given[name] = [int(number) for number in numbers.split("x")]
-        if not all(
-            len(numbers) == {"image": 2, "text": 2, "fusion": 1, "decoder": 1}[name]
-            for name, numbers in given.items()
-        ):
-            raise ValueError
+            numbers[name] = values
     except (ValueError, KeyError):
-        raise ValueError(wrong) from None
-    changed = {
-        name: size
-        for tower in given
-        if tower in ("image", "text")
-        for name, size in _sized(shape, tower, *given[tower]).items()
-    }
-    depth = changed.get("text_layers", shape.text_layers)
-    own = {
-        f"{part}_layers": min(getattr(shape, f"{part}_layers"), depth)
-        for part in ("fusion", "decoder")
-        if "text" in given
-    }
-    own |= {f"{part}_layers": given[part][0] for part in ("fusion", "decoder") if part in given}
-    return replace(shape, **changed, **own, image_size=image_size or shape.image_size)
+        forms = "image:LAYERSxWIDTH, text:LAYERSxWIDTH, fusion:LAYERS, decoder:LAYERS"
+        raise ValueError(f"{named}={sizes!r} is not valid: write {forms}, any of them") from None
+    return numbers
 
 
 def _sized(shape: BlipShape, tower: str, layers: int, width: int) -> dict[str, int]:
     "Layers, width, heads and neurons of one tower"
-    old_width, old_heads, neurons = (
-        getattr(shape, f"{tower}_{what}") for what in ("width", "heads", "neurons")
-    )
-    head = old_width // old_heads
+    old_width = getattr(shape, f"{tower}_width")
+    head = old_width // getattr(shape, f"{tower}_heads")
     if width < head or width % head:
         raise ValueError(
             f"{tower}: width {width} is not valid: heads are {head} wide, so choose a multiple of that"
         )
-    sizes = dict(layers=layers, width=width, heads=width // head, neurons=neurons * width // old_width)
-    return {f"{tower}_{what}": size for what, size in sizes.items()}
+    return {
+        f"{tower}_layers": layers,
+        f"{tower}_width": width,
+        f"{tower}_heads": width // head,
+        f"{tower}_neurons": getattr(shape, f"{tower}_neurons") * width // old_width,
+    }
 
 # %% ../nbs/library/16_fusion.ipynb #b909910d
 def shrunk(
@@ -1203,91 +1211,93 @@ def shrunk(
     if not 0 < share <= 1:
         raise ValueError(f"share={share} is not valid: above 0, at most 1")
     whole = sum(shape_parameters(teacher).values())
-    heads = {tower: getattr(teacher, f"{tower}_heads") for tower in ("image", "text")}
-    head = {tower: getattr(teacher, f"{tower}_width") // heads[tower] for tower in heads}
 
-    def sized(tower: str) -> Iterator[dict[str, int]]:
-        for layers, count in product(
-            range(1, getattr(teacher, f"{tower}_layers") + 1), range(1, heads[tower] + 1)
-        ):
-            depth, width = layers / getattr(teacher, f"{tower}_layers"), count / heads[tower]
-            form = {"_uneven": abs(math.log(depth / width)), "_size": math.log(depth * width)}
-            yield _sized(teacher, tower, layers, count * head[tower]) | form
+    def share_of(shape: BlipShape) -> float:
+        return sum(shape_parameters(shape).values()) / whole
 
-    def distance(image: dict, text: dict) -> float:
-        uneven = image["_uneven"] + text["_uneven"] + abs(image["_size"] - text["_size"])
-        return (
-            abs(sum(shape_parameters(_joined(teacher, image, text)).values()) / whole - share) + 0.05 * uneven
-        )
+    def distance(towers: tuple[_Smaller, _Smaller]) -> float:
+        image, text = towers
+        uneven = image.uneven + text.uneven + abs(image.log_size - text.log_size)
+        return abs(share_of(_joined(teacher, image, text)) - share) + 0.05 * uneven
 
-    texts = list(sized("text"))
-    nearest = _joined(teacher, *min(product(sized("image"), texts), key=lambda both: distance(*both)))
-    found = sum(shape_parameters(nearest).values()) / whole
-    if abs(found - share) > 0.03 + share / 10:
+    image, text = min(product(_smaller(teacher, "image"), _smaller(teacher, "text")), key=distance)
+    nearest = _joined(teacher, image, text)
+    reached = share_of(nearest)
+    if abs(reached - share) > 0.03 + share / 10:
         raise ValueError(
-            f"no student has about {share:.0%} of this teacher's parameters: the nearest has {found:.0%}"
+            f"no student has about {share:.0%} of this teacher's parameters: the nearest has {reached:.0%}"
         )
     return nearest
 
 
-def _joined(teacher: BlipShape, image: Mapping, text: Mapping) -> BlipShape:
+@dataclass(frozen=True)
+class _Smaller:
+    "A tower that is not larger than the teacher's"
+
+    sizes: Mapping[str, int]  # fields of BlipShape
+    uneven: float  # |log| of its share of the layers over its share of the width
+    log_size: float  # of both shares multiplied
+
+
+def _smaller(teacher: BlipShape, tower: str) -> Iterator[_Smaller]:
+    "Every number of layers and heads"
+    layers = getattr(teacher, f"{tower}_layers")
+    heads = getattr(teacher, f"{tower}_heads")
+    head = getattr(teacher, f"{tower}_width") // heads
+    for some_layers, some_heads in product(range(1, layers + 1), range(1, heads + 1)):
+        depth = some_layers / layers
+        width = some_heads / heads
+        sizes = _sized(teacher, tower, some_layers, some_heads * head)
+        yield _Smaller(sizes, abs(math.log(depth / width)), math.log(depth * width))
+
+
+def _joined(teacher: BlipShape, image: _Smaller, text: _Smaller) -> BlipShape:
     "Both towers' sizes in one; fusion and decoder keep their depth relative to the encoder's"
-    sizes = {name: value for name, value in (*image.items(), *text.items()) if name[0] != "_"}
-    depth = lambda layers: max(round(layers * text["text_layers"] / teacher.text_layers), 1)  # noqa: E731
-    return replace(
-        teacher,
-        **sizes,
-        fusion_layers=depth(teacher.fusion_layers),
-        decoder_layers=depth(teacher.decoder_layers),
-    )
+    layers = text.sizes["text_layers"]
+    fusion = max(round(teacher.fusion_layers * layers / teacher.text_layers), 1)
+    decoder = max(round(teacher.decoder_layers * layers / teacher.text_layers), 1)
+    return replace(teacher, **image.sizes, **text.sizes, fusion_layers=fusion, decoder_layers=decoder)
 
 # %% ../nbs/library/16_fusion.ipynb #7c458d9f
 def plan_blip(
     teacher: Blip,
     student: Blip,  # any sizes up to the teacher's
-    # rule(teacher_layers, student_layers), or "image", "text", "decoder" -> rule or layers
-    layers: Callable | Mapping = even_spread,
+    layers: Callable | Mapping = even_spread,  # rule(of teacher, of student); or by tower, rule or numbers
     towers: Sequence[str] = ("image", "text", "decoder"),  # which copy at all; fusion is part of the text
 ) -> Plan:
     "Which layers, heads, channels and neurons of the teacher each part of the student copies"
     widths = _head_widths(teacher.shape)
     if set(towers) - set(widths):
         raise ValueError(f"towers are {', '.join(towers)}; what can be named is {', '.join(widths)}")
-    if widths != _head_widths(student.shape):
+    own = _head_widths(student.shape)
+    if widths != own:
         raise ValueError(
-            f"heads are {_head_widths(student.shape)} wide in the student, {widths} in the teacher: whole "
-            "heads are inherited"
+            f"heads are {own} wide in the student, {widths} in the teacher: whole heads are inherited"
         )
     if isinstance(layers, Mapping) and set(layers) - set(widths):
         raise ValueError(f"layers are named {', '.join(layers)}; what can be named is {', '.join(widths)}")
     state = _at_grid(teacher, student.shape)
-    weights = {
-        name: weight
-        for name, weight in student.model.state_dict().items()
-        if name in state or "question_proj" not in name
-    }
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    shapes = {}
+    for name, weight in student.model.state_dict().items():
+        if name in state or "question_proj" not in name:
+            shapes[name] = tuple(weight.shape)
     borrowed = _borrowed(teacher.shape, state)
-    plan = plan_manual(
-        state | {name: state[source] for name, source in borrowed.items()}, shapes, widths, layers
-    )
-    copies = tuple(
-        replace(copy, source=borrowed.get(copy.source, copy.source))
-        for copy in plan.copies
-        if _tower(copy.name) in towers
-    )
-    stacks, heads = (
-        (stack for stack in plan.stacks if stack.tower in towers),
-        (pair for pair in plan.head_width if pair[0] in towers),
-    )
-    return replace(plan, copies=copies, stacks=tuple(stacks), head_width=tuple(heads))
+    lent = {name: state[source] for name, source in borrowed.items()}
+    plan = plan_manual(state | lent, shapes, widths, layers)
+    copies = []
+    for copy in plan.copies:
+        if _tower(copy.name) in towers:
+            copies.append(replace(copy, source=borrowed.get(copy.source, copy.source)))
+    stacks = [stack for stack in plan.stacks if stack.tower in towers]
+    heads = [pair for pair in plan.head_width if pair[0] in towers]
+    return replace(plan, copies=tuple(copies), stacks=tuple(stacks), head_width=tuple(heads))
 
-
+# %% ../nbs/library/16_fusion.ipynb #c0f1e5a2
 def _tower(name: str) -> str:
     "The tower of a weight"
-    return (
-        "image" if name.startswith("vision_") else "decoder" if name.startswith("text_decoder.") else "text"
-    )
+    if name.startswith("vision_"):
+        return "image"
+    return "decoder" if name.startswith("text_decoder.") else "text"
 
 
 def _head_widths(shape: BlipShape) -> dict[str, int]:
@@ -1297,13 +1307,16 @@ def _head_widths(shape: BlipShape) -> dict[str, int]:
 
 def _at_grid(teacher: Blip, shape: BlipShape) -> dict[str, Tensor]:
     "The teacher's weights, its image positions interpolated to another size of picture"
-    state, name = teacher.model.state_dict(), "vision_model.embeddings.position_embedding"
-    own, side = math.isqrt(state[name].shape[1] - 1), shape.image_size // shape.patch_size
+    state = teacher.model.state_dict()
+    name = "vision_model.embeddings.position_embedding"
+    positions = state[name]  # (1, 1 + own², W)
+    own = math.isqrt(positions.shape[1] - 1)
+    side = shape.image_size // shape.patch_size
     if own == side:
         return state
-    first, patches = state[name][:, :1], state[name][:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2)
+    patches = positions[:, 1:].unflatten(1, (own, own)).permute(0, 3, 1, 2)
     fitted = F.interpolate(patches, size=(side, side), mode="bicubic", align_corners=False)
-    return state | {name: torch.cat([first, fitted.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)}
+    return state | {name: torch.cat([positions[:, :1], fitted.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)}
 
 # %% ../nbs/library/16_fusion.ipynb #6f40f557
 def _borrowed(
@@ -1311,32 +1324,29 @@ def _borrowed(
 ) -> dict[str, str]:  # name that is missing -> name to copy instead
     "For encoder layers without cross-attention, that of the first layer which has one"
     first = shape.text_layers - shape.fusion_layers
-    found = [name for name in state if name.startswith(f"text_encoder.encoder.layer.{first}.crossattention.")]
-    return {
-        name.replace(f"layer.{first}.", f"layer.{layer}.", 1): name
-        for layer in range(first)
-        for name in found
-    }
+    names = [name for name in state if name.startswith(f"text_encoder.encoder.layer.{first}.crossattention.")]
+    borrowed = {}
+    for layer in range(first):
+        for name in names:
+            borrowed[name.replace(f"layer.{first}.", f"layer.{layer}.", 1)] = name
+    return borrowed
 
 # %% ../nbs/library/16_fusion.ipynb #3fa13655
 def inherit_blip(teacher: Blip, student: Blip, plan: Plan) -> None:
     "Give a student the weights that a plan copies"
     once = {name for name, _ in student.model.named_parameters()}
-    copied, own = inherit(_at_grid(teacher, student.shape), plan), student.model.state_dict()
+    own = student.model.state_dict()
+    copied = inherit(_at_grid(teacher, student.shape), plan)
     wrong = [name for name in copied if name not in own or own[name].shape != copied[name].shape]
-    due = {name for name in once if _tower(name) in dict(plan.head_width)} - {
-        "logit_scale",
-        "question_proj.weight",
-        "question_proj.bias",
-    }
+    due = {name for name in once if _tower(name) in dict(plan.head_width)}
+    due = due - {"logit_scale", "question_proj.weight", "question_proj.bias"}
     wrong += sorted(due - set(copied))
     if wrong:
         raise ValueError(
             f"the plan was made for another student: {len(wrong)} weights do not fit, such as {wrong[0]}"
         )
-    student.model.load_state_dict(
-        {name: tensor for name, tensor in copied.items() if name in once}, strict=False
-    )
+    weights = {name: tensor for name, tensor in copied.items() if name in once}
+    student.model.load_state_dict(weights, strict=False)
     with torch.no_grad():
         student.model.logit_scale.copy_(teacher.model.logit_scale)
 
@@ -1346,34 +1356,35 @@ def clip_sizes(
     shape: BlipShape,  # the sizes of all else
 ) -> BlipShape:
     "Sizes with the image tower of a CLIP"
-    visual, heads = (
-        clip.model.visual.state_dict(),
-        getattr(getattr(clip.model.visual, "transformer", None), "resblocks", None),
-    )
-    plain = heads and all(
-        type(block.mlp.gelu) is nn.GELU and isinstance(block.ls_1, nn.Identity) for block in heads
-    )
-    if (
-        not plain
-        or {"conv1.weight", "ln_pre.weight", "proj"} - set(visual)
-        or clip.model.visual.pool_type != "tok"
-    ):
+    visual = clip.model.visual
+    if not _is_plain_vit(visual):
         raise ValueError(
             f"{clip.name}: its image tower is no plain ViT of open_clip (GELU, [CLS] pooling, a norm before "
             "the blocks)"
         )
-    width, patch = visual["conv1.weight"].shape[0], visual["conv1.weight"].shape[-1]
-    sizes = dict(
-        image_layers=len(heads), image_width=width, image_heads=heads[0].attn.num_heads, patch_size=patch
-    )
+    blocks = visual.transformer.resblocks
     return replace(
         shape,
-        **sizes,
-        image_neurons=visual["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+        image_layers=len(blocks),
+        image_width=visual.conv1.weight.shape[0],
+        image_heads=blocks[0].attn.num_heads,
+        image_neurons=blocks[0].mlp.c_fc.weight.shape[0],
         image_size=clip.image_size,
+        patch_size=visual.conv1.weight.shape[-1],
     )
 
 
+def _is_plain_vit(visual: nn.Module) -> bool:
+    "Whether an image tower has what BLIP's has, with a norm before the blocks"
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    if not blocks:
+        return False
+    for block in blocks:
+        if type(block.mlp.gelu) is not nn.GELU or not isinstance(block.ls_1, nn.Identity):
+            return False
+    return {"conv1.weight", "ln_pre.weight", "proj"} <= set(visual.state_dict()) and visual.pool_type == "tok"
+
+# %% ../nbs/library/16_fusion.ipynb #c0f1e5a3
 _FROM_CLIP = {  # name in a block of BLIP's -> of open_clip's
     "self_attn.qkv.weight": "attn.in_proj_weight",
     "self_attn.qkv.bias": "attn.in_proj_bias",
@@ -1392,33 +1403,39 @@ def adopt_image_tower(
     images: Tensor,  # (B, 3, H, W) some pictures, preprocessed
 ) -> None:
     "Give a BLIP the image tower of a CLIP"
-    given, own = clip.model.visual.state_dict(), blip.model.vision_model.state_dict()
-    if own["embeddings.position_embedding"].shape[1:] != given["positional_embedding"].shape:
+    source = clip.model.visual.state_dict()
+    state = blip.model.vision_model.state_dict()
+    if state["embeddings.position_embedding"].shape[1:] != source["positional_embedding"].shape:
         raise ValueError("the two image towers have different sizes: make the BLIP with those of clip_sizes")
-    for name in (n for n in own if n.startswith("encoder.layers.")):
-        layer, part = name.removeprefix("encoder.layers.").split(".", 1)
-        known = next(k for k in _FROM_CLIP if part.startswith(k))
-        own[name] = given[f"transformer.resblocks.{layer}.{part.replace(known, _FROM_CLIP[known])}"]
-    own |= {f"post_layernorm.{what}": given[f"ln_post.{what}"] for what in ("weight", "bias")}
-    blip.model.vision_model.load_state_dict(own | _without_first_norm(clip.model.visual, given, images))
-    if "projections" in blip.model.parts and blip.model.vision_proj.weight.shape == given["proj"].T.shape:
-        blip.model.vision_proj.weight.copy_(given["proj"].T)
+    for name in state:
+        if name.startswith("encoder.layers."):
+            layer, part = name.removeprefix("encoder.layers.").split(".", 1)
+            known = next(known for known in _FROM_CLIP if part.startswith(known))
+            state[name] = source[f"transformer.resblocks.{layer}.{part.replace(known, _FROM_CLIP[known])}"]
+    state["post_layernorm.weight"] = source["ln_post.weight"]
+    state["post_layernorm.bias"] = source["ln_post.bias"]
+    state.update(_without_first_norm(clip.model.visual, source, images))
+    blip.model.vision_model.load_state_dict(state)
+    if "projections" in blip.model.parts and blip.model.vision_proj.weight.shape == source["proj"].T.shape:
+        blip.model.vision_proj.weight.copy_(source["proj"].T)
         blip.model.vision_proj.bias.zero_()
 
 # %% ../nbs/library/16_fusion.ipynb #04c8eaa6
-def _without_first_norm(visual: nn.Module, given: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+def _without_first_norm(visual: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
     "Embeddings that come out as behind the first norm, its division by each token's spread at its mean"
-    conv, places, gain, shift = (
-        given[name] for name in ("conv1.weight", "positional_embedding", "ln_pre.weight", "ln_pre.bias")
-    )
+    conv = state["conv1.weight"]
+    places = state["positional_embedding"]
     patches = visual.conv1(images).flatten(2).mT + places[1:]
     spread = (patches.var(dim=-1, unbiased=False) + visual.ln_pre.eps).sqrt().mean()
-    centred = lambda rows: (rows - rows.mean(dim=-1, keepdim=True)) * gain / spread  # noqa: E731
-    positions = centred(places)
-    first = visual.ln_pre(given["class_embedding"] + places[0]) - positions[0]
+
+    def normed(rows: Tensor) -> Tensor:
+        return (rows - rows.mean(dim=-1, keepdim=True)) * state["ln_pre.weight"] / spread
+
+    positions = normed(places)
+    first = visual.ln_pre(state["class_embedding"] + places[0]) - positions[0]
     return {
-        "embeddings.patch_embedding.weight": centred(conv.flatten(1).T).T.reshape(conv.shape),
-        "embeddings.patch_embedding.bias": shift,
+        "embeddings.patch_embedding.weight": normed(conv.flatten(1).T).T.reshape(conv.shape),
+        "embeddings.patch_embedding.bias": state["ln_pre.bias"],
         "embeddings.position_embedding": positions[None],
         "embeddings.class_embedding": first[None, None],
     }
@@ -1442,45 +1459,42 @@ def blip_cost(
     answer: int = 4,  # tokens of an answer
 ) -> BlipCost:
     "Parameters by module and multiply-accumulates by task"
-    network, made, words = blip.model, {}, min(words, blip.shape.positions)
+    network = blip.model
+    image = torch.zeros(1, 3, blip.image_size, blip.image_size, device=blip.device)
+    text = torch.full((1, min(words, blip.shape.positions)), blip.tokenizer.sep, device=blip.device)
+    mask = torch.ones_like(text).bool()
+
+    def compare() -> None:
+        network.encode_image(image)
+        network.encode_text(text)
+
+    def match() -> None:
+        network.match(network.run_text(text, mask, network.run_image(image).states))
+
+    def caption() -> None:
+        network.run_decoder(text, mask, network.run_image(image).states)
+
+    def reply() -> None:
+        outputs = network.run_text(text, mask, network.run_image(image).states)
+        network.run_decoder(text[:, :answer], mask[:, :answer], network.question_states(outputs), mask)
+
+    runs = {"retrieval": compare, "matching": match, "captioning": caption, "answering": reply}
     with torch.no_grad():
-        image = torch.zeros(1, 3, blip.image_size, blip.image_size, device=blip.device)
-        text = torch.full((1, words), blip.tokenizer.sep, device=blip.device)
-        mask, states = torch.ones_like(text).bool(), network.run_image(image).states
-        runs = {
-            "retrieval": lambda: (network.encode_image(image), network.encode_text(text)),
-            "matching": lambda: (
-                network.run_image(image),
-                network.match(network.run_text(text, mask, states)),
-            ),
-            "captioning": lambda: (network.run_image(image), network.run_decoder(text, mask, states)),
-            "answering": lambda: (network.run_image(image), _answered(network, text, mask, states, answer)),
-        }
-        for task in blip.tasks:
-            made[task] = count_macs(runs[task], network)
-    return BlipCost(_own_parameters(network), made)
-
-
-def _answered(network: BlipNetwork, text: Tensor, mask: Tensor, states: Tensor, words: int) -> Pass:
-    question = network.question_states(network.run_text(text, mask, states))
-    return network.run_decoder(text[:, :words], mask[:, :words], question, mask)
+        macs = {task: count_macs(runs[task], network) for task in blip.tasks}
+    return BlipCost(_own_parameters(network), macs)
 
 # %% ../nbs/library/16_fusion.ipynb #7646d168
 def _own_parameters(network: BlipNetwork) -> dict[str, int]:
     "Parameters by module, each once"
     counted = dict.fromkeys(("image", "text", "fusion", "decoder"), 0)
     for name, weight in network.named_parameters():
-        part = (
-            "fusion"
-            if ("text_encoder" in name and "crossattention" in name) or name.startswith("itm_head")
-            else "text"
-        )
-        part = (
-            "image"
-            if name.startswith("vision_")
-            else "decoder"
-            if name.startswith(("text_decoder", "question_proj"))
-            else part
-        )
-        counted[part] += weight.numel()
+        if name.startswith("vision_"):
+            module = "image"
+        elif name.startswith(("text_decoder", "question_proj")):
+            module = "decoder"
+        elif "crossattention" in name or name.startswith("itm_head"):
+            module = "fusion"
+        else:
+            module = "text"
+        counted[module] += weight.numel()
     return counted

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -106,11 +106,10 @@ _AXES = {
     "mlp.c_proj.bias": ("hidden",),
     "ls_1.gamma": _NORM,
     "ls_2.gamma": _NORM,
-} | {
-    f"{norm}.{part}": _NORM
-    for norm in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final")
-    for part in ("weight", "bias")
 }
+for _name in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final"):
+    _AXES[f"{_name}.weight"] = _NORM
+    _AXES[f"{_name}.bias"] = _NORM
 _TENSOR_NAME = re.compile(r"(visual\.|text\.)?(?:transformer\.resblocks\.(\d+)\.)?(.+)")
 
 
@@ -133,12 +132,8 @@ def locate(name: str) -> Place:
             f"gates know no tensor named {name!r}: both towers must be open_clip's transformers, with "
             f"{', '.join(_AXES)}"
         )
-    return Place(
-        "image" if prefix == "visual." else "text",
-        None if layer is None else int(layer),
-        tensor,
-        _AXES[tensor],
-    )
+    tower = "image" if prefix == "visual." else "text"
+    return Place(tower, None if layer is None else int(layer), tensor, _AXES[tensor])
 
 # %% ../nbs/library/14_gates.ipynb #cec99d4d
 GATE_KINDS = ("hidden", "heads", "neurons", "attention_block", "mlp_block")
@@ -156,6 +151,7 @@ class TowerGates:
 
 
 GateValues = Mapping[str, TowerGates]  # "image", "text"
+_Groups = Mapping[str, Mapping[str, Sequence[Tensor]]]  # tower -> kind -> one tensor per group
 
 
 def _group_sizes(shape: TowerShape, kind: str) -> list[int]:
@@ -164,12 +160,23 @@ def _group_sizes(shape: TowerShape, kind: str) -> list[int]:
     return sizes.get(kind, [1] * shape.layers)
 
 
-def _tower_gates(groups: Mapping[str, Sequence[Tensor]]) -> TowerGates:
-    "From the groups of each kind"
-    whole = {
-        kind: torch.cat(tuple(parts)) for kind, parts in groups.items() if kind not in ("heads", "neurons")
-    }
-    return TowerGates(**(dict(groups) | whole))
+def _of_each_group(function: Callable[[Tensor], Any], groups: _Groups) -> dict[str, dict[str, list]]:
+    "The same tree, with the function of every group in its place"
+    tree = {}
+    for tower, kinds in groups.items():
+        tree[tower] = {kind: list(map(function, parts)) for kind, parts in kinds.items()}
+    return tree
+
+
+def _gate_values(groups: _Groups) -> GateValues:
+    "The groups of each tower and kind as its gates"
+    values = {}
+    for tower, kinds in groups.items():
+        fields = {}
+        for kind, parts in kinds.items():
+            fields[kind] = tuple(parts) if kind in ("heads", "neurons") else torch.cat(tuple(parts))
+        values[tower] = TowerGates(**fields)
+    return values
 
 # %% ../nbs/library/14_gates.ipynb #7bd6e8a5
 _WRITES = (
@@ -189,7 +196,8 @@ _WRITES = (
 
 def _factors(place: Place, gates: TowerGates, shape: TowerShape) -> Iterator[tuple[int, Tensor]]:
     "What a tensor is multiplied by: (axis, vector along it)"
-    tensor, layer = place.tensor, place.layer
+    tensor = place.tensor
+    layer = place.layer
     if gates.hidden is not None and tensor in _WRITES:
         yield place.axes.index("hidden"), gates.hidden
     if gates.heads is not None and "qkv" in place.axes:
@@ -214,9 +222,9 @@ def gate_state(
         place = locate(name)
         if place.tower in values:
             for axis, factor in _factors(place, values[place.tower], shapes[place.tower]):
-                weight = weight * factor.to(weight).reshape(
-                    [-1 if i == axis else 1 for i in range(weight.dim())]
-                )
+                form = [1] * weight.dim()
+                form[axis] = -1
+                weight = weight * factor.to(weight).reshape(form)
         gated_state[name] = weight
     return gated_state
 
@@ -224,28 +232,30 @@ def gate_state(
 @contextmanager
 def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     "The model with other tensors in its parameters' places"
-    owners = {
-        name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors
-    }
-    originals = {name: owner._parameters[leaf] for name, (owner, leaf) in owners.items()}
+    places = []  # the parameters of a module, the name there, the parameter, what takes its place
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(owner)._parameters
+        places.append((parameters, leaf, parameters[leaf], tensor))
     try:
-        for name, (owner, leaf) in owners.items():
-            owner._parameters[leaf] = tensors[name]
+        for parameters, leaf, _, tensor in places:
+            parameters[leaf] = tensor
         yield
     finally:
-        for name, (owner, leaf) in owners.items():
-            owner._parameters[leaf] = originals[name]
+        for parameters, leaf, original, _ in places:
+            parameters[leaf] = original
 
 
 @contextmanager
 def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: int) -> Iterator[None]:
-    "A LayerNorm whose input is zero outside the `count` channels of `kept`, with statistics over them; the caller scales its weights"
+    "A LayerNorm with statistics over the `count` channels of `kept`; its input is zero elsewhere"
 
     def fill_with_mean(_, inputs):
         (x,) = inputs
         return (torch.where(kept, x, (x.sum(-1, keepdim=True) / count).to(x.dtype)),)
 
-    hook, eps = norm.register_forward_pre_hook(fill_with_mean), norm.eps
+    hook = norm.register_forward_pre_hook(fill_with_mean)
+    eps = norm.eps
     try:
         norm.eps = eps * count / len(kept)
         yield
@@ -254,20 +264,28 @@ def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: int) -> Iterator[N
         hook.remove()
 
 # %% ../nbs/library/14_gates.ipynb #6b38101c
+def _narrowed(values: GateValues) -> dict[str, tuple[Tensor, int]]:  # tower -> (W,) bool, how many are open
+    "The towers in which some hidden channel is closed"
+    masks = {}
+    for tower, gates in values.items():
+        if gates.hidden is None:
+            continue
+        kept = gates.hidden.detach() > 0
+        count = max(int(kept.sum()), 1)
+        if count < len(kept):
+            masks[tower] = (kept, count)
+    return masks
+
+
 @contextmanager
 def gated(
     model: nn.Module,  # the bare CLIP, not wrapped for data-parallel training
     values: GateValues,
     shapes: Mapping[str, TowerShape],  # of the model
 ) -> Iterator[nn.Module]:
-    "The model under gates: `encode_image` and `encode_text` work inside, gradients reach its parameters and the gates"
+    "The model under gates: inside, `encode_image` and `encode_text` carry gradients to parameters and gates"
     tensors = gate_state(dict(model.named_parameters()), values, shapes)
-    masks = {tower: gates.hidden.detach() > 0 for tower, gates in values.items() if gates.hidden is not None}
-    masks = {
-        tower: (kept, count)
-        for tower, kept in masks.items()
-        if (count := max(int(kept.sum()), 1)) < len(kept)
-    }
+    masks = _narrowed(values)
     with ExitStack() as stack:
         for name, norm in model.named_modules():
             tower = "image" if name.startswith("visual.") else "text"
@@ -297,7 +315,8 @@ def budget(
     "What sparsity is counted against"
     costs = {}
     for tower, shape in shapes.items():
-        width, neurons = shape.width, max(shape.neurons)
+        width = shape.width
+        neurons = max(shape.neurons)
         head = 4 * shape.head_width * (width + 1)
         mlps = sum(2 * width * n + width + n for n in shape.neurons)
         neuron = (2 * width * neurons + width + neurons) // max(neurons, 1)
@@ -319,11 +338,10 @@ def _expected_parameters(open_: TowerGates, shape: TowerShape, cost: TowerCost) 
     totals = {}
     for kind, block in (("heads", open_.attention_block), ("neurons", open_.mlp_block)):
         probabilities = getattr(open_, kind)
-        layers = (
-            torch.tensor(getattr(shape, kind))
-            if probabilities is None
-            else torch.stack([p.sum() for p in probabilities])
-        )
+        if probabilities is None:
+            layers = torch.tensor(getattr(shape, kind))
+        else:
+            layers = torch.stack([p.sum() for p in probabilities])
         totals[kind] = (layers if block is None else layers.to(block.device) * block).sum()
     if open_.hidden is None and shape.width == cost.width:
         return totals["heads"] * cost.head + totals["neurons"] * cost.neuron
@@ -360,41 +378,39 @@ class GateParameters(nn.Module):
         shapes: Mapping[str, TowerShape],  # of the network that is gated now; layers may differ
         costs: Mapping[str, TowerCost],  # `budget` of the full model
         kinds: Sequence[str] = ("hidden", "heads", "neurons"),  # out of GATE_KINDS
-        # log_alpha of every gate; out of range, so that the first `clamp_` makes it log 100
-        start: float = 10.0,
+        start: float = 10.0,  # log_alpha of every gate; the first `clamp_` makes it log 100
     ):
         super().__init__()
         if unknown := sorted(set(kinds) - set(GATE_KINDS)):
             raise ValueError(f"no gates of kind {', '.join(unknown)}: choose from {', '.join(GATE_KINDS)}")
-        self.shapes, self.costs, self.kinds = dict(shapes), dict(costs), tuple(kinds)
-        sizes = {t: {k: sum(_group_sizes(s, k)) for k in kinds} for t, s in shapes.items()}
-        towers = {
-            t: {k: nn.Parameter(torch.full((n,), start)) for k, n in of.items()} for t, of in sizes.items()
-        }
-        self.log_alpha = nn.ModuleDict({t: nn.ParameterDict(gates) for t, gates in towers.items()})
-        self.lambda_1, self.lambda_2 = nn.Parameter(torch.tensor(10.0)), nn.Parameter(torch.tensor(10.0))
+        self.shapes = dict(shapes)
+        self.costs = dict(costs)
+        self.kinds = tuple(kinds)
+        self.log_alpha = nn.ModuleDict()
+        for tower, shape in shapes.items():
+            self.log_alpha[tower] = nn.ParameterDict()
+            for kind in kinds:
+                gates = torch.full((sum(_group_sizes(shape, kind)),), start)
+                self.log_alpha[tower][kind] = nn.Parameter(gates)
+        self.lambda_1 = nn.Parameter(torch.tensor(10.0))
+        self.lambda_2 = nn.Parameter(torch.tensor(10.0))
 
     def groups(self, elementwise=lambda log_alpha: log_alpha) -> dict[str, dict[str, tuple[Tensor, ...]]]:
         "Tower -> kind -> one tensor per group, of a function of log_alpha"
-        return {
-            tower: {
-                kind: elementwise(flat).split(_group_sizes(self.shapes[tower], kind))
-                for kind, flat in kinds.items()
-            }
-            for tower, kinds in self.log_alpha.items()
-        }
+        groups: dict[str, dict[str, tuple[Tensor, ...]]] = {}
+        for tower, kinds in self.log_alpha.items():
+            groups[tower] = {}
+            for kind, log_alpha in kinds.items():
+                groups[tower][kind] = elementwise(log_alpha).split(_group_sizes(self.shapes[tower], kind))
+        return groups
 
     def parameter_groups(self, learning_rate: float = 0.02, lambda_learning_rate: float = 0.02) -> list[dict]:
         "Groups for the optimiser: the gates descend, the multipliers ascend; no weight decay"
-        gates = dict(params=list(self.log_alpha.parameters()), lr=learning_rate, weight_decay=0.0)
+        gates = list(self.log_alpha.parameters())
+        multipliers = [self.lambda_1, self.lambda_2]
         return [
-            gates,
-            dict(
-                params=[self.lambda_1, self.lambda_2],
-                lr=lambda_learning_rate,
-                weight_decay=0.0,
-                maximize=True,
-            ),
+            dict(params=gates, lr=learning_rate, weight_decay=0.0),
+            dict(params=multipliers, lr=lambda_learning_rate, weight_decay=0.0, maximize=True),
         ]
 
     @torch.no_grad()
@@ -407,43 +423,36 @@ class GateParameters(nn.Module):
 class Gates(GateParameters):
     "The learned gates of a CLIP, held to one budget"
 
-    def _values(self, elementwise) -> GateValues:
-        return {tower: _tower_gates(groups) for tower, groups in self.groups(elementwise).items()}
-
     def sample(self, generator: torch.Generator | None = None) -> GateValues:
         "One draw of every gate, for one training step; differentiable"
 
         def draw(log_alpha: Tensor) -> Tensor:
             device = log_alpha.device if generator is None else generator.device
-            return sample_gates(
-                log_alpha, torch.rand(log_alpha.shape, generator=generator, device=device).to(log_alpha)
-            )
+            noise = torch.rand(log_alpha.shape, generator=generator, device=device)
+            return sample_gates(log_alpha, noise.to(log_alpha))
 
-        return self._values(draw)
+        return _gate_values(self.groups(draw))
 
     def open_probabilities(self) -> GateValues:
         "How likely each gate is open; differentiable"
-        return self._values(open_probability)
+        return _gate_values(self.groups(open_probability))
 
     @torch.no_grad()
     def final(self) -> GateValues:
         "Deterministic gates, each group with as many zeros as it expects"
-        final = {
-            t: {k: [final_gates(g) for g in gs] for k, gs in kinds.items()}
-            for t, kinds in self.groups().items()
-        }
-        return {tower: _tower_gates(groups) for tower, groups in final.items()}
+        return _gate_values(_of_each_group(final_gates, self.groups()))
 
     def expected_parameters(self) -> dict[str, Tensor]:
         "Expected prunable parameters of each tower"
-        return {
-            t: _expected_parameters(p, self.shapes[t], self.costs[t])
-            for t, p in self.open_probabilities().items()
-        }
+        expected = {}
+        for tower, probabilities in self.open_probabilities().items():
+            expected[tower] = _expected_parameters(probabilities, self.shapes[tower], self.costs[tower])
+        return expected
 
     def expected_sparsity(self) -> Tensor:
         "Expected sparsity of the towers together, against the full model"
-        return 1 - sum(self.expected_parameters().values()) / sum(self.costs[t].prunable for t in self.shapes)
+        prunable = sum(self.costs[tower].prunable for tower in self.shapes)
+        return 1 - sum(self.expected_parameters().values()) / prunable
 
     def penalty(self, target: float) -> Tensor:
         "What is added to the loss while the sparsity asked for is `target`"
@@ -454,34 +463,38 @@ def gate_plot(gates: Gates):  # a matplotlib figure
     "Open probabilities of every gate: one row a tower, one panel a kind, one line a layer"
     import matplotlib.pyplot as plt
 
+    rows = len(gates.shapes)
+    columns = len(gates.kinds)
     height = 0.7 + 0.16 * max(shape.layers for shape in gates.shapes.values())
-    size = (2.6 * len(gates.kinds), height * len(gates.shapes))
-    figure, axes = plt.subplots(
-        len(gates.shapes), len(gates.kinds), figsize=size, squeeze=False, layout="constrained"
-    )
+    size = (2.6 * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for row, (tower, kinds) in zip(axes, gates.groups(open_probability).items(), strict=True):
         for axis, (kind, groups) in zip(row, kinds.items(), strict=True):
             lines = groups if kind in ("hidden", "heads", "neurons") else [torch.cat(groups)]
             picture = torch.full((len(lines), max(len(line) for line in lines) or 1), torch.nan)
             for i, line in enumerate(lines):
                 picture[i, : len(line)] = line.detach().float().cpu()
-            drawn = axis.imshow(picture, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+            image = axis.imshow(picture, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(f"{tower} {kind}", fontsize=9)
             axis.set_yticks([])
-    figure.colorbar(drawn, ax=axes, label="open probability")
+    figure.colorbar(image, ax=axes, label="open probability")
     plt.close(figure)
     return figure
 
 # %% ../nbs/library/14_gates.ipynb #60f54f6d
+def _array_name(tower: str, kind: str) -> str:
+    return f"gates/{tower}/{kind}"
+
+
 def gate_arrays(
     gates: GateParameters,
 ) -> dict[str, Tensor]:  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
     "What a snapshot holds of gates"
-    return {
-        f"gates/{tower}/{kind}": log_alpha
-        for tower, kinds in gates.log_alpha.items()
-        for kind, log_alpha in kinds.items()
-    }
+    arrays = {}
+    for tower, kinds in gates.log_alpha.items():
+        for kind, log_alpha in kinds.items():
+            arrays[_array_name(tower, kind)] = log_alpha
+    return arrays
 
 
 def _check_arrays(
@@ -490,16 +503,17 @@ def _check_arrays(
     kinds: Sequence[str],  # out of GATE_KINDS
 ) -> None:
     "Refuse arrays that are not the gates of this network"
-    sizes = {f"gates/{t}/{kind}": sum(_group_sizes(s, kind)) for t, s in shapes.items() for kind in kinds}
+    sizes = {}
+    for tower, shape in shapes.items():
+        for kind in kinds:
+            sizes[_array_name(tower, kind)] = sum(_group_sizes(shape, kind))
     wrong = [f"{name} is missing" for name in sizes if name not in arrays]
-    wrong += [
-        f"{name} is {arrays[name].shape}, not ({n},)"
-        for name, n in sizes.items()
-        if name in arrays and arrays[name].shape != (n,)
-    ]
-    wrong += [
-        f"{name} is not among its gates" for name in arrays if name.startswith("gates/") and name not in sizes
-    ]
+    for name, size in sizes.items():
+        if name in arrays and arrays[name].shape != (size,):
+            wrong.append(f"{name} is {arrays[name].shape}, not ({size},)")
+    for name in arrays:
+        if name.startswith("gates/") and name not in sizes:
+            wrong.append(f"{name} is not among its gates")
     if wrong:
         raise ValueError(f"the snapshot does not fit these gates: {'; '.join(wrong)}")
 
@@ -512,9 +526,8 @@ def gates_from_arrays(
     _check_arrays(arrays, gates.shapes, gates.kinds)
     past = deepcopy(gates)
     with torch.no_grad():
-        for tower, kinds in past.log_alpha.items():
-            for kind, log_alpha in kinds.items():
-                log_alpha.copy_(torch.tensor(arrays[f"gates/{tower}/{kind}"]))
+        for name, log_alpha in gate_arrays(past).items():
+            log_alpha.copy_(torch.tensor(arrays[name]))
     return past
 
 # %% ../nbs/library/14_gates.ipynb #9992a4a7
@@ -534,37 +547,23 @@ def _matrix(
     matrix[np.arange(sizes.max()) < sizes[:, None]] = flat
     return -np.sort(-matrix, axis=1) if ordered else matrix
 
-
-def _open_probability(log_alpha: np.ndarray) -> np.ndarray:  # same shape, float32
-    "`vlkd_lab.gates.open_probability` in numpy"
-    low, high = STRETCH
-    before = TEMPERATURE * np.log(-low / high)  # logit of where 0 stands in the stretched interval
-    logit = np.clip(log_alpha.astype(np.float32) - np.float32(before), -30, 30)
-    return np.clip(1 / (1 + np.exp(-logit)), EPSILON, 1 - EPSILON)
-
 # %% ../nbs/library/14_gates.ipynb #af6f7dca
 def gate_rows(
     arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
     shapes: Mapping[str, TowerShape],  # of the gated network
-    # each row in descending order; False: in the order of the units (of the layers, for blocks)
-    ordered: bool = True,
-) -> dict[
-    tuple[str, str], np.ndarray
-]:  # (tower, kind) -> (rows, most gates) float32, nan behind a shorter row's end
+    ordered: bool = True,  # each row in descending order; False: as the units (or layers) stand
+) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind the end
     "Open probabilities, a row a layer; hidden channels and each kind of block fill one row"
-    kinds = [
-        kind
-        for kind in GATE_KINDS
-        if any(name.startswith("gates/") and name.endswith(f"/{kind}") for name in arrays)
-    ]
+    recorded = {name.rpartition("/")[2] for name in arrays if name.startswith("gates/")}
+    kinds = [kind for kind in GATE_KINDS if kind in recorded]
     _check_arrays(arrays, shapes, kinds)
-    return {
-        (tower, kind): _matrix(
-            _open_probability(arrays[f"gates/{tower}/{kind}"]), _row_sizes(shape, kind), ordered
-        )
-        for tower, shape in shapes.items()
-        for kind in kinds
-    }
+    rows = {}
+    for tower, shape in shapes.items():
+        for kind in kinds:
+            log_alpha = torch.tensor(arrays[_array_name(tower, kind)]).float()
+            probabilities = open_probability(log_alpha).numpy()
+            rows[tower, kind] = _matrix(probabilities, _row_sizes(shape, kind), ordered)
+    return rows
 
 
 def reduced(
@@ -577,7 +576,8 @@ def reduced(
     columns = matrix.shape[1]
     if columns <= most:
         return matrix
-    starts, empty = np.arange(most) * columns // most, np.isnan(matrix)
+    starts = np.arange(most) * columns // most
+    empty = np.isnan(matrix)
     sums = np.add.reduceat(np.where(empty, 0, matrix), starts, axis=1, dtype=np.float64)
     counts = np.add.reduceat(~empty, starts, axis=1, dtype=np.int64)
     return np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0).astype(np.float32)
@@ -590,7 +590,8 @@ def kept_shapes(
     "Sizes of the network that is left when everything behind a zero gate is cut out"
     kept = dict(shapes)
     for tower, gates in values.items():
-        shape, counts = shapes[tower], {}
+        shape = shapes[tower]
+        counts = {}
         for kind, block in (("heads", gates.attention_block), ("neurons", gates.mlp_block)):
             layers = getattr(gates, kind)
             open_ = getattr(shape, kind) if layers is None else [int((layer > 0).sum()) for layer in layers]
@@ -605,36 +606,39 @@ def kept_shapes(
 Counts = dict[str, dict[str, list[int]]]  # tower -> kind -> gates open in each group
 
 
+@torch.no_grad()
 def open_counts(gates: Gates, shift: float = 0.0) -> Counts:
     "How many gates of each group stay open if every log_alpha is moved by `shift`"
-    with torch.no_grad():
-        return {
-            t: {k: [int(_open_counts(g + shift)) for g in gs] for k, gs in kinds.items()}
-            for t, kinds in gates.groups().items()
-        }
+
+    def count(log_alpha: Tensor) -> int:
+        return int(_open_counts(log_alpha + shift))
+
+    return _of_each_group(count, gates.groups())
 
 
+@torch.no_grad()
 def keep_counts(gates: Gates, counts: Counts) -> GateValues:
     "Deterministic gates with given numbers open, the highest of each group"
-    with torch.no_grad():
-        kept = {
-            t: {k: [keep_top(g, n) for g, n in zip(gs, counts[t][k], strict=True)] for k, gs in kinds.items()}
-            for t, kinds in gates.groups().items()
-        }
-    return {tower: _tower_gates(groups) for tower, groups in kept.items()}
+    kept: dict[str, dict[str, list[Tensor]]] = {}
+    for tower, kinds in gates.groups().items():
+        kept[tower] = {}
+        for kind, groups in kinds.items():
+            numbered = zip(groups, counts[tower][kind], strict=True)
+            kept[tower][kind] = [keep_top(group, count) for group, count in numbered]
+    return _gate_values(kept)
 
 
 def _count_sparsity(gates: Gates, counts: Counts) -> float:
     "Sparsity with these numbers open; 1 if nothing is left of a tower"
     shapes = {}
     for tower, shape in gates.shapes.items():
-        kinds, new = counts[tower], {}
+        kinds = counts[tower]
+        sizes = {}
         for kind, block in (("heads", "attention_block"), ("neurons", "mlp_block")):
-            pairs = zip(
-                kinds.get(kind, getattr(shape, kind)), kinds.get(block, [1] * shape.layers), strict=True
-            )
-            new[kind] = tuple(n * is_open for n, is_open in pairs)
-        shapes[tower] = replace(shape, width=kinds.get("hidden", [shape.width])[0], **new)
+            layers = kinds.get(kind, getattr(shape, kind))
+            blocks = kinds.get(block, [1] * shape.layers)
+            sizes[kind] = tuple(n if is_open else 0 for n, is_open in zip(layers, blocks, strict=True))
+        shapes[tower] = replace(shape, width=kinds.get("hidden", [shape.width])[0], **sizes)
     return sparsity(shapes, gates.costs)
 
 # %% ../nbs/library/14_gates.ipynb #c60c43a1
@@ -643,7 +647,8 @@ def close_budget(
     target: float,  # sparsity that the cut network must reach, against the full model
 ) -> GateValues:  # deterministic gates
     "The deterministic gates nearest to what was learned that meet the budget after rounding"
-    few, many = -30.0, 30.0  # log_alpha moved by this much: all gates closed, all gates open
+    few = -30.0  # log_alpha moved by this much: all gates closed
+    many = 30.0  # all gates open
     if _count_sparsity(gates, open_counts(gates, many)) >= target:
         few = many
     while many - few > 1e-6:
@@ -652,11 +657,12 @@ def close_budget(
             few = middle
         else:
             many = middle
-    counts, more = open_counts(gates, few), open_counts(gates, many)
+    counts = open_counts(gates, few)
+    more = open_counts(gates, many)
     for tower, kinds in counts.items():
         for kind, groups in kinds.items():
-            for i in range(len(groups)):
-                fewer, groups[i] = groups[i], more[tower][kind][i]
+            for i, fewer in enumerate(groups):
+                groups[i] = more[tower][kind][i]
                 if _count_sparsity(gates, counts) < target:
                     groups[i] = fewer
     return keep_counts(gates, counts)
@@ -672,18 +678,16 @@ def cuts_at(
     for target in targets:
         shapes = kept_shapes(gates.shapes, close_budget(gates, target))
         cost = shape_cost(config, shapes)
-        row = dict(
-            target=float(target),
-            sparsity=float(sparsity(shapes, gates.costs)),
-            parameters=cost.parameters,
-            macs=cost.macs,
-        )
+        row = {
+            "target": float(target),
+            "sparsity": float(sparsity(shapes, gates.costs)),
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+        }
         for tower, shape in shapes.items():
-            row |= {
-                f"{tower}_width": shape.width,
-                f"{tower}_heads": sum(shape.heads),
-                f"{tower}_neurons": sum(shape.neurons),
-            }
+            row[f"{tower}_width"] = shape.width
+            row[f"{tower}_heads"] = sum(shape.heads)
+            row[f"{tower}_neurons"] = sum(shape.neurons)
         rows.append(row)
     return rows
 
@@ -691,23 +695,23 @@ def cuts_at(
 def _uniform_choices(
     gates: Gates, tower: str
 ) -> tuple[Tensor, Tensor, Tensor]:  # heads (R,), neurons (M,), distances (R, M)
-    "Heads and neurons that every layer of a tower could keep, and how far each pair is from what the gates expect"
-    shape, open_ = gates.shapes[tower], gates.open_probabilities()[tower]
+    "Heads and neurons that every layer could keep, and how far each pair is from what the gates expect"
     if any(kind.endswith("_block") for kind in gates.kinds):
         raise ValueError(
             "the uniform form keeps every block: leave attention_block and mlp_block out of the gates' kinds"
         )
-    heads, neurons = _expected_count(open_.heads, shape.heads), _expected_count(open_.neurons, shape.neurons)
+    shape = gates.shapes[tower]
+    open_ = gates.open_probabilities()[tower]
     hidden = shape.width if open_.hidden is None else float(open_.hidden.sum())
     most = min(min(shape.heads), shape.width // shape.head_width)
     fewest = most if open_.hidden is None or open_.heads is None else 1
-    r = torch.arange(fewest, most + 1).double()
-    m = torch.arange(min(shape.neurons) if open_.neurons is None else 1, min(shape.neurons) + 1).double()
-    return (
-        r,
-        m,
-        (_log_ratio(r, heads) + _log_ratio(r * shape.head_width, hidden))[:, None] + _log_ratio(m, neurons),
-    )
+    heads = torch.arange(fewest, most + 1).double()
+    most = min(shape.neurons)
+    neurons = torch.arange(most if open_.neurons is None else 1, most + 1).double()
+    of_heads = _log_ratio(heads, _expected_count(open_.heads, shape.heads))
+    of_width = _log_ratio(heads * shape.head_width, hidden)
+    of_neurons = _log_ratio(neurons, _expected_count(open_.neurons, shape.neurons))
+    return heads, neurons, (of_heads + of_width)[:, None] + of_neurons
 
 
 def _expected_count(groups: Sequence[Tensor] | None, sizes: Sequence[int]) -> float:
@@ -720,10 +724,10 @@ def _log_ratio(counts: Tensor, expected: float) -> Tensor:
     return (counts / max(expected, 0.5)).log() ** 2
 
 
-def _tower_sizes(shape: TowerShape, r: Tensor, m: Tensor) -> Tensor:  # (R, M)
-    "Prunable weights of a plain tower with r heads and m neurons a layer"
-    width = r * shape.head_width
-    return (width * shape.layers)[:, None] * (4 * width[:, None] + 2 * m)
+def _tower_sizes(shape: TowerShape, heads: Tensor, neurons: Tensor) -> Tensor:  # (R,), (M,) -> (R, M)
+    "Prunable weights of a plain tower with so many heads and neurons a layer"
+    width = heads * shape.head_width
+    return (width * shape.layers)[:, None] * (4 * width[:, None] + 2 * neurons)
 
 # %% ../nbs/library/14_gates.ipynb #bc861672
 @torch.no_grad()
@@ -733,11 +737,10 @@ def uniform_shapes(
 ) -> dict[str, TowerShape]:  # "image", "text": plain shapes
     "The plain shapes closest to the learned gates that meet the budget"
     room = (1 - target) * sum(cost.prunable for cost in gates.costs.values())
-    image, text = gates.shapes["image"], gates.shapes["text"]
-    (r_image, m_image, d_image), (r_text, m_text, d_text) = (
-        _uniform_choices(gates, "image"),
-        _uniform_choices(gates, "text"),
-    )
+    image = gates.shapes["image"]
+    text = gates.shapes["text"]
+    r_image, m_image, d_image = _uniform_choices(gates, "image")
+    r_text, m_text, d_text = _uniform_choices(gates, "text")
     best = None
     for i, r in enumerate(r_text):  # for each text width and each image tower, the most text neurons that fit
         left = room - _tower_sizes(image, r_image, m_image)
@@ -760,12 +763,10 @@ def uniform_shapes(
 
 
 def _plain_shape(shape: TowerShape, heads: Tensor, neurons: Tensor) -> TowerShape:
-    return TowerShape(
-        int(heads) * shape.head_width,
-        shape.head_width,
-        (int(heads),) * shape.layers,
-        (int(neurons),) * shape.layers,
-    )
+    "So many heads and neurons in every layer, and the width of the heads"
+    heads = int(heads)
+    width = heads * shape.head_width
+    return TowerShape(width, shape.head_width, (heads,) * shape.layers, (int(neurons),) * shape.layers)
 
 # %% ../nbs/library/14_gates.ipynb #5650e761
 def uniform_gates(gates: Gates, target: float) -> GateValues:

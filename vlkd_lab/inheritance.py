@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,12 @@ class Kept:
     @classmethod
     def leading(cls, count: int, of: int, parts: int = 1) -> Kept:
         "The first `count / parts` positions of each of `parts` equal parts of the axis"
-        starts = range(0, of, of // parts) if of else ()
+        if of == 0 or count == 0:
+            return cls(of, ())
         if count == of:
-            return cls(of, ((0, of),) if of else ())
-        return cls(of, tuple((start, start + count // parts) for start in starts) if count else ())
+            return cls(of, ((0, of),))
+        starts = range(0, of, of // parts)
+        return cls(of, tuple((start, start + count // parts) for start in starts))
 
     @property
     def count(self) -> int:
@@ -121,35 +123,40 @@ class _Form:
 
 _FORMS = (
     _Form("attn.in_proj_weight", 3, "ln_1.weight", "mlp.c_fc.weight"),  # open_clip
-    _Form("self_attn.qkv.weight", 3, "layer_norm1.weight", "mlp.fc1.weight"),  # BLIP's image tower
-    # BLIP's text
-    _Form("attention.self.query.weight", 1, "attention.output.LayerNorm.weight", "intermediate.dense.weight"),
+    _Form("self_attn.qkv.weight", 3, "layer_norm1.weight", "mlp.fc1.weight"),  # BLIP, images
+    _Form(  # BLIP, texts
+        "attention.self.query.weight",
+        1,
+        "attention.output.LayerNorm.weight",
+        "intermediate.dense.weight",
+    ),
 )
 
 
 def _form(copies: Mapping[str, Copy], block: str) -> _Form:
     "The form of a block, by the names of its tensors"
-    return next(
-        form
-        for form in _FORMS
-        if all(block + name in copies for name in (form.heads, form.width, form.neurons))
-    )
+    for form in _FORMS:
+        if {block + form.heads, block + form.width, block + form.neurons} <= set(copies):
+            return form
+    raise ValueError(f"{block}… is no transformer block of open_clip or BLIP")
 
 # %% ../nbs/library/15_inheritance.ipynb #375662a9
 def _rows(plan: Plan) -> list[dict[str, Any]]:
     "One row per block: tower, block, source, and (kept, of) for heads and neurons, or channels of a ResNet"
-    copies, rows = {copy.name: copy for copy in plan.copies}, []
+    copies = {copy.name: copy for copy in plan.copies}
+    head_width = dict(plan.head_width)
+    rows = []
     for stack in plan.stacks:
         for i, source in enumerate(stack.sources):
             block = f"{stack.prefix}{i}."
             row = dict(tower=stack.tower, block=block[:-1], source=source, blocks_of=stack.of)
             if block + "conv2.weight" in copies:
-                row |= dict(channels=_kept_of(copies[block + "conv2.weight"]))
+                row["channels"] = _kept_of(copies[block + "conv2.weight"])
             else:
                 form = _form(copies, block)
-                heads = _kept_of(copies[block + form.heads], form.packed * dict(plan.head_width)[stack.tower])
-                width, neurons = _kept_of(copies[block + form.width]), _kept_of(copies[block + form.neurons])
-                row |= dict(width=width, heads=heads, neurons=neurons)
+                row["width"] = _kept_of(copies[block + form.width])
+                row["heads"] = _kept_of(copies[block + form.heads], form.packed * head_width[stack.tower])
+                row["neurons"] = _kept_of(copies[block + form.neurons])
             rows.append(row)
     return rows
 
@@ -161,27 +168,27 @@ def _kept_of(copy: Copy, unit: int = 1) -> tuple[int, int]:
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     "The rows as text, a header before each change of kind"
-    lines, header = [], None
+    lines = []
+    header: list[str] = []
     for row in rows:
         counted = [key for key in ("width", "heads", "neurons", "channels") if key in row]
-        if header != (row["tower"], *counted):
-            header = (row["tower"], *counted)
-            lines.append([f"{row['tower']} tower", "from block", *(f"{key} kept" for key in counted)])
-        lines.append(
-            [
-                row["block"],
-                f"{row['source']} of {row['blocks_of']}",
-                *(f"{row[k][0]} of {row[k][1]}" for k in counted),
-            ]
-        )
+        columns = [f"{row['tower']} tower", "from block", *(f"{key} kept" for key in counted)]
+        if columns != header:
+            header = columns
+            lines.append(header)
+        kept = [f"{row[key][0]} of {row[key][1]}" for key in counted]
+        lines.append([row["block"], f"{row['source']} of {row['blocks_of']}", *kept])
     return lines
 
 # %% ../nbs/library/15_inheritance.ipynb #6d1774b6
 def _html_rows(lines: Sequence[Sequence[str]]) -> str:
     "The table for a notebook"
-    rows = [("th" if line[1] == "from block" else "td", line) for line in lines]
-    cells = ["".join(f"<{kind}>{text}</{kind}>" for text in line) for kind, line in rows]
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    rows = []
+    for line in lines:
+        tag = "th" if line[1] == "from block" else "td"
+        cells = "".join(f"<{tag}>{text}</{tag}>" for text in line)
+        rows.append(f"<tr>{cells}</tr>")
+    return f"<table>{''.join(rows)}</table>"
 
 # %% ../nbs/library/15_inheritance.ipynb #08de0a5e
 @dataclass(frozen=True, repr=False)
@@ -195,56 +202,61 @@ class Plan:
     @property
     def layers(self) -> dict[str, tuple]:
         "The teacher's layer for each of the student's, by tower; of a ResNet one tuple per stage"
-        sources = {
-            stack.tower: tuple(s.sources for s in self.stacks if s.tower == stack.tower)
-            for stack in self.stacks
-        }
-        return {tower: stages if len(stages) > 1 else stages[0] for tower, stages in sources.items()}
+        stages: dict[str, list[tuple[int, ...]]] = {}
+        for stack in self.stacks:
+            stages.setdefault(stack.tower, []).append(stack.sources)
+        return {tower: tuple(s) if len(s) > 1 else s[0] for tower, s in stages.items()}
 
     def rows(self) -> list[dict[str, Any]]:
         "One row per block of the student, for a data frame or a table"
         return _rows(self)
 
     def __repr__(self) -> str:
-        return "\n".join(
-            f"{line[0]:<36}" + "".join(f"{cell:>16}" for cell in line[1:]) for line in _table(self.rows())
-        )
+        lines = []
+        for block, *cells in _table(self.rows()):
+            lines.append(f"{block:<36}" + "".join(f"{cell:>16}" for cell in cells))
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         return _html_rows(_table(self.rows()))
 
     def to_json(self) -> str:
         "Compact text: every distinct selection is written once"
-        index = {
-            kept: i for i, kept in enumerate(dict.fromkeys(k for copy in self.copies for k in copy.kept))
-        }
-        copies = [[copy.name, copy.source, [index[k] for k in copy.kept]] for copy in self.copies]
-        stacks = [[s.tower, s.prefix, s.of, s.sources] for s in self.stacks]
-        return json.dumps(
-            dict(
-                kept=[[k.of, k.ranges] for k in index],
-                copies=copies,
-                stacks=stacks,
-                head_width=self.head_width,
-            )
-        )
+        return json.dumps(_plan_json(self))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         "The plan that `to_json` wrote"
-        data = json.loads(text)
-        kept = [Kept(of, tuple((a, b) for a, b in ranges)) for of, ranges in data["kept"]]
-        copies = tuple(
-            Copy(name, source, tuple(kept[i] for i in axes)) for name, source, axes in data["copies"]
-        )
-        stacks = tuple(
-            Stack(tower, prefix, of, tuple(sources)) for tower, prefix, of, sources in data["stacks"]
-        )
-        return cls(copies, stacks, tuple((tower, width) for tower, width in data["head_width"]))
+        return _plan_from_json(json.loads(text))
 
     def plot(self):  # a matplotlib figure
         "What is kept of every block of the teacher"
         return _plot(self)
+
+# %% ../nbs/library/15_inheritance.ipynb #c0f1e5b1
+def _plan_json(plan: Plan) -> dict[str, list]:
+    "A plan as lists; a copy names its selections by their places in `kept`"
+    places: dict[Kept, int] = {}
+    copies = []
+    for copy in plan.copies:
+        axes = [places.setdefault(kept, len(places)) for kept in copy.kept]
+        copies.append([copy.name, copy.source, axes])
+    return {
+        "kept": [[kept.of, kept.ranges] for kept in places],
+        "copies": copies,
+        "stacks": [[stack.tower, stack.prefix, stack.of, stack.sources] for stack in plan.stacks],
+        "head_width": plan.head_width,
+    }
+
+
+def _plan_from_json(data: Mapping[str, list]) -> Plan:
+    "The plan of such lists"
+    selections = [Kept(of, tuple(map(tuple, ranges))) for of, ranges in data["kept"]]
+    copies = []
+    for name, source, axes in data["copies"]:
+        copies.append(Copy(name, source, tuple(selections[place] for place in axes)))
+    stacks = [Stack(tower, prefix, of, tuple(layers)) for tower, prefix, of, layers in data["stacks"]]
+    return Plan(tuple(copies), tuple(stacks), tuple(map(tuple, data["head_width"])))
 
 # %% ../nbs/library/15_inheritance.ipynb #94a5c199
 def inherit(
@@ -257,10 +269,11 @@ def inherit(
             raise ValueError(
                 f"the plan takes {copy.name} from {copy.source}, which the teacher does not have"
             )
-        planned, found = tuple(kept.of for kept in copy.kept), tuple(teacher_state[copy.source].shape)
-        if planned != found:
+        planned = tuple(kept.of for kept in copy.kept)
+        shape = tuple(teacher_state[copy.source].shape)
+        if planned != shape:
             raise ValueError(
-                f"the plan was made for a teacher whose {copy.source} is {planned}, this one's is {found}"
+                f"the plan was made for a teacher whose {copy.source} is {planned}, this one's is {shape}"
             )
     student = {}
     for copy in plan.copies:
@@ -280,9 +293,10 @@ _NOT_INHERITED = ("logit_scale", "logit_bias")
 def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> dict[str, Stack]:  # by prefix
     "The sequences of blocks of a student and where each block comes from"
     stacks = {}
-    for prefix in dict.fromkeys(m[1] for name in student if (m := _BLOCK_NAME.fullmatch(name))):
+    for prefix in dict.fromkeys(block[1] for block in _blocks(student)):
         tower = _tower(prefix, student)
-        have, want = _depth(teacher, prefix), _depth(student, prefix)
+        have = _depth(teacher, prefix)
+        want = _depth(student, prefix)
         if want > have:
             raise ValueError(
                 f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be "
@@ -306,10 +320,16 @@ def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> d
     return stacks
 
 
+def _blocks(names: Mapping[str, Any]) -> Iterator[re.Match]:
+    "Prefix, number and name inside the block of every tensor that stands in one"
+    for name in names:
+        if block := _BLOCK_NAME.fullmatch(name):
+            yield block
+
+
 def _depth(names: Mapping[str, Any], prefix: str) -> int:
     "Blocks whose names begin with a prefix"
-    found = (_BLOCK_NAME.fullmatch(name) for name in names)
-    return max((int(m[2]) + 1 for m in found if m and m[1] == prefix), default=0)
+    return max((int(block[2]) + 1 for block in _blocks(names) if block[1] == prefix), default=0)
 
 
 def _tower(name: str, names: Mapping[str, Any]) -> str:
@@ -331,7 +351,9 @@ def _fixed_axes(tensor: str, dims: int) -> tuple[int, ...]:
 
 
 _WHOLE = re.compile(
-    r"visual\.(trunk|attn_pool)|text\.transformer\.(?!resblocks)|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)"
+    r"visual\.(trunk|attn_pool)"
+    r"|text\.transformer\.(?!resblocks)"
+    r"|text_decoder\.(resblocks|cross_attn|ln_final|text_proj)"
 )
 
 
@@ -350,40 +372,34 @@ def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width
             "positions first)"
         )
     parts = 3 if ".attn.in_proj_" in name or ".self_attn.qkv." in name else 1
-    by_heads = (
-        parts == 3
-        or "attnpool" in name
-        and re.search(r"\.[qkv]_proj\.", name)
-        or re.search(r"\.self\.(query|key|value)\.", name)
-    )
+    by_heads = parts == 3 or re.search(r"attnpool.*\.[qkv]_proj\.|\.self\.(query|key|value)\.", name)
     if by_heads and (want[0] % (parts * head_width) or have[0] % (parts * head_width)):
         raise ValueError(f"{sizes}; neither side may split a head of width {head_width}")
-    return tuple(
-        Kept.leading(w, h, parts if axis == 0 else 1)
-        for axis, (w, h) in enumerate(zip(want, have, strict=True))
-    )
+    kept = [Kept.leading(w, h) for w, h in zip(want, have, strict=True)]
+    if parts == 3:
+        kept[0] = Kept.leading(want[0], have[0], parts)
+    return tuple(kept)
 
 # %% ../nbs/library/15_inheritance.ipynb #4def7f54
 def plan_manual(
     teacher_state: Mapping[str, Tensor],  # of one tower or a whole CLIP, open_clip's names; not changed
     student_shapes: Mapping[str, Sequence[int]],  # name -> shape of every tensor of the student's state
-    # channels of one head, the same in both networks; or "image", "text" -> channels
-    head_width: int | Mapping[str, int],
-    # rule(teacher_layers, student_layers), explicit layers, or one of them by tower
-    layers: Callable | Sequence | Mapping = even_spread,
+    head_width: int | Mapping[str, int],  # channels of a head, equal in both networks; may be by tower
+    layers: Callable | Sequence | Mapping = even_spread,  # rule(of teacher, of student), numbers, or by tower
 ) -> Plan:
     "Chosen layers, and of them the leading heads, channels and neurons"
-    shapes = {
-        name: tuple(getattr(shape, "shape", shape))
-        for name, shape in student_shapes.items()
-        if name not in _NOT_INHERITED
-    }
-    stacks, copies = _stacks(shapes, teacher_state, layers), []
-    towers = dict.fromkeys(_tower(name, shapes) for name in shapes)
-    widths = {
-        tower: head_width if isinstance(head_width, int) else head_width.get(tower, head_width["text"])
-        for tower in towers
-    }
+    shapes = {}
+    for name, shape in student_shapes.items():
+        if name not in _NOT_INHERITED:
+            shapes[name] = tuple(getattr(shape, "shape", shape))
+    widths = {}
+    for name in shapes:
+        tower = _tower(name, shapes)
+        widths[tower] = head_width
+        if not isinstance(head_width, int):
+            widths[tower] = head_width.get(tower, head_width["text"])
+    stacks = _stacks(shapes, teacher_state, layers)
+    copies = []
     for name, want in shapes.items():
         block = _BLOCK_NAME.fullmatch(name)
         source = f"{block[1]}{stacks[block[1]].sources[int(block[2])]}.{block[3]}" if block else name
@@ -405,17 +421,20 @@ def _kept_mask(kept: Kept, unit: int = 1) -> Tensor:  # (size // unit,) bool
 def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  # title -> (source block, mask)
     "What the picture shows of one stack"
     copies = {copy.name: copy for copy in plan.copies}
-    first = {f"{stack.prefix}{i}.": source for i, source in enumerate(stack.sources)}
-    d = dict(plan.head_width)[stack.tower]
+    blocks = [(source, f"{stack.prefix}{i}.") for i, source in enumerate(stack.sources)]
+
+    def masks(tensor: str, unit: int = 1, packed: int = 1) -> list[tuple[int, Tensor]]:
+        "What is kept of the first axis of a tensor of every block; of packed parts the first is shown"
+        kept = [(source, copies[block + tensor].kept[0]) for source, block in blocks]
+        return [(source, _kept_mask(k, unit)[: k.of // (packed * unit)]) for source, k in kept]
+
     if f"{stack.prefix}0.conv2.weight" in copies:
-        name = f"{stack.prefix.removeprefix('visual.')[:-1]} channels"
-        return {name: [(s, _kept_mask(copies[b + "conv2.weight"].kept[0])) for b, s in first.items()]}
-    form = _form(copies, next(iter(first)))
-    queries = {s: copies[b + form.heads].kept[0] for b, s in first.items()}
+        return {f"{stack.prefix.removeprefix('visual.')[:-1]} channels": masks("conv2.weight")}
+    form = _form(copies, blocks[0][1])
     return {
-        "channels": [(s, _kept_mask(copies[b + form.width].kept[0])) for b, s in first.items()],
-        "heads": [(s, _kept_mask(kept, d)[: kept.of // (form.packed * d)]) for s, kept in queries.items()],
-        "neurons": [(s, _kept_mask(copies[b + form.neurons].kept[0])) for b, s in first.items()],
+        "channels": masks(form.width),
+        "heads": masks(form.heads, dict(plan.head_width)[stack.tower], form.packed),
+        "neurons": masks(form.neurons),
     }
 
 # %% ../nbs/library/15_inheritance.ipynb #a39761db
@@ -423,14 +442,13 @@ def _plot(plan: Plan):  # a matplotlib figure
     "What is kept of every block of the teacher"
     import matplotlib.pyplot as plt
 
-    panels = [
-        (stack, title, blocks) for stack in plan.stacks for title, blocks in _panels(plan, stack).items()
-    ]
+    panels = []
+    for stack in plan.stacks:
+        panels += [(stack, title, blocks) for title, blocks in _panels(plan, stack).items()]
     columns = 3 if len(panels) % 3 == 0 else 4
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(2.6 * columns, 1.7 * rows), squeeze=False, layout="constrained"
-    )
+    size = (2.6 * columns, 1.7 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (stack, title, blocks) in zip(axes.flat, panels, strict=False):
@@ -448,13 +466,13 @@ def _gate_masks(shapes: Mapping[str, TowerShape], values: GateValues) -> dict[tu
     "(tower, layer, kind of axis) -> what is kept; the layer is None for hidden channels"
     kept = {}
     for tower, shape in shapes.items():
-        gates = values.get(tower)
-        gates = gates or TowerGates()
+        gates = values.get(tower) or TowerGates()
         kept[tower, None, "hidden"] = Kept.where(_open(gates.hidden, shape.width))
         for kind, block in (("heads", gates.attention_block), ("neurons", gates.mlp_block)):
+            layers = getattr(gates, kind)
             for i, size in enumerate(getattr(shape, kind)):
-                own = getattr(gates, kind)
-                mask = _open(own and own[i], size) & _open(None if block is None else block[i], size)
+                mask = _open(None if layers is None else layers[i], size)
+                mask = mask & _open(None if block is None else block[i], size)
                 if kind == "heads":
                     mask = mask.repeat_interleave(shape.head_width)
                     kept[tower, i, "qkv"] = Kept.where(mask.repeat(3))
@@ -474,26 +492,28 @@ def plan_gates(
 ) -> Plan:
     "Everything that no closed gate guards"
     kept_shapes(shapes, values)
-    masks, copies = _gate_masks(shapes, values), []
+    masks = _gate_masks(shapes, values)
+    copies = []
+    prefixes = {}
     for name, tensor in state.items():
         place = locate(name)
-        axes = place.axes if place.tower else ("",) * tensor.dim()
-        keys = [
-            (place.tower, None if kind == "hidden" else place.layer, kind) if kind else None for kind in axes
-        ]
-        kept = tuple(
-            masks[key] if key else Kept.leading(size, size)
-            for key, size in zip(keys, tensor.shape, strict=True)
-        )
-        if tuple(k.of for k in kept) != tuple(tensor.shape):
+        if "resblocks." in name:
+            prefixes[place.tower] = name.split("resblocks.")[0] + "resblocks."
+        kept = []
+        for kind, size in zip(place.axes if place.tower else [""] * tensor.dim(), tensor.shape, strict=True):
+            layer = None if kind == "hidden" else place.layer
+            kept.append(masks[place.tower, layer, kind] if kind else Kept.leading(size, size))
+        planned = tuple(axis.of for axis in kept)
+        if planned != tuple(tensor.shape):
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for "
-                f"{tuple(k.of for k in kept)}"
+                f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for {planned}"
             )
-        copies.append(Copy(name, name, kept))
-    prefixes = {locate(n).tower: n.split("resblocks.")[0] + "resblocks." for n in state if "resblocks." in n}
-    stacks = tuple(Stack(t, prefixes[t], s.layers, tuple(range(s.layers))) for t, s in shapes.items())
-    return Plan(tuple(copies), stacks, tuple((tower, shape.head_width) for tower, shape in shapes.items()))
+        copies.append(Copy(name, name, tuple(kept)))
+    stacks = []
+    for tower, shape in shapes.items():
+        stacks.append(Stack(tower, prefixes[tower], shape.layers, tuple(range(shape.layers))))
+    widths = [(tower, shape.head_width) for tower, shape in shapes.items()]
+    return Plan(tuple(copies), tuple(stacks), tuple(widths))
 
 # %% ../nbs/library/15_inheritance.ipynb #c8cda1ca
 def plan_uniform(

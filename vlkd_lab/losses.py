@@ -59,8 +59,8 @@ def _on_features(loss: Callable) -> Callable:
     parameters = signature(loss)
 
     @wraps(loss)
-    def checked(*given, **options):
-        call = parameters.bind(*given, **options)
+    def checked(*arguments, **options):
+        call = parameters.bind(*arguments, **options)
         features = {name: value for name, value in call.arguments.items() if isinstance(value, Features)}
         _check_pairs(features)
         call.arguments.update(_widen(features))
@@ -92,13 +92,14 @@ def _tiles(features: Features, tile: int) -> Iterator[tuple[slice, slice, Tensor
     blocks = [slice(start, min(start + tile, len(scaled))) for start in range(0, len(scaled), tile)]
     for rows in blocks:
         for columns in blocks:
-            shape = rows.stop - rows.start, columns.stop - columns.start
-            logits = buffer[: shape[0] * shape[1]].view(shape)
+            height = rows.stop - rows.start
+            width = columns.stop - columns.start
+            logits = buffer[: height * width].view(height, width)
             yield rows, columns, torch.mm(scaled[rows], features.text[columns].T, out=logits)
 
 # %% ../nbs/library/10_losses.ipynb #f1d3bdad
 class _Running:
-    "Sum of exponentials of N rows (or columns) seen tile by tile, and the mean of `values` under their softmax"
+    "Log-sum-exp of N rows (or columns) that arrive by tiles, and the mean of `values` under their softmax"
 
     def __init__(self, rows: Tensor):  # (N, D) only its length, dtype and device matter
         self.shift = rows.new_full((len(rows),), -torch.inf)  # (N,) nats
@@ -128,7 +129,9 @@ _WINDOW = 30.0  # nats either side of a tile's shift: exponentials between 1e-13
 
 def _middle(logits: Tensor) -> float | None:
     "One shift that suits a whole tile (0 if possible); None where its range is too wide"
-    low, high = (end.item() for end in logits.aminmax())
+    ends = logits.aminmax()
+    low = ends.min.item()
+    high = ends.max.item()
     if -_WINDOW <= low and high <= _WINDOW:
         return 0.0
     return (low + high) / 2 if high - low <= 2 * _WINDOW else None
@@ -145,9 +148,8 @@ def _absorb(
             shift = logits.amax(axis)
             weights = (logits - shift.unsqueeze(axis)).exp_()
             total = weights.sum(axis)
-            running.absorb(
-                where, shift, total, None if values is None else weights.mul_(values).sum(axis) / total
-            )
+            mean = None if values is None else weights.mul_(values).sum(axis) / total
+            running.absorb(where, shift, total, mean)
         return
     weights = (logits.sub_(middle) if middle else logits).exp_()
     totals = {axis: weights.sum(axis) for axis in (0, 1)}
@@ -176,36 +178,38 @@ def _both_softmaxes(
 # %% ../nbs/library/10_losses.ipynb #fa9e5b24
 def _first_pass(student: Features, teacher: Features | None, tile: int):
     "The loss, and the running sums of the student and (unless its targets are the identity) of the teacher"
-    own, targets = (_Running(student.image), _Running(student.text)), None
+    student_sums = (_Running(student.image), _Running(student.text))
+    teacher_sums = None
     if teacher is None:
         for rows, columns, logits in _tiles(student, tile):
-            _absorb(logits, rows, columns, own)
-        matched = [student.scale * (student.image * student.text).sum(1)] * 2
+            _absorb(logits, rows, columns, student_sums)
+        own = student.scale * (student.image * student.text).sum(1)
+        matched = [own, own]
     else:
-        targets = _Running(student.image), _Running(student.text)
-        for (rows, columns, logits), (_, _, wanted) in zip(
-            _tiles(student, tile), _tiles(teacher, tile), strict=True
-        ):
-            _absorb(wanted, rows, columns, targets, values=logits)
-            _absorb(logits, rows, columns, own)
-        matched = [side.mean for side in targets]
-    # (B,) nats of each image, of each text
-    per_row = [side.lse() - hit for side, hit in zip(own, matched, strict=True)]
-    return (per_row[0].sum() + per_row[1].sum()) / (2 * len(student)), own, targets
+        teacher_sums = (_Running(student.image), _Running(student.text))
+        both = zip(_tiles(student, tile), _tiles(teacher, tile), strict=True)
+        for (rows, columns, logits), (_, _, target) in both:
+            _absorb(target, rows, columns, teacher_sums, values=logits)
+            _absorb(logits, rows, columns, student_sums)
+        matched = [side.mean for side in teacher_sums]
+    of_images = student_sums[0].lse() - matched[0]  # (B,) nats
+    of_texts = student_sums[1].lse() - matched[1]
+    return (of_images.sum() + of_texts.sum()) / (2 * len(student)), student_sums, teacher_sums
 
 # %% ../nbs/library/10_losses.ipynb #14242cb1
 def _second_pass(
-    student: Features, teacher: Features | None, tile: int, own, targets
+    student: Features, teacher: Features | None, tile: int, student_sums, teacher_sums
 ) -> tuple[Tensor, Tensor]:
     "2B·(dL/ds)·text and 2B·(dL/ds)ᵀ·image, both (B, D)"
-    pull_image, pull_text = torch.zeros_like(student.image), torch.zeros_like(student.text)
+    pull_image = torch.zeros_like(student.image)
+    pull_text = torch.zeros_like(student.text)
     spare = student.image.new_empty(tile * tile)
-    wanted_tiles = None if teacher is None else _tiles(teacher, tile)
+    targets = None if teacher is None else _tiles(teacher, tile)
     for rows, columns, logits in _tiles(student, tile):
-        slope = _both_softmaxes(logits, rows, columns, own, spare)
-        if wanted_tiles is not None:
-            _, _, wanted = next(wanted_tiles)
-            slope.sub_(_both_softmaxes(wanted, rows, columns, targets, spare))
+        slope = _both_softmaxes(logits, rows, columns, student_sums, spare)
+        if targets is not None:
+            _, _, target = next(targets)
+            slope.sub_(_both_softmaxes(target, rows, columns, teacher_sums, spare))
         elif rows == columns:  # the identity's 1 for the row and 1 for the column
             slope.diagonal().sub_(2)
         pull_image[rows].addmm_(slope, student.text[columns])
@@ -220,17 +224,20 @@ class _TiledCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, image: Tensor, text: Tensor, scale: Tensor, teacher: Features | None, tile: int
     ) -> Tensor:
-        loss, ctx.own, ctx.targets = _first_pass(Features(image, text, scale), teacher, tile)
+        student = Features(image, text, scale)
+        loss, ctx.student_sums, ctx.teacher_sums = _first_pass(student, teacher, tile)
         ctx.save_for_backward(image, text, scale)
-        ctx.teacher, ctx.tile = teacher, tile
+        ctx.teacher = teacher
+        ctx.tile = tile
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         image, text, scale = ctx.saved_tensors
+        student = Features(image, text, scale)
         pull_image, pull_text = _second_pass(
-            Features(image, text, scale), ctx.teacher, ctx.tile, ctx.own, ctx.targets
+            student, ctx.teacher, ctx.tile, ctx.student_sums, ctx.teacher_sums
         )
         share = gradient / (2 * len(image))
         scale_gradient = (pull_image * image).sum() * share
@@ -240,8 +247,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
 @_on_features
 def contrastive(
     student: Features,  # (B, D) features of the model being trained
-    # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
-    tile: int | None = None,
+    tile: int | None = None,  # side of a tile; 0: no tiles; None: TILE from TILED_ABOVE pairs on
 ) -> Tensor:  # () mean nats per row; log B at chance, 0 when every pair is found
     "Cross-entropy of finding each image's text and each text's image"
     if side := _tile_size(len(student), tile):
@@ -255,8 +261,7 @@ def contrastive(
 def affinity_mimicking(
     student: Features,  # (B, D_s) features of the model being trained
     teacher: Features,  # (B, D_t) of the same B pairs; receives no gradient
-    # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
-    tile: int | None = None,
+    tile: int | None = None,  # as in `contrastive`
 ) -> Tensor:  # () mean nats per row; least, the teacher's entropy, when the two affinities agree
     "Cross-entropy from the teacher's image-text affinities to the student's"
     teacher = teacher.detach()
@@ -269,23 +274,26 @@ def affinity_mimicking(
     return (image_to_text + text_to_image) / 2
 
 # %% ../nbs/library/10_losses.ipynb #85bb7dc2
+def _row_divergence(
+    student: Tensor, teacher: Tensor
+) -> Tensor:  # (B, M) logits each -> () nats, mean over the rows
+    "KL divergence of the student's distributions over the columns from the teacher's"
+    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+
+
 @_on_features
 def relational(
     student: Features,  # (B, D_s) features of the model being trained
     teacher: Features,  # (B, D_t) of the same B pairs; receives no gradient
-    # side of a tile; None: plain up to TILED_ABOVE pairs, then tiles of TILE; 0: plain always
-    tile: int | None = None,
+    tile: int | None = None,  # as in `contrastive`
 ) -> Tensor:  # () mean nats per row; 0 when the two affinities agree
     "KL divergence of the student's image-text affinities from the teacher's (CLIP-KD's CRD)"
     teacher = teacher.detach()
     if side := _tile_size(len(student), tile):
         return affinity_mimicking(student, teacher, side) - affinity_mimicking(teacher, teacher, side)
-    s, t = student.logits(), teacher.logits()
-    divergences = (
-        F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="batchmean", log_target=True)
-        for a, b in ((s, t), (s.T, t.T))
-    )
-    return sum(divergences) / 2
+    s = student.logits()  # (B, B) image i against text j
+    t = teacher.logits()
+    return (_row_divergence(s, t) + _row_divergence(s.T, t.T)) / 2
 
 # %% ../nbs/library/10_losses.ipynb #497f2890
 class Projection(nn.Module):
@@ -302,18 +310,19 @@ class Projection(nn.Module):
 
     def forward(self, student: Features) -> Features:  # (B, D_t) unit rows, the student's scale
         "The student's pairs in the teacher's space"
-        rows = self.image(student.image.to(self.image.weight)), self.text(student.text.to(self.text.weight))
-        return Features(F.normalize(rows[0], dim=1), F.normalize(rows[1], dim=1), student.scale)
+        image = self.image(student.image.to(self.image.weight))
+        text = self.text(student.text.to(self.text.weight))
+        return Features(F.normalize(image, dim=1), F.normalize(text, dim=1), student.scale)
 
 
 def _check_widths(student: Features, teacher: Features, loss: str) -> None:
     "ValueError unless the student's rows can be compared with the teacher's"
-    widths = student.image.shape[1], teacher.image.shape[1]
-    if widths[0] != widths[1]:
+    own = student.image.shape[1]
+    other = teacher.image.shape[1]
+    if own != other:
         raise ValueError(
-            f"{loss} compares rows of student and teacher, whose widths differ ({widths[0]} and "
-            f"{widths[1]}): "
-            f"put the student through Projection({widths[0]}, {widths[1]}) first"
+            f"{loss} compares rows of student and teacher, whose widths differ ({own} and {other}): "
+            f"put the student through Projection({own}, {other}) first"
         )
 
 # %% ../nbs/library/10_losses.ipynb #9d7932f4
@@ -372,10 +381,10 @@ def sample_classes(
     if not 0 < share <= 1:
         raise ValueError(f"share={share:g} is not valid: it must be above 0 and at most 1")
     own = assignment.unique()
-    wanted = min(max(math.ceil(share * clusters), len(own)), clusters)
+    count = min(max(math.ceil(share * clusters), len(own)), clusters)
     score = torch.rand(clusters, generator=torch.Generator().manual_seed(seed))
     score[own.cpu()] = 2.0
-    return score.topk(wanted).indices.sort().values.to(assignment.device)
+    return score.topk(count).indices.sort().values.to(assignment.device)
 
 # %% ../nbs/library/10_losses.ipynb #91bb26b2
 def cluster_classification(
@@ -391,7 +400,8 @@ def cluster_classification(
     with torch.autocast(student_image.device.type, enabled=False):
         image, centers = _wide(student_image, centers.detach())
         if classes is not None:
-            centers, assignment = centers[classes], torch.searchsorted(classes, assignment)
+            centers = centers[classes]
+            assignment = torch.searchsorted(classes, assignment)
         cosine = image @ centers.T
         if margin:
             own = assignment[:, None]
@@ -408,17 +418,14 @@ def cluster_distribution(
     teacher_scale: float = 32.0,  # multiplier of the teacher's
     classes: Tensor | None = None,  # (S,) the centres that count; None: all K
 ) -> Tensor:  # () mean nats per row; 0 when both spread alike over the centres
-    "KL divergence of the student's distribution over the centres from the teacher's (CLIP-CID, cluster discrimination)"
+    "KL divergence of the student's distribution over the centres from the teacher's (CLIP-CID)"
     for rows in (student_image, teacher_image):
         _check_centers(rows, centers)
     with torch.autocast(student_image.device.type, enabled=False):
         student, teacher, centers = _wide(student_image, teacher_image.detach(), centers.detach())
-        centers = centers if classes is None else centers[classes]
-        own, wanted = (
-            (by * rows @ centers.T).log_softmax(1)
-            for by, rows in ((scale, student), (teacher_scale, teacher))
-        )
-        return F.kl_div(own, wanted, reduction="batchmean", log_target=True)
+        if classes is not None:
+            centers = centers[classes]
+        return _row_divergence(scale * student @ centers.T, teacher_scale * teacher @ centers.T)
 
 # %% ../nbs/library/10_losses.ipynb #ddeeae5c
 @_on_features
@@ -428,20 +435,15 @@ def instance_discrimination(
     scale: float | Tensor,  # () multiplier of the cosines, already exponentiated
     tile: int | None = None,  # as in `contrastive`
 ) -> Tensor:  # () mean nats per row; log B at chance
-    "Student and teacher rows of the same sample find each other, images among images and texts among texts (CLIP-CID)"
+    "Student's and teacher's rows of one sample find each other, within images and within texts (CLIP-CID)"
     _check_widths(student, teacher, "instance_discrimination")
     scale = torch.as_tensor(scale, dtype=student.image.dtype, device=student.image.device)
-    sides = ((student.image, teacher.image.detach()), (student.text, teacher.text.detach()))
-    return sum(contrastive(Features(own, its, scale), tile) for own, its in sides) / 2
+    teacher = teacher.detach()
+    images = contrastive(Features(student.image, teacher.image, scale), tile)
+    texts = contrastive(Features(student.text, teacher.text, scale), tile)
+    return (images + texts) / 2
 
 # %% ../nbs/library/10_losses.ipynb #fd43b76b
-def _score_divergence(
-    student: Tensor, teacher: Tensor
-) -> Tensor:  # (B, M) logits each -> () nats, mean over the rows
-    "KL divergence of the student's distributions over the columns from the teacher's"
-    return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
-
-
 def _unit_rows(loss: str, **rows: Tensor) -> list[Tensor]:  # in one dtype, float32 at least
     "Rows of unit length; ValueError unless each is (rows, width) with at least one row"
     for name, tensor in rows.items():
@@ -452,18 +454,22 @@ def _unit_rows(loss: str, **rows: Tensor) -> list[Tensor]:  # in one dtype, floa
     return [F.normalize(tensor, dim=1) for tensor in _wide(*rows.values())]
 
 
-def _check_alike(
-    loss: str, one: str, other: str, rows: tuple[int, int], widths: tuple[int, int] = (0, 0)
-) -> None:
-    "ValueError unless two sets of rows have the same number of rows, and the same width"
-    if rows[0] != rows[1]:
+def _check_rows(loss: str, one: str, other: str, rows: Tensor, other_rows: Tensor) -> None:
+    "ValueError unless row i of both can be of the same sample; `one` and `other` are what they are called"
+    if len(rows) != len(other_rows):
         raise ValueError(
-            f"{loss}: {one} has {rows[0]} rows, {other} {rows[1]}: row i of both must be of the same sample"
+            f"{loss}: {one} has {len(rows)} rows, {other} {len(other_rows)}: row i of both must be of the "
+            "same sample"
         )
-    if widths[0] != widths[1]:
+
+
+def _check_same_width(loss: str, one: str, other: str, rows: Tensor, other_rows: Tensor) -> None:
+    "ValueError unless the rows of the one can be compared with those of the other"
+    own = rows.shape[1]
+    width = other_rows.shape[1]
+    if own != width:
         raise ValueError(
-            f"{loss}: {one} is {widths[0]} wide, {other} {widths[1]}: give the student a projection to "
-            f"{widths[1]}"
+            f"{loss}: {one} is {own} wide, {other} {width}: give the student a projection to {width}"
         )
 
 # %% ../nbs/library/10_losses.ipynb #0dfe15b8
@@ -473,31 +479,28 @@ def vision_language_score(
     teacher_text: Tensor,  # (M, D) of any sentences; receives no gradient
     scale: float | Tensor = 100.0,  # multiplier of the cosines, already exponentiated
     temperature: float = 1.0,  # divides the scaled cosines
-    # (M, D_s) of the same sentences; None: the teacher's serve, and D_s is D
-    student_text: Tensor | None = None,
+    student_text: Tensor | None = None,  # (M, D_s) of the same sentences; None: the teacher's, D_s is D
 ) -> Tensor:  # () nats; 0 when all scores agree
-    "Divergence of the student's image-sentence scores from the teacher's, over sentences plus over images (DIME-FM's L_vl)"
+    "Divergence of the image-sentence scores, over sentences plus over images (DIME-FM's L_vl)"
     name = "vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
-        given = dict(
+        image, target_image, target_text = _unit_rows(
+            name,
             student_image=student_image,
             teacher_image=teacher_image.detach(),
             teacher_text=teacher_text.detach(),
         )
-        image, wanted_image, wanted_text = _unit_rows(name, **given)
-        text = (
-            wanted_text
-            if student_text is None
-            else _unit_rows(name, student_text=student_text)[0].to(image.dtype)
-        )
-        _check_alike(name, "student_image", "teacher_image", (len(image), len(wanted_image)))
-        _check_alike(name, "student_text", "teacher_text", (len(text), len(wanted_text)))
-        for one, other, shown in ((image, text, "the texts"), (wanted_image, wanted_text, "teacher_text")):
-            said = "student_image" if one is image else "teacher_image"
-            _check_alike(name, said, shown, (0, 0), (one.shape[1], other.shape[1]))
+        text = target_text
+        if student_text is not None:
+            text = _unit_rows(name, student_text=student_text)[0].to(image.dtype)
+        _check_rows(name, "student_image", "teacher_image", image, target_image)
+        _check_rows(name, "student_text", "teacher_text", text, target_text)
+        _check_same_width(name, "student_image", "the texts", image, text)
+        _check_same_width(name, "teacher_image", "teacher_text", target_image, target_text)
         factor = scale / temperature
-        student, teacher = factor * image @ text.T, factor * wanted_image @ wanted_text.T  # (B, M)
-        return _score_divergence(student, teacher) + _score_divergence(student.T, teacher.T)
+        student = factor * image @ text.T  # (B, M)
+        teacher = factor * target_image @ target_text.T
+        return _row_divergence(student, teacher) + _row_divergence(student.T, teacher.T)
 
 # %% ../nbs/library/10_losses.ipynb #99a2bb11
 def pseudo_vision_language_score(
@@ -506,19 +509,14 @@ def pseudo_vision_language_score(
     scale: float | Tensor = 100.0,  # multiplier of the cosines, already exponentiated
     temperature: float = 3.0,  # divides the scaled cosines
 ) -> Tensor:  # () nats; 0 when student and teacher agree
-    "Divergence of the student's scores from the teacher's, the teacher's images in place of sentences (DIME-FM's L_pvl)"
+    "The same with the teacher's images in place of sentences (DIME-FM's L_pvl)"
     name = "pseudo_vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
-        image, wanted = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
-        _check_alike(
-            name,
-            "student_image",
-            "teacher_image",
-            (len(image), len(wanted)),
-            (image.shape[1], wanted.shape[1]),
-        )
+        image, target = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
+        _check_rows(name, "student_image", "teacher_image", image, target)
+        _check_same_width(name, "student_image", "teacher_image", image, target)
         factor = scale / temperature
-        return 2 * _score_divergence(factor * image @ wanted.T, factor * wanted @ wanted.T)
+        return 2 * _row_divergence(factor * image @ target.T, factor * target @ target.T)
 
 
 def unimodal_distance(
@@ -530,10 +528,10 @@ def unimodal_distance(
     "Divergence of the student's image-image similarities from the teacher's (DIME-FM's L_udist)"
     name = "unimodal_distance"
     with torch.autocast(student_image.device.type, enabled=False):
-        image, wanted = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
-        _check_alike(name, "student_image", "teacher_image", (len(image), len(wanted)))
+        image, target = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
+        _check_rows(name, "student_image", "teacher_image", image, target)
         factor = scale / temperature
-        return 2 * _score_divergence(factor * image @ image.T, factor * wanted @ wanted.T)
+        return 2 * _row_divergence(factor * image @ image.T, factor * target @ target.T)
 
 # %% ../nbs/library/10_losses.ipynb #48ffe087
 @dataclass(frozen=True)
@@ -541,48 +539,63 @@ class Term:
     "One summand of an objective"
 
     name: str  # as it appears in metrics and controls
-    # student, teacher -> scalar; an nn.Module may hold parameters
-    function: Callable[[Features, Features], Tensor]
+    function: Callable[[Features, Features], Tensor]  # of student and teacher; a module may hold parameters
     weight: float = 1.0  # factor in the total; at 0 the term is not computed
     formula: str = ""  # for people to read
-    # compares student rows with teacher rows; an objective's projection is put before it
-    same_width: bool = False
+    needs_projection: bool = False  # compares student rows with teacher rows, which must be of one width
     unpaired: bool = False  # needs no text that belongs to an image: B images and M texts will do
-    chance: Any = None  # what draws at random; its `draw` is the seed of the next step
-    alone: bool = False  # needs no teacher
+    rng: Any = None  # what draws at random; its `draw` is the seed of the next step
+    needs_teacher: bool = True
     module: str = ""  # the part of a BLIP that it is about; empty: any two towers will do
     centers: bool = False  # needs the centres of a run that has clustered
 
-
+# %% ../nbs/library/10_losses.ipynb #c0f1e5e1
 def score_terms(
     scale: float | Tensor = 100.0,  # multiplier of the cosines
-    # of the vision-language score, the pseudo score, the unimodal distance
-    temperatures: Sequence[float] = (1.0, 3.0, 7.0),
+    temperatures: Sequence[float] = (1.0, 3.0, 7.0),  # of score, pseudo score, unimodal distance
     own_text: bool = False,  # the student's texts count, and its texts are taught as its images are
 ) -> tuple[Term, ...]:
     "DIME-FM's three terms; with texts of its own, the last two are means over images and texts"
-    sides = ("image", "text") if own_text else ("image",)
-    texts = lambda student: student.text if own_text else None  # noqa: E731
-    # noqa: E731
-    both = lambda loss, s, t, tau: (
-        sum(loss(getattr(s, k), getattr(t, k), scale, tau) for k in sides) / len(sides)
-    )
-    vl, pvl, udist = temperatures
-    score = lambda s, t: vision_language_score(s.image, t.image, t.text, scale, vl, texts(s))  # noqa: E731
-    pseudo = lambda s, t: both(pseudo_vision_language_score, s, t, pvl)  # noqa: E731
-    distance = lambda s, t: both(unimodal_distance, s, t, udist)  # noqa: E731
-    given = dict(unpaired=True)
+    of_score, of_pseudo, of_distance = temperatures
+
+    def over_sides(loss: Callable, student: Features, teacher: Features, temperature: float) -> Tensor:
+        images = loss(student.image, teacher.image, scale, temperature)
+        if not own_text:
+            return images
+        return (images + loss(student.text, teacher.text, scale, temperature)) / 2
+
+    def score(student: Features, teacher: Features) -> Tensor:
+        texts = student.text if own_text else None
+        return vision_language_score(
+            student.image, teacher.image, teacher.text, scale, of_score, student_text=texts
+        )
+
+    def pseudo(student: Features, teacher: Features) -> Tensor:
+        return over_sides(pseudo_vision_language_score, student, teacher, of_pseudo)
+
+    def distance(student: Features, teacher: Features) -> Tensor:
+        return over_sides(unimodal_distance, student, teacher, of_distance)
+
+    score_term = Term("vision_language_score", score, formula="KL(VUᵀ ‖ IUᵀ) + KL(UVᵀ ‖ UIᵀ)")
+    pseudo_term = Term("pseudo_vision_language_score", pseudo, formula="2 KL(VVᵀ ‖ IVᵀ)")
+    distance_term = Term("unimodal_distance", distance, formula="2 KL(VVᵀ ‖ IIᵀ)")
     return (
-        Term(
-            "vision_language_score",
-            score,
-            formula="KL(VUᵀ ‖ IUᵀ) + KL(UVᵀ ‖ UIᵀ)",
-            same_width=not own_text,
-            **given,
-        ),
-        Term("pseudo_vision_language_score", pseudo, formula="2 KL(VVᵀ ‖ IVᵀ)", same_width=True, **given),
-        Term("unimodal_distance", distance, formula="2 KL(VVᵀ ‖ IIᵀ)", **given),
+        replace(score_term, unpaired=True, needs_projection=not own_text),
+        replace(pseudo_term, unpaired=True, needs_projection=True),
+        replace(distance_term, unpaired=True),
     )
+
+# %% ../nbs/library/10_losses.ipynb #993d8121
+def _contrastive(student: Features, teacher: Features) -> Tensor:
+    return contrastive(student)
+
+
+def _interactive(student: Features, teacher: Features) -> Tensor:
+    return interactive_contrastive(student, teacher, teacher.scale.detach())
+
+
+def _instances(student: Features, teacher: Features) -> Tensor:
+    return instance_discrimination(student, teacher, teacher.scale.detach())
 
 
 def _no_centers(student: Features, teacher: Features) -> Tensor:
@@ -591,56 +604,43 @@ def _no_centers(student: Features, teacher: Features) -> Tensor:
         "(`ClusterTerms`)"
     )
 
-# %% ../nbs/library/10_losses.ipynb #993d8121
-LOSSES = {
-    term.name: term
-    for term in (
-        Term(
-            "affinity_mimicking",
-            affinity_mimicking,
-            formula="½[CE(s·ITᵀ, softmax t·VUᵀ) + CE(s·TIᵀ, softmax t·UVᵀ)]",
-        ),
-        Term(
-            "contrastive",
-            lambda student, teacher: contrastive(student),
-            formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]",
-            alone=True,
-        ),
-        Term("relational", relational, formula="½[KL(s·ITᵀ ‖ t·VUᵀ) + KL(s·TIᵀ ‖ t·UVᵀ)]"),
-        Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", same_width=True),
-        Term(
-            "interactive_contrastive",
-            lambda student, teacher: interactive_contrastive(student, teacher, teacher.scale.detach()),
-            formula="½[CE(t·IUᵀ, 1) + CE(t·TVᵀ, 1)]",
-            same_width=True,
-        ),
-        Term(
-            "instance_discrimination",
-            lambda student, teacher: instance_discrimination(student, teacher, teacher.scale.detach()),
-            formula="¼[CE(t·IVᵀ, 1) + CE(t·VIᵀ, 1) + CE(t·TUᵀ, 1) + CE(t·UTᵀ, 1)]",
-            same_width=True,
-        ),
-        Term(
-            "cluster_classification", _no_centers, formula="CE(s·ICᵀ, cluster)", same_width=True, centers=True
-        ),
-        Term("cluster_distribution", _no_centers, formula="KL(t·VCᵀ ‖ s·ICᵀ)", same_width=True, centers=True),
-        *score_terms(),
-    )
-}
+
+_PAIR_TERMS = (
+    Term(
+        "affinity_mimicking",
+        affinity_mimicking,
+        formula="½[CE(s·ITᵀ, softmax t·VUᵀ) + CE(s·TIᵀ, softmax t·UVᵀ)]",
+    ),
+    Term("contrastive", _contrastive, formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]", needs_teacher=False),
+    Term("relational", relational, formula="½[KL(s·ITᵀ ‖ t·VUᵀ) + KL(s·TIᵀ ‖ t·UVᵀ)]"),
+)
+_ROW_TERMS = (  # these compare rows of the student with rows of the teacher, or with centres of its space
+    Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²"),
+    Term("interactive_contrastive", _interactive, formula="½[CE(t·IUᵀ, 1) + CE(t·TVᵀ, 1)]"),
+    Term(
+        "instance_discrimination",
+        _instances,
+        formula="¼[CE(t·IVᵀ, 1) + CE(t·VIᵀ, 1) + CE(t·TUᵀ, 1) + CE(t·UTᵀ, 1)]",
+    ),
+    Term("cluster_classification", _no_centers, formula="CE(s·ICᵀ, cluster)", centers=True),
+    Term("cluster_distribution", _no_centers, formula="KL(t·VCᵀ ‖ s·ICᵀ)", centers=True),
+)
+
+# %% ../nbs/library/10_losses.ipynb #c0f1e5e2
+LOSSES = {term.name: term for term in _PAIR_TERMS}
+LOSSES.update((term.name, replace(term, needs_projection=True)) for term in _ROW_TERMS)
+LOSSES.update((term.name, term) for term in score_terms())
 
 
 def register_losses(
     losses: Mapping[str, Term],  # name -> term
-    # what the same owner has registered before; these names may get other terms
-    instead_of: Mapping[str, Term] = {},
+    instead_of: Mapping[str, Term] = {},  # what the same owner registered before, and may replace
 ) -> None:
-    "Let every objective weight further terms by name; ValueError where a name stands for somebody else's term"
+    "Let every objective weight further terms; ValueError where a name stands for somebody else's term"
     for name, term in losses.items():
         if name in LOSSES and LOSSES[name] is not term and name not in instead_of:
-            raise ValueError(
-                f"there is a loss {name!r} already, {LOSSES[name].formula or 'of no formula'}: choose "
-                "another name"
-            )
+            formula = LOSSES[name].formula or "of no formula"
+            raise ValueError(f"there is a loss {name!r} already, {formula}: choose another name")
     LOSSES.update(losses)
 
 # %% ../nbs/library/10_losses.ipynb #bc03a200
@@ -669,11 +669,10 @@ def _weighted(name: str, weight: float) -> Term:
 def _check_terms(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     "The terms; ValueError unless names are distinct, weights usable and at least one of them positive"
     names = [term.name for term in terms]
-    if repeated := {name for name in names if names.count(name) > 1} | ({"total"} & set(names)):
-        raise ValueError(
-            "term names must differ from each other and from 'total'; in the way: "
-            f"{', '.join(sorted(repeated))}"
-        )
+    refused = {name for name in names if name == "total" or names.count(name) > 1}
+    if refused:
+        listed = ", ".join(sorted(refused))
+        raise ValueError(f"term names must differ from each other and from 'total'; in the way: {listed}")
     for term in terms:
         if not 0 <= term.weight < float("inf"):
             raise ValueError(
@@ -689,17 +688,15 @@ def _check_terms(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 def _number(term: Term, student: Features, teacher: Features) -> Tensor:  # ()
     "A term's value; ValueError if it is not one number"
     value = term.function(student, teacher)
-    if not isinstance(value, Tensor) or value.ndim:
-        what = (
-            f"a tensor of shape {tuple(value.shape)}"
-            if isinstance(value, Tensor)
-            else f"a {type(value).__name__}"
-        )
-        raise ValueError(
-            f"the loss {term.name} gave {what}; it must give a tensor with one number, such as a mean over "
-            "the pairs"
-        )
-    return value
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    kind = f"a {type(value).__name__}"
+    if isinstance(value, Tensor):
+        kind = f"a tensor of shape {tuple(value.shape)}"
+    raise ValueError(
+        f"the loss {term.name} gave {kind}; it must give a tensor with one number, such as a mean over "
+        "the pairs"
+    )
 
 
 def _text_table(terms: tuple[Term, ...]) -> str:
@@ -710,14 +707,13 @@ def _text_table(terms: tuple[Term, ...]) -> str:
 
 def _html_table(terms: tuple[Term, ...]) -> str:
     "The same as an HTML table; terms without weight in grey"
-    head = "<tr><th>term</th><th>weight</th><th style='text-align:left'>formula</th></tr>"
-    grey = " style='color:gray'"
-    rows = (
-        f"<tr{'' if term.weight else grey}><td>{html.escape(term.name)}</td><td>{term.weight:g}</td>"
-        f"<td style='text-align:left'>{html.escape(term.formula)}</td></tr>"
-        for term in terms
-    )
-    return f"<table>{head}{''.join(rows)}</table>"
+    rows = ["<tr><th>term</th><th>weight</th><th style='text-align:left'>formula</th></tr>"]
+    for term in terms:
+        grey = "" if term.weight else " style='color:gray'"
+        cells = f"<td>{html.escape(term.name)}</td><td>{term.weight:g}</td>"
+        formula = f"<td style='text-align:left'>{html.escape(term.formula)}</td>"
+        rows.append(f"<tr{grey}>{cells}{formula}</tr>")
+    return f"<table>{''.join(rows)}</table>"
 
 # %% ../nbs/library/10_losses.ipynb #42c88428
 @dataclass(frozen=True, init=False, repr=False)
@@ -741,21 +737,23 @@ class Objective:
         "The total and every term for one batch"
         near = student if self.project is None else self.project(student)
         active = [term for term in self.terms if term.weight]
-        values = {term.name: _number(term, near if term.same_width else student, teacher) for term in active}
+        values = {}
+        for term in active:
+            rows = near if term.needs_projection else student
+            values[term.name] = _number(term, rows, teacher)
         return Terms(sum(term.weight * values[term.name] for term in active), values)
 
     def draw(self, seed: int) -> None:
         "Seed the terms that draw at random, before a step"
         for term in self.terms:
-            if term.chance is not None:
-                term.chance.draw = seed
+            if term.rng is not None:
+                term.rng.draw = seed
 
     def with_weights(self, **weights: float) -> Objective:  # a new objective
         "The same objective with some weights replaced; registered losses may join"
         kept = [replace(term, weight=weights.pop(term.name, term.weight)) for term in self.terms]
-        return Objective(
-            {}, *kept, *(_weighted(name, weight) for name, weight in weights.items()), project=self.project
-        )
+        joining = [_weighted(name, weight) for name, weight in weights.items()]
+        return Objective({}, *kept, *joining, project=self.project)
 
     @property
     def weights(self) -> dict[str, float]:  # name -> weight, zeros included
@@ -773,10 +771,9 @@ def objective_parameters(
     device: str | torch.device | None = None,  # where they are moved; None: they stay
 ) -> list[nn.Parameter]:  # each once; empty for an objective without modules
     "The parameters that an objective brings along and that are to be trained with the student"
-    modules = [objective.project, *(term.function for term in objective.terms)]
-    return list(
-        nn.ModuleList(module for module in modules if isinstance(module, nn.Module)).to(device).parameters()
-    )
+    parts = [objective.project, *(term.function for term in objective.terms)]
+    modules = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
+    return list(modules.to(device).parameters())
 
 # %% ../nbs/library/10_losses.ipynb #71d9e320
 class ClusterTerms:
@@ -790,13 +787,11 @@ class ClusterTerms:
         teacher_scale: float = 32.0,  # multiplier of the teacher's cosines
         share: float = 1.0,  # of the classes that a step runs over, in (0, 1]
     ):
-        self.centers, self.scale, self.margin, self.teacher_scale, self.share = (
-            centers,
-            scale,
-            margin,
-            teacher_scale,
-            share,
-        )
+        self.centers = centers
+        self.scale = scale
+        self.margin = margin
+        self.teacher_scale = teacher_scale
+        self.share = share
         self.draw = 0
 
     def assignment(self, rows: Tensor) -> Tensor:  # (B, D_t) unit rows -> (B,) int64
@@ -805,34 +800,34 @@ class ClusterTerms:
         return (rows.detach().float() @ self.centers.to(rows.device).float().T).argmax(dim=1)
 
     def _classes(self, assignment: Tensor) -> Tensor | None:
-        return (
-            None if self.share == 1 else sample_classes(assignment, len(self.centers), self.share, self.draw)
-        )
+        if self.share == 1:
+            return None
+        return sample_classes(assignment, len(self.centers), self.share, self.draw)
 
     def classification(self, student: Features, teacher: Features) -> Tensor:
         "The student's images find the clusters of the teacher's"
-        own, centers = self.assignment(teacher.image), self.centers.to(student.image.device)
+        centers = self.centers.to(student.image.device)
+        own = self.assignment(teacher.image)
         return cluster_classification(
             student.image, centers, own, self.scale, self.margin, self._classes(own)
         )
 
     def distribution(self, student: Features, teacher: Features) -> Tensor:
         "The student's images spread over the centres as the teacher's do"
-        centers, classes = (
-            self.centers.to(student.image.device),
-            self._classes(self.assignment(teacher.image)),
-        )
+        centers = self.centers.to(student.image.device)
+        classes = self._classes(self.assignment(teacher.image))
         return cluster_distribution(
             student.image, teacher.image, centers, self.scale, self.teacher_scale, classes
         )
 
     def terms(self, weights: Mapping[str, float]) -> tuple[Term, ...]:  # of those two that `weights` names
         "The terms, for `Objective`"
-        made = {"cluster_classification": self.classification, "cluster_distribution": self.distribution}
-        named = {name: function for name, function in made.items() if name in weights}
-        return tuple(
-            replace(LOSSES[name], function=f, weight=weights[name], chance=self) for name, f in named.items()
-        )
+        functions = {"cluster_classification": self.classification, "cluster_distribution": self.distribution}
+        terms = []
+        for name, function in functions.items():
+            if name in weights:
+                terms.append(replace(LOSSES[name], function=function, weight=weights[name], rng=self))
+        return tuple(terms)
 
 # %% ../nbs/library/10_losses.ipynb #dbab8b8d
 def gradient_share(
@@ -843,13 +838,14 @@ def gradient_share(
     "How much of the pull at the student's features comes from each term"
     norms = {}
     with torch.enable_grad():
-        for term in (term for term in objective.terms if term.weight):
-            rows = student.image.detach().requires_grad_(), student.text.detach().requires_grad_()
-            alone = Objective({}, term, project=objective.project)
-            total = alone(Features(*rows, student.scale.detach()), teacher.detach()).total
+        for term in objective.terms:
+            if not term.weight:
+                continue
+            rows = [student.image.detach().requires_grad_(), student.text.detach().requires_grad_()]
+            single = Objective({}, term, project=objective.project)
+            total = single(Features(*rows, student.scale.detach()), teacher.detach()).total
             pulls = torch.autograd.grad(total, rows, allow_unused=True) if total.requires_grad else ()
-            norms[term.name] = (
-                sum(pull.float().square().sum().item() for pull in pulls if pull is not None) ** 0.5
-            )
+            squares = [pull.float().square().sum().item() for pull in pulls if pull is not None]
+            norms[term.name] = sum(squares) ** 0.5
     whole = sum(norms.values())
     return {name: norm / whole if whole else 0.0 for name, norm in norms.items()}

@@ -44,7 +44,7 @@ def read_json(path: str | Path, default: Any = None) -> Any:
 
 # %% ../nbs/library/17_runs.ipynb #18425d7e
 def to_json(value: Any) -> Any:
-    "The value as JSON can hold it: non-finite numbers as strings, tuples as lists, tensors and paths as what they say"
+    "The value as JSON can hold it: tuples and tensors as lists, paths and non-finite numbers as strings"
     if isinstance(value, Tensor):
         return to_json(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
@@ -93,7 +93,16 @@ def _held(path: Path) -> Iterator[None]:
 
 # %% ../nbs/library/17_runs.ipynb #2aa58ca2
 def _number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and low <= v <= high
+    "A check for numbers in a range"
+
+    def is_valid(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+
+    return is_valid
+
+
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_weights(value: Any) -> bool:
@@ -107,7 +116,7 @@ def _weights_in_words() -> str:
     return f"weights from 0 up of {', '.join(all_losses())}"
 
 
-_SWITCH = ("True or False", lambda v: isinstance(v, bool))
+_SWITCH = ("True or False", _is_switch)
 CONTROLS = {  # name -> (valid values in words, or what says them; check)
     "pause": _SWITCH,
     "stop": _SWITCH,
@@ -131,10 +140,13 @@ def check_controls(changes: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} is not valid: {name} must be {words}")
 
 # %% ../nbs/library/17_runs.ipynb #2f0cbc6d
-def _merged(asked: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    "Newer wishes over older ones; weights term by term"
-    weights = asked.get("weights", {}) | changes.get("weights", {})
-    return {**asked, **changes, **({"weights": weights} if weights else {})}
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    "Newer requests over older ones; weights term by term"
+    merged = {**old, **changes}
+    weights = old.get("weights", {}) | changes.get("weights", {})
+    if weights:
+        merged["weights"] = weights
+    return merged
 
 # %% ../nbs/library/17_runs.ipynb #fcb0f1b4
 WORKING = ("running", "paused")  # states in which a process holds the folder
@@ -147,8 +159,9 @@ class Run:
         self.folder = Path(folder)
 
     def __repr__(self) -> str:
-        status, root = self.status(), project_root()
+        root = project_root()
         name = self.folder.relative_to(root) if self.folder.is_relative_to(root) else self.folder
+        status = self.status()
         return f"Run({str(name)!r}): {status['state']}, {status.get('stage', 'no stage yet')}"
 
     def config(self) -> dict:
@@ -162,7 +175,7 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def status(self) -> dict:
-        "State of the job: new, running, paused, waiting (between cells), stopped, failed, finished, or lost when its process is gone"
+        "State of the job: new, running, paused, waiting (for a cell), stopped, failed, finished or lost"
         status = read_json(self.folder / "status.json", {"state": "new"})
         if status["state"] in WORKING and not is_written(self):
             status["state"] = "lost"
@@ -173,12 +186,12 @@ class Run:
         return read_json(self.folder / "result.json")
 
     def control(self, **changes) -> dict:
-        "Ask the job for something: pause=True, target_sparsity=0.6, weights={'contrastive': 0.5}; other weights stay"
+        "Ask the job for something: pause=True, weights={'contrastive': 0.5}; other weights stay"
         check_controls(changes)
         with _held(self.folder / "control.lock"):
-            asked = _merged(self.asked(), to_json(changes))
-            write_whole(self.folder / "control.json", json.dumps(asked))
-        return asked
+            requests = _merged(self.asked(), to_json(changes))
+            write_whole(self.folder / "control.json", json.dumps(requests))
+        return requests
 
     def asked(self) -> dict:
         "What control.json asks for at this moment"
@@ -200,9 +213,9 @@ class RunStopped(Exception):
 # %% ../nbs/library/17_runs.ipynb #87de7140
 def memory_in_use() -> int:  # bytes
     "What PyTorch holds on the GPU if this process uses one, else the process's resident memory"
-    return (
-        torch.cuda.memory_allocated() if torch.cuda.is_initialized() else psutil.Process().memory_info().rss
-    )
+    if torch.cuda.is_initialized():
+        return torch.cuda.memory_allocated()
+    return psutil.Process().memory_info().rss
 
 # %% ../nbs/library/17_runs.ipynb #3ad6287d
 class RunWriter(Run):
@@ -210,7 +223,8 @@ class RunWriter(Run):
 
     def __enter__(self) -> RunWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock, self._heartbeat = (self.folder / "lock").open("a"), 0.0
+        self._lock = (self.folder / "lock").open("a")
+        self._heartbeat = 0.0
         if not _take_lock(self._lock, 0.5):
             self._lock.close()
             pid = read_json(self.folder / "status.json", {}).get("process")
@@ -222,13 +236,14 @@ class RunWriter(Run):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        stopped = isinstance(error, KeyboardInterrupt | RunStopped)
         if error is None:
             self.set_status(state="waiting" if self.result() is None else "finished")
+        elif stopped:
+            self.set_status(state="stopped")
         else:
-            stopped = isinstance(error, KeyboardInterrupt | RunStopped)
-            lines = "" if stopped else "".join(traceback.format_exception(error))
-            said = {} if stopped else {"error": f"{kind.__name__}: {error}", "traceback": lines[-6000:]}
-            self.set_status(state="stopped" if stopped else "failed", **said)
+            lines = "".join(traceback.format_exception(error))
+            self.set_status(state="failed", error=f"{kind.__name__}: {error}", traceback=lines[-6000:])
         self._lock.close()
 
     def set_status(self, **changes) -> None:
@@ -255,9 +270,8 @@ def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:
     "Write stage/checkpoint.pt whole; `state` may hold tensors, numbers, strings, lists and dicts"
     folder = run.folder / stage
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(
-        {**state, "metric_lines": _line_count(run.folder / "metrics.jsonl")}, folder / ".checkpoint.pt"
-    )
+    lines = _line_count(run.folder / "metrics.jsonl")
+    torch.save({**state, "metric_lines": lines}, folder / ".checkpoint.pt")
     os.replace(folder / ".checkpoint.pt", folder / "checkpoint.pt")
 
 
@@ -294,35 +308,44 @@ def rewind(
 def begin(
     run: Run,
     config: Mapping[str, Any],  # what goes into config.json
-    # entries that may differ when a run is continued, such as "versions" or "parameters.workers"
-    free: Sequence[str] = (),
+    free: Sequence[str] = (),  # entries that may differ in a later start, as "parameters.workers"
     grows: Sequence[str] = (),  # entries that may become larger
-    # entries that may differ while another one does not: "parameters.data" -> "data.fingerprint"
-    same: Mapping[str, str] = {},
+    same: Mapping[str, str] = {},  # entries that may differ while another does not -> that one
     defaults: Mapping[str, Any] = {},  # what entries are in a config.json that is older than they
-    # called with name -> [old, new] before they are written
-    on_change: Callable[[dict[str, list]], None] = lambda changes: None,
+    on_change: Callable[[dict[str, list]], None] | None = None,  # gets name -> [old, new] before the writing
 ) -> bool:  # whether an earlier start is continued
     "Write config.json, or check that this start goes on with what the folder already holds"
-    config, old = to_json(config), run.config()
+    config = to_json(config)
+    old = run.config()
     if not old:
         write_whole(run.folder / "config.json", json.dumps(config, indent=1))
         return False
     changes = _differences(to_json(defaults) | _flat(old), _flat(config), free=("continued",))
     refused = [name for name in changes if not _may_change(name, changes, free, grows, same)]
     if refused:
-        lines = "; ".join(
-            f"{k}: it has {_short(changes[k][0])}, asked for {_short(changes[k][1])}" for k in refused[:4]
-        )
-        more = ", ".join(f"{name} may only grow" for name in refused if name in grows)
-        hint = "choose another `out`, or delete the folder"
-        raise ValueError(f"{run.folder} holds another run ({lines}): {more + ', or ' if more else ''}{hint}")
+        raise ValueError(f"{run.folder} holds another run {_refusal(refused, changes, grows)}")
     if changes:
-        on_change(changes)
-        shown = {name: pair for name, pair in changes.items() if name.startswith("parameters.")}
-        history = [*old.get("continued", []), *([{"time": time.time(), "changes": shown}] if shown else [])]
+        if on_change is not None:
+            on_change(changes)
+        history = old.get("continued", [])
+        parameters = {name: pair for name, pair in changes.items() if name.startswith("parameters.")}
+        if parameters:
+            history = [*history, {"time": time.time(), "changes": parameters}]
         write_whole(run.folder / "config.json", json.dumps(config | {"continued": history}, indent=1))
     return True
+
+
+def _refusal(refused: Sequence[str], changes: Mapping[str, list], grows: Sequence[str]) -> str:
+    "Which entries differ, and what can be done"
+    lines = []
+    for name in refused[:4]:
+        old, new = changes[name]
+        lines.append(f"{name}: it has {_short(old)}, asked for {_short(new)}")
+    advice = [f"{name} may only grow" for name in refused if name in grows]
+    hint = "choose another `out`, or delete the folder"
+    if advice:
+        hint = f"{', '.join(advice)}, or {hint}"
+    return f"({'; '.join(lines)}): {hint}"
 
 # %% ../nbs/library/17_runs.ipynb #0fc56856
 def _differences(
@@ -346,14 +369,16 @@ def _may_change(
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    "One level of nesting as dotted names"
-    inner = {
-        f"{k}.{name}": v
-        for k, part in config.items()
-        if isinstance(part, Mapping)
-        for name, v in part.items()
-    }
-    return {k: v for k, v in config.items() if not isinstance(v, Mapping)} | inner
+    "One level of nesting as dotted names, after what is not nested"
+    outer: dict[str, Any] = {}
+    inner: dict[str, Any] = {}
+    for name, value in config.items():
+        if not isinstance(value, Mapping):
+            outer[name] = value
+            continue
+        for entry, part in value.items():
+            inner[f"{name}.{entry}"] = part
+    return outer | inner
 
 
 def _short(value: Any) -> str:
@@ -410,22 +435,31 @@ class Curves:
     "metrics.jsonl as columns by stage, and its events; `read` takes in what has been added"
 
     def __init__(self, run: Run):
-        self.run, self._place, self._at, self.columns, self.events = run, None, 0, {}, []
+        self.run = run
+        self._forget(None)
+
+    def _forget(self, file: int | None) -> None:
+        "Begin again, with the file of this number"
+        self._file = file
+        self._at = 0  # bytes taken in
+        self.columns: dict[str, dict[str, array]] = {}
+        self.events: list[dict] = []
 
     def read(self) -> int:  # lines taken in
         "Read on; from the beginning when the file is another one than before"
         path = self.run.folder / "metrics.jsonl"
         try:
             with path.open("rb") as handle:
-                place = os.fstat(handle.fileno())
-                if place.st_ino != self._place or place.st_size < self._at:
-                    self._place, self._at, self.columns, self.events = place.st_ino, 0, {}, []
+                file = os.fstat(handle.fileno())
+                if file.st_ino != self._file or file.st_size < self._at:
+                    self._forget(file.st_ino)
                 handle.seek(self._at)
                 text = handle.read()
         except FileNotFoundError:
             return 0
-        lines = text[: text.rfind(b"\n") + 1].splitlines()
-        self._at += text.rfind(b"\n") + 1
+        complete = text.rfind(b"\n") + 1
+        self._at += complete
+        lines = text[:complete].splitlines()
         for line in lines:
             self._take(json.loads(line))
         return len(lines)
@@ -454,11 +488,10 @@ def thinned(values: np.ndarray, most: int = 300) -> np.ndarray:  # at most `most
     if len(values) <= most:
         return values
     values = np.asarray(values, dtype=float)
-    first, known = np.arange(most) * len(values) // most, ~np.isnan(values)
-    sums, counts = (
-        np.add.reduceat(np.where(known, values, 0.0), first),
-        np.add.reduceat(known.astype(int), first),
-    )
+    known = ~np.isnan(values)
+    first = np.arange(most) * len(values) // most
+    sums = np.add.reduceat(np.where(known, values, 0.0), first)
+    counts = np.add.reduceat(known.astype(int), first)
     return np.divide(sums, counts, out=np.full(most, np.nan), where=counts > 0)
 
 # %% ../nbs/library/17_runs.ipynb #4afd3760
@@ -469,10 +502,7 @@ def in_effect(
     values: dict[str, Any] = {}
     for event in events:
         if event.get("event") == "control":
-            merged = values.get("weights", {}) | event.get("weights", {})
-            values |= {name: event[name] for name in IN_MID_RUN if name in event} | (
-                {"weights": merged} if merged else {}
-            )
+            values = _merged(values, {name: event[name] for name in IN_MID_RUN if name in event})
     return values
 
 # %% ../nbs/library/17_runs.ipynb #bba041e8
@@ -500,11 +530,8 @@ def write_snapshot(path: Path, arrays: Mapping[str, Tensor], labels: Mapping[str
     "Small named tensors on the CPU, with labels, as one whole file"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    save_file(
-        {k: v.contiguous() for k, v in arrays.items()},
-        beside,
-        metadata={"labels": json.dumps(to_json(labels))},
-    )
+    tensors = {name: tensor.contiguous() for name, tensor in arrays.items()}
+    save_file(tensors, beside, metadata={"labels": json.dumps(to_json(labels))})
     os.replace(beside, path)
 
 
@@ -530,15 +557,18 @@ def kept_snapshots(
     run: Run,
 ) -> list[tuple[Path, dict]]:  # (file, labels) in the order in which they were taken
     "The snapshots of a run that stay"
-    found = [(path, _read_labels(path)) for path in (run.folder / "snapshots" / "kept").glob("*.safetensors")]
-    return sorted(found, key=lambda snapshot: snapshot[1]["time"])
+    paths = (run.folder / "snapshots" / "kept").glob("*.safetensors")
+    snapshots = [(path, _read_labels(path)) for path in paths]
+    return sorted(snapshots, key=lambda snapshot: snapshot[1]["time"])
 
 # %% ../nbs/library/17_runs.ipynb #1d0fb6fa
 class Snapshots:
     "Takes a run's snapshots: the newest for watchers, and those that stay"
 
     def __init__(self, run: Run):
-        self.run, self._pending, self._next = run, [], 0.0
+        self.run = run
+        self._pending = []
+        self._next = 0.0  # monotonic time from which another may be taken
 
     def due(self) -> bool:
         "Whether a snapshot taken now would be seen and can be afforded"
@@ -574,13 +604,19 @@ def _to_host(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[
     tensors = {name: tensor.detach() for name, tensor in arrays.items()}
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return {name: tensor.clone() for name, tensor in tensors.items()}, lambda wait=False: True
-    host = {
-        name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-        for name, t in tensors.items()
-    }
+    host = {}
+    for name, tensor in tensors.items():
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host[name] = pinned.copy_(tensor, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return host, lambda wait=False: event.synchronize() is None if wait else event.query()
+
+    def arrived(wait: bool = False) -> bool:
+        if wait:
+            event.synchronize()
+        return event.query()
+
+    return host, arrived
 
 # %% ../nbs/library/17_runs.ipynb #33990e62
 def find_run(
@@ -590,9 +626,16 @@ def find_run(
     "The run of a folder that holds one"
     if folder and not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
-    found = [Path(folder)] if folder else [path.parent for path in Path(runs).glob("*/config.json")]
-    if not found:
+    if folder:
+        return Run(folder)
+    folders = [path.parent for path in Path(runs).glob("*/config.json")]
+    if not folders:
         raise FileNotFoundError(
             f"there is no run under {runs} yet: train_tinyclip.ipynb makes one, or name a folder"
         )
-    return Run(max(found, key=lambda path: max(file.stat().st_mtime for file in path.glob("*.json*"))))
+    return Run(max(folders, key=_last_change))
+
+
+def _last_change(folder: Path) -> float:
+    "When any of a run's JSON files was written last, in seconds since 1970"
+    return max(file.stat().st_mtime for file in folder.glob("*.json*"))

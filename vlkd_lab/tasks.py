@@ -12,9 +12,11 @@ import random
 import re
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -63,9 +65,7 @@ class Retrieval:
     matched: int  # pairs that were read together
 
     @property
-    def before(
-        self,
-    ) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
+    def before(self) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10": shares
         "R@1, R@5 and R@10 by features alone"
         return _recalls(self.cosines, self.cosines, self.right)
 
@@ -82,14 +82,15 @@ class Retrieval:
 
 def _recalls(of_images: Tensor, of_texts: Tensor, right: Tensor) -> dict[str, float]:
     "Recall both ways from (N, M) scores; nan where a score is no number"
-    ways = {"image_to_text": (of_images, right), "text_to_image": (of_texts.T, right.T)}
-    ranks = {way: _ranks(*given) for way, given in ways.items()}
-    broken = not all(scores.isfinite().all() for scores in (of_images, of_texts))
-    return {
-        f"{way}_r{k}": math.nan if broken else (rank < k).float().mean().item()
-        for way, rank in ranks.items()
-        for k in (1, 5, 10)
-    }
+    is_broken = not (of_images.isfinite().all() and of_texts.isfinite().all())
+    recalls = {}
+    for way, ranks in (
+        ("image_to_text", _ranks(of_images, right)),
+        ("text_to_image", _ranks(of_texts.T, right.T)),
+    ):
+        for k in (1, 5, 10):
+            recalls[f"{way}_r{k}"] = math.nan if is_broken else (ranks < k).float().mean().item()
+    return recalls
 
 
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:  # (N, M), (N, M) bool -> (N,)
@@ -99,7 +100,7 @@ def _ranks(scores: Tensor, right: Tensor) -> Tensor:  # (N, M), (N, M) bool -> (
 
 # %% ../nbs/library/24_tasks.ipynb #7b717455
 def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
-    "A progress bar once it takes longer than two seconds; silent in threads, where a page has no place for it"
+    "A progress bar once it takes longer than two seconds; silent in threads, which have no place for it"
     silent = not progress or threading.current_thread() is not threading.main_thread()
     return tqdm(steps, desc=name, total=total, delay=2, disable=silent)
 
@@ -132,27 +133,23 @@ def rerank(
             f"candidates={candidates}, batch_size={batch_size}: candidates must be at least 0, batch_size "
             "at least 1"
         )
-    for task in ("retrieval", "matching")[: 1 + (candidates > 0)]:
-        blip.can(task)
+    blip.can("retrieval")
+    if candidates:
+        blip.can("matching")
     texts, _, right = distinct_captions(pairs.all_captions)
     with evaluating(blip.model):
         tokens = blip.tokenizer(list(texts))
         cosines, states = _cosines(blip, pairs, tokens, batch_size, hold and candidates > 0, progress)
-        chosen = [_candidates(cosines, right, candidates), _candidates(cosines.T, right.T, candidates).T]
-        logits = _matched(
-            blip,
-            tokens,
-            states or _moved(blip, pairs, batch_size),
-            chosen[0] | chosen[1],
-            batch_size,
-            progress,
-        )
-    final = (
-        [torch.where(picked, cosines + logits, cosines - _BEHIND) for picked in chosen]
-        if candidates
-        else [cosines, cosines]
-    )
-    return Retrieval(cosines, *final, right, candidates, int((chosen[0] | chosen[1]).sum()))
+        if not candidates:
+            return Retrieval(cosines, cosines, cosines, right, 0, 0)
+        for_images = _candidates(cosines, right, candidates)
+        for_texts = _candidates(cosines.T, right.T, candidates).T
+        chosen = for_images | for_texts
+        states = states or _moved(blip, pairs, batch_size)
+        logits = _matched(blip, tokens, states, chosen, batch_size, progress)
+    of_images = torch.where(for_images, cosines + logits, cosines - _BEHIND)
+    of_texts = torch.where(for_texts, cosines + logits, cosines - _BEHIND)
+    return Retrieval(cosines, of_images, of_texts, right, candidates, int(chosen.sum()))
 
 
 _BEHIND = 1e6  # further down than any logit reaches
@@ -165,41 +162,41 @@ def _moved(blip: Blip, pairs: Pairs, batch_size: int) -> Iterator[tuple[int, Ten
 
 def _cosines(
     blip: Blip, pairs: Pairs, tokens: Tensor, batch_size: int, hold: bool, progress: bool
-) -> tuple[Tensor, list[tuple[int, Tensor]]]:  # (N, M) in double precision, and what is held
+) -> tuple[Tensor, list[tuple[int, Tensor]]]:  # (N, M) in double precision, and the states that are kept
     "Every image against every text, by features"
-    network, rows, held = blip.model, [], []
-    for start, states in _bar(
-        _moved(blip, pairs, batch_size), "images", -(-len(pairs) // batch_size), progress
-    ):
-        image = F.normalize(network.vision_proj(states[:, 0].to(blip.device)), dim=-1)
-        rows.append(image.double().cpu())
-        held += [(start, states)] if hold else []
-    text = torch.cat(
-        [blip.encode_text(part.to(blip.device)).double().cpu() for part in tokens.split(batch_size)]
-    )
-    return torch.cat(rows) @ text.T, held
+    images: list[Tensor] = []
+    kept: list[tuple[int, Tensor]] = []
+    parts = _moved(blip, pairs, batch_size)
+    for start, states in _bar(parts, "images", -(-len(pairs) // batch_size), progress):
+        rows = F.normalize(blip.model.vision_proj(states[:, 0].to(blip.device)), dim=-1)
+        images.append(rows.double().cpu())
+        if hold:
+            kept.append((start, states))
+    texts = [blip.encode_text(part.to(blip.device)).double().cpu() for part in tokens.split(batch_size)]
+    return torch.cat(images) @ torch.cat(texts).T, kept
 
 
 def _matched(
     blip: Blip,
     tokens: Tensor,
     states: Iterable[tuple[int, Tensor]],
-    wanted: Tensor,
+    chosen: Tensor,  # (N, M) bool
     batch_size: int,
     progress: bool,
-) -> Tensor:  # (N, M) in double precision, 0 where nothing is wanted
-    "The matching head's logit of yes, for the pairs that are wanted"
-    words, network, logits = blip.tokenizer, blip.model, torch.zeros(wanted.shape, dtype=torch.double)
-    for start, image in _bar(
-        states if wanted.any() else (), "reading together", -(-len(wanted) // batch_size), progress
-    ):
+) -> Tensor:  # (N, M) in double precision, 0 where no pair is chosen
+    "The matching head's logit of yes, for the chosen pairs"
+    words = blip.tokenizer
+    network = blip.model
+    logits = torch.zeros(chosen.shape, dtype=torch.double)
+    for start, image in _bar(states, "reading together", -(-len(chosen) // batch_size), progress):
         image = image.to(blip.device)
-        for rows, columns in (
-            part.T for part in wanted[start : start + len(image)].nonzero().split(batch_size)
-        ):
-            text, mask = (t.to(blip.device) for t in trimmed(tokens[columns], words.pad))
-            seen = network.match(network.run_text(begun(text, words.enc), mask, image[rows.to(blip.device)]))
-            logits[start + rows, columns] = seen.logits[:, 1].double().cpu()
+        places = chosen[start : start + len(image)].nonzero()
+        for part in places.split(batch_size):
+            rows, columns = part.T
+            text, mask = trimmed(tokens[columns], words.pad)
+            text = begun(text.to(blip.device), words.enc)
+            outputs = network.run_text(text, mask.to(blip.device), image[rows.to(blip.device)])
+            logits[start + rows, columns] = network.match(outputs).logits[:, 1].double().cpu()
     return logits
 
 # %% ../nbs/library/24_tasks.ipynb #798507af
@@ -214,11 +211,12 @@ def describe(
 ) -> list[str]:  # one a pair
     "Captions of all pictures"
     blip.can("captioning")
-    batches, made = pairs.batches(View(blip.preprocess, None), batch_size), []
+    captions: list[str] = []
+    batches = pairs.batches(View(blip.preprocess, None), batch_size)
     with evaluating(blip.model):
         for batch in _bar(batches, "captions", -(-len(pairs) // batch_size), progress):
-            made += write_captions(blip, batch.image, beams, longest, prompt)
-    return made
+            captions += write_captions(blip, batch.image, beams, longest, prompt)
+    return captions
 
 # %% ../nbs/library/24_tasks.ipynb #b3001088
 def _words(text: str) -> str:
@@ -236,55 +234,52 @@ def caption_scores(
         raise ValueError(
             f"{len(written)} captions and {len(references)} lists of references: give as many, at least one"
         )
-    made, true = (
-        [_words(text) for text in written],
-        [[_words(text) for text in several] for several in references],
-    )
-    bare = [row for row, several in enumerate(true) if not several or not all(several)]
-    if bare:
-        raise ValueError(
-            f"caption {bare[0]} has no reference, or one without words: {list(references[bare[0]])!r}"
-        )
-    known = [
-        (text, scene) for text, scene in zip(written, facts or (), strict=bool(facts)) if scene is not None
-    ]
-    share = sum(is_true(text, scene) for text, scene in known) / len(known) if known else None
-    return {"bleu4": _bleu4(made, true), "cider": _cider(made, true), "true_share": share}
+    captions = list(map(_words, written))
+    true = [list(map(_words, several)) for several in references]
+    for row, several in enumerate(true):
+        if not several or not all(several):
+            raise ValueError(
+                f"caption {row} has no reference, or one without words: {list(references[row])!r}"
+            )
+    judged = []
+    for caption, scene in zip(written, facts or (), strict=bool(facts)):
+        if scene is not None:
+            judged.append(is_true(caption, scene))
+    share = sum(judged) / len(judged) if judged else None
+    return {"bleu4": _bleu4(captions, true), "cider": _cider(captions, true), "true_share": share}
 
 
-def _bleu4(made: list[str], true: list[list[str]]) -> float:
+def _bleu4(captions: list[str], true: list[list[str]]) -> float:
     from sacrebleu import corpus_bleu
 
-    columns = [
-        [several[k] if k < len(several) else None for several in true] for k in range(max(map(len, true)))
-    ]
-    return corpus_bleu(made, columns, smooth_method="none", tokenize="none", force=True).score
+    columns = list(map(list, zip_longest(*true)))  # the first reference of each caption, the second, …
+    return corpus_bleu(captions, columns, smooth_method="none", tokenize="none", force=True).score
 
 
-def _cider(
-    made: list[str], true: list[list[str]]
-) -> float:  # nan for one picture, among which no word is rarer than another
+def _cider(captions: list[str], true: list[list[str]]) -> float:
+    "nan for one picture, among which no word is rarer than another"
     from pycocoevalcap.cider.cider import Cider
 
-    if len(made) < 2:
+    if len(captions) < 2:
         return math.nan
-    return float(
-        Cider().compute_score(dict(enumerate(true)), {row: [text] for row, text in enumerate(made)})[0]
-    )
+    written = {row: [caption] for row, caption in enumerate(captions)}
+    return float(Cider().compute_score(dict(enumerate(true)), written)[0])
 
 # %% ../nbs/library/24_tasks.ipynb #e0f8d833
 def references_of(pairs: Pairs) -> list[list[str]]:  # of each picture; one at least
     "All captions of each picture; one without words (a line of dots) is left out where there is another"
-    with_words = [[text for text in texts if _words(text)] for texts in pairs.all_captions]
-    return [kept or list(texts) for kept, texts in zip(with_words, pairs.all_captions, strict=True)]
+    references = []
+    for captions in pairs.all_captions:
+        with_words = [caption for caption in captions if _words(caption)]
+        references.append(with_words or list(captions))
+    return references
 
 # %% ../nbs/library/24_tasks.ipynb #917ef662
 @dataclass(frozen=True)
 class SceneFacts:
     "What is known of a scene"
 
-    # of each shape "kind", "colour", and "size" and "texture" where known; the main one first
-    things: tuple[Mapping[str, str], ...]
+    things: tuple[Mapping[str, str], ...]  # shapes, main one first: kind, colour, where known size, texture
     setting: str  # key of SETTINGS
     relation: str | None  # key of RELATIONS: where the first shape is, seen from the second
 
@@ -292,37 +287,39 @@ class SceneFacts:
 def scene_facts(pairs: Pairs) -> list[SceneFacts | None]:  # one a pair; None for a picture that is no scene
     "What questions and labels say about each picture"
     sizes = pairs.sets.get("size") or (None,) * len(pairs)
-    return [
-        _facts(asked, size) for asked, size in zip(pairs.questions or ((),) * len(pairs), sizes, strict=True)
-    ]
+    questions = pairs.questions or ((),) * len(pairs)
+    return [_facts(of_picture, size) for of_picture, size in zip(questions, sizes, strict=True)]
 
 
-def _facts(asked: Sequence[tuple[str, str, str]], size: int | None) -> SceneFacts | None:
-    told = {kind: [(question, text) for question, text, own in asked if own == kind] for _, _, kind in asked}
+def _facts(questions: Sequence[tuple[str, str, str]], size: int | None) -> SceneFacts | None:
+    "From (question, answer, type) and the class of the size"
+    answers: dict[str, list[str]] = {}  # by type
+    things = []
     try:
-        nouns = [
-            _key(KINDS, re.fullmatch(r"what colour is the (\w+)\?", question)[1])
-            for question, _ in told["colour"]
-        ]
-        things = [
-            {"kind": noun, "colour": _key(COLOUR_WORDS, text)}
-            for noun, (_, text) in zip(nouns, told["colour"], strict=True)
-        ]
-        things[0]["texture"] = _key(TEXTURES, told["texture"][0][1])
-        if told["count"][0][1] not in COUNTS[len(things)]:
+        for question, text, kind in questions:
+            answers.setdefault(kind, []).append(text)
+            if kind == "colour":
+                noun = re.fullmatch(r"what colour is the (\w+)\?", question)[1]
+                things.append({"kind": _key(KINDS, noun), "colour": _key(COLOUR_WORDS, text)})
+        things[0]["texture"] = _key(TEXTURES, answers["texture"][0])
+        if answers["count"][0] not in COUNTS[len(things)]:
             return None  # not all that is asked of a scene was asked
-        size = None if size is None else list(SIZES)[size]
-        for thing in things if size == "small" else things[:1]:  # beside a small main shape all are small
-            thing |= {} if size is None else {"size": size}
-        relation = _key(RELATIONS, told["relation"][0][1]) if "relation" in told else None
-        return SceneFacts(tuple(things), _key(SETTINGS, told["setting"][0][1]), relation)
+        if size is not None:
+            word = list(SIZES)[size]
+            for thing in things if word == "small" else things[:1]:  # beside a small main shape all are small
+                thing["size"] = word
+        relation = _key(RELATIONS, answers["relation"][0]) if "relation" in answers else None
+        return SceneFacts(tuple(things), _key(SETTINGS, answers["setting"][0]), relation)
     except (KeyError, IndexError, TypeError):
         return None
 
 
 def _key(table: Mapping[str, Sequence[str]], phrase: str) -> str:
     "Whose phrase it is; KeyError if nobody's"
-    return {each: key for key, phrases in table.items() for each in phrases}[phrase]
+    for key, phrases in reversed(table.items()):
+        if phrase in phrases:
+            return key
+    raise KeyError(phrase)
 
 # %% ../nbs/library/24_tasks.ipynb #6614ebc0
 @lru_cache
@@ -336,26 +333,27 @@ def _phrases() -> dict[tuple[str, ...], tuple[str, Any]]:  # words -> (what they
         "setting": SETTINGS,
         "relation": RELATIONS,
     }
-    found = {
-        tuple(phrase.split()): (part, key)
-        for part, table in tables.items()
-        for key, phrases in table.items()
-        for phrase in phrases
-    }
-    counts = {(words[0], "shapes" if n > 1 else "shape"): ("count", n) for n, words in COUNTS.items()}
-    marks = {
-        ("alone",): ("count", 1),
-        ("the", "biggest", "is"): ("biggest", None),
-        ("it", "is"): ("it", None),
-    }
-    frames = " ".join(sentence for several in PHRASINGS.values() for sentence in several)
-    rest = {(word,): ("", None) for word in re.sub(r"\{\w+\}|,", " ", frames).split() + ["an"]}
-    return rest | found | counts | marks
+    known: dict[tuple[str, ...], tuple[str, Any]] = {("an",): ("", None)}
+    for sentences in PHRASINGS.values():
+        for word in re.sub(r"\{\w+\}|,", " ", " ".join(sentences)).split():
+            known[word,] = ("", None)
+    for part, table in tables.items():
+        for key, phrases in table.items():
+            for phrase in phrases:
+                known[tuple(phrase.split())] = (part, key)
+    for count, words in COUNTS.items():
+        known[words[0], "shapes" if count > 1 else "shape"] = ("count", count)
+    known["alone",] = ("count", 1)
+    known["the", "biggest", "is"] = ("biggest", None)
+    known["it", "is"] = ("it", None)
+    return known
 
 
 def _parts(text: str) -> list[tuple[str, Any]] | None:  # None: a word that no caption of a scene has
     "A caption as a list of what its phrases speak of, the longest phrase first"
-    words, parts, known = _words(text).split(), [], _phrases()
+    known = _phrases()
+    words = _words(text).split()
+    parts = []
     while words:
         size = next((n for n in (4, 3, 2, 1) if tuple(words[:n]) in known), 0)
         if not size:
@@ -369,47 +367,53 @@ def _statements(
     text: str,
 ) -> tuple[list[dict], list[tuple]] | None:  # shapes as named, (what, …) about the whole; None: breaks off
     "What a caption says"
-    things, whole, open_words, link, biggest, it = [], [], {}, None, False, False
-    parts = _parts(text)
-    for part, key in parts or ():
+    things: list[dict[str, set]] = []
+    whole: list[tuple] = []
+    adjectives: dict[str, set] = {}  # of the shape that comes next
+    relation = None  # of the last shape to the one that comes next
+    is_biggest = False  # the one that comes next
+    it_follows = False  # adjectives that follow are of the first shape
+    for part, key in _parts(text) or ():
         if part in ("size", "colour", "texture"):
-            open_words.setdefault(part, set()).add(key)
+            adjectives.setdefault(part, set()).add(key)
         elif part == "kind":
-            things.append(open_words | {"kind": {key}})
-            whole += [("relation", link, len(things) - 2)] * bool(link) + [
-                ("biggest", len(things) - 1)
-            ] * biggest
-            open_words, link, biggest = {}, None, False
+            things.append(adjectives | {"kind": {key}})
+            if relation:
+                whole.append(("relation", relation, len(things) - 2))
+            if is_biggest:
+                whole.append(("biggest", len(things) - 1))
+            adjectives, relation, is_biggest = {}, None, False
         elif part == "relation":
-            if link or open_words or not things:
+            if relation or adjectives or not things:
                 return None
-            link = key
+            relation = key
         elif part in ("setting", "count"):
             whole.append((part, key))
         else:
-            it, biggest = it or part == "it", part == "biggest"
-    if it and things:
-        things[0], open_words = (
-            things[0] | {part: keys | things[0].get(part, set()) for part, keys in open_words.items()},
-            {},
-        )
-    return None if link or biggest or open_words or not things else (things, whole)
+            it_follows = it_follows or part == "it"
+            is_biggest = part == "biggest"
+    if it_follows and things:
+        for part, keys in adjectives.items():
+            things[0][part] = keys | things[0].get(part, set())
+        adjectives = {}
+    return None if relation or is_biggest or adjectives or not things else (things, whole)
 
-
+# %% ../nbs/library/24_tasks.ipynb #c0f1e5f1
 def is_true(caption: str, scene: SceneFacts) -> bool:
     "Whether a caption says something of a scene, and nothing false"
-    said = _statements(caption)
-    own = {thing["kind"]: place for place, thing in enumerate(scene.things)}
-    places = [own.get(next(iter(thing["kind"]))) for thing in said[0]] if said else [None]
+    statements = _statements(caption)
+    if statements is None:
+        return False
+    shapes, whole = statements
+    kinds = {thing["kind"]: place for place, thing in enumerate(scene.things)}
+    places = [kinds.get(*shape["kind"]) for shape in shapes]
     if None in places or len(set(places)) < len(places):
         return False
-    claims = [
-        (scene.things[at].get(part), keys)
-        for thing, at in zip(said[0], places, strict=True)
-        for part, keys in thing.items()
-    ]
-    shapes = all(len(keys) == 1 and own in (None, *keys) for own, keys in claims)
-    return shapes and all(_holds(scene, places, *statement) for statement in said[1])
+    for shape, place in zip(shapes, places, strict=True):
+        for part, keys in shape.items():
+            if len(keys) != 1 or scene.things[place].get(part) not in (None, *keys):
+                return False
+    return all(_holds(scene, places, *statement) for statement in whole)
 
 
 def _holds(scene: SceneFacts, places: list[int], what: str, value: Any, first: int = 0) -> bool:
@@ -417,11 +421,9 @@ def _holds(scene: SceneFacts, places: list[int], what: str, value: Any, first: i
     if what == "relation":
         ways = {(0, 1): scene.relation, (1, 0): OPPOSITE.get(scene.relation)}
         return ways.get(tuple(places[first : first + 2])) in (None, value)
-    return (
-        places[value] == 0
-        if what == "biggest"
-        else value == {"setting": scene.setting, "count": len(scene.things)}[what]
-    )
+    if what == "biggest":
+        return places[value] == 0
+    return value == {"setting": scene.setting, "count": len(scene.things)}[what]
 
 # %% ../nbs/library/24_tasks.ipynb #3de013e3
 @dataclass(frozen=True)
@@ -448,9 +450,13 @@ def some_questions(
     "The same pairs with fewer questions"
     if most < 0:
         raise ValueError(f"{most} questions a picture are not possible: give 0 for all, or more")
-    # noqa: E731
-    draw = lambda key, asked: tuple(random.Random(f"{seed} {key}").sample(asked, min(most, len(asked))))
-    return replace(pairs, questions=tuple(map(draw, pairs.keys, pairs.questions))) if most else pairs
+    if not most:
+        return pairs
+    drawn = []
+    for key, questions in zip(pairs.keys, pairs.questions, strict=False):
+        count = min(most, len(questions))
+        drawn.append(tuple(random.Random(f"{seed} {key}").sample(questions, count)))
+    return replace(pairs, questions=tuple(drawn))
 
 # %% ../nbs/library/24_tasks.ipynb #c2f924ac
 def answer_all(
@@ -468,33 +474,36 @@ def answer_all(
             "these pairs have no questions: the shards' JSON needs `questions`, a list of [question, "
             "answer, type]"
         )
-    asked = [(row, *one) for row, several in enumerate(pairs.questions) for one in several]
+    rows: list[int] = []
+    questions: list[str] = []
+    truths: list[tuple[str, ...]] = []
+    types: list[str] = []
+    for row, of_picture in enumerate(pairs.questions):
+        for question, truth, kind in of_picture:
+            rows.append(row)
+            questions.append(question)
+            truths.append((truth,) if isinstance(truth, str) else tuple(truth))
+            types.append(kind)
     written: list[str] = []
     with evaluating(blip.model):
         parts = _image_states(blip, pairs, batch_size)
         for start, states in _bar(parts, "answers", -(-len(pairs) // batch_size), progress):
-            own = [
-                (row - start, question) for row, question, _, _ in asked if start <= row < start + len(states)
-            ]
-            for k in range(0, len(own), batch_size):
-                rows, questions = zip(*own[k : k + batch_size], strict=True)
-                written += _answered(blip, states[list(rows)], questions, beams, longest)
-    rows, questions, truths, types = zip(*asked, strict=True)
-    return Answers(
-        rows,
-        questions,
-        types,
-        tuple((t,) if isinstance(t, str) else tuple(t) for t in truths),
-        tuple(written),
-    )
+            first = bisect_left(rows, start)
+            last = bisect_left(rows, start + len(states))
+            for k in range(first, last, batch_size):
+                some = slice(k, min(k + batch_size, last))
+                of_rows = states[[row - start for row in rows[some]]]
+                written += _answered(blip, of_rows, questions[some], beams, longest)
+    return Answers(tuple(rows), tuple(questions), tuple(types), tuple(truths), tuple(written))
 
 
 def _answered(blip: Blip, states: Tensor, questions: Sequence[str], beams: int, longest: int) -> list[str]:
     "What `fusion.answer` says, of images that have been through the tower"
     words = blip.tokenizer
-    tokens, mask = (t.to(blip.device) for t in trimmed(words(list(questions)), words.pad))
-    seen = blip.model.run_text(begun(tokens, words.enc), mask, states)
-    return write_about(blip, blip.model.question_states(seen), mask, beams, longest)
+    tokens, mask = trimmed(words(list(questions)), words.pad)
+    mask = mask.to(blip.device)
+    outputs = blip.model.run_text(begun(tokens.to(blip.device), words.enc), mask, states)
+    return write_about(blip, blip.model.question_states(outputs), mask, beams, longest)
 
 # %% ../nbs/library/24_tasks.ipynb #8df22b17
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -504,11 +513,10 @@ def plain_answer(text: str) -> str:
     "An answer as it is compared"
     lower = re.sub(r"(?<=\d),(?=\d)|['’]", "", text.lower())  # 1,000 is 1000
     words = re.findall(r"\d+\.\d+|[^\W_]+", lower)
-    kept = [
-        str(_NUMBERS.index(word)) if word in _NUMBERS else word
-        for word in words
-        if word not in ("a", "an", "the")
-    ]
+    kept = []
+    for word in words:
+        if word not in ("a", "an", "the"):
+            kept.append(str(_NUMBERS.index(word)) if word in _NUMBERS else word)
     return " ".join(kept or words)
 
 
@@ -517,8 +525,8 @@ def hit(
     truths: Sequence[str],  # the true answer, or those of several people
 ) -> float:  # from 0 to 1
     "How right an answer is"
-    said = plain_answer(text)
-    agreeing = sum(said == plain_answer(truth) for truth in truths) if said else 0
+    plain = plain_answer(text)
+    agreeing = sum(plain == plain_answer(truth) for truth in truths) if plain else 0
     return min(agreeing / min(3, max(len(truths), 1)), 1.0)
 
 
@@ -526,13 +534,15 @@ def answer_accuracy(answers: Answers) -> pd.DataFrame:  # a row a type, and "all
     "The share of right answers by what is asked for"
     table = pd.DataFrame({"type": answers.types, "hit": answers.hits})
     by_type = table.groupby("type", sort=True)["hit"].agg(questions="size", accuracy="mean")
-    return pd.concat(
-        [by_type, pd.DataFrame({"questions": len(table), "accuracy": table["hit"].mean()}, index=["all"])]
-    )
+    whole = pd.DataFrame({"questions": len(table), "accuracy": table["hit"].mean()}, index=["all"])
+    return pd.concat([by_type, whole])
 
 # %% ../nbs/library/24_tasks.ipynb #ba33dab5
-# task -> its main score
-MAIN = {"retrieval": "retrieval_r1", "captioning": "cider", "answering": "answer_accuracy"}
+MAIN = {  # task -> the score by which a student is compared with its teacher
+    "retrieval": "retrieval_r1",
+    "captioning": "cider",
+    "answering": "answer_accuracy",
+}
 
 
 def score_tasks(
@@ -545,24 +555,25 @@ def score_tasks(
     progress: bool = True,
 ) -> dict[str, float]:
     "Every score of the model's tasks"
-    scores, given = {}, dict(batch_size=batch_size, progress=progress)
+    scores: dict[str, float] = {}
+    run = {"batch_size": batch_size, "progress": progress}
     if "retrieval" in blip.tasks:
-        found = rerank(blip, pairs, candidates if "matching" in blip.tasks else 0, **given)
-        scores |= {
-            "retrieval_r1": (found.after["image_to_text_r1"] + found.after["text_to_image_r1"]) / 2
-        } | found.after
-        scores |= {f"features_{name}": value for name, value in found.before.items()}
+        retrieval = rerank(blip, pairs, candidates if "matching" in blip.tasks else 0, **run)
+        after = retrieval.after
+        scores["retrieval_r1"] = (after["image_to_text_r1"] + after["text_to_image_r1"]) / 2
+        scores.update(after)
+        for name, value in retrieval.before.items():
+            scores[f"features_{name}"] = value
     if "captioning" in blip.tasks:
-        written, references = describe(blip, pairs, beams, **given), references_of(pairs)
-        made = caption_scores(written, references, scene_facts(pairs))
-        scores |= {name: value for name, value in made.items() if value is not None}
+        captions = describe(blip, pairs, beams, **run)
+        of_captions = caption_scores(captions, references_of(pairs), scene_facts(pairs))
+        scores.update((name, value) for name, value in of_captions.items() if value is not None)
     if "answering" in blip.tasks and any(pairs.questions):
-        table = answer_accuracy(answer_all(blip, some_questions(pairs, questions), beams, **given))[
-            "accuracy"
-        ]
-        scores |= {"answer_accuracy": table["all"]} | {
-            f"answer_{kind}": value for kind, value in table.drop("all").items()
-        }
+        answers = answer_all(blip, some_questions(pairs, questions), beams, **run)
+        accuracy = answer_accuracy(answers)["accuracy"]
+        scores["answer_accuracy"] = accuracy["all"]
+        for kind, value in accuracy.drop("all").items():
+            scores[f"answer_{kind}"] = value
     return {name: float(value) for name, value in scores.items()}
 
 # %% ../nbs/library/24_tasks.ipynb #464562cd
@@ -576,20 +587,22 @@ def measure_tasks(
     "Time for each task, the models taking turns"
     if min(batch_size, repeats) < 1:
         raise ValueError(f"batch_size={batch_size}, repeats={repeats}: both must be at least 1")
-    work = {
-        (name, task): run
-        for name, blip in models.items()
-        for task, run in _works(blip, pairs[:batch_size], beams).items()
-    }
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in work}
-    for round_ in range(repeats + 1):
-        for task in dict.fromkeys(task for _, task in work):
-            for name in (name for name in models if (name, task) in work):
-                took = _timed(models[name], work[name, task])
-                seconds[name, task] += [took] * (round_ > 0)
+    part = pairs[:batch_size]
+    runs: dict[tuple[str, str], Callable] = {}  # of a model and a task
+    for name, blip in models.items():
+        for task, run in _works(blip, part, beams).items():
+            runs[name, task] = run
+    in_turn = [(name, task) for task in dict.fromkeys(task for _, task in runs) for name in models]
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for round_ in range(repeats + 1):  # the first one warms up
+        for name, task in in_turn:
+            if (name, task) in runs:
+                took = _timed(models[name], runs[name, task])
+                if round_ > 0:
+                    seconds[name, task].append(took)
     table = pd.DataFrame(index=list(models), dtype=float)
-    for (name, task), took in seconds.items():
-        table.loc[name, f"ms_{task}"] = 1000 * sorted(took)[len(took) // 2] / len(pairs[:batch_size])
+    for (name, task), times in seconds.items():
+        table.loc[name, f"ms_{task}"] = 1000 * sorted(times)[len(times) // 2] / len(part)
     return table
 
 
@@ -606,16 +619,26 @@ def _timed(blip: Blip, run: Callable) -> float:
 def _works(blip: Blip, pairs: Pairs, beams: int) -> dict[str, Callable]:  # task -> what is timed
     "One run of each of a model's tasks"
     batch = next(pairs.batches(View(blip.preprocess, blip.tokenizer), len(pairs))).to(blip.device)
-    asked = [several[0][0] if several else "what is it?" for several in pairs.questions or ((),) * len(pairs)]
+    image = batch.image
     tokens, mask = trimmed(batch.text, blip.tokenizer.pad)
-    look = lambda: blip.model.run_image(batch.image).states  # noqa: E731
+    questions = ["what is it?"] * len(pairs)
+    for row, of_picture in enumerate(pairs.questions):
+        if of_picture:
+            questions[row] = of_picture[0][0]
+
+    def compare() -> None:
+        blip.encode_image(image)
+        blip.encode_text(batch.text)
+
+    def match() -> None:
+        states = blip.model.run_image(image).states
+        blip.model.match(blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, states))
+
     runs = {
-        "retrieval": lambda: (blip.encode_image(batch.image), blip.encode_text(batch.text)),
-        "matching": lambda: blip.model.match(
-            blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, look())
-        ),
-        "captioning": lambda: write_captions(blip, batch.image, beams),
-        "answering": lambda: answer(blip, batch.image, asked, beams),
+        "retrieval": compare,
+        "matching": match,
+        "captioning": lambda: write_captions(blip, image, beams),
+        "answering": lambda: answer(blip, image, questions, beams),
     }
     return {task: runs[task] for task in blip.tasks}
 
@@ -636,15 +659,17 @@ def compare_tasks(
     rows = {}
     for name, blip in models.items():
         cost = blip_cost(blip)
-        price = {"parameters": cost.total} | {
-            f"parameters_{part}": count for part, count in cost.parameters.items()
-        }
-        price |= {f"gmacs_{task}": macs / 1e9 for task, macs in cost.macs.items()}
-        rows[name] = price | dict(
-            (scores or {}).get(name)
-            or score_tasks(blip, pairs, beams, questions, candidates, progress=progress)
-        )
-    return _with_shares(pd.DataFrame(rows).T.join(measure_tasks(models, pairs, repeats=repeats, beams=beams)))
+        row: dict[str, float] = {"parameters": cost.total}
+        for part, count in cost.parameters.items():
+            row[f"parameters_{part}"] = count
+        for task, macs in cost.macs.items():
+            row[f"gmacs_{task}"] = macs / 1e9
+        known = (scores or {}).get(name)
+        if not known:
+            known = score_tasks(blip, pairs, beams, questions, candidates, progress=progress)
+        rows[name] = row | dict(known)
+    times = measure_tasks(models, pairs, repeats=repeats, beams=beams)
+    return _with_shares(pd.DataFrame(rows).T.join(times))
 
 
 def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
@@ -660,16 +685,16 @@ def show_tasks(
     table: pd.DataFrame,  # of `compare_tasks`
 ):  # pandas Styler
     "The table for people: a column a model, shares and ratios to the first"
-    names = [name for name in table if not name.startswith("parameters_")]
-    shown = {
-        _title(name): [_cell(name, value, table[name].iloc[0]) for value in table[name]] for name in names
-    }
-    text = pd.DataFrame(shown, index=table.index).T
+    columns = {}
+    for name in table:
+        if not name.startswith("parameters_"):
+            first = table[name].iloc[0]
+            columns[_title(name)] = [_cell(name, value, first) for value in table[name]]
+    text = pd.DataFrame(columns, index=table.index).T
     kept = [name for name in text.index if name.startswith("kept")]
     styled = text.style.format(escape="html").format_index(escape="html", axis=1)
-    return styled.set_properties(subset=pd.IndexSlice[kept, :], **{"font-weight": "bold"}).set_uuid(
-        _digest(text.to_dict())[:8]
-    )
+    styled = styled.set_properties(subset=pd.IndexSlice[kept, :], **{"font-weight": "bold"})
+    return styled.set_uuid(_digest(text.to_dict())[:8])
 
 
 def _cell(name: str, value: float, first: float) -> str:
@@ -690,15 +715,14 @@ def _digest(*what: Any) -> str:
 
 def _title(name: str) -> str:
     "A column's name for people"
-    plain = re.sub(r"^ms_(\w+)", r"\1, time a picture", re.sub(r"^gmacs_(\w+)", r"\1, GMACs", name))
-    plain = (
-        re.sub(r"_r(\d+)$", r" R@\1", plain)
-        .replace("image_to_text", "image→text")
-        .replace("text_to_image", "text→image")
-    )
-    return {"bleu4": "BLEU-4", "cider": "CIDEr", "true_share": "true captions"}.get(
-        name, plain.replace("_", " ")
-    )
+    names = {"bleu4": "BLEU-4", "cider": "CIDEr", "true_share": "true captions"}
+    if name in names:
+        return names[name]
+    title = re.sub(r"^gmacs_(\w+)", r"\1, GMACs", name)
+    title = re.sub(r"^ms_(\w+)", r"\1, time a picture", title)
+    title = re.sub(r"_r(\d+)$", r" R@\1", title)
+    title = title.replace("image_to_text", "image→text").replace("text_to_image", "text→image")
+    return title.replace("_", " ")
 
 # %% ../nbs/library/24_tasks.ipynb #a239b772
 class Gallery:
@@ -717,52 +741,63 @@ class Gallery:
         wrong = [row for row in rows if not 0 <= row < len(pairs)]
         if wrong or not rows:
             raise ValueError(f"rows={rows} is not valid: name at least one, from 0 to {len(pairs) - 1}")
-        self.names, chosen = list(models), pairs[rows]
-        chosen = some_questions(chosen, questions, seed) if questions else replace(chosen, questions=())
-        self.facts, self.truths = scene_facts(pairs[rows]), list(chosen.captions)
+        self.names = list(models)
+        self.facts = scene_facts(pairs[rows])
+        chosen = some_questions(pairs[rows], questions, seed)
+        if not questions:
+            chosen = replace(chosen, questions=())
+        self.truths = list(chosen.captions)
         self.pictures = [thumbnail(chosen.pil(row), 144) for row in range(len(rows))]
-        given = dict(beams=beams, progress=False)
-        self.captions = {
-            name: describe(blip, chosen, **given)
-            for name, blip in models.items()
-            if "captioning" in blip.tasks
-        }
-        asked = {
-            name: blip for name, blip in models.items() if "answering" in blip.tasks and any(chosen.questions)
-        }
-        self.answers = {name: answer_all(blip, chosen, **given) for name, blip in asked.items()}
+        self.captions: dict[str, list[str]] = {}
+        self.answers: dict[str, Answers] = {}
+        for name, blip in models.items():
+            if "captioning" in blip.tasks:
+                self.captions[name] = describe(blip, chosen, beams, progress=False)
+            if "answering" in blip.tasks and any(chosen.questions):
+                self.answers[name] = answer_all(blip, chosen, beams, progress=False)
 
     def _repr_html_(self) -> str:
         head = "".join(f"<th style='{_LEFT}'>{escaped(name)}</th>" for name in ("", "truth", *self.names))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(map(self._picture, range(len(self.pictures))))}</tbody></table>"
+        body = "".join(self._picture(row) for row in range(len(self.pictures)))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     def _picture(self, row: int) -> str:
         "The lines of a table that speak of one picture"
-        fact, said = self.facts[row], {name: captions[row] for name, captions in self.captions.items()}
-        true = {name: fact and is_true(text, fact) for name, text in said.items()}
-        lines = [
-            _line(
-                escaped(self.truths[row]),
-                [_mark(said[name], true[name]) if name in said else "—" for name in self.names],
-            )
-        ]
-        some = next(iter(self.answers.values()), None)
-        for k in [k for k, own in enumerate(some.rows) if own == row] if some else []:
-            cells = [
-                _mark(self.answers[n].written[k], self.answers[n].hits[k] >= 0.5)
-                if n in self.answers
-                else "—"
-                for n in self.names
-            ]
-            lines.append(
-                _line(
-                    f"<i>{escaped(some.questions[k])}</i> "
-                    f"{escaped(' / '.join(dict.fromkeys(some.truths[k])))}",
-                    cells,
-                )
-            )
+        lines = [_caption_line(self, row), *_answer_lines(self, row)]
         image = f"<td rowspan={len(lines)}><img alt='' style='width:96px' src='{self.pictures[row]}'></td>"
-        return "".join(f"<tr>{image * (k == 0)}{line}</tr>" for k, line in enumerate(lines))
+        return f"<tr>{image}" + "</tr><tr>".join(lines) + "</tr>"
+
+# %% ../nbs/library/24_tasks.ipynb #c0f1e5c1
+def _caption_line(gallery: Gallery, row: int) -> str:
+    "What each model writes about a picture, marked as true or false where the scene is known"
+    facts = gallery.facts[row]
+    cells = []
+    for name in gallery.names:
+        if name not in gallery.captions:
+            cells.append("—")
+            continue
+        caption = gallery.captions[name][row]
+        cells.append(_mark(caption, None if facts is None else is_true(caption, facts)))
+    return _line(escaped(gallery.truths[row]), cells)
+
+
+def _answer_lines(gallery: Gallery, row: int) -> list[str]:
+    "The questions about a picture, and what each model answers"
+    if not gallery.answers:
+        return []
+    first = next(iter(gallery.answers.values()))
+    lines = []
+    for place, picture in enumerate(first.rows):
+        if picture != row:
+            continue
+        cells = []
+        for name in gallery.names:
+            answers = gallery.answers.get(name)
+            is_right = answers is not None and answers.hits[place] >= 0.5
+            cells.append("—" if answers is None else _mark(answers.written[place], is_right))
+        truths = escaped(" / ".join(dict.fromkeys(first.truths[place])))
+        lines.append(_line(f"<i>{escaped(first.questions[place])}</i> {truths}", cells))
+    return lines
 
 # %% ../nbs/library/24_tasks.ipynb #70625008
 _LEFT = "text-align:left;vertical-align:top;max-width:22em"
@@ -789,23 +824,28 @@ def job_tasks(
     progress: bool = True,
 ) -> pd.DataFrame:  # as `compare_tasks` gives it
     "Compare the teacher and all students of a job, or read what was found before"
-    pairs, models, path = pairs or job.val, job_models(job), job.run.folder / "tasks.json"
+    pairs = pairs or job.val
+    models = job_models(job)
     texts = flat_captions(pairs.all_captions)[0]
     about = [beams, questions, candidates, [*pairs.keys, *texts, pairs.questions]]
     keys = {name: _digest(state_digest(blip.model), blip.tasks, about) for name, blip in models.items()}
-    kept, own = read_json(path, {"scores": {}, "tables": {}}), _digest(keys)
+    path = job.run.folder / "tasks.json"
+    kept = read_json(path, {"scores": {}, "tables": {}})
+    own = _digest(keys)
     if own not in kept["tables"]:
-        known = {name: _numbers(kept["scores"][key]) for name, key in keys.items() if key in kept["scores"]}
-        given = dict(beams=beams, questions=questions, candidates=candidates, progress=progress)
+        settings = dict(beams=beams, questions=questions, candidates=candidates, progress=progress)
+        scores = {}
         for name, key in keys.items():
-            known[name] = known.get(name) or score_tasks(models[name], pairs, **given)
-            kept["scores"][key] = to_json(known[name])
-        table = compare_tasks(models, pairs, **given, scores=known)
+            scores[name] = _numbers(kept["scores"].get(key, {}))
+            if not scores[name]:
+                scores[name] = score_tasks(models[name], pairs, **settings)
+            kept["scores"][key] = to_json(scores[name])
+        table = compare_tasks(models, pairs, **settings, scores=scores)
         kept["tables"][own] = to_json(table.to_dict("index"))
         write_whole(path, json.dumps(kept))
     return pd.DataFrame({name: _numbers(row) for name, row in kept["tables"][own].items()}).T
 
 
-def _numbers(held: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     "Numbers as they were before JSON, which has no nan"
-    return {name: float(value) for name, value in held.items()}
+    return {name: float(value) for name, value in values.items()}

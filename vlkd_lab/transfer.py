@@ -20,19 +20,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vlkd_lab.evaluation import (
-    Classes,
-    accuracy,
-    all_label_sets,
-    classifier,
-    find_classes,
-    job_models,
-    predict,
-    probe_table,
-    probed_sets,
-)
-
+from . import evaluation
 from .data import FastPreprocess, NoSample, Pairs, load_pairs, visible
+from .evaluation import Classes, all_label_sets, find_classes, probed_sets
 from .models import VLM, evaluating
 from .runs import to_json
 from .samples import LABEL_SETS, SHIFTS
@@ -51,8 +41,7 @@ class LabelledSet:
     "Pairs, and one way to sort them into named classes"
 
     pairs: Pairs  # N pairs; several sets may share them
-    # N indices into the classes' names, None where the question does not arise
-    labels: tuple[int | None, ...]
+    labels: tuple[int | None, ...]  # N indices of classes; None where the question does not arise
     classes: Classes  # names and prompts
 
     def __post_init__(self):
@@ -80,20 +69,17 @@ def scene_sets(
     pairs: Pairs,  # generated scenes
 ) -> dict[str, LabelledSet]:  # by name, in the order of LABEL_SETS; all share the pairs
     "Every label set that the scenes carry and whose classes are known"
-    known = {
-        name: made
-        for name, made in LABEL_SETS.items()
-        if any(label is not None for label in pairs.sets.get(name, ()))
-    }
-    if not known:
+    sets = {}
+    for name, known in LABEL_SETS.items():
+        labels = pairs.sets.get(name, ())
+        if any(label is not None for label in labels):
+            sets[name] = _labelled(name, pairs, labels, Classes(known.names, known.templates))
+    if not sets:
         has = ", ".join(map(repr, pairs.sets)) or "none"
         raise ValueError(
             f"no label set whose classes are known; the pairs have {has}, known are {', '.join(LABEL_SETS)}"
         )
-    return {
-        name: _labelled(name, pairs, pairs.sets[name], Classes(made.names, made.templates))
-        for name, made in known.items()
-    }
+    return sets
 
 # %% ../nbs/library/23_transfer.ipynb #0b1f6592
 def shard_sets(
@@ -102,14 +88,17 @@ def shard_sets(
 ) -> dict[str, LabelledSet]:  # by name
     "Labelled shards as label sets"
     classes = {name: find_classes(shards) for name, shards in where.items()}
-    for name, found in classes.items():
-        if found is None:
+    for name in where:
+        if classes[name] is None:
             raise ValueError(
                 f"data set {name!r}: no classes.txt beside {where[name]}; it names a class a line, in the "
                 "indices' order"
             )
-    pairs = {name: load_pairs(shards, limit) for name, shards in where.items()}
-    return {name: _labelled(name, pairs[name], pairs[name].labels, classes[name]) for name in where}
+    sets = {}
+    for name, shards in where.items():
+        pairs = load_pairs(shards, limit)
+        sets[name] = _labelled(name, pairs, pairs.labels, classes[name])
+    return sets
 
 # %% ../nbs/library/23_transfer.ipynb #d3d288ab
 def _image_rows(
@@ -120,16 +109,16 @@ def _image_rows(
     bar: tqdm,  # one step a picture
 ) -> dict[str, Tensor]:  # model -> (N, D) unit rows, float32, on the CPU
     "Image features of all models; no more than 256 changed pictures are held at once"
-    lenses, rows = (
-        {name: FastPreprocess(vlm.preprocess) for name, vlm in models.items()},
-        {name: [] for name in models},
-    )
+    preprocessors = {name: FastPreprocess(vlm.preprocess) for name, vlm in models.items()}
+    rows: dict[str, list[Tensor]] = {name: [] for name in models}
     for start in range(0, len(pairs), 256):
         part = pairs[start : start + 256]
-        part = part if shift is None else shifted(part, shift, seed)
+        if shift is not None:
+            part = shifted(part, shift, seed)
         pictures = [part.pil(row) for row in range(len(part))]
         for name, vlm in models.items():
-            rows[name].append(vlm.encode_image(lenses[name](pictures).to(vlm.device)).float().cpu())
+            images = preprocessors[name](pictures).to(vlm.device)
+            rows[name].append(vlm.encode_image(images).float().cpu())
             bar.update(len(part))
     return {name: torch.cat(parts) for name, parts in rows.items()}
 
@@ -139,27 +128,30 @@ def _top1(
 ) -> float:  # nan where a feature is not finite
     "Zero-shot accuracy, which a broken model does not get by luck"
     finite = image.isfinite().all() and class_rows.isfinite().all()
-    return accuracy(predict(image, class_rows), labels) if finite else math.nan
+    return evaluation.accuracy(evaluation.predict(image, class_rows), labels) if finite else math.nan
 
 
 def _accuracies(
     models: Mapping, sets: Mapping, shifts: Sequence[str | None], seed: int, bar: tqdm
 ) -> dict[str | None, pd.DataFrame]:
     "Zero-shot accuracy under every shift: a table with a row a model and a column a set"
-    found = {shift: pd.DataFrame(math.nan, index=list(models), columns=list(sets)) for shift in shifts}
+    tables = {shift: pd.DataFrame(math.nan, index=list(models), columns=list(sets)) for shift in shifts}
     with evaluating(*(vlm.model for vlm in models.values())):
-        rows = {}
+        class_rows = {}
         for name, key in product(models, sets):
-            rows[name, key] = classifier(models[name], sets[key].classes)
+            class_rows[name, key] = evaluation.classifier(models[name], sets[key].classes)
             bar.update(_prompts(sets[key]))
-        for pairs in {id(own.pairs): own.pairs for own in sets.values()}.values():
-            mine = {key: own.labels for key, own in sets.items() if own.pairs is pairs}
-            for shift, table in found.items():
+        for pairs in _distinct_pairs(sets):  # encoded once for all sets that share them
+            labels = {key: labelled.labels for key, labelled in sets.items() if labelled.pairs is pairs}
+            for shift, table in tables.items():
                 for name, image in _image_rows(models, pairs, shift, seed, bar).items():
-                    table.loc[name, list(mine)] = [
-                        _top1(image, rows[name, key], labels) for key, labels in mine.items()
-                    ]
-    return found
+                    for key in labels:
+                        table.loc[name, key] = _top1(image, class_rows[name, key], labels[key])
+    return tables
+
+
+def _distinct_pairs(sets: Mapping[str, LabelledSet]) -> list[Pairs]:
+    return list({id(labelled.pairs): labelled.pairs for labelled in sets.values()}.values())
 
 # %% ../nbs/library/23_transfer.ipynb #1e082e23
 def _check(models: Mapping[str, VLM], sets: Mapping[str, LabelledSet], shifts: Sequence[str]) -> None:
@@ -181,13 +173,13 @@ def _check_shifts(shifts: Sequence[str]) -> None:
 
 def _bar(models: Mapping[str, VLM], sets: Mapping[str, LabelledSet], variants: int, further: int = 0) -> tqdm:
     "Prompts and pictures that all models will see; shown once it takes longer than two seconds"
-    pictures = variants * sum({id(own.pairs): len(own.pairs) for own in sets.values()}.values())
+    pictures = variants * sum(map(len, _distinct_pairs(sets)))
     prompts = sum(map(_prompts, sets.values()))
     return tqdm(total=len(models) * (prompts + pictures + further), desc="transfer", unit=" inputs", delay=2)
 
 
-def _prompts(own: LabelledSet) -> int:
-    return len(own.classes.names) * len(own.classes.templates)
+def _prompts(labelled: LabelledSet) -> int:
+    return len(labelled.classes.names) * len(labelled.classes.templates)
 
 
 def _with_mean(table: pd.DataFrame) -> pd.DataFrame:
@@ -204,19 +196,21 @@ def zero_shot_table(
         return _with_mean(_accuracies(models, sets, (None,), 0, bar)[None])
 
 # %% ../nbs/library/23_transfer.ipynb #e5bb58aa
-def _changed(picture: Image.Image, shift: str, chance: random.Random) -> Image.Image:  # of the same size
+def _changed(picture: Image.Image, shift: str, rng: random.Random) -> Image.Image:  # of the same size
     "One picture under a shift, with lengths that follow the shorter side"
-    (width, height), change = picture.size, SHIFTS[shift]
+    change = SHIFTS[shift]
+    width, height = picture.size
     if shift == "covered" and width != height:
         side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
+        left = (width - side) // 2
+        top = (height - side) // 2
         whole = picture.copy()
-        whole.paste(change(picture.crop((left, top, left + side, top + side)), chance), (left, top))
+        whole.paste(change(picture.crop((left, top, left + side, top + side)), rng), (left, top))
         return whole
     if shift == "blur" and width > height:
-        lying = Image.Transpose.TRANSPOSE
-        return change(picture.transpose(lying), chance).transpose(lying)
-    return change(picture, chance)
+        transposed = picture.transpose(Image.Transpose.TRANSPOSE)
+        return change(transposed, rng).transpose(Image.Transpose.TRANSPOSE)
+    return change(picture, rng)
 
 
 def shifted(
@@ -226,16 +220,17 @@ def shifted(
 ) -> Pairs:
     "The same pairs with every picture changed"
     _check_shifts([shift])
-    chances = (random.Random(f"{seed}/{key}/{shift}") for key in pairs.keys)
-    pictures = (_changed(pairs.pil(row), shift, chance) for row, chance in enumerate(chances))
-    return replace(pairs, images=tuple(np.asarray(picture) for picture in pictures))
+    images = []
+    for row, key in enumerate(pairs.keys):
+        rng = random.Random(f"{seed}/{key}/{shift}")
+        images.append(np.asarray(_changed(pairs.pil(row), shift, rng)))
+    return replace(pairs, images=tuple(images))
 
 # %% ../nbs/library/23_transfer.ipynb #ce232edd
-def _robustness(found: Mapping[str | None, pd.DataFrame]) -> pd.DataFrame:
+def _robustness(tables: Mapping[str | None, pd.DataFrame]) -> pd.DataFrame:
     "Means over the sets by shift, their average, and what is kept"
-    table = pd.DataFrame(
-        {shift or "unshifted": scores.mean(axis=1, skipna=False) for shift, scores in found.items()}
-    )
+    means = {shift or "unshifted": scores.mean(axis=1, skipna=False) for shift, scores in tables.items()}
+    table = pd.DataFrame(means)
     average = table.drop(columns="unshifted").mean(axis=1, skipna=False)
     return table.assign(average=average, kept=average / table["unshifted"].where(table["unshifted"] > 0))
 
@@ -245,9 +240,7 @@ def robustness_table(
     sets: Mapping[str, LabelledSet],
     shifts: Sequence[str] = tuple(SHIFTS),
     seed: int = 0,  # of the shifts
-) -> (
-    pd.DataFrame
-):  # shares; a row a model; unshifted, every shift, average over the shifts, kept = average / unshifted
+) -> pd.DataFrame:  # shares; a row a model; unshifted, every shift, their average, kept = average / unshifted
     "Zero-shot accuracy on shifted pictures, mean over the sets"
     _check(models, sets, shifts)
     variants = (None, *dict.fromkeys(shifts))
@@ -273,27 +266,29 @@ class Transfer:
     @property
     def tables(self) -> dict[str, pd.DataFrame]:  # title -> table
         "The tables that there are"
-        return {
-            title: getattr(self, name) for name, title in _TITLES.items() if getattr(self, name) is not None
-        }
+        tables = {title: getattr(self, name) for name, title in _TITLES.items()}
+        return {title: table for title, table in tables.items() if table is not None}
 
     def _repr_html_(self) -> str:
         return "".join(f"<h4>{title}</h4>{_percentages(table)}" for title, table in self.tables.items())
 
     def to_json(self) -> dict:  # table -> model -> column -> share
         "The tables as JSON can hold them"
-        tables = {name: getattr(self, name) for name in _TITLES}
-        return to_json(
-            {name: None if table is None else table.to_dict("index") for name, table in tables.items()}
-        )
+        rows = {}
+        for name in _TITLES:
+            table = getattr(self, name)
+            rows[name] = None if table is None else table.to_dict("index")
+        return to_json(rows)
 
 
 def _percentages(table: pd.DataFrame) -> str:
     "A table of shares as HTML; names are shown as they are"
-    shown = table.apply(
-        lambda column: column.map(lambda share: f"{share:.1%}" if math.isfinite(share) else "—")
-    )
-    return shown.rename(index=visible, columns=visible).to_html(border=0)
+
+    def percentage(share: float) -> str:
+        return f"{share:.1%}" if math.isfinite(share) else "—"
+
+    texts = table.apply(lambda column: column.map(percentage))
+    return texts.rename(index=visible, columns=visible).to_html(border=0)
 
 # %% ../nbs/library/23_transfer.ipynb #94527ec6
 def _own_sets(val: Pairs, classes: Classes | None) -> dict[str, LabelledSet]:
@@ -311,11 +306,12 @@ def _probes(
     bar: tqdm,
 ) -> pd.DataFrame:
     "Linear probes, one model after the other"
-    columns, tables = [*_shared(train, val), "mean"], []
+    columns = [*_shared(train, val), "mean"]
+    tables = []
     with evaluating(*(vlm.model for vlm in models.values())):
         for name, vlm in models.items():
             failed = pd.DataFrame(math.nan, index=[name], columns=columns)
-            tables.append(failed if name in broken else probe_table({name: vlm}, train, val))
+            tables.append(failed if name in broken else evaluation.probe_table({name: vlm}, train, val))
             bar.update(len(train) + len(val))
     return pd.concat(tables)
 
@@ -324,9 +320,10 @@ def _shared(train: Pairs, val: Pairs) -> list[str]:
     "The label sets of both on which a probe can be fitted"
     shared = probed_sets(train, val)
     if not shared:
-        has = [", ".join(map(repr, all_label_sets(pairs))) or "none" for pairs in (train, val)]
+        of_train = ", ".join(map(repr, all_label_sets(train))) or "none"
+        of_val = ", ".join(map(repr, all_label_sets(val))) or "none"
         raise ValueError(
-            f"a linear probe needs a label set that both carry; train has {has[0]}, val has {has[1]}"
+            f"a linear probe needs a label set that both carry; train has {of_train}, val has {of_val}"
         )
     return shared
 
@@ -337,19 +334,21 @@ def transfer(
     train: Pairs | None = None,  # on which linear probes are fitted; None: no linear probe
     sets: Mapping[str, LabelledSet] | None = None,  # for zero-shot and shifts; None: those of `val`
     shifts: Sequence[str] = tuple(SHIFTS),
-    # of `val.labels`; needed where the pairs are no scenes and `sets` is None
-    classes: Classes | None = None,
+    classes: Classes | None = None,  # of `val.labels`; needed without `sets` where the pairs are no scenes
     seed: int = 0,  # of the shifts
 ) -> Transfer:
     "Zero-shot, linear probe and robustness of every model"
-    sets, variants = _own_sets(val, classes) if sets is None else sets, (None, *dict.fromkeys(shifts))
+    if sets is None:
+        sets = _own_sets(val, classes)
     _check(models, sets, shifts)
+    variants = (None, *dict.fromkeys(shifts))
     further = len(train) + len(val) if train is not None and _shared(train, val) else 0
     with _bar(models, sets, len(variants), further) as bar:
-        found = _accuracies(models, sets, variants, seed, bar)
-        broken = found[None].index[found[None].isna().any(axis=1)]
+        tables = _accuracies(models, sets, variants, seed, bar)
+        unshifted = tables[None]
+        broken = unshifted.index[unshifted.isna().any(axis=1)]
         probes = None if train is None else _probes(models, broken, train, val, bar)
-    return Transfer(_with_mean(found[None]), probes, _robustness(found))
+    return Transfer(_with_mean(unshifted), probes, _robustness(tables))
 
 # %% ../nbs/library/23_transfer.ipynb #728b8804
 def job_transfer(
@@ -358,7 +357,8 @@ def job_transfer(
     shifts: Sequence[str] = tuple(SHIFTS),
 ) -> Transfer | None:  # None: the validation data have no labels with names
     "The tables of a job's models"
-    val, classes = load_validation(job.options.val), find_classes(job.options.val)
+    val = load_validation(job.options.val)
+    classes = find_classes(job.options.val)
     if not set(val.sets) & set(LABEL_SETS) and (classes is None or not all_label_sets(val)):
         return None
     try:
@@ -366,31 +366,27 @@ def job_transfer(
     except NoSample:  # no captions, so no pairs
         train = None
     labelled = train is not None and probed_sets(train, val)
-    return transfer(job_models(job), val, train if labelled else None, shifts=shifts, classes=classes)
+    models = evaluation.job_models(job)
+    return transfer(models, val, train if labelled else None, shifts=shifts, classes=classes)
 
 # %% ../nbs/library/23_transfer.ipynb #855ab477
 def _marks(axis, table: pd.DataFrame, models: Sequence[str]) -> list:  # matplotlib's lines, one a model
     "One row a column of the table, one mark a model"
     places = np.arange(len(table.columns))
-    drawn = []
+    lines = []
     for k, name in enumerate(models):
-        colour, marker = ("black", "*") if name == "teacher" else (f"C{k}", "osD^v"[k % 5])
-        offset = 0.5 * ((k + 0.5) / len(models) - 0.5)
-        drawn += axis.plot(
-            100 * table.loc[name],
-            places + offset,
-            marker,
-            color=colour,
-            ms=8 if marker == "*" else 5,
-            clip_on=False,
-        )
+        colour, marker, size = (f"C{k}", "osD^v"[k % 5], 5)
+        if name == "teacher":
+            colour, marker, size = ("black", "*", 8)
+        heights = places + 0.5 * ((k + 0.5) / len(models) - 0.5)
+        lines += axis.plot(100 * table.loc[name], heights, marker, color=colour, ms=size, clip_on=False)
         if "unshifted" in table:
             axis.axvline(100 * table.loc[name, "unshifted"], color=colour, lw=0.8, ls=":", zorder=0)
     axis.set_yticks(places, [visible(column) for column in table.columns], parse_math=False)
     axis.set(xlim=(0, 100), ylim=(len(places) - 0.5, -0.5), xlabel="accuracy, %")
     axis.axhline(len(places) - 1.5, color="black", lw=0.8)
     axis.hlines(places[:-2] + 0.5, 0, 100, color="0.9", lw=0.8, zorder=0)
-    return drawn
+    return lines
 
 # %% ../nbs/library/23_transfer.ipynb #2d4fa264
 def plot_transfer(transfer: Transfer) -> Figure:
@@ -398,15 +394,15 @@ def plot_transfer(transfer: Transfer) -> Figure:
     import matplotlib.pyplot as plt
 
     tables = {title: table.drop(columns="kept", errors="ignore") for title, table in transfer.tables.items()}
-    models, most = list(transfer.zero_shot.index), max(len(table.columns) for table in tables.values())
+    models = list(transfer.zero_shot.index)
+    most = max(len(table.columns) for table in tables.values())
     size = (3.2 * len(tables), 1.3 + 0.1 * most * max(len(models), 3))
     figure, axes = plt.subplots(1, len(tables), figsize=size, squeeze=False, layout="constrained")
     for axis, (title, table) in zip(axes[0], tables.items(), strict=True):
-        drawn = _marks(axis, table, models)
+        marks = _marks(axis, table, models)
         axis.set_title(title, fontsize=10)
-    legend = figure.legend(
-        drawn, [visible(name) for name in models], loc="outside lower center", ncols=4, frameon=False
-    )
+    names = [visible(name) for name in models]
+    legend = figure.legend(marks, names, loc="outside lower center", ncols=4, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
     plt.close(figure)

@@ -53,7 +53,7 @@ class Method:
 
 # %% ../../nbs/library/13_methods.ipynb #7b604adc
 class Methods(Mapping):
-    "Every method by its name; those of installed packages are looked for when one is asked for that is not there yet"
+    "Every method by its name; installed packages are searched for one that is not there yet"
 
     def __init__(self, group: str):  # of entry points; each names a `Method`, or a module that registers some
         self.group = group
@@ -109,7 +109,7 @@ def _file(method: Method) -> str:
 
 
 def _entries(group: str) -> Iterable[EntryPoint]:
-    "What all installed packages name; a package's older description, as an old .egg-info in a folder, hides no newer one"
+    "What installed packages name; an older description, as an .egg-info in a folder, hides no newer one"
     named = [
         entry
         for distribution in distributions()

@@ -41,7 +41,7 @@ class Distil(Distillation):
     def terms(self) -> list[str]:
         "Without clusters, no terms that need their centres; without a teacher, none that needs one"
         names = [name for name in super().terms() if not LOSSES[name].centers]
-        return names if self.teacher else [name for name in names if LOSSES[name].alone]
+        return names if self.teacher else [name for name in names if not LOSSES[name].needs_teacher]
 
     def check_alone(self) -> None:
         "ValueError for what a student without a teacher cannot have"

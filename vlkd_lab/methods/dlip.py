@@ -263,7 +263,7 @@ def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
     "Those tasks without which a weighted term could not be computed"
     active = [term for term in objective.terms if term.weight]
     modules, names = {term.module for term in active}, {term.name for term in active}
-    distilled = {term.module for term in active if not term.alone}
+    distilled = {term.module for term in active if term.needs_teacher}
     asked = {
         "retrieval": bool(modules & {"both", "text", "fusion"}),
         "matching": "fusion" in modules,

@@ -424,7 +424,7 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
         return
     own = models.model_config(student)["embed_dim"]
     its = models.model_config(teacher.config)["embed_dim"]
-    rows = [term.name for term in Objective(options.weights()).terms if term.same_width and term.weight]
+    rows = [term.name for term in Objective(options.weights()).terms if term.needs_projection and term.weight]
     if rows and own != its:
         raise ValueError(
             f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student "

@@ -109,7 +109,7 @@ def _check_kind(objective: Objective, fit: Fit) -> None:
 
 def _try_objective(objective: Objective, fit: Fit) -> None:
     "ValueError if the objective cannot be computed on this fit's features"
-    taught = [term.name for term in objective.terms if term.weight and not term.alone]
+    taught = [term.name for term in objective.terms if term.weight and term.needs_teacher]
     if fit.teacher is None and taught:
         raise ValueError(f"{taught[0]} needs a teacher, and this phase has none")
     _check_kind(objective, fit)
