@@ -35,21 +35,15 @@ class Method:
     def __post_init__(self):
         if not self.name.replace("-", "").replace("_", "").isalnum():
             raise ValueError(f"name={self.name!r} is not valid: a method's name has letters, digits, - and _")
-        misnamed = [name for name, term in self.losses.items() if name != term.name]
-        if misnamed:
-            raise ValueError(
-                f"the method {self.name} calls its loss {self.losses[misnamed[0]].name!r} {misnamed[0]!r}"
-            )
-        undrawn = [
-            view.__name__
-            for view in self.views
-            if inspect.isabstract(view) or not callable(getattr(view, "figure", None))
-        ]
-        if undrawn:
-            raise ValueError(
-                f"the method {self.name} has a view {undrawn[0]} that draws nothing: give it a "
-                "figure(watched)"
-            )
+        for name, term in self.losses.items():
+            if name != term.name:
+                raise ValueError(f"the method {self.name} calls its loss {term.name!r} {name!r}")
+        for view in self.views:
+            if inspect.isabstract(view) or not callable(getattr(view, "figure", None)):
+                raise ValueError(
+                    f"the method {self.name} has a view {view.__name__} that draws nothing: give it a "
+                    "figure(watched)"
+                )
 
 # %% ../../nbs/library/13_methods.ipynb #7b604adc
 class Methods(Mapping):
@@ -65,14 +59,15 @@ class Methods(Mapping):
     def add(self, method: Method) -> Method:
         "Put a method in, with its losses; ValueError where another package's has its name"
         known = self._methods.get(method.name)
-        if known is not None and _file(known) == SESSION != _file(method):
-            return known  # what is being written in a notebook comes before what is installed
-        if known is not None and SESSION != _file(method) != _file(known):
-            raise ValueError(
-                f"there is a method {method.name!r} already, of {known.parameters.__module__}: choose "
-                "another name"
-            )
-        register_losses(method.losses, known.losses if known is not None else {})
+        if known is not None and _file(method) != SESSION:
+            if _file(known) == SESSION:
+                return known  # what is being written in a notebook comes before what is installed
+            if _file(known) != _file(method):
+                raise ValueError(
+                    f"there is a method {method.name!r} already, of {known.parameters.__module__}: choose "
+                    "another name"
+                )
+        register_losses(method.losses, {} if known is None else known.losses)
         self._methods[method.name] = method
         return method
 
@@ -110,13 +105,12 @@ def _file(method: Method) -> str:
 
 def _entries(group: str) -> Iterable[EntryPoint]:
     "What installed packages name; an older description, as an .egg-info in a folder, hides no newer one"
-    named = [
-        entry
-        for distribution in distributions()
-        for entry in distribution.entry_points
-        if entry.group == group
-    ]
-    return {(entry.name, entry.value): entry for entry in named}.values()
+    entries = {}
+    for distribution in distributions():
+        for entry in distribution.entry_points:
+            if entry.group == group:
+                entries[entry.name, entry.value] = entry
+    return entries.values()
 
 
 def _load(entry: EntryPoint, methods: Methods) -> None:
