@@ -47,17 +47,15 @@ class Pass:
 
     states: Tensor  # (B, L, W) after the last layer
     mask: Tensor  # (B, L) bool, which positions count
-    # of each layer (B, H, L, L): shares of every position, rows add up to 1
-    attention: tuple[Tensor, ...] = ()
-    # of each layer that looks across (B, H, L, K): shares over K positions of something else
-    cross: tuple[Tensor, ...] = ()
+    attention: tuple[Tensor, ...] = ()  # of each layer (B, H, L, L), rows add up to 1
+    cross: tuple[Tensor, ...] = ()  # of each layer with cross-attention (B, H, L, K), over K positions
     cross_mask: Tensor | None = None  # (B, K) bool; None: all K count
     logits: Tensor | None = None  # (B, C) of its first position, or (B, L, V) of every position
     targets: Tensor | None = None  # (B,) or (B, L) which class or token is right; -100: nothing is asked
 
     def first(self, count: int) -> Pass:
         "The run of the first sequences alone"
-        return self._each(lambda held: held[:count])
+        return self._each(lambda tensor: tensor[:count])
 
     def detach(self) -> Pass:
         "The same run, through which no gradient flows"
@@ -65,11 +63,14 @@ class Pass:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Pass:
         "The same run with every tensor changed"
-        held = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: change(value) for name, value in held.items() if isinstance(value, Tensor)}
-        return replace(
-            self, **plain, attention=tuple(map(change, self.attention)), cross=tuple(map(change, self.cross))
-        )
+        changed = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                changed[one.name] = change(value)
+            elif isinstance(value, tuple):
+                changed[one.name] = tuple(map(change, value))
+        return replace(self, **changed)
 
 # %% ../nbs/library/01_features.ipynb #f517a4bf
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ class Slow:
 
     features: Features  # the same pairs under the copy
     names: Tensor  # (B,) int64, equal for equal texts
-    # (M, D) images, (M, D) texts, (M,) names of earlier batches
-    held: tuple[Tensor, Tensor, Tensor] | None = None
+    held: tuple[Tensor, Tensor, Tensor] | None = None  # (M, D) images, (M, D) texts, (M,) names, earlier
     alpha: float = 0.4  # share of the targets that the copy decides
 
 
@@ -87,21 +87,19 @@ class Slow:
 class FusedFeatures(Features):
     "What a model that reads images and texts together says about B pairs"
 
-    # "image", "text", "pairs", "question", "caption", "answer"
-    passes: Mapping[str, Pass] = field(default_factory=dict)
+    passes: Mapping[str, Pass] = field(default_factory=dict)  # by what was read: "image", "text", "pairs", …
     momentum: Slow | None = None  # None: there is no slow copy
-    # (B,) the wrong text of each image, (B,) the wrong image of each text, as matched
-    negatives: tuple[Tensor, Tensor] | None = None
+    negatives: tuple[Tensor, Tensor] | None = None  # (B,) wrong text of each image, and image of each text
 
     def detach(self) -> FusedFeatures:
         "The same features, through which no gradient flows"
-        held = super().detach()
+        plain = super().detach()
         return replace(
             self,
-            image=held.image,
-            text=held.text,
-            scale=held.scale,
-            passes={n: p.detach() for n, p in self.passes.items()},
+            image=plain.image,
+            text=plain.text,
+            scale=plain.scale,
+            passes={name: one.detach() for name, one in self.passes.items()},
         )
 
 # %% ../nbs/library/01_features.ipynb #116411c3
@@ -114,9 +112,10 @@ def partner_ranks(
     "How many wrong candidates score at least as high as the best of a query's right ones"
     ranks = []
     for start in range(0, len(queries), chunk):
-        scores, right = queries[start : start + chunk] @ candidates.T, partner[start : start + chunk]
-        own = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((scores >= own) & ~right).sum(dim=1))
+        scores = queries[start : start + chunk] @ candidates.T
+        right = partner[start : start + chunk]
+        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # of the right ones
+        ranks.append(((scores >= best) & ~right).sum(dim=1))
     return torch.cat(ranks)
 
 # %% ../nbs/library/01_features.ipynb #29f54d61
@@ -134,9 +133,7 @@ def flat_captions(
 
 def distinct_captions(
     captions: Sequence[str] | Sequence[Sequence[str]],  # of N pictures, as in `flat_captions`
-) -> tuple[
-    tuple[str, ...], tuple[int, ...], Tensor
-]:  # M texts; M places where each stands first; (N, M) bool
+) -> tuple[tuple[str, ...], tuple[int, ...], Tensor]:  # M texts; M places of their first; (N, M) bool
     "The different texts, and which of them are right for which picture: its own, whoever else has them too"
     texts, rows = flat_captions(captions)
     first: dict[str, int] = {}
@@ -151,8 +148,7 @@ def distinct_captions(
 def recall(
     features: Features,  # of N images, and of their T captions as `flat_captions` lays them out
     ks: tuple[int, ...] = (1, 5, 10),
-    # of the N images. None: one each, all differ
-    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    captions: Sequence[str] | Sequence[Sequence[str]] | None = None,  # None: one each, all differ
 ) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
     "Retrieval R@k by picture in both directions, among N images and the distinct captions"
     lists = [(row,) for row in range(len(features.image))] if captions is None else captions
@@ -169,7 +165,11 @@ def recall(
         "image_to_text": partner_ranks(features.image, text, right),
         "text_to_image": partner_ranks(text, features.image, right.T),
     }
-    return {f"{way}_r{k}": (rank < k).float().mean().item() for way, rank in ranks.items() for k in ks}
+    shares = {}
+    for direction, rank in ranks.items():
+        for k in ks:
+            shares[f"{direction}_r{k}"] = (rank < k).float().mean().item()
+    return shares
 
 # %% ../nbs/library/01_features.ipynb #87bed9db
 @dataclass(frozen=True)
@@ -184,14 +184,10 @@ class Batch:
     captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
     crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
-    # M names of the texts where they belong to no image, "shard/key"; empty: row i is image i's
-    text_keys: tuple[str, ...] = ()
-    # B lists of (question, answer, type); empty when they were not read
-    questions: tuple[tuple[tuple[str, str, str], ...], ...] = ()
-    # which of its sample's captions each text is, from 0; empty: the first
-    caption_numbers: tuple[int, ...] = ()
-    # (sample name, reason) met while this batch was filled
-    skipped: tuple[tuple[str, str], ...] = field(default=())
+    text_keys: tuple[str, ...] = ()  # M names of texts that belong to no image; empty: row i is image i's
+    questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
+    caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
+    skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
 
     def for_teacher(self) -> Batch:
         "The same pairs as the teacher wants to see them"
@@ -201,10 +197,11 @@ class Batch:
 
     def to(self, device, non_blocking: bool = True) -> Batch:
         "The same batch with its tensors on `device`"
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            k: v.to(device, non_blocking=non_blocking) for k, v in tensors.items() if isinstance(v, Tensor)
-        }
+        moved = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(value, Tensor):
+                moved[one.name] = value.to(device, non_blocking=non_blocking)
         return replace(self, **moved)
 
     def __len__(self) -> int:
@@ -216,7 +213,8 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:
-        ctx.own = slice(dist.get_rank() * len(rows), (dist.get_rank() + 1) * len(rows))
+        start = dist.get_rank() * len(rows)
+        ctx.rows = slice(start, start + len(rows))  # of this process
         parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, rows.contiguous())
         return torch.cat(parts)
@@ -225,7 +223,7 @@ class _AllGather(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> Tensor:
         total = gradient.contiguous().clone()
         dist.all_reduce(total)
-        return total[ctx.own]
+        return total[ctx.rows]
 
 
 def gather(features: Features) -> Features:

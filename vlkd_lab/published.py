@@ -76,9 +76,7 @@ RELEASES = {
 
 def find_releases(
     name: str,  # full name, architecture, ARCHITECTURE/DATA, or wkcn/NAME with or without hf-hub:
-) -> list[
-    Release
-]:  # empty: nothing published has this name; two: the architecture was trained on two sets of data
+) -> list[Release]:  # none: nothing published is called so; two: of two sets of data
     "The published checkpoints that a name may stand for"
     name = name.removeprefix("hf-hub:")
     return [
@@ -91,8 +89,8 @@ def find_releases(
 _REFUSED = """{file} does not load as weights alone: {problem}
 Nothing in it was run. If you trust it, turn it into safetensors once, where it may run:
     python -c "import torch; from safetensors.torch import save_file; \
-held = torch.load({name!r}, 'cpu', weights_only=False); \
-state = held.get('state_dict', held.get('model', held)); \
+content = torch.load({name!r}, 'cpu', weights_only=False); \
+state = content.get('state_dict', content.get('model', content)); \
 save_file({{n: w.contiguous().clone() for n, w in state.items()}}, {safe!r})"
 and load {safe} instead."""
 
@@ -128,10 +126,10 @@ def _unwrapped(name: str) -> str:
 # %% ../nbs/library/05_published.ipynb #e1d9c533
 def _json(file: Path) -> dict:  # empty: no such file, or something else in it
     try:
-        said = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -188,7 +186,8 @@ def from_official(
     state: Mapping[str, Tensor],  # as the authors' code saves it; open_clip's own names pass as they are
 ) -> dict[str, Tensor]:  # by open_clip's names
     "Weights of an official checkpoint without the wrappers of its training"
-    plain, gates = {}, {}
+    plain = {}
+    gates = {}
     for name, tensor in state.items():
         parts = [part for part in name.split(".") if part not in _WRAPPERS]
         short = ".".join(parts)
@@ -207,16 +206,14 @@ def from_official(
 def _refuse_closed_gates(gates: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     "Weights that still wait for their gates are not the network that was trained"
     for tower, width in _WIDTH_OF.items():
-        own = {
-            name: gate
-            for name, gate in gates.items()
-            if tower in name.partition("l0_module")[0] and name.endswith("_loga")
-        }
-        uncut = any(
-            name.endswith("hidden_loga") and gate.shape == state.get(width, gate[:0]).shape
-            for name, gate in own.items()
-        )
-        closed = sum(int((gate < 0).sum()) for gate in own.values())
+        uncut = False
+        closed = 0
+        for name, gate in gates.items():
+            if tower not in name.partition("l0_module")[0] or not name.endswith("_loga"):
+                continue
+            closed += int((gate < 0).sum())
+            if name.endswith("hidden_loga") and gate.shape == state.get(width, gate[:0]).shape:
+                uncut = True
         if uncut and closed:
             raise ValueError(
                 f"the {tower} tower is not cut yet: {closed} closed gates stand beside its full weights"
@@ -231,12 +228,22 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> list[int]:
 
 def _nothing(width: int) -> dict[str, dict[str, Tensor]]:
     "An attention without heads and an MLP without neurons, with the norms before them"
-    attention = {"ln_1.weight": torch.ones(width), "ln_1.bias": torch.zeros(width)}
-    attention |= {"attn.in_proj_weight": torch.zeros(0, width), "attn.in_proj_bias": torch.zeros(0)}
-    attention |= {"attn.out_proj.weight": torch.zeros(width, 0), "attn.out_proj.bias": torch.zeros(width)}
-    mlp = {"ln_2.weight": torch.ones(width), "ln_2.bias": torch.zeros(width)}
-    mlp |= {"mlp.c_fc.weight": torch.zeros(0, width), "mlp.c_fc.bias": torch.zeros(0)}
-    mlp |= {"mlp.c_proj.weight": torch.zeros(width, 0), "mlp.c_proj.bias": torch.zeros(width)}
+    attention = {
+        "ln_1.weight": torch.ones(width),
+        "ln_1.bias": torch.zeros(width),
+        "attn.in_proj_weight": torch.zeros(0, width),
+        "attn.in_proj_bias": torch.zeros(0),
+        "attn.out_proj.weight": torch.zeros(width, 0),
+        "attn.out_proj.bias": torch.zeros(width),
+    }
+    mlp = {
+        "ln_2.weight": torch.ones(width),
+        "ln_2.bias": torch.zeros(width),
+        "mlp.c_fc.weight": torch.zeros(0, width),
+        "mlp.c_fc.bias": torch.zeros(0),
+        "mlp.c_proj.weight": torch.zeros(width, 0),
+        "mlp.c_proj.bias": torch.zeros(width),
+    }
     return {"attn.": attention, "mlp.": mlp}
 
 
@@ -246,10 +253,13 @@ def _whole_blocks(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     whole = {name: tensor for name, tensor in state.items() if not name.startswith(block)}
     for number, layer in enumerate(_layers(state, prefix)):
         start = f"{block}{layer}."
-        held = {name[len(start) :]: tensor for name, tensor in state.items() if name.startswith(start)}
-        for part, nothing in _nothing(len(state[_WIDTH_OF["image" if prefix else "text"]])).items():
-            held = held if any(name.startswith(part) for name in held) else nothing | held
-        whole |= {f"{block}{number}.{name}": tensor for name, tensor in held.items()}
+        weights = {name[len(start) :]: tensor for name, tensor in state.items() if name.startswith(start)}
+        width = len(state[_WIDTH_OF["image" if prefix else "text"]])
+        for part, nothing in _nothing(width).items():
+            if not any(name.startswith(part) for name in weights):
+                weights = nothing | weights
+        for name, tensor in weights.items():
+            whole[f"{block}{number}.{name}"] = tensor
     return whole
 
 # %% ../nbs/library/05_published.ipynb #86889ae3
@@ -263,15 +273,17 @@ def _transformer_sizes(
     state: Mapping[str, Tensor], prefix: str, head_width: int
 ) -> dict:  # layers, width, mlp_ratio
     "Sizes of one tower as open_clip's configurations say them"
-    block, layers = f"{prefix}transformer.resblocks.", _layers(state, prefix)
+    block = f"{prefix}transformer.resblocks."
+    layers = _layers(state, prefix)
     rows = {len(state[f"{block}{i}.attn.in_proj_bias"]) for i in layers}
     if any(r % (3 * head_width) for r in rows):
+        attention = f"attention of {max(rows) // 3}"
         raise ValueError(
-            f"no heads of {head_width} channels fit into attention of {max(rows) // 3}: a configuration "
-            "must say their width"
+            f"no heads of {head_width} channels fit into {attention}: a configuration must say their width"
         )
     neurons = {len(state[f"{block}{i}.mlp.c_fc.bias"]) for i in layers}
-    width, inner = len(state[_WIDTH_OF["image" if prefix else "text"]]), max(rows) // 3
+    width = len(state[_WIDTH_OF["image" if prefix else "text"]])
+    inner = max(rows) // 3  # of all heads
     if rows == {3 * width} and len(neurons) == 1 and neurons != {0}:
         return dict(layers=len(layers), width=width) | _mlp_ratio(width, *neurons)
     return dict(layers=len(layers), width=max(inner, head_width * math.ceil(width / head_width)))
@@ -279,14 +291,13 @@ def _transformer_sizes(
 
 def _resnet_sizes(state: Mapping[str, Tensor]) -> dict:
     "Sizes of a ModifiedResNet image tower"
-    stages = [
-        len({n.split(".")[2] for n in state if n.startswith(f"visual.layer{stage}.")})
-        for stage in (1, 2, 3, 4)
-    ]
+    stages = []
+    for stage in (1, 2, 3, 4):
+        blocks = {name.split(".")[2] for name in state if name.startswith(f"visual.layer{stage}.")}
+        stages.append(len(blocks))
     grid = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-    return dict(
-        image_size=32 * grid, layers=stages, width=len(state["visual.layer1.0.conv1.weight"]), patch_size=None
-    )
+    width = len(state["visual.layer1.0.conv1.weight"])
+    return dict(image_size=32 * grid, layers=stages, width=width, patch_size=None)
 
 # %% ../nbs/library/05_published.ipynb #98fb96d0
 def config_of(
@@ -294,19 +305,15 @@ def config_of(
     head_width: int = 64,  # channels of one head in both towers
 ) -> dict:  # open_clip configuration
     "The configuration of a CLIP, read off the sizes of its weights"
-    lacking = [
-        n
-        for n in ("ln_final.weight", "text_projection", "token_embedding.weight", "positional_embedding")
-        if n not in state
-    ]
+    needed = ("ln_final.weight", "text_projection", "token_embedding.weight", "positional_embedding")
+    lacking = [name for name in needed if name not in state]
     if lacking or not {"visual.proj", "visual.attnpool.positional_embedding"} & set(state):
-        raise ValueError(
-            "these are not the weights of a CLIP with a ViT or a ResNet: "
-            f"{', '.join(lacking) or 'no image tower'} missing"
-        )
+        missing = ", ".join(lacking) or "no image tower"
+        raise ValueError(f"these are not the weights of a CLIP with a ViT or a ResNet: {missing} missing")
     text = _transformer_sizes(state, "", head_width)
     if "visual.proj" in state:
-        patch, places = state["visual.conv1.weight"].shape[-1], len(state["visual.positional_embedding"]) - 1
+        patch = state["visual.conv1.weight"].shape[-1]
+        places = len(state["visual.positional_embedding"]) - 1
         if math.isqrt(places) ** 2 != places:
             raise ValueError(f"{places} patches are no square: a configuration must say the image size")
         vision = dict(
@@ -316,10 +323,10 @@ def config_of(
         )
     else:
         vision = _resnet_sizes(state)
-    vision |= {} if head_width == 64 else dict(head_width=head_width)
-    text |= dict(
-        context_length=len(state["positional_embedding"]), vocab_size=len(state["token_embedding.weight"])
-    )
+    if head_width != 64:
+        vision["head_width"] = head_width
+    text["context_length"] = len(state["positional_embedding"])
+    text["vocab_size"] = len(state["token_embedding.weight"])
     text["heads"] = text["width"] // head_width
     return dict(embed_dim=state["text_projection"].shape[1], vision_cfg=vision, text_cfg=text)
 
@@ -355,24 +362,22 @@ def from_clip_model(
             name = name.replace(old, new)
         if not name.endswith("position_ids"):
             renamed[name] = tensor.T.contiguous() if name in ("visual.proj", "text_projection") else tensor
-    for name in [n for n in renamed if ".attn.q_proj." in n]:
+    for name in list(renamed):
+        if ".attn.q_proj." not in name:
+            continue
         parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
         if all(part in renamed for part in parts):
             merged = torch.cat([renamed.pop(part) for part in parts])
-            renamed[
-                name.replace("q_proj.weight", "in_proj_weight").replace("q_proj.bias", "in_proj_bias")
-            ] = merged
+            renamed[name.replace("q_proj.", "in_proj_")] = merged
     return renamed
 
 # %% ../nbs/library/05_published.ipynb #b2feeb86
 def is_clip_model(folder: str | Path) -> bool:  # need not exist
     "Whether a folder holds a model in the layout of transformers' CLIPModel, and not one of open_clip"
-    said = _json(Path(folder) / "config.json")
-    return (
-        said.get("model_type") == "clip"
-        and "vision_config" in said
-        and not (Path(folder) / "open_clip_config.json").exists()
-    )
+    config = _json(Path(folder) / "config.json")
+    if (Path(folder) / "open_clip_config.json").exists():
+        return False
+    return config.get("model_type") == "clip" and "vision_config" in config
 
 
 _MODEL_KEYS = {"embed_dim", "vision_cfg", "text_cfg"}
@@ -386,17 +391,17 @@ def is_open_clip(folder: str | Path) -> bool:  # need not exist
 
 def _sizes(tower) -> dict:
     "Sizes of one tower of a CLIPConfig"
-    return dict(layers=tower.num_hidden_layers, width=tower.hidden_size) | _mlp_ratio(
-        tower.hidden_size, tower.intermediate_size
-    )
+    ratio = _mlp_ratio(tower.hidden_size, tower.intermediate_size)
+    return dict(layers=tower.num_hidden_layers, width=tower.hidden_size) | ratio
 
 
 def read_config(folder: str | Path) -> dict:  # open_clip configuration
     "What config.json of a CLIPModel says"
     from transformers import CLIPConfig
 
-    said = CLIPConfig.from_pretrained(str(folder))
-    image, text = said.vision_config, said.text_config
+    config = CLIPConfig.from_pretrained(str(folder))
+    image = config.vision_config
+    text = config.text_config
     _refuse_unlike(folder, image, text)
     vision = dict(image_size=image.image_size, **_sizes(image), patch_size=image.patch_size)
     if (head_width := image.hidden_size // image.num_attention_heads) != 64:
@@ -408,9 +413,9 @@ def read_config(folder: str | Path) -> dict:  # open_clip configuration
         heads=text.num_attention_heads,
     )
     if text.eos_token_id not in (2, text.vocab_size - 1):
-        words |= dict(pool_type="eos", eos_id=text.eos_token_id)
+        words.update(pool_type="eos", eos_id=text.eos_token_id)
     gelu = dict(quick_gelu=True) if text.hidden_act == "quick_gelu" else {}
-    return dict(embed_dim=said.projection_dim, vision_cfg=vision, text_cfg=words, **gelu)
+    return dict(embed_dim=config.projection_dim, vision_cfg=vision, text_cfg=words, **gelu)
 
 # %% ../nbs/library/05_published.ipynb #9b0b4c3e
 def _refuse_unlike(folder: str | Path, image, text) -> None:
@@ -587,8 +592,8 @@ def _weights_in(folder: Path, names: Sequence[str]) -> Path:
     )
     if not known and len(others) != 1:
         choice = f"; one of its {len(others)} files of weights must be called so" if others else ""
-        wanted = [name for name in names if not name.endswith(".index.json")][:2]
-        raise FileNotFoundError(f"{folder} has a configuration but neither {' nor '.join(wanted)}{choice}")
+        usual = [name for name in names if not name.endswith(".index.json")][:2]
+        raise FileNotFoundError(f"{folder} has a configuration but neither {' nor '.join(usual)}{choice}")
     return known[0] if known else others[0]
 
 
@@ -600,50 +605,45 @@ def read_beside(file: Path) -> dict[str, dict]:  # "model_cfg", "preprocess_cfg"
     preprocess_cfg = dict(whole.get("preprocess_cfg") or {})
     says = _json(file.parent / "preprocessor_config.json") or _json(file.parent / "processor_config.json")
     if not preprocess_cfg and says:
-        wanted = says.get("image_processor", says)
-        size = (
-            model_cfg.get("vision_cfg", {}).get("image_size")
-            or _edges(wanted.get("crop_size", wanted.get("size", 224)))[:2]
-        )
+        processor = says.get("image_processor", says)
+        crop = processor.get("crop_size", processor.get("size", 224))
+        size = model_cfg.get("vision_cfg", {}).get("image_size") or _edges(crop)[:2]
         preprocess_cfg = read_preprocessing(file.parent, size)
     return dict(model_cfg=model_cfg, preprocess_cfg=preprocess_cfg)
 
 # %% ../nbs/library/05_published.ipynb #929d9e8f
 def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
     "An official checkpoint, or a file of weights with a configuration beside it"
-    weights, beside, known = read_weights(file), read_beside(file), dict(config or {})
+    weights = read_weights(file)
+    beside = read_beside(file)
+    known = dict(config or {})
     if any(name.startswith("visual_encoder.") for name in weights):
-        raise ValueError(
-            f"{file} is one of Salesforce's BLIPs: vlkd_lab.fusion.load_blip reads it, and train_dlip takes "
-            "it"
-        )
-    known = known if "model_cfg" in known else dict(model_cfg=known, preprocess_cfg={})
+        readers = "vlkd_lab.fusion.load_blip reads it, and train_dlip takes it"
+        raise ValueError(f"{file} is one of Salesforce's BLIPs: {readers}")
+    if "model_cfg" not in known:
+        known = dict(model_cfg=known, preprocess_cfg={})
     is_release = file.stem in RELEASES or any(part in _TOWERS for name in weights for part in name.split("."))
-    model = dict(known["model_cfg"] if is_release and config else known["model_cfg"] | beside["model_cfg"])
+    model = dict(known["model_cfg"])
+    if not (is_release and config):
+        model.update(beside["model_cfg"])
     if not model and not is_release:
-        raise ValueError(
-            f"{file} does not say its activation and the width of its heads: put its configuration beside "
-            "it, as "
-            f"{file.with_suffix('.json').name}"
-        )
+        advice = f"put its configuration beside it, as {file.with_suffix('.json').name}"
+        raise ValueError(f"{file} does not say its activation and the width of its heads: {advice}")
     state = from_official(weights)
     cut = not model or any([model.pop("mask_image", False), model.pop("mask_text", False)])
     model = model or config_of(state)
     view = beside["preprocess_cfg"] or known["preprocess_cfg"]
     tokenizer = _tokenizer_beside(file.parent, model["text_cfg"], is_named="model_cfg" in (config or {}))
-    return Checkpoint(
-        state, model, view | dict(size=model["vision_cfg"].get("image_size", 224)), tokenizer, cut
-    )
+    view = view | dict(size=model["vision_cfg"].get("image_size", 224))
+    return Checkpoint(state, model, view, tokenizer, cut)
 
 
 def _tokenizer_beside(
     folder: Path, text_cfg: Mapping, is_named: bool
 ) -> Path | None:  # None: CLIP's, or the one that is named
     "The folder of the weights, if captions need the tokenizer in it"
-    has_words = any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
-    )
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    has_words = any((folder / name).is_file() for name in names)
     if text_cfg.get("hf_tokenizer_name"):
         return folder if has_words else None
     return None if is_named else own_tokenizer(folder, text_cfg.get("vocab_size", _CLIP_WORDS))
@@ -657,17 +657,19 @@ def as_in(
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    wanted, state = network.state_dict(), convert_state_dict(network, dict(state))
-    if "text.token_embedding.weight" in wanted and "token_embedding.weight" in state:
+    present = network.state_dict()
+    state = convert_state_dict(network, dict(state))
+    if "text.token_embedding.weight" in present and "token_embedding.weight" in state:
         state = convert_to_custom_text_state_dict(state)
-    if "logit_bias" in wanted and "logit_scale" in state:
+    if "logit_bias" in present and "logit_scale" in state:
         state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
     for name in ("logit_scale", "logit_bias"):
-        if name in wanted and name in state and state[name].numel() == 1:
-            state[name] = state[name].reshape(wanted[name].shape)
-    return {
-        name: tensor for name, tensor in state.items() if name in wanted or not name.endswith("position_ids")
-    }
+        if name in present and name in state and state[name].numel() == 1:
+            state[name] = state[name].reshape(present[name].shape)
+    for name in list(state):
+        if name.endswith("position_ids") and name not in present:
+            del state[name]
+    return state
 
 
 def check_fit(
@@ -676,7 +678,8 @@ def check_fit(
     name: str,  # of the checkpoint, for the message
 ) -> None:
     "Refuse weights that are too many, too few or of another size"
-    missing, extra = sorted(set(wanted) - set(state)), sorted(set(state) - set(wanted))
+    missing = sorted(set(wanted) - set(state))
+    extra = sorted(set(state) - set(wanted))
     unequal = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
     wrong = [f"{n} is {tuple(state[n].shape)} and should be {tuple(wanted[n].shape)}" for n in unequal]
     wrong += [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in extra]

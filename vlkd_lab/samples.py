@@ -136,7 +136,8 @@ class Scene:
         "Where the first shape is, seen from the second"
         if len(self.things) < 2:
             return None
-        dx, dy = self.things[0].x - self.things[1].x, self.things[0].y - self.things[1].y
+        dx = self.things[0].x - self.things[1].x
+        dy = self.things[0].y - self.things[1].y
         if abs(dx) > abs(dy):
             return "left" if dx < 0 else "right"
         return "above" if dy < 0 else "below"
@@ -264,13 +265,10 @@ def _heart(points: int = 36) -> np.ndarray:
 
 def _moon(points: int = 22) -> np.ndarray:
     "A crescent: an outer arc, and back along an inner one"
-    outer, inner = (
-        np.linspace(0.25 * np.pi, 1.75 * np.pi, points),
-        np.linspace(1.66 * np.pi, 0.34 * np.pi, points),
-    )
-    loop = [(0.15 + np.cos(a), np.sin(a)) for a in outer] + [
-        (0.48 + 0.76 * np.cos(a), 0.86 * np.sin(a)) for a in inner
-    ]
+    outer = np.linspace(0.25 * np.pi, 1.75 * np.pi, points)
+    inner = np.linspace(1.66 * np.pi, 0.34 * np.pi, points)
+    loop = [(0.15 + np.cos(angle), np.sin(angle)) for angle in outer]
+    loop += [(0.48 + 0.76 * np.cos(angle), 0.86 * np.sin(angle)) for angle in inner]
     return np.array(loop + loop[:1])
 
 # %% ../nbs/library/02_samples.ipynb #9ecb999b
@@ -371,7 +369,8 @@ GROUNDS: dict[str, tuple[tuple, tuple, Callable]] = {
 @lru_cache(maxsize=32)
 def _ground(setting: str, side: int) -> Image.Image:  # 1.5 × side points wide and high
     "The painted ground that scenes crop their piece from"
-    u, v = np.meshgrid(*[np.arange(side * 3 // 2) / side] * 2)
+    steps = np.arange(side * 3 // 2) / side
+    u, v = np.meshgrid(steps, steps)
     low, high, pattern = GROUNDS[setting]
     blend = np.asarray(pattern(u, v), float)[..., None]
     return Image.fromarray(np.uint8(np.array(low) * (1 - blend) + np.array(high) * blend))
@@ -380,7 +379,8 @@ def _ground(setting: str, side: int) -> Image.Image:  # 1.5 × side points wide 
 @lru_cache(maxsize=32)
 def _marks(texture: str, side: int) -> Image.Image:  # (side, side) 255 where the second tone shows
     "Stripes, dots or checks about six pixels of a 64-pixel picture apart"
-    u, v = np.meshgrid(*[np.arange(side) * 64 / side] * 2)
+    steps = np.arange(side) * 64 / side
+    u, v = np.meshgrid(steps, steps)
     on = {
         "striped": lambda: (u + 0.35 * v) % 5.5 < 2.3,
         "dotted": lambda: np.hypot(u % 5 - 2.5, v % 5 - 2.5) < 1.45,
@@ -410,12 +410,16 @@ def _tones(
 def _paint(canvas: Image.Image, thing: Thing) -> None:
     "One shape onto the canvas"
     side = canvas.width
-    radius, half = thing.radius * side, int(thing.radius * side * 1.5) + 1
-    left, top = int(thing.x * side) - half, int(thing.y * side) - half
-    cos, sin = math.cos(thing.angle) * radius, math.sin(thing.angle) * radius
+    radius = thing.radius * side
+    half = int(thing.radius * side * 1.5) + 1
+    left = int(thing.x * side) - half
+    top = int(thing.y * side) - half
+    cos = math.cos(thing.angle) * radius
+    sin = math.sin(thing.angle) * radius
     loops = [loop @ np.array([[cos, sin], [-sin, cos]]) for loop in OUTLINES[thing.kind]]
     body, mark, edge = _tones(thing)
-    mask, patch = Image.new("L", (2 * half, 2 * half)), Image.new("RGB", (2 * half, 2 * half), body)
+    mask = Image.new("L", (2 * half, 2 * half))
+    patch = Image.new("RGB", (2 * half, 2 * half), body)
     for hole, loop in enumerate(loops):
         ImageDraw.Draw(mask).polygon((loop + half).ravel().tolist(), fill=0 if hole else 255)
     if thing.texture != "plain":
@@ -428,9 +432,12 @@ def _paint(canvas: Image.Image, thing: Thing) -> None:
 # %% ../nbs/library/02_samples.ipynb #51525968
 def _clutter(canvas: Image.Image, chance: random.Random) -> None:
     "Specks and scratches that no caption mentions"
-    side, pen = canvas.width, ImageDraw.Draw(canvas)
+    side = canvas.width
+    pen = ImageDraw.Draw(canvas)
     for _ in range(int(_between(chance, 2, 12))):
-        x, y, reach = chance.random() * side, chance.random() * side, _between(chance, 0.01, 0.035) * side
+        x = chance.random() * side
+        y = chance.random() * side
+        reach = _between(chance, 0.01, 0.035) * side
         colour = _pick(chance, list(COLOURS.values()))
         if chance.random() < 0.6:
             pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
@@ -448,8 +455,10 @@ def render(
         raise ValueError(
             f"size is {size}: a picture needs at least 16 pixels a side for its shapes to be told apart"
         )
-    side, chance = 2 * size, _random("render", scene.grain)
-    left, top = int(chance.random() * size), int(chance.random() * size)
+    side = 2 * size
+    chance = _random("render", scene.grain)
+    left = int(chance.random() * size)
+    top = int(chance.random() * size)
     canvas = _ground(scene.setting, side).crop((left, top, left + side, top + side))
     _clutter(canvas, chance)
     for thing in reversed(scene.things):
@@ -515,7 +524,8 @@ def caption(
 ) -> str:
     "One true sentence about a scene, lower case, at most twenty words"
     chance = _random("caption", scene.grain, variant)
-    things, relation = scene.things, scene.relation or "left"
+    things = scene.things
+    relation = scene.relation or "left"
     nouns = [_noun(thing, chance, detail) for thing, detail in zip(things, (0.75, 0.35, 0.0), strict=False)]
     return _pick(chance, PHRASINGS[len(things)]).format(
         **dict(zip(("main", "other", "third"), nouns, strict=False)),
@@ -540,10 +550,10 @@ def read_caption(
         "settings": SETTINGS,
     }
     padded = f" {text.replace(',', ' ')} "
-    return {
-        part: {key for key, words in table.items() if any(f" {word} " in padded for word in words)}
-        for part, table in tables.items()
-    }
+    mentioned = {}
+    for part, table in tables.items():
+        mentioned[part] = {key for key, words in table.items() if any(f" {word} " in padded for word in words)}
+    return mentioned
 
 # %% ../nbs/library/02_samples.ipynb #f87df80f
 @dataclass(frozen=True)
@@ -568,19 +578,22 @@ def _first(table: dict) -> tuple[str, ...]:
 
 def _prompts(*forms: str, count: int = 24) -> tuple[str, ...]:
     "Templates in the captions' own words: `slot` becomes {}, all else runs through what it could be"
-    kinds, sizes, settings, relations = (_first(t) for t in (KINDS, SIZES, SETTINGS, RELATIONS))
-    turns = {
-        "size": (sizes, 1),
+    turns = {  # words, and how many of them each template goes on
+        "size": (_first(SIZES), 1),
         "texture": (tuple(TEXTURES), 3),
         "colour": (tuple(COLOURS), 5),
-        "kind": (kinds, 7),
+        "kind": (_first(KINDS), 7),
+        "other": (_first(KINDS), 11),
+        "where": (_first(SETTINGS), 3),
+        "relation": (_first(RELATIONS), 1),
     }
-    turns |= {"other": (kinds, 11), "where": (settings, 3), "relation": (relations, 1)}
-    rows = (
-        {name: words[(i + i // len(words)) * step % len(words)] for name, (words, step) in turns.items()}
-        for i in range(count)
-    )
-    return tuple(dict.fromkeys(forms[i % len(forms)].format(**row, slot="{}") for i, row in enumerate(rows)))
+    templates = {}
+    for i in range(count):
+        row = {"slot": "{}"}
+        for name, (words, step) in turns.items():
+            row[name] = words[(i + i // len(words)) * step % len(words)]
+        templates[forms[i % len(forms)].format(**row)] = None
+    return tuple(templates)
 
 # %% ../nbs/library/02_samples.ipynb #53f1fc52
 HEADLINE = "colour"  # the label set that shards carry as `cls`
@@ -655,13 +668,14 @@ class QA:
 
 def questions(scene: Scene) -> list[QA]:
     "What can be asked about a scene, with the answers"
-    main, word = scene.things[0], KINDS[scene.things[0].kind][0]
-    absent = _pick(
-        _random("absent", scene.grain), [kind for kind in KINDS if kind not in {t.kind for t in scene.things}]
-    )
-    asked = [
-        QA(f"what colour is the {KINDS[thing.kind][0]}?", thing.colour, "colour") for thing in scene.things
-    ] + [
+    main = scene.things[0]
+    word = KINDS[main.kind][0]
+    present = {thing.kind for thing in scene.things}
+    absent = _pick(_random("absent", scene.grain), [kind for kind in KINDS if kind not in present])
+    about = []
+    for thing in scene.things:
+        about.append(QA(f"what colour is the {KINDS[thing.kind][0]}?", thing.colour, "colour"))
+    about += [
         QA(f"what is {main.colour}?", _article(word), "kind"),
         QA(f"is the {word} plain, striped, dotted or checked?", main.texture, "texture"),
         QA("how many shapes are there?", COUNTS[len(scene.things)][0], "count"),
@@ -671,14 +685,9 @@ def questions(scene: Scene) -> list[QA]:
     ]
     if scene.relation:
         other = KINDS[scene.things[1].kind][0]
-        asked.append(
-            QA(
-                f"is the {word} left of, right of, above or below the {other}?",
-                RELATIONS[scene.relation][0],
-                "relation",
-            )
-        )
-    return asked
+        where = f"is the {word} left of, right of, above or below the {other}?"
+        about.append(QA(where, RELATIONS[scene.relation][0], "relation"))
+    return about
 
 # %% ../nbs/library/02_samples.ipynb #1fc92870
 def _noise(image: Image.Image, chance: random.Random) -> Image.Image:
@@ -708,9 +717,12 @@ def _grey(image: Image.Image, chance: random.Random) -> Image.Image:
 
 # %% ../nbs/library/02_samples.ipynb #6d058bab
 def _covered(image: Image.Image, chance: random.Random) -> Image.Image:
-    covered, side = image.copy(), image.width
+    covered = image.copy()
+    side = image.width
     for _ in range(3):
-        x, y, reach = chance.random() * side, chance.random() * side, _between(chance, 0.08, 0.14) * side
+        x = chance.random() * side
+        y = chance.random() * side
+        reach = _between(chance, 0.08, 0.14) * side
         ImageDraw.Draw(covered).rectangle((x - reach, y - reach, x + reach, y + reach), fill=(128, 128, 128))
     return covered
 
@@ -779,7 +791,8 @@ def make_sample(
     "Sample number `index` of a split"
     if shift is not None and shift not in SHIFTS:
         raise ValueError(f"no shift {shift!r}: there are {', '.join(SHIFTS)}")
-    chance, name = _random("sample", split, seed, index), f"{split}/{seed}"
+    chance = _random("sample", split, seed, index)
+    name = f"{split}/{seed}"
     source = int(chance.random() * index) if index and chance.random() < duplicates else None
     scene = make_scene(index if source is None else source, name, tail)
     image = render(scene, size) if source is None else near_duplicate(render(scene, size), chance)
@@ -790,8 +803,8 @@ def make_sample(
         "cls": labels[HEADLINE],
         "labels": labels,
         "questions": [[qa.question, qa.answer, qa.type] for qa in questions(scene)],
+        "duplicate_of": None if source is None else f"{source:08d}",
     }
-    about |= {"duplicate_of": None if source is None else f"{source:08d}"}
     return Sample(f"{index:08d}", image, caption(scene, variant=index if source is not None else 0), about)
 
 # %% ../nbs/library/02_samples.ipynb #13bca4b2
@@ -833,19 +846,15 @@ def write_shards(
     quality: int = 88,  # of the JPEGs
 ) -> list[Path]:  # the shards
     "The samples of a split as shards in img2dataset's layout, with classes.txt and templates.txt"
-    folder, given = (
-        Path(folder),
-        dict(seed=seed, split=split, size=size, shift=shift, duplicates=duplicates, tail=tail),
-    )
+    folder = Path(folder)
+    options = dict(seed=seed, split=split, size=size, shift=shift, duplicates=duplicates, tail=tail)
     folder.mkdir(parents=True, exist_ok=True)
-    make_sample(0, **given)
-    for name, lines in (
-        ("classes", LABEL_SETS[HEADLINE].names),
-        ("templates", LABEL_SETS[HEADLINE].templates),
-    ):
+    make_sample(0, **options)  # refuses what cannot work
+    headline = LABEL_SETS[HEADLINE]
+    for name, lines in (("classes", headline.names), ("templates", headline.templates)):
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     parts = [range(k, min(k + per_shard, count)) for k in range(0, count, per_shard)]
-    jobs = [(folder, shard, part, quality, given) for shard, part in enumerate(parts)]
+    jobs = [(folder, shard, part, quality, options) for shard, part in enumerate(parts)]
     if workers <= 1:
         return [_write_shard(*job) for job in tqdm(jobs, desc=f"{split} shards", disable=len(jobs) < 4)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -880,12 +889,15 @@ def cached_shards(
     tail: float = 0.0,  # Zipf exponent of the kinds' frequencies
 ) -> Path:  # the folder that holds the shards
     "Shards of `count` samples, made on first use"
-    special = f"-duplicates{duplicates:g}" * bool(duplicates) + f"-tail{tail:g}" * bool(tail)
-    folder = Path(cache or cache_folder() / "scenes") / f"{split}-{count}-seed{seed}{special}-v{VERSION}"
+    name = f"{split}-{count}-seed{seed}"
+    if duplicates:
+        name += f"-duplicates{duplicates:g}"
+    if tail:
+        name += f"-tail{tail:g}"
+    folder = Path(cache or cache_folder() / "scenes") / f"{name}-v{VERSION}"
     workers = 1 if count < 2000 else workers or min(os.cpu_count() or 1, 8)
-    options = dict(
-        per_shard=max(1, min(1000, count // 16)), duplicates=duplicates, tail=tail, workers=workers
-    )
+    per_shard = max(1, min(1000, count // 16))
+    options = dict(per_shard=per_shard, duplicates=duplicates, tail=tail, workers=workers)
     return _made_once(folder, lambda beside: write_shards(beside, count, seed, split, **options))
 
 # %% ../nbs/library/02_samples.ipynb #e4b10ba4
@@ -898,9 +910,9 @@ def write_sentences(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(
-            caption(make_scene(index, f"sentences/{seed}"), variant=index) + "\n" for index in range(count)
-        )
+        for index in range(count):
+            scene = make_scene(index, f"sentences/{seed}")
+            file.write(caption(scene, variant=index) + "\n")
     return path
 
 
@@ -918,7 +930,8 @@ def shipped(
     name: str | Path,  # any path, such as data_samples/teacher
 ) -> Path:  # absolute; it need not exist
     "The path itself, from the project's root; what only the repository has is shipped or generated"
-    root, parts = project_root(), Path(name).parts
+    root = project_root()
+    parts = Path(name).parts
     if (root / name).exists() or is_working_copy(root) or parts[:1] != ("data_samples",) or len(parts) < 2:
         return root / name
     inside = packaged(name)
@@ -943,16 +956,14 @@ def show_scenes(
     import matplotlib.pyplot as plt
 
     rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.5 * columns, 2.1 * rows), squeeze=False, layout="constrained"
-    )
+    size = (1.5 * columns, 2.1 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample in zip(axes.flat, samples, strict=False):
         axis.imshow(sample.image)
         words = "\n".join(textwrap.wrap(sample.caption, 24))
-        axis.text(
-            0.5, -0.05, words, fontsize=7, ha="center", va="top", parse_math=False, transform=axis.transAxes
-        )
+        style = dict(fontsize=7, ha="center", va="top", parse_math=False)
+        axis.text(0.5, -0.05, words, transform=axis.transAxes, **style)
     plt.close(figure)
     return figure

@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def split_name(
         return "", ""
     stem, dot, suffix = parts[-1].rpartition(".")
     if not dot:
-        stem, suffix = suffix, ""
+        stem = suffix
+        suffix = ""
     if suffix.lower() in TEXT_FIELDS and stem.lower().endswith(PICTURES + UNREAD):
         stem = stem.rpartition(".")[0]
     key = unicodedata.normalize("NFC", "/".join([*parts[:-1], stem]))  # an accent is written in two ways
@@ -98,21 +100,16 @@ def split_name(
 
 def _is_hidden(part: str) -> bool:
     "Whether a file or folder is not meant to be seen"
-    return (
-        part.startswith(".")
-        and part != ".."
-        or part == "__MACOSX"
-        or re.fullmatch("__.*__", part) is not None
-    )
+    if part == ".." or not part.startswith((".", "__")):
+        return False
+    return part.startswith(".") or part == "__MACOSX" or re.fullmatch("__.*__", part) is not None
 
 # %% ../nbs/library/03_sources.ipynb #de564e60
 @dataclass
 class Grouped:
     "Files by sample"
 
-    samples: dict[
-        str, dict[str, list[int]]
-    ]  # key -> field -> numbers of the files, in the order of their first ones
+    samples: dict[str, dict[str, list[int]]]  # key -> field -> numbers of the files, by the first ones
     ignored: Counter  # what is not read, by kind
 
 
@@ -196,7 +193,8 @@ def text_lines(
             line = file.readline(_LONGEST)
             if not line:
                 return
-            size, piece = len(line), line
+            size = len(line)
+            piece = line
             while not piece.endswith(b"\n") and len(piece) == _LONGEST:
                 piece = file.readline(_LONGEST)
                 size += len(piece)
@@ -261,28 +259,25 @@ def _home(cache: Path, source: Path) -> Path:
 def _kept(folder: Path, ending: str, stamp: Any) -> list[Path] | None:
     "The parts that were made before, if they are all there and nothing has changed since"
     paths = sorted(folder.glob(f"*{ending}"))
-    said = [read_part(path, whole=False) for path in paths]
-    return (
-        paths
-        if said and all(about.get("stamp") == stamp and about.get("parts") == len(paths) for about in said)
-        else None
-    )
+    for path in paths:
+        content = read_part(path, whole=False)
+        if content.get("stamp") != stamp or content.get("parts") != len(paths):
+            return None
+    return paths or None
 
 # %% ../nbs/library/03_sources.ipynb #43c5c692
 def read_part(path: Path, whole: bool = True) -> dict:  # the fields of a Part, and the stamp of its source
     "What a part's file says; ValueError if it is damaged"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        return (
-            about | {"part": Part(**{k: v for k, v in about.items() if k not in ("stamp", "parts")})}
-            if whole
-            else about
-        )
+        if not whole:
+            return about
+        fields = {name: value for name, value in about.items() if name not in ("stamp", "parts")}
+        return about | {"part": Part(**fields)}
     except (OSError, ValueError, TypeError) as error:
         if whole:
-            raise ValueError(
-                f"{path}: no part of a text file or folder ({str(error).splitlines()[0]})"
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path}: no part of a text file or folder ({reason})") from None
         return {}
 
 # %% ../nbs/library/03_sources.ipynb #d335cff9
@@ -293,7 +288,8 @@ def text_parts(
 ) -> list[Path]:  # the parts in their order
     "A text file cut into parts; those of an earlier call serve while the file has not changed"
     source = source.resolve()
-    home, stamp = _home(cache, source), [*_stamp(source), per_part]
+    home = _home(cache, source)
+    stamp = [*_stamp(source), per_part]
     if (kept := _kept(home, LINES, stamp)) is not None:
         return kept
     _check_encoding(source)
@@ -315,10 +311,8 @@ def _check_encoding(source: Path) -> None:
     }
     for mark, encoding in marks.items():
         if start.startswith(mark):
-            raise ValueError(
-                f"{source} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t "
-                "UTF-8"
-            )
+            command = f"iconv -f {encoding} -t UTF-8"
+            raise ValueError(f"{source} is {encoding}, not UTF-8: convert it, for example with {command}")
     if start.startswith(b"\x1f\x8b"):
         raise ValueError(f"{source} is compressed: unpack it, for example with gunzip -k")
 
@@ -335,7 +329,10 @@ def _count_lines(source: Path) -> int:
 
 def _cut_lines(source: Path, per_part: int) -> list[Part]:
     "The parts of a file, read once"
-    parts, digests, bad, example = [], [], 0, ""
+    parts = []
+    digests = []
+    bad = 0
+    example = ""
     bar = tqdm(total=source.stat().st_size, desc=f"reading {source.name}", unit="B", unit_scale=True, delay=2)
     for number, (at, line) in enumerate(text_lines(source), start=1):
         bar.update(len(line) + 1)
@@ -345,17 +342,20 @@ def _cut_lines(source: Path, per_part: int) -> list[Part]:
             parts.append(Part(str(source), f"{source.stem}-{len(parts):06d}", start=at, first=number))
             digests.append(hashlib.sha256())
         if reason := unreadable(line):
-            bad, example = bad + 1, example or f"line {number} {reason}"
+            bad += 1
+            example = example or f"line {number} {reason}"
         digests[-1].update(line + b"\n")
         part = parts[-1]
-        part.count, part.bytes, part.end = part.count + 1, part.bytes + len(line), at + 1
+        part.count += 1
+        part.bytes += len(line)
+        part.end = at + 1
     for part, digest in zip(parts, digests, strict=True):
         part.digest = digest.hexdigest()
     bar.close()
     total = sum(part.count for part in parts)
     if bad > MOST_BAD * total:
-        said = f"{bad} of {total} lines cannot be read ({example})"
-        raise ValueError(f"{source} is no UTF-8 text: {said}; convert it to UTF-8, one sentence a line")
+        count = f"{bad} of {total} lines cannot be read ({example})"
+        raise ValueError(f"{source} is no UTF-8 text: {count}; convert it to UTF-8, one sentence a line")
     return parts
 
 # %% ../nbs/library/03_sources.ipynb #59f7def1
@@ -364,13 +364,14 @@ def files_below(
 ) -> list[str]:  # paths in the folder, in their order
     "The files of a folder and of the folders in it, without hidden ones"
     root = Path(os.path.realpath(folder))
-    found, entered = [], {str(path) for path in (root, *root.parents)}
+    entered = {str(path) for path in (root, *root.parents)}
+    files = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in sorted(folders) if not _is_hidden(name)]
         folders[:] = [name for name in folders if _first_visit(Path(place, name), entered)]
         paths = (Path(place) / name for name in names if not _is_hidden(name))
-        found += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
-    return sorted(found)
+        files += [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
+    return sorted(files)
 
 
 def pictures_below(
@@ -439,24 +440,20 @@ def _picture_part(source: Path, name: str, files: Sequence) -> Part:
 # %% ../nbs/library/03_sources.ipynb #89fea074
 def pairs_below(
     folder: Path,
-) -> tuple[
-    list[dict], Counter
-]:  # "key" and "files" (field -> paths in the folder) of each; what is left out, by kind
+) -> tuple[list[dict], Counter]:  # "key" and "files" (field -> paths) of each; what is left out, by kind
     "The pictures of a folder and of the folders in it, with the texts beside them"
     names = files_below(folder)
     grouped = group_names(names)
-    found, ignored = [], grouped.ignored
+    pairs = []
     for key, fields in grouped.samples.items():
         sides = _sides(fields)
-        if "image" in sides and (
-            sides == {"image", "text"} or any(f".{name}" in PICTURES for name in fields)
-        ):
-            found.append(
-                {"key": key, "files": {kind: [names[k] for k in numbers] for kind, numbers in fields.items()}}
-            )
-        elif "image" not in sides:
-            ignored.update({f"{name} without a picture": len(numbers) for name, numbers in fields.items()})
-    return found, ignored
+        if "image" not in sides:
+            for name, numbers in fields.items():
+                grouped.ignored[f"{name} without a picture"] += len(numbers)
+        elif "text" in sides or any(f".{name}" in PICTURES for name in fields):
+            files = {name: [names[number] for number in numbers] for name, numbers in fields.items()}
+            pairs.append({"key": key, "files": files})
+    return pairs, grouped.ignored
 
 # %% ../nbs/library/03_sources.ipynb #06ca47a1
 def has_captions(pairs: Sequence[Mapping]) -> bool:  # of `pairs_below`
@@ -490,11 +487,7 @@ def _row_parts(
     about: Sequence | None,  # size, time of change and digest of a table
 ) -> list[Path]:
     "Rows of pairs as parts; those of an earlier call where nothing has changed"
-    rows = [
-        row
-        | {"files": {kind: [_entry(folder, path) for path in paths] for kind, paths in row["files"].items()}}
-        for row in rows
-    ]
+    rows = [row | {"files": _entries(folder, row["files"])} for row in rows]
     stamp = [_digest([rows, per_part, ignored]), about]
     home = _home(cache, source)
     if (kept := _kept(home, PAIRS, stamp)) is not None:
@@ -508,18 +501,25 @@ def _row_parts(
     return _write_parts(home, PAIRS, parts, stamp)
 
 
+def _entries(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, list[list]]:
+    "Files by field, each with its size and time of change"
+    return {kind: [_entry(folder, path) for path in paths] for kind, paths in files.items()}
+
+
 def _entry(folder: Path, path: str) -> list:  # [path, bytes, time of change in ns], of a missing file [path]
     file = folder / path
     return [path, *_stamp(file)] if file.is_file() else [path]
 
 
 def _pair_part(source: Path, folder: Path, name: str, rows: Sequence[dict]) -> Part:
-    digest, size = hashlib.sha256(), 0
+    "One part of pairs: what its files and captions hold, and how large they are"
+    digest = hashlib.sha256()
+    size = 0
     for row in rows:
         digest.update(_digest([row["key"], row.get("captions"), row.get("cls")]).encode())
-        for path, *stamp in (entry for entries in row["files"].values() for entry in entries):
-            size += stamp[0] if stamp else 0
+        for path, *stamp in chain.from_iterable(row["files"].values()):
             if stamp:
+                size += stamp[0]
                 _add_file(digest, folder, path, stamp[0])
         size += sum(len(caption) for caption in row.get("captions") or ())
     return Part(str(source), name, len(rows), size, digest.hexdigest(), rows=rows)
@@ -672,7 +672,9 @@ def read_table(
     _check_encoding(source)
     rows: dict[str, dict] = {}
     ignored: Counter = Counter()
-    labels, lines, broken = set(), 0, []
+    labels = set()
+    lines = 0
+    broken = []  # their numbers
     for line, columns, values in _table_values(source):
         lines += 1
         name = values[columns.picture].strip() if len(values) > columns.picture else ""
@@ -709,23 +711,25 @@ def _with_files(source: Path, rows: Mapping[str, dict], root: Path) -> list[dict
     if not rows:
         raise ValueError(f"{source} has no row that names a picture")
     taken: set[str] = set()
-    found, missing = [], []
+    pairs = []
+    missing = []
     for row in rows.values():
         path = _picture_path(row["name"], source.parent, root)
         key, suffix = split_name(row["name"])
         key = next(name for name in _keys(key, row["name"]) if name not in taken)
         taken.add(key)
         kind = suffix if suffix in IMAGE_FIELDS else "jpg"
-        missing += [] if (source.parent / path).is_file() else [row["name"]]
+        if not (source.parent / path).is_file():
+            missing.append(row["name"])
         problem = row["problem"] if not row["captions"] else ""
         texts = {"captions": row["captions"], "cls": row["cls"], "problem": problem}
-        found.append({"key": key, "files": {kind: [path]}} | texts)
+        pairs.append({"key": key, "files": {kind: [path]}} | texts)
     if len(missing) == len(rows):
         counts = f"{len(rows)} pictures, and none of them exists (the first is {missing[0]})"
         places = f"paths start at {source.parent} or {root}"
         fetched = "only local files are read; download the pictures first, for example with img2dataset"
         raise ValueError(f"{source} names {counts}: {fetched if '://' in missing[0] else places}")
-    return found
+    return pairs
 
 
 def _keys(short: str, name: str) -> Iterator[str]:
@@ -801,16 +805,19 @@ def _pair_sample(row: Mapping[str, Any], folder: Path, only: Collection[str]) ->
     sample = {"__key__": row["key"]}
     if row.get("problem"):
         return sample | {"__problem__": row["problem"]}
-    files = {kind: entries for kind, entries in row["files"].items() if kind in only}
-    missing = next((entry[0] for entries in files.values() for entry in entries if len(entry) == 1), None)
-    if missing is not None:
-        return sample | {"__problem__": f"{missing} is missing"}
-    files = {kind: [path for path, *_ in entries] for kind, entries in files.items()}
+    files = {}
+    for kind, entries in row["files"].items():
+        if kind not in only:
+            continue
+        for path, *stamp in entries:
+            if not stamp:
+                return sample | {"__problem__": f"{path} is missing"}
+        files[kind] = [path for path, *_ in entries]
     try:
-        sample |= gathered(files, lambda path: (folder / path).read_bytes())
+        contents = gathered(files, lambda path: (folder / path).read_bytes())
     except OSError as error:
         return sample | {"__problem__": f"{error.filename} cannot be read ({error.strerror})"}
-    return sample | _text_fields(row.get("captions"), row.get("cls", ""))
+    return sample | contents | _text_fields(row.get("captions"), row.get("cls", ""))
 
 
 def _text_fields(captions: Sequence[str] | None, label: str) -> dict[str, bytes]:
@@ -818,17 +825,19 @@ def _text_fields(captions: Sequence[str] | None, label: str) -> dict[str, bytes]
     if captions is None:
         return {}
     lines = [" ".join(caption.split("\n")) for caption in captions]
-    fields = {"txt": "\n".join(lines).encode("utf-8", "surrogateescape")} | (
-        {"cls": label.encode()} if label else {}
-    )
-    readable = captions and all(map(_is_unicode, captions))
-    return fields | ({"json": json.dumps({"captions": list(captions)}).encode()} if readable else {})
+    fields = {"txt": "\n".join(lines).encode("utf-8", "surrogateescape")}
+    if label:
+        fields["cls"] = label.encode()
+    if captions and all(map(_is_unicode, captions)):
+        fields["json"] = json.dumps({"captions": list(captions)}).encode()
+    return fields
 
 # %% ../nbs/library/03_sources.ipynb #ec973139
 def part_problem(path: Path) -> str:  # empty when it can be used
     "Why a part cannot be used: what it stands for is gone or was changed"
     about = read_part(path)
-    part, source = about["part"], Path(about["source"])
+    part = about["part"]
+    source = Path(about["source"])
     if not source.exists():
         return f"{source} is gone"
     if path.name.endswith(LINES):
@@ -836,11 +845,8 @@ def part_problem(path: Path) -> str:  # empty when it can be used
     if path.name.endswith(PAIRS):
         return _pairs_problem(part, about["stamp"])
     now = [[name, *_stamp(source / name)] if (source / name).is_file() else [name] for name, *_ in part.files]
-    return (
-        ""
-        if now == [list(file) for file in part.files]
-        else f"pictures in {source} were changed since the part was made"
-    )
+    same = now == [list(file) for file in part.files]
+    return "" if same else f"pictures in {source} were changed since the part was made"
 
 
 def _same_lines(part: Part, stamp: Sequence) -> bool:
@@ -848,18 +854,22 @@ def _same_lines(part: Part, stamp: Sequence) -> bool:
     source = Path(part.source)
     if _stamp(source) == stamp[:2]:
         return True
-    digest, lines = hashlib.sha256(), (line for _, line in text_lines(source, part.start, part.end))
-    for line in (line for line in lines if line.strip()):
-        digest.update(line + b"\n")
+    digest = hashlib.sha256()
+    for _, line in text_lines(source, part.start, part.end):
+        if line.strip():
+            digest.update(line + b"\n")
     return digest.hexdigest() == part.digest
 
 
 def _pairs_problem(part: Part, stamp: Sequence) -> str:
     "Why a part of a table or of a folder of pairs cannot be used"
-    source, table = Path(part.source), stamp[1]
+    source = Path(part.source)
+    table = stamp[1]  # size, time of change and digest; of a folder None
     if table and _stamp(source) != table[:2] and _file_digest(source) != table[2]:
         return f"{source} was changed since the part was made"
     folder = _folder_of(part)
-    entries = (entry for row in part.rows for copies in row["files"].values() for entry in copies)
-    changed = any(_entry(folder, entry[0]) != list(entry) for entry in entries)
-    return f"files of {source} were changed since the part was made" if changed else ""
+    for row in part.rows:
+        for path, *stamp_of_file in chain.from_iterable(row["files"].values()):
+            if _entry(folder, path) != [path, *stamp_of_file]:
+                return f"files of {source} were changed since the part was made"
+    return ""
