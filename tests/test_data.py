@@ -20,6 +20,8 @@ from PIL import Image
 from torchvision import transforms as T
 
 from vlkd_lab import data as D
+from vlkd_lab.data import archives
+from vlkd_lab.data import stream as stream_room
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
@@ -137,8 +139,8 @@ def test_fingerprint(shards, report, tmp_path):
 
 
 def test_large_files_are_sampled(tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "_WHOLE", 1000)
-    monkeypatch.setattr(D, "_BLOCK", 10)
+    monkeypatch.setattr(archives, "_WHOLE", 1000)
+    monkeypatch.setattr(archives, "_BLOCK", 10)
     path = tmp_path / "a"
     digests = set()
     for change in (None, 0, -1):
@@ -302,12 +304,12 @@ def test_resume_skips_without_decoding(report, monkeypatch):
     stream = D.PairStream(report, VIEW, 10)
     decoded = []
     original = D.decode_sample
-    monkeypatch.setattr(D, "decode_sample", lambda *a: decoded.append(1) or original(*a))
+    monkeypatch.setattr(stream_room, "decode_sample", lambda *a: decoded.append(1) or original(*a))
     next(stream.batches(9))
     assert len(decoded) == 10
     opened = []
     raw = D.raw_samples
-    monkeypatch.setattr(D, "raw_samples", lambda path: opened.append(path) or raw(path))
+    monkeypatch.setattr(stream_room, "raw_samples", lambda path: opened.append(path) or raw(path))
     next(D.PairStream(report, VIEW, 10, cache_mb=0).batches(700))
     assert len(opened) <= 10  # two epochs' shards at most, whatever the number of epochs skipped
 
@@ -324,17 +326,17 @@ def test_memory_changes_nothing(report):
 def test_memory_saves_reading_and_keeps_its_budget(report, monkeypatch):
     stream = D.PairStream(report, VIEW, 10)
     keys(stream, 16)
-    monkeypatch.setattr(D, "raw_samples", lambda path: pytest.fail("read again"))
-    monkeypatch.setattr(D, "decode_sample", lambda *a: pytest.fail("decoded again"))
+    monkeypatch.setattr(stream_room, "raw_samples", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(stream_room, "decode_sample", lambda *a: pytest.fail("decoded again"))
     keys(stream, 16)
     monkeypatch.undo()
     stream = D.PairStream(report, VIEW, 10)
-    stream._own.shelf.free = budget = 30_000
+    stream._own.cache.free = budget = 30_000
     keys(stream, 30)
-    items = [item for kept in stream._own.shelf.kept.values() for item in kept]
+    items = [item for shard in stream._own.cache.items.values() for item in shard]
     held = sum(picture.nbytes for item in items if item.decoded for picture in item.decoded[0])
     held += sum(item.size for item in items)
-    assert 0 < len(stream._own.shelf.kept) < 5 and held == budget - stream._own.shelf.free <= budget
+    assert 0 < len(stream._own.cache.items) < 5 and held == budget - stream._own.cache.free <= budget
 
 
 def test_stream_leaves_global_random_numbers_alone(report):
@@ -550,16 +552,16 @@ def test_a_caption_is_drawn_by_seed_epoch_and_place(captioned_report):
 @pytest.mark.parametrize("budget,decoded_items", [(1_000_000, 60), (95_000, None)])
 def test_captions_in_memory_count_in_its_budget(captioned_report, monkeypatch, budget, decoded_items):
     stream, without = (D.PairStream(captioned_report, VIEW, 5, cache_mb=mb) for mb in (256, 0))
-    stream._own.shelf.free = budget
+    stream._own.cache.free = budget
     keys(stream, 60)
-    items = [item for kept in stream._own.shelf.kept.values() for item in kept]
+    items = [item for shard in stream._own.cache.items.values() for item in shard]
     decoded = [item for item in items if item.decoded]
     held = sum(item.size for item in items) + sum(picture.nbytes for item in decoded for picture in item.decoded[0])
     held += sum(len(text) for item in decoded for text in item.decoded[1][1:])
-    assert held == budget - stream._own.shelf.free <= budget and max(len(item.decoded[1]) for item in decoded) == 5
+    assert held == budget - stream._own.cache.free <= budget and max(len(item.decoded[1]) for item in decoded) == 5
     if decoded_items:
         assert len(decoded) == decoded_items
-        monkeypatch.setattr(D, "raw_samples", lambda path: pytest.fail("read again"))
+        monkeypatch.setattr(stream_room, "raw_samples", lambda path: pytest.fail("read again"))
     texts = [batch.captions for batch in islice(stream.batches(), 24)]
     monkeypatch.undo()
     assert texts == [batch.captions for batch in islice(without.batches(), 24)]

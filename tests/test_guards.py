@@ -8,7 +8,9 @@ import subprocess
 import sys
 from configparser import ConfigParser
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 import yaml
@@ -197,15 +199,51 @@ def test_every_form_of_an_import_is_noticed():
     assert not set(imported("import vlkd_lab\nfrom vlkd_lab import __version__\n'vlkd_lab.runs is a module'"))
 
 
+def public_names(text):
+    "The functions and classes that a cell defines and that others may use"
+    return [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+
+
+def is_face(path):
+    "Whether a page is that of a package and defines nothing itself"
+    texts = exported(path)
+    is_package = any(re.match(r"#\|\s*default_exp \S+\.__init__", source(c)) for c in cells(path))
+    return is_package and not any(public_names(text) for text in texts)
+
+
+FACES = [path for path in MODULES if is_face(path)]
+
+
+@pytest.mark.parametrize("path", FACES, ids=lambda p: p.stem)
+def test_the_face_of_a_package_has_exactly_the_public_names_of_its_rooms(path):
+    package = import_module(f"vlkd_lab.{module_of(path)}")
+    rooms = [import_module(f"{package.__name__}.{room.name}") for room in iter_modules(package.__path__)]
+    names = [name for room in rooms for name in room.__all__]
+    assert sorted(names) == sorted(set(names)), "a name of two rooms"
+    assert sorted(reexported(exported(path), package.__name__)) == sorted(names)
+    for room in rooms:
+        assert all(getattr(package, name) is getattr(room, name) for name in room.__all__)
+
+
+def reexported(texts, package):
+    "The names that a face imports from its rooms"
+    for text in texts:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(f"{package}."):
+                assert all(one.asname is None for one in node.names)
+                yield from (one.name for one in node.names)
+
+
+def test_a_face_that_forgets_a_name_would_be_noticed():
+    text = "from vlkd_lab.data.views import View, Crops\nfrom vlkd_lab.project import project_root"
+    assert list(reexported([text], "vlkd_lab.data")) == ["View", "Crops"]
+    assert "04_data" in {re.sub(r"^\d+", "04", path.stem) for path in FACES}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_every_public_name_is_used_in_a_visible_cell(path):
     names = [name for text in exported(path) for name in public_names(text)]
     assert not set(names) - used_in_lessons(), "no visible example of these"
-
-
-def public_names(text):
-    "The functions and classes that a cell defines and that others may use"
-    return [n.name for n in ast.parse(text).body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
 
 
 @cache

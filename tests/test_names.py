@@ -13,6 +13,7 @@ from PIL import Image
 
 from vlkd_lab import data as D
 from vlkd_lab import sources as S
+from vlkd_lab.data import archives
 
 
 def picture(value=90):
@@ -89,9 +90,9 @@ def test_fields_come_together_wherever_they_lie(tmp_path):
 
 
 def test_only_one_sample_is_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "_UNPACKED", 1000)
+    monkeypatch.setattr(archives, "_UNPACKED", 1000)
     path = tar(tmp_path / "a.tar.gz", [member for k in range(9) for member in pair(f"{k}")])
-    with D._unpacked(path) as (file, problem):
+    with archives._unpacked(path) as (file, problem):
         assert file._rolled and not problem, "unpacked into a file, not into memory"
     assert len(list(D.raw_samples(path))) == 9
 
