@@ -22,7 +22,7 @@ from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
 from vlkd_lab.trainers import Fit, Learner, Phase, open_job, take_step, train
 
-METHODS = ["TinyCLIP", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"]
+METHODS = ["TinyCLIP", "Distil", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"]
 STUDENT = {"TinyCLIP": "stage-1", "Contrastive": "teacher", "BlipTraining": "teacher"}  # the others: student
 
 
@@ -37,6 +37,7 @@ def parameters(scenes, tiny_teacher, tiny_blip, tmp_path):
         blip = dict(image_size=32, sizes="image:1x32, text:1x32, fusion:1, decoder:1", head_width=16, joint_width=8)
         own = {
             "TinyCLIP": dict(towers, stages=1, inheritance="manual"),
+            "Distil": dict(towers, inheritance="manual"),
             "ClipCid": dict(towers, clusters=4, removed_share=0.3, map_images=8),
             "DimeFm": dict(towers, sentences=common["data"], sentence_batch=12),
             "Dlip": dict(teacher=str(tiny_blip), student="image:1x16, text:1x16", compare_scratch=False, queue=16),
@@ -126,6 +127,7 @@ def test_two_processes_give_what_one_gives(parameters, sigmoid_student, tmp_path
         "cached": ("TinyCLIP", dict(micro_batch=4, losses="affinity_mimicking=1, contrastive=0.5")),
         "rows": ("TinyCLIP", dict(losses="feature_mimicking=1")),
         "bias": ("TinyCLIP", dict(inheritance="none", student=sigmoid_student)),
+        "recipe": ("Distil", dict(student_share=0.3)),
         "clusters": ("ClipCid", {}),
         "unpaired": ("DimeFm", {}),
         "towers": ("DimeFm", dict(text_tower="student")),
@@ -342,7 +344,7 @@ def test_more_steps_are_the_last_stages_and_the_baselines(parameters):
         open_job("TinyCLIP", given | dict(steps=9))
 
 
-@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm", "Dlip"])
+@pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid", "DimeFm", "Dlip"])
 def test_a_run_goes_on_where_its_data_and_teacher_moved(method, parameters, scenes, tmp_path):
     given = parameters(method, steps=2)
     run = run_of(method, given)
@@ -362,7 +364,7 @@ def frozen(before, after, part):
     return all(torch.equal(before[name], after[name]) for name in before if part(name))
 
 
-@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm"])
+@pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid", "DimeFm"])
 def test_a_locked_tower_stays_and_its_last_layers_need_not(method, parameters, tiny_teacher):
     image, text = (lambda name: name.startswith("visual.")), (lambda name: not name.startswith(("visual.", "logit_")))
     towers = dict(text_tower="student") if method == "DimeFm" else {}
@@ -392,6 +394,7 @@ def test_a_locked_blip_tower_stays(parameters):
 
 STARTS = {  # method -> how a student that starts as another one is asked for
     "TinyCLIP": dict(inheritance="none"),
+    "Distil": dict(inheritance="none"),
     "ClipCid": {},
     "DimeFm": dict(text_tower="teacher"),
     "Dlip": dict(student="", inheritance="none"),
@@ -438,7 +441,7 @@ def other_eyes(tiny_teacher, folder):
 
 
 @pytest.mark.parametrize("features", ["beside", "stored"])
-@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid"])
+@pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid"])
 def test_a_start_keeps_its_own_view_of_the_data(method, features, parameters, tiny_teacher, tmp_path):
     start = other_eyes(tiny_teacher, tmp_path / "other")
     given = parameters(method, start_from=str(start), teacher_features=features, **STARTS[method])
@@ -466,6 +469,9 @@ def test_a_start_keeps_its_own_view_of_the_data(method, features, parameters, ti
         ("TinyCLIP", dict(start_from="data_samples/teacher", inheritance="none", student="ViT-B-32"), "leave student empty"),
         ("Contrastive", dict(start_from="data_samples/teacher", architecture="ViT-B-32"), "leave architecture empty"),
         ("ClipCid", dict(start_from="data_samples/teacher", inheritance="manual"), "choose inheritance='none'"),
+        ("Distil", dict(start_from="data_samples/teacher", student="ViT-B-32"), "choose student=''"),
+        ("Distil", dict(teacher="", losses="contrastive=1", inheritance="none"), "teacher='' needs a student"),
+        ("Distil", dict(teacher=""), "no loss 'feature_mimicking'"),
         ("TinyCLIP", dict(start_from="data_samples/teacher", inheritance="auto"), "is no part of the teacher"),
     ],
     ids=str,
@@ -480,6 +486,7 @@ def test_locks_and_starts_that_make_no_sense_are_refused(method, changes, messag
 SHIPPED = dict(teacher="data_samples/teacher", inheritance="manual")
 RISES = {  # method -> what it takes to learn 48 pairs, in seconds
     "TinyCLIP": dict(SHIPPED, target_sparsity=0.5, steps=12),
+    "Distil": dict(SHIPPED, steps=14),
     "ClipCid": dict(SHIPPED, clusters=6, removed_share=0.0, steps=12),
     "DimeFm": dict(SHIPPED, sentence_batch=24, steps=14),
     "Dlip": dict(teacher="data_samples/blip", student="", student_share=0.5, batch_size=12, steps=10),
@@ -497,3 +504,16 @@ def test_the_score_rises(method, parameters, tmp_path):
     run = run_of(method, given | RISES[method])
     first, last = [line["image_to_text_r1"] for line in run.metrics() if line.get("event") == "validation"]
     assert last >= first + 0.1, (first, last)
+
+
+def test_contrastive_training_is_distillation_without_a_teacher(parameters, tiny_teacher):
+    alone = dict(teacher="", losses="contrastive=1", inheritance="none", student=str(tiny_teacher))
+    given = parameters("Distil", "alone", **alone)
+    run = run_of("Distil", given)
+    taught = run_of("Distil", parameters("Distil", "taught", inheritance="none", student=str(tiny_teacher), losses="contrastive=1"))
+    totals = [[line["total"] for line in lines_of(one.folder) if "total" in line] for one in (run, taught)]
+    assert len(totals[0]) == 3 and totals[0] == pytest.approx(totals[1], rel=1e-4), "what no term asks for changes nothing"
+    assert run.config().get("teacher_sha256") is None and not (run.folder / "probe.safetensors").exists()
+    went_on = open_job("Distil", parameters("Distil", "alone", **alone | dict(steps=5)))
+    train(went_on)
+    assert [line["step"] for line in run.metrics() if "total" in line] == [1, 2, 3, 4, 5]

@@ -245,7 +245,7 @@ def test_a_name_is_taken_once_and_a_loss_means_one_thing():
 
 
 def test_names_in_run_folders_are_those_of_the_registry():
-    assert {"TinyCLIP", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"} <= set(METHODS)
+    assert {"TinyCLIP", "Distil", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"} <= set(METHODS)
     for name, method in METHODS.items():
         assert name_of(method.parameters()) == name and method.citation
     assert set(METHODS["Dlip"].losses) <= set(all_losses())

@@ -409,7 +409,7 @@ def test_the_last_layer_of_a_text_tower_of_transformers_is_unlocked(tmp_path):
         assert "proj.weight" in trained and not any("embeddings" in name for name in trained)
 
 
-@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm"])
+@pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid", "DimeFm"])
 def test_a_teacher_whose_features_are_not_finite_is_refused(method, folder_of, common, tmp_path):
     teacher = load_model(folder_of("plain", CAN_BE_CUT["plain"]), "cpu")
     with torch.no_grad():
@@ -420,7 +420,7 @@ def test_a_teacher_whose_features_are_not_finite_is_refused(method, folder_of, c
     assert not (tmp_path / "run").exists() and not (tmp_path / "store").exists()
 
 
-@pytest.mark.parametrize("method", ["TinyCLIP", "ClipCid", "DimeFm"])
+@pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid", "DimeFm"])
 def test_too_few_shards_for_processes_that_are_still_to_be_started_are_refused(method, folder_of, common, tmp_path):
     teacher = folder_of("plain", CAN_BE_CUT["plain"])
     with pytest.raises(ValueError, match="1 shards cannot feed .* 2 processes"):

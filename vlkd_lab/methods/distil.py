@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -114,7 +115,12 @@ class DistilJob(Job):
 def _lone_student(options: Distil) -> VLM:
     "A student that has no teacher: what it starts as, or the architecture that is named"
     start = trainers.find_start(options)
-    return start if start is not None else new_model(options.student, seed=options.seed)
+    if start is not None:
+        return start
+    name = trainers.local_name(options.student)
+    like = trainers.find_model(name) if Path(name).is_dir() else None  # whose words and pictures it takes
+    config = options.student if like is None else like.config["model_cfg"]
+    return new_model(config, like=like, seed=options.seed)
 
 # %% ../../nbs/library/19_methods_distil.ipynb #86540a2b
 def open_distil(options: Distil) -> DistilJob:
