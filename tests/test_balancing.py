@@ -162,11 +162,11 @@ def test_the_order_of_the_rows_changes_nothing(name):
 
 
 def test_a_giant_group_waits_in_bounded_memory(monkeypatch):
-    held, sides, settle, near = [], [], B._Growing.settle, B._Products.near
+    waited, sides, settle, near = [], [], B._Growing.settle, B._Products.near
     monkeypatch.setattr(B, "_PAIRS", 2000)
 
     def counted(self):
-        held.append((self.held, sum(len(edges) for edges, _ in self.waiting), self.room))
+        waited.append((self.count, sum(len(edges) for edges, _ in self.waiting), self.room))
         settle(self)
 
     def sized(self, one, other, *more):
@@ -180,7 +180,8 @@ def test_a_giant_group_waits_in_bounded_memory(monkeypatch):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert linkage.removed(2) == 2999 and len(linkage.edges) == 2999 and linkage.groups(2).max() == 0
-    assert len(held) > 1 and all(said == true <= room + 2000 and room <= 4096 for said, true, room in held)
+    assert len(waited) > 1
+    assert all(count == true <= room + 2000 and room <= 4096 for count, true, room in waited)
     assert max(sides) <= 128 and peak < 3000 * 3000 // 2, "not even a bit of every pair"
 
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from vlkd_lab.data import (
@@ -70,27 +71,24 @@ class Linkage:
         "The threshold that removes a share of the rows, as nearly as it can be had"
         if not 0 < share < 1:
             raise ValueError(f"share={share:g} is not valid: it must lie between 0 and 1")
-        wanted = round(share * self.count)
-        if not wanted:
-            raise ValueError(
-                f"share={share:g} of {self.count} rows is less than one: the least that can go is "
-                f"{1 / self.count:.2%}"
-            )
-        if wanted > len(self.distances):
+        rows = round(share * self.count)
+        if not rows:
+            least = f"the least that can go is {1 / self.count:.2%}"
+            raise ValueError(f"share={share:g} of {self.count} rows is less than one: {least}")
+        if rows > len(self.distances):
             most = len(self.distances) / self.count
             raise ValueError(
                 f"no threshold up to {self.most:g} removes {share:.1%}: the largest one removes {most:.1%}"
             )
-        return float(max(np.nextafter(self.distances[wanted - 1], np.inf), self.finest))
+        return float(max(np.nextafter(self.distances[rows - 1], np.inf), self.finest))
 
     def save(self, path: str | Path) -> None:
         "Write it as safetensors, whole"
         path = Path(path)
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         about = {name: repr(float(getattr(self, name))) for name in ("count", "finest", "most", "recall")}
-        save_file(
-            {"edges": np.ascontiguousarray(self.edges), "distances": self.distances}, beside, metadata=about
-        )
+        arrays = {"edges": np.ascontiguousarray(self.edges), "distances": self.distances}
+        save_file(arrays, beside, metadata=about)
         os.replace(beside, path)
 
 # %% ../nbs/library/08_balancing.ipynb #ce9d63e9
@@ -108,8 +106,8 @@ def _components(count: int, edges: np.ndarray) -> np.ndarray:
     from scipy.sparse.csgraph import connected_components
 
     graph = coo_matrix((np.ones(len(edges), dtype=np.int8), (edges[:, 0], edges[:, 1])), shape=(count, count))
-    found = connected_components(graph, directed=False)[1].astype(np.int64)
-    _, first, place = np.unique(found, return_index=True, return_inverse=True)
+    component = connected_components(graph, directed=False)[1].astype(np.int64)
+    _, first, place = np.unique(component, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[place]
 
 
@@ -136,40 +134,54 @@ class _Growing:
     "A minimum spanning forest that takes in pairs, in bounded memory"
 
     def __init__(
-        self, rows: np.ndarray, finest: float, most: float, room: int
-    ):  # (N, D) float32; room: pairs that may wait
-        self.rows, self.finest, self.most, self.room = rows, finest, most, min(max(len(rows), _PAIRS), room)
-        self.edges, self.distances, self.waiting, self.held = np.zeros((0, 2), np.int64), np.zeros(0), [], 0
-        self.levels, self.labels = np.array([finest]), np.arange(len(rows), dtype=np.int32)[None]
+        self,
+        rows: np.ndarray,  # (N, D) float32
+        finest: float,
+        most: float,
+        room: int,  # pairs that may wait
+    ):
+        self.rows = rows
+        self.finest = finest
+        self.most = most
+        self.room = min(max(len(rows), _PAIRS), room)
+        self.edges = np.zeros((0, 2), np.int64)
+        self.distances = np.zeros(0)
+        self.waiting = []  # edges and distances of pairs that are not in the forest yet
+        self.count = 0  # of these pairs
+        self.levels = np.array([finest])
+        self.labels = np.arange(len(rows), dtype=np.int32)[None]  # (levels, N) what is connected at each
 
     def offer(
-        self, i: np.ndarray, j: np.ndarray, low: np.ndarray
-    ) -> None:  # (P,) rows, rows, what their distance is at least
+        self,
+        i: np.ndarray,  # (P,) rows
+        j: np.ndarray,  # (P,) rows
+        low: np.ndarray,  # (P,) what their distance is at least
+    ) -> None:
         "Take in pairs that may be near"
         for start in range(0, len(i), _PAIRS):
             part = slice(start, start + _PAIRS)
-            a, b = i[part], j[part]
-            level = (
-                np.searchsorted(
-                    self.levels, np.maximum(low[part].astype(np.float64), self.finest), side="right"
-                )
-                - 1
-            )
+            a = i[part]
+            b = j[part]
+            least = np.maximum(low[part].astype(np.float64), self.finest)
+            level = np.searchsorted(self.levels, least, side="right") - 1
             new = self.labels[level, a] != self.labels[level, b]
-            a, b = a[new], b[new]
+            a = a[new]
+            b = b[new]
             distances = exact_distances(self.rows, a, b)
             near = distances < self.most
             self.waiting.append((np.stack([a[near], b[near]], axis=1), distances[near]))
-            self.held += int(near.sum())
-            if self.held > self.room:
+            self.count += int(near.sum())
+            if self.count > self.room:
                 self.settle()
 
     def settle(self) -> None:
         "Reduce what waits to the forest, and remember what is connected at each level"
         edges, distances = zip((self.edges, self.distances), *self.waiting, strict=True)
         self.edges, self.distances = _forest(len(self.rows), np.concatenate(edges), np.concatenate(distances))
-        self.waiting, self.held, found = [], 0, self.distances[self.distances >= self.finest]
-        spread = np.quantile(found, np.linspace(0, 1, _LEVELS)) if len(found) else np.zeros(0)
+        self.waiting = []
+        self.count = 0
+        apart = self.distances[self.distances >= self.finest]
+        spread = np.quantile(apart, np.linspace(0, 1, _LEVELS)) if len(apart) else np.zeros(0)
         self.levels = np.unique(np.concatenate([[self.finest], np.nextafter(spread, np.inf)]))
         parts = (self.edges[: np.searchsorted(self.distances, level)] for level in self.levels)
         self.labels = np.stack([_components(len(self.rows), part).astype(np.int32) for part in parts])
@@ -181,23 +193,23 @@ def exact_distances(
     j: np.ndarray,  # (P,) rows
 ) -> np.ndarray:  # (P,) float64
     "Euclidean distances of pairs of rows in double precision, the same whatever stands beside them"
-    # what stays in the processor's cache
-    found, step = np.empty(len(i)), max((1 << 18) // max(rows.shape[1], 1), 1)
+    distances = np.empty(len(i))
+    step = max((1 << 18) // max(rows.shape[1], 1), 1)  # what stays in the processor's cache
     for start in range(0, len(i), step):
         part = slice(start, start + step)
         gap = np.subtract(rows[i[part]], rows[j[part]], dtype=np.float64)
-        found[part] = np.sqrt(np.multiply(gap, gap, out=gap).sum(axis=1))
-    return found
+        distances[part] = np.sqrt(np.multiply(gap, gap, out=gap).sum(axis=1))
+    return distances
 
 
 class _Products:
     "Blocks of products that find the pairs which may be near"
 
     def __init__(self, rows: np.ndarray, most: float, device: str):
-        self.rows, self.device = torch.from_numpy(rows).to(device), device
-        self.half = torch.cat(
-            [(part.double() ** 2).sum(dim=1) / 2 for part in self.rows.split(1 << 16)]
-        ).float()
+        self.rows = torch.from_numpy(rows).to(device)
+        self.device = device
+        halves = [(part.double() ** 2).sum(dim=1) / 2 for part in self.rows.split(1 << 16)]
+        self.half = torch.cat(halves).float()  # (N,) half of each squared length
         self.slack = 3 * (rows.shape[1] + 2) * 2.0**-24
         self.cut = most**2 / 2 + self.slack
 
@@ -236,9 +248,8 @@ class _Cells:
 
         count = max(len(rows) // per_cell, 1)
         some = np.random.default_rng(seed).permutation(len(rows))[: 64 * count]
-        kmeans = faiss.Kmeans(
-            rows.shape[1], count, niter=8, seed=seed, max_points_per_centroid=64, min_points_per_centroid=1
-        )
+        points = dict(max_points_per_centroid=64, min_points_per_centroid=1)
+        kmeans = faiss.Kmeans(rows.shape[1], count, niter=8, seed=seed, **points)
         kmeans.train(rows[np.sort(some)])
         squared, self.probed = kmeans.index.search(rows, min(probes, count))
         away = np.sqrt(np.maximum(squared, 0))
@@ -247,50 +258,54 @@ class _Cells:
         self.order = np.argsort(self.cell, kind="stable")
         self.ends = np.searchsorted(self.cell[self.order], np.arange(count + 1))
         asking, which = np.nonzero(self.probed >= 0)
-        asked = self.probed[asking, which]
-        by_cell = np.argsort(asked, kind="stable")
-        self.asking, self.asking_ends = asking[by_cell], np.searchsorted(asked[by_cell], np.arange(count + 1))
+        cells = self.probed[asking, which]
+        by_cell = np.argsort(cells, kind="stable")
+        self.asking = asking[by_cell]
+        self.asking_ends = np.searchsorted(cells[by_cell], np.arange(count + 1))
 
     def blocks(self, side: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         "Rows that ask, and the members of the cell that they ask, in pieces of at most `side`"
         for k in range(len(self.ends) - 1):
-            members, asking = (
-                self.order[self.ends[k] : self.ends[k + 1]],
-                self.asking[self.asking_ends[k] : self.asking_ends[k + 1]],
-            )
-            starts = ((a, b) for a in range(0, len(asking), side) for b in range(0, len(members), side))
-            yield from ((asking[a : a + side], members[b : b + side]) for a, b in starts)
+            members = self.order[self.ends[k] : self.ends[k + 1]]
+            asking = self.asking[self.asking_ends[k] : self.asking_ends[k + 1]]
+            for a in range(0, len(asking), side):
+                for b in range(0, len(members), side):
+                    yield asking[a : a + side], members[b : b + side]
 
     def looked_at(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:  # (P,) bool
         "Whether the pairs are compared"
-        return (self.probed[i] == self.cell[j, None]).any(axis=1) | (
-            self.probed[j] == self.cell[i, None]
-        ).any(axis=1)
+        i_asks = (self.probed[i] == self.cell[j, None]).any(axis=1)
+        j_asks = (self.probed[j] == self.cell[i, None]).any(axis=1)
+        return i_asks | j_asks
 
 # %% ../nbs/library/08_balancing.ipynb #a32d3106
 def _recall(cells: _Cells, products: _Products, most: float, seed: int, sample: int = 512) -> float:
     "Share of the sampled rows' true pairs that are looked at"
     rows = products.rows.cpu().numpy()
-    chosen, seen, true = np.sort(np.random.default_rng(seed + 1).permutation(len(rows))[:sample]), 0, 0
+    chosen = np.sort(np.random.default_rng(seed + 1).permutation(len(rows))[:sample])
+    true = 0
+    looked_at = 0
     for start in range(0, len(rows), 1 << 14):
         i, j, _ = products.near(torch.from_numpy(chosen).to(products.device), slice(start, start + (1 << 14)))
-        a, b = chosen[i], j + start
-        a, b = a[a != b], b[a != b]
-        a, b = a[: 1 << 18], b[: 1 << 18]  # enough to measure a share with
+        a = chosen[i]
+        b = j + start
+        others = np.flatnonzero(a != b)[: 1 << 18]  # enough to measure a share with
+        a = a[others]
+        b = b[others]
         near = exact_distances(rows, a, b) < most
-        seen, true = seen + int(cells.looked_at(a[near], b[near]).sum()), true + int(near.sum())
-    return seen / true if true else 1.0
+        true += int(near.sum())
+        looked_at += int(cells.looked_at(a[near], b[near]).sum())
+    return looked_at / true if true else 1.0
 
 
-def _distinct(
-    rows: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:  # (M,) rows, ascending; (N - M, 2) edges of length 0
+def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (M,) ascending; (N - M, 2) edges
     "One row of those that are equal bit by bit, and the edges to the others"
     factors = np.random.default_rng(0).integers(1, 2**63, rows.shape[1], dtype=np.uint64) | np.uint64(1)
-    parts = (
-        rows[k : k + 4096].view(np.uint32).astype(np.uint64) @ factors for k in range(0, len(rows), 4096)
-    )
-    digest = np.concatenate(list(parts))
+    digests = []
+    for start in range(0, len(rows), 4096):
+        bits = rows[start : start + 4096].view(np.uint32).astype(np.uint64)
+        digests.append(bits @ factors)
+    digest = np.concatenate(digests)
     order = np.argsort(digest, kind="stable")
     twin = np.zeros(len(rows), dtype=bool)
     like = np.flatnonzero(digest[order[1:]] == digest[order[:-1]]) + 1
@@ -303,19 +318,17 @@ def _distinct(
 
 def _unit_rows(embeddings: Tensor | np.ndarray) -> np.ndarray:  # (N, D) float32
     "The rows as float32, checked"
-    rows = (
-        embeddings.detach().cpu().float().numpy()
-        if isinstance(embeddings, Tensor)
-        else np.asarray(embeddings, dtype=np.float32)
-    )
+    if isinstance(embeddings, Tensor):
+        embeddings = embeddings.detach().cpu().float().numpy()
+    rows = np.asarray(embeddings, dtype=np.float32)
     if rows.ndim != 2 or not len(rows):
         raise ValueError(f"embeddings must be (N, D) with at least one row; they are {tuple(rows.shape)}")
     for start in range(0, len(rows), 1 << 16):
         norms = np.linalg.norm(rows[start : start + (1 << 16)], axis=1)
         if not (np.abs(norms - 1) < 0.01).all():
             worst = int(np.argmax(np.where(np.isfinite(norms), np.abs(norms - 1), np.inf)))
-            said = f"row {start + worst} has length {norms[worst]:g}"
-            raise ValueError(f"embeddings must be unit rows; {said}: divide each row by its length")
+            which = f"row {start + worst} has length {norms[worst]:g}"
+            raise ValueError(f"embeddings must be unit rows; {which}: divide each row by its length")
     return np.ascontiguousarray(rows)
 
 # %% ../nbs/library/08_balancing.ipynb #1d9cee04
@@ -327,31 +340,24 @@ def link(
     exact_up_to: int = 200_000,  # rows; above, a coarse partition is looked through
     probes: int = 8,  # cells that each row is compared with, of the coarse partition
     seed: int = 0,  # of the coarse partition and of the sample that measures its recall
-    # (k, n): look only at the k-th of n shares of the work; `join_linkages` puts them together
-    part: tuple[int, int] = (0, 1),
+    part: tuple[int, int] = (0, 1),  # (k, n): only the k-th of n shares of the work; see `join_linkages`
     device: str = "cpu",  # where products are computed
     progress: bool = False,  # a progress bar
 ) -> Linkage:
     "One pass over the similarities, which serves every threshold up to `most`"
     finest = min(finest, most)
     if memory_mb < 1 or not 0 <= part[0] < part[1]:
-        raise ValueError(
-            f"memory_mb={memory_mb} and part={part} are not valid: at least 1, and (k, n) with k from 0 to "
-            "n - 1"
-        )
+        valid = "at least 1, and (k, n) with k from 0 to n - 1"
+        raise ValueError(f"memory_mb={memory_mb} and part={part} are not valid: {valid}")
     if not 0 < finest <= most <= 2:
-        raise ValueError(
-            f"most={most:g} and finest={finest:g} are not valid: above 0, at most 2 (the distance of "
-            "opposite unit rows)"
-        )
+        valid = "above 0, at most 2 (the distance of opposite unit rows)"
+        raise ValueError(f"most={most:g} and finest={finest:g} are not valid: {valid}")
     every = _unit_rows(embeddings)
     first, copies = _distinct(every)
     rows = every if len(first) == len(every) else every[first]
     side = int(np.clip(math.sqrt(memory_mb * 2**20 / 64), 64, 8192))
-    growing, products = (
-        _Growing(rows, finest, most, room=memory_mb * 2**20 // 256),
-        _Products(rows, most, device),
-    )
+    growing = _Growing(rows, finest, most, room=memory_mb * 2**20 // 256)
+    products = _Products(rows, most, device)
     cells = None if len(rows) <= exact_up_to else _Cells(rows, most, probes, seed)
     blocks = list(_triangle(len(rows), side)) if cells is None else list(cells.blocks(side))
     for one, other in tqdm(blocks[part[0] :: part[1]], desc="near pairs", unit="block", disable=not progress):
@@ -359,17 +365,17 @@ def link(
             i, j, low = products.near(one, other, one == other, growing.labels[0])
             growing.offer(i + one.start, j + other.start, low)
         else:
-            i, j, low = products.near(
-                *(torch.from_numpy(part).to(device) for part in (one, other)), joined=growing.labels[0]
-            )
-            i, j = one[i], other[j]
-            growing.offer(np.minimum(i, j)[i != j], np.maximum(i, j)[i != j], low[i != j])
+            asking = torch.from_numpy(one).to(device)
+            members = torch.from_numpy(other).to(device)
+            i, j, low = products.near(asking, members, joined=growing.labels[0])
+            i = one[i]
+            j = other[j]
+            apart = i != j
+            growing.offer(np.minimum(i, j)[apart], np.maximum(i, j)[apart], low[apart])
     growing.settle()
     recall = 1.0 if cells is None else _recall(cells, products, most, seed)
-    edges, distances = (
-        np.concatenate([copies, first[growing.edges]]),
-        np.concatenate([np.zeros(len(copies)), growing.distances]),
-    )
+    edges = np.concatenate([copies, first[growing.edges]])
+    distances = np.concatenate([np.zeros(len(copies)), growing.distances])
     return Linkage(len(every), finest, most, edges, distances, recall)
 
 # %% ../nbs/library/08_balancing.ipynb #0552c5b3
@@ -377,10 +383,11 @@ def join_linkages(parts: Sequence[Linkage]) -> Linkage:
     "One linkage of the shares that several processes looked at"
     if len({(p.count, p.finest, p.most) for p in parts}) != 1:
         raise ValueError("these linkages are not parts of one: number of rows, finest and most must agree")
-    found = _forest(
-        parts[0].count, np.concatenate([p.edges for p in parts]), np.concatenate([p.distances for p in parts])
-    )
-    return Linkage(parts[0].count, parts[0].finest, parts[0].most, *found, min(p.recall for p in parts))
+    edges = np.concatenate([part.edges for part in parts])
+    distances = np.concatenate([part.distances for part in parts])
+    forest = _forest(parts[0].count, edges, distances)
+    recall = min(part.recall for part in parts)
+    return Linkage(parts[0].count, parts[0].finest, parts[0].most, *forest, recall)
 
 # %% ../nbs/library/08_balancing.ipynb #69438992
 @dataclass(frozen=True)
@@ -390,8 +397,7 @@ class Balance:
     group: Tensor  # (N,) int64, numbered in the order of their first rows
     keep: Tensor  # (M,) int64 rows, ascending; one of every group
     threshold: float  # Euclidean
-    # share of the true pairs that were looked at; below 1 only where a coarse partition was needed
-    recall: float = 1.0
+    recall: float = 1.0  # share of the true pairs that were looked at; below 1 by a coarse partition alone
 
     @property
     def removed_share(self) -> float:
@@ -404,10 +410,8 @@ class Balance:
 
     def largest(self, count: int) -> list[np.ndarray]:
         "The rows of the largest groups, the one that stays first"
-        sizes, keeper = (
-            np.bincount(self.group),
-            dict(zip(self.group[self.keep].tolist(), self.keep.tolist(), strict=True)),
-        )
+        sizes = np.bincount(self.group)
+        keeper = dict(zip(self.group[self.keep].tolist(), self.keep.tolist(), strict=True))
         order = [k for k in np.argsort(-sizes, kind="stable")[:count].tolist() if sizes[k] > 1]
         rows = {k: np.flatnonzero(self.group.numpy() == k) for k in order}
         return [np.concatenate([[keeper[k]], rows[k][rows[k] != keeper[k]]]) for k in order]
@@ -417,7 +421,9 @@ def _nearest_to_centre(rows: np.ndarray, group: np.ndarray) -> np.ndarray:  # (g
     "Of every group the row nearest to the mean, the first among equals"
     from scipy.sparse import csr_matrix
 
-    count, sizes, away = len(rows), np.bincount(group), np.zeros(len(rows))
+    count = len(rows)
+    sizes = np.bincount(group)
+    away = np.zeros(count)
     member = csr_matrix((np.ones(count), (group, np.arange(count))), shape=(len(sizes), count))
     # a few columns at a time: all of them in double precision would not fit
     for start in range(0, rows.shape[1], 32):
@@ -471,17 +477,15 @@ def usable_threshold(
             f"threshold={threshold:g} would remove nothing: no two images are closer than {linkage.most:g}"
         )
     if not removed:
-        nearest, some = linkage.distances[0], linkage.distances[len(linkage.distances) // 2]
-        raise ValueError(
-            f"threshold={threshold:g} would remove nothing: the nearest two images are {nearest:.4g} apart, "
-            f"and {some:.4g} "
-            f"would remove {len(linkage.distances) // 2 / linkage.count:.1%}"
-        )
+        half = len(linkage.distances) // 2
+        nearest = f"the nearest two images are {linkage.distances[0]:.4g} apart"
+        larger = f"{linkage.distances[half]:.4g} would remove {half / linkage.count:.1%}"
+        raise ValueError(f"threshold={threshold:g} would remove nothing: {nearest}, and {larger}")
     if removed > linkage.count - 2:
         half = linkage.distances[min(linkage.count // 2, len(linkage.distances) - 1)]
+        smaller = f"{half:.4g} would remove half of them"
         raise ValueError(
-            f"threshold={threshold:g} would remove everything: all images are one group; {half:.4g} would "
-            "remove half of them"
+            f"threshold={threshold:g} would remove everything: all images are one group; {smaller}"
         )
     return threshold
 
@@ -493,12 +497,11 @@ def plot_balance(linkage: Linkage, threshold: float) -> Figure:
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 2.6), layout="constrained")
     axes[0].plot(linkage.distances, 100 * np.arange(1, len(linkage.distances) + 1) / linkage.count, lw=1.5)
     axes[0].axvline(threshold, color="black", ls=":", lw=1)
-    axes[0].set(
-        xlabel="threshold, Euclidean", ylabel="images removed, %", xlim=(0, linkage.most), ylim=(0, 100)
-    )
-    removed = linkage.removed(threshold)
-    said, at = f"{threshold:.3g}: {removed / linkage.count:.1%}", (threshold, 100 * removed / linkage.count)
-    axes[0].annotate(said, at, (6, -12), textcoords="offset points")
+    axes[0].set(xlabel="threshold, Euclidean", ylabel="images removed, %")
+    axes[0].set(xlim=(0, linkage.most), ylim=(0, 100))
+    share = linkage.removed(threshold) / linkage.count
+    note = f"{threshold:.3g}: {share:.1%}"
+    axes[0].annotate(note, (threshold, 100 * share), (6, -12), textcoords="offset points")
     sizes = -np.sort(-np.bincount(linkage.groups(threshold)))
     axes[1].loglog(np.arange(1, len(sizes) + 1), sizes, drawstyle="steps-post", lw=1.5)
     axes[1].set(xlabel="group, by size", ylabel="images in it")
@@ -514,19 +517,18 @@ def lost_per_class(
     "What goes of every class"
     import pandas as pd
 
-    labels, kept, rows = np.asarray(labels), np.zeros(len(balance.group), dtype=bool), []
+    labels = np.asarray(labels)
+    kept = np.zeros(len(balance.group), dtype=bool)
     if len(labels) != len(kept):
-        raise ValueError(
-            f"{len(labels)} labels for {len(kept)} rows: one a row is needed, negative where a sample has "
-            "none"
-        )
+        valid = "one a row is needed, negative where a sample has none"
+        raise ValueError(f"{len(labels)} labels for {len(kept)} rows: {valid}")
     kept[balance.keep.numpy()] = True
-    found = np.unique(labels[labels >= 0])
-    for k in found:
+    index = []
+    rows = []
+    for k in np.unique(labels[labels >= 0]):
+        index.append(names[k] if k < len(names) else f"class {k}")
         rows.append([int((labels == k).sum()), int(((labels == k) & kept).sum())])
-    table = pd.DataFrame(
-        rows, columns=["images", "kept"], index=[names[k] if k < len(names) else f"class {k}" for k in found]
-    )
+    table = pd.DataFrame(rows, columns=["images", "kept"], index=index)
     table["removed"] = 1 - table["kept"] / table["images"]
     return table.sort_values("images")
 
@@ -540,7 +542,9 @@ def write_balanced(
     progress: bool = True,
 ) -> list[Path]:  # one file a shard that keeps anything
     "What a balance leaves, as data that every job reads; samples without features go too"
-    folder, kept, by_name = Path(folder).resolve(), {}, {shard.name: shard for shard in report.usable}
+    folder = Path(folder).resolve()
+    by_name = {shard.name: shard for shard in report.usable}
+    kept = {}
     if form not in ("index", "shards"):
         raise ValueError(f"form={form!r} is not valid: choose 'index' or 'shards'")
     # of the same depth: an index names its shard from where it lies
@@ -556,7 +560,8 @@ def write_balanced(
         )
     written = []
     for name in tqdm(sorted(kept), desc="balanced shards", disable=not progress):
-        shard, path = by_name[name], beside / f"{name}{'.kept.json' if form == 'index' else '.tar'}"
+        shard = by_name[name]
+        path = beside / f"{name}{'.kept.json' if form == 'index' else '.tar'}"
         if form == "shards":
             copy_samples(path, shard.path, set(kept[name]))
         else:
@@ -567,8 +572,8 @@ def write_balanced(
         "images": len(balance.group),
         "kept": len(balance.keep),
         "recall": balance.recall,
+        "fingerprint": report.fingerprint,
     }
-    about["fingerprint"] = report.fingerprint
     (beside / "balance.json").write_text(json.dumps(about, indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
@@ -581,15 +586,18 @@ def find_pictures(
     side: int = 64,  # pixels
 ) -> dict[str, tuple[str, str]]:  # name -> (thumbnail as a data URI, caption)
     "Pictures and captions of some samples; only their shards are read"
-    found, wanted = {}, set(keys)
+    chosen = set(keys)
     names = {name for key in keys for name in shards_in_name(key)}
-    for shard in (s for s in report.usable if s.name in names):
+    pictures = {}
+    for shard in report.usable:
+        if shard.name not in names:
+            continue
         for sample in raw_samples(shard.path):
             key = f"{shard.name}/{sample['__key__']}"
-            if key in wanted:
+            if key in chosen:
                 image, caption, _ = decode_sample(sample)
-                found[key] = thumbnail(image, side), caption
-    return found
+                pictures[key] = thumbnail(image, side), caption
+    return pictures
 
 
 def gallery(
@@ -602,8 +610,8 @@ def gallery(
     "The largest groups with their pictures, the one that stays first"
     from IPython.display import HTML
 
-    wanted = [keys[row] for rows in balance.largest(groups) for row in rows[:each]]
-    return HTML(groups_html(balance, keys, find_pictures(report, wanted), groups, each))
+    shown = [keys[row] for rows in balance.largest(groups) for row in rows[:each]]
+    return HTML(groups_html(balance, keys, find_pictures(report, shown), groups, each))
 
 
 def groups_html(
@@ -668,7 +676,7 @@ def _starting_rows(
     # few clusters cost little, and then a small one is not to be missed
     tries = 2 + int(math.log(k)) + 256 // k
     among = np.sort(rng.permutation(len(rows))[: max(most, 64 * k)])
-    points = torch.nn.functional.normalize(torch.from_numpy(rows[among]), dim=1)
+    points = normalize(torch.from_numpy(rows[among]), dim=1)
     weights = torch.from_numpy(counts[among]).float()
     chosen = np.zeros(k, dtype=np.int64)
     # squared distance from the nearest starting point; no two rows are farther apart
@@ -710,13 +718,12 @@ def cluster(
         )
     counts = 1 + np.bincount(twins[:, 0], minlength=len(rows))[distinct]
     start = rows[distinct[_starting_rows(rows[distinct], counts, k, seed)]]
-    points, centers = (
-        torch.nn.functional.normalize(torch.from_numpy(r), dim=1)
-        for r in (rows, _iterated(rows, start, iterations))
-    )
+    points = normalize(torch.from_numpy(rows), dim=1)
+    centers = normalize(torch.from_numpy(_iterated(rows, start, iterations)), dim=1)
     for attempt in range(100):
         if attempt == 3:  # rows that single precision can hardly tell apart
-            points, centers = (torch.nn.functional.normalize(r.double(), dim=1) for r in (points, centers))
+            points = normalize(points.double(), dim=1)
+            centers = normalize(centers.double(), dim=1)
         assignment, cosine = nearest_center(points, centers)
         sizes = torch.bincount(assignment, minlength=k)
         empty = sizes.eq(0).nonzero().flatten()

@@ -145,7 +145,7 @@ def _sentences(
     paths: Sequence[Path], words: tuple[int, int], tally: _Tally, bar: tqdm
 ) -> Iterator[tuple[int, int, str]]:  # (file, number of the line, sentence)
     "The sentences to be scored, in their order"
-    seen = np.zeros(_SLOTS, dtype=np.uint64)
+    hashes = np.zeros(_SLOTS, dtype=np.uint64)  # of the sentences so far
     for file, path in enumerate(paths):
         before = 0
         for line, (at, raw) in enumerate(text_lines(path), start=1):
@@ -158,18 +158,16 @@ def _sentences(
                 tally.drop("unreadable", Dropped(raw[:200].decode(errors="replace"), file, line, why=reason))
                 continue
             text = clean_caption(raw.decode())
-            count = text.count(" ") + bool(text)
+            count = text.count(" ") + 1 if text else 0
             if not words[0] <= count <= words[1]:
-                tally.drop(
-                    "too short or long",
-                    Dropped(text[:200], file, line, why=f"{count} word{'s' * (count != 1)}"),
-                )
+                length = "1 word" if count == 1 else f"{count} words"
+                tally.drop("too short or long", Dropped(text[:200], file, line, why=length))
                 continue
             digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little") or 1
-            if seen[digest % _SLOTS] == digest:
+            if hashes[digest % _SLOTS] == digest:
                 tally.drop("duplicates", Dropped(text, file, line, why="an earlier line is the same"))
                 continue
-            seen[digest % _SLOTS] = digest
+            hashes[digest % _SLOTS] = digest
             yield file, line, text
         bar.update(path.stat().st_size - before)
 
@@ -195,8 +193,8 @@ def _text_files(source: Path | str | Sequence) -> list[Path]:
     }
     for path in paths:
         if not path.is_file():
-            said = "is a folder: name the text files in it" if path.is_dir() else "there is no such file"
-            raise FileNotFoundError(f"{path}: {said}")
+            reason = "is a folder: name the text files in it" if path.is_dir() else "there is no such file"
+            raise FileNotFoundError(f"{path}: {reason}")
         with open(path, "rb") as file:
             start = file.read(4)
         encoding = next((name for mark, name in marks.items() if start.startswith(mark)), None)
@@ -205,9 +203,8 @@ def _text_files(source: Path | str | Sequence) -> list[Path]:
                 f"{path} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8"
             )
         if start.startswith(b"\x1f\x8b") or not start:
-            raise ValueError(
-                f"{path} is " + ("compressed: unpack it, for example with gunzip -k" if start else "empty")
-            )
+            reason = "compressed: unpack it, for example with gunzip -k" if start else "empty"
+            raise ValueError(f"{path} is {reason}")
     return paths
 
 
@@ -222,10 +219,8 @@ def _unit_images(images: Tensor, width: int) -> Tensor:  # (M, width) float16
     wrong = (~((norms - 1).abs() < 0.01)).nonzero()
     if len(wrong):
         row = int(wrong[0])
-        raise ValueError(
-            f"images must be unit rows; row {row} has length {float(norms[row]):g}: divide each row by its "
-            "length"
-        )
+        which = f"row {row} has length {float(norms[row]):g}"
+        raise ValueError(f"images must be unit rows; {which}: divide each row by its length")
     return images.half()
 
 # %% ../nbs/library/09_corpus.ipynb #580e641e
@@ -234,12 +229,13 @@ _IMAGES = 1024  # that a block of sentences is compared with at once
 
 def _encode(texts: Sequence[str], vlm: VLM) -> Tensor:  # (B, D) float16 unit rows on the teacher's device
     "Features of some sentences, every pass with the same number of rows"
-    rows, found = 32 if vlm.device.type == "cpu" else 512, []
+    rows = 32 if vlm.device.type == "cpu" else 512
+    blocks = []
     for start in range(0, len(texts), rows):
         part = list(texts[start : start + rows])
         tokens = vlm.tokenizer(part + part[:1] * (rows - len(part)))
-        found.append(vlm.encode_text(tokens.to(vlm.device))[: len(part)].half())
-    features = torch.cat(found)
+        blocks.append(vlm.encode_text(tokens.to(vlm.device))[: len(part)].half())
+    features = torch.cat(blocks)
     if not features.isfinite().all():
         raise ValueError(
             f"the teacher {vlm.name!r} gives features that are not finite: its weights are damaged"
@@ -248,18 +244,18 @@ def _encode(texts: Sequence[str], vlm: VLM) -> Tensor:  # (B, D) float16 unit ro
 
 
 def _nearest_image(
-    features: Tensor, images: Tensor
+    features: Tensor,  # (B, D)
+    images: Tensor,  # (M, D)
 ) -> tuple[np.ndarray, np.ndarray]:  # (B,) float32 cosines, (B,) int64 rows
     "The best image of every sentence, the first among equals"
     features = features.double()
-    best, rows = (
-        features.new_full((len(features),), -math.inf),
-        torch.zeros(len(features), dtype=torch.int64, device=features.device),
-    )
+    best = features.new_full((len(features),), -math.inf)
+    rows = torch.zeros(len(features), dtype=torch.int64, device=features.device)
     for start in range(0, len(images), _IMAGES):
         cosines, row = (features @ images[start : start + _IMAGES].double().T).max(dim=1)
         better = cosines > best
-        best, rows = torch.where(better, cosines, best), torch.where(better, row + start, rows)
+        best = torch.where(better, cosines, best)
+        rows = torch.where(better, row + start, rows)
     return best.float().cpu().numpy(), rows.cpu().numpy()
 
 # %% ../nbs/library/09_corpus.ipynb #d4e4b124
@@ -267,7 +263,11 @@ class _Candidates:
     "The best sentences so far, in bounded memory"
 
     def __init__(self, room: int, tally: _Tally):
-        self.room, self.tally, self.texts, self.parts, self.cut = room, tally, [], [], -math.inf
+        self.room = room
+        self.tally = tally
+        self.texts = []
+        self.parts = []
+        self.cut = -math.inf
 
     def offer(
         self, texts: Sequence[str], scores: np.ndarray, *columns: np.ndarray
@@ -294,19 +294,24 @@ class _Candidates:
 
 # %% ../nbs/library/09_corpus.ipynb #23b10d00
 def _squares(
-    a: Tensor, b: Tensor
-) -> Tensor:  # (A, D), (B, D) float64 that hold half-precision rows -> (A, B)
+    a: Tensor,  # (A, D) float64 that hold half-precision rows
+    b: Tensor,  # (B, D) the same
+) -> Tensor:  # (A, B)
     "Squared distances, exact"
     return (a * a).sum(dim=1)[:, None] + (b * b).sum(dim=1) - 2 * a @ b.T
 
 
 def _distinct(
-    texts: Sequence[str], features: Tensor, count: int, near: float, side: int = 256
-) -> tuple[
-    list[int], dict[int, tuple[str, int]]
-]:  # rows that are kept; of others the reason, and the row that is kept instead
+    texts: Sequence[str],
+    features: Tensor,  # (N, D), the best first
+    count: int,  # to keep
+    near: float,
+    side: int = 256,  # rows compared at once
+) -> tuple[list[int], dict[int, tuple[str, int]]]:  # kept; of others the reason and the row kept instead
     "From the best down those that are near to none that is kept"
-    kept, gone, words = [], {}, {}
+    kept = []
+    gone = {}
+    row_of = {}  # by what stays of the text
     for start in range(0, len(texts), side):
         block = features[start : start + side].double()
         twin = torch.full((len(block),), -1, device=block.device)
@@ -314,16 +319,18 @@ def _distinct(
             rows = torch.tensor(kept[other : other + 8 * side], device=block.device)
             least, place = _squares(block, features[rows].double()).min(dim=1)
             twin = torch.where((least < near * near) & (twin < 0), rows[place], twin)
-        close, twin = (_squares(block, block) < near * near).cpu().numpy(), twin.cpu().numpy()
+        close = (_squares(block, block) < near * near).cpu().numpy()
+        twin = twin.cpu().numpy()
         for k in range(len(block)):
-            row, said = start + k, _same_words(texts[start + k])
-            if said in words:
-                gone[row] = "duplicates", words[said]
+            row = start + k
+            text = _same_words(texts[row])
+            if text in row_of:
+                gone[row] = "duplicates", row_of[text]
             elif twin[k] >= 0:
                 gone[row] = "near-duplicates", int(twin[k])
             else:
                 kept.append(row)
-                words[said] = row
+                row_of[text] = row
                 twin[close[k] & (twin < 0)] = row
             if len(kept) == count:
                 return kept, gone
@@ -331,25 +338,22 @@ def _distinct(
 
 # %% ../nbs/library/09_corpus.ipynb #ff1aeb1b
 def select_sentences(
-    # a UTF-8 text file, one sentence a line, or several; relative ones from the project's root
-    source: Path | str | Sequence,
+    source: Path | str | Sequence,  # UTF-8 text files, one sentence a line; from the project's root
     vlm: VLM,  # the teacher, on its device
     images: Tensor,  # (M, D) unit rows, the teacher's features of the images that sentences should be near to
     count: int,  # N sentences to keep
-    # Euclidean distance of two features below which the lower scored one goes; 0 to 2; our default
-    near: float = 0.05,
-    # candidates held for each sentence wanted, at least 1; what near-duplicates use up comes from there
-    reserve: float = 2.0,
+    near: float = 0.05,  # Euclidean, 0 to 2: of two sentences that are closer the lower scored one goes
+    reserve: float = 2.0,  # candidates for each sentence, at least 1: near-duplicates use some up
     words: tuple[int, int] = (3, 40),  # fewest and most of a sentence
     block: int = 2048,  # sentences scored at once; changes no answer
     progress: bool = True,  # a progress bar over the bytes
 ) -> Selection:
     "The sentences of a text file that are nearest to the images, in one pass and bounded memory"
     _check_limits(count, near, reserve, words, block)
-    paths, images = _text_files(source), _unit_images(images, vlm.config["model_cfg"]["embed_dim"])
-    # where there is double precision
-    device = vlm.device if vlm.device.type == "cuda" else torch.device("cpu")
-    tally, images = _Tally(), images.to(device)
+    paths = _text_files(source)
+    device = vlm.device if vlm.device.type == "cuda" else torch.device("cpu")  # has double precision
+    images = _unit_images(images, vlm.config["model_cfg"]["embed_dim"]).to(device)
+    tally = _Tally()
     best = _Candidates(round(reserve * count), tally)
     size = sum(path.stat().st_size for path in paths)
     with (
@@ -370,12 +374,8 @@ def select_sentences(
         )
     columns = best.reduce()
     kept, gone = _distinct(best.texts, torch.from_numpy(columns[-1]).to(device), count, near)
-    return _settled(
-        best,
-        kept,
-        gone,
-        dict(sources=tuple(path.name for path in paths), wanted=count, near=near, reserve=reserve),
-    )
+    names = tuple(path.name for path in paths)
+    return _settled(best, kept, gone, dict(sources=names, wanted=count, near=near, reserve=reserve))
 
 # %% ../nbs/library/09_corpus.ipynb #96226614
 def _check_limits(count: int, near: float, reserve: float, words: tuple[int, int], block: int) -> None:
@@ -468,16 +468,14 @@ def read_selection(
 ) -> Selection:
     "A selection as it was written"
     path = project_root() / path
-    about, arrays = (
-        json.loads(path.with_suffix(".json").read_text(encoding="utf-8")),
-        load_file(path.with_suffix(".safetensors")),
-    )
+    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    arrays = load_file(path.with_suffix(".safetensors"))
     texts = tuple(path.read_text(encoding="utf-8").splitlines())
-    dropped = {
-        reason: tuple(Dropped(**example) for example in found) for reason, found in about["dropped"].items()
-    }
-    given = {name: about[name] for name in ("wanted", "near", "reserve", "counts")}
-    return Selection(texts, sources=tuple(about["sources"]), dropped=dropped, **given, **arrays)
+    dropped = {}
+    for reason, examples in about["dropped"].items():
+        dropped[reason] = tuple(Dropped(**example) for example in examples)
+    numbers = {name: about[name] for name in ("wanted", "near", "reserve", "counts")}
+    return Selection(texts, sources=tuple(about["sources"]), dropped=dropped, **numbers, **arrays)
 
 # %% ../nbs/library/09_corpus.ipynb #964da06c
 def plot_selection(selection: Selection):  # matplotlib Figure
@@ -512,8 +510,7 @@ def plot_selection(selection: Selection):  # matplotlib Figure
 # %% ../nbs/library/09_corpus.ipynb #0c55bfdd
 def grounded(
     selection: Selection,
-    # M, in the order of the images that the sentences were compared with
-    pictures: Pairs | Sequence[Image.Image],
+    pictures: Pairs | Sequence[Image.Image],  # M, in the order of the images that were compared with
     count: int = 6,  # kept sentences shown, spread evenly from the best to the cut
     each: int = 2,  # dropped ones shown of each reason
 ):  # IPython HTML
@@ -521,11 +518,9 @@ def grounded(
     from IPython.display import HTML
 
     if int(selection.nearest.max()) >= len(pictures):
-        raise ValueError(
-            f"a sentence is nearest to image {selection.nearest.max()}, but there are {len(pictures)} "
-            "pictures: give those "
-            "that the sentences were compared with, in the same order"
-        )
+        counts = f"image {selection.nearest.max()}, but there are {len(pictures)} pictures"
+        advice = "give those that the sentences were compared with, in the same order"
+        raise ValueError(f"a sentence is nearest to {counts}: {advice}")
     rows = []
     for k in np.unique(np.linspace(0, len(selection.sentences) - 1, count).astype(int)):
         row = int(selection.nearest[k])
@@ -536,7 +531,8 @@ def grounded(
         for gone in selection.dropped[reason][:each]:
             score = "" if gone.score is None else f"{gone.score:.3f}"
             rows.append(("", escaped(gone.text[:200]), score, f"{reason}: {escaped(gone.why[:200])}"))
-    lines = "".join(
-        "<tr>" + "".join(f"<td style='text-align:left'>{cell}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return HTML(f"<table><tr><th>nearest</th><th>sentence</th><th>score</th><th></th></tr>{lines}</table>")
+    lines = ["<tr><th>nearest</th><th>sentence</th><th>score</th><th></th></tr>"]
+    for row in rows:
+        cells = "".join(f"<td style='text-align:left'>{cell}</td>" for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return HTML(f"<table>{''.join(lines)}</table>")

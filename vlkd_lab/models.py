@@ -103,7 +103,8 @@ class VLM:
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
-        mine, theirs = (_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (self, other))
+        mine = _words_of(self.config["model_cfg"].get("text_cfg", {}))
+        theirs = _words_of(other.config["model_cfg"].get("text_cfg", {}))
         same_words = self.tokenizer is other.tokenizer or mine == theirs
         return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
@@ -416,11 +417,13 @@ def _resize_blocks(transformer: nn.Module, shape: TowerShape) -> None:
             block.attn = nn.MultiheadAttention(shape.width, heads, batch_first=True)
         else:
             block.attn = SlimAttention(shape.width, heads, shape.head_width)
-        block.mlp.c_fc, block.mlp.c_proj = _linear(shape.width, neurons), _linear(neurons, shape.width)
+        block.mlp.c_fc = _linear(shape.width, neurons)
+        block.mlp.c_proj = _linear(neurons, shape.width)
 
 
 def _resize_image_tower(visual: nn.Module, shape: TowerShape) -> None:
-    conv, std = visual.conv1, shape.width**-0.5
+    conv = visual.conv1
+    std = shape.width**-0.5
     visual.conv1 = nn.Conv2d(3, shape.width, conv.kernel_size, conv.stride, bias=False)
     visual.class_embedding = nn.Parameter(std * torch.randn(shape.width))
     places = visual.positional_embedding
@@ -477,14 +480,15 @@ def _build(config: Mapping, towers: Mapping[str, TowerShape] | None = None) -> n
     if towers is not None:
         for part in ("vision_cfg", "text_cfg"):
             config[part].pop("block_type", None)  # without further parts both types compute the same
-    quiet, level = logging.getLogger(), logging.getLogger().level
+    logger = logging.getLogger()
+    level = logger.level
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-        quiet.setLevel(logging.ERROR)  # open_clip warns that there are no weights; none are wanted
+        logger.setLevel(logging.ERROR)  # open_clip warns that there are no weights; none are wanted
         try:
             model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
         finally:
-            quiet.setLevel(level)
+            logger.setLevel(level)
     return model if towers is None else resize_towers(model, towers)
 
 
@@ -523,14 +527,16 @@ def _end_of_text(
 
 def _config_like(config: Mapping, like: VLM) -> dict:
     "A configuration for another model's pictures and captions"
-    config, theirs = deepcopy(dict(config)), like.config["model_cfg"]
-    words, their_text = _words_of(theirs["text_cfg"]), theirs["text_cfg"]
+    config = deepcopy(dict(config))
+    theirs = like.config["model_cfg"]
+    their_text = theirs["text_cfg"]
+    words = _words_of(their_text)
     if their_text.get("hf_model_name"):
-        words |= dict(vocab_size=text_part(like.model).vocab_size)
+        words["vocab_size"] = text_part(like.model).vocab_size
     kept = {name: value for name, value in config["text_cfg"].items() if name not in words}
     config["text_cfg"] = kept | {name: value for name, value in words.items() if value is not None}
     if their_text.get("hf_model_name") or their_text.get("pool_type", "argmax") != "argmax":
-        config["text_cfg"] |= _end_of_text(like.tokenizer, config["text_cfg"])
+        config["text_cfg"].update(_end_of_text(like.tokenizer, config["text_cfg"]))
     config["vision_cfg"]["image_size"] = theirs["vision_cfg"].get("image_size", 224)
     return config
 
@@ -564,8 +570,8 @@ def copied_config(
     student = {name: value for name, value in student.items() if name not in parts}
     student |= {name: teacher[name] for name in parts if name in teacher}
     for part, names in _COMPUTED.items():
-        own = {name: value for name, value in student[part].items() if name not in names}
-        student[part] = own | {name: teacher[part][name] for name in names if name in teacher[part]}
+        sizes = {name: value for name, value in student[part].items() if name not in names}
+        student[part] = sizes | {name: teacher[part][name] for name in names if name in teacher[part]}
     return student
 
 # %% ../nbs/library/06_models.ipynb #0e6204a8
@@ -615,12 +621,14 @@ def new_model(
     config = model_config(config)
     if like is not None:
         config = _config_like(config, like)
-        preprocess_cfg, preprocess, tokenizer = like.config["preprocess_cfg"], like.preprocess, like.tokenizer
+        preprocess_cfg = like.config["preprocess_cfg"]
+        preprocess = like.preprocess
+        tokenizer = like.tokenizer
     else:
-        preprocess_cfg = _plain(
-            asdict(open_clip.transform.PreprocessCfg(size=config["vision_cfg"].get("image_size", 224)))
-        )
-        preprocess, tokenizer = preprocessing(preprocess_cfg), tokenizer or _tokenizer_of(config)
+        size = config["vision_cfg"].get("image_size", 224)
+        preprocess_cfg = _plain(asdict(open_clip.transform.PreprocessCfg(size=size)))
+        preprocess = preprocessing(preprocess_cfg)
+        tokenizer = tokenizer or _tokenizer_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _build(config, towers)
@@ -686,9 +694,10 @@ def _sides(vlm: VLM) -> tuple[int, int]:  # pixels: (height, width)
 
 def _fitting_sizes(vlm: VLM, width: int, wanted: int, most: int = 3) -> list[int]:
     "Sizes that an image tower takes, the nearest to the wanted one first; of the usual ones and its own"
-    own = getattr(getattr(vlm.model.visual, "trunk", None), "default_cfg", {}).get("input_size", (224,))
+    default = getattr(getattr(vlm.model.visual, "trunk", None), "default_cfg", {})
+    usual = default.get("input_size", (224,))[-1]
     fitting = []
-    for size in sorted({*_TRIED_SIZES, own[-1]}, key=lambda size: abs(size - wanted)):
+    for size in sorted({*_TRIED_SIZES, usual}, key=lambda size: abs(size - wanted)):
         if len(fitting) < most and not _first_failure(vlm.model.encode_image, (size, size), width):
             fitting.append(size)
     return fitting
@@ -701,25 +710,24 @@ def check_student(
     size_option: str = "",  # name of the parameter that sets the pictures' size; empty: there is none
 ) -> None:
     "ValueError, with what would work, unless pictures go through a model's image tower"
-    sides, width = _sides(vlm), vlm.config["model_cfg"]["embed_dim"]
+    sides = _sides(vlm)
+    width = vlm.config["model_cfg"]["embed_dim"]
     with evaluating(vlm.model):
         failure = _first_failure(vlm.model.encode_image, sides, width)
         if failure:
             sizes = _fitting_sizes(vlm, width, sides[0])
-            advice = (
-                f"it takes {' or '.join(map(str, sorted(sizes)))} pixels"
-                if sizes
-                else "it takes none of the usual sizes"
-            )
+            advice = "it takes none of the usual sizes"
+            if sizes:
+                advice = f"it takes {' or '.join(map(str, sorted(sizes)))} pixels"
             choice = f"{size_option}={sizes[0]}" if sizes and size_option else "another image tower"
             raise ValueError(
                 f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}"
             )
     failure = _training_failure(vlm.model.visual, sides, width, min(rows, 2))
     if failure:
+        pictures = "1 picture" if rows == 1 else f"{rows} pictures"
         raise ValueError(
-            f"{name} cannot be trained on {rows} picture{'' if rows == 1 else 's'} of {_pixels(sides)} at "
-            f"once ({failure}): "
+            f"{name} cannot be trained on {pictures} of {_pixels(sides)} at once ({failure}): "
             "choose a larger batch_size or micro_batch, or another image tower"
         )
 
@@ -763,7 +771,8 @@ def _from_open_clip(source: str, tag: str | None, name: str) -> VLM:
             quick_gelu=quick_gelu,
             force_preprocess_cfg=known["preprocess"],
         )
-    config |= dict(quick_gelu=True) if quick_gelu else {}
+    if quick_gelu:
+        config["quick_gelu"] = True
     preprocess_cfg = _plain(model.visual.preprocess_cfg)
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=None)
     is_clips = not config["text_cfg"].get("hf_tokenizer_name") and "siglip" not in source.lower()
@@ -902,20 +911,21 @@ def _name_and_file(name: str) -> tuple[str, Path | None]:
 
 def _release_config(release: published.Release) -> dict:
     "What the authors' configuration says; the marks tell that gates have cut the towers"
-    return deepcopy(TINYCLIP_CONFIGS[release.architecture]) | dict(
-        mask_image=release.cut, mask_text=release.cut
-    )
+    config = deepcopy(TINYCLIP_CONFIGS[release.architecture])
+    return config | dict(mask_image=release.cut, mask_text=release.cut)
 
 # %% ../nbs/library/06_models.ipynb #c9ccbf59
 def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     "A published model, built; its layers as large as its weights say where gates have cut them"
     from open_clip.transform import PreprocessCfg
 
-    config, towers = deepcopy(checkpoint.config), None
+    config = deepcopy(checkpoint.config)
+    towers = None
     if checkpoint.cut and "visual.proj" in checkpoint.state:
         towers = tower_shapes(checkpoint.state, head_widths(config))
         if plain := plain_config(config, towers):
-            config, towers = plain, None
+            config = plain
+            towers = None
     if checkpoint.tokenizer is not None:
         config["text_cfg"].setdefault("hf_tokenizer_name", checkpoint.tokenizer.name)
     model = _build(config, towers)
@@ -926,9 +936,8 @@ def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     size = getattr(model.visual, "image_size", config["vision_cfg"].get("image_size", 224))
     preprocess_cfg = _plain(asdict(PreprocessCfg()) | view | dict(size=size))
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers)
-    return VLM(
-        model, preprocessing(preprocess_cfg), _tokenizer_of(config, checkpoint.tokenizer), settings, name
-    )
+    tokenizer = _tokenizer_of(config, checkpoint.tokenizer)
+    return VLM(model, preprocessing(preprocess_cfg), tokenizer, settings, name)
 
 # %% ../nbs/library/06_models.ipynb #e7f748d2
 def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits
@@ -947,13 +956,13 @@ def plain_config(
     "The open_clip configuration of towers that kept equally much in every layer"
     if not all(shape.plain for shape in towers.values()):
         return None
-    config, image, text = deepcopy(dict(config)), towers["image"], towers["text"]
-    config["vision_cfg"] |= dict(
-        width=image.width, layers=image.layers, head_width=image.head_width, mlp_ratio=_ratio(image)
-    )
-    config["text_cfg"] |= dict(
-        width=text.width, layers=text.layers, heads=text.heads[0], mlp_ratio=_ratio(text)
-    )
+    config = deepcopy(dict(config))
+    image = towers["image"]
+    text = towers["text"]
+    sizes = dict(width=image.width, layers=image.layers, head_width=image.head_width)
+    config["vision_cfg"].update(sizes, mlp_ratio=_ratio(image))
+    sizes = dict(width=text.width, layers=text.layers, heads=text.heads[0])
+    config["text_cfg"].update(sizes, mlp_ratio=_ratio(text))
     if image.width % 4:
         # open_clip computes no sines of this width; the state holds them
         config["vision_cfg"].pop("pos_embed_type", None)
@@ -962,7 +971,8 @@ def plain_config(
 
 def _ratio(shape: TowerShape) -> float:
     "The `mlp_ratio` from which open_clip's int(width * ratio) gives exactly the wanted neurons"
-    neurons, width = shape.neurons[0], shape.width
+    neurons = shape.neurons[0]
+    width = shape.width
     return next(r for r in (neurons / width, (neurons + 0.5) / width) if int(width * r) == neurons)
 
 
@@ -971,7 +981,8 @@ def save_model(
     folder: str | Path,  # made if missing; files of an older model are replaced one by one
 ) -> Path:  # the folder
     "Save weights, configuration and tokenizer; in open_clip's layout whenever it can express the shape"
-    folder, config = Path(folder), deepcopy(vlm.config)
+    folder = Path(folder)
+    config = deepcopy(vlm.config)
     folder.mkdir(parents=True, exist_ok=True)
     towers = config.pop("towers", None)
     plain = plain_config(config["model_cfg"], towers) if towers else config["model_cfg"]
@@ -979,9 +990,10 @@ def save_model(
         vlm.tokenizer.save_pretrained(str(folder))
         (plain or config["model_cfg"])["text_cfg"].setdefault("hf_tokenizer_name", folder.name)
     if plain:
-        config["model_cfg"], name = plain, "open_clip"
+        config["model_cfg"] = plain
     else:
-        config["towers"], name = {tower: asdict(shape) for tower, shape in towers.items()}, "vlkd_lab"
+        config["towers"] = {tower: asdict(shape) for tower, shape in towers.items()}
+    name = "open_clip" if plain else "vlkd_lab"
     state = {k: v.detach().contiguous().cpu().clone() for k, v in vlm.model.state_dict().items()}
     save_file(state, folder / f"{name}_model.safetensors", metadata={"format": "pt"})
     (folder / f"{name}_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -1115,28 +1127,33 @@ _NOT_PLAIN = (
 
 def _check_plain(config: Mapping) -> None:
     "Refuse configurations whose towers hold more, or less, than a plain transformer"
-    given = {f"{part}.{k}": v for part in ("vision_cfg", "text_cfg") for k, v in config[part].items()}
-    strange = {
-        k: v
-        for k, v in given.items()
-        if k.partition(".")[2] in _NOT_PLAIN and v is not None and v is not False
-    }
-    strange |= {k: v for k, v in given.items() if k.endswith(("pool_type", "proj_type")) and v == "none"}
-    strange |= {k: v for k, v in config.items() if k == "multimodal_cfg"}
-    if strange:
-        options = ", ".join(f"{k}={v!r}" for k, v in strange.items())
-        raise ValueError(
-            f"the cost of plain transformer towers is counted, not of {options}: build the model and use "
-            "count_cost"
-        )
+    more = []
+    less = []
+    for part in ("vision_cfg", "text_cfg"):
+        for name, value in config[part].items():
+            option = f"{part}.{name}={value!r}"
+            if name in _NOT_PLAIN and value is not None and value is not False:
+                more.append(option)
+            elif name.endswith(("pool_type", "proj_type")) and value == "none":
+                less.append(option)
+    if "multimodal_cfg" in config:
+        less.append(f"multimodal_cfg={config['multimodal_cfg']!r}")
+    if more or less:
+        options = ", ".join(more + less)
+        advice = "build the model and use count_cost"
+        raise ValueError(f"the cost of plain transformer towers is counted, not of {options}: {advice}")
 
 
 def _block_costs(
-    shape: TowerShape, tokens: int, part: Mapping
+    shape: TowerShape,
+    tokens: int,  # of a sequence
+    part: Mapping,  # "vision_cfg" or "text_cfg" of a configuration
 ) -> tuple[int, int]:  # parameters, multiply-accumulates
     "What all blocks of a tower cost; one without heads or neurons keeps its norms and its two output biases"
     scaled = part.get("ls_init_value") is not None
-    width, parameters, macs = shape.width, shape.layers * 2 * shape.width if scaled else 0, 0
+    width = shape.width
+    parameters = shape.layers * 2 * width if scaled else 0
+    macs = 0
     for heads, neurons in zip(shape.heads, shape.neurons, strict=True):
         inner = heads * shape.head_width
         weights = 4 * inner * width + 2 * width * neurons
@@ -1147,24 +1164,30 @@ def _block_costs(
 # %% ../nbs/library/06_models.ipynb #0548dcdb
 def _image_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parameters, multiply-accumulates
     "The image tower with its projection"
-    vision, width = config["vision_cfg"], shape.width
-    sides, patch = _both_sides(vision.get("image_size", 224)), _both_sides(vision.get("patch_size", 16))
+    vision = config["vision_cfg"]
+    width = shape.width
+    sides = _both_sides(vision.get("image_size", 224))
+    patch = _both_sides(vision.get("patch_size", 16))
     patches = (sides[0] // patch[0]) * (sides[1] // patch[1])
-    kernel, projection = 3 * patch[0] * patch[1] * width, width * config["embed_dim"]
+    kernel = 3 * patch[0] * patch[1] * width
+    projection = width * config["embed_dim"]
     norms = 2 if vision.get("no_ln_pre") else 4
     parameters, macs = _block_costs(shape, patches + 1, vision)
-    return parameters + kernel + (
-        patches + 2 + norms
-    ) * width + projection, macs + kernel * patches + projection
+    parameters += kernel + (patches + 2 + norms) * width + projection
+    return parameters, macs + kernel * patches + projection
 
 
 def _text_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parameters, multiply-accumulates
     "The text tower with token embedding and projection; looking tokens up multiplies nothing"
-    text, width = config["text_cfg"], shape.width
-    tokens, projection = text.get("context_length", 77), width * config["embed_dim"]
+    text = config["text_cfg"]
+    width = shape.width
+    tokens = text.get("context_length", 77)
+    projection = width * config["embed_dim"]
     parameters, macs = _block_costs(shape, tokens, text)
-    parameters += config["embed_dim"] if text.get("proj_bias") else 0
-    return parameters + (text.get("vocab_size", 49408) + tokens + 2) * width + projection, macs + projection
+    parameters += (text.get("vocab_size", 49408) + tokens + 2) * width + projection
+    if text.get("proj_bias"):
+        parameters += config["embed_dim"]
+    return parameters, macs + projection
 
 
 def shape_cost(

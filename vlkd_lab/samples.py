@@ -552,7 +552,10 @@ def read_caption(
     padded = f" {text.replace(',', ' ')} "
     mentioned = {}
     for part, table in tables.items():
-        mentioned[part] = {key for key, words in table.items() if any(f" {word} " in padded for word in words)}
+        mentioned[part] = set()
+        for key, words in table.items():
+            if any(f" {word} " in padded for word in words):
+                mentioned[part].add(key)
     return mentioned
 
 # %% ../nbs/library/02_samples.ipynb #f87df80f

@@ -58,36 +58,28 @@ class StoreKey:
     @property
     def name(self) -> str:
         "A folder's name"
-        short = (
-            re.sub(r"[^\w.-]+", "-", Path(self.teacher).name if "/" in self.teacher else self.teacher).strip(
-                "-"
-            )
-            or "teacher"
-        )
-        return f"{short}-{hashlib.sha256((self.weights + self.view).encode()).hexdigest()[:12]}"
+        teacher = Path(self.teacher).name if "/" in self.teacher else self.teacher
+        short = re.sub(r"[^\w.-]+", "-", teacher).strip("-") or "teacher"
+        digest = hashlib.sha256((self.weights + self.view).encode()).hexdigest()
+        return f"{short}-{digest[:12]}"
 
 
 def store_key(vlm: VLM) -> StoreKey:
     "The key of a teacher's features"
-    digest, noise = hashlib.sha256(), np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+    config = vlm.config["model_cfg"]
+    digest = hashlib.sha256()
+    noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
     for picture in (noise, noise[:, :97]):
-        seen = vlm.preprocess(Image.fromarray(picture))
-        digest.update(np.round(seen.numpy() * 100).astype(np.int32).tobytes())
-    digest.update(
-        vlm.tokenizer(["a photo of a cat", "Two red stars, left of a house."])
-        .numpy()
-        .astype(np.int64)
-        .tobytes()
-    )
-    network = {side: vlm.config["model_cfg"].get(side) for side in ("vision_cfg", "text_cfg", "quick_gelu")}
-    network["text_cfg"] = {
-        name: value for name, value in (network["text_cfg"] or {}).items() if "tokenizer" not in name
-    }
+        pixels = vlm.preprocess(Image.fromarray(picture)).numpy()
+        digest.update(np.round(pixels * 100).astype(np.int32).tobytes())
+    tokens = vlm.tokenizer(["a photo of a cat", "Two red stars, left of a house."]).numpy()
+    digest.update(tokens.astype(np.int64).tobytes())
+    network = {side: config.get(side) for side in ("vision_cfg", "text_cfg", "quick_gelu")}
+    text = network["text_cfg"] or {}
+    network["text_cfg"] = {name: value for name, value in text.items() if "tokenizer" not in name}
     # the same weights with other heads
     digest.update(json.dumps([network, repr(vlm.config.get("towers"))], sort_keys=True).encode())
-    return StoreKey(
-        vlm.name, state_digest(vlm.model), digest.hexdigest(), vlm.config["model_cfg"]["embed_dim"]
-    )
+    return StoreKey(vlm.name, state_digest(vlm.model), digest.hexdigest(), config["embed_dim"])
 
 # %% ../nbs/library/07_stores.ipynb #d87c676c
 SIDES = ("image", "text")
@@ -107,12 +99,10 @@ def _read_as(side: str) -> tuple[str, Crops | None]:  # "image" or "text"; the c
     "What a side holds; ValueError for one that does not exist"
     if side in SIDES:
         return side, None
-    if found := _CROP.fullmatch(side):
-        return "image", Crops(float(found[1]), always=int(found[2]))
-    raise ValueError(
-        f"no side {side!r}: there are image, text, and of numbered crops image-cropSCALE-NUMBER, such as "
-        "image-crop0.5-0"
-    )
+    if crop := _CROP.fullmatch(side):
+        return "image", Crops(float(crop[1]), always=int(crop[2]))
+    numbered = "of numbered crops image-cropSCALE-NUMBER, such as image-crop0.5-0"
+    raise ValueError(f"no side {side!r}: there are image, text, and {numbered}")
 
 
 @dataclass(frozen=True)
@@ -166,24 +156,26 @@ def encode_shard(
 def _encode_side(vlm: VLM, shard: ShardReport, side: str, batch_size: int) -> ShardFeatures:
     "One side"
     part, crops = _read_as(side)
-    keys, labels, captioned, rows = [], [], [], [torch.zeros(0, vlm.config["model_cfg"]["embed_dim"])]
+    keys = []
+    labels = []
+    captioned = []
+    rows = [torch.zeros(0, vlm.config["model_cfg"]["embed_dim"])]
     view = View(vlm.preprocess, None) if part == "image" else View(None, vlm.tokenizer)
+    encode = getattr(vlm, f"encode_{part}")
     try:
         every = part == "text"  # caption
         for batch in read_once(DataReport((shard,)), view, batch_size, crops=crops, every_caption=every):
             keys += [name.removeprefix(f"{shard.name}/") for name in batch.keys]
             labels += [-1 if label is None or abs(label) >> 62 else label for label in batch.labels]
             captioned += [bool(caption) for caption in batch.captions]
-            rows.append(getattr(vlm, f"encode_{part}")(getattr(batch, part).to(vlm.device)).float().cpu())
+            rows.append(encode(getattr(batch, part).to(vlm.device)).float().cpu())
     except NoSample:
         pass  # a shard of bad samples has no rows
     features = torch.cat(rows)
     if not features.isfinite().all():
         bad = keys[int((~features.isfinite().all(dim=1)).nonzero()[0])]
-        raise ValueError(
-            f"{vlm.name}: the {side} features of {shard.name}/{bad} are not finite; a store of them would "
-            "be worthless"
-        )
+        which = f"the {side} features of {shard.name}/{bad}"
+        raise ValueError(f"{vlm.name}: {which} are not finite; a store of them would be worthless")
     return ShardFeatures(
         tuple(keys),
         np.array(labels, dtype=np.int64),
@@ -199,31 +191,30 @@ class FeatureStore:
         self,
         report: DataReport,  # of the shards, or of indices of shards
         key: StoreKey,
-        # folder; empty: features/KEY beside the shards, or in .cache/features where that cannot be written
-        where: str | Path = "",
+        where: str | Path = "",  # folder; empty: beside the shards, or the cache where that is not writable
     ):
-        self.key, self.where, self._open = key, where and project_root() / where, OrderedDict()
-        self.shards = {
-            shard.name: _source(shard) for shard in sorted(report.usable, key=lambda shard: shard.name)
-        }
+        self.key = key
+        self.where = where and project_root() / where
+        self._open = OrderedDict()
+        in_order = sorted(report.usable, key=lambda shard: shard.name)
+        self.shards = {shard.name: _source(shard) for shard in in_order}
         if not self.shards:
             raise ValueError("there is no usable shard whose features could be stored")
         _check_owner(self)
 
     def path(self, name: str, side: str) -> Path:
         "The file of a shard"
-        whole = self.shards[name][0]
+        whole, _ = self.shards[name]
         if self.where:
             return self.where / f"{whole.name}.{side}.safetensors"
-        places = [
-            folder / self.key.name / f"{Path(whole.name).name}.{side}.safetensors"
-            for folder in _beside(whole.path.parent)
-        ]
+        file = f"{Path(whole.name).name}.{side}.safetensors"
+        places = [folder / self.key.name / file for folder in _beside(whole.path.parent)]
         return next((path for path in places if path.exists()), places[0])
 
     def problem(self, name: str, side: str) -> str:
         "Why a shard's file cannot be used; empty when it can"
-        path, shard = self.path(name, side), self.shards[name][0]
+        path = self.path(name, side)
+        shard, _ = self.shards[name]
         if not path.exists():
             return "missing"
         about = _about(path)
@@ -242,19 +233,17 @@ def _source(shard: ShardReport) -> tuple[ShardReport, set[str] | None]:
     "The shard that features belong to, and of an index the keys that it keeps"
     kept = None
     while shard.counted_by == "index":  # which may stand for another index
-        path, own = read_index(shard.path)
-        shard, kept = inspect_shards(path, progress=False).shards[0], own if kept is None else kept & own
+        path, keys = read_index(shard.path)
+        shard = inspect_shards(path, progress=False).shards[0]
+        kept = keys if kept is None else kept & keys
     return shard, kept
 
 
 def _beside(folder: Path) -> list[Path]:  # the best first
     "Where the features of a folder's shards may lie"
-    elsewhere = (
-        data.cache_folder() / "features" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
-    )
-    return (
-        [folder / "features", elsewhere] if os.access(folder, os.W_OK) else [elsewhere, folder / "features"]
-    )
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
+    places = [folder / "features", data.cache_folder() / "features" / digest[:12]]
+    return places if os.access(folder, os.W_OK) else places[::-1]
 
 
 def _check_owner(store: FeatureStore) -> None:
@@ -263,12 +252,12 @@ def _check_owner(store: FeatureStore) -> None:
         return
     owner = store.where / "store.json"
     if owner.exists():
-        held = json.loads(owner.read_text(encoding="utf-8"))
-        if (held["weights"], held["view"]) != (store.key.weights, store.key.view):
+        other = json.loads(owner.read_text(encoding="utf-8"))
+        if (other["weights"], other["view"]) != (store.key.weights, store.key.view):
             raise ValueError(
-                f"{store.where} holds features of the teacher {held['teacher']} ({held['weights'][:12]}), "
-                f"not of {store.key.teacher} ({store.key.weights[:12]}): name another folder, or leave it "
-                "empty"
+                f"{store.where} holds features of the teacher {other['teacher']} ({other['weights'][:12]}), "
+                f"not of {store.key.teacher} ({store.key.weights[:12]}): "
+                "name another folder, or leave it empty"
             )
 
 # %% ../nbs/library/07_stores.ipynb #be39a27f
@@ -282,22 +271,26 @@ def fill(
     progress: bool = True,
 ) -> int:  # files written
     "Compute the features that a store lacks, shard by shard"
-    own = store_key(vlm)
-    if (own.weights, own.view) != (store.key.weights, store.key.view):
-        said = f"the store is of the teacher {store.key.teacher} ({store.key.weights[:12]})"
-        raise ValueError(f"{said}, not of {own.teacher} ({own.weights[:12]})")
+    key = store_key(vlm)
+    if (key.weights, key.view) != (store.key.weights, store.key.view):
+        teacher = f"{store.key.teacher} ({store.key.weights[:12]})"
+        raise ValueError(f"the store is of the teacher {teacher}, not of {key.teacher} ({key.weights[:12]})")
     _check_owner(store)
     if store.where and not (store.where / "store.json").exists():
         write_whole(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
-    mine, written = [name for k, name in enumerate(store.shards) if k % world_size == rank], 0
-    todo = {name: lacks for name in mine if (lacks := [side for side in sides if store.problem(name, side)])}
+    written = 0
+    todo = {}  # shard -> sides that it lacks
+    for name in list(store.shards)[rank::world_size]:
+        lacks = [side for side in sides if store.problem(name, side)]
+        if lacks:
+            todo[name] = lacks
     pairs = sum(store.shards[name][0].count for name in todo)
     with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
         for name, lacks in todo.items():
             shard = store.shards[name][0]
             about = {"format": _FORMAT, "digest": shard.digest, "count": shard.count, **asdict(store.key)}
-            for side, found in encode_shard(vlm, shard, lacks, batch_size).items():
-                _write(store.path(name, side), found, about)
+            for side, features in encode_shard(vlm, shard, lacks, batch_size).items():
+                _write(store.path(name, side), features, about)
                 written += 1
             bar.update(shard.count)
     return written
@@ -315,17 +308,16 @@ def shard_features(
         return store._open[name, side]
     if problem := store.problem(name, side):
         path = store.path(name, side)
-        raise ValueError(
-            f"{path}: the {side} features of {name} are {problem}; start the job again, which computes what "
-            "is missing"
-        )
-    found, kept = _read(store.path(name, side)), store.shards[name][1]
+        advice = "start the job again, which computes what is missing"
+        raise ValueError(f"{path}: the {side} features of {name} are {problem}; {advice}")
+    features = _read(store.path(name, side))
+    _, kept = store.shards[name]
     if kept is not None:
-        found = _chosen(found, [row for row, key in enumerate(found.keys) if key in kept])
-    store._open[name, side] = found
+        features = _chosen(features, [row for row, key in enumerate(features.keys) if key in kept])
+    store._open[name, side] = features
     if len(store._open) > most:
         store._open.popitem(last=False)
-    return found
+    return features
 
 
 def _chosen(found: ShardFeatures, rows: Sequence[int]) -> ShardFeatures:
@@ -392,15 +384,11 @@ class StoredTeacher:
 
     def encode(self, batch: Batch) -> Features:  # (B, D) unit rows, and (M, D)
         "The teacher's features of a batch, by its keys"
-        sides = crop_sides(self.crop_scale, max(batch.crops) + 1) if batch.crops else ("image",)
-        image = self._rows(
-            "image",
-            zip(
-                batch.keys,
-                (sides[k] for k in batch.crops) if batch.crops else sides * len(batch),
-                strict=True,
-            ),
-        )
+        sides = ["image"] * len(batch)
+        if batch.crops:
+            of_number = crop_sides(self.crop_scale, max(batch.crops) + 1)
+            sides = [of_number[number] for number in batch.crops]
+        image = self._rows("image", zip(batch.keys, sides, strict=True))
         names = batch.text_keys or batch.keys
         numbers = batch.caption_numbers or [0] * len(names)
         text = self._rows("text", zip(names, ["text"] * len(names), numbers, strict=True))
@@ -415,8 +403,8 @@ class StoredTeacher:
         if (shard, side) not in self._places:
             if len(self._places) >= 64:  # a shuffle buffer reaches over few shards at a time
                 self._places.clear()
-            found = shard_features(store, shard, side) if shard in store.shards else None
-            self._places[shard, side] = _first_rows(found.keys) if found else {}
+            known = shard in store.shards
+            self._places[shard, side] = _first_rows(shard_features(store, shard, side).keys) if known else {}
         key = name[len(shard) + 1 :]
         row = self._places[shard, side].get(key)
         stored = None if row is None else shard_features(store, shard, side)
@@ -429,14 +417,15 @@ class StoredTeacher:
 # %% ../nbs/library/07_stores.ipynb #d8ddc7d6
 def _main(arguments: list[str]) -> int:
     "python -m vlkd_lab.stores DATA TEACHER [image,text]: fill a store; under torchrun together"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     where, name, *named = arguments
     sides = tuple(named[0].split(",")) if named else SIDES
     parts = {_read_as(side)[0] for side in sides}
-    find = (
-        data.find_shards if len(parts) > 1 else data.find_images if "image" in parts else data.find_sentences
-    )
+    find = data.find_shards
+    if len(parts) == 1:
+        find = data.find_images if "image" in parts else data.find_sentences
     folder = data.shipped(name)
     vlm = load_model(folder if folder.is_dir() else name, device)
     store = FeatureStore(inspect_shards(find(where)), store_key(vlm))
