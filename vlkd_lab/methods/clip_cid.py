@@ -35,6 +35,7 @@ from ..gates import budget
 from ..losses import LOSSES, ClusterTerms, Objective, Projection, Term, instance_discrimination
 from ..models import VLM, check_student, copied_config, evaluating, model_config, new_model
 from ..stores import FeatureStore, Stored, load, store_key
+from ..widgets.clusters import StudentMap
 from . import Method, register
 
 # %% auto #0
@@ -389,5 +390,6 @@ register(
         citation="CLIP-CID (Yang et al., 2024): balanced data, image features and clusters of the teacher",
         parameters=ClipCid,
         open=open_clip_cid,
+        views=(StudentMap,),
     )
 )

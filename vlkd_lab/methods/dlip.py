@@ -54,6 +54,7 @@ from ..features import Batch, Features, FusedFeatures, Slow, gather
 from ..losses import Objective, Term
 from ..models import evaluating, state_digest
 from ..sources import TEXT_FIELDS
+from ..widgets.attention import CrossMaps
 from . import Method, register
 
 # %% auto #0
@@ -935,6 +936,7 @@ register(
         Dlip,
         open_dlip,
         losses=BLIP_LOSSES,
+        views=(CrossMaps,),
     )
 )
 register(
@@ -944,6 +946,7 @@ register(
         BlipTraining,
         open_blip_training,
         losses=BLIP_LOSSES,
+        views=(CrossMaps,),
     )
 )
 
