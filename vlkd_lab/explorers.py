@@ -802,9 +802,9 @@ def run_clusters(
 ) -> ClusterState:
     "A run's student on its teacher's plane, with the teacher's clusters as those that are wanted"
     clusters, kept = _kept_clusters(run)
-    images = tuple(_pixels(picture_uri) for picture_uri in clusters.said["pictures"])
+    images = tuple(_pixels(picture_uri) for picture_uri in clusters.about["pictures"])
     pairs = Pairs(
-        images, tuple(clusters.said["captions"]), tuple(clusters.labels), tuple(clusters.said["keys"])
+        images, tuple(clusters.about["captions"]), tuple(clusters.labels), tuple(clusters.about["keys"])
     )
     state = ClusterState(clusters.teacher, clusters.assignment, pairs, wanted=clusters.assignment)
     arrays = read_snapshot(kept[place][0])[0]
