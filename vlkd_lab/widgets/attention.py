@@ -27,7 +27,7 @@ __all__ = ['CROSS', 'ModuleMaps', 'HEAT', 'on_grid', 'overlap', 'cross_maps', 'c
            'CrossMaps', 'LiveMaps']
 
 # %% ../../nbs/library/26_widgets_attention.ipynb #ec6e50af
-CROSS = {"fusion": "reading", "decoder": "writing"}  # module that looks at the image -> what it does meanwhile
+CROSS = {"fusion": "reading", "decoder": "writing"}  # modules that look at the image -> what they do
 ModuleMaps = dict[str, dict[str, np.ndarray]]  # module -> "teacher", "student" -> (L, g, g) shares
 
 
