@@ -32,7 +32,7 @@ from .trainers import Job, find_data, open_job, train
 from .transfer import transfer
 
 # %% auto #0
-__all__ = ['Trial', 'score_model', 'quick_score', 'model_cost', 'origin', 'run_trial', 'run_trials']
+__all__ = ['VALIDATION', 'Trial', 'score_model', 'quick_score', 'model_cost', 'origin', 'run_trial', 'run_trials']
 
 # %% ../nbs/library/29_trials.ipynb #ac0fe4c6
 @dataclass(frozen=True)
@@ -48,37 +48,38 @@ class Trial:
         return open_job(self.method, {**self.parameters, "seed": seed, "out": str(out)})
 
 # %% ../nbs/library/29_trials.ipynb #a2953d9b
+VALIDATION = "data_samples/scenes/val-000000.tar"  # from the project's root
+
+
 def score_model(model: VLM | Blip) -> dict[str, float]:
     "Scores on the shipped validation scenes: shares from 0 to 1, CIDEr from 0 up"
     if isinstance(model, Blip):
-        return score_tasks(
-            model, load_pairs("data_samples/scenes/val-000000.tar", limit=400), questions=4, progress=False
-        )
-    val, fitted = (
-        load_pairs("data_samples/scenes/val-000000.tar"),
-        load_pairs(find_data("scenes:16000"), limit=2000),
-    )
-    tables = {name: table["it"] for name, table in transfer({"it": model}, val, fitted).to_json().items()}
+        return score_tasks(model, load_pairs(VALIDATION, limit=400), questions=4, progress=False)
+    fitted = load_pairs(find_data("scenes:16000"), limit=2000)
+    tables = transfer({"it": model}, load_pairs(VALIDATION), fitted).to_json()
+    scores = {name: table["it"] for name, table in tables.items()}
     return {
         "r1": quick_score(model)["r1"],
-        "zero_shot": tables["zero_shot"]["mean"],
-        "linear_probe": tables["linear_probe"]["mean"],
-        "robustness": tables["robustness"]["average"],
-        "robustness_kept": tables["robustness"]["kept"],
+        "zero_shot": scores["zero_shot"]["mean"],
+        "linear_probe": scores["linear_probe"]["mean"],
+        "robustness": scores["robustness"]["average"],
+        "robustness_kept": scores["robustness"]["kept"],
     }
 
 
 def quick_score(model: VLM) -> dict[str, float]:
     "R@1 on the shipped validation scenes alone"
-    val = load_pairs("data_samples/scenes/val-000000.tar")
-    return {"r1": float(np.mean(list(recall(encode_pairs(model, val), (1,), val.captions).values())))}
+    val = load_pairs(VALIDATION)
+    both_directions = recall(encode_pairs(model, val), (1,), val.captions)
+    return {"r1": float(np.mean(list(both_directions.values())))}
 
 
 def model_cost(model: VLM | Blip) -> dict[str, int]:
     "Parameters, and multiply-accumulates of a pair"
     if isinstance(model, Blip):
         cost = blip_cost(model)
-        return {"parameters": cost.total} | {f"{task}_macs": macs for task, macs in cost.macs.items()}
+        macs = {f"{task}_macs": count for task, count in cost.macs.items()}
+        return {"parameters": cost.total, **macs}
     cost = count_cost(model)
     return {"parameters": cost.parameters, "macs": cost.macs}
 
@@ -87,31 +88,26 @@ def origin() -> dict[str, str]:  # "commit", "machine", "date", "torch"
     "Where and when a number is made, and by which code"
     import torch
 
-    describe = [
-        "git",
-        "-C",
-        str(project_root()),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=7",
-        "--exclude=*",
-    ]
-    commit = f"release {__version__}"  # of an installed package; the folder may be another project's
-    if is_working_copy(project_root()):
-        try:
-            commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
-        except FileNotFoundError:  # no git
-            commit = ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = f"{cores} CPU cores ({platform.machine()}), {gpu}"
     return {
-        "commit": commit or "unknown",
-        "machine": machine,
+        "commit": _commit() or "unknown",
+        "machine": f"{cores} CPU cores ({platform.machine()}), {gpu}",
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
     }
+
+
+def _commit() -> str:
+    "The commit of a working copy, empty without git; of an installed package its release"
+    root = project_root()
+    if not is_working_copy(root):  # the folder may be another project's
+        return f"release {__version__}"
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=7", "--exclude=*"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        return ""
 
 # %% ../nbs/library/29_trials.ipynb #49f8831d
 def run_trial(
@@ -131,54 +127,47 @@ def run_trial(
         write_whole(out / "origin.json", json.dumps(origin()))
     job = trial.open(seed, out)
     train(job)
-    students = {
-        stage: _scored(job, stage, model, score)
-        for stage, model in job_models(job).items()
-        if stage != "teacher"
-    }
-    found = {
+    students = {}
+    for stage, model in job_models(job).items():
+        if stage != "teacher":
+            students[stage] = _scored(job, stage, model, score)
+    record = {
         "trial": name,
         "seed": seed,
         "parameters": dict(trial.parameters),
         "origin": read_json(out / "origin.json"),
-    }
-    found |= {
         "samples": {stage: steps * job.options.batch_size for stage, steps in job.plan},
         "students": students,
     }
-    write_whole(out / "trial.json", json.dumps(to_json(found)))
+    write_whole(out / "trial.json", json.dumps(to_json(record)))
     return read_json(out / "trial.json")
 
 
 def _scored(job: Job, stage: str, model: VLM | Blip, score: Callable) -> dict:
     "What is kept of one student"
-    found = {"scores": score(model)} | model_cost(model) | {"step_seconds": _step_seconds(job.run, stage)}
+    record = {"scores": score(model), **model_cost(model), "step_seconds": _step_seconds(job.run, stage)}
     if not isinstance(model, Blip):
-        return found | {"curve": validation_curve(job.run, stage)}
+        return {**record, "curve": validation_curve(job.run, stage)}
     times = measure_tasks({"teacher": job.teacher, "student": model}, job.val, repeats=5)
-    return found | {
-        "speed_up": {name.removeprefix("ms_"): row["teacher"] / row["student"] for name, row in times.items()}
-    }
+    faster = {task.removeprefix("ms_"): row["teacher"] / row["student"] for task, row in times.items()}
+    return {**record, "speed_up": faster}
 
 
 def _step_seconds(run: Run, stage: str) -> float | None:  # None where nothing was trained
     "Median time of a step"
-    took = [line["seconds"] for line in run.metrics() if line.get("stage") == stage and "total" in line]
-    return float(np.median(took)) if took else None
+    steps = [line for line in run.metrics() if line.get("stage") == stage and "total" in line]
+    return float(np.median([line["seconds"] for line in steps])) if steps else None
 
 # %% ../nbs/library/29_trials.ipynb #4ef9f07e
 def _refuse_another(out: Path, kept: Mapping | None, trial: Trial) -> None:
     "ValueError for a folder of a trial with other parameters, of which a run might take more steps"
     earlier = kept["parameters"] if kept else Run(out).config().get("parameters", {})
-    wanted = to_json(dict(trial.parameters))
-    different = [name for name in wanted if name in earlier and earlier[name] != wanted[name]]
-    if different:
-        name = different[0]
-        raise ValueError(
-            f"{out} holds another trial ({name}: it has {earlier[name]}, asked for {wanted[name]}): choose "
-            "another folder, "
-            "or delete it"
-        )
+    for name, value in to_json(dict(trial.parameters)).items():
+        if name in earlier and earlier[name] != value:
+            raise ValueError(
+                f"{out} holds another trial ({name}: it has {earlier[name]}, asked for {value}): choose "
+                "another folder, or delete it"
+            )
 
 # %% ../nbs/library/29_trials.ipynb #66a45263
 def run_trials(
@@ -188,9 +177,9 @@ def run_trials(
     score: Callable[[VLM | Blip], dict[str, float]] = score_model,
 ) -> dict[str, dict[int, dict]]:  # trial -> seed -> what `run_trial` gives
     "Every trial with every seed"
-    todo = [(name, seed) for seed in seeds for name in trials]
-    found: dict[str, dict[int, dict]] = {name: {} for name in trials}
-    for name, seed in (bar := tqdm(todo, unit="trial")):
+    records: dict[str, dict[int, dict]] = {name: {} for name in trials}
+    bar = tqdm([(name, seed) for seed in seeds for name in trials], unit="trial")
+    for name, seed in bar:
         bar.set_description(f"{name}, seed {seed}")
-        found[name][seed] = run_trial(name, trials[name], seed, folder, score)
-    return found
+        records[name][seed] = run_trial(name, trials[name], seed, folder, score)
+    return records

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,9 +23,9 @@ from .trainers import load_student
 from .trials import Trial, model_cost, score_model
 
 # %% auto #0
-__all__ = ['OBJECTIVES', 'TRIALS', 'TITLES', 'CLAIMS', 'STORED', 'TEACHERS', 'Claim', 'at', 'Verdict', 'judge', 'show_verdicts',
-           'speed_up', 'stored_results', 'own_results', 'all_results', 'keep_results', 'score_teachers', 'origins',
-           'overall', 'few_colours', 'show_overall', 'plot_overall', 'plot_curves']
+__all__ = ['OBJECTIVES', 'TRIALS', 'TITLES', 'CLAIMS', 'STORED', 'Records', 'TEACHERS', 'Claim', 'at', 'Verdict', 'judge',
+           'show_verdicts', 'speed_up', 'stored_results', 'own_results', 'all_results', 'keep_results',
+           'score_teachers', 'origins', 'overall', 'few_colours', 'show_overall', 'plot_overall', 'plot_curves']
 
 # %% ../nbs/library/30_verdicts.ipynb #a8d4dd40
 @dataclass(frozen=True)
@@ -37,15 +37,14 @@ class Claim:
     test: str  # what is done here
     rule: str  # what counts as a yes, in words; `holds` is the same in code
     trials: tuple[str, ...]  # names of trials
-    # trial -> what one seed gave; what is looked at, by label
-    measure: Callable[[Mapping[str, dict]], dict[str, float]]
+    measure: Callable[[Mapping[str, dict]], dict[str, float]]  # trial -> record of one seed; label -> value
     holds: Callable[[Mapping[str, float]], bool]  # of what one seed measured
     unit: str = "%"  # "%" shows shares times 100, "×" ratios, "" plain numbers
 
 
-def at(found: Mapping[str, dict], trial: str, score: str, stage: str = "student") -> float:
+def at(records: Mapping[str, dict], trial: str, score: str, stage: str = "student") -> float:
     "A score of a trial's student"
-    return found[trial]["students"][stage]["scores"][score]
+    return records[trial]["students"][stage]["scores"][score]
 
 # %% ../nbs/library/30_verdicts.ipynb #87ffde63
 @dataclass(frozen=True)
@@ -62,13 +61,9 @@ class Verdict:
         if not self.yes:
             return "not run yet"
         count = f"{sum(self.yes)} of {len(self.yes)} seeds"
-        return (
-            f"holds ({count})"
-            if all(self.yes)
-            else f"undecided ({count})"
-            if any(self.yes)
-            else f"does not hold ({count})"
-        )
+        if all(self.yes):
+            return f"holds ({count})"
+        return f"undecided ({count})" if any(self.yes) else f"does not hold ({count})"
 
     def _repr_html_(self) -> str:
         return show_verdicts({"": self})
@@ -80,85 +75,80 @@ def judge(
     teachers: Mapping[str, dict] | None = None,  # what `score_teachers` gave, for claims about what is kept
 ) -> Verdict:
     "Measure every seed of which all trials are there, and apply the rule"
-    seeds = sorted(set.intersection(*(set(records.get(name, {})) for name in claim.trials)))
-    found = {
-        seed: claim.measure({name: records[name][seed] for name in claim.trials} | dict(teachers or {}))
-        for seed in seeds
-    }
-    return Verdict(claim, pd.DataFrame(found).T, tuple(bool(claim.holds(found[seed])) for seed in seeds))
+    seeds = set.intersection(*(set(records.get(name, {})) for name in claim.trials))
+    values = {}
+    for seed in sorted(seeds):
+        of_seed = {name: records[name][seed] for name in claim.trials}
+        values[seed] = claim.measure({**of_seed, **(teachers or {})})
+    yes = tuple(bool(claim.holds(measured)) for measured in values.values())
+    return Verdict(claim, pd.DataFrame(values).T, yes)
 
 # %% ../nbs/library/30_verdicts.ipynb #671ed1ce
-def _said(value: float, unit: str) -> str:
+def _with_unit(value: float, unit: str) -> str:
     "A number with its unit"
-    return f"{100 * value:.1f}" if unit == "%" else f"{value:.1f}×" if unit == "×" else f"{value:.2f}"
+    if unit == "%":
+        return f"{100 * value:.1f}"
+    return f"{value:.1f}×" if unit == "×" else f"{value:.2f}"
 
 
-def _strip(own: pd.Series, low: float, high: float, unit: str, width: int = 240) -> str:  # SVG
+def _strip(values: pd.Series, low: float, high: float, unit: str, width: int = 240) -> str:  # SVG
     "A dot a seed on an axis from low to high, and a bar at their mean"
-    low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
-    place = lambda value: 8 + (value - low) / (high - low) * (width - 16)  # noqa: E731
-    dots = "".join(f"M{place(value):.0f} 9h.01" for value in own)  # a line of no length with round ends
-    drawn = f'<path d="{dots}" stroke="#4c78a8" stroke-width="7" stroke-linecap="round" opacity=".8"/>'
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+
+    def place(value: float) -> str:
+        return f"{8 + (value - low) / (high - low) * (width - 16):.0f}"
+
+    path = "".join(f"M{place(value)} 9h.01" for value in values)  # lines of no length with round ends
+    dots = f'<path d="{path}" stroke="#4c78a8" stroke-width="7" stroke-linecap="round" opacity=".8"/>'
     line = f'<path d="M8 9h{width - 16}" stroke="currentColor" opacity=".2"/>'
-    mean = f'<path d="M{place(own.mean()):.0f} 1v16" stroke="currentColor"/>'
-    said = ", ".join(_said(value, unit) for value in own)
-    return f'<svg width="{width}" height="18" role="img"><title>{said}</title>{line}{drawn}{mean}</svg>'
+    mean = f'<path d="M{place(values.mean())} 1v16" stroke="currentColor"/>'
+    title = ", ".join(_with_unit(value, unit) for value in values)
+    return f'<svg width="{width}" height="18" role="img"><title>{title}</title>{line}{dots}{mean}</svg>'
 
 
 def _measured(values: pd.DataFrame, unit: str) -> str:  # HTML, a row a label
-    "Mean, smallest and largest of every label, and the seeds as dots"
-    axis = [label.partition(",")[0] for label in values]
+    "Mean, smallest and largest of every label, and the seeds as dots; labels of one score share an axis"
+    scores = {label: label.partition(",")[0] for label in values}
     rows = []
-    for label, shared in zip(values, axis, strict=True):
-        own, all_ = (
-            values[label].dropna(),
-            values[[other for other, name in zip(values, axis, strict=True) if name == shared]],
-        )
-        spread = f"({_said(own.min(), unit)}–{_said(own.max(), unit)})" if len(own) > 1 else ""
-        drawn = _strip(own, float(all_.min().min()), float(all_.max().max()), unit)
-        mean = f'<td align="right"><b>{_said(own.mean(), unit)}</b>'
-        rows.append(f"<tr><td>{escaped(label)}{mean}<td>{spread}<td>{drawn}")
+    for label, score in scores.items():
+        seeds = values[label].dropna()
+        on_axis = values[[other for other in values if scores[other] == score]]
+        spread = ""
+        if len(seeds) > 1:
+            spread = f"({_with_unit(seeds.min(), unit)}–{_with_unit(seeds.max(), unit)})"
+        strip = _strip(seeds, float(on_axis.min().min()), float(on_axis.max().max()), unit)
+        mean = f'<td align="right"><b>{_with_unit(seeds.mean(), unit)}</b>'
+        rows.append(f"<tr><td>{escaped(label)}{mean}<td>{spread}<td>{strip}")
     style = "margin:4px 0;border-collapse:separate;border-spacing:8px 1px"
-    return f'<table style="{style}">{"".join(rows)}</table>' + ("<small>in %</small>" if unit == "%" else "")
+    table = f'<table style="{style}">{"".join(rows)}</table>'
+    return table + "<small>in %</small>" if unit == "%" else table
 
 # %% ../nbs/library/30_verdicts.ipynb #d91a32e7
 _COLOURS = {"holds": "#1a7f37", "undecided": "#9a6700", "does": "#c62828"}
 
 
-def show_verdicts(
-    verdicts: Mapping[str, Verdict],  # name of the claim -> what came out
-) -> str:  # HTML
+def show_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim -> what came out; HTML
     "A block a claim: what is said and the verdict, what was done and the rule, what came out"
     blocks = []
     for name, verdict in verdicts.items():
-        claim, colour = verdict.claim, _COLOURS.get(verdict.words.split()[0], "gray")
+        claim = verdict.claim
+        colour = _COLOURS.get(verdict.words.split()[0], "gray")
         pill = f"color:white;background:{colour};border-radius:9px;padding:1px 9px;display:inline-block"
         badge = f'<span style="{pill}">{escaped(verdict.words)}</span>'
+        block = f"border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px 0;overflow-x:auto"
+        title = f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.6">{escaped(name)}</small>'
+        rule = f"{escaped(claim.test)} <i>Yes if {escaped(claim.rule)}.</i>"
+        values = "" if verdict.values.empty else _measured(verdict.values, claim.unit)
         blocks.append(
-            f'<div style="border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px '
-            '0;overflow-x:auto">'
-            f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.6">{escaped(name)}</small>'
-            f'<div style="margin:4px 0;max-width:46em">{escaped(claim.test)} <i>Yes if '
-            f"{escaped(claim.rule)}.</i></div>"
-            f"{'' if verdict.values.empty else _measured(verdict.values, claim.unit)}</div>"
+            f'<div style="{block}">{title}<div style="margin:4px 0;max-width:46em">{rule}</div>{values}</div>'
         )
     return "".join(blocks)
 
 # %% ../nbs/library/30_verdicts.ipynb #c2f6ecae
 _QUIET = dict(probe_pairs=0, keep_snapshots=0, compare_scratch=False)
-_PAIRS = dict(data="scenes:16000", steps=400) | _QUIET
-_DOUBLED = dict(data="scenes:16000,duplicates:0.6,tail:1") | _QUIET
-_BLIP = (
-    dict(
-        data="scenes:16000",
-        steps=400,
-        batch_size=64,
-        precision="bf16",
-        validate_every=50,
-        checkpoint_seconds=600.0,
-    )
-    | _QUIET
-)
+_PAIRS = dict(data="scenes:16000", steps=400, **_QUIET)
+_DOUBLED = dict(data="scenes:16000,duplicates:0.6,tail:1", **_QUIET)
 _CLUSTERS = "cluster_classification:0.1, cluster_distribution:1"
 OBJECTIVES = {  # name in the trials -> what trains two towers on pairs
     "contrastive": "contrastive:1",
@@ -169,128 +159,138 @@ OBJECTIVES = {  # name in the trials -> what trains two towers on pairs
 
 def _two_towers() -> dict[str, Trial]:
     "Every method on the same pairs, from nothing and from inherited weights"
-    made = {}
-    long = _PAIRS | dict(steps=2000, losses="contrastive:1", removed_share=0.0)
-    made["towers-contrastive-long"] = Trial("ClipCid", "contrastive, from nothing, 2,000 steps", long)
-    for start, words in (("none", "from nothing"), ("manual", "from inherited weights")):
-        own, name = dict(inheritance=start), f"-{'scratch' if start == 'none' else 'inherited'}"
+    whole = dict(removed_share=0.0)
+    long = {**_PAIRS, "steps": 2000, "losses": "contrastive:1", **whole}
+    trials = {"towers-contrastive-long": Trial("ClipCid", "contrastive, from nothing, 2,000 steps", long)}
+    affinity = dict(losses="affinity_mimicking:1", stages=1, target_sparsity=0.5)
+    for inheritance, ending, words in (
+        ("none", "scratch", "from nothing"),
+        ("manual", "inherited", "from inherited weights"),
+    ):
+        start = dict(_PAIRS, inheritance=inheritance)
         for method, losses in OBJECTIVES.items():
-            made["towers-" + method + name] = Trial(
-                "ClipCid", f"{method}, {words}", _PAIRS | own | dict(losses=losses, removed_share=0.0)
-            )
-        affinity = dict(losses="affinity_mimicking:1", stages=1, target_sparsity=0.5)
-        made["towers-tinyclip" + name] = Trial(
-            "TinyCLIP", f"affinity mimicking, {words}", _PAIRS | own | affinity
-        )
-        made["towers-dime-fm" + name] = Trial(
-            "DimeFm", f"unpaired scores, {words}", _PAIRS | own | dict(text_tower="student")
-        )
-    return made
+            changes = {**start, "losses": losses, **whole}
+            trials[f"towers-{method}-{ending}"] = Trial("ClipCid", f"{method}, {words}", changes)
+        about = f"affinity mimicking, {words}"
+        trials[f"towers-tinyclip-{ending}"] = Trial("TinyCLIP", about, {**start, **affinity})
+        about = f"unpaired scores, {words}"
+        trials[f"towers-dime-fm-{ending}"] = Trial("DimeFm", about, {**start, "text_tower": "student"})
+    return trials
 
-
+# %% ../nbs/library/30_verdicts.ipynb #7611a8c7
 def _tinyclip() -> dict[str, Trial]:
     "Automatic inheritance in stages"
-    given = dict(data="scenes:16000") | _QUIET
-    tenth, once, firm = (
-        dict(target_sparsity=0.9),
-        dict(stages=1, steps=600),
-        dict(multiplier_learning_rate=1.0),
-    )
-    return {
-        "stages-0.75": Trial(
-            "TinyCLIP", "the default job: 3 stages of 200 steps to 25 %", given | dict(compare_scratch=True)
-        ),
-        "stages-0.9": Trial("TinyCLIP", "3 stages of 200 steps to 10 %", given | tenth),
-        "at-once-0.9": Trial("TinyCLIP", "1 stage of 600 steps to 10 %", given | tenth | once),
-        "stages-0.9-firm": Trial("TinyCLIP", "3 stages to 10 %, firmer multipliers", given | tenth | firm),
-        "at-once-0.9-firm": Trial(
-            "TinyCLIP", "1 stage to 10 %, firmer multipliers", given | tenth | once | firm
-        ),
+    stages = dict(data="scenes:16000", **_QUIET)
+    tenth = {**stages, "target_sparsity": 0.9}
+    at_once = {**tenth, "stages": 1, "steps": 600}
+    firm = dict(multiplier_learning_rate=1.0)
+    default = {**stages, "compare_scratch": True}
+    trials = {
+        "stages-0.75": ("the default job: 3 stages of 200 steps to 25 %", default),
+        "stages-0.9": ("3 stages of 200 steps to 10 %", tenth),
+        "at-once-0.9": ("1 stage of 600 steps to 10 %", at_once),
+        "stages-0.9-firm": ("3 stages to 10 %, firmer multipliers", {**tenth, **firm}),
+        "at-once-0.9-firm": ("1 stage to 10 %, firmer multipliers", {**at_once, **firm}),
     }
+    return {name: Trial("TinyCLIP", about, changes) for name, (about, changes) in trials.items()}
 
 # %% ../nbs/library/30_verdicts.ipynb #b475bd66
 def _clip_cid() -> dict[str, Trial]:
     "What may go, and what the terms bring"
-    terms = {
+    objectives = {
         "contrastive": "contrastive:1",
         "cluster": f"contrastive:1, {_CLUSTERS}",
         "instance": "contrastive:1, instance_discrimination:1",
         "whole": OBJECTIVES["clip-cid"],
     }
-    given = _DOUBLED | dict(steps=400)
-    made = {
-        f"cid-{name}": Trial("ClipCid", f"balanced, {losses}", given | dict(losses=losses))
-        for name, losses in terms.items()
+    trials = {}
+    for name, losses in objectives.items():
+        changes = {**_DOUBLED, "steps": 400, "losses": losses}
+        trials[f"cid-{name}"] = Trial("ClipCid", f"balanced, {losses}", changes)
+    every = {**_DOUBLED, "removed_share": 0.0}
+    balanced = {**_DOUBLED, "steps": 338}
+    fewer = {**every, "data": "scenes:9008,duplicates:0.6,tail:1", "steps": 338}
+    filtered = {
+        "cid-all": ("all 16,000 images, 600 steps", every),
+        "cid-balanced": ("43.7 % removed, as many epochs: 338 steps", balanced),
+        "cid-random": ("as few images, not chosen, 338 steps", fewer),
+        "cid-balanced-long": ("43.7 % removed, as many steps: 600", _DOUBLED),
     }
-    fewer, all_pairs = (
-        dict(data="scenes:9008,duplicates:0.6,tail:1", removed_share=0.0),
-        dict(removed_share=0.0),
-    )
-    return made | {
-        "cid-all": Trial("ClipCid", "all 16,000 images, 600 steps", _DOUBLED | all_pairs),
-        "cid-balanced": Trial(
-            "ClipCid", "43.7 % removed, as many epochs: 338 steps", _DOUBLED | dict(steps=338)
-        ),
-        "cid-random": Trial(
-            "ClipCid", "as few images, not chosen, 338 steps", _DOUBLED | fewer | dict(steps=338)
-        ),
-        "cid-balanced-long": Trial("ClipCid", "43.7 % removed, as many steps: 600", _DOUBLED),
-    }
+    for name, (about, changes) in filtered.items():
+        trials[name] = Trial("ClipCid", about, changes)
+    return trials
 
 
 def _dime_fm() -> dict[str, Trial]:
     "Without pairs, and with"
     about = "unpaired images and sentences; beside it the same towers on pairs"
-    return {"unpaired": Trial("DimeFm", about, _QUIET | dict(compare_scratch=True))}
+    return {"unpaired": Trial("DimeFm", about, {**_QUIET, "compare_scratch": True})}
 
 # %% ../nbs/library/30_verdicts.ipynb #78097be0
+_BLIP = dict(
+    data="scenes:16000",
+    steps=400,
+    batch_size=64,
+    precision="bf16",
+    validate_every=50,
+    checkpoint_seconds=600.0,
+    **_QUIET,
+)
+
+
 def _dlip() -> dict[str, Trial]:
     "How small, which module, what it starts with"
-    small, none, alone = dict(student_share=0.224), dict(inheritance="none"), dict(losses="base:1")
-    no_decoder = dict(losses="base:1, distillation:1, decoder:0")
-    given = {
+    small = dict(student_share=0.224)
+    fresh = dict(inheritance="none")
+    no_decoder = dict(inheritance="none", losses="base:1, distillation:1, decoder:0")
+    trials = {
         "dlip-half": ("about half of the parameters", {}),
-        "dlip-half-base": ("the same without distillation", alone),
+        "dlip-half-base": ("the same without distillation", dict(losses="base:1")),
         "dlip-22": ("22 % of the parameters", small),
-        "dlip-22-long": ("22 %, 1,600 steps", small | dict(steps=1600)),
+        "dlip-22-long": ("22 %, 1,600 steps", dict(student_share=0.224, steps=1600)),
         "dlip-whole": ("nothing taken away", dict(student="fusion:4")),
         "dlip-image": ("a layer less in the image tower", dict(student="image:3x128")),
         "dlip-text": ("a layer less in the text encoder", dict(student="text:3x128, fusion:3, decoder:4")),
         "dlip-fusion-2": ("two fusion layers of four", dict(student="fusion:2")),
         "dlip-fusion-1": ("one fusion layer of four", dict(student="fusion:1")),
         "dlip-decoder": ("one decoder layer of four", dict(student="decoder:1")),
-        "dlip-scratch": ("half, nothing inherited", none),
-        "dlip-scratch-no-decoder": ("half, nothing inherited, the decoder not distilled", none | no_decoder),
+        "dlip-scratch": ("half, nothing inherited", fresh),
+        "dlip-scratch-no-decoder": ("half, nothing inherited, the decoder not distilled", no_decoder),
         "dlip-begin-image": ("half, only the image tower inherited", dict(inheritance="image")),
         "dlip-begin-text": ("half, only the text side inherited", dict(inheritance="text")),
     }
-    return {name: Trial("Dlip", about, _BLIP | own) for name, (about, own) in given.items()}
+    return {name: Trial("Dlip", about, {**_BLIP, **changes}) for name, (about, changes) in trials.items()}
 
 
-TRIALS = _two_towers() | _tinyclip() | _clip_cid() | _dime_fm() | _dlip()  # name -> trial
+TRIALS = {**_two_towers(), **_tinyclip(), **_clip_cid(), **_dime_fm(), **_dlip()}  # name -> trial
 
 # %% ../nbs/library/30_verdicts.ipynb #5f66fda0
 def speed_up(slow: Mapping, fast: Mapping) -> float:  # students of two trials
     "How many times fewer steps the fast one needs for the slow one's best score; 0 when it never gets there"
     best = max(value for _, value in slow["curve"])
     reached = first_step(fast["curve"], best)
-    # what is good before any training counts from here
-    soonest = min(step for step, _ in fast["curve"] if step)
-    return 0.0 if reached is None else first_step(slow["curve"], best) / max(reached, soonest)
+    if reached is None:
+        return 0.0
+    first_validation = min(step for step, _ in fast["curve"] if step)  # what is good at once counts from here
+    return first_step(slow["curve"], best) / max(reached, first_validation)
 
 # %% ../nbs/library/30_verdicts.ipynb #e9e424ed
-def _kept(found: Mapping, trial: str, score: str, stage: str = "student", teacher: str = "teacher") -> float:
+def _kept(
+    records: Mapping, trial: str, score: str, stage: str = "student", teacher: str = "teacher"
+) -> float:
     "Share of the teacher's score that a student keeps"
-    return at(found, trial, score, stage) / at(found, teacher, score)
+    return at(records, trial, score, stage) / at(records, teacher, score)
 
 
-def _only(found: Mapping, trial: str) -> Mapping:
+def _only(records: Mapping, trial: str) -> Mapping:
     "The student of a trial that has one"
-    (student,) = found[trial]["students"].values()
+    (student,) = records[trial]["students"].values()
     return student
 
 
+TITLES = {"R@1": "r1", "zero-shot": "zero_shot"}  # shown -> in the records
 _INHERITED = {"same loss": "towers-contrastive-inherited", "affinity mimicking": "towers-tinyclip-inherited"}
+_LONG = "towers-contrastive-long"
 _TINYCLIP = {
     "tinyclip-half": Claim(
         "TinyCLIP",
@@ -298,7 +298,9 @@ _TINYCLIP = {
         "The default job's second stage: half of the prunable weights, 400 steps.",
         "zero-shot accuracy and R@1 are at least 95 % of the teacher's",
         ("stages-0.75",),
-        lambda found: {name: _kept(found, "stages-0.75", score, "stage-2") for name, score in TITLES.items()},
+        lambda records: {
+            name: _kept(records, "stages-0.75", score, "stage-2") for name, score in TITLES.items()
+        },
         lambda values: min(values.values()) >= 0.95,
     ),
     "tinyclip-speed": Claim(
@@ -307,10 +309,9 @@ _TINYCLIP = {
         "The same student trained contrastively from nothing for 2,000 steps, and from inherited weights "
         "for 400.",
         "under the same loss the best R@1 from nothing is reached in at most 1/1.4 of its steps",
-        ("towers-contrastive-long", *_INHERITED.values()),
-        lambda found: {
-            name: speed_up(_only(found, "towers-contrastive-long"), _only(found, trial))
-            for name, trial in _INHERITED.items()
+        (_LONG, *_INHERITED.values()),
+        lambda records: {
+            name: speed_up(_only(records, _LONG), _only(records, trial)) for name, trial in _INHERITED.items()
         },
         lambda values: values["same loss"] >= 1.4,
         "×",
@@ -318,24 +319,24 @@ _TINYCLIP = {
 }
 
 # %% ../nbs/library/30_verdicts.ipynb #2535f099
-TITLES = {"R@1": "r1", "zero-shot": "zero_shot"}  # shown -> in the records
-
-
 def _side_by_side(
-    found: Mapping, trials: Mapping[str, tuple[str, str]], titles: Mapping[str, str]
+    records: Mapping,
+    trials: Mapping[str, tuple[str, str]],  # shown name -> trial, stage
+    titles: Mapping[str, str],  # shown -> score
 ) -> dict[str, float]:
-    "Some scores of some trials: shown name -> (trial, stage)"
-    given = (
-        (title, name, *where, score) for title, score in titles.items() for name, where in trials.items()
-    )
-    return {f"{title}, {name}": at(found, trial, score, stage) for title, name, trial, stage, score in given}
+    "Some scores of some trials"
+    values = {}
+    for title, score in titles.items():
+        for name, (trial, stage) in trials.items():
+            values[f"{title}, {name}"] = at(records, trial, score, stage)
+    return values
 
 
 def _above(
     values: Mapping[str, float],
     better: str,
     worse: str,
-    titles: Mapping[str, str] = TITLES,
+    titles: Iterable[str] = TITLES,
     margin: float = 0.0,
 ) -> bool:
     "Whether one is above the other in every score, by a margin"
@@ -343,21 +344,20 @@ def _above(
 
 
 _OBJECTIVE = {
-    f"{objective}, {start}": (f"towers-{trial}-{start}", stage)
-    for start in ("inherited", "scratch")
-    for objective, trial, stage in (("affinity", "tinyclip", "stage-1"), ("plain", "contrastive", "student"))
+    "affinity, inherited": ("towers-tinyclip-inherited", "stage-1"),
+    "plain, inherited": ("towers-contrastive-inherited", "student"),
+    "affinity, scratch": ("towers-tinyclip-scratch", "stage-1"),
+    "plain, scratch": ("towers-contrastive-scratch", "student"),
 }
-_TINYCLIP |= {
-    "tinyclip-affinity": Claim(
-        "TinyCLIP",
-        "Affinity mimicking beats the plain contrastive loss",
-        "The same student under either loss, 400 steps, from inherited weights and from nothing.",
-        "from inherited weights R@1 and zero-shot accuracy are both higher",
-        tuple(trial for trial, _ in _OBJECTIVE.values()),
-        lambda found: _side_by_side(found, _OBJECTIVE, TITLES),
-        lambda values: _above(values, "affinity, inherited", "plain, inherited"),
-    ),
-}
+_TINYCLIP["tinyclip-affinity"] = Claim(
+    "TinyCLIP",
+    "Affinity mimicking beats the plain contrastive loss",
+    "The same student under either loss, 400 steps, from inherited weights and from nothing.",
+    "from inherited weights R@1 and zero-shot accuracy are both higher",
+    tuple(trial for trial, _ in _OBJECTIVE.values()),
+    lambda records: _side_by_side(records, _OBJECTIVE, TITLES),
+    lambda values: _above(values, "affinity, inherited", "plain, inherited"),
+)
 
 # %% ../nbs/library/30_verdicts.ipynb #216bef38
 def _stages(ending: str, says: str, test: str) -> Claim:
@@ -369,33 +369,29 @@ def _stages(ending: str, says: str, test: str) -> Claim:
         test,
         "R@1 and zero-shot accuracy are both higher after three stages",
         tuple(trial for trial, _ in sides.values()),
-        lambda found: _side_by_side(found, sides, TITLES),
+        lambda records: _side_by_side(records, sides, TITLES),
         lambda values: _above(values, "three stages", "one"),
     )
 
 
-_DEEP = (
-    "Automatic inheritance down to 10 % of the prunable weights: three stages of 200 steps, or one of 600."
+_TINYCLIP["tinyclip-stages"] = _stages(
+    "",
+    "Several stages beat one at extreme compression",
+    "Automatic inheritance down to 10 % of the prunable weights: three stages of 200 steps, or one of 600.",
 )
-_TINYCLIP |= {
-    "tinyclip-stages": _stages("", "Several stages beat one at extreme compression", _DEEP),
-    "tinyclip-stages-firm": _stages(
-        "-firm",
-        "Several stages beat one at extreme compression, second try",
-        "The same with multipliers that ascend five times as fast.",
-    ),
-}
+_TINYCLIP["tinyclip-stages-firm"] = _stages(
+    "-firm",
+    "Several stages beat one at extreme compression, second try",
+    "The same with multipliers that ascend five times as fast.",
+)
 
 # %% ../nbs/library/30_verdicts.ipynb #6fb6f860
-_PROBED = TITLES | {"linear probe": "linear_probe"}
+_PROBED = {**TITLES, "linear probe": "linear_probe"}
 _FILTERED = {
-    name: (trial, "student")
-    for name, trial in (
-        ("all", "cid-all"),
-        ("balanced", "cid-balanced"),
-        ("random", "cid-random"),
-        ("balanced, 600 steps", "cid-balanced-long"),
-    )
+    "all": ("cid-all", "student"),
+    "balanced": ("cid-balanced", "student"),
+    "random": ("cid-random", "student"),
+    "balanced, 600 steps": ("cid-balanced-long", "student"),
 }
 _TERMS = {name: (f"cid-{name}", "student") for name in ("contrastive", "cluster", "instance", "whole")}
 _CLIP_CID = {
@@ -406,7 +402,7 @@ _CLIP_CID = {
         "epochs; balanced for 600 steps.",
         "balanced, for as many epochs, is at most a point below all in R@1, zero-shot and linear probe",
         tuple(trial for trial, _ in _FILTERED.values()),
-        lambda found: _side_by_side(found, _FILTERED, _PROBED),
+        lambda records: _side_by_side(records, _FILTERED, _PROBED),
         lambda values: _above(values, "balanced", "all", _PROBED, margin=-0.01),
     ),
     "clip-cid-cluster": Claim(
@@ -416,10 +412,10 @@ _CLIP_CID = {
         "contrastive loss and beside both.",
         "the linear probe is higher with them in both pairs",
         tuple(trial for trial, _ in _TERMS.values()),
-        lambda found: _side_by_side(found, _TERMS, {"probe": "linear_probe"}),
+        lambda records: _side_by_side(records, _TERMS, {"probe": "linear_probe"}),
         lambda values: (
-            values["probe, cluster"] > values["probe, contrastive"]
-            and values["probe, whole"] > values["probe, instance"]
+            _above(values, "cluster", "contrastive", ["probe"])
+            and _above(values, "whole", "instance", ["probe"])
         ),
     ),
     "clip-cid-samples": Claim(
@@ -428,10 +424,8 @@ _CLIP_CID = {
         "The same two trainings: samples until the contrastive student's best R@1.",
         "the whole method needs at most 1/1.25 of the samples",
         ("cid-contrastive", "cid-whole"),
-        lambda found: {
-            "fewer samples": speed_up(
-                *(found[name]["students"]["student"] for name in ("cid-contrastive", "cid-whole"))
-            )
+        lambda records: {
+            "fewer samples": speed_up(_only(records, "cid-contrastive"), _only(records, "cid-whole"))
         },
         lambda values: values["fewer samples"] >= 1.25,
         "×",
@@ -440,6 +434,7 @@ _CLIP_CID = {
 
 # %% ../nbs/library/30_verdicts.ipynb #72f13a0e
 _PAIRED = {"unpaired": ("unpaired", "student"), "paired": ("unpaired", "scratch")}
+_SHIFTED = {**_PAIRED, "teacher": ("teacher", "student")}
 _DIME_FM = {
     "dime-fm-unpaired": Claim(
         "DIME-FM",
@@ -448,7 +443,7 @@ _DIME_FM = {
         "trained on the 16,000 pairs.",
         "R@1, zero-shot and linear probe are all higher without pairs",
         ("unpaired",),
-        lambda found: _side_by_side(found, _PAIRED, _PROBED),
+        lambda records: _side_by_side(records, _PAIRED, _PROBED),
         lambda values: _above(values, "unpaired", "paired", _PROBED),
     ),
     "dime-fm-robust": Claim(
@@ -459,14 +454,12 @@ _DIME_FM = {
         "accuracy under shifts is higher than the paired student's, and the share that is left is within 3 "
         "points of the teacher's",
         ("unpaired",),
-        lambda found: _side_by_side(
-            found,
-            _PAIRED | {"teacher": ("teacher", "student")},
-            {"under shifts": "robustness", "share left": "robustness_kept"},
+        lambda records: _side_by_side(
+            records, _SHIFTED, {"under shifts": "robustness", "share left": "robustness_kept"}
         ),
         lambda values: (
-            values["under shifts, unpaired"] > values["under shifts, paired"]
-            and values["share left, unpaired"] > values["share left, teacher"] - 0.03
+            _above(values, "unpaired", "paired", ["under shifts"])
+            and _above(values, "unpaired", "teacher", ["share left"], margin=-0.03)
         ),
     ),
 }
@@ -475,13 +468,13 @@ _DIME_FM = {
 _TASKS = {"R@1": "retrieval_r1", "CIDEr": "cider", "answers": "answer_accuracy"}
 
 
-def _tasks_kept(found: Mapping, trials: Mapping[str, str]) -> dict[str, float]:  # shown name -> trial
+def _tasks_kept(records: Mapping, trials: Mapping[str, str]) -> dict[str, float]:  # shown name -> trial
     "What students keep of the BLIP's three main scores"
-    given = ((title, name, trial, score) for title, score in _TASKS.items() for name, trial in trials.items())
-    return {
-        f"{title}, {name}" if name else title: _kept(found, trial, score, teacher="blip")
-        for title, name, trial, score in given
-    }
+    values = {}
+    for title, score in _TASKS.items():
+        for name, trial in trials.items():
+            values[f"{title}, {name}"] = _kept(records, trial, score, teacher="blip")
+    return values
 
 
 _SMALL = {"400 steps": "dlip-22", "1,600": "dlip-22-long"}
@@ -492,7 +485,7 @@ _DLIP = {
         "Half of each module, layers inherited, 400 steps; and the same without distillation.",
         "R@1, CIDEr and answers all keep at least 90 %",
         ("dlip-half", "dlip-half-base"),
-        lambda found: _tasks_kept(found, {"distilled": "dlip-half", "not": "dlip-half-base"}),
+        lambda records: _tasks_kept(records, {"distilled": "dlip-half", "not": "dlip-half-base"}),
         lambda values: min(values[f"{title}, distilled"] for title in _TASKS) >= 0.9,
     ),
     "dlip-22": Claim(
@@ -502,7 +495,7 @@ _DLIP = {
         "trained for 3,000).",
         "after 1,600 steps R@1, CIDEr and answers all keep at least 95 %",
         tuple(_SMALL.values()),
-        lambda found: _tasks_kept(found, _SMALL),
+        lambda records: _tasks_kept(records, _SMALL),
         lambda values: min(values[f"{title}, 1,600"] for title in _TASKS) >= 0.95,
     ),
     "dlip-speed": Claim(
@@ -511,7 +504,7 @@ _DLIP = {
         "Time for each task against the teacher, taking turns, batches of 16 on the CPU.",
         "at least two of the tasks are 2 times as fast or more",
         ("dlip-22",),
-        lambda found: dict(found["dlip-22"]["students"]["student"]["speed_up"]),
+        lambda records: dict(_only(records, "dlip-22")["speed_up"]),
         lambda values: sum(value >= 2 for value in values.values()) >= 2,
         "×",
     ),
@@ -521,37 +514,39 @@ _DLIP = {
 _CUT = {"image": "dlip-image", "text": "dlip-text", "fusion": "dlip-fusion-1", "decoder": "dlip-decoder"}
 
 
-def _lost(found: Mapping, trials: Mapping[str, str]) -> dict[str, float]:  # shares of the teacher's score
+def _lost(records: Mapping, trials: Mapping[str, str]) -> dict[str, float]:  # shares of the teacher's score
     "What is lost against the student from which nothing was taken"
-    whole, cut = _tasks_kept(found, {name: "dlip-whole" for name in trials}), _tasks_kept(found, trials)
+    whole = _tasks_kept(records, dict.fromkeys(trials, "dlip-whole"))
+    cut = _tasks_kept(records, trials)
     return {label: whole[label] - cut[label] for label in cut}
 
 
-_DLIP |= {
-    "dlip-modules": Claim(
-        "DLIP",
-        "Image and text encoders matter about equally for compression",
-        "About 0.2M parameters or a tenth of the work taken from one module, 400 steps; what is lost, in % "
-        "of the teacher's score.",
-        "R@1 loses within 1.5 points as much from the image tower as from the text encoder",
-        ("dlip-whole", *_CUT.values()),
-        lambda found: _lost(found, _CUT),
-        lambda values: abs(values["R@1, image"] - values["R@1, text"]) <= 0.015,
-    ),
-    "dlip-fusion": Claim(
-        "DLIP",
-        "A moderate number of fusion layers is enough",
-        "Two of four fusion layers, and one; what is lost against taking nothing, in % of the teacher's "
-        "score.",
-        "with two, R@1 and answers lose at most two points, and less than with one",
-        ("dlip-whole", "dlip-fusion-2", "dlip-fusion-1"),
-        lambda found: _lost(found, {"two": "dlip-fusion-2", "one": "dlip-fusion-1"}),
-        lambda values: all(
-            values[f"{t}, two"] <= 0.02 and values[f"{t}, two"] < values[f"{t}, one"]
-            for t in ("R@1", "answers")
-        ),
-    ),
-}
+def _two_layers_suffice(lost: Mapping[str, float]) -> bool:
+    "With two fusion layers little is lost, and less than with one"
+    titles = ("R@1", "answers")
+    return all(lost[f"{t}, two"] <= 0.02 and lost[f"{t}, two"] < lost[f"{t}, one"] for t in titles)
+
+
+_DLIP["dlip-modules"] = Claim(
+    "DLIP",
+    "Image and text encoders matter about equally for compression",
+    "About 0.2M parameters or a tenth of the work taken from one module, 400 steps; what is lost, in % "
+    "of the teacher's score.",
+    "R@1 loses within 1.5 points as much from the image tower as from the text encoder",
+    ("dlip-whole", *_CUT.values()),
+    lambda records: _lost(records, _CUT),
+    lambda values: abs(values["R@1, image"] - values["R@1, text"]) <= 0.015,
+)
+_DLIP["dlip-fusion"] = Claim(
+    "DLIP",
+    "A moderate number of fusion layers is enough",
+    "Two of four fusion layers, and one; what is lost against taking nothing, in % of the teacher's "
+    "score.",
+    "with two, R@1 and answers lose at most two points, and less than with one",
+    ("dlip-whole", "dlip-fusion-2", "dlip-fusion-1"),
+    lambda records: _lost(records, {"two": "dlip-fusion-2", "one": "dlip-fusion-1"}),
+    _two_layers_suffice,
+)
 
 # %% ../nbs/library/30_verdicts.ipynb #51bb72e0
 _DECODER = {"distilled": ("dlip-scratch", "student"), "not": ("dlip-scratch-no-decoder", "student")}
@@ -560,71 +555,68 @@ _BEGIN = {
     "text inherited": ("dlip-begin-text", "student"),
 }
 _VISION = {"R@1 by features": "features_image_to_text_r1", "CIDEr": "cider"}
-_DLIP |= {
-    "dlip-decoder": Claim(
-        "DLIP",
-        "The decoder needs its own distillation",
-        "Half of each module, nothing inherited, with the decoder's terms and without them; all other terms "
-        "in both.",
-        "CIDEr is higher with them",
-        ("dlip-scratch", "dlip-scratch-no-decoder"),
-        lambda found: _side_by_side(found, _DECODER, {"CIDEr": "cider"}),
-        lambda values: _above(values, "distilled", "not", ["CIDEr"]),
-        "",
-    ),
-    "dlip-begin": Claim(
-        "DLIP",
-        "A pretrained beginning matters more for vision than for text",
-        "Half of each module, only the image tower inherited, or only the text side.",
-        "image to text R@1 by features, and CIDEr, are both higher with the image tower",
-        ("dlip-begin-image", "dlip-begin-text"),
-        lambda found: _side_by_side(found, _BEGIN, _VISION),
-        lambda values: _above(values, "image inherited", "text inherited", _VISION),
-        "",
-    ),
-}
-CLAIMS = _TINYCLIP | _CLIP_CID | _DIME_FM | _DLIP  # name -> claim
+_DLIP["dlip-decoder"] = Claim(
+    "DLIP",
+    "The decoder needs its own distillation",
+    "Half of each module, nothing inherited, with the decoder's terms and without them; all other terms "
+    "in both.",
+    "CIDEr is higher with them",
+    ("dlip-scratch", "dlip-scratch-no-decoder"),
+    lambda records: _side_by_side(records, _DECODER, {"CIDEr": "cider"}),
+    lambda values: _above(values, "distilled", "not", ["CIDEr"]),
+    "",
+)
+_DLIP["dlip-begin"] = Claim(
+    "DLIP",
+    "A pretrained beginning matters more for vision than for text",
+    "Half of each module, only the image tower inherited, or only the text side.",
+    "image to text R@1 by features, and CIDEr, are both higher with the image tower",
+    ("dlip-begin-image", "dlip-begin-text"),
+    lambda records: _side_by_side(records, _BEGIN, _VISION),
+    lambda values: _above(values, "image inherited", "text inherited", _VISION),
+    "",
+)
+CLAIMS = {**_TINYCLIP, **_CLIP_CID, **_DIME_FM, **_DLIP}  # name -> claim
 
 # %% ../nbs/library/30_verdicts.ipynb #ab84d161
 STORED = "data_samples/results_claims.json"  # from the project's root
+Records = dict[str, dict[int, dict]]  # trial -> seed -> what `run_trial` gave
 
 
-def stored_results(path: str | Path = STORED) -> dict:  # "trials": trial -> seed -> record; "teachers"
+def stored_results(path: str | Path = STORED) -> dict:  # "trials": Records; "teachers"
     "The numbers that come with the project"
     kept = read_json(shipped(path), {"trials": {}, "teachers": {}})
-    return kept | {
-        "trials": {
-            name: {int(seed): found for seed, found in by.items()} for name, by in kept["trials"].items()
-        }
-    }
+    trials = {}
+    for name, by_seed in kept["trials"].items():
+        trials[name] = {int(seed): record for seed, record in by_seed.items()}
+    return {**kept, "trials": trials}
 
 
-def own_results(folder: str | Path = "runs/claims") -> dict[str, dict[int, dict]]:  # trial -> seed -> record
+def own_results(folder: str | Path = "runs/claims") -> Records:
     "What has been run on this machine with the trials as they are"
-    found: dict[str, dict[int, dict]] = {}
+    records: Records = {}
     for path in sorted((project_root() / folder).glob("*/trial.json")):
         record = read_json(path)
         trial = TRIALS.get(record["trial"])
         if trial is not None and record["parameters"] == to_json(dict(trial.parameters)):
-            found.setdefault(record["trial"], {})[record["seed"]] = record
-    return found
+            records.setdefault(record["trial"], {})[record["seed"]] = record
+    return records
 
 
-def all_results(folder: str | Path = "runs/claims") -> dict[str, dict[int, dict]]:  # trial -> seed -> record
+def all_results(folder: str | Path = "runs/claims") -> Records:
     "Both, this machine's own before what came with the project"
-    stored, own = stored_results()["trials"], own_results(folder)
-    return {name: stored.get(name, {}) | own.get(name, {}) for name in TRIALS}
+    stored = stored_results()["trials"]
+    own = own_results(folder)
+    return {name: {**stored.get(name, {}), **own.get(name, {})} for name in TRIALS}
 
 
 def keep_results(
     records: Mapping[str, Mapping[int, dict]], teachers: Mapping[str, dict], path: str | Path = STORED
 ) -> None:
     "Write the numbers that come with the project, to five digits"
-    tidy = json.loads(
-        json.dumps(to_json({"trials": records, "teachers": teachers})),
-        parse_float=lambda text: round(float(text), 5),
-    )
-    write_whole(project_root() / path, json.dumps(tidy, separators=(",", ":")))
+    exact = json.dumps(to_json({"trials": records, "teachers": teachers}))
+    rounded = json.loads(exact, parse_float=lambda text: round(float(text), 5))
+    write_whole(project_root() / path, json.dumps(rounded, separators=(",", ":")))
 
 # %% ../nbs/library/30_verdicts.ipynb #65d3b21f
 TEACHERS = {"teacher": "data_samples/teacher", "blip": "data_samples/blip"}
@@ -632,110 +624,105 @@ TEACHERS = {"teacher": "data_samples/teacher", "blip": "data_samples/blip"}
 
 def score_teachers() -> dict[str, dict]:  # as trials give their students
     "Both shipped teachers, scored as students are"
-    found: dict[str, VLM | Blip] = {name: load_student(shipped(path)) for name, path in TEACHERS.items()}
-    return {
-        name: {"students": {"student": {"scores": score_model(model)} | model_cost(model)}}
-        for name, model in found.items()
-    }
+    records = {}
+    for name, path in TEACHERS.items():
+        model: VLM | Blip = load_student(shipped(path))
+        records[name] = {"students": {"student": {"scores": score_model(model), **model_cost(model)}}}
+    return records
 
 
 def origins(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row a place; "trials"
     "Where the numbers were made: commit, machine, PyTorch, days"
-    rows = pd.DataFrame([found["origin"] for by_seed in records.values() for found in by_seed.values()])
+    rows = pd.DataFrame([record["origin"] for by_seed in records.values() for record in by_seed.values()])
     if rows.empty:
         return rows
     grouped = rows.groupby(["commit", "machine", "torch"])["date"].agg(["min", "max", "size"])
     return grouped.rename(columns={"min": "first day", "max": "last day", "size": "trials"}).reset_index()
 
 # %% ../nbs/library/30_verdicts.ipynb #25f2e72b
-_METHODS = {
-    "contrastive": "no teacher",
-    "tinyclip": "TinyCLIP",
-    "clip-cid": "CLIP-CID",
-    "dime-fm": "DIME-FM",
-    "dlip": "DLIP, two towers",
+_METHODS = {  # name in the trials -> shown, and when its teacher runs
+    "contrastive": ("no teacher", "—"),
+    "tinyclip": ("TinyCLIP", "at every step"),
+    "clip-cid": ("CLIP-CID", "once, stored"),
+    "dime-fm": ("DIME-FM", "once, stored"),
+    "dlip": ("DLIP, two towers", "once, stored"),
 }
-_COLUMNS = {
-    "R@1": "r1",
-    "zero-shot": "zero_shot",
-    "linear probe": "linear_probe",
-    "under shifts": "robustness",
-}
-_ASIDE = {
-    "contrastive": "—",
-    "tinyclip": "at every step",
-    "clip-cid": "once, stored",
-    "dime-fm": "once, stored",
-    "dlip": "once, stored",
-}
+_STARTS = {"scratch": "from nothing", "inherited": "inherited"}
+_COLUMNS = {**_PROBED, "under shifts": "robustness"}
 
 
 def overall(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row a method, start and seed
     "The trials of two towers: scores, and what they cost"
     rows = []
-    for method, shown in _METHODS.items():
-        for start, words in (("scratch", "from nothing"), ("inherited", "inherited")):
-            for seed, found in records.get(f"towers-{method}-{start}", {}).items():
-                ((stage, student),) = found["students"].items()
-                plain = records[f"towers-contrastive-{start}"][seed]["students"]["student"]["step_seconds"]
-                texts = 2 * found["samples"][stage] if method == "dime-fm" else found["samples"][stage]
-                row = {"method": shown, "start": words, "seed": seed} | {
-                    name: student["scores"][key] for name, key in _COLUMNS.items()
-                }
-                cost = {
-                    "parameters": student["parameters"],
-                    "images seen": found["samples"][stage],
-                    "texts seen": texts,
-                }
-                rows.append(
-                    row
-                    | cost
-                    | {"teacher runs": _ASIDE[method], "time of a step": student["step_seconds"] / plain}
-                )
+    for method in _METHODS:
+        for start in _STARTS:
+            for seed, record in records.get(f"towers-{method}-{start}", {}).items():
+                plain = records[f"towers-contrastive-{start}"][seed]["students"]["student"]
+                rows.append(_overall_row(method, start, seed, record, plain["step_seconds"]))
     return pd.DataFrame(rows)
 
+
+def _overall_row(method: str, start: str, seed: int, record: Mapping, plain_seconds: float) -> dict:
+    "Scores and costs of one student; the time of a step beside that of the contrastive loss"
+    ((stage, student),) = record["students"].items()
+    shown, teacher_runs = _METHODS[method]
+    images = record["samples"][stage]
+    scores = {name: student["scores"][score] for name, score in _COLUMNS.items()}
+    return {
+        "method": shown,
+        "start": _STARTS[start],
+        "seed": seed,
+        **scores,
+        "parameters": student["parameters"],
+        "images seen": images,
+        "texts seen": 2 * images if method == "dime-fm" else images,
+        "teacher runs": teacher_runs,
+        "time of a step": student["step_seconds"] / plain_seconds,
+    }
+
 # %% ../nbs/library/30_verdicts.ipynb #ab65998c
-def few_colours(
-    figure, colours: int = 48, dpi: int = 120
-):  # an IPython Image, as wide as the figure in inches times 100
+def few_colours(figure, colours: int = 48, dpi: int = 120):  # an IPython Image, 100 points an inch wide
     "A matplotlib figure as a PNG with a small palette, which takes a third of the room"
     from IPython.display import Image
 
-    from vlkd_lab.widgets import stacked
+    from vlkd_lab.widgets.drawing import stacked
 
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    return Image(stacked([drawn.getvalue()], colours), width=round(figure.get_figwidth() * 100))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return Image(stacked([buffer.getvalue()], colours), width=round(figure.get_figwidth() * 100))
 
 # %% ../nbs/library/30_verdicts.ipynb #1b8a2320
+def _mean_and_range(seeds: pd.Series) -> str:
+    "In %, HTML"
+    spread = f"{100 * seeds.min():.1f}–{100 * seeds.max():.1f}"
+    return f"{100 * seeds.mean():.1f}<br><small>{spread}</small>"
+
+
+def _count(value: float) -> str:
+    return "" if pd.isna(value) else f"{value:,.0f}"
+
+
 def show_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a pandas Styler
     "Mean (smallest to largest) over the seeds"
     from pandas.io.formats.style import Styler
 
-    # noqa: E731
-    said = lambda own: f"{100 * own.mean():.1f}<br><small>{100 * own.min():.1f}–{100 * own.max():.1f}</small>"
-    shown = table.groupby(["start", "method"], sort=False)
-    rows = shown[list(_COLUMNS)].agg(said)
-    first = shown[["parameters", "images seen", "texts seen", "teacher runs"]].first()
-    first = first.assign(**{"time of a step": shown["time of a step"].median().map("{:.2f}".format)})
-    own = teacher["students"]["student"]
-    above = {name: f"{100 * own['scores'][key]:.1f}" for name, key in _COLUMNS.items()} | {
-        "parameters": own["parameters"]
-    }
-    whole = pd.concat(
-        [
-            pd.DataFrame([above], index=pd.MultiIndex.from_tuples([("", "teacher")], names=rows.index.names)),
-            rows.join(first),
-        ]
-    )
-    counts = {
-        name: lambda value: "" if pd.isna(value) else f"{value:,.0f}"
-        for name in ("parameters", "images seen", "texts seen")
-    }
+    groups = table.groupby(["start", "method"], sort=False)
+    rows = groups[list(_COLUMNS)].agg(_mean_and_range)
+    costs = groups[["parameters", "images seen", "texts seen", "teacher runs"]].first()
+    costs["time of a step"] = groups["time of a step"].median().map("{:.2f}".format)
+    student = teacher["students"]["student"]
+    above = {name: f"{100 * student['scores'][score]:.1f}" for name, score in _COLUMNS.items()}
+    above["parameters"] = student["parameters"]
+    index = pd.MultiIndex.from_tuples([("", "teacher")], names=rows.index.names)
+    whole = pd.concat([pd.DataFrame([above], index=index), rows.join(costs)])
     ordered = whole.sort_index(level="start", sort_remaining=False)
+    counts = dict.fromkeys(("parameters", "images seen", "texts seen"), _count)
     # the same page every time, and a short one
     styled = Styler(ordered, uuid="overall", cell_ids=False).format(counts, na_rep="")
     return styled.set_table_styles([{"selector": "td", "props": "white-space: nowrap"}])
+
+# %% ../nbs/library/30_verdicts.ipynb #a8824c41
+_DOT_COLOURS = ("#f58518", "#4c78a8", "#54a24b", "#b279a2", "#9d755d")
 
 
 def plot_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a matplotlib figure
@@ -743,31 +730,16 @@ def plot_overall(table: pd.DataFrame, teacher: Mapping[str, dict]):  # a matplot
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), sharey=True, layout="constrained")
-    places = {name: k for k, name in enumerate(reversed(_METHODS.values()))}
-    for axis, column in zip(axes, ("R@1", "zero-shot"), strict=True):
-        for (start, offset), colour in zip(
-            (("from nothing", -0.13), ("inherited", 0.13)), ("#f58518", "#4c78a8"), strict=True
-        ):
-            own = table[table["start"] == start]
-            axis.plot(
-                100 * own[column],
-                own["method"].map(places) + offset,
-                "o",
-                ms=5,
-                alpha=0.8,
-                color=colour,
-                label=start,
-            )
-        axis.axvline(
-            100 * teacher["students"]["student"]["scores"][_COLUMNS[column]],
-            color="black",
-            ls="--",
-            lw=1,
-            label="teacher",
-        )
-        axis.set(
-            yticks=list(places.values()), yticklabels=list(places), xlabel=f"{column}, %", xlim=(0, None)
-        )
+    methods = [shown for shown, _ in reversed(_METHODS.values())]
+    places = {name: k for k, name in enumerate(methods)}
+    scores = teacher["students"]["student"]["scores"]
+    for axis, column in zip(axes, TITLES, strict=True):
+        for start, offset, colour in zip(_STARTS.values(), (-0.13, 0.13), _DOT_COLOURS, strict=False):
+            rows = table[table["start"] == start]
+            dots = dict(ms=5, alpha=0.8, color=colour, label=start)
+            axis.plot(100 * rows[column], rows["method"].map(places) + offset, "o", **dots)
+        axis.axvline(100 * scores[_COLUMNS[column]], color="black", ls="--", lw=1, label="teacher")
+        axis.set(yticks=list(places.values()), yticklabels=methods, xlabel=f"{column}, %", xlim=(0, None))
         axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize=8, frameon=False)
     plt.close(figure)
@@ -782,18 +754,14 @@ def plot_curves(
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.4, 2.5), layout="constrained")
-    for (shown, trial), colour in zip(
-        lines.items(), ("#f58518", "#4c78a8", "#54a24b", "#b279a2", "#9d755d"), strict=False
-    ):
-        curves = [
-            pd.Series(dict(_only({trial: found}, trial)["curve"]))
-            for found in records.get(trial, {}).values()
-        ]
+    for (shown, trial), colour in zip(lines.items(), _DOT_COLOURS, strict=False):
+        curves = []
+        for record in records.get(trial, {}).values():
+            curves.append(pd.Series(dict(_only({trial: record}, trial)["curve"])))
         if curves:
             seeds = 100 * pd.concat(curves, axis=1)
-            axis.fill_between(
-                seeds.index, seeds.min(axis=1), seeds.max(axis=1), lw=0, alpha=0.25, color=colour
-            )
+            lowest, highest = seeds.min(axis=1), seeds.max(axis=1)
+            axis.fill_between(seeds.index, lowest, highest, lw=0, alpha=0.25, color=colour)
             axis.plot(seeds.index, seeds.mean(axis=1), lw=1.5, color=colour, label=shown)
     axis.set(xlabel="steps", ylabel="R@1, %", xlim=(0, None), ylim=(0, None))
     axis.grid(alpha=0.3)
