@@ -92,7 +92,7 @@ def _arguments(node: ast.FunctionDef) -> Iterator[tuple[str, ast.arg, ast.expr |
 
 
 def _parameters(source: _Source, node: ast.FunctionDef) -> tuple[Parameter, ...]:
-    "Its parameters; a comment belongs to the one that ends alone on its line, and not beside what is returned"
+    "Its parameters; a comment belongs to the one that ends alone on its line, not beside what is returned"
     arguments = [each for each in _arguments(node) if each[1].arg not in ("self", "cls")]
     last_lines = [(default or argument).end_lineno for _, argument, default in arguments]
     of_return = node.returns.end_lineno if node.returns else 0
