@@ -29,7 +29,7 @@ from vlkd_lab.runs import Run, kept_snapshots, read_snapshot
 from vlkd_lab.samples import write_sentences
 from vlkd_lab.stores import FeatureStore, fill, store_key
 from vlkd_lab.trainers import check_parameters, make_accelerator, train
-from vlkd_lab.widgets import NearestSentences, RunView, curves_json
+from vlkd_lab.widgets import NearestSentences, ProbeMatrices, RunView, SentenceTable, curves_json
 
 
 @pytest.fixture
@@ -377,13 +377,13 @@ def test_the_bench_shows_scores_of_sentences_and_what_is_nearest(tiny, tmp_path)
     job = job_of(tiny, sentence_batch=20)
     train(job)
     bench = RunView(job.run.folder, live=True)
-    canvases, probe = bench.widgets.affinity, bench.watched.probe
+    canvases, probe = bench.widgets.part(ProbeMatrices).views, bench.watched.probe
     assert {name: view.matrix.shape for name, view in canvases.items()} == dict.fromkeys(("teacher", "student", "difference"), (8, 16))
     assert canvases["student"].column_texts == [visible(text) for text in probe["sentences"]] and len(canvases["student"].row_texts) == 8
     names = [spec["name"] for spec in bench.panel.sliders]
     assert [name for name in names if name.startswith("weights.")] == [f"weights.{name}" for name in job.run.config()["terms"]]
     canvases["difference"]._hear({"chosen": [5, 3]})
-    shown = bench.widgets.sentences.widget.value
+    shown = bench.widgets.part(SentenceTable).widget.value
     order = np.argsort(-bench.watched.teacher["teacher"][5], kind="stable")
     assert escaped(probe["sentences"][order[0]]) in shown and "student, step 0" in shown
     assert "<img src=x" not in shown and "\u202e" not in shown

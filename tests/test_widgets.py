@@ -18,10 +18,14 @@ from vlkd_lab.methods import all_losses
 from vlkd_lab.runs import Run, RunWriter, Snapshots, is_watched, write_snapshot
 from vlkd_lab.widgets import (
     DIVERGING,
+    LossCurves,
     MatrixView,
     Panel,
+    ProbeMatrices,
+    RunClusters,
     RunView,
     Still,
+    StudentMap,
     Watched,
     attach,
     cluster_purity,
@@ -103,7 +107,7 @@ def test_a_frame_is_sent_when_the_last_was_drawn_or_given_up(monkeypatch):
     view._hear({"drawn": 1})
     assert view.ready() and view.seen
     view.show(np.eye(2), 0, 1)
-    monkeypatch.setattr(widgets, "FRAME_SECONDS", 0.0)
+    monkeypatch.setattr(widgets.canvas, "FRAME_SECONDS", 0.0)
     assert view.ready() and view.number == 2 and len(view.frame) == 4
 
 
@@ -202,12 +206,12 @@ def test_the_bench_shows_a_run_and_passes_wishes_on(run):
     panel._hear({"asked": {"target_sparsity": 5}})
     view.update()
     assert "0 to 0.97" in panel.messages[-1]["text"]
-    assert "\u202e" not in view.widgets.affinity["teacher"].row_texts[0]
+    assert "\u202e" not in view.widgets.part(ProbeMatrices).views["teacher"].row_texts[0]
     panel._hear({"asked": {"measure": "image_to_text"}})
-    for matrix in view.widgets.affinity.values():
+    for matrix in view.widgets.part(ProbeMatrices).views.values():
         matrix._hear({"drawn": matrix.number})
     view.update()
-    assert view.widgets.affinity["student"].measure == "P(text | image)"
+    assert view.widgets.part(ProbeMatrices).views["student"].measure == "P(text | image)"
     view.close()
 
 
@@ -216,16 +220,16 @@ def test_nobody_watches_a_bench_that_no_page_shows(run, monkeypatch):
         view = RunView(run.folder, live=True)
         os.utime(run.folder / "snapshots" / "watching", (0, 0))
         view._touched = -1e9
-        monkeypatch.setattr(widgets, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(widgets.bench, "LOOK_SECONDS", 0.01)
         view.keep()
         await asyncio.sleep(0.1)
         alone = is_watched(Run(run.folder))
         view.widgets.panel._hear({"seen": True})
         await asyncio.sleep(0.2)
         seen = is_watched(Run(run.folder))
-        numbers = [matrix.number for matrix in view.widgets.affinity.values()]
+        numbers = [matrix.number for matrix in view.widgets.part(ProbeMatrices).views.values()]
         await asyncio.sleep(0.2)
-        assert numbers == [matrix.number for matrix in view.widgets.affinity.values()], "nothing new, nothing sent"
+        assert numbers == [matrix.number for matrix in view.widgets.part(ProbeMatrices).views.values()], "nothing new, nothing sent"
         view.close()
         return alone, seen
 
@@ -234,23 +238,23 @@ def test_nobody_watches_a_bench_that_no_page_shows(run, monkeypatch):
 
 def test_a_page_that_draws_slowly_is_owed_one_frame(run, monkeypatch):
     view = RunView(run.folder, live=True)
-    sent = view.widgets.affinity["student"].number
+    sent = view.widgets.part(ProbeMatrices).views["student"].number
     for k in range(20):
         student = {"student": torch.eye(4) * k / 20, "student_scale": torch.ones(1)}
         Snapshots(run).take(lambda student=student: student, stage="stage-2", phase="distil", step=k)
         view.update()
-    assert view.widgets.affinity["student"].number == sent, "nothing is queued while the first frame is not drawn"
-    for matrix in view.widgets.affinity.values():
+    assert view.widgets.part(ProbeMatrices).views["student"].number == sent, "nothing is queued while the first frame is not drawn"
+    for matrix in view.widgets.part(ProbeMatrices).views.values():
         matrix._hear({"drawn": matrix.number})
     view.update()
-    assert view.widgets.affinity["student"].number == sent + 1 and view.widgets.affinity["student"].matrix[0, 0] == pytest.approx(0.95)
+    assert view.widgets.part(ProbeMatrices).views["student"].number == sent + 1 and view.widgets.part(ProbeMatrices).views["student"].matrix[0, 0] == pytest.approx(0.95)
     view.close()
 
 
 def test_a_view_that_fails_says_so_and_goes_on(run, monkeypatch):
     async def story():
         view = RunView(run.folder, live=True)
-        monkeypatch.setattr(widgets, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(widgets.bench, "LOOK_SECONDS", 0.01)
         monkeypatch.setattr(view.watched, "look", lambda: 1 / 0)
         view.always = True
         view.keep()
@@ -317,7 +321,7 @@ def test_what_a_page_holds_does_not_grow(run):
         view.always, view._drawn = True, -1e9
         view.update()
     assert len(_instances) == held and issubclass(MatrixView, Widget)
-    assert all(len(trace.x) <= 301 for trace in view.widgets.figure.data)
+    assert all(len(trace.x) <= 301 for trace in view.widgets.part(LossCurves).widget.data)
     view.close()
 
 
@@ -358,6 +362,8 @@ def write_clusters(run, count=3):
     said = {"captions": [MARKUP, HOSTILE, *"cdef"], "keys": list("abcdef"), "labels": [0, 1, None, 1, 0, 0]}
     pictures = [thumbnail(Image.new("RGB", (8, 8), (40 * k, 0, 0))) for k in range(6)]
     (run.folder / "clusters.json").write_text(json.dumps(said | {"pictures": pictures}))
+    config = Run(run.folder).config() | {"method": "ClipCid"}
+    (run.folder / "config.json").write_text(json.dumps(config))
 
 
 def clusters_snapshot(run, found, step, keep=""):
@@ -378,7 +384,7 @@ def test_agreement_purity_and_moved_images_of_a_run_with_clusters(run):
     watched = looked_at(run)
     drawn = clusters_json(watched)
     stayed, moved, centres, teacher, student = drawn["data"]
-    plane, features = watched.clusters.plane, watched.arrays["clusters_student"].astype(np.float32)
+    plane, features = RunClusters(run).plane, watched.arrays["clusters_student"].astype(np.float32)
     assert np.allclose(np.stack([moved["x"], moved["y"]], axis=1), plane.project(features[[0, 1, 2, 3, 5]]), atol=1e-5)
     assert len(stayed["x"]) == 1 and moved["marker"]["symbol"] == "x" and stayed["marker"]["symbol"] == "circle"
     assert moved["marker"]["color"] == [widgets.COLOURS[k] for k in (1, 1, 0, 0, 0)] and len(centres["x"]) == 3
@@ -407,27 +413,29 @@ def test_the_map_of_a_bench_is_updated_in_place(run):
     write_clusters(run)
     clusters_snapshot(run, [1, 1, 0, 0, 2, 0], step=1)
     view = RunView(run.folder, live=True)
-    figure, held = view.widgets.clusters, len(_instances)
+    figure, held = view.widgets.part(StudentMap).widget, len(_instances)
     assert figure in view.box.children and view.box.children.index(figure) == 3
-    traces, title = figure.data, view.widgets.figure.layout.yaxis3.title.text
+    traces, title = figure.data, view.widgets.part(LossCurves).widget.layout.yaxis3.title.text
     clusters_snapshot(run, [0, 0, 1, 1, 2, 0], step=2)
     recalls = {"image_to_text_r1": 0.2, "text_to_image_r1": 0.4}
     run.log({"event": "validation", "stage": "student", "step": 30, **recalls, "cluster_agreement": 0.75, "cluster_purity": 0.8})
     view.always, view._drawn = True, -1e9
     view.update()
-    assert view.widgets.clusters is figure and all(new is old for new, old in zip(figure.data, traces, strict=True))
+    assert view.widgets.part(StudentMap).widget is figure and all(new is old for new, old in zip(figure.data, traces, strict=True))
     assert len(_instances) == held and len(traces[0].x) == 5 and len(traces[1].marker.color) == len(traces[1].hovertext) == 1
     assert "step 2: 83%" in figure.layout.annotations[0].text and list(traces[4].y) == [3, 2, 1]
-    line = next(line for line in view.widgets.figure.data if line.name == "cluster agreement")
+    line = next(line for line in view.widgets.part(LossCurves).widget.data if line.name == "cluster agreement")
     assert list(line.y) == [0.75] and title == "sparsity; share of the gradient"
-    assert view.widgets.figure.layout.yaxis3.title.text == "sparsity; cluster agreement; gradient"
+    assert view.widgets.part(LossCurves).widget.layout.yaxis3.title.text == "sparsity; cluster agreement; gradient"
     view.close()
 
 
 def test_a_still_has_the_map_and_a_run_without_clusters_has_none(run):
     height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).still().png)).height  # noqa: E731
     view, without = RunView(run.folder, live=True), height()
-    assert view.widgets.clusters is None and len(view.box.children) == 4 and clusters_json(view.watched) == {}
+    assert len(view.box.children) == 3 and clusters_json(view.watched) == {}
+    with pytest.raises(KeyError):
+        view.widgets.part(StudentMap)
     view.close()
     write_clusters(run)
     assert height() == without, "before its first snapshot"

@@ -16,9 +16,13 @@ from vlkd_lab.runs import Run, RunWriter, Snapshots, write_snapshot
 from vlkd_lab.widgets import (
     TABLE_KINDS,
     CrossAttention,
+    CrossMaps,
     CrossView,
+    LossCurves,
+    ProbeMatrices,
     RunView,
     Watched,
+    attention,
     cross_maps,
     cross_picture,
     curves_json,
@@ -87,7 +91,7 @@ def looked_at(run):
 
 def drawn_by_page(view):
     "The page says that it has drawn everything"
-    for part in (view.widgets.cross, *view.widgets.affinity.values()):
+    for part in (view.widgets.part(CrossMaps).widget, *view.widgets.part(ProbeMatrices).views.values()):
         if part is not None:
             part._hear({"drawn": part.number})
 
@@ -183,10 +187,11 @@ def test_words_and_pictures_from_strangers(run):
 
 
 def test_a_bench_is_owed_one_frame_of_maps(run, monkeypatch):
-    monkeypatch.setattr(widgets, "FRAME_SECONDS", 1e9)  # a slow machine gives no frame up
+    monkeypatch.setattr(widgets.canvas, "FRAME_SECONDS", 1e9)  # a slow machine gives no frame up
     view = RunView(run.folder, live=True)
-    cross, sent = view.widgets.cross, view.widgets.cross.number
-    assert cross in view.box.children and not view.widgets.affinity_box.children, "no joint space, no affinities"
+    cross, affinities = view.widgets.part(CrossMaps).widget, view.widgets.part(ProbeMatrices).widget
+    sent = cross.number
+    assert cross in view.box.children and not affinities.children, "no joint space, no affinities"
     for step in range(31, 41):
         snapshot(run, step)
         view.update()
@@ -203,31 +208,33 @@ def test_what_a_page_holds_does_not_grow(run):
     from ipywidgets.widgets.widget import _instances
 
     view = RunView(run.folder, live=True)
-    pictures, held = view.widgets.cross.pictures, len(_instances)
+    pictures, held = view.widgets.part(CrossMaps).widget.pictures, len(_instances)
     for step in range(31, 52):
         run.log({"stage": "student", "step": step, **dict.fromkeys(TERMS, 0.5), "total": 1.0, "seconds": 0.5})
         snapshot(run, step)
         drawn_by_page(view)
         view.always, view._drawn = True, -1e9
         view.update()
-    assert len(_instances) == held and view.widgets.cross.pictures is pictures, "pictures travel once"
-    assert view.widgets.figure.data[-1].name == "weighted terms" and "0.5" in {note.text for note in view.widgets.figure.layout.annotations}
+    assert len(_instances) == held and view.widgets.part(CrossMaps).widget.pictures is pictures, "pictures travel once"
+    figure = view.widgets.part(LossCurves).widget
+    assert figure.data[-1].name == "weighted terms" and "0.5" in {note.text for note in figure.layout.annotations}
     view.close()
 
 
 def test_a_bench_that_was_there_before_its_run_gets_the_maps_and_the_table(tmp_path):
     view = RunView(tmp_path / "run", live=True)
-    assert view.widgets.cross is None and len(view.box.children) == 4
+    assert len(view.box.children) == 3, "panel, curves and affinities"
     with RunWriter(tmp_path / "run") as writer:
         begin(writer, modules=("decoder",))
         log(writer)
         snapshot(writer, 30, modules=("decoder",), student=torch.eye(2).half(), student_scale=torch.ones(1))
         view._drawn = -1e9
         view.update()
-    assert [panel["title"] for panel in view.widgets.cross.panels] == ["writing (decoder): teacher", "writing (decoder): student"]
-    assert view.box.children[2:] == (view.widgets.affinity_box, view.widgets.cross, view.widgets.gate_box)
-    assert len(view.widgets.affinity_box.children) == 3, "this one has a joint space"
-    assert tuple(view.widgets.figure.layout.xaxis3.ticktext)[0] == "base" and view.widgets.figure.layout.yaxis3.autorange == "reversed"
+    cross, affinities, curves = (view.widgets.part(kind).widget for kind in (CrossMaps, ProbeMatrices, LossCurves))
+    assert [panel["title"] for panel in cross.panels] == ["writing (decoder): teacher", "writing (decoder): student"]
+    assert view.box.children[1:] == (curves, affinities, cross)
+    assert len(affinities.children) == 3, "this one has a joint space"
+    assert tuple(curves.layout.xaxis3.ticktext)[0] == "base" and curves.layout.yaxis3.autorange == "reversed"
     view.close()
 
 
@@ -243,9 +250,9 @@ def test_a_still_has_the_maps(run):
 def test_brighter_is_where_a_model_looks_and_an_even_spread_is_dim():
     pixels, maps = np.ones((40, 40, 3)), np.zeros((2, 2))
     maps[1, 0] = 0.9
-    looks = widgets._laid_over(pixels, maps, widgets._densest([maps])).sum(axis=2)
+    looks = attention._laid_over(pixels, maps, attention._densest([maps])).sum(axis=2)
     assert looks[20:, :20].min() > looks[:20].max() and looks[20:, :20].min() > looks[:, 20:].max(), "row 1, column 0"
-    even = [widgets._laid_over(pixels, np.full((g, g), 1 / g**2), 4.0) for g in (2, 5)]
+    even = [attention._laid_over(pixels, np.full((g, g), 1 / g**2), 4.0) for g in (2, 5)]
     assert np.allclose(*even), "whatever the grid"
 
 
@@ -256,7 +263,7 @@ def test_long_texts_are_broken_into_strips(run):
     write_snapshot(run.folder / "probe.safetensors", {"teacher_cross_fusion": torch.full((2, 30, 16), 1 / 16).half()}, {})
     watched = looked_at(run)
     watched.arrays = {}
-    parts = widgets._strips(watched, 0, ["fusion"], 830)
+    parts = attention._strips(watched, 0, ["fusion"], 830)
     assert [len(part[2]) for part in parts] == [10, 10, 10] and all(part[4].shape[1] <= 808 for part in parts)
     assert Image.open(io.BytesIO(cross_picture(watched))).width == 830
 
@@ -289,10 +296,10 @@ def test_curves_are_sums_by_module_with_the_weights_of_their_steps(run):
     assert np.allclose(curves["image"][1][:10], len(members["image"])) and np.allclose(curves["image"][1][10:], len(members["image"]) + 4)
     joint = curves["image–text"][1]
     assert np.allclose(joint[:10], 1) and np.allclose(joint[10:], 3), "similarities had no weight at first"
-    assert np.allclose(curves["decoder (scratch)"][1], len(members["decoder"]))
+    assert np.allclose(curves["decoder (baseline)"][1], len(members["decoder"]))
     drawn = curves_json(looked_at(run))
     assert [line["name"] for line in drawn["data"]][:5] == ["image", "text", "image–text", "fusion", "decoder"]
-    assert {line["line"]["dash"] for line in drawn["data"] if line["name"].endswith("(scratch)")} == {"dot"}
+    assert {line["line"]["dash"] for line in drawn["data"] if line["name"].endswith("(baseline)")} == {"dot"}
 
 
 def test_the_table_says_values_shares_and_what_is_off(run):
