@@ -53,8 +53,11 @@ FLOOR = {module_of(path): int(path.stem[:2]) for path in MODULES}
 
 
 def floor_of(name):
-    "The floor of a module, seen from the package; a package's is that of its highest room"
-    return FLOOR[name] if name in FLOOR else max(floor for module, floor in FLOOR.items() if module.startswith(f"{name}."))
+    "The floor of a module, or of what is in it, seen from the package; a package without a page has its highest room's"
+    rooms = [floor for module, floor in FLOOR.items() if module and module.startswith(f"{name}.")]
+    if name in FLOOR or not rooms:
+        return FLOOR[name] if name in FLOOR else floor_of(name.rpartition(".")[0])
+    return max(rooms)
 
 
 # Rooms
@@ -158,6 +161,8 @@ def test_a_job_defines_no_long_function(path):
 def test_exported_cells_are_short(path):
     for text in exported(path):
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#|")]
+        if all(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.parse(text).body):
+            continue  # a list of names is no idea
         assert len(text.splitlines()) <= 60 and len(lines) <= 55, f"{len(lines)} lines: {lines[0]} {lines[1]}"
         assert not [line for line in lines if len(line) > 110], "lines of more than 110 columns"
 
@@ -195,6 +200,7 @@ def test_every_form_of_an_import_is_noticed():
         "from vlkd_lab.methods import dlip": "methods.dlip",
         "open = 'vlkd_lab.methods.dlip:METHOD'": "methods.dlip",
     }
+    assert floor_of("runs.Run") == FLOOR["runs"], "a name in a module is as high as the module"
     assert all(module in set(imported(text)) for text, module in forms.items())
     assert not set(imported("import vlkd_lab\nfrom vlkd_lab import __version__\n'vlkd_lab.runs is a module'"))
 

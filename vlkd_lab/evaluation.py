@@ -18,11 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlkd_lab.models import (
+    VLM,
+    TowerShape,
+    count_cost,
+    evaluating,
+    head_widths,
+    measure_latency,
+    tower_shapes,
+)
+
 from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thumbnail
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, TowerShape, count_cost, evaluating, head_widths, measure_latency, tower_shapes
 from .runs import Run, read_json, role_of, to_json, write_whole
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 

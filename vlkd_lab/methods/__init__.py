@@ -30,7 +30,7 @@ class Method:
     open: Callable[[Any], Any]  # checked parameters -> a job that is ready to train
     losses: Mapping[str, Term] = field(default_factory=dict)  # name -> term, what it adds to LOSSES
     views: tuple[type, ...] = ()  # parts of the bench beside the common ones, below `widgets.RunPart`
-    unfinished: Callable | None = None  # (run, stage, phase, state, device) -> the student of a phase so far, or None
+    unfinished: Callable | None = None  # (run, stage, phase, state, device) -> a student, or None
 
     def __post_init__(self):
         if not self.name.replace("-", "").replace("_", "").isalnum():

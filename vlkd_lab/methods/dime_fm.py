@@ -179,7 +179,7 @@ def _buildable(config: Mapping[str, Any]) -> dict:
 
 
 def _started_config(base: dict, options: DimeFm) -> dict:
-    "The image tower that the student starts as, beside the teacher's words; ValueError if these do not go together"
+    "The image tower that the student starts as; ValueError if the teacher's words cannot stand beside it"
     start = trainers.find_start(options).config["model_cfg"]
     vision = start["vision_cfg"]
     has_one = not vision.get("timm_model_name") and not isinstance(vision.get("layers"), list | tuple)

@@ -55,7 +55,8 @@ def _launch(folder: Path, processes: int) -> None:
     ]
     threads = max((os.cpu_count() or 1) // processes, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [*torchrun, "-m", "vlkd_lab.trainers", str(folder)]
+    package = sys.modules[Job.__module__].__package__  # which is run as a program
+    command = [*torchrun, "-m", package, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if not done.returncode:
         return

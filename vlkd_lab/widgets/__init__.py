@@ -6,7 +6,77 @@
 __all__ = []
 
 # %% ../../nbs/library/52_widgets.ipynb #03972c84
-from ..data import escaped, visible
+from vlkd_lab.widgets.affinities import (
+    MEASURES,
+    LiveAffinities,
+    ProbeMatrices,
+    affinity_views,
+    measured,
+    probe_affinities,
+    softmax,
+    with_difference,
+)
+from vlkd_lab.widgets.attention import (
+    CROSS,
+    HEAT,
+    CrossAttention,
+    CrossMaps,
+    CrossView,
+    LiveMaps,
+    ModuleMaps,
+    cross_maps,
+    cross_picture,
+    on_grid,
+    overlap,
+)
+from vlkd_lab.widgets.bench import (
+    COMMON,
+    CURVE_SECONDS,
+    LOOK_SECONDS,
+    Live,
+    RunStill,
+    RunView,
+    RunWidgets,
+    attach,
+    bench_parts,
+)
+from vlkd_lab.widgets.clusters import (
+    MOST_CENTRES,
+    Plane,
+    RunClusters,
+    StudentMap,
+    cluster_purity,
+    clusters_json,
+)
+from vlkd_lab.widgets.controls import (
+    Panel,
+    measure_buttons,
+    message,
+    panel_state,
+    request,
+    run_buttons,
+    run_messages,
+    run_sliders,
+    run_values,
+    slider,
+)
+from vlkd_lab.widgets.curves import (
+    BASELINE,
+    CHANGED,
+    DECADES,
+    MODULE_NAMES,
+    TABLE_KINDS,
+    LossCurves,
+    TermCurves,
+    curves_json,
+    kind_of,
+    module_curves,
+    module_table,
+    modules_of,
+    term_curves,
+    validation_lines,
+    validation_scores_of,
+)
 from vlkd_lab.widgets.drawing import (
     COLOURS,
     DIVERGING,
@@ -33,7 +103,32 @@ from vlkd_lab.widgets.drawing import (
     symmetric_limit,
     to_bytes,
 )
-from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
+from vlkd_lab.widgets.gates import (
+    MOST_COLUMNS,
+    GateMatrices,
+    LiveGates,
+    drawn_gates,
+    gate_grid,
+    gate_matrices,
+    gate_views,
+)
+from vlkd_lab.widgets.parts import (
+    LiveFigure,
+    LivePart,
+    RunPart,
+    live_figure,
+    may_fail,
+    method_parts,
+    part_figure,
+    sync_figure,
+)
+from vlkd_lab.widgets.sentences import (
+    NearestSentences,
+    SentenceBox,
+    SentenceTable,
+    first_scores,
+    sentences_html,
+)
 from vlkd_lab.widgets.watched import (
     UNKNOWN,
     Choice,
@@ -46,101 +141,7 @@ from vlkd_lab.widgets.watched import (
     progress,
     settle,
 )
-from vlkd_lab.widgets.parts import (
-    LiveFigure,
-    LivePart,
-    RunPart,
-    live_figure,
-    may_fail,
-    method_parts,
-    part_figure,
-    sync_figure,
-)
-from vlkd_lab.widgets.curves import (
-    BASELINE,
-    CHANGED,
-    DECADES,
-    MODULE_NAMES,
-    TABLE_KINDS,
-    LossCurves,
-    TermCurves,
-    curves_json,
-    kind_of,
-    module_curves,
-    module_table,
-    modules_of,
-    term_curves,
-    validation_lines,
-    validation_scores_of,
-)
-from vlkd_lab.widgets.affinities import (
-    MEASURES,
-    LiveAffinities,
-    ProbeMatrices,
-    affinity_views,
-    measured,
-    probe_affinities,
-    softmax,
-    with_difference,
-)
-from vlkd_lab.widgets.gates import (
-    MOST_COLUMNS,
-    GateMatrices,
-    LiveGates,
-    drawn_gates,
-    gate_grid,
-    gate_matrices,
-    gate_views,
-)
-from vlkd_lab.widgets.clusters import (
-    MOST_CENTRES,
-    Plane,
-    RunClusters,
-    StudentMap,
-    cluster_purity,
-    clusters_json,
-)
-from vlkd_lab.widgets.sentences import (
-    NearestSentences,
-    SentenceBox,
-    SentenceTable,
-    first_scores,
-    sentences_html,
-)
-from vlkd_lab.widgets.attention import (
-    CROSS,
-    HEAT,
-    CrossAttention,
-    CrossMaps,
-    CrossView,
-    LiveMaps,
-    ModuleMaps,
-    cross_maps,
-    cross_picture,
-    on_grid,
-    overlap,
-)
-from vlkd_lab.widgets.controls import (
-    Panel,
-    measure_buttons,
-    message,
-    panel_state,
-    request,
-    run_buttons,
-    run_messages,
-    run_sliders,
-    run_values,
-    slider,
-)
-from vlkd_lab.widgets.bench import (
-    COMMON,
-    CURVE_SECONDS,
-    LOOK_SECONDS,
-    Live,
-    RunStill,
-    RunView,
-    RunWidgets,
-    attach,
-    bench_parts,
-)
+
+from ..data import escaped, visible
+from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
 from .overlay import RunsStill, RunsView, differences, overlay, overlay_json
