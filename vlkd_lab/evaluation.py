@@ -379,7 +379,7 @@ def _kept(job: Job, vlm: VLM) -> float:
         return math.nan
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
 
-
+# %% ../nbs/library/22_evaluation.ipynb #c0f1e602
 def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, float], scratch: float) -> dict:
     "One model's line of the table"
     cost = count_cost(vlm)
@@ -568,7 +568,7 @@ def plot_losses(run: Run) -> Figure:
         figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
     return _closed(figure)
 
-
+# %% ../nbs/library/22_evaluation.ipynb #c0f1e601
 def _plot_stage(axis, lines: Sequence[dict], colours: Mapping[str, Any]) -> None:
     "The terms of one stage, and its sparsity"
     for term, colour in colours.items():

@@ -830,9 +830,9 @@ class _Card:
             )
             if can or not self.tasks:
                 parts.append(_onnx_code(bool(self.tasks), has_bias))
-        loader = "vlkd_lab.fusion.load_blip" if self.tasks else "vlkd_lab.models.load_model"
+        loader = "fusion.load_blip" if self.tasks else "models.load_model"
         folder = "slim" if self.padded is not self.vlm else "."
-        return "\n\n".join([*parts, f'In vlkd_lab: `{loader}("{folder}")`.'])
+        return "\n\n".join([*parts, f'In vlkd_lab: `vlkd_lab.{loader}("{folder}")`.'])
 
     def terms(self) -> str:
         "The licence, in words"
