@@ -22,7 +22,7 @@ from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thu
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, TowerShape, count_cost, evaluating, head_widths, measure_latency, tower_shapes
+from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
 from .runs import Run, read_json, role_of, to_json, write_whole
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
@@ -365,7 +365,7 @@ def job_models(job: Job) -> dict[str, VLM]:
     return {"teacher": job.teacher} | students
 
 
-def _shapes_of(vlm: VLM) -> dict[str, TowerShape]:
+def _shapes_of(vlm: VLM) -> dict:  # tower -> TowerShape
     return tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
 
 
