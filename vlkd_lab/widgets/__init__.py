@@ -144,4 +144,4 @@ from vlkd_lab.widgets.watched import (
 
 from ..data import escaped, visible
 from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
-from .overlay import RunsStill, RunsView, differences, overlay, overlay_json
+from .several import RunsStill, RunsView, differences, overlay, overlay_json

@@ -102,7 +102,7 @@ def modules_of(watched: Watched) -> dict[str, str]:  # term -> one of MODULES; e
 def kind_of(term: str) -> str:  # of TABLE_KINDS
     "What kind of information a BLIP's term compares"
     loss = all_losses()[term]
-    return "base" if loss.alone else term.removeprefix(loss.module + "_").replace("_", " ")
+    return "base" if not loss.needs_teacher else term.removeprefix(loss.module + "_").replace("_", " ")
 
 
 def module_curves(watched: Watched, most: int = 300) -> TermCurves:
