@@ -115,7 +115,7 @@ def hard_negatives(
     names: Tensor,  # (B,) int64, equal for equal texts
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # (B,) a wrong text for each image, (B,) a wrong image for each text
-    "Draw hard negatives: wrong partners, similar ones more often"
+    "Draw hard negatives: other texts, similar ones more often"
     if len(similarity) < 2:
         raise ValueError("one pair has no wrong partner: matching needs at least 2 pairs a step")
     generator = torch.Generator(similarity.device).manual_seed(seed)

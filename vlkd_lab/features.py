@@ -88,7 +88,7 @@ class FusedFeatures(Features):
     "What a model that reads images and texts together says about B pairs"
 
     passes: Mapping[str, Pass] = field(default_factory=dict)  # by what was read: "image", "text", "pairs", …
-    momentum: Slow | None = None  # None: there is no slow copy
+    momentum: Slow | None = None  # None: there is no momentum encoder
     negatives: tuple[Tensor, Tensor] | None = None  # (B,) wrong text of each image, and image of each text
 
     def detach(self) -> FusedFeatures:

@@ -1,4 +1,4 @@
-// Draws the head line, the controls and the messages of a run. Values are state in Python (vlkd_lab.widgets.Panel);
+// Draws the status bar, the controls and the messages of a run. Values are state in Python (vlkd_lab.widgets.Panel);
 // a moved slider or a pressed button only says what is wished. All text goes in as text, never as HTML.
 
 const TOUCHED_MS = 1500; // for this long after a touch, what arrives from Python does not move a slider
