@@ -80,14 +80,15 @@ def planted(fault: Fault, root: Path = ROOT) -> dict[Path, str]:
     file = max(counts, key=counts.get)
     text = file.read_text(encoding="utf-8").replace(fault.old, fault.new)
     compile(text, str(file), "exec")
-    page, notebook = exporting_page(fault.old, root)
+    page, notebook = exporting_page(fault.old, root, file.read_text(encoding="utf-8"))
     return {file: text, page: planted_page(notebook, fault)}
 
 
-def exporting_page(text: str, root: Path) -> tuple[Path, dict]:
-    """The notebook that exports a piece of code: a page runs its own cells, and not the module that they became."""
+def exporting_page(text: str, root: Path, module: str) -> tuple[Path, dict]:
+    """The notebook that exports a piece of code of a module: a page runs its own cells, and not the module that they became."""
+    named = re.search(r"File to edit: .*?([\w.]+\.ipynb)", module)  # nbdev's first line; the same text may stand in several
     for page, code in exported_code(root).items():
-        if text in code:
+        if text in code and (named is None or page.name == named[1]):
             return page, json.loads(page.read_text(encoding="utf-8"))
     raise ValueError(f"no notebook exports {text!r}")
 
