@@ -67,7 +67,10 @@ class ClipCid(Distillation):
         0.7, "pairs are kept up to this distance", "above 0, at most 2", lambda v: 0 < v <= 2
     )
     clusters: int = parameter(
-        0, "k of k-means; 0: one for 400 images, or for 32", "0, or 2 and more", lambda v: v == 0 or v >= 2
+        0,
+        "k of k-means; 0: one for 400 images, of few one for 32",
+        "0, or 2 and more",
+        lambda v: v == 0 or v >= 2,
     )
     cluster_scale: float = parameter(32.0, "multiplier of the student's cosines with the centres", **above(0))
     teacher_cluster_scale: float = parameter(32.0, "multiplier of the teacher's", **above(0))
@@ -75,7 +78,9 @@ class ClipCid(Distillation):
         0.0, "radians added to the angle to the own centre (MLCD: 0.25 to 0.3)", **within(0, 1.5)
     )
     class_share: float = parameter(
-        0.0, "share of the clusters in a step's softmax; 0: all, of over 10,000 0.1 (MLCD)", **within(0, 1)
+        0.0,
+        "share of the clusters in a step's softmax; 0: all up to 10,000, above 0.1 (MLCD)",
+        **within(0, 1),
     )
     instance_scale: float = parameter(
         0.0, "multiplier in instance discrimination; 0: the teacher's own", **within(0, 1000)

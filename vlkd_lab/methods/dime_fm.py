@@ -69,7 +69,8 @@ class DimeFm(Distillation):
     batch_size: int = parameter(128, "images a step, over all processes", **at_least(2))
     sentence_batch: int = parameter(256, "sentences a step, over all processes", **at_least(2))
     losses: str = parameter(
-        "vision_language_score:0.7, pseudo_vision_language_score:0.3", "and weights; also unimodal_distance"
+        "vision_language_score:0.7, pseudo_vision_language_score:0.3",
+        "terms and weights; also unimodal_distance",
     )
     student: str = parameter("", "image tower: architecture or timm:NAME; empty: plain, by `student_share`")
     student_share: float = parameter(0.5, "of the prunable weights of the teacher's tower", **within(0.03, 1))
