@@ -329,7 +329,7 @@ def test_validation_of_a_kept_text_tower_asks_every_caption_once(five, teachers,
     train(job)
     [*_, last] = [line for line in lines_of(tmp_path / "run") if line.get("event") == "validation"]
     student = trainers.load_student(tmp_path / "run" / "student" / "student", "cpu")
-    assert job.said.shape[0] == 120
+    assert job.caption_features.shape[0] == 120
     expected = validation_scores(student, job.val)
     assert {name: last[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 

@@ -76,7 +76,7 @@ def test_a_step_has_every_term_and_moves_every_part(tiny):
     assert sums["total"] == pytest.approx(sum(value for name, value in sums.items() if name != "total"), rel=1e-5)
     still = {name for name, _ in learner.model.named_parameters()} - set(grads)
     assert not still, still
-    assert all(p.grad is None for p in job.teacher.model.parameters()) and all(p.grad is None for p in learner.slow.parameters())
+    assert all(p.grad is None for p in job.teacher.model.parameters()) and all(p.grad is None for p in learner.momentum_encoder.parameters())
     assert all(torch.equal(a, b) for a, b in zip(seen.negatives, taught.negatives or seen.negatives, strict=True))
     assert torch.equal(seen.passes["pairs"].targets, taught.passes["pairs"].targets), "both judge the same pairs"
 
@@ -109,7 +109,7 @@ def test_the_base_losses_are_their_formulas(tiny):
 
 @pytest.mark.parametrize("asked", [True, False], ids=["asked", "partly"])
 def test_micro_batches_give_the_same_step(asked, tiny, partly_asked):
-    losses = "image_text_contrast:1, language_modelling:1, answering:1, image:1, text:1, decoder:1"  # all that draw no wrong partners
+    losses = "image_text_contrast:1, language_modelling:1, answering:1, image:1, text:1, decoder:1"  # all that draw no hard negatives
     tiny = tiny if asked else tiny | dict(data=partly_asked)
     whole, wanted, learner, *_ = first_step(job_of(tiny, losses=losses))
     for micro in (2, 3, 5):
@@ -138,10 +138,10 @@ def test_scratch_has_the_students_sizes_and_no_weight_of_the_teacher(tiny):
     job = job_of(tiny, compare_scratch=True, steps=2)
     train(job)
     student, scratch = (load_blip(job.run.folder / stage / "student", "cpu") for stage in ("student", "scratch"))
-    begun = load_blip(job.run.folder / "scratch" / "init", "cpu")
+    init = load_blip(job.run.folder / "scratch" / "init", "cpu")
     assert student.shape == scratch.shape == student_sizes(job.options, job.teacher)
     inherited = make_student(job)[0].model.state_dict()
-    assert not torch.equal(begun.model.state_dict()["text_encoder.embeddings.word_embeddings.weight"],
+    assert not torch.equal(init.model.state_dict()["text_encoder.embeddings.word_embeddings.weight"],
                            inherited["text_encoder.embeddings.word_embeddings.weight"])  # fmt: skip
     lines = [line for line in job.run.metrics() if "total" in line and line["stage"] == "scratch"]
     assert set(lines[0]) & set(GROUPS["distillation"]) == set() and set(GROUPS["base"]) <= set(lines[0])
@@ -156,16 +156,16 @@ def test_what_no_term_asks_for_is_not_run(tiny, monkeypatch):
     assert made and all(tuple(tasks) == ("captioning",) for tasks in made)
 
 
-def test_the_slow_copy_and_the_queue_are_those_of_the_formula(tiny):
+def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
     job = job_of(tiny, momentum=0.9, steps=3, checkpoint_seconds=0.0, keep_snapshots=0)
     seen = []
     step = trainers.take_step
 
     def watched(fit, batch):
-        before = {n: w.clone() for n, w in fit.learner.slow.named_parameters()}
+        before = {n: w.clone() for n, w in fit.learner.momentum_encoder.named_parameters()}
         found = step(fit, batch)
         own = dict(fit.learner.model.named_parameters())
-        for name, weight in fit.learner.slow.named_parameters():
+        for name, weight in fit.learner.momentum_encoder.named_parameters():
             torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * own[name])
         seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.held()[0])))
         return found
@@ -176,6 +176,26 @@ def test_the_slow_copy_and_the_queue_are_those_of_the_formula(tiny):
     finally:
         trainers.loop.take_step = step
     assert seen == [(8, 8), (16, 16), (24, 21)], "a queue of 21 pairs, which 8 does not divide"
+
+
+def test_a_checkpoint_under_the_former_name_of_the_momentum_encoder_is_taken_up(tiny):
+    job = job_of(tiny)
+    _, _, learner, *_ = first_step(job)
+    with torch.no_grad():
+        for weight in learner.momentum_encoder.parameters():
+            weight.add_(0.25)
+    state = {name: value.clone() for name, value in learner.state_dict().items()}
+    former = {name.replace("momentum_encoder.", "slow."): value for name, value in state.items()}
+    assert sum(name.startswith("slow.") for name in former) == len(learner.momentum_encoder.state_dict()) > 20
+    student = make_student(job)[0]
+    for checkpoint in (former, state):
+        other = BlipLearner(make_student(job)[0].model, student, job.tasks, job.options)
+        assert not torch.equal(other.momentum_encoder.text_proj.weight, learner.momentum_encoder.text_proj.weight)
+        other.load_state_dict(checkpoint)
+        assert other.state_dict().keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    with pytest.raises(RuntimeError, match="slow_copy"):
+        other.load_state_dict({name.replace("slow.", "slow_copy."): value for name, value in former.items()})
 
 
 def test_views_find_where_words_look(tiny):
@@ -374,9 +394,9 @@ batch = next(job.val.batches(job.view, batch_size=8))
 batch = replace(batch, questions=tuple(asked if k < 3 else () for k, asked in enumerate(batch.questions)))
 part = slice(rank * 8 // world, (rank + 1) * 8 // world)
 mine = Batch(batch.image[part], batch.text[part], keys=batch.keys[part], captions=batch.captions[part], questions=batch.questions[part])
-fit.shares, learner.measured = True, 0.0 if rank == 0 else float("inf")  # clocks of processes differ
+fit.shares, learner.measured_at = True, 0.0 if rank == 0 else float("inf")  # clocks of processes differ
 sums, *_ = learner.learn(fit, mine)
-assert abs(sum(learner.pulls.values()) - 1) < 1e-4
+assert abs(sum(learner.gradient_shares.values()) - 1) < 1e-4
 if rank == 0:
     grads = {n: p.grad for n, p in student.model.named_parameters()}
     numbers = {name: float(value) for name, value in sums.items()}

@@ -84,7 +84,7 @@ def check_papermill(words):
     if hasattr(options, "weights") and "self_similarity" not in getattr(options, "losses", ""):
         options.weights(), options.check_stored()
     if "tasks" in given or kind is Dlip:
-        options.asked_tasks()
+        options.named_tasks()
     assert options.batch_size % options.processes == 0
 
 

@@ -19,6 +19,8 @@ from vlkd_lab.trainers import (
     Fit,
     Job,
     Phase,
+    above,
+    at_least,
     finish_fit,
     one_of,
     parameter,
@@ -48,14 +50,12 @@ class ClipCid(Distillation):
     data: str = parameter(
         "scenes:16000,duplicates:0.6,tail:1", "training shards, or scenes:N,duplicates:SHARE,tail:EXPONENT"
     )
-    steps: int = parameter(600, "optimiser steps", "at least 1", lambda v: v >= 1)
+    steps: int = parameter(600, "optimiser steps", **at_least(1))
     losses: str = parameter(
         "contrastive:1, instance_discrimination:1, cluster_classification:0.1, cluster_distribution:1",
         "terms and their weights",
     )
-    student: str = parameter(
-        "", "architecture; empty: a plain one with `student_share` of the teacher's weights"
-    )
+    student: str = parameter("", "architecture; empty: a plain one of `student_share` of the teacher's size")
     student_share: float = parameter(0.5, "of the teacher's prunable weights", **within(0.03, 1))
     inheritance: str = parameter("none", "how the student gets its weights", **one_of("none", "manual"))
     threshold: float = parameter(
@@ -73,10 +73,8 @@ class ClipCid(Distillation):
         "0, or 2 and more",
         lambda v: v == 0 or v >= 2,
     )
-    cluster_scale: float = parameter(
-        32.0, "multiplier of the student's cosines with the centres", **trainers.above(0)
-    )
-    teacher_cluster_scale: float = parameter(32.0, "multiplier of the teacher's", **trainers.above(0))
+    cluster_scale: float = parameter(32.0, "multiplier of the student's cosines with the centres", **above(0))
+    teacher_cluster_scale: float = parameter(32.0, "multiplier of the teacher's", **above(0))
     cluster_margin: float = parameter(
         0.0, "radians added to the angle to the own centre (MLCD: 0.25 to 0.3)", **within(0, 1.5)
     )
@@ -91,32 +89,30 @@ class ClipCid(Distillation):
     teacher_features: str = parameter(
         "stored", "read from the store, or computed at every step", **one_of("stored", "beside")
     )
-    map_images: int = parameter(
-        256, "validation images on the live map of clusters", "at least 3", lambda v: v >= 3
-    )
+    map_images: int = parameter(256, "validation images on the live map of clusters", **at_least(3))
     compare_scratch: bool = parameter(True, "also train the same student contrastively, without a teacher")
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #16bc2e43
 def open_clip_cid(options: ClipCid) -> ClipCidJob:
     "Check data, teacher and parameters, and write the run's config.json; nothing is computed yet"
-    weights, accelerator = options.weights(), trainers.make_accelerator(options)
+    weights = options.weights()
+    accelerator = trainers.make_accelerator(options)
     options.check_stored()
     teacher = trainers.find_model(options.teacher, accelerator.device)
     trainers.check_teacher(options, teacher)
     start = trainers.find_smaller_start(options, teacher)
-    needed = start is None and (not options.student or options.inheritance == "manual")
-    shapes = trainers.transformer_shapes(teacher, needed=needed)
-    report, key = data.inspect_shards(trainers.find_data(options.data)), store_key(teacher)
+    is_copied = start is None and (not options.student or options.inheritance == "manual")
+    shapes = trainers.transformer_shapes(teacher, needed=is_copied)
+    report = data.inspect_shards(trainers.find_data(options.data))
+    key = store_key(teacher)
     FeatureStore(report, key, options.features)
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
         student = trainers.smaller_student(options, teacher, start, shapes)
-        check_student(
-            student,
-            f"student={options.student!r}",
-            trainers.fewest_rows(options.batch_size // accelerator.num_processes, options.micro_batch),
-        )
+        images = options.batch_size // accelerator.num_processes
+        fewest = trainers.fewest_rows(images, options.micro_batch)
+        check_student(student, f"student={options.student!r}", fewest)
     about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
@@ -139,7 +135,8 @@ class _Balanced(Job):
 
         def link() -> None:
             rows = self.stored.unit()
-            balancing.link(rows, most, device=device, progress=trainers.may_print()).save(path)
+            linkage = balancing.link(rows, most, device=device, progress=trainers.may_print())
+            linkage.save(path)
 
         trainers.once(self, path, ["store"], link)
         return balancing.load_linkage(path)
@@ -184,17 +181,22 @@ class _Clustered(_Balanced):
         "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
         path = self.run.folder / "clusters.safetensors"
         needs = ["store", "linkage"] if self.balances else ["store"]
-        trainers.once(self, path, needs, lambda: _write_clusters(self, self._cluster()))
+        trainers.once(self, path, needs, lambda: _write_clusters(self, _cluster(self)))
         arrays, _ = runs.read_snapshot(path)
-        return Clusters(torch.from_numpy(arrays["centers"]), torch.from_numpy(arrays["training"]).long())
+        centers = torch.from_numpy(arrays["centers"])
+        assignment = torch.from_numpy(arrays["training"]).long()
+        return Clusters(centers, assignment)
 
-    def _cluster(self) -> Clusters:
-        rows = self.stored.unit()
-        rows = rows[self.balance.keep.numpy()] if self.balances else rows
-        k = self.options.clusters or balancing.default_clusters(len(rows))
-        if k > len(rows):
-            raise ValueError(f"clusters={k} is not valid: only {len(rows)} images are left after balancing")
-        return balancing.cluster(rows, k, self.options.seed)
+
+def _cluster(job: _Clustered) -> Clusters:
+    "k-means over the features of the images that stay"
+    rows = job.stored.unit()
+    if job.balances:
+        rows = rows[job.balance.keep.numpy()]
+    k = job.options.clusters or balancing.default_clusters(len(rows))
+    if k > len(rows):
+        raise ValueError(f"clusters={k} is not valid: only {len(rows)} images are left after balancing")
+    return balancing.cluster(rows, k, job.options.seed)
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #dbe5a78d
 def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
@@ -232,8 +234,8 @@ class ClipCidJob(_Clustered):
 
     @property
     def plan(self) -> list[tuple[str, int]]:
-        names = ["student", "scratch"] if self.options.compare_scratch else ["student"]
-        return [(name, self.options.steps) for name in names]
+        stages = ["student", "scratch"] if self.options.compare_scratch else ["student"]
+        return [(stage, self.options.steps) for stage in stages]
 
     def go_on(self, changes: Mapping[str, Sequence]) -> None:
         "The balanced indices name their shards by place: those of shards that moved are written again"
@@ -242,23 +244,24 @@ class ClipCidJob(_Clustered):
             shutil.rmtree(self.run.folder / "balanced", ignore_errors=True)
 
     def work(self) -> None:
-        todo = [name for name, _ in self.plan if not (self.run.folder / name / "done.json").exists()]
-        if "student" in todo:
+        folder = self.run.folder
+        if not (folder / "student" / "done.json").exists():
             phase = Phase("student", "distil", self.options.steps)
             student = new_student(self)
             finish_fit(self, phase, student, cid_objective(self, student), self.source)
-        if "scratch" in todo:
+        if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
             baseline = new_student(self, inherited=False)
             trainers.train_baseline(self, "scratch", self.options.steps, baseline)
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
         features = validation_features(student, self.val, every_caption=True)
         scores = recall(features, ks=(1,), captions=self.val.all_captions)
-        taught = objective.weights != {"contrastive": 1.0}
-        return scores | ({"cluster_agreement": _agreement(self, features, objective)} if taught else {})
+        if objective.weights != {"contrastive": 1.0}:  # the baseline's
+            scores["cluster_agreement"] = _agreement(self, features, objective)
+        return scores
 
     def look(self, fit: Fit) -> Mapping[str, Tensor]:
-        return _seen_clusters(self, fit)
+        return _map_arrays(self, fit)
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #fc210702
 def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
@@ -270,52 +273,50 @@ SAMPLED_ABOVE = 10_000  # clusters
 
 
 def cid_objective(job: ClipCidJob, student: VLM) -> Objective:
-    "The terms asked for, over the job's clusters"
-    options, weights = job.options, job.options.weights()
+    "The options' terms, over the job's clusters"
+    options = job.options
+    weights = options.weights()
     centers = job.clusters.centers.to(job.accelerator.device)
     share = options.class_share or (1.0 if len(centers) <= SAMPLED_ABOVE else 0.1)
-    holder = ClusterTerms(
+    cluster_terms = ClusterTerms(
         centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, share
     )
-    own = holder.terms(weights) + _instance_term(options, weights)
-    plain = {name: weight for name, weight in weights.items() if name not in {term.name for term in own}}
-    project = projection(options, student, job.teacher)
-    return Objective(plain, *own, project=project)
+    terms = cluster_terms.terms(weights) + _instance_term(options, weights)
+    others = dict(weights)
+    for term in terms:
+        others.pop(term.name, None)
+    return Objective(others, *terms, project=projection(options, student, job.teacher))
 
 
 def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term, ...]:
-    "Instance discrimination at a scale of its own, when one is asked for"
+    "Instance discrimination at the options' scale; nothing where that is the teacher's own"
     name = "instance_discrimination"
     if not options.instance_scale or name not in weights:
         return ()
-    return (
-        replace(
-            LOSSES[name],
-            function=lambda s, t: instance_discrimination(s, t, options.instance_scale),
-            weight=weights[name],
-        ),
-    )
+
+    def at_scale(student: Features, teacher: Features) -> Tensor:
+        return instance_discrimination(student, teacher, options.instance_scale)
+
+    return (replace(LOSSES[name], function=at_scale, weight=weights[name]),)
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
-    "Image rows, projected where the student has another width"
-    return (
-        rows
-        if objective.project is None
-        else objective.project(Features(rows, rows, rows.new_ones(()))).image
-    )
+    "Image rows, projected where the student's embedding dimension is another"
+    if objective.project is None:
+        return rows
+    return objective.project(Features(rows, rows, rows.new_ones(()))).image
 
 
 @torch.no_grad()
-def _seen_clusters(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
+def _map_arrays(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
     "Arrays for the live map"
-    count = len(job.val[: job.options.map_images])
+    pairs = job.val[: job.options.map_images]
     if not hasattr(job, "_map"):
-        job._map = next(job.val[:count].batches(job.view, batch_size=count)).image.to(job.accelerator.device)
+        batch = next(pairs.batches(job.view, batch_size=len(pairs)))
+        job._map = batch.image.to(job.accelerator.device)
     with evaluating(fit.learner.model):
-        rows = _in_teachers_space(
-            fit.learner.model.encode_image(job._map, normalize=True).float(), fit.objective
-        )
+        rows = fit.learner.model.encode_image(job._map, normalize=True).float()
+        rows = _in_teachers_space(rows, fit.objective)
     centers = job.clusters.centers.to(rows.device)
     return {"clusters_student": rows.half(), "clusters_assignment": nearest_center(rows, centers)[0].int()}
 
@@ -324,10 +325,11 @@ def _seen_clusters(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
 def _agreement(job: ClipCidJob, features: Features, objective: Objective) -> float:
     "Share of the validation images whose nearest centre under the student is the one under the teacher"
     centers = job.clusters.centers.to(features.image.device)
-    if not hasattr(job, "_taught"):
-        job._taught = nearest_center(validation_features(job.teacher, job.val).image, centers)[0]
-    own = nearest_center(_in_teachers_space(features.image, objective), centers)[0]
-    return float((own == job._taught).float().mean())
+    if not hasattr(job, "_teacher_assignment"):
+        teacher = validation_features(job.teacher, job.val)
+        job._teacher_assignment = nearest_center(teacher.image, centers)[0]
+    assignment = nearest_center(_in_teachers_space(features.image, objective), centers)[0]
+    return float((assignment == job._teacher_assignment).float().mean())
 
 
 register(
