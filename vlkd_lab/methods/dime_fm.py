@@ -49,6 +49,7 @@ from ..gates import budget
 from ..losses import LOSSES, Objective, score_terms
 from ..sources import LINES, read_part, write_whole
 from ..stores import FeatureStore, StoredTeacher, load, store_key
+from ..widgets.sentences import SentenceTable
 from . import Method, register
 
 # %% auto #0
@@ -704,5 +705,6 @@ register(
         citation="DIME-FM (Sun et al., 2023): unpaired images and sentences, scored by the teacher",
         parameters=DimeFm,
         open=open_dime_fm,
+        views=(SentenceTable,),
     )
 )
