@@ -125,11 +125,11 @@ def _forest(count: int, edges: np.ndarray, distances: np.ndarray) -> tuple[np.nd
     chosen = order[np.sort(tree.data).astype(np.int64) - 1]
     return edges[chosen], distances[chosen]
 
-# %% ../nbs/library/15_balancing.ipynb #8ddb3f50
+# %% ../nbs/library/15_balancing.ipynb #8ddb3f4f
 _PAIRS = 1 << 16  # pairs that are looked at in one go
 _LEVELS = 16
 
-
+# %% ../nbs/library/15_balancing.ipynb #8ddb3f50
 class _Growing:
     "A minimum spanning forest that takes in pairs, in bounded memory"
 

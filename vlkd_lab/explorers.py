@@ -503,9 +503,8 @@ class ClusterState:
 
     def update(self, features, assignment) -> None:
         "Newer features and assignments of the same samples, on the same plane"
-        rows = len(self.features)
-        self.features = _array("features", features, rows)
-        self.assignment = _array("assignment", assignment, rows).astype(int)
+        self.features = _array("features", features, len(self.features))
+        self.assignment = _array("assignment", assignment, len(self.features)).astype(int)
         self.umap = None
         self.layout = "PCA"
 

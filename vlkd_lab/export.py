@@ -569,7 +569,7 @@ def _training_rows(origin: Origin) -> list[tuple[str, str]]:
         ("versions", ", ".join(versions) or _UNKNOWN),
     ]
 
-
+# %% ../nbs/library/38_export.ipynb #7d0e40a5
 def _teacher(origin: Origin, config: Mapping[str, Any]) -> str:
     "Name, size and digest"
     parameters = config.get("parameters", {})

@@ -948,7 +948,7 @@ class FusedBatch:
     answer: Tensor  # (Q, L'') ids
     answer_mask: Tensor  # (Q, L'') bool
 
-
+# %% ../nbs/library/23_fusion.ipynb #7e70e859
 def fused_batch(
     batch: Batch,  # on the device; captions, and questions if there are any
     tokenizer: BlipTokenizer,

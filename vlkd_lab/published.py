@@ -466,7 +466,7 @@ def read_preprocessing(
             settings[name] = list(config[f"image_{name}"])
     return settings
 
-
+# %% ../nbs/library/12_published.ipynb #9346032f
 def _resize_mode(
     config: Mapping[str, Any],  # of a preprocessor
     wanted: tuple[int, int],  # height, width

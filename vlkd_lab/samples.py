@@ -324,7 +324,7 @@ def _speckle(u: np.ndarray, stretch: tuple[int, int]) -> np.ndarray:
         values = sum(np.roll(values, k, axis) for k in range(reach)) / reach
     return np.clip((values - values.mean()) / (4 * values.std()) + 0.5, 0, 1)
 
-
+# %% ../nbs/library/02_samples.ipynb #3f23c7d9
 def _joints(u: np.ndarray, v: np.ndarray, width: float, height: float, shift: float) -> np.ndarray:
     "One where two bricks meet"
     row = np.floor(v / height)

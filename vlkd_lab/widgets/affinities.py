@@ -87,7 +87,7 @@ class ProbeMatrices(RunPart):
     def live(self) -> LiveAffinities:
         return LiveAffinities()
 
-
+# %% ../../nbs/library/44_widgets_affinities.ipynb #725c1e99
 class LiveAffinities(LivePart):
     "The probe's affinities on a live page; a click chooses an image for the other parts"
 

@@ -30,11 +30,11 @@ from .watched import Watched, headline, is_working, settle
 # %% auto #0
 __all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'Live', 'bench_parts', 'RunWidgets', 'RunView', 'RunStill', 'attach']
 
-# %% ../../nbs/library/50_widgets_bench.ipynb #a23f3966
+# %% ../../nbs/library/50_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
 CURVE_SECONDS = 1.0  # between two drawings by Plotly, which is dearer than a canvas
 
-
+# %% ../../nbs/library/50_widgets_bench.ipynb #a23f3966
 class Live:
     "A view that a page shows as widgets, kept up to date while it is seen, and anything else as a picture"
 
