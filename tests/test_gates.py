@@ -342,3 +342,16 @@ def test_the_joint_multipliers_gradients_are_golden():
         sparsity_penalty(gates.expected_sparsity(), target, *means).backward()
         for (k, tower), multiplier in of.items():
             close(multiplier.grad, at(f"grad_lambda_{k}_{tower}"))
+
+
+def test_gates_stand_in_the_order_in_which_checkpoints_and_draws_have_them():
+    shapes = {"image": TowerShape(16, 8, (2,), (32,)), "text": TowerShape(16, 8, (2,), (32,))}
+    gates = Gates(shapes, budget(shapes), ("hidden", "heads", "neurons"))
+    assert [name for name, _ in gates.named_parameters()] == [
+        "lambda_1",
+        "lambda_2",
+        *(f"log_alpha.{tower}.{kind}" for tower in ("image", "text") for kind in ("heads", "hidden", "neurons")),
+    ]
+    drawn = gates.sample(torch.Generator().manual_seed(0))["image"].heads[0]
+    noise = torch.rand(2, generator=torch.Generator().manual_seed(0))
+    close(drawn, sample_gates(gates.log_alpha["image"]["heads"].detach(), noise).numpy())

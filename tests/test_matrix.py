@@ -275,7 +275,7 @@ def test_a_step_asks_the_device_once(parameters, monkeypatch):
 
 
 def _only_the_step(job, stream, guard):
-    terms, *_ = trainers.take_step(job, next(stream))
+    terms, *_ = trainers.loop.take_step(job, next(stream))
     job.step += 1
     if job.step == job.phase.steps:
         raise ValueError("enough")

@@ -389,7 +389,7 @@ class GateParameters(nn.Module):
         self.log_alpha = nn.ModuleDict()
         for tower, shape in shapes.items():
             self.log_alpha[tower] = nn.ParameterDict()
-            for kind in kinds:
+            for kind in sorted(kinds):  # the order of checkpoints, and in which gates are drawn
                 gates = torch.full((sum(_group_sizes(shape, kind)),), start)
                 self.log_alpha[tower][kind] = nn.Parameter(gates)
         self.lambda_1 = nn.Parameter(torch.tensor(10.0))
