@@ -17,8 +17,8 @@ from torch import Tensor
 from vlkd_lab.trainers import (
     Distillation,
     Fit,
-    Job,
     Phase,
+    StudentJob,
     above,
     at_least,
     finish_fit,
@@ -118,7 +118,7 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     return replace(job, shapes=shapes, costs=shapes and budget(shapes))
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #54c4d03f
-class _Balanced(Job):
+class _Balanced(StudentJob):
     "What a job computes of its data before it trains; each is kept where a later start finds it"
 
     @cached_property
@@ -220,8 +220,6 @@ def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
 class ClipCidJob(_Clustered):
     "Balance, clusters, and the distillation that uses them"
 
-    baselines = ("scratch",)
-
     @cached_property
     def stream(self) -> data.PairStream:
         "The balanced training pairs"
@@ -231,11 +229,6 @@ class ClipCidJob(_Clustered):
     def stored_sides(self) -> tuple[str, ...]:
         "The whole images, which are balanced and clustered, beside what training asks"
         return tuple(dict.fromkeys(("image", *super().stored_sides)))
-
-    @property
-    def plan(self) -> list[tuple[str, int]]:
-        stages = ["student", "scratch"] if self.options.compare_scratch else ["student"]
-        return [(stage, self.options.steps) for stage in stages]
 
     def go_on(self, changes: Mapping[str, Sequence]) -> None:
         "The balanced indices name their shards by place: those of shards that moved are written again"

@@ -33,6 +33,7 @@ from vlkd_lab.trainers import (
     Job,
     Learner,
     Phase,
+    StudentJob,
     above,
     at_least,
     finish_fit,
@@ -314,7 +315,7 @@ class ImageLearner(UnpairedLearner):
 MOST_JUDGES = 20_000  # images by which sentences are selected
 
 
-class _Sentences(Job):
+class _Sentences(StudentJob):
     "The texts of a job"
 
     @cached_property
@@ -646,13 +647,6 @@ def nearest_each(
 # %% ../../nbs/library/57_methods_dime_fm.ipynb #a3edadcb
 class DimeFmJob(_Probe):
     "Images and sentences, the teacher's scores of them, and the student that learns these"
-
-    baselines = ("scratch",)
-
-    @property
-    def plan(self) -> list[tuple[str, int]]:
-        stages = ["student", "scratch"] if self.options.compare_scratch else ["student"]
-        return [(stage, self.options.steps) for stage in stages]
 
     @property
     def stored_sides(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from .. import trainers
 from ..gates import budget
 from ..losses import LOSSES, Objective, Projection
 from ..models import VLM, check_student, model_config, new_model, state_digest
-from ..trainers import Distillation, Job, Phase, finish_fit, one_of, parameter, seed_of, within
+from ..trainers import Distillation, Phase, StudentJob, finish_fit, one_of, parameter, seed_of, within
 from . import Method, register
 
 # %% auto #0
@@ -81,19 +81,12 @@ def projection(
         return Projection(width, target)
 
 # %% ../../nbs/library/55_methods_distil.ipynb #ea073676
-class DistilJob(Job):
+class DistilJob(StudentJob):
     "A student that learns from its teacher, and the same one trained from scratch"
-
-    baselines = ("scratch",)
 
     @property
     def teaches(self) -> bool:
         return bool(self.options.teacher)
-
-    @property
-    def plan(self) -> list[tuple[str, int]]:
-        stages = ["student", "scratch"] if self.options.compare_scratch else ["student"]
-        return [(stage, self.options.steps) for stage in stages]
 
     def student(self, inherited: bool = True) -> VLM:
         "The student before its training"

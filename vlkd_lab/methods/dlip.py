@@ -38,6 +38,7 @@ from vlkd_lab.trainers import (
     Job,
     Learner,
     Phase,
+    StudentJob,
     above,
     at_least,
     finish_fit,
@@ -952,15 +953,8 @@ class _Distilled(_FusedJob):
 
 # %% ../../nbs/library/58_methods_dlip.ipynb #cc507270
 @dataclass
-class DlipJob(_Distilled):
+class DlipJob(_Distilled, StudentJob):
     "A student that learns from a larger BLIP, and one of the same sizes that learns alone"
-
-    baselines = ("scratch",)
-
-    @property
-    def plan(self) -> list[tuple[str, int]]:
-        stages = ["student", "scratch"] if self.options.compare_scratch else ["student"]
-        return [(stage, self.options.steps) for stage in stages]
 
     def work(self) -> None:
         folder = self.run.folder

@@ -14,6 +14,7 @@ from vlkd_lab.trainers.jobs import (
     SAME,
     Job,
     Streams,
+    StudentJob,
     TeacherJob,
     Work,
     at_work,
@@ -47,6 +48,12 @@ from vlkd_lab.trainers.launch import (
     start,
     train,
 )
+
+# %% auto #0
+__all__ = []
+
+# %% ../../nbs/library/34_trainers.ipynb #6bddc9d7
+# isort: split
 from vlkd_lab.trainers.learner import (
     Fit,
     Hooks,
@@ -96,20 +103,23 @@ from vlkd_lab.trainers.students import (
 
 from ..methods import METHODS
 from .backward import cached_backward, fewest_rows, micro_batches, plain_backward
+
+# %% ../../nbs/library/34_trainers.ipynb #6eeec6b8
+# isort: split
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, as_numbers, change, fit, take_step
 
-# %% auto #0
-__all__ = []
-
 # %% ../../nbs/library/34_trainers.ipynb #3ae4117f
+_MOVED = "{name} is imported from {module}, not from {package}"
+
+
 def __getattr__(name: str):
     "What a registered method's module makes public, with a warning that says where it lives"
     if not name.startswith("_"):
         for method in METHODS.values():
             module = sys.modules[method.parameters.__module__]
             if name in getattr(module, "__all__", ()):
-                message = f"{name} is imported from {module.__name__}, not from {__name__}"
+                message = _MOVED.format(name=name, module=module.__name__, package=__name__)
                 warnings.warn(message, DeprecationWarning, stacklevel=2)
                 return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,7 +41,7 @@ from .options import FitParameters
 __all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'Work',
            'reopen', 'drop_checkpoints', 'once', 'may_print', 'filled_store', 'open_stream', 'Streams', 'Job',
            'trained_on', 'encode_captions', 'validation_features', 'validation_scores', 'open_run', 'finish_fit',
-           'train_baseline', 'TeacherJob', 'at_work', 'write_probe']
+           'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/32_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -530,6 +530,17 @@ class TeacherJob(Job):
     @abstractmethod
     def learn(self) -> None:
         "Train the teacher to the end of its stage"
+
+# %% ../../nbs/library/32_trainers_jobs.ipynb #5tud3n70
+class StudentJob(Job):
+    "One student, and where the options compare with it the same one trained from scratch"
+
+    baselines = ("scratch",)
+
+    @property
+    def plan(self) -> list[tuple[str, int]]:
+        stages = ["student", "scratch"] if self.options.compare_scratch else ["student"]
+        return [(stage, self.options.steps) for stage in stages]
 
 # %% ../../nbs/library/32_trainers_jobs.ipynb #1797fb24
 @contextmanager

@@ -48,6 +48,9 @@ from vlkd_lab.widgets.clusters import (
     cluster_purity,
     clusters_json,
 )
+
+# %% ../../nbs/library/52_widgets.ipynb #c4494596
+# isort: split
 from vlkd_lab.widgets.controls import (
     Panel,
     measure_buttons,
@@ -77,6 +80,9 @@ from vlkd_lab.widgets.curves import (
     validation_lines,
     validation_scores_of,
 )
+
+# %% ../../nbs/library/52_widgets.ipynb #38a18a81
+# isort: split
 from vlkd_lab.widgets.drawing import (
     COLOURS,
     DIVERGING,
@@ -122,6 +128,9 @@ from vlkd_lab.widgets.parts import (
     part_figure,
     sync_figure,
 )
+
+# %% ../../nbs/library/52_widgets.ipynb #31df8e82
+# isort: split
 from vlkd_lab.widgets.sentences import (
     NearestSentences,
     SentenceBox,

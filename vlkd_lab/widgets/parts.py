@@ -43,15 +43,15 @@ class RunPart(ABC):
         return LiveFigure(lambda watched: part_figure(self, watched))
 
 
-class LivePart:
+class LivePart(ABC):
     "A part on a live page"
 
     is_plot = False  # drawn by Plotly, which is dear: the bench draws it at most once a second
     widget: ipywidgets.Widget | None = None  # None while there is nothing to see
 
+    @abstractmethod
     def update(self, watched: Watched) -> None:
         "Show what is new, in the widget that is there already"
-        raise NotImplementedError
 
     def ready(self) -> bool:
         "Whether the frontend has drawn what it was sent"
