@@ -353,7 +353,7 @@ def _finished_stages(job: Job) -> list[str]:
 
 
 def job_models(job: Job) -> dict[str, VLM]:
-    "The teacher, every student that the job has finished, and the one in whose training it was stopped"
+    "The teachers, every student that the job has finished, and the one in whose training it was stopped"
     device = job.accelerator.device
     students = {}
     for stage in _finished_stages(job):
@@ -362,7 +362,8 @@ def job_models(job: Job) -> dict[str, VLM]:
     stage = status.get("stage")
     if status["state"] in ("stopped", "failed", "lost") and stage is not None and stage not in students:
         students[stage] = current_student(job.run, device, stage=stage)
-    return {"teacher": job.teacher} | students
+    further = {f"teacher-{number}": teacher for number, teacher in enumerate(job.further, start=2)}
+    return {"teacher": job.teacher, **further, **students}
 
 
 def _shapes_of(vlm: VLM) -> dict:  # tower -> TowerShape

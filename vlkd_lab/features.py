@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Features', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'flat_captions', 'distinct_captions', 'recall', 'Batch',
-           'gather']
+__all__ = ['Features', 'Ensemble', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'flat_captions', 'distinct_captions',
+           'recall', 'Batch', 'gather']
 
 # %% ../nbs/library/01_features.ipynb #6e89e228
 @dataclass(frozen=True)
@@ -39,6 +39,27 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.image)
+
+# %% ../nbs/library/01_features.ipynb #ens3mb1f
+@dataclass(frozen=True)
+class Ensemble:
+    "What several teachers say about the same B pairs, each in a space of its own"
+
+    members: tuple[Features, ...]  # (B, D) each; D may differ
+    weights: tuple[float, ...]  # of each member, above 0; they add up to 1
+
+    def __post_init__(self):
+        if len(self.members) != len(self.weights) or abs(sum(self.weights) - 1) > 1e-6:
+            weights = f"{len(self.members)} members with the weights {self.weights}"
+            raise ValueError(f"an ensemble needs a weight for each member, and they add up to 1: {weights}")
+
+    def detach(self) -> Ensemble:
+        "The same ensemble, through which no gradient flows"
+        return self.each(Features.detach)
+
+    def each(self, change: Callable[[Features], Features]) -> Ensemble:
+        "The same ensemble with every member changed"
+        return replace(self, members=tuple(change(member) for member in self.members))
 
 # %% ../nbs/library/01_features.ipynb #d7376275
 @dataclass(frozen=True)
@@ -172,6 +193,9 @@ def recall(
     return shares
 
 # %% ../nbs/library/01_features.ipynb #87bed9db
+_TENSORS = ("image", "text", "teacher_image", "teacher_text")
+
+
 @dataclass(frozen=True)
 class Batch:
     "B image-text pairs, or B images and M texts, as student and teacher want to see them"
@@ -188,21 +212,37 @@ class Batch:
     questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
+    further: tuple[tuple[Tensor | None, Tensor | None], ...] = ()  # image and text of each further teacher
 
-    def for_teacher(self) -> Batch:
-        "The same pairs as the teacher wants to see them"
-        image = self.image if self.teacher_image is None else self.teacher_image
-        text = self.text if self.teacher_text is None else self.teacher_text
-        return replace(self, image=image, text=text, teacher_image=None, teacher_text=None)
+    def for_teacher(self, number: int = 0) -> Batch:
+        "The same pairs as a teacher wants to see them: the first one, or a further one"
+        image, text = ((self.teacher_image, self.teacher_text), *self.further)[number]
+        image = self.image if image is None else image
+        text = self.text if text is None else text
+        return replace(self, image=image, text=text, teacher_image=None, teacher_text=None, further=())
 
     def to(self, device, non_blocking: bool = True) -> Batch:
         "The same batch with its tensors on `device`"
-        moved = {}
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def first(self, count: int) -> Batch:
+        "Its first images and texts"
+        columns = {}
         for one in fields(self):
             value = getattr(self, one.name)
-            if isinstance(value, Tensor):
-                moved[one.name] = value.to(device, non_blocking=non_blocking)
-        return replace(self, **moved)
+            if isinstance(value, tuple) and one.name not in ("skipped", "further"):
+                columns[one.name] = value[:count]
+        return replace(self.each(lambda tensor: tensor[:count]), **columns)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        "The same batch with every tensor changed"
+
+        def changed(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        tensors = {name: changed(getattr(self, name)) for name in _TENSORS}
+        further = tuple((changed(image), changed(text)) for image, text in self.further)
+        return replace(self, **tensors, further=further)
 
     def __len__(self) -> int:
         return len(self.image)
@@ -226,8 +266,10 @@ class _AllGather(torch.autograd.Function):
         return total[ctx.rows]
 
 
-def gather(features: Features) -> Features:
+def gather(features: Features | Ensemble) -> Features | Ensemble:
     "The features of every process's pairs, in rank order; gradients reach the rank that made a row"
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return features
+    if isinstance(features, Ensemble):
+        return features.each(gather)
     return replace(features, image=_AllGather.apply(features.image), text=_AllGather.apply(features.text))

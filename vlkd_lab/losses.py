@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import Features
+from .features import Ensemble, Features
 
 # %% auto #0
 __all__ = ['TILED_ABOVE', 'TILE', 'LOSSES', 'contrastive', 'affinity_mimicking', 'relational', 'Projection', 'feature_mimicking',
@@ -685,6 +685,19 @@ def _check_terms(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     return terms
 
 # %% ../nbs/library/17_losses.ipynb #3312064f
+def _mean_number(
+    term: Term,
+    students: Sequence[Features],  # as each teacher's space has them
+    teachers: Sequence[Features],
+    weights: Sequence[float],  # of the teachers
+) -> Tensor:  # ()
+    "A term's mean over the teachers; once where it needs none, or where its centres are of the first one's space"
+    if len(teachers) == 1 or not term.needs_teacher or term.centers:
+        return _number(term, students[0], teachers[0])
+    pairs = zip(weights, students, teachers, strict=True)
+    return sum(weight * _number(term, student, teacher) for weight, student, teacher in pairs)
+
+
 def _number(term: Term, student: Features, teacher: Features) -> Tensor:  # ()
     "A term's value; ValueError if it is not one number"
     value = term.function(student, teacher)
@@ -721,27 +734,39 @@ class Objective:
     "A weighted sum of named losses, returned with every term"
 
     terms: tuple[Term, ...]
-    project: Projection | None = field(default=None, compare=False)
+    project: Projection | tuple[Projection | None, ...] | None = field(default=None, compare=False)
 
     def __init__(
         self,
         weights: Mapping[str, float],  # names in LOSSES -> weight
         *own: Term,  # further terms, with functions of your own
-        project: Projection | None = None,  # put before the terms that compare student rows with teacher rows
+        # put before the terms that compare student rows with teacher rows; of several teachers one each
+        project: Projection | tuple[Projection | None, ...] | None = None,
     ):
         named = (_weighted(name, weight) for name, weight in weights.items())
         object.__setattr__(self, "terms", _check_terms((*named, *own)))
         object.__setattr__(self, "project", project)
 
-    def __call__(self, student: Features, teacher: Features) -> Terms:
-        "The total and every term for one batch"
-        near = student if self.project is None else self.project(student)
+    def __call__(self, student: Features, teacher: Features | Ensemble) -> Terms:
+        "The total and every term for one batch; of several teachers each term is the weighted mean"
+        is_set = isinstance(teacher, Ensemble)
+        teachers = teacher.members if is_set else (teacher,)
+        weights = teacher.weights if is_set else (1.0,)
+        near = [student if project is None else project(student) for project in self.projections(len(teachers))]
         active = [term for term in self.terms if term.weight]
         values = {}
         for term in active:
-            rows = near if term.needs_projection else student
-            values[term.name] = _number(term, rows, teacher)
+            students = near if term.needs_projection else [student] * len(teachers)
+            values[term.name] = _mean_number(term, students, teachers, weights)
         return Terms(sum(term.weight * values[term.name] for term in active), values)
+
+    def projections(self, teachers: int = 1) -> tuple[Projection | None, ...]:
+        "What stands before the terms that compare rows, for each of so many teachers"
+        if isinstance(self.project, tuple):
+            if len(self.project) != teachers:
+                raise ValueError(f"there are projections for {len(self.project)} teachers, and here are {teachers}")
+            return self.project
+        return (self.project,) * teachers
 
     def draw(self, seed: int) -> None:
         "Seed the terms that draw at random, before a step"
@@ -771,7 +796,8 @@ def objective_parameters(
     device: str | torch.device | None = None,  # where they are moved; None: they stay
 ) -> list[nn.Parameter]:  # each once; empty for an objective without modules
     "The parameters that an objective brings along and that are to be trained with the student"
-    parts = [objective.project, *(term.function for term in objective.terms)]
+    projections = objective.project if isinstance(objective.project, tuple) else (objective.project,)
+    parts = [*projections, *(term.function for term in objective.terms)]
     modules = nn.ModuleList(part for part in parts if isinstance(part, nn.Module))
     return list(modules.to(device).parameters())
 

@@ -375,12 +375,11 @@ class StoredTeacher:
         texts: FeatureStore | None = None,  # of texts that belong to no image; None: `store` has them
         crop_scale: float = 1.0,  # of numbered crops
     ):
-        self.stores, self.scale, self.device = (
-            {"image": store, "text": texts or store},
-            scale.detach().to(device),
-            device,
-        )
-        self.crop_scale, self._places = crop_scale, {}
+        self.stores = {"image": store, "text": texts or store}
+        self.scale = scale.detach().to(device)
+        self.device = device
+        self.crop_scale = crop_scale
+        self._places = {}
 
     def encode(self, batch: Batch) -> Features:  # (B, D) unit rows, and (M, D)
         "The teacher's features of a batch, by its keys"

@@ -22,7 +22,7 @@ from ..sources import TEXT_FIELDS
 from .decode import BadSample, asked_questions, captions_of, decode_sample, label_sets, visible
 from .reports import DataReport, _as_report
 from .stream import _in_order, _no_sample
-from .views import FastPreprocess, View, _both_views, _CachedTokenizer, _shared_views
+from .views import View, _shared_views, _SharedViews
 
 # %% auto #0
 __all__ = ['Pairs', 'load_pairs', 'show_batch', 'thumbnail']
@@ -72,13 +72,13 @@ class Pairs:
         self,
         student: View,
         batch_size: int = 256,
-        teacher: View | None = None,  # as in PairStream
+        teacher: View | Sequence[View] | None = None,  # as in PairStream
     ) -> Iterator[Batch]:  # all full but the last
         "The pairs as a model wants to see them, in their order, each with its first caption"
-        preprocesses, tokenizers = _shared_views(student, teacher or View(None, None))
+        views = _shared_views(student, teacher)
         for start in range(0, len(self), batch_size):
             part = self[start : start + batch_size]
-            yield _pairs_batch(part, preprocesses, tokenizers, student.questions)
+            yield _pairs_batch(part, views, student.questions)
 
 # %% ../../nbs/library/10_data_pairs.ipynb #cdb027a6
 def _checked_captions(captions: Sequence[str], every: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], ...]:
@@ -94,16 +94,15 @@ def _checked_captions(captions: Sequence[str], every: Sequence[Sequence[str]]) -
 
 def _pairs_batch(
     part: Pairs,
-    preprocesses: list[FastPreprocess],
-    tokenizers: list[_CachedTokenizer],
+    views: _SharedViews,
     reads_questions: bool,
 ) -> Batch:
     "Some pairs as one batch"
     pictures = [part.pil(row) for row in range(len(part))]
-    images = [preprocess(pictures) for preprocess in preprocesses]
-    texts = [tokenizer(list(part.captions)) for tokenizer in tokenizers]
+    images = [preprocess(pictures) for preprocess in views.preprocesses]
+    texts = [tokenizer(list(part.captions)) for tokenizer in views.tokenizers]
     return Batch(
-        *_both_views(images, texts, len(part)),
+        **views.columns(images, texts, len(part)),
         keys=part.keys,
         captions=part.captions,
         labels=part.labels,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import heapq
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
@@ -25,7 +25,7 @@ from ..sources import FIELDS
 from .archives import ShardReport, _some, raw_samples
 from .decode import BadSample, NoSample, asked_questions, captions_of, decode_sample
 from .reports import DataReport, _as_report, _stats_file, check_split
-from .views import Crops, View, _both_views, _cut, _shared_views, drawn_caption
+from .views import Crops, View, _cut, _shared_views, drawn_caption
 
 # %% auto #0
 __all__ = ['plan_epochs', 'shuffled', 'PairStream', 'BadSampleGuard', 'read_once']
@@ -157,7 +157,7 @@ class _SampleDecoder:
     def __init__(
         self,
         student: View,
-        teacher: View | None,
+        teacher: View | Sequence[View] | None,
         max_pixels: int,
         crops: Crops | None = None,  # None: whole pictures
         cache: _ShardCache | None = None,  # whose budget decoded samples take
@@ -167,11 +167,11 @@ class _SampleDecoder:
         self.crops = crops or Crops()
         self.cache = cache
         self.draw_seed = draw_seed
-        self.preprocesses, self.tokenizers = _shared_views(student, teacher or View(None, None))
-        present = {"image": self.preprocesses, "text": self.tokenizers}
+        self.views = _shared_views(student, teacher)
+        present = {"image": self.views.preprocesses, "text": self.views.tokenizers}
         self.sides = tuple(side for side, models in present.items() if models)
         self.reads_questions = student.questions
-        exact = all(preprocess.exact for preprocess in self.preprocesses)
+        exact = all(preprocess.exact for preprocess in self.views.preprocesses)
         self.same_pixels = exact and self.crops.scale >= 1  # in every epoch
 
     def see(self, item: _Item, epoch: int = 0) -> _Seen:
@@ -186,7 +186,7 @@ class _SampleDecoder:
         if not self.same_pixels:
             image = Image.fromarray(pictures[0])
             box = self.crops.box(image.size, item.key, item.place, epoch, crop)
-            pictures = [_cut(image, box, preprocess) for preprocess in self.preprocesses]
+            pictures = [_cut(image, box, preprocess) for preprocess in self.views.preprocesses]
         return _Seen(pictures, captions, number, label, crop, questions)
 
 # %% ../../nbs/library/09_data_stream.ipynb #61b351db
@@ -200,7 +200,7 @@ def _decoded(decoder: _SampleDecoder, item: _Item) -> tuple[list[np.ndarray], tu
     captions = tuple(captions_of(item.fields)) if caption else ("",)
     questions = asked_questions(item.fields) if decoder.reads_questions else ()
     if decoder.same_pixels or image is None:
-        pictures = [preprocess.pixels(image) for preprocess in decoder.preprocesses]
+        pictures = [preprocess.pixels(image) for preprocess in decoder.views.preprocesses]
     else:
         pictures = [np.asarray(image)]
     further = sum(len(text.encode()) for text in captions[1:])  # a first caption is as small as a name
@@ -221,10 +221,10 @@ def _as_batch(
     names, samples = zip(*rows, strict=True)
     captions = tuple(sample.captions[sample.number] for sample in samples)
     images = []
-    for number, preprocess in enumerate(decoder.preprocesses):
+    for number, preprocess in enumerate(decoder.views.preprocesses):
         pictures = [sample.pictures[number] for sample in samples]
         images.append(preprocess.normalise(np.stack(pictures)) if preprocess.exact else torch.stack(pictures))
-    texts = [tokenizer(list(captions)) for tokenizer in decoder.tokenizers]
+    texts = [tokenizer(list(captions)) for tokenizer in decoder.views.tokenizers]
     further = {"labels": tuple(sample.label for sample in samples), "skipped": tuple(skipped)}
     if texts:
         further["caption_numbers"] = tuple(sample.number for sample in samples)
@@ -232,7 +232,8 @@ def _as_batch(
         further["crops"] = tuple(sample.crop for sample in samples)
     if decoder.reads_questions:
         further["questions"] = tuple(sample.questions for sample in samples)
-    return Batch(*_both_views(images, texts, len(names)), keys=names, captions=captions, **further)
+    columns = decoder.views.columns(images, texts, len(names))
+    return Batch(**columns, keys=names, captions=captions, **further)
 
 # %% ../../nbs/library/09_data_stream.ipynb #a66c3384
 def _good_and_bad(
@@ -327,7 +328,7 @@ class PairStream:
     report: DataReport | str | Path | list  # or what `inspect_shards` takes; no damaged shard is read
     student: View
     batch_size: int  # pairs of this process in every step
-    teacher: View | None = None  # None, or a part that is None: the student's serves
+    teacher: View | Sequence[View] | None = None  # one or several; a part that is None: the student's serves
     _: KW_ONLY
     seed: int = 0
     workers: int = 0  # reading processes; 0 reads in this process
@@ -469,7 +470,7 @@ def read_once(
     data: DataReport | str | Path | list,  # from `inspect_shards`, or what it takes
     student: View,
     batch_size: int,
-    teacher: View | None = None,  # as in PairStream
+    teacher: View | Sequence[View] | None = None,  # as in PairStream
     limit: int | None = None,  # samples read at most, good or bad
     max_pixels: int = 50_000_000,  # as in `decode_image`
     crops: Crops | None = None,  # None: whole pictures

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -205,32 +206,67 @@ def _same_preprocess(a: FastPreprocess, b: FastPreprocess) -> bool:
     return torch.allclose(a(images), b(images), atol=1e-5)
 
 # %% ../../nbs/library/08_data_views.ipynb #c71b2c0d
-def _shared_views(student: View, teacher: View) -> tuple[list[FastPreprocess], list[_CachedTokenizer]]:
-    "Preprocesses and tokenizers: the student's, and the teacher's where they differ"
+@dataclass(frozen=True)
+class _SharedViews:
+    "All that student and teachers want to see of a sample, each different thing once; the student's first"
+
+    preprocesses: list[FastPreprocess]
+    tokenizers: list[_CachedTokenizer]
+    places: tuple[tuple[int, int], ...]  # of each teacher's preprocess and tokenizer; 0: the student's serves
+
+    def columns(
+        self,
+        images: list[Tensor],  # one for each preprocess
+        texts: list[Tensor],  # one for each tokenizer
+        size: int,  # B
+    ) -> dict[str, Any]:  # of a Batch
+        "Images and texts for everybody; a side that is not read has no columns"
+        own = [(images[i] if i else None, texts[t] if t else None) for i, t in self.places]
+        teacher_image, teacher_text = own[0] if own else (None, None)
+        return dict(
+            image=images[0] if images else torch.zeros(size, 0),
+            text=texts[0] if texts else torch.zeros(size, 0, dtype=torch.long),
+            teacher_image=teacher_image,
+            teacher_text=teacher_text,
+            further=tuple(own[1:]),
+        )
+
+
+def _shared_views(student: View, teacher: View | Sequence[View] | None) -> _SharedViews:
+    "Which preprocesses and tokenizers a student and its teachers need"
     preprocesses = [] if student.preprocess is None else [FastPreprocess(student.preprocess)]
     tokenizers = [] if student.tokenizer is None else [_CachedTokenizer(student.tokenizer)]
     if not preprocesses and not tokenizers:
         raise ValueError("a view needs a preprocess, a tokenizer or both: nothing would be read")
-    if preprocesses and teacher.preprocess not in (None, student.preprocess):
-        of_teacher = FastPreprocess(teacher.preprocess)
-        if not _same_preprocess(preprocesses[0], of_teacher):
-            preprocesses.append(of_teacher)
-    if tokenizers and teacher.tokenizer not in (None, student.tokenizer):
-        tokenizers.append(_CachedTokenizer(teacher.tokenizer))
-    return preprocesses, tokenizers
+    views = (teacher,) if isinstance(teacher, View) else tuple(teacher or ())
+    places = [(_image_place(preprocesses, view), _text_place(tokenizers, view)) for view in views]
+    return _SharedViews(preprocesses, tokenizers, tuple(places))
 
 # %% ../../nbs/library/08_data_views.ipynb #6eb709c2
-def _both_views(
-    images: list[Tensor],  # the student's, and the teacher's where it differs; none where not read
-    texts: list[Tensor],  # the same
-    size: int,  # B
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # student's image, text; teacher's or None
-    "The first columns of a batch; a side that is not read has no columns"
-    images = images or [torch.zeros(size, 0)]
-    texts = texts or [torch.zeros(size, 0, dtype=torch.long)]
-    teacher_image = images[1] if len(images) > 1 else None
-    teacher_text = texts[1] if len(texts) > 1 else None
-    return images[0], texts[0], teacher_image, teacher_text
+def _image_place(preprocesses: list[FastPreprocess], view: View) -> int:
+    "Where a teacher's preprocess is in the list; a new one joins it"
+    if not preprocesses or view.preprocess is None:
+        return 0
+    for place, known in enumerate(preprocesses):
+        if known.preprocess == view.preprocess:
+            return place
+    new = FastPreprocess(view.preprocess)
+    for place, known in enumerate(preprocesses):
+        if _same_preprocess(known, new):
+            return place
+    preprocesses.append(new)
+    return len(preprocesses) - 1
+
+
+def _text_place(tokenizers: list[_CachedTokenizer], view: View) -> int:
+    "Where a teacher's tokenizer is in the list; a new one joins it"
+    if not tokenizers or view.tokenizer is None:
+        return 0
+    for place, known in enumerate(tokenizers):
+        if known.tokenizer == view.tokenizer:
+            return place
+    tokenizers.append(_CachedTokenizer(view.tokenizer))
+    return len(tokenizers) - 1
 
 # %% ../../nbs/library/08_data_views.ipynb #cbc900fc
 @dataclass(frozen=True)

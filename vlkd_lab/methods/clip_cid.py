@@ -37,7 +37,6 @@ from ..models import VLM, check_student, evaluating
 from ..stores import FeatureStore, Stored, load, store_key
 from ..widgets.clusters import StudentMap
 from . import Method, register
-from .distil import projection
 
 # %% auto #0
 __all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
@@ -98,14 +97,15 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     weights = options.weights()
     accelerator = trainers.make_accelerator(options)
     options.check_stored()
-    teacher = trainers.find_model(options.teacher, accelerator.device)
-    trainers.check_teacher(options, teacher)
+    teachers = trainers.find_teachers(options, accelerator.device)
+    trainers.check_teachers(options, teachers)
+    teacher, *further = teachers
     start = trainers.find_smaller_start(options, teacher)
     is_copied = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
     report = data.inspect_shards(trainers.find_data(options.data))
     key = store_key(teacher)
-    FeatureStore(report, key, options.features)
+    FeatureStore(report, key, trainers.store_folder(options, key))
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
@@ -113,9 +113,13 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
         images = options.batch_size // accelerator.num_processes
         fewest = trainers.fewest_rows(images, options.micro_batch)
         check_student(student, f"student={options.student!r}", fewest)
-    about = {"objective": weights, "teacher_sha256": key.weights, "model": teacher.config["model_cfg"]}
+    about = {
+        "objective": weights,
+        "teacher_sha256": trainers.teachers_digest(options, teachers),
+        "model": teacher.config["model_cfg"],
+    }
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
-    return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+    return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #54c4d03f
 class _Balanced(StudentJob):
@@ -278,7 +282,7 @@ def cid_objective(job: ClipCidJob, student: VLM) -> Objective:
     others = dict(weights)
     for term in terms:
         others.pop(term.name, None)
-    return Objective(others, *terms, project=projection(options, student, job.teacher))
+    return Objective(others, *terms, project=trainers.projections(options, student, job.teachers))
 
 
 def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term, ...]:
@@ -294,10 +298,11 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
 
 # %% ../../nbs/library/56_methods_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
-    "Image rows, projected where the student's embedding dimension is another"
-    if objective.project is None:
+    "Image rows in the first teacher's space, whose clusters they are: projected where the student's is another"
+    project = objective.project[0] if isinstance(objective.project, tuple) else objective.project
+    if project is None:
         return rows
-    return objective.project(Features(rows, rows, rows.new_ones(()))).image
+    return project(Features(rows, rows, rows.new_ones(()))).image
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ from vlkd_lab.trainers import (
 from .. import corpus, data, trainers
 from ..features import Batch, Features, recall
 from ..gates import budget
-from ..losses import LOSSES, Objective, score_terms
+from ..losses import LOSSES, Objective, Projection, score_terms
 from ..sources import LINES, read_part, write_whole
 from ..stores import FeatureStore, StoredTeacher, load, store_key
 from ..widgets.sentences import SentenceTable
@@ -396,8 +396,14 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
             f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: "
             "choose a multiple"
         )
-    teacher = trainers.find_model(options.teacher, accelerator.device)
-    trainers.check_teacher(options, teacher)
+    teachers = trainers.find_teachers(options, accelerator.device)
+    trainers.check_teachers(options, teachers)
+    teacher, *further = teachers
+    if further and options.text_tower == "teacher":
+        raise ValueError(
+            f"teacher={options.teacher!r} is not valid with text_tower='teacher': a student that keeps one teacher's "
+            "text tower stays in that teacher's space; choose text_tower='student', or one teacher"
+        )
     _check_start(options, teacher)
     student_config(options, teacher)  # an error if there is none
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
@@ -407,20 +413,20 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
     _check_sources(options, images, sentences)
     _check_student(options, teacher, shapes, world)
-    FeatureStore(images, key, options.features)
+    FeatureStore(images, key, trainers.store_folder(options, key))
     if not (options.grounded or options.class_names):
         _check_sentences(sentences, options, world)
     about = {
         "objective": weights,
         "terms": [name for name, term in LOSSES.items() if term.unpaired],
         "sentences": sentences.to_json(),
-        "teacher_sha256": key.weights,
+        "teacher_sha256": trainers.teachers_digest(options, teachers),
         "model": teacher.config["model_cfg"],
     }
     if options.start_from:
         about["start_sha256"] = state_digest(trainers.find_start(options).model)
     job = trainers.open_run(options, teacher, accelerator, about, DimeFmJob, images)
-    return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+    return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 # %% ../../nbs/library/57_methods_dime_fm.ipynb #da714dd3
 def _needs_shapes(options: DimeFm) -> bool:
@@ -539,7 +545,9 @@ class _Streams(_View):
     def images(self) -> data.PairStream:
         "The images, without captions"
         view = replace(self.view, tokenizer=None)
-        teacher = None if self.is_stored else data.View(self.teacher.preprocess, None)
+        teacher = None
+        if not self.is_stored:
+            teacher = [data.View(teacher.preprocess, None) for teacher in self.teachers]
         return trainers.open_stream(self, self.report, view, self.options.batch_size, teacher=teacher)
 
     @cached_property
@@ -553,17 +561,22 @@ class _Streams(_View):
         "The sentences, in an order of their own"
         needs_tokens = not self.is_stored or self.options.text_tower == "student"
         view = data.View(None, self.teacher.tokenizer if needs_tokens else _no_tokens)
-        seed = seed_of(self.options.seed, "sentences")
+        teacher = None
+        if not self.is_stored:
+            teacher = [data.View(None, teacher.tokenizer) for teacher in self.teachers]
+        settings = dict(teacher=teacher, seed=seed_of(self.options.seed, "sentences"), crop_scale=1.0)
         return trainers.open_stream(
-            self, self.sentence_report, view, self.options.sentence_batch, seed=seed, crop_scale=1.0
+            self, self.sentence_report, view, self.options.sentence_batch, **settings
         )
 
     def unpaired(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for images, sentences in zip(self.images.batches(step), self.texts.batches(step), strict=False):
+            sides = zip(images.further, sentences.further, strict=True)
             yield replace(
                 images,
                 text=sentences.text,
+                further=tuple((image, text) for (image, _), (_, text) in sides),
                 text_keys=sentences.keys,
                 caption_numbers=sentences.caption_numbers,
                 captions=(),
@@ -652,19 +665,12 @@ class DimeFmJob(_Probe):
     def stored_sides(self) -> tuple[str, ...]:
         return tuple(side for side in super().stored_sides if side != "text")
 
-    @cached_property
-    def source(self) -> VLM | StoredTeacher:
-        "Who answers for the teacher: two stores, or the teacher itself"
-        if not self.is_stored:
-            return self.teacher
-        texts = trainers.filled_store(self, self.sentence_report, ("text",))
-        return StoredTeacher(
-            self.store,
-            self.teacher.scale,
-            self.accelerator.device,
-            texts=texts,
-            crop_scale=self.options.crop_scale,
-        )
+    def source_of(self, teacher: VLM) -> VLM | StoredTeacher:
+        "A teacher itself, or its two stores"
+        images = super().source_of(teacher)
+        if isinstance(images, StoredTeacher):
+            images.stores["text"] = trainers.filled_store(self, self.sentence_report, ("text",), teacher)
+        return images
 
     def work(self) -> None:
         stages = [stage for stage, _ in self.plan]
@@ -674,14 +680,19 @@ class DimeFmJob(_Probe):
         if "student" in unfinished:
             learner = ImageLearner if self.options.text_tower == "teacher" else UnpairedLearner
             phase = Phase("student", "distil", self.options.steps)
-            objective = dime_objective(self.options)
-            finish_fit(self, phase, new_student(self), objective, self.source, learner, self.unpaired)
+            student = new_student(self)
+            project = trainers.projections(self.options, student, self.teachers) if self.further else None
+            objective = dime_objective(self.options, project)
+            finish_fit(self, phase, student, objective, self.source, learner, self.unpaired)
         if "scratch" in unfinished:
             baseline = new_student(self, inherited=False)
             trainers.train_baseline(self, "scratch", self.options.steps, baseline)
 
 # %% ../../nbs/library/57_methods_dime_fm.ipynb #509b3008
-def dime_objective(options: DimeFm) -> Objective:
+def dime_objective(
+    options: DimeFm,
+    project: tuple[Projection | None, ...] | None = None,  # into the spaces of several teachers
+) -> Objective:
     "The options' terms, at their scale and temperatures"
     temperatures = options.score_temperature, options.pseudo_temperature, options.distance_temperature
     both_towers = options.text_tower == "student"
@@ -690,7 +701,7 @@ def dime_objective(options: DimeFm) -> Objective:
     for name, weight in options.weights().items():
         term = at_options.get(name) or LOSSES[name]
         terms.append(replace(term, weight=weight))
-    return Objective({}, *terms)
+    return Objective({}, *terms, project=project)
 
 
 register(

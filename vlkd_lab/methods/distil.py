@@ -5,20 +5,19 @@
 # %% ../../nbs/library/55_methods_distil.ipynb #a381486d
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from .. import trainers
 from ..gates import budget
-from ..losses import LOSSES, Objective, Projection
-from ..models import VLM, check_student, model_config, new_model, state_digest
-from ..trainers import Distillation, Phase, StudentJob, finish_fit, one_of, parameter, seed_of, within
+from ..losses import LOSSES, Objective
+from ..models import VLM, check_student, new_model
+from ..trainers import Distillation, Phase, StudentJob, finish_fit, one_of, parameter, within
 from . import Method, register
 
 # %% auto #0
-__all__ = ['CLIP_KD', 'Distil', 'distil_objective', 'projection', 'DistilJob', 'open_distil']
+__all__ = ['CLIP_KD', 'Distil', 'distil_objective', 'DistilJob', 'open_distil']
 
 # %% ../../nbs/library/55_methods_distil.ipynb #940c75b2
 CLIP_KD = "contrastive=1, feature_mimicking=2000, relational=1, interactive_contrastive=1"
@@ -29,7 +28,7 @@ class Distil(Distillation):
     "Parameters of a distillation by named losses"
 
     teacher: str = parameter(
-        "data_samples/teacher", "as everywhere; empty: none, and the student learns from pairs"
+        "data_samples/teacher", "as everywhere, also a set; empty: none, and the student learns from pairs"
     )
     losses: str = parameter(CLIP_KD, "terms and their weights, separated by commas; the default is CLIP-KD's")
     student: str = parameter(
@@ -60,25 +59,12 @@ class Distil(Distillation):
 def distil_objective(
     options: Distillation,
     student: VLM,
-    teacher: VLM | None,
+    teachers: Sequence[VLM],  # one, a set, or none
 ) -> Objective:
-    "The weighted terms, with a projection where the embedding dimensions differ"
-    if teacher is None:
+    "The weighted terms, with a projection where a teacher's space is not the student's"
+    if not teachers:
         return Objective(options.weights())
-    return Objective(options.weights(), project=projection(options, student, teacher))
-
-
-def projection(
-    options: Distillation, student: VLM, teacher: VLM
-) -> Projection | None:  # None: equal dimensions
-    "What stands before the terms that compare rows of the student with rows of the teacher"
-    width = model_config(student.config["model_cfg"])["embed_dim"]
-    target = model_config(teacher.config["model_cfg"])["embed_dim"]
-    if width == target:
-        return None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(options.seed, "projection"))
-        return Projection(width, target)
+    return Objective(options.weights(), project=trainers.projections(options, student, teachers))
 
 # %% ../../nbs/library/55_methods_distil.ipynb #ea073676
 class DistilJob(StudentJob):
@@ -99,7 +85,7 @@ class DistilJob(StudentJob):
         if not (folder / "student" / "done.json").exists():
             student = self.student()
             phase = Phase("student", "distil" if self.teaches else "contrast", self.options.steps)
-            objective = distil_objective(self.options, student, self.teacher if self.teaches else None)
+            objective = distil_objective(self.options, student, self.teachers if self.teaches else ())
             finish_fit(self, phase, student, objective, self.source if self.teaches else None)
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
             trainers.train_baseline(self, "scratch", self.options.steps, self.student(inherited=False))
@@ -132,8 +118,9 @@ def open_distil(options: Distil) -> DistilJob:
         )
         about["model"] = student.config["model_cfg"]
         return trainers.open_run(options, student, accelerator, about, DistilJob)
-    teacher = trainers.find_model(options.teacher, accelerator.device)
-    trainers.check_teacher(options, teacher)
+    teachers = trainers.find_teachers(options, accelerator.device)
+    trainers.check_teachers(options, teachers)
+    teacher, *further = teachers
     start = trainers.find_smaller_start(options, teacher)
     is_copied = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
@@ -142,10 +129,10 @@ def open_distil(options: Distil) -> DistilJob:
         check_student(
             student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
         )
-    about["teacher_sha256"] = state_digest(teacher.model)
+    about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
     job = trainers.open_run(options, teacher, accelerator, about, DistilJob, start=start)
-    return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+    return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 
 def _fewest_images(options: Distillation, world: int) -> int:

@@ -987,6 +987,8 @@ def open_dlip(options: Dlip) -> DlipJob:
         raise ValueError(
             f"features={options.features!r} is not valid here: what modules make of a pair is not stored"
         )
+    if len(options.teachers()) > 1:
+        raise ValueError(f"teacher={options.teacher!r} is not valid: a DLIP student learns from one BLIP")
     teacher = find_blip(options.teacher, accelerator.device)
     sizes = student_sizes(options, teacher)
     _check_student(options, teacher.shape, sizes)

@@ -33,15 +33,15 @@ from .. import gates, models, runs, stages, trainers
 from ..gates import Gates, budget, sparsity
 from ..inheritance import Plan, inherit, plan_gates
 from ..losses import LOSSES, Objective
-from ..models import VLM, TowerShape, load_model, new_model, save_model, state_digest, tower_shapes
+from ..models import VLM, TowerShape, load_model, new_model, save_model, tower_shapes
 from ..runs import Run, read_json, write_whole
 from ..widgets.gates import GateMatrices
 from . import Method, register
 
 # %% auto #0
-__all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'stage_target', 'gate_steps', 'make_student',
-           'stage_count', 'stage_steps', 'line_steps', 'run_stage', 'run_scratch', 'TinyClipJob', 'open_tinyclip',
-           'student_under_gates']
+__all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'tinyclip_objective', 'stage_target', 'gate_steps',
+           'make_student', 'stage_count', 'stage_steps', 'line_steps', 'run_stage', 'run_scratch', 'TinyClipJob',
+           'open_tinyclip', 'student_under_gates']
 
 # %% ../../nbs/library/53_methods_tinyclip.ipynb #e160131a
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def learn_gates(
     source.model.train()
     learner = GatedLearner(source.model, network_gates, target)
     phase = Phase(stage, "gates", steps, 0, options.steps, line_steps(job, number - 1))
-    objective = Objective(options.weights())
+    objective = tinyclip_objective(job, source)
     trainers.fit(
         job.run, phase, learner, objective, job.batches, options, job.accelerator, job.source, probe=job.probe
     )
@@ -215,6 +215,14 @@ def cut(
     "Gates multiplied into a network's weights, the rest cut out"
     plan = plan_gates(state, shapes, values)
     return inherit(gates.gate_state(state, values, shapes), plan), plan
+
+
+def tinyclip_objective(job: Job, student: VLM) -> Objective:
+    "The options' terms; a further teacher's space has a projection, which every phase begins anew"
+    if not job.further:
+        return Objective(job.options.weights())
+    projections = trainers.projections(job.options, student, job.teachers)
+    return Objective(job.options.weights(), project=projections)
 
 
 def stage_target(job: Job, number: int) -> float:
@@ -281,7 +289,7 @@ def _stage_source(job: Job, number: int) -> VLM:
     if number > 1:
         return load_model(job.run.folder / f"stage-{number - 1}" / "student", device)
     start = trainers.find_start(job.options, device)
-    return load_model(trainers.local_name(job.options.teacher), device) if start is None else start
+    return load_model(trainers.local_name(job.options.first_teacher), device) if start is None else start
 
 
 def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape] | None = None) -> VLM:
@@ -330,7 +338,7 @@ def run_stage(job: Job, number: int) -> VLM:  # the stage's student
     steps = stage_steps(options)
     before = read_json(folder / "gates" / "done.json", {"steps": gate_steps(options)})["steps"]
     phase = Phase(f"stage-{number}", "distil", steps - before, before, steps, line_steps(job, number - 1))
-    return finish_fit(job, phase, student, Objective(options.weights()), job.source)
+    return finish_fit(job, phase, student, tinyclip_objective(job, student), job.source)
 
 
 def run_scratch(job: Job, number: int) -> VLM:
@@ -380,7 +388,8 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     stages.read_kinds(options.gate_kinds)
     accelerator = trainers.make_accelerator(options)
     options.check_stored()
-    teacher = trainers.find_model(options.teacher, accelerator.device)
+    teachers = trainers.find_teachers(options, accelerator.device)
+    teacher, *further = teachers
     start = trainers.find_start(options, accelerator.device)
     _check_start(options, start)
     inherited = ("image", "text") if start or options.inheritance != "none" else ()
@@ -394,18 +403,19 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     else:
         shapes = _teacher_shapes(teacher, options)
     _check_widths(options, teacher, start if starts_whole else None)
+    trainers.check_teachers(options, teachers)
     _try_student(options, teacher)
     about = {
         "objective": weights,
         "terms": options.terms(),
         "towers": _sizes(shapes),
-        "teacher_sha256": state_digest(teacher.model),
+        "teacher_sha256": trainers.teachers_digest(options, teachers),
         "model": teacher.config["model_cfg"],
     }
     if start is not None and not starts_whole:
         about["start_towers"] = _sizes(_start_shapes(options, start, shapes))
     job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, start=start)
-    return replace(job, shapes=shapes, costs=shapes and budget(shapes))
+    return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 
 def _check_start(options: FitParameters, start: VLM | None) -> None:
@@ -464,8 +474,7 @@ def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | 
 
 # %% ../../nbs/library/53_methods_tinyclip.ipynb #08ea4262
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:
-    "Refuse a teacher or student through which no pair goes, and a student that cannot copy"
-    trainers.check_teacher(options, teacher)
+    "Refuse a student through which no pair goes, and one that cannot copy"
     if not options.student or options.is_automatic:
         return
     named = f"student={options.student!r} is not valid here"
@@ -506,8 +515,9 @@ def student_under_gates(
     network_gates.load_state_dict(trainers.part_of(state, "gates."))
     values = gates.close_budget(network_gates, float(network_gates.expected_sparsity().detach()))
     parameters = run.config()["parameters"]
-    start = trainers.find_start(TinyCLIP(start_from=parameters.get("start_from", "")))
-    like = load_model(trainers.local_name(parameters["teacher"]), "cpu") if start is None else start
+    options = TinyCLIP(teacher=parameters["teacher"], start_from=parameters.get("start_from", ""))
+    start = trainers.find_start(options)
+    like = load_model(trainers.local_name(options.first_teacher), "cpu") if start is None else start
     towers = gates.kept_shapes(network_gates.shapes, values)
     student = new_model(like.config["model_cfg"], like=like, towers=towers)
     weights, _ = cut(trainers.part_of(state, "model."), network_gates.shapes, values)

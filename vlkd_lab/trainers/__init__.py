@@ -32,6 +32,7 @@ from vlkd_lab.trainers.jobs import (
     open_stream,
     out_folder,
     reopen,
+    store_folder,
     train_baseline,
     trained_on,
     validation_features,
@@ -64,7 +65,6 @@ from vlkd_lab.trainers.learner import (
     learn_from_pairs,
     parameter_groups,
     probe_features,
-    seed_of,
     train_what_is_reached,
 )
 from vlkd_lab.trainers.options import (
@@ -78,17 +78,24 @@ from vlkd_lab.trainers.options import (
     notebook_values,
     one_of,
     parameter,
+    read_teachers,
     read_weights,
+    seed_of,
     share,
     within,
 )
+
+# %% ../../nbs/library/34_trainers.ipynb #6eeec6b8
+# isort: split
 from vlkd_lab.trainers.students import (
     check_teacher,
+    check_teachers,
     copy_manually,
     current_student,
     find_model,
     find_smaller_start,
     find_start,
+    find_teachers,
     first_line,
     last_student,
     load_student,
@@ -103,11 +110,9 @@ from vlkd_lab.trainers.students import (
 
 from ..methods import METHODS
 from .backward import cached_backward, fewest_rows, micro_batches, plain_backward
-
-# %% ../../nbs/library/34_trainers.ipynb #6eeec6b8
-# isort: split
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, as_numbers, change, fit, take_step
+from .teachers import Teachers, ask, projection, projections, teachers_digest
 
 # %% ../../nbs/library/34_trainers.ipynb #3ae4117f
 _MOVED = "{name} is imported from {module}, not from {package}"

@@ -40,6 +40,7 @@ def cached_backward(
     draw: int | None = None,
     penalty: Tensor | float = 0.0,
     micro_batch: int = 32,  # images, and texts, whose activations are in memory at once
+    of_loss: Sequence[nn.Parameter] = (),  # what the loss itself trains, such as a projection
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, with the memory of a micro-batch"
     reads = accelerator.unwrap_model(learner).reads
@@ -58,16 +59,24 @@ def cached_backward(
         parts[0].scale.clone().requires_grad_(),
     )
     total = loss(gather(leaves))
-    outputs = (leaves.image, leaves.text, leaves.scale)
-    image, text, scale = torch.autograd.grad(total, outputs, allow_unused=True, materialize_grads=True)
+    features = (leaves.image, leaves.text, leaves.scale)
+    found = torch.autograd.grad(total, (*features, *of_loss), allow_unused=True)
+    image, text, scale = (_or_zeros(g, x) for g, x in zip(found, features, strict=False))
+    own = [(weight * g).sum() for weight, g in zip(of_loss, found[3:], strict=True) if g is not None]
     for k, (r, s) in enumerate(rows):
         is_last = k == len(rows) - 1
         _set_random_states(states[k], batch.image.device)  # dropout leaves out the same units again
         with nullcontext() if is_last else accelerator.no_sync(learner):
             part = Features(*learner(batch.image[r], batch.text[s], draw))
             due = (part.image * image[r]).sum() + (part.text * text[s]).sum()
-            accelerator.backward(due + part.scale * scale + penalty if is_last else due)
+            if is_last:
+                due = due + part.scale * scale + penalty + sum(own)
+            accelerator.backward(due)
     return (total + penalty).detach()
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient
 
 # %% ../../nbs/library/27_trainers_backward.ipynb #c848ad4e
 def micro_batches(

@@ -32,15 +32,16 @@ from ..methods import name_of
 from ..models import VLM, TowerShape, evaluating, state_digest
 from ..runs import Run, RunWriter, write_whole
 from ..samples import cached_shards
-from ..stores import FeatureStore, StoredTeacher, crop_sides, fill, store_key
+from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
-from .options import FitParameters
+from .options import Distillation, FitParameters
+from .teachers import Teachers
 
 # %% auto #0
 __all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'Work',
-           'reopen', 'drop_checkpoints', 'once', 'may_print', 'filled_store', 'open_stream', 'Streams', 'Job',
-           'trained_on', 'encode_captions', 'validation_features', 'validation_scores', 'open_run', 'finish_fit',
+           'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Streams',
+           'Job', 'trained_on', 'encode_captions', 'validation_features', 'validation_scores', 'open_run', 'finish_fit',
            'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/32_trainers_jobs.ipynb #d91f22ab
@@ -168,12 +169,18 @@ class Work(ABC):
     shapes: dict[str, TowerShape] | None = None
     costs: dict[str, TowerCost] | None = None  # what sparsity counts against
     start: VLM | None = None  # what the student starts as
+    further: tuple[VLM, ...] = ()  # teachers beside the first
 
     teaches = True  # whether the job's teacher is one, and not the model that is to be trained
     compares = True  # whether teacher and student have one space for images and texts
     # stages that train from nothing what a student is compared with
     baselines: ClassVar[Collection[str]] = ()
     look = None  # further arrays for the views: a function of the fit
+
+    @property
+    def teachers(self) -> tuple[VLM, ...]:
+        "The first teacher, and further ones"
+        return self.teacher, *self.further
 
     @property
     @abstractmethod
@@ -249,12 +256,26 @@ def may_print() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def filled_store(job: Work, report: data.DataReport, sides: Sequence[str]) -> FeatureStore:
-    "The teacher's features of some data; every process computes its part of what is missing"
-    store = FeatureStore(report, store_key(job.teacher), job.options.features)
+def store_folder(options: Distillation, key: StoreKey) -> str:  # empty: beside the shards
+    "Where a teacher's features lie; each of a set has a folder of its own"
+    if not options.features or len(options.teachers()) == 1:
+        return options.features
+    return f"{options.features}/{key.name}"
+
+
+def filled_store(
+    job: Work,
+    report: data.DataReport,
+    sides: Sequence[str],
+    teacher: VLM | None = None,  # None: the job's first
+) -> FeatureStore:
+    "A teacher's features of some data; every process computes its part of what is missing"
+    teacher = teacher or job.teacher
+    key = store_key(teacher)
+    store = FeatureStore(report, key, store_folder(job.options, key))
     rank = job.accelerator.process_index
     world = job.accelerator.num_processes
-    fill(store, job.teacher, sides, rank=rank, world_size=world, progress=may_print())
+    fill(store, teacher, sides, rank=rank, world_size=world, progress=may_print())
     job.accelerator.wait_for_everyone()
     return store
 
@@ -293,8 +314,10 @@ class Streams(Work):
         return data.View(self.like.preprocess, self.like.tokenizer)
 
     @property
-    def teacher_view(self) -> data.View | None:
-        "How the teacher wants to, where that is another way"
+    def teacher_view(self) -> data.View | tuple[data.View, ...] | None:
+        "How the teacher wants to, where that is another way; of a set, how each of them does"
+        if self.further:
+            return tuple(data.View(teacher.preprocess, teacher.tokenizer) for teacher in self.teachers)
         if self.like is self.teacher or self.like.same_view(self.teacher):
             return None
         return data.View(self.teacher.preprocess, self.teacher.tokenizer)
@@ -326,12 +349,22 @@ class Streams(Work):
         return filled_store(self, self.report, self.stored_sides)
 
     @cached_property
-    def source(self) -> VLM | StoredTeacher:
+    def source(self) -> VLM | StoredTeacher | Teachers:
         "Who answers for the teacher while the student learns"
+        if not self.further:
+            return self.source_of(self.teacher)
+        members = [self.source_of(teacher) for teacher in self.teachers]
+        return Teachers(members, tuple(self.options.teachers().values()))
+
+    def source_of(self, teacher: VLM) -> VLM | StoredTeacher:
+        "A teacher itself, or its store"
         if not self.is_stored:
-            return self.teacher
-        crop_scale = self.options.crop_scale
-        return StoredTeacher(self.store, self.teacher.scale, self.accelerator.device, crop_scale=crop_scale)
+            return teacher
+        store = self.store
+        if teacher is not self.teacher:
+            store = filled_store(self, self.report, self.stored_sides, teacher)
+        device = self.accelerator.device
+        return StoredTeacher(store, teacher.scale, device, crop_scale=self.options.crop_scale)
 
 # %% ../../nbs/library/32_trainers_jobs.ipynb #49e30a5a
 class Job(Streams):
@@ -467,7 +500,7 @@ def finish_fit(
     phase: Phase,
     student: VLM,
     objective: Objective,
-    teacher: VLM | StoredTeacher | None,
+    teacher: VLM | StoredTeacher | Teachers | None,
     learner: Callable[[nn.Module], Learner] = Learner,  # makes one of the student's network
     batches: Callable[[int], Iterator[Batch]] | None = None,  # step -> batches from then on; None: the job's
 ) -> VLM:

@@ -5,28 +5,28 @@
 # %% ../../nbs/library/29_trainers_learner.ipynb #f6fdcf5f
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..features import Batch, Features, gather
+from ..features import Batch, Ensemble, Features, gather
 from ..losses import Objective, gradient_share, objective_parameters
 from ..models import VLM, evaluating
 from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
 from .backward import cached_backward, plain_backward
 from .locks import lock_towers
-from .options import FitParameters
+from .options import FitParameters, seed_of
+from .teachers import Teachers, ask
 
 # %% auto #0
-__all__ = ['Phase', 'seed_of', 'Hooks', 'Learner', 'encode_sides', 'probe_features', 'parameter_groups', 'Fit', 'held_scale',
+__all__ = ['Phase', 'Hooks', 'Learner', 'encode_sides', 'probe_features', 'parameter_groups', 'Fit', 'held_scale',
            'learn_from_pairs', 'train_what_is_reached']
 
 # %% ../../nbs/library/29_trainers_learner.ipynb #7bfc38cf
@@ -52,11 +52,6 @@ class Phase:
         length = self.stage_steps or self.steps
         rise = min(1.0, (at + 1) / max(warmup, 1))
         return rise * (1 + math.cos(math.pi * min(at / length, 1.0))) / 2
-
-# %% ../../nbs/library/29_trainers_learner.ipynb #21d8a229
-def seed_of(*parts) -> int:  # below 2**63
-    "A seed that depends on every part and on nothing else"
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 # %% ../../nbs/library/29_trainers_learner.ipynb #75b4899a
 class Hooks(nn.Module):
@@ -113,11 +108,13 @@ class Learner(Hooks):
         "Find out which weights a new objective trains"
         train_what_is_reached(fit, batch)
 
-    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Features | None]:
+    def learn(
+        self, fit: Fit, batch: Batch
+    ) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
         "Gradients of the objective on a batch; the terms by name, and the features they were computed from"
         return learn_from_pairs(fit, batch)
 
-    def shares(self, fit: Fit, student: Features, teacher: Features) -> dict[str, float]:
+    def shares(self, fit: Fit, student: Features, teacher: Features | Ensemble) -> dict[str, float]:
         "How much each term pulls at the student; the shares add up to 1"
         return gradient_share(fit.objective, student, teacher)
 
@@ -178,12 +175,13 @@ class Fit:
     objective: Objective
     options: FitParameters
     accelerator: Accelerator
-    teacher: VLM | StoredTeacher | None = None
+    teacher: VLM | StoredTeacher | Teachers | None = None
     probe: Batch | None = None  # the fixed pairs that the views draw
     look: Callable[[Fit], Mapping[str, Tensor]] | None = None  # further arrays for the views
     step: int = 0  # steps of the phase that are done
     factor: float = 1.0  # of the learning rate, set through control.json
-    widths: tuple[int, int] | None = None  # of student and teacher features, once seen
+    # two rows of student and teacher, once seen
+    example: tuple[Features, Features | Ensemble] | None = None
     paired: bool = True  # whether row i of the texts belongs to image i
     shares: bool = False  # whether somebody wants to see each term's share of the gradient
     shared: float = 0.0  # when it was last computed
@@ -218,18 +216,29 @@ def held_scale(fit: Fit) -> Tensor | None:  # () multiplier; None: the student l
     return None if fit.teacher is None else fit.options.held(fit.teacher.scale.detach())
 
 
-def _teacher_features(fit: Fit, batch: Batch) -> Features | None:
-    "The teacher's features of this process's batch, without a graph"
+def _teacher_features(fit: Fit, batch: Batch) -> Features | Ensemble | None:
+    "What the teacher says of this process's batch, or each of a set, at the scale at which it is held"
     if fit.teacher is None:
         return None
-    with torch.no_grad(), fit.accelerator.autocast():
-        features = fit.teacher.encode(batch.for_teacher())
-    held = held_scale(fit)
-    scale = features.scale if held is None else held
-    return Features(features.image.float(), features.text.float(), scale.detach().float())
+    with fit.accelerator.autocast():
+        features = ask(fit.teacher, batch)
+
+    def at_scale(one: Features) -> Features:
+        held = fit.options.held(one.scale)
+        return one if held is None else replace(one, scale=held.detach().float())
+
+    return features.each(at_scale) if isinstance(features, Ensemble) else at_scale(features)
 
 
-def learn_from_pairs(fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Features | None]:
+def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
+    "Two rows as wide as these, on which an objective can be tried"
+    if isinstance(features, Ensemble):
+        return features.each(_one_hot)
+    rows = torch.eye(2, features.image.shape[1], device=features.image.device)
+    return Features(rows, rows, rows.new_ones(()))
+
+
+def learn_from_pairs(fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
     "Gradients of what two towers are to learn from a batch; terms, student's features, teacher's features"
     teacher = _teacher_features(fit, batch)
     teacher = None if teacher is None else gather(teacher)
@@ -247,12 +256,12 @@ def learn_from_pairs(fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Feature
     arguments = (fit.prepared, batch, loss, fit.accelerator, draw, fit.learner.penalty(fit.step))
     micro_batch = fit.options.micro_batch
     if 0 < micro_batch < max(len(batch), len(batch.text)):
-        total = cached_backward(*arguments, micro_batch)
+        total = cached_backward(*arguments, micro_batch, fit.extra)
     else:
         total = plain_backward(*arguments)
     student = features[0]
-    if fit.widths is None:
-        fit.widths = (student.image.shape[1], (student if teacher is None else teacher).image.shape[1])
+    if fit.example is None:
+        fit.example = _one_hot(student), _one_hot(student if teacher is None else teacher)
     return {"total": total, **terms}, student, teacher
 
 # %% ../../nbs/library/29_trainers_learner.ipynb #959db56b
@@ -261,7 +270,7 @@ def train_what_is_reached(fit: Fit, batch: Batch) -> None:
     before = [weight.requires_grad for weight in fit.trainable]
     for weight in fit.trainable:
         weight.requires_grad_(True)
-    rows = _first_rows(batch, 2)
+    rows = batch.first(2)
     draw = 0 if fit.learner.draws else None
     with evaluating(fit.learner.model), torch.enable_grad(), fit.accelerator.autocast():
         student = Features(*fit.learner(rows.image, rows.text, draw))
@@ -276,10 +285,3 @@ def train_what_is_reached(fit: Fit, batch: Batch) -> None:
         fit.accelerator.prepare(fit.optimizer)
         del fit.prepared
     fit.reached = fit.objective
-
-
-def _first_rows(batch: Batch, count: int) -> Batch:
-    "The first images and texts of a batch"
-    names = [column.name for column in fields(batch) if column.name != "skipped"]
-    columns = {name: getattr(batch, name) for name in names if getattr(batch, name) is not None}
-    return replace(batch, **{name: column[:count] for name, column in columns.items()})

@@ -20,19 +20,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .. import data, runs
-from ..features import Batch, Features
+from ..features import Batch, Ensemble, Features
 from ..losses import Objective
 from ..models import VLM
 from ..runs import IN_MID_RUN, Run, RunStopped, load_checkpoint, save_checkpoint
 from ..stores import StoredTeacher
-from .learner import Fit, Learner, Phase, held_scale, probe_features, seed_of
-from .options import FitParameters
+from .learner import Fit, Learner, Phase, held_scale, probe_features
+from .options import FitParameters, seed_of
+from .teachers import Teachers
 
 # %% auto #0
 __all__ = ['take_step', 'as_numbers', 'agree', 'change', 'fit', 'Diverged']
 
 # %% ../../nbs/library/30_trainers_loop.ipynb #093b5eb2
-def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Features | None]:
+def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Features | Ensemble | None]:
     "Move the student by one step; the terms by name, and the features they were computed from"
     rate = fit.factor * fit.phase.learning_rate_factor(fit.step, fit.options.warmup)
     for group in fit.optimizer.param_groups:
@@ -116,10 +117,8 @@ def _try_objective(objective: Objective, fit: Fit) -> None:
     paired = [term.name for term in objective.terms if term.weight and not term.unpaired]
     if paired and not fit.paired:
         raise ValueError(f"{paired[0]} needs pairs: images and texts of this run do not belong together")
-    if fit.widths is not None:
-        device = fit.accelerator.device
-        rows = [torch.eye(2, width, device=device) for width in fit.widths]
-        objective(*(Features(r, r, torch.tensor(1.0, device=device)) for r in rows))
+    if fit.example is not None:
+        objective(*fit.example)
 
 # %% ../../nbs/library/30_trainers_loop.ipynb #1bb043df
 def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
@@ -219,7 +218,7 @@ def fit(
     batches: Callable[[int], Iterator[Batch]],  # step of the whole line -> batches from that step on
     options: FitParameters,
     accelerator: Accelerator,
-    teacher: VLM | StoredTeacher | None = None,
+    teacher: VLM | StoredTeacher | Teachers | None = None,
     # scores of the student as it is, called by the first process
     validate: Callable[[], dict[str, float]] | None = None,
     probe: Batch | None = None,  # fixed pairs, on the device; the views draw their affinities

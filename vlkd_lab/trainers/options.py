@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import shipped
 from ..losses import LOSSES
 
 # %% auto #0
 __all__ = ['parameter', 'check_parameters', 'notebook_parameters', 'notebook_values', 'has_page', 'one_of', 'above', 'at_least',
-           'within', 'share', 'FitParameters', 'Distillation', 'read_weights']
+           'within', 'share', 'FitParameters', 'Distillation', 'read_teachers', 'read_weights', 'seed_of']
 
 # %% ../../nbs/library/26_trainers_options.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -165,7 +167,7 @@ class Distillation(FitParameters):
     "What every distillation takes besides"
 
     teacher: str = parameter(
-        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP"
+        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
     )
     losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
     hold_scale: float = parameter(
@@ -195,6 +197,15 @@ class Distillation(FitParameters):
                 "crops of each"
             )
 
+    def teachers(self) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
+        "The teachers by name; the first is what students copy, and whose view and tokenizer they take"
+        return read_teachers(self.teacher)
+
+    @property
+    def first_teacher(self) -> str:
+        "The name of the first or only teacher"
+        return next(iter(self.teachers()))
+
     def held(
         self, scale: Tensor
     ) -> Tensor | None:  # of the teacher's multiplier; None: the student learns its own
@@ -216,6 +227,34 @@ class Distillation(FitParameters):
         return [name for name, term in LOSSES.items() if not term.module]
 
 # %% ../../nbs/library/26_trainers_options.ipynb #ba6b755e
+def read_teachers(
+    teacher: str,  # NAME, or several NAME or NAME=WEIGHT, separated by commas
+) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
+    "One teacher or a set of them as people write it; a path that exists is one teacher, whatever is in it"
+    if shipped(teacher).exists():
+        return {teacher: 1.0}
+    weights: dict[str, float] = {}
+    for part in teacher.split(","):
+        name, weight = _name_and_weight(part.strip())
+        if not name or name in weights or not 0 < weight < float("inf"):
+            raise ValueError(
+                f"teacher={teacher!r} is not valid: write NAME or NAME=WEIGHT, separated by commas, "
+                "each name once and each weight above 0"
+            )
+        weights[name] = weight
+    whole = sum(weights.values())
+    return {name: weight / whole for name, weight in weights.items()}
+
+
+def _name_and_weight(part: str) -> tuple[str, float]:
+    "A name may have an equals sign of its own: what follows the last one is a weight if it is a number"
+    name, equals, weight = part.rpartition("=")
+    try:
+        return (name.strip(), float(weight)) if equals else (part, 1.0)
+    except ValueError:
+        return part, 1.0
+
+
 def read_weights(
     losses: str,  # NAME=WEIGHT or NAME:WEIGHT, separated by commas
 ) -> dict[str, float]:  # name -> weight, in their order
@@ -230,3 +269,8 @@ def read_weights(
                 f"losses={losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas"
             ) from None
     return weights
+
+# %% ../../nbs/library/26_trainers_options.ipynb #21d8a229
+def seed_of(*parts) -> int:  # below 2**63
+    "A seed that depends on every part and on nothing else"
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1

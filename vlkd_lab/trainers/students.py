@@ -24,9 +24,9 @@ from .locks import check_locks
 from .options import Distillation, FitParameters
 
 # %% auto #0
-__all__ = ['local_name', 'find_model', 'load_student', 'check_teacher', 'first_line', 'find_start', 'last_student',
-           'manual_shapes', 'transformer_shapes', 'copy_manually', 'shared_numbers', 'plan_copy', 'find_smaller_start',
-           'smaller_student', 'current_student', 'part_of']
+__all__ = ['local_name', 'find_model', 'load_student', 'find_teachers', 'check_teacher', 'check_teachers', 'first_line',
+           'find_start', 'last_student', 'manual_shapes', 'transformer_shapes', 'copy_manually', 'shared_numbers',
+           'plan_copy', 'find_smaller_start', 'smaller_student', 'current_student', 'part_of']
 
 # %% ../../nbs/library/31_trainers_students.ipynb #6c950591
 def local_name(name: str | Path) -> str:
@@ -56,15 +56,35 @@ def load_student(folder: Path, device: str | torch.device = "cpu") -> VLM:
     return fusion.load_blip(folder, device) if fusion.is_blip(folder) else load_model(folder, device)
 
 # %% ../../nbs/library/31_trainers_students.ipynb #251c9872
-def check_teacher(options: Distillation, teacher: VLM) -> None:
+def find_teachers(
+    options: Distillation,
+    device: str | torch.device = "cpu",
+) -> tuple[VLM, ...]:
+    "All teachers that the options name, in their order"
+    return tuple(find_model(name, device) for name in options.teachers())
+
+
+def check_teacher(
+    options: Distillation,
+    teacher: VLM,
+    name: str = "",  # of a set's; empty: the options' only one
+) -> None:
     "ValueError unless a picture and a caption go through a teacher, into one space"
     try:
         models.send_pair(teacher)
     except Exception as error:  # a foreign network may raise anything
         reason = first_line(error)
-        raise ValueError(
-            f"teacher={options.teacher!r}: no picture and caption go through it: {reason}"
-        ) from error
+        named = f"teacher={name or options.teacher!r}"
+        raise ValueError(f"{named}: no picture and caption go through it: {reason}") from error
+
+
+def check_teachers(
+    options: Distillation,
+    teachers: Sequence[VLM],  # as the options name them
+) -> None:
+    "The same for each of a set"
+    for name, teacher in zip(options.teachers(), teachers, strict=True):
+        check_teacher(options, teacher, name)
 
 
 def first_line(error: Exception) -> str:
