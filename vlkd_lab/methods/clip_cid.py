@@ -298,7 +298,7 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
 
 # %% ../../nbs/library/57_methods_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
-    "Image rows in the first teacher's space, whose clusters they are: projected where the student's is another"
+    "Image rows in the space of the first teacher, whose the clusters are: projected where it is not the student's"
     project = objective.project[0] if isinstance(objective.project, tuple) else objective.project
     if project is None:
         return rows

@@ -401,8 +401,8 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     teacher, *further = teachers
     if further and options.text_tower == "teacher":
         raise ValueError(
-            f"teacher={options.teacher!r} is not valid with text_tower='teacher': a student that keeps one teacher's "
-            "text tower stays in that teacher's space; choose text_tower='student', or one teacher"
+            f"teacher={options.teacher!r} is not valid with text_tower='teacher': a student that keeps one "
+            "teacher's text tower stays in that teacher's space; choose text_tower='student', or one teacher"
         )
     _check_start(options, teacher)
     student_config(options, teacher)  # an error if there is none

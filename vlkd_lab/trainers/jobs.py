@@ -279,7 +279,7 @@ def filled_store(
     job.accelerator.wait_for_everyone()
     return store
 
-
+# %% ../../nbs/library/33_trainers_jobs.ipynb #7c1e5a90
 def open_stream(
     job: Work,
     report: data.DataReport,
@@ -290,14 +290,12 @@ def open_stream(
     "A stream of this process's part of some data, as the job's options have it"
     options = job.options
     world = job.accelerator.num_processes
-    given = dict(
-        seed=options.seed, workers=options.workers, shuffle=options.shuffle, crop_scale=options.crop_scale
-    )
-    given.update(settings)
-    if given["crop_scale"] < 1:
-        given["crops"] = getattr(options, "augmentations", 0)
+    defaults = {name: getattr(options, name) for name in ("seed", "workers", "shuffle", "crop_scale")}
+    settings = defaults | settings
+    if settings["crop_scale"] < 1:
+        settings["crops"] = getattr(options, "augmentations", 0)
     rank = job.accelerator.process_index
-    return data.PairStream(report, view, batch_size // world, **given, rank=rank, world_size=world)
+    return data.PairStream(report, view, batch_size // world, **settings, rank=rank, world_size=world)
 
 # %% ../../nbs/library/33_trainers_jobs.ipynb #6d171c85
 class Streams(Work):
