@@ -8,7 +8,6 @@ from __future__ import annotations
 import codecs
 import json
 import math
-import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,8 @@ from tqdm import tqdm
 
 from .data import Pairs, clean_caption, escaped, project_root, shipped, thumbnail
 from .models import VLM, evaluating
-from .sources import text_lines, unreadable, write_whole
+from .project import atomic_write, write_text
+from .sources import text_lines, unreadable
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'REASONS', 'class_prompts', 'read_lines', 'Dropped', 'Selection', 'select_sentences', 'write_selection',
@@ -451,15 +451,13 @@ def write_selection(
     about["dropped"] = {
         reason: [asdict(example) for example in found] for reason, found in selection.dropped.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
-    save_file({name: getattr(selection, name) for name in _ARRAYS}, arrays)
-    os.replace(arrays, path.with_suffix(".safetensors"))
+    with atomic_write(path.with_suffix(".safetensors")) as unfinished:
+        save_file({name: getattr(selection, name) for name in _ARRAYS}, unfinished)
     contents = {path.with_suffix(".json"): json.dumps(about, indent=1) + "\n"}
     # last: where the sentences are, all is
     contents[path] = "".join(f"{text}\n" for text in selection.sentences)
     for place, content in contents.items():
-        write_whole(place, content)
+        write_text(place, content)
     return path
 
 # %% ../nbs/library/16_corpus.ipynb #068be665

@@ -44,8 +44,8 @@ from .features import distinct_captions, flat_captions
 from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
 from .methods.dlip import DlipJob
 from .models import evaluating, state_digest
+from .project import write_text
 from .runs import read_json, to_json
-from .sources import write_whole
 
 # %% auto #0
 __all__ = ['MAIN', 'Retrieval', 'rerank', 'describe', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts', 'is_true',
@@ -843,7 +843,7 @@ def job_tasks(
             kept["scores"][key] = to_json(scores[name])
         table = compare_tasks(models, pairs, **settings, scores=scores)
         kept["tables"][own] = to_json(table.to_dict("index"))
-        write_whole(path, json.dumps(kept))
+        write_text(path, json.dumps(kept))
     return pd.DataFrame({name: _numbers(row) for name, row in kept["tables"][own].items()}).T
 
 

@@ -188,9 +188,9 @@ class Distillation(FitParameters):
             raise ValueError(f"augmentations={self.augmentations} is not valid {crops_nothing}")
         if self.teacher_features == "stored" and self.crop_scale < 1 and not self.augmentations:
             raise ValueError(
-                f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored features "
-                "are of whole pictures; choose teacher_features='beside', crop_scale=1, or augmentations=4 to "
-                "store four crops of each"
+                f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored "
+                "features are of whole pictures; choose teacher_features='beside', crop_scale=1, or "
+                "augmentations=4 to store four crops of each"
             )
 
     def teachers(self) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
@@ -210,8 +210,8 @@ class Distillation(FitParameters):
         "The objective's terms and weights"
         weights = read_weights(self.losses)
         if unknown := [name for name in weights if name not in self.terms()]:
-            kind = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers"
-            raise ValueError(f"losses={self.losses!r} is not valid: {kind}; there are {', '.join(self.terms())}")
+            kind = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers; there are "
+            raise ValueError(f"losses={self.losses!r} is not valid: {kind}{', '.join(self.terms())}")
         return weights
 
     def terms(self) -> list[str]:
