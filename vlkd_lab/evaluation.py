@@ -24,7 +24,7 @@ from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
 from .project import write_text
-from .runs import Run, read_json, role_of, to_json
+from .runs import Run, loss_terms, read_json, role_of, to_json
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
@@ -527,20 +527,6 @@ def reference_curves(
     return reference["curves"] if reference["parameters"] == own else {}
 
 # %% ../nbs/library/37_evaluation.ipynb #95844fb5
-_SKIPPED = {
-    "step",
-    "samples",
-    "seconds",
-    "data_seconds",
-    "learning_rate",
-    "gradient_norm",
-    "stage",
-    "phase",
-    "event",
-    "total",
-    "expected_sparsity",
-    "target_sparsity",
-}
 MOST_IN_PANEL = 6  # terms whose names still fit into a panel
 
 
@@ -550,7 +536,7 @@ def plot_losses(run: Run) -> Figure:
 
     lines = [m for m in run.metrics() if "total" in m]
     stages = list(dict.fromkeys(m["stage"] for m in lines))
-    terms = list(dict.fromkeys(k for m in lines for k in m if k not in _SKIPPED))
+    terms = loss_terms(name for line in lines for name in line)
     many = len(terms) > MOST_IN_PANEL
     panels = max(len(stages), 1)
     size = (3.4 * panels + (1.6 if many else 0), 2.8)

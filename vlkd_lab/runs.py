@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .project import atomic_write, write_text
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
-           'finished_students', 'Curves', 'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot',
+           'finished_students', 'Curves', 'loss_terms', 'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot',
            'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
 
 # %% ../nbs/library/24_runs.ipynb #cdd63083
@@ -481,6 +481,27 @@ class Curves:
         return np.pad(values, (0, len(columns.get("step", ())) - len(values)), constant_values=np.nan)
 
 # %% ../nbs/library/24_runs.ipynb #068d41f9
+_NOT_TERMS = {
+    "step",
+    "samples",
+    "seconds",
+    "data_seconds",
+    "learning_rate",
+    "gradient_norm",
+    "stage",
+    "phase",
+    "event",
+    "total",
+    "expected_sparsity",
+    "target_sparsity",
+}
+
+
+def loss_terms(names: Iterable[str]) -> list[str]:  # each once, in their order
+    "Which entries of metrics' lines are terms of the loss"
+    return [name for name in dict.fromkeys(names) if name not in _NOT_TERMS]
+
+
 def thinned(values: np.ndarray, most: int = 300) -> np.ndarray:  # at most `most` entries
     "Means of equal runs of neighbours, so that a long curve keeps its shape in few points; nan is left out"
     if len(values) <= most:

@@ -27,9 +27,9 @@ from .project import write_text
 # %% auto #0
 __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES', 'FILES', 'PAIRS', 'MOST_BAD', 'TABLES',
            'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'split_name', 'Grouped', 'group_names', 'gathered',
-           'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'files_below', 'pictures_below',
-           'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns', 'find_columns',
-           'read_table', 'table_parts', 'part_samples', 'part_problem']
+           'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
+           'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
+           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem']
 
 # %% ../nbs/library/03_sources.ipynb #ee7ae564
 PICTURES = (
@@ -284,14 +284,14 @@ def text_parts(
     stamp = [*_stamp(source), per_part]
     if (kept := _kept(home, LINES, stamp)) is not None:
         return kept
-    _check_encoding(source)
+    check_encoding(source)
     parts = _cut_lines(source, per_part or _one_of_64(_count_lines(source), 16, 20_000))
     if not parts:
         raise ValueError(f"{source} holds no sentence: it has {stamp[0]} bytes and no line that is not blank")
     return _write_parts(home, LINES, parts, stamp)
 
 
-def _check_encoding(source: Path) -> None:
+def check_encoding(source: Path) -> None:
     "ValueError for a file that begins as one of another encoding than UTF-8, or as a compressed one"
     with open(source, "rb") as file:
         start = file.read(4)
@@ -661,7 +661,7 @@ def read_table(
     root: Path,  # of the project
 ) -> tuple[list[dict], Counter]:  # a row of a Part for each picture; what is left out
     "The pictures that a table names, with all their captions"
-    _check_encoding(source)
+    check_encoding(source)
     rows: dict[str, dict] = {}
     ignored: Counter = Counter()
     labels = set()
