@@ -11,7 +11,7 @@ from vlkd_lab.balancing import nearest_center
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.evaluation import compare, finish, probe_table
 from vlkd_lab.methods import tinyclip
-from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, new_student, open_clip_cid
+from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, open_clip_cid
 from vlkd_lab.models import image_tower, load_model, new_model, save_model
 from vlkd_lab.runs import Run, kept_snapshots, newest_snapshot, read_snapshot
 from vlkd_lab.stores import FeatureStore, fill, store_key
@@ -102,7 +102,7 @@ def test_every_term_moves_the_student_and_its_scale_reaches_it(tiny, tmp_path):
         )
     ):
         job = job_of(tiny, out=str(tmp_path / str(k)), **changes)
-        student = new_student(job)
+        student = job.new_student()
         batch = next(job.batches(0))
         terms = cid_objective(job, student)(student.encode(batch), job.source.encode(batch))
         totals[str(changes)] = {name: value.item() for name, value in terms.values.items()}
@@ -177,7 +177,7 @@ def test_another_teachers_store_is_refused(tiny, tiny_teacher, tmp_path):
 
 def test_the_student_can_inherit(tiny, tmp_path):
     job = job_of(tiny, inheritance="manual")
-    inherited, fresh = new_student(job).model.state_dict(), new_student(job, inherited=False).model.state_dict()
+    inherited, fresh = job.new_student().model.state_dict(), job.new_student(inherited=False).model.state_dict()
     rows = inherited["token_embedding.weight"]
     assert not torch.equal(rows, fresh["token_embedding.weight"])
     assert torch.equal(rows, job.teacher.model.state_dict()["token_embedding.weight"][:, : rows.shape[1]])

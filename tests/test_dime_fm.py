@@ -21,7 +21,6 @@ from vlkd_lab.methods.dime_fm import (
     ImageLearner,
     UnpairedLearner,
     dime_objective,
-    new_student,
     open_dime_fm,
 )
 from vlkd_lab.models import image_tower, load_model, model_config, new_model, save_model
@@ -62,7 +61,7 @@ def test_the_streams_are_independent_of_each_other(tiny, tmp_path):
 
 def test_a_step_is_the_formula_and_moves_the_image_tower_alone(tiny):
     job = job_of(tiny)
-    student, before = new_student(job), job.teacher.model.state_dict()
+    student, before = job.new_student(), job.teacher.model.state_dict()
     batch = next(job.unpaired(0))
     with torch.no_grad():
         V, U = job.source.encode(batch).image, job.source.encode(batch).text
@@ -75,7 +74,7 @@ def test_a_step_is_the_formula_and_moves_the_image_tower_alone(tiny):
     after = load_model(f"{tiny['out']}/student/student", "cpu").model.state_dict()
     kept = {name for name in after if name in before and after[name].shape == before[name].shape and torch.equal(after[name], before[name])}
     assert kept >= {name for name in after if not name.startswith("visual.")}, "text tower and scale are the teacher's, bit for bit"
-    fresh = new_student(job).model.state_dict()
+    fresh = job.new_student().model.state_dict()
     assert not any(torch.equal(after[name], fresh[name]) for name in after if name.startswith("visual.") and "in_proj_weight" in name)
 
 
@@ -103,7 +102,7 @@ def test_gradient_caching_gives_the_same_step_for_sides_of_any_length(tiny, text
     loss = lambda student: objective(student, teacher).total  # noqa: E731
     found = []
     for micro in (0, 1, 5, 16, 30):
-        student = new_student(job)
+        student = job.new_student()
         trained = learner(student.model)
         given = dict(learner=trained, batch=batch, loss=loss, accelerator=accelerator)
         total = trainers.cached_backward(**given, micro_batch=micro) if micro else trainers.plain_backward(**given)
@@ -161,7 +160,7 @@ def test_a_mobilenet_is_a_student_from_the_first_step_to_onnx(tiny, tmp_path):
     seen = preprocess(picture)[None]
     with torch.no_grad():
         assert torch.allclose(model.eval().encode_image(seen, normalize=True), own.encode_image(own.preprocess(picture)[None]))
-    fresh = new_student(job).model.state_dict()
+    fresh = job.new_student().model.state_dict()
     moved = [name for name, tensor in own.model.state_dict().items() if not torch.equal(tensor, fresh[name])]
     assert len(moved) > 100 and all(name.startswith("visual.") for name in moved)
     assert "visual.trunk.classifier.weight" in moved, "its own classifier is the map to the joint width"
@@ -169,7 +168,7 @@ def test_a_mobilenet_is_a_student_from_the_first_step_to_onnx(tiny, tmp_path):
     export_onnx(own, tmp_path / "onnx")
     assert max(check_onnx(own, tmp_path / "onnx").values()) < 1e-4
     again = job_of(tiny, out=str(tmp_path / "again"), start_from=str(folder), **given)
-    started = new_student(again).model.state_dict()
+    started = again.new_student().model.state_dict()
     assert torch.equal(started["visual.trunk.conv_stem.weight"], own.model.state_dict()["visual.trunk.conv_stem.weight"])
 
 
@@ -179,7 +178,7 @@ def test_a_tower_of_another_joint_width_gives_all_but_its_last_map(tiny, tmp_pat
         wide = model_config(teacher.config["model_cfg"]) | dict(embed_dim=24, vision_cfg=image_tower(f"timm:{name}"))
         source = new_model(wide, like=teacher, seed=8)
         save_model(source, tmp_path / name)
-        student = new_student(job_of(tiny, student=f"timm:{name}", start_from=str(tmp_path / name), out=str(tmp_path / f"{name}-run")))
+        student = job_of(tiny, student=f"timm:{name}", start_from=str(tmp_path / name), out=str(tmp_path / f"{name}-run")).new_student()
         state, given = student.model.visual.state_dict(), source.model.visual.state_dict()
         others = [key for key in state if not torch.equal(state[key], given[key])] if state.keys() == given.keys() else []
         assert others and all(len(state[key]) == 16 for key in others)
@@ -216,16 +215,16 @@ def test_a_trained_student_is_not_tried_again(tiny, monkeypatch):
 
 def test_a_student_starts_where_it_is_told(tiny, tmp_path):
     job = job_of(tiny, inheritance="manual")
-    plain = new_student(job, inherited=False).model.state_dict()
-    assert not torch.equal(new_student(job).model.state_dict()["visual.conv1.weight"], plain["visual.conv1.weight"])
+    plain = job.new_student(inherited=False).model.state_dict()
+    assert not torch.equal(job.new_student().model.state_dict()["visual.conv1.weight"], plain["visual.conv1.weight"])
     other = new_model(TINY | dict(embed_dim=24), like=job.teacher, seed=77)
     save_model(other, tmp_path / "other")
     (tmp_path / "same.json").write_text(json.dumps(TINY))
     given = dict(student=str(tmp_path / "same.json"), start_from=str(tmp_path / "other"))
-    started = new_student(job_of(tiny, out=str(tmp_path / "start"), **given)).model.state_dict()
+    started = job_of(tiny, out=str(tmp_path / "start"), **given).new_student().model.state_dict()
     assert torch.equal(started["visual.conv1.weight"], other.model.state_dict()["visual.conv1.weight"])
     assert started["visual.proj"].shape == (32, 16), "its map to the joint width is new"
-    unnamed = new_student(job_of(tiny, out=str(tmp_path / "unnamed"), student="", start_from=str(tmp_path / "other"))).model.state_dict()
+    unnamed = job_of(tiny, out=str(tmp_path / "unnamed"), student="", start_from=str(tmp_path / "other")).new_student().model.state_dict()
     assert torch.equal(unnamed["visual.conv1.weight"], started["visual.conv1.weight"]), "without a name the student has its tower"
     (tmp_path / "narrow.json").write_text(json.dumps(TINY | dict(vision_cfg=TINY["vision_cfg"] | dict(width=16))))
     with pytest.raises(ValueError, match=r"start_from=.* has another image tower than the student: \d+ of \d+ weights do not fit"):
@@ -346,7 +345,7 @@ def test_options_reach_the_terms(tiny, tmp_path):
     ):
         losses = "vision_language_score:1, pseudo_vision_language_score:1, unimodal_distance:1"
         job = job_of(tiny, out=str(tmp_path / str(k)), losses=losses, **changes)
-        batch, student = next(job.unpaired(0)), new_student(job)
+        batch, student = next(job.unpaired(0)), job.new_student()
         with torch.no_grad():
             seen = student.encode(Batch(batch.image, student.tokenizer(["a star"])))
             found[str(changes)] = {n: v.item() for n, v in dime_objective(job.options)(seen, job.source.encode(batch)).values.items()}

@@ -29,13 +29,14 @@ from .trainers import Job, current_student, encode_captions, find_data, load_stu
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+from .corpus import TEMPLATES
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
-           'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts',
-           'alarms', 'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve',
-           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference',
-           'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
+__all__ = ['STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier', 'predict',
+           'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts', 'alarms',
+           'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve', 'first_step',
+           'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference', 'reference_curves',
+           'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/library/37_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -56,9 +57,6 @@ def encode_pairs(
     return Features(image, text, parts[0].scale.float().cpu())
 
 # %% ../nbs/library/37_evaluation.ipynb #9c378086
-TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "an image of a {}.", "{}.")
-
-
 @dataclass(frozen=True)
 class Classes:
     "What zero-shot classification chooses from"

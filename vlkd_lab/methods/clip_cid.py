@@ -40,7 +40,7 @@ from ..widgets.clusters import StudentMap
 from . import Method, register
 
 # %% auto #0
-__all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'new_student', 'cid_objective']
+__all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'cid_objective']
 
 # %% ../../nbs/library/57_methods_clip_cid.ipynb #3488ec2a
 @dataclass(frozen=True)
@@ -241,14 +241,18 @@ class ClipCidJob(_Clustered):
         if "data.shards" in changes:
             shutil.rmtree(self.run.folder / "balanced", ignore_errors=True)
 
+    def new_student(self, inherited: bool = True) -> VLM:
+        "The student before its training; not inherited: the same with nothing of any other model in it"
+        return trainers.smaller_student(self.options, self.teacher, self.start, self.shapes, inherited)
+
     def work(self) -> None:
         folder = self.run.folder
         if not (folder / "student" / "done.json").exists():
             phase = Phase("student", "distil", self.options.steps)
-            student = new_student(self)
+            student = self.new_student()
             finish_fit(self, phase, student, cid_objective(self, student), self.source)
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
-            baseline = new_student(self, inherited=False)
+            baseline = self.new_student(inherited=False)
             trainers.train_baseline(self, "scratch", self.options.steps, baseline)
 
     def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
@@ -262,11 +266,6 @@ class ClipCidJob(_Clustered):
         return _map_arrays(self, fit)
 
 # %% ../../nbs/library/57_methods_clip_cid.ipynb #fc210702
-def new_student(job: ClipCidJob, inherited: bool = True) -> VLM:
-    "The student before its training"
-    return trainers.smaller_student(job.options, job.teacher, job.start, job.shapes, inherited)
-
-
 SAMPLED_ABOVE = 10_000  # clusters
 
 

@@ -55,7 +55,7 @@ from ..widgets.sentences import SentenceTable
 from . import Method, register
 
 # %% auto #0
-__all__ = ['MOST_JUDGES', 'PROBE_POOL', 'PER_IMAGE', 'DimeFm', 'student_config', 'new_student', 'UnpairedLearner', 'ImageLearner',
+__all__ = ['MOST_JUDGES', 'PROBE_POOL', 'PER_IMAGE', 'DimeFm', 'student_config', 'UnpairedLearner', 'ImageLearner',
            'open_dime_fm', 'nearest_each', 'DimeFmJob', 'dime_objective']
 
 # %% ../../nbs/library/58_methods_dime_fm.ipynb #e4a9b9fb
@@ -138,12 +138,7 @@ def student_config(options: DimeFm, teacher: VLM) -> dict:
     return _buildable(model_config(options.student) | dict(embed_dim=base["embed_dim"]))
 
 
-def new_student(job: DimeFmJob, inherited: bool = True) -> VLM:
-    "The student before its training; not inherited: with nothing of any other model in it"
-    return _make_student(job.options, job.teacher, job.shapes, inherited)
-
-
-def _make_student(
+def _student_of(
     options: DimeFm,
     teacher: VLM,
     shapes: dict | None,  # sizes of the teacher's towers; None: they are no transformers
@@ -464,7 +459,7 @@ def _check_student(options: DimeFm, teacher: VLM, shapes: dict | None, world: in
     "Send a picture through the student before anything is computed for it; not when it has been trained"
     if (trainers.out_folder(options) / "student" / "done.json").exists():
         return
-    student = _make_student(options, teacher, shapes, inherited=True)
+    student = _student_of(options, teacher, shapes, inherited=True)
     check_student(student, f"student={options.student!r}", _fewest_images(options, world), "image_size")
 
 
@@ -673,6 +668,10 @@ class DimeFmJob(_Probe):
             images.stores["text"] = trainers.filled_store(self, self.sentence_report, ("text",), teacher)
         return images
 
+    def new_student(self, inherited: bool = True) -> VLM:
+        "The student before its training; not inherited: the same with nothing of any other model in it"
+        return _student_of(self.options, self.teacher, self.shapes, inherited)
+
     def work(self) -> None:
         stages = [stage for stage, _ in self.plan]
         unfinished = [name for name in stages if not (self.run.folder / name / "done.json").exists()]
@@ -681,12 +680,12 @@ class DimeFmJob(_Probe):
         if "student" in unfinished:
             learner = ImageLearner if self.options.text_tower == "teacher" else UnpairedLearner
             phase = Phase("student", "distil", self.options.steps)
-            student = new_student(self)
+            student = self.new_student()
             project = trainers.projections(self.options, student, self.teachers) if self.further else None
             objective = dime_objective(self.options, project)
             finish_fit(self, phase, student, objective, self.source, learner, self.unpaired)
         if "scratch" in unfinished:
-            baseline = new_student(self, inherited=False)
+            baseline = self.new_student(inherited=False)
             trainers.train_baseline(self, "scratch", self.options.steps, baseline)
 
 # %% ../../nbs/library/58_methods_dime_fm.ipynb #509b3008

@@ -74,7 +74,7 @@ class DistilJob(StudentJob):
     def teaches(self) -> bool:
         return bool(self.options.teacher)
 
-    def student(self, inherited: bool = True) -> VLM:
+    def new_student(self, inherited: bool = True) -> VLM:
         "The student before its training"
         if self.teaches:
             return trainers.smaller_student(self.options, self.teacher, self.start, self.shapes, inherited)
@@ -83,12 +83,12 @@ class DistilJob(StudentJob):
     def work(self) -> None:
         folder = self.run.folder
         if not (folder / "student" / "done.json").exists():
-            student = self.student()
+            student = self.new_student()
             phase = Phase("student", "distil" if self.teaches else "contrast", self.options.steps)
             objective = distil_objective(self.options, student, self.teachers if self.teaches else ())
             finish_fit(self, phase, student, objective, self.source if self.teaches else None)
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
-            trainers.train_baseline(self, "scratch", self.options.steps, self.student(inherited=False))
+            trainers.train_baseline(self, "scratch", self.options.steps, self.new_student(inherited=False))
 
 
 def _lone_student(options: Distil) -> VLM:
