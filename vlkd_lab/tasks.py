@@ -95,8 +95,8 @@ def _recalls(of_images: Tensor, of_texts: Tensor, right: Tensor) -> dict[str, fl
 
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:  # (N, M), (N, M) bool -> (N,)
     "How many wrong ones score at least as high as the best right one"
-    own = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= own) & ~right).sum(dim=1)
+    best_right = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best_right) & ~right).sum(dim=1)
 
 # %% ../nbs/library/60_tasks.ipynb #7b717455
 def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
@@ -832,8 +832,8 @@ def job_tasks(
     keys = {name: _digest(state_digest(blip.model), blip.tasks, about) for name, blip in models.items()}
     path = job.run.folder / "tasks.json"
     kept = read_json(path, {"scores": {}, "tables": {}})
-    own = _digest(keys)
-    if own not in kept["tables"]:
+    table_key = _digest(keys)
+    if table_key not in kept["tables"]:
         settings = dict(beams=beams, questions=questions, candidates=candidates, progress=progress)
         scores = {}
         for name, key in keys.items():
@@ -842,9 +842,10 @@ def job_tasks(
                 scores[name] = score_tasks(models[name], pairs, **settings)
             kept["scores"][key] = to_json(scores[name])
         table = compare_tasks(models, pairs, **settings, scores=scores)
-        kept["tables"][own] = to_json(table.to_dict("index"))
+        kept["tables"][table_key] = to_json(table.to_dict("index"))
         write_whole(path, json.dumps(kept))
-    return pd.DataFrame({name: _numbers(row) for name, row in kept["tables"][own].items()}).T
+    rows = kept["tables"][table_key]
+    return pd.DataFrame({name: _numbers(row) for name, row in rows.items()}).T
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
