@@ -29,7 +29,7 @@ from vlkd_lab.runs import (
     thinned,
     to_json,
     watch,
-    write_whole,
+    write_text,
 )
 
 
@@ -43,7 +43,7 @@ def test_states_from_start_to_finish(tmp_path):
     with RunWriter(tmp_path) as run:
         assert run.status()["state"] == "running" and run.status()["process"] == os.getpid()
     assert run.status()["state"] == "waiting"
-    write_whole(tmp_path / "result.json", "{}")
+    write_text(tmp_path / "result.json", "{}")
     with RunWriter(tmp_path):
         pass
     assert Run(tmp_path).status()["state"] == "finished"
@@ -178,7 +178,7 @@ def test_a_look_does_not_keep_a_writer_out(tmp_path):
 
     with RunWriter(tmp_path):
         pass
-    write_whole(tmp_path / "status.json", '{"state": "running"}')
+    write_text(tmp_path / "status.json", '{"state": "running"}')
     lookers = [threading.Thread(target=look) for _ in range(2)]
     for looker in lookers:
         looker.start()
@@ -271,7 +271,7 @@ def test_a_snapshot_does_not_follow_its_tensor(tmp_path):
 
 def _rewrite(path, times):
     for k in range(times):
-        write_whole(path, json.dumps({"k": k, "filler": "x" * 20_000}))
+        write_text(path, json.dumps({"k": k, "filler": "x" * 20_000}))
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):

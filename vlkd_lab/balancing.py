@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +34,7 @@ from vlkd_lab.data import (
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+from .project import atomic_write, write_text
 
 # %% auto #0
 __all__ = ['Linkage', 'load_linkage', 'exact_distances', 'link', 'join_linkages', 'Balance', 'balance_at', 'semantic_balance',
@@ -84,12 +83,10 @@ class Linkage:
 
     def save(self, path: str | Path) -> None:
         "Write it as safetensors, whole"
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
         about = {name: repr(float(getattr(self, name))) for name in ("count", "finest", "most", "recall")}
         arrays = {"edges": np.ascontiguousarray(self.edges), "distances": self.distances}
-        save_file(arrays, beside, metadata=about)
-        os.replace(beside, path)
+        with atomic_write(path) as unfinished:
+            save_file(arrays, unfinished, metadata=about)
 
 # %% ../nbs/library/15_balancing.ipynb #ce9d63e9
 def load_linkage(path: str | Path) -> Linkage:
@@ -547,8 +544,6 @@ def write_balanced(
     kept = {}
     if form not in ("index", "shards"):
         raise ValueError(f"form={form!r} is not valid: choose 'index' or 'shards'")
-    # of the same depth: an index names its shard from where it lies
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     for row in balance.keep.tolist():
         shard = next((name for name in shards_in_name(keys[row]) if name in by_name), None)
         if shard is None:
@@ -558,15 +553,6 @@ def write_balanced(
         raise ValueError(
             f"{folder} holds other files: name a new folder, or one of an earlier balance, which is replaced"
         )
-    written = []
-    for name in tqdm(sorted(kept), desc="balanced shards", disable=not progress):
-        shard = by_name[name]
-        path = beside / f"{name}{'.kept.json' if form == 'index' else '.tar'}"
-        if form == "shards":
-            copy_samples(path, shard.path, set(kept[name]))
-        else:
-            write_index(path, shard, kept[name])
-        written.append(folder / path.relative_to(beside))
     about = {
         "threshold": balance.threshold,
         "images": len(balance.group),
@@ -574,10 +560,16 @@ def write_balanced(
         "recall": balance.recall,
         "fingerprint": report.fingerprint,
     }
-    (beside / "balance.json").write_text(json.dumps(about, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
-    return written
+    ending = ".kept.json" if form == "index" else ".tar"
+    # what is unfinished lies in the same depth: an index names its shard from where it lies
+    with atomic_write(folder) as unfinished:
+        for name in tqdm(sorted(kept), desc="balanced shards", disable=not progress):
+            if form == "index":
+                write_index(unfinished / f"{name}{ending}", by_name[name], kept[name])
+            else:
+                copy_samples(unfinished / f"{name}{ending}", by_name[name].path, set(kept[name]))
+        write_text(unfinished / "balance.json", json.dumps(about, indent=1))
+    return [folder / f"{name}{ending}" for name in sorted(kept)]
 
 # %% ../nbs/library/15_balancing.ipynb #3971a94f
 def find_pictures(

@@ -5,10 +5,8 @@
 # %% ../nbs/library/16_corpus.ipynb #57294b44
 from __future__ import annotations
 
-import codecs
 import json
 import math
-import os
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +23,8 @@ from tqdm import tqdm
 
 from .data import Pairs, clean_caption, escaped, project_root, shipped, thumbnail
 from .models import VLM, evaluating
-from .sources import text_lines, unreadable, write_whole
+from .project import atomic_write, write_text
+from .sources import check_encoding, text_lines, unreadable
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'REASONS', 'class_prompts', 'read_lines', 'Dropped', 'Selection', 'select_sentences', 'write_selection',
@@ -185,26 +184,13 @@ def _text_files(source: Path | str | Sequence) -> list[Path]:
         raise ValueError(
             f"{twice} is named more than once" if twice else "no source: name one text file, or several"
         )
-    marks = {
-        codecs.BOM_UTF32_LE: "UTF-32",
-        codecs.BOM_UTF32_BE: "UTF-32",
-        codecs.BOM_UTF16_LE: "UTF-16",
-        codecs.BOM_UTF16_BE: "UTF-16",
-    }
     for path in paths:
         if not path.is_file():
             reason = "is a folder: name the text files in it" if path.is_dir() else "there is no such file"
             raise FileNotFoundError(f"{path}: {reason}")
-        with open(path, "rb") as file:
-            start = file.read(4)
-        encoding = next((name for mark, name in marks.items() if start.startswith(mark)), None)
-        if encoding:
-            raise ValueError(
-                f"{path} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8"
-            )
-        if start.startswith(b"\x1f\x8b") or not start:
-            reason = "compressed: unpack it, for example with gunzip -k" if start else "empty"
-            raise ValueError(f"{path} is {reason}")
+        check_encoding(path)
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty")
     return paths
 
 
@@ -451,15 +437,13 @@ def write_selection(
     about["dropped"] = {
         reason: [asdict(example) for example in found] for reason, found in selection.dropped.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
-    save_file({name: getattr(selection, name) for name in _ARRAYS}, arrays)
-    os.replace(arrays, path.with_suffix(".safetensors"))
+    with atomic_write(path.with_suffix(".safetensors")) as unfinished:
+        save_file({name: getattr(selection, name) for name in _ARRAYS}, unfinished)
     contents = {path.with_suffix(".json"): json.dumps(about, indent=1) + "\n"}
     # last: where the sentences are, all is
     contents[path] = "".join(f"{text}\n" for text in selection.sentences)
     for place, content in contents.items():
-        write_whole(place, content)
+        write_text(place, content)
     return path
 
 # %% ../nbs/library/16_corpus.ipynb #068be665

@@ -23,7 +23,8 @@ from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
-from .runs import Run, read_json, role_of, to_json, write_whole
+from .project import write_text
+from .runs import Run, loss_terms, read_json, role_of, to_json
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
@@ -448,7 +449,7 @@ def finish(job: Job, table: pd.DataFrame) -> dict:
         unfinished = "the job was stopped before its end: these are the students as they are"
         return result | {"warnings": [*warnings, unfinished]}
     with job.run:
-        write_whole(job.run.folder / "result.json", json.dumps(result, indent=1))
+        write_text(job.run.folder / "result.json", json.dumps(result, indent=1))
     return result
 
 # %% ../nbs/library/37_evaluation.ipynb #096ab69c
@@ -513,7 +514,7 @@ def save_reference(run: Run, path: str | Path) -> None:
     for stage in _validated_stages(run):
         curves[stage] = [[step, round(value, 4)] for step, value in validation_curve(run, stage)]
     parameters = {name: run.config()["parameters"][name] for name in _COMPARABLE}
-    write_whole(path, json.dumps({"parameters": parameters, "curves": curves}) + "\n")
+    write_text(path, json.dumps({"parameters": parameters, "curves": curves}) + "\n")
 
 
 def reference_curves(
@@ -526,20 +527,6 @@ def reference_curves(
     return reference["curves"] if reference["parameters"] == own else {}
 
 # %% ../nbs/library/37_evaluation.ipynb #95844fb5
-_SKIPPED = {
-    "step",
-    "samples",
-    "seconds",
-    "data_seconds",
-    "learning_rate",
-    "gradient_norm",
-    "stage",
-    "phase",
-    "event",
-    "total",
-    "expected_sparsity",
-    "target_sparsity",
-}
 MOST_IN_PANEL = 6  # terms whose names still fit into a panel
 
 
@@ -549,7 +536,7 @@ def plot_losses(run: Run) -> Figure:
 
     lines = [m for m in run.metrics() if "total" in m]
     stages = list(dict.fromkeys(m["stage"] for m in lines))
-    terms = list(dict.fromkeys(k for m in lines for k in m if k not in _SKIPPED))
+    terms = loss_terms(name for line in lines for name in line)
     many = len(terms) > MOST_IN_PANEL
     panels = max(len(stages), 1)
     size = (3.4 * panels + (1.6 if many else 0), 2.8)

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Features', 'Ensemble', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'flat_captions', 'distinct_captions',
-           'recall', 'Batch', 'gather']
+__all__ = ['Features', 'Ensemble', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'ranks_by_score', 'recall_of_ranks',
+           'flat_captions', 'distinct_captions', 'recall', 'Batch', 'gather']
 
 # %% ../nbs/library/01_features.ipynb #6e89e228
 @dataclass(frozen=True)
@@ -134,10 +134,30 @@ def partner_ranks(
     ranks = []
     for start in range(0, len(queries), chunk):
         scores = queries[start : start + chunk] @ candidates.T
-        right = partner[start : start + chunk]
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # of the right ones
-        ranks.append(((scores >= best) & ~right).sum(dim=1))
+        ranks.append(ranks_by_score(scores, partner[start : start + chunk]))
     return torch.cat(ranks)
+
+
+def ranks_by_score(
+    scores: Tensor,  # (N, M) of N queries against M candidates
+    right: Tensor,  # (N, M) bool; at least one in every row
+) -> Tensor:  # (N,) int, 0 is best
+    "The same where scores are no products of rows"
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)  # of the right ones
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
+def recall_of_ranks(
+    image_to_text: Tensor,  # ranks of images' texts
+    text_to_image: Tensor,  # ranks of texts' images
+    ks: tuple[int, ...] = (1, 5, 10),
+) -> dict[str, float]:  # "image_to_text_r1", …, "text_to_image_r10", shares between 0 and 1
+    "R@k in both directions"
+    shares = {}
+    for direction, ranks in (("image_to_text", image_to_text), ("text_to_image", text_to_image)):
+        for k in ks:
+            shares[f"{direction}_r{k}"] = (ranks < k).float().mean().item()
+    return shares
 
 # %% ../nbs/library/01_features.ipynb #29f54d61
 def flat_captions(
@@ -182,15 +202,9 @@ def recall(
         )
     text = features.text[torch.tensor(places, device=features.text.device)]
     right = right.to(features.image.device)
-    ranks = {
-        "image_to_text": partner_ranks(features.image, text, right),
-        "text_to_image": partner_ranks(text, features.image, right.T),
-    }
-    shares = {}
-    for direction, rank in ranks.items():
-        for k in ks:
-            shares[f"{direction}_r{k}"] = (rank < k).float().mean().item()
-    return shares
+    of_texts = partner_ranks(features.image, text, right)
+    of_images = partner_ranks(text, features.image, right.T)
+    return recall_of_ranks(of_texts, of_images, ks)
 
 # %% ../nbs/library/01_features.ipynb #87bed9db
 _TENSORS = ("image", "text", "teacher_image", "teacher_text")

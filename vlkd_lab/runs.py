@@ -11,7 +11,7 @@ import os
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from .data import project_root
 from .methods import all_losses
-from .sources import write_whole
+from .project import atomic_write, write_text
 
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
-           'finished_students', 'Curves', 'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot',
+           'finished_students', 'Curves', 'loss_terms', 'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot',
            'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
 
 # %% ../nbs/library/24_runs.ipynb #cdd63083
@@ -190,7 +190,7 @@ class Run:
         check_controls(changes)
         with _held(self.folder / "control.lock"):
             requests = _merged(self.asked(), to_json(changes))
-            write_whole(self.folder / "control.json", json.dumps(requests))
+            write_text(self.folder / "control.json", json.dumps(requests))
         return requests
 
     def asked(self) -> dict:
@@ -249,7 +249,7 @@ class RunWriter(Run):
     def set_status(self, **changes) -> None:
         "Change some entries of status.json; the heartbeat is always now"
         status = read_json(self.folder / "status.json", {}) | to_json(changes) | {"heartbeat": time.time()}
-        write_whole(self.folder / "status.json", json.dumps(status, indent=1))
+        write_text(self.folder / "status.json", json.dumps(status, indent=1))
         self._heartbeat = time.monotonic()
 
     def warn(self, warning: str) -> None:
@@ -268,11 +268,9 @@ class RunWriter(Run):
 # %% ../nbs/library/24_runs.ipynb #36afcae1
 def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:
     "Write stage/checkpoint.pt whole; `state` may hold tensors, numbers, strings, lists and dicts"
-    folder = run.folder / stage
-    folder.mkdir(parents=True, exist_ok=True)
     lines = _line_count(run.folder / "metrics.jsonl")
-    torch.save({**state, "metric_lines": lines}, folder / ".checkpoint.pt")
-    os.replace(folder / ".checkpoint.pt", folder / "checkpoint.pt")
+    with atomic_write(run.folder / stage / "checkpoint.pt") as unfinished:
+        torch.save({**state, "metric_lines": lines}, unfinished)
 
 
 def _line_count(path: Path) -> int:
@@ -302,7 +300,7 @@ def rewind(
     written = path.read_text(encoding="utf-8").splitlines(keepends=True)
     later = [line for line in written[lines:] if stage and line.endswith("\n")]
     others = [line for line in later if json.loads(line).get("stage", stage) != stage]
-    write_whole(path, "".join(written[:lines] + others))
+    write_text(path, "".join(written[:lines] + others))
 
 # %% ../nbs/library/24_runs.ipynb #07b929ff
 def begin(
@@ -318,7 +316,7 @@ def begin(
     config = to_json(config)
     old = run.config()
     if not old:
-        write_whole(run.folder / "config.json", json.dumps(config, indent=1))
+        write_text(run.folder / "config.json", json.dumps(config, indent=1))
         return False
     changes = _differences(to_json(defaults) | _flat(old), _flat(config), free=("continued",))
     refused = [name for name in changes if not _may_change(name, changes, free, grows, same)]
@@ -331,7 +329,7 @@ def begin(
         parameters = {name: pair for name, pair in changes.items() if name.startswith("parameters.")}
         if parameters:
             history = [*history, {"time": time.time(), "changes": parameters}]
-        write_whole(run.folder / "config.json", json.dumps(config | {"continued": history}, indent=1))
+        write_text(run.folder / "config.json", json.dumps(config | {"continued": history}, indent=1))
     return True
 
 
@@ -483,6 +481,27 @@ class Curves:
         return np.pad(values, (0, len(columns.get("step", ())) - len(values)), constant_values=np.nan)
 
 # %% ../nbs/library/24_runs.ipynb #068d41f9
+_NOT_TERMS = {
+    "step",
+    "samples",
+    "seconds",
+    "data_seconds",
+    "learning_rate",
+    "gradient_norm",
+    "stage",
+    "phase",
+    "event",
+    "total",
+    "expected_sparsity",
+    "target_sparsity",
+}
+
+
+def loss_terms(names: Iterable[str]) -> list[str]:  # each once, in their order
+    "Which entries of metrics' lines are terms of the loss"
+    return [name for name in dict.fromkeys(names) if name not in _NOT_TERMS]
+
+
 def thinned(values: np.ndarray, most: int = 300) -> np.ndarray:  # at most `most` entries
     "Means of equal runs of neighbours, so that a long curve keeps its shape in few points; nan is left out"
     if len(values) <= most:
@@ -528,11 +547,9 @@ def is_watched(run: Run) -> bool:
 # %% ../nbs/library/24_runs.ipynb #9b4690c0
 def write_snapshot(path: Path, arrays: Mapping[str, Tensor], labels: Mapping[str, Any]) -> None:
     "Small named tensors on the CPU, with labels, as one whole file"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
     tensors = {name: tensor.contiguous() for name, tensor in arrays.items()}
-    save_file(tensors, beside, metadata={"labels": json.dumps(to_json(labels))})
-    os.replace(beside, path)
+    with atomic_write(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"labels": json.dumps(to_json(labels))})
 
 
 def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict]:

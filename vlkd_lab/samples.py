@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from tqdm import tqdm
 
-from .project import cache_folder, is_working_copy, packaged, project_root
+from .project import atomic_write, cache_folder, is_working_copy, packaged, project_root, write_text
 
 # %% auto #0
 __all__ = ['VERSION', 'KINDS', 'COLOURS', 'COLOUR_WORDS', 'SIZES', 'TEXTURES', 'COUNTS', 'RELATIONS', 'OPPOSITE', 'SETTINGS',
@@ -821,17 +821,14 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def _write_shard(folder: Path, shard: int, indices: range, quality: int, given: dict) -> Path:
     "One shard and its statistics, written beside and renamed"
     path = folder / f"{given['split']}-{shard:06d}.tar"
-    beside = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
-    with tarfile.open(beside, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with atomic_write(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in indices:
             sample = make_sample(index, **given)
             _add(tar, f"{sample.key}.jpg", encode(sample.image, quality))
             _add(tar, f"{sample.key}.txt", sample.caption.encode())
             _add(tar, f"{sample.key}.json", json.dumps(sample.about, separators=(",", ":")).encode())
-    os.replace(beside, path)
-    path.with_name(f"{path.stem}_stats.json").write_text(
-        json.dumps({"count": len(indices), "successes": len(indices)}) + "\n"
-    )
+    stats = json.dumps({"count": len(indices), "successes": len(indices)}) + "\n"
+    write_text(path.with_name(f"{path.stem}_stats.json"), stats)
     return path
 
 # %% ../nbs/library/02_samples.ipynb #0f481dce

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,21 +22,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .project import write_text
+
 # %% auto #0
 __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES', 'FILES', 'PAIRS', 'MOST_BAD', 'TABLES',
-           'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'write_whole', 'split_name', 'Grouped', 'group_names',
-           'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'files_below', 'pictures_below',
-           'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns', 'find_columns',
-           'read_table', 'table_parts', 'part_samples', 'part_problem']
-
-# %% ../nbs/library/03_sources.ipynb #c90cd7ab
-def write_whole(path: str | Path, text: str) -> None:
-    "Replace a text file so that no reader ever sees half of it"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+           'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'split_name', 'Grouped', 'group_names', 'gathered',
+           'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
+           'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
+           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem']
 
 # %% ../nbs/library/03_sources.ipynb #ee7ae564
 PICTURES = (
@@ -245,7 +237,7 @@ def _write_parts(folder: Path, ending: str, parts: Sequence[Part], stamp: Any) -
     "The parts as files, and none that was left from before"
     paths = [folder / f"{part.name}{ending}" for part in parts]
     for path, part in zip(paths, parts, strict=True):
-        write_whole(path, json.dumps(asdict(part) | {"stamp": stamp, "parts": len(parts)}))
+        write_text(path, json.dumps(asdict(part) | {"stamp": stamp, "parts": len(parts)}))
     for old in set(folder.glob(f"*{ending}")) - set(paths):
         old.unlink(missing_ok=True)
     return paths
@@ -292,14 +284,14 @@ def text_parts(
     stamp = [*_stamp(source), per_part]
     if (kept := _kept(home, LINES, stamp)) is not None:
         return kept
-    _check_encoding(source)
+    check_encoding(source)
     parts = _cut_lines(source, per_part or _one_of_64(_count_lines(source), 16, 20_000))
     if not parts:
         raise ValueError(f"{source} holds no sentence: it has {stamp[0]} bytes and no line that is not blank")
     return _write_parts(home, LINES, parts, stamp)
 
 
-def _check_encoding(source: Path) -> None:
+def check_encoding(source: Path) -> None:
     "ValueError for a file that begins as one of another encoding than UTF-8, or as a compressed one"
     with open(source, "rb") as file:
         start = file.read(4)
@@ -669,7 +661,7 @@ def read_table(
     root: Path,  # of the project
 ) -> tuple[list[dict], Counter]:  # a row of a Part for each picture; what is left out
     "The pictures that a table names, with all their captions"
-    _check_encoding(source)
+    check_encoding(source)
     rows: dict[str, dict] = {}
     ignored: Counter = Counter()
     labels = set()

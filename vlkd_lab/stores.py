@@ -39,7 +39,7 @@ from vlkd_lab.data import (
 from . import data
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
-from .sources import write_whole
+from .project import atomic_write, write_text
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
@@ -117,13 +117,11 @@ class ShardFeatures:
 
 def _write(path: Path, found: ShardFeatures, about: dict) -> None:
     "One whole file"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     keys = torch.frombuffer(bytearray("\0".join(found.keys).encode() + b"\0"), dtype=torch.uint8)
     arrays = {"keys": keys, "labels": torch.from_numpy(found.labels), "rows": torch.from_numpy(found.rows)}
     arrays["captioned"] = torch.from_numpy(found.captioned)
-    save_file(arrays, beside, metadata={"about": json.dumps(about)})
-    os.replace(beside, path)
+    with atomic_write(path) as unfinished:
+        save_file(arrays, unfinished, metadata={"about": json.dumps(about)})
 
 # %% ../nbs/library/14_stores.ipynb #00ce2c34
 def _about(path: Path) -> dict:
@@ -277,7 +275,7 @@ def fill(
         raise ValueError(f"the store is of the teacher {teacher}, not of {key.teacher} ({key.weights[:12]})")
     _check_owner(store)
     if store.where and not (store.where / "store.json").exists():
-        write_whole(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
+        write_text(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
     written = 0
     todo = {}  # shard -> sides that it lacks
     for name in list(store.shards)[rank::world_size]:

@@ -40,12 +40,12 @@ from vlkd_lab.samples import (
 
 from .data import Pairs, View, escaped, thumbnail
 from .evaluation import job_models
-from .features import distinct_captions, flat_captions
+from .features import distinct_captions, flat_captions, ranks_by_score, recall_of_ranks
 from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
 from .methods.dlip import DlipJob
 from .models import evaluating, state_digest
+from .project import write_text
 from .runs import read_json, to_json
-from .sources import write_whole
 
 # %% auto #0
 __all__ = ['MAIN', 'Retrieval', 'rerank', 'describe', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts', 'is_true',
@@ -82,21 +82,10 @@ class Retrieval:
 
 def _recalls(of_images: Tensor, of_texts: Tensor, right: Tensor) -> dict[str, float]:
     "Recall both ways from (N, M) scores; nan where a score is no number"
-    is_broken = not (of_images.isfinite().all() and of_texts.isfinite().all())
-    recalls = {}
-    for way, ranks in (
-        ("image_to_text", _ranks(of_images, right)),
-        ("text_to_image", _ranks(of_texts.T, right.T)),
-    ):
-        for k in (1, 5, 10):
-            recalls[f"{way}_r{k}"] = math.nan if is_broken else (ranks < k).float().mean().item()
-    return recalls
-
-
-def _ranks(scores: Tensor, right: Tensor) -> Tensor:  # (N, M), (N, M) bool -> (N,)
-    "How many wrong ones score at least as high as the best right one"
-    best_right = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best_right) & ~right).sum(dim=1)
+    shares = recall_of_ranks(ranks_by_score(of_images, right), ranks_by_score(of_texts.T, right.T))
+    if of_images.isfinite().all() and of_texts.isfinite().all():
+        return shares
+    return dict.fromkeys(shares, math.nan)
 
 # %% ../nbs/library/60_tasks.ipynb #7b717455
 def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
@@ -843,7 +832,7 @@ def job_tasks(
             kept["scores"][key] = to_json(scores[name])
         table = compare_tasks(models, pairs, **settings, scores=scores)
         kept["tables"][table_key] = to_json(table.to_dict("index"))
-        write_whole(path, json.dumps(kept))
+        write_text(path, json.dumps(kept))
     rows = kept["tables"][table_key]
     return pd.DataFrame({name: _numbers(row) for name, row in rows.items()}).T
 

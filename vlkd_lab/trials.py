@@ -24,9 +24,8 @@ from .evaluation import encode_pairs, job_models, validation_curve
 from .features import recall
 from .fusion import Blip, blip_cost
 from .models import VLM, count_cost
-from .project import is_working_copy, project_root
+from .project import is_working_copy, project_root, write_text
 from .runs import Run, read_json, to_json
-from .sources import write_whole
 from .tasks import measure_tasks, score_tasks
 from .trainers import Job, find_data, open_job, train
 from .transfer import transfer
@@ -124,7 +123,7 @@ def run_trial(
         return kept
     _refuse_another(out, kept, trial)
     if not (out / "origin.json").exists():
-        write_whole(out / "origin.json", json.dumps(origin()))
+        write_text(out / "origin.json", json.dumps(origin()))
     job = trial.open(seed, out)
     train(job)
     students = {}
@@ -139,7 +138,7 @@ def run_trial(
         "samples": {stage: steps * job.options.batch_size for stage, steps in job.plan},
         "students": students,
     }
-    write_whole(out / "trial.json", json.dumps(to_json(record)))
+    write_text(out / "trial.json", json.dumps(to_json(record)))
     return read_json(out / "trial.json")
 
 

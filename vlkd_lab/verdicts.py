@@ -17,8 +17,8 @@ from .data import escaped, project_root, shipped
 from .evaluation import first_step
 from .fusion import Blip
 from .models import VLM
+from .project import write_text
 from .runs import read_json, to_json
-from .sources import write_whole
 from .trainers import load_student
 from .trials import Trial, model_cost, score_model
 
@@ -616,7 +616,7 @@ def keep_results(
     "Write the numbers that come with the project, to five digits"
     exact = json.dumps(to_json({"trials": records, "teachers": teachers}))
     rounded = json.loads(exact, parse_float=lambda text: round(float(text), 5))
-    write_whole(project_root() / path, json.dumps(rounded, separators=(",", ":")))
+    write_text(project_root() / path, json.dumps(rounded, separators=(",", ":")))
 
 # %% ../nbs/library/64_verdicts.ipynb #65d3b21f
 TEACHERS = {"teacher": "data_samples/teacher", "blip": "data_samples/blip"}

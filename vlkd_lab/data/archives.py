@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import sources
-from ..sources import FIELDS, FILES, LINES, PAIRS, Grouped, write_whole
+from ..project import atomic_write, write_text
+from ..sources import FIELDS, FILES, LINES, PAIRS, Grouped
 
 # %% auto #0
 __all__ = ['raw_samples', 'count_samples', 'ShardReport', 'content_digest', 'write_index', 'read_index', 'copy_samples']
@@ -264,7 +265,7 @@ def write_index(
         "count": shard.count,
         "kept": list(keys),
     }
-    write_whole(path, json.dumps(content))
+    write_text(path, json.dumps(content))
     return path
 
 
@@ -280,10 +281,8 @@ def copy_samples(
     keys: Collection[str],  # of the samples that are kept
 ) -> int:  # samples written
     "A shard with some samples of another, every member byte for byte, and its count beside it"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
     count = 0
-    with tarfile.open(beside, "w") as tar:
+    with atomic_write(path) as unfinished, tarfile.open(unfinished, "w") as tar:
         for sample in raw_samples(shard):
             fields = sorted(FIELDS & sample.keys())
             if sample["__key__"] not in keys or not fields:
@@ -293,7 +292,6 @@ def copy_samples(
                 member = tarfile.TarInfo(f"{sample['__key__']}.{name}")
                 member.size = len(sample[name])
                 tar.addfile(member, io.BytesIO(sample[name]))
-    os.replace(beside, path)
-    stats = path.with_name(f"{path.stem}_stats.json")
-    stats.write_text(json.dumps({"count": count, "successes": count}) + "\n")
+    stats = json.dumps({"count": count, "successes": count}) + "\n"
+    write_text(path.with_name(f"{path.stem}_stats.json"), stats)
     return count

@@ -15,9 +15,9 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from .. import sources
-from ..project import cache_folder, project_root
+from ..project import cache_folder, project_root, write_text
 from ..samples import shipped
-from ..sources import TABLES, read_part, write_whole
+from ..sources import TABLES, read_part
 from .archives import _INDEX, _PARTS, _some
 from .decode import shard_captions
 
@@ -231,7 +231,7 @@ def _captions_file(parts: Sequence[Path]) -> Path:
     path = parts[0].parent / f"{source.stem}.txt"
     text = "".join(f"{caption}\n" for part in parts for caption in shard_captions(part))
     if not path.exists() or path.read_text(encoding="utf-8") != text:
-        write_whole(path, text)
+        write_text(path, text)
     return path
 
 

@@ -28,7 +28,8 @@ from vlkd_lab.data.archives import (
 )
 
 from .. import sources
-from ..sources import read_part, write_whole
+from ..project import write_text
+from ..sources import read_part
 from .places import find_shards
 
 # %% auto #0
@@ -114,7 +115,7 @@ def _stats_count(path: Path) -> int | None:
 def _remember(file: Path, facts: dict) -> None:
     "Into the cache; one that cannot be written is no error"
     try:
-        write_whole(file, json.dumps(facts))
+        write_text(file, json.dumps(facts))
     except OSError:
         pass
 

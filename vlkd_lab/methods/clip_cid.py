@@ -34,6 +34,7 @@ from ..features import Features, recall
 from ..gates import budget
 from ..losses import LOSSES, ClusterTerms, Objective, Term, instance_discrimination
 from ..models import VLM, check_student, evaluating
+from ..project import write_text
 from ..stores import FeatureStore, Stored, load, store_key
 from ..widgets.clusters import StudentMap
 from . import Method, register
@@ -217,7 +218,7 @@ def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
     }
     pictures = [data.thumbnail(pairs.pil(row), 48) for row in range(len(pairs))]
     about = {"captions": pairs.captions, "keys": pairs.keys, "labels": pairs.labels, "pictures": pictures}
-    runs.write_whole(job.run.folder / "clusters.json", json.dumps(about))
+    write_text(job.run.folder / "clusters.json", json.dumps(about))
     runs.write_snapshot(job.run.folder / "clusters.safetensors", arrays, {})
 
 # %% ../../nbs/library/57_methods_clip_cid.ipynb #bb1db2c7
@@ -298,7 +299,7 @@ def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term
 
 # %% ../../nbs/library/57_methods_clip_cid.ipynb #50b042b5
 def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
-    "Image rows in the first teacher's space, whose clusters they are: projected where the student's is another"
+    "Image rows in the first teacher's space, which the clusters are in: projected where it is another"
     project = objective.project[0] if isinstance(objective.project, tuple) else objective.project
     if project is None:
         return rows

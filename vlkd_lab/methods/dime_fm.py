@@ -48,7 +48,8 @@ from .. import corpus, data, trainers
 from ..features import Batch, Features, recall
 from ..gates import budget
 from ..losses import LOSSES, Objective, Projection, score_terms
-from ..sources import LINES, read_part, write_whole
+from ..project import write_text
+from ..sources import LINES, read_part
 from ..stores import FeatureStore, StoredTeacher, load, store_key
 from ..widgets.sentences import SentenceTable
 from . import Method, register
@@ -368,7 +369,7 @@ def _prompts(job: Job) -> list[Path]:
         prompts = corpus.class_prompts(corpus.read_lines(classes))
     path = job.run.folder / "prompts.txt"
     text = "".join(f"{prompt}\n" for prompt in prompts)
-    trainers.once(job, path, [], lambda: write_whole(path, text))
+    trainers.once(job, path, [], lambda: write_text(path, text))
     return data.find_sentences(path)
 
 
@@ -401,8 +402,8 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     teacher, *further = teachers
     if further and options.text_tower == "teacher":
         raise ValueError(
-            f"teacher={options.teacher!r} is not valid with text_tower='teacher': a student that keeps one teacher's "
-            "text tower stays in that teacher's space; choose text_tower='student', or one teacher"
+            f"teacher={options.teacher!r} is not valid with text_tower='teacher': a student that keeps one "
+            "teacher's text tower stays in that teacher's space; choose text_tower='student', or one teacher"
         )
     _check_start(options, teacher)
     student_config(options, teacher)  # an error if there is none

@@ -54,6 +54,7 @@ from ..blip_terms import BLIP_LOSSES, GROUPS, base_terms, blip_terms, spread
 from ..features import Batch, Features, FusedFeatures, Slow, gather
 from ..losses import Objective, Term
 from ..models import evaluating, state_digest
+from ..project import write_text
 from ..sources import TEXT_FIELDS
 from ..widgets.attention import CrossMaps
 from . import Method, register
@@ -973,7 +974,7 @@ class DlipJob(_Distilled, StudentJob):
         folder = self.run.folder / stage
         student, plan = make_student(self, inherited)
         if plan is not None and self.accelerator.is_main_process and not (folder / "init").exists():
-            runs.write_whole(folder / "plan.json", plan.to_json())
+            write_text(folder / "plan.json", plan.to_json())
         return student
 
 # %% ../../nbs/library/59_methods_dlip.ipynb #9cebb3f9

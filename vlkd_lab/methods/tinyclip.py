@@ -34,7 +34,8 @@ from ..gates import Gates, budget, sparsity
 from ..inheritance import Plan, inherit, plan_gates
 from ..losses import LOSSES, Objective
 from ..models import VLM, TowerShape, load_model, new_model, save_model, tower_shapes
-from ..runs import Run, read_json, write_whole
+from ..project import write_text
+from ..runs import Run, read_json
 from ..widgets.gates import GateMatrices
 from . import Method, register
 
@@ -198,7 +199,7 @@ def learn_gates(
         folder = job.run.folder / stage
         log_alphas = {name: value.detach().cpu() for name, value in network_gates.state_dict().items()}
         save_file(log_alphas, folder / "gates.safetensors")
-        write_whole(folder / "gates" / "done.json", json.dumps({"steps": steps}))
+        write_text(folder / "gates" / "done.json", json.dumps({"steps": steps}))
     return weights, plan, gates.kept_shapes(shapes, values)
 
 
@@ -270,7 +271,7 @@ def make_student(job: Job, number: int) -> VLM:
             "towers": _sizes(towers),
             "plan": plan and plan.to_json(),
         }
-        write_whole(folder / "plan.json", json.dumps(about))
+        write_text(folder / "plan.json", json.dumps(about))
     job.accelerator.wait_for_everyone()
     return student
 

@@ -33,6 +33,8 @@ from vlkd_lab.trainers.jobs import (
     out_folder,
     reopen,
     store_folder,
+    teacher_source,
+    teacher_views,
     train_baseline,
     trained_on,
     validation_features,

@@ -30,7 +30,8 @@ from ..gates import TowerCost
 from ..losses import Objective
 from ..methods import name_of
 from ..models import VLM, TowerShape, evaluating, state_digest
-from ..runs import Run, RunWriter, write_whole
+from ..project import write_text
+from ..runs import Run, RunWriter
 from ..samples import cached_shards
 from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
 from .learner import Learner, Phase
@@ -41,8 +42,9 @@ from .teachers import Teachers
 # %% auto #0
 __all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'Work',
            'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Streams',
-           'Job', 'trained_on', 'encode_captions', 'validation_features', 'validation_scores', 'open_run', 'finish_fit',
-           'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
+           'teacher_source', 'teacher_views', 'Job', 'trained_on', 'encode_captions', 'validation_features',
+           'validation_scores', 'open_run', 'finish_fit', 'train_baseline', 'TeacherJob', 'StudentJob', 'at_work',
+           'write_probe']
 
 # %% ../../nbs/library/33_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -279,7 +281,7 @@ def filled_store(
     job.accelerator.wait_for_everyone()
     return store
 
-
+# %% ../../nbs/library/33_trainers_jobs.ipynb #7c1e5a90
 def open_stream(
     job: Work,
     report: data.DataReport,
@@ -290,14 +292,12 @@ def open_stream(
     "A stream of this process's part of some data, as the job's options have it"
     options = job.options
     world = job.accelerator.num_processes
-    given = dict(
-        seed=options.seed, workers=options.workers, shuffle=options.shuffle, crop_scale=options.crop_scale
-    )
-    given.update(settings)
-    if given["crop_scale"] < 1:
-        given["crops"] = getattr(options, "augmentations", 0)
+    defaults = {name: getattr(options, name) for name in ("seed", "workers", "shuffle", "crop_scale")}
+    settings = defaults | settings
+    if settings["crop_scale"] < 1:
+        settings["crops"] = getattr(options, "augmentations", 0)
     rank = job.accelerator.process_index
-    return data.PairStream(report, view, batch_size // world, **given, rank=rank, world_size=world)
+    return data.PairStream(report, view, batch_size // world, **settings, rank=rank, world_size=world)
 
 # %% ../../nbs/library/33_trainers_jobs.ipynb #6d171c85
 class Streams(Work):
@@ -316,11 +316,7 @@ class Streams(Work):
     @property
     def teacher_view(self) -> data.View | tuple[data.View, ...] | None:
         "How the teacher wants to, where that is another way; of a set, how each of them does"
-        if self.further:
-            return tuple(data.View(teacher.preprocess, teacher.tokenizer) for teacher in self.teachers)
-        if self.like is self.teacher or self.like.same_view(self.teacher):
-            return None
-        return data.View(self.teacher.preprocess, self.teacher.tokenizer)
+        return teacher_views(self.like, self.teachers)
 
     @cached_property
     def stream(self) -> data.PairStream:
@@ -357,14 +353,31 @@ class Streams(Work):
         return Teachers(members, tuple(self.options.teachers().values()))
 
     def source_of(self, teacher: VLM) -> VLM | StoredTeacher:
-        "A teacher itself, or its store"
-        if not self.is_stored:
-            return teacher
-        store = self.store
-        if teacher is not self.teacher:
-            store = filled_store(self, self.report, self.stored_sides, teacher)
-        device = self.accelerator.device
-        return StoredTeacher(store, teacher.scale, device, crop_scale=self.options.crop_scale)
+        "Who answers for one teacher of the set"
+        return teacher_source(self, teacher)
+
+# %% ../../nbs/library/33_trainers_jobs.ipynb #e2a90d41
+def teacher_source(job: Streams, teacher: VLM) -> VLM | StoredTeacher:
+    "A teacher itself, or its store"
+    if not job.is_stored:
+        return teacher
+    store = job.store
+    if teacher is not job.teacher:
+        store = filled_store(job, job.report, job.stored_sides, teacher)
+    device = job.accelerator.device
+    return StoredTeacher(store, teacher.scale, device, crop_scale=job.options.crop_scale)
+
+
+def teacher_views(
+    like: VLM,  # whose view the student has
+    teachers: Sequence[VLM],
+) -> data.View | tuple[data.View, ...] | None:  # of a set, one each; None: as the student
+    "How teachers want to see the data, as `PairStream` takes it"
+    views = tuple(data.View(teacher.preprocess, teacher.tokenizer) for teacher in teachers)
+    if len(views) > 1:
+        return views
+    only = teachers[0]
+    return None if like is only or like.same_view(only) else views[0]
 
 # %% ../../nbs/library/33_trainers_jobs.ipynb #49e30a5a
 class Job(Streams):
@@ -526,7 +539,7 @@ def finish_fit(
     if job.accelerator.is_main_process:
         student.save(folder / "student")
         steps = phase.first_step + phase.before + phase.steps
-        write_whole(folder / "done.json", json.dumps({"steps": steps}))
+        write_text(folder / "done.json", json.dumps({"steps": steps}))
         drop_checkpoints(folder, but=phase.name)
     job.accelerator.wait_for_everyone()
     return student
@@ -630,4 +643,4 @@ def write_probe(job: Job) -> None:
     }
     if job.probe_sentences is not None:
         probe["sentences"] = job.probe_sentences
-    write_whole(job.run.folder / "probe.json", json.dumps(probe))
+    write_text(job.run.folder / "probe.json", json.dumps(probe))

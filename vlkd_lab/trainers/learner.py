@@ -238,7 +238,10 @@ def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
     return Features(rows, rows, rows.new_ones(()))
 
 
-def learn_from_pairs(fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
+def learn_from_pairs(
+    fit: Fit,
+    batch: Batch,
+) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
     "Gradients of what two towers are to learn from a batch; terms, student's features, teacher's features"
     teacher = _teacher_features(fit, batch)
     teacher = None if teacher is None else gather(teacher)

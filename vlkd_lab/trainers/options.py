@@ -184,17 +184,13 @@ class Distillation(FitParameters):
     def check_stored(self) -> None:
         "ValueError if stored features could not stand for the teacher"
         if self.augmentations and self.crop_scale == 1:
-            raise ValueError(
-                f"augmentations={self.augmentations} is not valid with crop_scale=1, which crops nothing; "
-                "choose one below 1"
-            )
+            crops_nothing = "with crop_scale=1, which crops nothing; choose one below 1"
+            raise ValueError(f"augmentations={self.augmentations} is not valid {crops_nothing}")
         if self.teacher_features == "stored" and self.crop_scale < 1 and not self.augmentations:
             raise ValueError(
                 f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored "
-                "features are of "
-                "whole pictures; choose teacher_features='beside', crop_scale=1, or augmentations=4 to "
-                "store four "
-                "crops of each"
+                "features are of whole pictures; choose teacher_features='beside', crop_scale=1, or "
+                "augmentations=4 to store four crops of each"
             )
 
     def teachers(self) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
@@ -206,20 +202,16 @@ class Distillation(FitParameters):
         "The name of the first or only teacher"
         return next(iter(self.teachers()))
 
-    def held(
-        self, scale: Tensor
-    ) -> Tensor | None:  # of the teacher's multiplier; None: the student learns its own
-        "Where the student's scale is held"
+    def held(self, scale: Tensor) -> Tensor | None:  # () multiplier; None: the student learns its own
+        "Where the student's scale is held, given the teacher's"
         return torch.tensor(self.hold_scale, device=scale.device) if self.hold_scale else None
 
     def weights(self) -> dict[str, float]:
         "The objective's terms and weights"
         weights = read_weights(self.losses)
-        known = self.terms()
-        unknown = [name for name in weights if name not in known]
-        if unknown:
-            kind = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers"
-            raise ValueError(f"losses={self.losses!r} is not valid: {kind}; there are {', '.join(known)}")
+        if unknown := [name for name in weights if name not in self.terms()]:
+            kind = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers; there are "
+            raise ValueError(f"losses={self.losses!r} is not valid: {kind}{', '.join(self.terms())}")
         return weights
 
     def terms(self) -> list[str]:

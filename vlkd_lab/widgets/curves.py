@@ -14,7 +14,7 @@ import numpy as np
 from ..blip_terms import KINDS, MODULES
 from ..data import escaped
 from ..methods import all_losses
-from ..runs import CONTROLS, thinned
+from ..runs import CONTROLS, loss_terms, thinned
 from . import drawing
 from .drawing import COLOURS, GREY, SEQUENTIAL, WIDTH, axis_name, curve, curve_style
 from .parts import LiveFigure, RunPart
@@ -25,17 +25,6 @@ __all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'CHANGED', '
            'module_curves', 'module_table', 'validation_lines', 'curves_json', 'validation_scores_of', 'LossCurves']
 
 # %% ../../nbs/library/44_widgets_curves.ipynb #75a63b29
-_NO_TERMS = {
-    "step",
-    "samples",
-    "seconds",
-    "data_seconds",
-    "learning_rate",
-    "gradient_norm",
-    "total",
-    "expected_sparsity",
-    "target_sparsity",
-}
 BASELINE = " (baseline)"  # behind the name of a curve
 TermCurves = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> steps, weighted values
 
@@ -62,10 +51,10 @@ def _weights_by_step(watched: Watched, term: str) -> dict[str, np.ndarray]:  # s
 
 def _weighted_terms(watched: Watched, stages: Sequence[str]) -> TermCurves:
     "What every term adds to the loss in some stages, step by step"
-    columns = dict.fromkeys(name for stage in stages for name in watched.curves.columns[stage])
+    columns = [name for stage in stages for name in watched.curves.columns[stage]]
     steps = [watched.curves.column(stage, "step") for stage in stages]
     curves = {}
-    for term in [name for name in columns if name not in _NO_TERMS]:
+    for term in loss_terms(columns):
         weights = _weights_by_step(watched, term)
         values = [watched.curves.column(stage, term) * weights[stage] for stage in stages]
         curves[term] = np.concatenate(steps), np.concatenate(values)
