@@ -318,11 +318,14 @@ def shard_features(
     return features
 
 
-def _chosen(found: ShardFeatures, rows: Sequence[int]) -> ShardFeatures:
+def _chosen(shard: ShardFeatures, rows: Sequence[int]) -> ShardFeatures:
     "Some rows of a shard"
+    rows = list(rows)
     return ShardFeatures(
-        tuple(found.keys[row] for row in rows),
-        *(a[list(rows)] for a in (found.labels, found.rows, found.captioned)),
+        tuple(shard.keys[row] for row in rows),
+        shard.labels[rows],
+        shard.rows[rows],
+        shard.captioned[rows],
     )
 
 

@@ -821,8 +821,8 @@ def job_tasks(
     keys = {name: _digest(state_digest(blip.model), blip.tasks, about) for name, blip in models.items()}
     path = job.run.folder / "tasks.json"
     kept = read_json(path, {"scores": {}, "tables": {}})
-    own = _digest(keys)
-    if own not in kept["tables"]:
+    table_key = _digest(keys)
+    if table_key not in kept["tables"]:
         settings = dict(beams=beams, questions=questions, candidates=candidates, progress=progress)
         scores = {}
         for name, key in keys.items():
@@ -831,9 +831,10 @@ def job_tasks(
                 scores[name] = score_tasks(models[name], pairs, **settings)
             kept["scores"][key] = to_json(scores[name])
         table = compare_tasks(models, pairs, **settings, scores=scores)
-        kept["tables"][own] = to_json(table.to_dict("index"))
+        kept["tables"][table_key] = to_json(table.to_dict("index"))
         write_text(path, json.dumps(kept))
-    return pd.DataFrame({name: _numbers(row) for name, row in kept["tables"][own].items()}).T
+    rows = kept["tables"][table_key]
+    return pd.DataFrame({name: _numbers(row) for name, row in rows.items()}).T
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
