@@ -22,8 +22,9 @@ from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thu
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
+from .models import VLM, count_cost, evaluating, measure_latency
 from .runs import Run, read_json, role_of, to_json, write_whole
+from .shapes import TOWERS
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
@@ -366,16 +367,12 @@ def job_models(job: Job) -> dict[str, VLM]:
     return {"teacher": job.teacher, **further, **students}
 
 
-def _shapes_of(vlm: VLM) -> dict:  # tower -> TowerShape
-    return tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
-
-
 def _kept(job: Job, vlm: VLM) -> float:
     "Share of the teacher's prunable weights; nan for towers that are no transformers"
     if job.costs is None:
         return math.nan
     try:
-        shapes = _shapes_of(vlm)
+        shapes = vlm.shapes
     except (ValueError, KeyError):
         return math.nan
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
@@ -646,10 +643,10 @@ def plot_shapes(models: Mapping[str, VLM]) -> Figure:
     "Heads and neurons that each model kept, layer by layer, both towers"
     import matplotlib.pyplot as plt
 
-    shapes = {name: _shapes_of(vlm) for name, vlm in models.items()}
+    shapes = {name: vlm.shapes for name, vlm in models.items()}
     thickness = 0.8 / len(shapes)
     figure, axes = plt.subplots(2, 2, figsize=(8.4, 3.6), layout="constrained")
-    for row, tower in zip(axes, ("image", "text"), strict=True):
+    for row, tower in zip(axes, TOWERS, strict=True):
         for axis, part in zip(row, ("heads", "neurons"), strict=True):
             for k, (name, shape) in enumerate(shapes.items()):
                 counts = getattr(shape[tower], part)
