@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from vlkd_lab import models
 from vlkd_lab.features import Batch
 from vlkd_lab.models import (
     TINYCLIP_CONFIGS,
@@ -16,6 +15,7 @@ from vlkd_lab.models import (
     evaluating,
     head_widths,
     image_tower,
+    image_towers,
     load_model,
     measure_latency,
     model_config,
@@ -351,7 +351,7 @@ def test_a_tower_that_cannot_see_or_learn_says_what_would_work(name, size, rows,
 
 
 def test_a_tower_is_chosen_without_touching_the_global_generator():
-    models._timm_tower.cache_clear()
+    image_towers._timm_tower.cache_clear()
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -362,8 +362,8 @@ def test_a_tower_is_chosen_without_touching_the_global_generator():
 
 
 def test_a_network_of_timm_without_features_is_refused(monkeypatch):
-    monkeypatch.setattr(models, "_TIMM_HEADS", (dict(timm_pool="", timm_proj="linear"),))
-    models._timm_tower.cache_clear()
+    monkeypatch.setattr(image_towers, "_TIMM_HEADS", (dict(timm_pool="", timm_proj="linear"),))
+    image_towers._timm_tower.cache_clear()
     with pytest.raises(ValueError, match="timm:mobilenetv3_small_050 cannot be an image tower: mat1 and mat2 .*; choose another"):
         image_tower("timm:mobilenetv3_small_050")
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from vlkd_lab import models, published
+from vlkd_lab import published
 from vlkd_lab.features import Batch
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import (
@@ -28,6 +28,8 @@ from vlkd_lab.models import (
     count_cost,
     load_model,
     model_config,
+    pictures,
+    preprocessing,
     save_model,
     shape_cost,
     train_tokenizer,
@@ -219,7 +221,7 @@ def test_pictures_are_prepared_as_the_authors_do(home):
     pixels = load_model(home("vit"), "cpu").preprocess(Image.fromarray(GOLDEN["picture"]))
     assert pixels.shape == (3, 16, 16)
     settings = load_model(home("vit"), "cpu").config["preprocess_cfg"] | dict(size=32)
-    assert np.allclose(models.preprocessing(settings)(Image.fromarray(GOLDEN["picture"])).numpy(), GOLDEN["pixels"], atol=1e-5)
+    assert np.allclose(preprocessing(settings)(Image.fromarray(GOLDEN["picture"])).numpy(), GOLDEN["pixels"], atol=1e-5)
 
 
 # no pickle is run
@@ -451,7 +453,7 @@ PREPARED = {
 @pytest.mark.parametrize("way", PREPARED)
 def test_pixels_are_those_of_transformers(way, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPARED[way]))
-    prepare = models.preprocessing(models._plain(read_preprocessing(tmp_path, 32)))
+    prepare = preprocessing(pictures._plain(read_preprocessing(tmp_path, 32)))
     noise = np.random.default_rng(0).integers(0, 256, (60, 101, 3), dtype=np.uint8)
     sizes = {} if PREPARED[way] else dict(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     kinds = (CLIPImageProcessorPil, CLIPImageProcessor)

@@ -18,18 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .corpus import TEMPLATES
 from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thumbnail
 from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, count_cost, evaluating, head_widths, measure_latency, tower_shapes
+from .models import VLM, count_cost, evaluating, measure_latency
 from .project import write_text
 from .runs import Run, loss_terms, read_json, role_of, to_json
+from .shapes import TOWERS
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from .corpus import TEMPLATES
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier', 'predict',
@@ -365,16 +366,12 @@ def job_models(job: Job) -> dict[str, VLM]:
     return {"teacher": job.teacher, **further, **students}
 
 
-def _shapes_of(vlm: VLM) -> dict:  # tower -> TowerShape
-    return tower_shapes(vlm.model.state_dict(), head_widths(vlm.config["model_cfg"]))
-
-
 def _kept(job: Job, vlm: VLM) -> float:
     "Share of the teacher's prunable weights; nan for towers that are no transformers"
     if job.costs is None:
         return math.nan
     try:
-        shapes = _shapes_of(vlm)
+        shapes = vlm.shapes
     except (ValueError, KeyError):
         return math.nan
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
@@ -631,10 +628,10 @@ def plot_shapes(models: Mapping[str, VLM]) -> Figure:
     "Heads and neurons that each model kept, layer by layer, both towers"
     import matplotlib.pyplot as plt
 
-    shapes = {name: _shapes_of(vlm) for name, vlm in models.items()}
+    shapes = {name: vlm.shapes for name, vlm in models.items()}
     thickness = 0.8 / len(shapes)
     figure, axes = plt.subplots(2, 2, figsize=(8.4, 3.6), layout="constrained")
-    for row, tower in zip(axes, ("image", "text"), strict=True):
+    for row, tower in zip(axes, TOWERS, strict=True):
         for axis, part in zip(row, ("heads", "neurons"), strict=True):
             for k, (name, shape) in enumerate(shapes.items()):
                 counts = getattr(shape[tower], part)

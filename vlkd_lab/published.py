@@ -22,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .shapes import BLOCKS, layer_numbers, mlp_ratio, read_tower
+
 # %% auto #0
 __all__ = ['RELEASES', 'Release', 'find_releases', 'read_weights', 'from_official', 'config_of', 'from_clip_model',
            'is_clip_model', 'is_open_clip', 'read_config', 'read_preprocessing', 'own_tokenizer', 'Checkpoint',
@@ -220,12 +222,6 @@ def _refuse_closed_gates(gates: Mapping[str, Tensor], state: Mapping[str, Tensor
             )
 
 # %% ../nbs/library/12_published.ipynb #2ca19a99
-def _layers(state: Mapping[str, Tensor], prefix: str) -> list[int]:
-    "Numbers of the layers of one tower"
-    block = f"{prefix}transformer.resblocks."
-    return sorted({int(name[len(block) :].partition(".")[0]) for name in state if name.startswith(block)})
-
-
 def _nothing(width: int) -> dict[str, dict[str, Tensor]]:
     "An attention without heads and an MLP without neurons, with the norms before them"
     attention = {
@@ -249,9 +245,9 @@ def _nothing(width: int) -> dict[str, dict[str, Tensor]]:
 
 def _whole_blocks(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "One tower with layers numbered without holes and no part of a layer missing"
-    block = f"{prefix}transformer.resblocks."
+    block = prefix + BLOCKS
     whole = {name: tensor for name, tensor in state.items() if not name.startswith(block)}
-    for number, layer in enumerate(_layers(state, prefix)):
+    for number, layer in enumerate(layer_numbers(state, prefix)):
         start = f"{block}{layer}."
         weights = {name[len(start) :]: tensor for name, tensor in state.items() if name.startswith(start)}
         width = len(state[_WIDTH_OF["image" if prefix else "text"]])
@@ -263,9 +259,9 @@ def _whole_blocks(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     return whole
 
 # %% ../nbs/library/12_published.ipynb #86889ae3
-def _mlp_ratio(width: int, neurons: int) -> dict[str, float]:
-    "open_clip's `mlp_ratio`, of which int(width * ratio) is exactly the hidden size; none where it is 4"
-    ratio = next(r for r in (neurons / width, (neurons + 0.5) / width) if int(width * r) == neurons)
+def _hidden_size(width: int, neurons: int) -> dict[str, float]:
+    "An MLP's hidden size as open_clip's configurations say it; nothing where it is four times the width"
+    ratio = mlp_ratio(width, neurons)
     return {} if ratio == 4 else dict(mlp_ratio=ratio)
 
 
@@ -273,20 +269,18 @@ def _transformer_sizes(
     state: Mapping[str, Tensor], prefix: str, head_width: int
 ) -> dict:  # layers, width, mlp_ratio
     "Sizes of one tower as open_clip's configurations say them"
-    block = f"{prefix}transformer.resblocks."
-    layers = _layers(state, prefix)
-    rows = {len(state[f"{block}{i}.attn.in_proj_bias"]) for i in layers}
+    shape = read_tower(state, prefix, head_width)
+    block = prefix + BLOCKS
+    rows = {len(state[f"{block}{i}.attn.in_proj_bias"]) for i in layer_numbers(state, prefix)}
     if any(r % (3 * head_width) for r in rows):
         attention = f"attention of {max(rows) // 3}"
         raise ValueError(
             f"no heads of {head_width} channels fit into {attention}: a configuration must say their width"
         )
-    neurons = {len(state[f"{block}{i}.mlp.c_fc.bias"]) for i in layers}
-    width = len(state[_WIDTH_OF["image" if prefix else "text"]])
-    inner = max(rows) // 3  # of all heads
-    if rows == {3 * width} and len(neurons) == 1 and neurons != {0}:
-        return dict(layers=len(layers), width=width) | _mlp_ratio(width, *neurons)
-    return dict(layers=len(layers), width=max(inner, head_width * math.ceil(width / head_width)))
+    if shape.plain:
+        return dict(layers=shape.layers, width=shape.width) | _hidden_size(shape.width, shape.neurons[0])
+    inner = max(shape.heads) * head_width
+    return dict(layers=shape.layers, width=max(inner, head_width * math.ceil(shape.width / head_width)))
 
 
 def _resnet_sizes(state: Mapping[str, Tensor]) -> dict:
@@ -391,7 +385,7 @@ def is_open_clip(folder: str | Path) -> bool:  # need not exist
 
 def _sizes(tower) -> dict:
     "Sizes of one tower of a CLIPConfig"
-    ratio = _mlp_ratio(tower.hidden_size, tower.intermediate_size)
+    ratio = _hidden_size(tower.hidden_size, tower.intermediate_size)
     return dict(layers=tower.num_hidden_layers, width=tower.hidden_size) | ratio
 
 

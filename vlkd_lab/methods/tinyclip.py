@@ -463,7 +463,7 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
 def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | None:
     "Sizes of both towers; an error when the chosen inheritance needs them and there are none"
     try:
-        return tower_shapes(teacher.model.state_dict(), models.head_widths(teacher.config["model_cfg"]))
+        return teacher.shapes
     except (ValueError, KeyError) as error:
         if not options.is_automatic and options.student:
             return None

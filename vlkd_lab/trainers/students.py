@@ -18,7 +18,7 @@ from .. import data, fusion, models, runs
 from ..gates import budget, sparsity
 from ..inheritance import Plan, even_spread, inherit, plan_manual
 from ..methods import METHODS
-from ..models import VLM, TowerShape, head_widths, load_model, tower_shapes
+from ..models import VLM, TowerShape, head_widths, load_model
 from ..runs import Run, load_checkpoint, read_json
 from .locks import check_locks
 from .options import Distillation, FitParameters
@@ -155,7 +155,7 @@ def transformer_shapes(
 ) -> dict[str, TowerShape] | None:  # None when they are not both transformers, and not needed
     "Sizes of a teacher's towers"
     try:
-        return tower_shapes(teacher.model.state_dict(), head_widths(teacher.config["model_cfg"]))
+        return teacher.shapes
     except (ValueError, KeyError) as error:
         if not needed:
             return None
