@@ -118,7 +118,7 @@ def test_micro_batches_give_the_same_step(asked, tiny, partly_asked):
         assert set(grads) == set(wanted)
         for name in wanted:
             assert (grads[name] - wanted[name]).abs().max() <= 1e-3 * max(float(wanted[name].abs().max()), 1e-3), name
-        assert torch.allclose(other.queue.held()[0], learner.queue.held()[0], atol=1e-6)
+        assert torch.allclose(other.queue.rows()[0], learner.queue.rows()[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
         own = dict(fit.learner.model.named_parameters())
         for name, weight in fit.learner.momentum_encoder.named_parameters():
             torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * own[name])
-        seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.held()[0])))
+        seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.rows()[0])))
         return found
 
     trainers.loop.take_step = watched
@@ -227,8 +227,8 @@ def test_one_text_stands_for_its_attention(tiny):
         made = job.teacher.model.run_decoder(
             fusion.begun(tokens, words.dec), mask, job.teacher.model.run_image(batch.image).states, maps=True
         )
-    by_hand = sum(layer[2, head, 1, 1:] for layer in made.cross for head in range(layer.shape[1])) / (
-        len(made.cross) * made.cross[0].shape[1]
+    by_hand = sum(layer[2, head, 1, 1:] for layer in made.cross_attention for head in range(layer.shape[1])) / (
+        len(made.cross_attention) * made.cross_attention[0].shape[1]
     )
     torch.testing.assert_close(maps[2, 1].float(), by_hand, atol=1e-3, rtol=1e-2)
 
@@ -400,7 +400,7 @@ assert abs(sum(learner.gradient_shares.values()) - 1) < 1e-4
 if rank == 0:
     grads = {n: p.grad for n, p in student.model.named_parameters()}
     numbers = {name: float(value) for name, value in sums.items()}
-    torch.save({"grads": grads, "queue": learner.queue.held()[0], "sums": numbers}, sys.argv[2])
+    torch.save({"grads": grads, "queue": learner.queue.rows()[0], "sums": numbers}, sys.argv[2])
 """
 
 

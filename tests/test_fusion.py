@@ -651,12 +651,12 @@ def test_the_maps_of_every_pass_are_shares_and_keep_off_padding(words, pictures)
         seen = see(blip.model, step, words, maps=True)
     depth = dict(image=(1, 0), text=(4, 0), pairs=(4, 1), question=(4, 1), caption=(3, 3), answer=(3, 3))
     for name, run in seen.passes.items():
-        assert (len(run.attention), len(run.cross)) == depth[name], name
-        assert all(torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5) for maps in (*run.attention, *run.cross))
+        assert (len(run.attention), len(run.cross_attention)) == depth[name], name
+        assert all(torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5) for maps in (*run.attention, *run.cross_attention))
     assert all((maps.transpose(1, 3)[~step.question_mask] == 0).all() for maps in seen.passes["question"].attention)
-    assert all((maps.transpose(1, 3)[~step.question_mask] == 0).all() for maps in seen.passes["answer"].cross)
+    assert all((maps.transpose(1, 3)[~step.question_mask] == 0).all() for maps in seen.passes["answer"].cross_attention)
     assert all(maps.triu(1).abs().max() == 0 for name in ("caption", "answer") for maps in seen.passes[name].attention)
-    assert torch.equal(seen.passes["answer"].cross_mask, step.question_mask) and seen.passes["caption"].cross_mask is None
+    assert torch.equal(seen.passes["answer"].cross_attention_mask, step.question_mask) and seen.passes["caption"].cross_attention_mask is None
 
 
 # What a step looks at
@@ -694,7 +694,7 @@ def test_without_questions_nothing_is_asked(asked, words, pictures):
     assert len(seen.passes["caption"].states) == 3
 
 
-def test_one_pair_has_no_wrong_partner_and_too_long_texts_are_cut(words, pictures):
+def test_one_pair_has_no_hard_negative_and_too_long_texts_are_cut(words, pictures):
     blip = fresh(SHAPES["equal"], words)
     step = step_of(blip, pictures[:1], ["a red star " * 30])
     assert step.text.shape[1] == words.context_length and step.text[0, -1] == words.sep

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from . import published
 from .blip_losses import hard_negatives, layer_partners, next_tokens
-from .features import Batch, FusedFeatures, Pass
+from .features import Batch, FusedFeatures, LayerOutputs
 from .inheritance import Plan, even_spread, inherit, plan_manual
 from .models import VLM, count_macs, preprocessing
 
@@ -348,15 +348,15 @@ def _tie(network: _Parts) -> None:
 class _Heads(_Parts):
     "What stands on the states of a BLIP"
 
-    def match(self, outputs: Pass, targets: Tensor | None = None) -> Pass:  # of `run_text` with images
+    def match(self, outputs: LayerOutputs, targets: Tensor | None = None) -> LayerOutputs:  # of `run_text` with images
         "The matching head on the first state of each pair"
         return replace(outputs, logits=self.itm_head(outputs.states[:, 0]), targets=targets)
 
-    def question_states(self, outputs: Pass) -> Tensor:  # (B, L, W) as wide as an image's states
+    def question_states(self, outputs: LayerOutputs) -> Tensor:  # (B, L, W) as wide as an image's states
         "What the decoder looks at when it answers"
         return self.question_proj(outputs.states)
 
-    def project(self, outputs: Pass, name: str, normalize: bool = True) -> Tensor:  # (B, D)
+    def project(self, outputs: LayerOutputs, name: str, normalize: bool = True) -> Tensor:  # (B, D)
         "The first state of each sequence, in the joint space"
         rows = getattr(self, name)(outputs.states[:, 0])
         return F.normalize(rows, dim=-1) if normalize else rows
@@ -378,7 +378,7 @@ class _Heads(_Parts):
 class BlipNetwork(_Heads):
     "A BLIP, as far as its parts go"
 
-    def run_image(self, image: Tensor, maps: bool = False) -> Pass:  # (B, 3, H, W)
+    def run_image(self, image: Tensor, maps: bool = False) -> LayerOutputs:  # (B, 3, H, W)
         "The image tower; with maps, the attention of every layer too"
         if image.shape[-2:] != (self.shape.image_size,) * 2:
             height, width = image.shape[-2:]
@@ -387,17 +387,17 @@ class BlipNetwork(_Heads):
         out = self.vision_model(pixel_values=image, output_attentions=maps)
         states = out.last_hidden_state
         mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
-        return Pass(states, mask, tuple(out.attentions or ()))
+        return LayerOutputs(states, mask, tuple(out.attentions or ()))
 
     def run_text(
         self, tokens: Tensor, mask: Tensor, image: Tensor | None = None, maps: bool = False
-    ) -> Pass:  # (B, L), (B, L), (B, K, W)
+    ) -> LayerOutputs:  # (B, L), (B, L), (B, K, W)
         "The text encoder; with the states of images it looks at them"
         out = self.text_encoder(
             tokens, attention_mask=mask.long(), encoder_hidden_states=image, output_attentions=maps
         )
         across = () if image is None else tuple(out.cross_attentions or ())
-        return Pass(out.last_hidden_state, mask, tuple(out.attentions or ()), across)
+        return LayerOutputs(out.last_hidden_state, mask, tuple(out.attentions or ()), across)
 
     def run_decoder(
         self,
@@ -407,7 +407,7 @@ class BlipNetwork(_Heads):
         states_mask: Tensor | None = None,  # (B, K) bool
         prompt: int = 0,  # tokens after the first that are given, not asked
         maps: bool = False,
-    ) -> Pass:
+    ) -> LayerOutputs:
         "The decoder over a whole text: at every position the logits of the next token"
         out = self.text_decoder.bert(
             tokens,
@@ -419,7 +419,7 @@ class BlipNetwork(_Heads):
             output_attentions=maps,
         )
         targets = next_tokens(tokens, mask, prompt)
-        return Pass(
+        return LayerOutputs(
             out.last_hidden_state,
             targets != -100,
             tuple(out.attentions or ()),
@@ -941,7 +941,7 @@ class FusedBatch:
     image: Tensor  # (B, 3, H, W)
     text: Tensor  # (B, L) ids
     text_mask: Tensor  # (B, L) bool
-    names: Tensor  # (B,) int64, equal for equal captions
+    caption_ids: Tensor  # (B,) int64, equal for equal captions
     asks: Tensor  # (Q,) int64, the image of each question
     question: Tensor  # (Q, L') ids
     question_mask: Tensor  # (Q, L') bool
@@ -972,7 +972,7 @@ def fused_batch(
         batch.image,
         text,
         text_mask,
-        names=torch.tensor([_name_of(caption) for caption in batch.captions], device=device),
+        caption_ids=torch.tensor([_caption_id(caption) for caption in batch.captions], device=device),
         asks=torch.tensor(rows, dtype=torch.long, device=device),
         question=question,
         question_mask=question_mask,
@@ -990,7 +990,7 @@ def _texts(texts: Sequence[str], tokenizer: BlipTokenizer, device: torch.device)
     return tokens.to(device), mask.to(device)
 
 
-def _name_of(caption: str) -> int:  # below 2**63
+def _caption_id(caption: str) -> int:  # below 2**63
     return int.from_bytes(hashlib.sha256(caption.encode()).digest()[:8], "big") >> 1
 
 # %% ../nbs/library/23_fusion.ipynb #394f34b9
@@ -1019,7 +1019,7 @@ def see(
         text_rows = network.project(passes["text"], "text_proj")
     scale = network.logit_scale.exp()
     if "matching" in tasks:
-        negatives = negatives or hard_negatives(scale * image_rows @ text_rows.T, batch.names, seed)
+        negatives = negatives or hard_negatives(scale * image_rows @ text_rows.T, batch.caption_ids, seed)
         passes["pairs"] = _matched_pairs(network, batch, image, negatives, tokenizer, maps)
     else:
         negatives = None
@@ -1039,8 +1039,8 @@ def begun(tokens: Tensor, first: int) -> Tensor:
 
 # %% ../nbs/library/23_fusion.ipynb #f3ab6a19
 def _answered_questions(
-    network: BlipNetwork, batch: FusedBatch, image: Pass, tokenizer: BlipTokenizer, maps: bool
-) -> dict[str, Pass]:
+    network: BlipNetwork, batch: FusedBatch, image: LayerOutputs, tokenizer: BlipTokenizer, maps: bool
+) -> dict[str, LayerOutputs]:
     "The questions before their images, and the answers; without questions, passes of no rows"
     count = len(batch.asks)
     if not count:  # one row is run, and none of it kept
@@ -1061,11 +1061,11 @@ def _answered_questions(
 def _matched_pairs(
     network: BlipNetwork,
     batch: FusedBatch,
-    image: Pass,
+    image: LayerOutputs,
     negatives: tuple[Tensor, Tensor],
     tokenizer: BlipTokenizer,
     maps: bool,
-) -> Pass:
+) -> LayerOutputs:
     "The true pairs, each image with its wrong text, each text with its wrong image"
     wrong_text, wrong_image = negatives
     own = torch.arange(len(batch.image), device=batch.image.device)
