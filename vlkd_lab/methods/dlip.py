@@ -24,10 +24,10 @@ from vlkd_lab.fusion import (
     Blip,
     BlipShape,
     FusedBatch,
+    forward_batch,
     fused_batch,
     load_blip,
     new_blip,
-    see,
     shrunk,
     student_shape,
 )
@@ -202,7 +202,7 @@ class BlipLearner(Learner):
 
     def forward(self, batch: FusedBatch, tasks: Sequence[str], seed: int, maps: bool) -> FusedFeatures:
         "Everything that the student makes of a batch"
-        return see(self.model, batch, self.blip.tokenizer, tasks, seed, maps=maps)
+        return forward_batch(self.model, batch, self.blip.tokenizer, tasks, seed, maps=maps)
 
     def lock(self, options: FitParameters) -> None:
         "Freeze the towers that the options lock"
@@ -413,7 +413,7 @@ def _both(
     if image is not None:
         part = replace(part, image=image)
     with torch.no_grad(), fit.accelerator.autocast():
-        teacher = see(fit.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
+        teacher = forward_batch(fit.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
     return gather(student), gather(teacher)
 
 # %% ../../nbs/library/59_methods_dlip.ipynb #6b65e7d8
@@ -431,7 +431,7 @@ def _momentum_rows(learner: BlipLearner, fit: Fit, parts: Sequence[FusedBatch]) 
     texts = []
     with torch.no_grad(), fit.accelerator.autocast():
         for part in parts:
-            features = see(learner.momentum_encoder, part, learner.blip.tokenizer, ("retrieval",))
+            features = forward_batch(learner.momentum_encoder, part, learner.blip.tokenizer, ("retrieval",))
             images.append(features.image)
             texts.append(features.text)
     rows = gather(Features(torch.cat(images).float(), torch.cat(texts).float(), features.scale))
@@ -562,7 +562,7 @@ def first_answers(
 ) -> tuple[float, float, int, int]:  # summed nats of captions' words, right answers, words, answers
     "What validation counts in one batch"
     step = fused_batch(batch, blip.tokenizer, seed)
-    passes = see(blip.model, step, blip.tokenizer, tasks).passes
+    passes = forward_batch(blip.model, step, blip.tokenizer, tasks).passes
     nats = 0.0
     right = 0
     words = 0
@@ -660,10 +660,10 @@ def cross_maps(
     image = network.run_image(batch.image[:most]).states
     maps = {}
     if "matching" in tasks:
-        outputs = network.run_text(fusion.begun(tokens, words.enc), mask, image, maps=True)
+        outputs = network.run_text(fusion.with_start_token(tokens, words.enc), mask, image, maps=True)
         maps["cross_fusion"] = _mean_map(outputs.cross_attention, mask)
     if "captioning" in tasks:
-        outputs = network.run_decoder(fusion.begun(tokens, words.dec), mask, image, maps=True)
+        outputs = network.run_decoder(fusion.with_start_token(tokens, words.dec), mask, image, maps=True)
         maps["cross_decoder"] = _mean_map(outputs.cross_attention, mask)
     return maps
 
