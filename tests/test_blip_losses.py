@@ -78,7 +78,7 @@ def test_a_queue_holds_exactly_the_newest_pairs_after_any_batches(length):
         names = torch.arange(number, number + batch)
         queue.add(names[:, None] + torch.tensor([0.0, 0.25, 0.5]), -names[:, None].float().expand(-1, 3), names)
         kept, number = [*kept, *names.tolist()][-length:] if length else [], number + batch
-        image, text, held = queue.held()
+        image, text, held = queue.rows()
         assert sorted(held.tolist()) == kept and int(queue.seen) == number
         assert torch.equal(image[:, 1], held + 0.25) and torch.equal(text[:, 2], -held.float()), "the three stay together"
 
@@ -86,7 +86,7 @@ def test_a_queue_holds_exactly_the_newest_pairs_after_any_batches(length):
 def test_a_queue_takes_any_precision_and_no_gradient():
     queue, rows = Queue(4, 2), torch.randn(3, 2, requires_grad=True)
     queue.add(rows.bfloat16(), rows.half(), torch.arange(3))
-    assert queue.image.dtype == torch.float32 and not queue.held()[0].requires_grad and queue.held()[0].isfinite().all()
+    assert queue.image.dtype == torch.float32 and not queue.rows()[0].requires_grad and queue.rows()[0].isfinite().all()
     with pytest.raises(ValueError, match="-1"):
         Queue(-1, 2)
 
@@ -148,7 +148,7 @@ def test_alpha_is_a_share(alpha):
 # Hard negatives
 
 
-def test_wrong_partners_are_drawn_as_often_as_they_are_similar():
+def test_hard_negatives_are_drawn_as_often_as_they_are_similar():
     names, draws = torch.tensor([0, 1, 2, 1, 3]), 2000
     similarity = 1.5 * noise(5, 5)
     fine = names[:, None] != names

@@ -19,7 +19,7 @@ from vlkd_lab.blip_terms import (
     module_logits,
     spread,
 )
-from vlkd_lab.features import Features, FusedFeatures, Pass, Slow
+from vlkd_lab.features import Features, FusedFeatures, LayerOutputs, MomentumOutputs
 from vlkd_lab.losses import Objective
 from vlkd_lab.methods import all_losses, tinyclip
 
@@ -46,10 +46,10 @@ def look(chance, image_width, text_width, heads, layers, grid, behind=0, decoder
     cells, masks = 1 + grid**2, {name: filled(counts, max(counts) + behind) for name, counts in COUNTS.items()}
     whole = torch.ones(3, cells, dtype=torch.bool)
     nine = masks["text"][torch.tensor([0, 1, 2, 1, 2, 0, 0, 1, 2])]
-    passes = {"image": Pass(noise(3, cells, image_width), whole, maps(whole, cells, layers))}
+    passes = {"image": LayerOutputs(noise(3, cells, image_width), whole, maps(whole, cells, layers))}
     for name, mask in (("text", masks["text"]), ("pairs", nine), ("question", masks["question"])):
         cross = maps(mask, cells, fusion_layers) if name != "text" else ()
-        passes[name] = Pass(noise(*mask.shape, text_width), mask, maps(mask, mask.shape[1], layers, mask), cross)
+        passes[name] = LayerOutputs(noise(*mask.shape, text_width), mask, maps(mask, mask.shape[1], layers, mask), cross)
     passes["pairs"] = replace(passes["pairs"], logits=noise(9, 2), targets=torch.tensor([1] * 3 + [0] * 6))
     for name in ("caption", "answer"):
         mask = masks[name]
@@ -58,9 +58,9 @@ def look(chance, image_width, text_width, heads, layers, grid, behind=0, decoder
         over = (cells, None) if name == "caption" else (masks["question"].shape[1], masks["question"])
         cross = maps(mask, over[0], decoder_layers, over[1])
         own = maps(mask, mask.shape[1], decoder_layers, mask)
-        passes[name] = Pass(noise(*mask.shape, text_width), asked, own, cross, over[1], noise(*mask.shape, 9), targets)
+        passes[name] = LayerOutputs(noise(*mask.shape, text_width), asked, own, cross, over[1], noise(*mask.shape, 9), targets)
     rows = [F.normalize(noise(3, 4), dim=1) for _ in range(4)]
-    slow = Slow(
+    slow = MomentumOutputs(
         Features(rows[2], rows[3], torch.tensor(4.0)), torch.tensor([0, 1, 0]), (rows[2] + 0.1, rows[3] - 0.1, torch.tensor([7, 1, 8])), 0.4
     )
     return FusedFeatures(rows[0], rows[1], torch.tensor(5.0), passes, slow)
@@ -174,8 +174,8 @@ def slow_attention(mine, theirs, module, across):
     total, count = 0.0, 0
     for name in PASSES[module]:
         a, b = mine.passes[name], theirs.passes[name]
-        own, other = (a.cross, b.cross) if across else (a.attention, b.attention)
-        pictured = module == "image" or (across and a.cross_mask is None)
+        own, other = (a.cross_attention, b.cross_attention) if across else (a.attention, b.attention)
+        pictured = module == "image" or (across and a.cross_attention_mask is None)
         rows = (a.targets != -100 if module == "decoder" else a.mask).nonzero().tolist()
         for layer, partner in enumerate(layer_partners(len(own), len(other))):
             for row, place in rows:
@@ -192,7 +192,7 @@ def slow_attention(mine, theirs, module, across):
 )
 def test_where_layers_look_is_compared_row_by_row(module, across, student, teacher):
     name = f"{module}_cross_attention" if across else f"{module}_attention"
-    field = "cross" if across else "attention"
+    field = "cross_attention" if across else "attention"
     function = TERMS[name].function
     compared(function, lambda a, b: slow_attention(a, b, module, across), student, teacher, PASSES[module], field)
 
@@ -207,20 +207,20 @@ def test_padding_of_any_length_changes_no_term():
         "The short one's numbers where something counts, the long one's behind"
         made = {}
         for name, run in features.passes.items():
-            wide, length, keys = longer.passes[name], run.states.shape[1], run.cross[0].shape[-1] if run.cross else 0
+            wide, length, keys = longer.passes[name], run.states.shape[1], run.cross_attention[0].shape[-1] if run.cross_attention else 0
             held = {f: getattr(wide, f).clone() for f in ("states", "logits") if getattr(wide, f) is not None}
             for field, value in held.items():
                 value[:, :length] = getattr(run, field)[:, : value[:, :length].shape[1]]
             attention = [maps.clone() for maps in wide.attention]
-            cross = [maps.clone() for maps in wide.cross]
+            cross = [maps.clone() for maps in wide.cross_attention]
             for new, old in zip(attention, run.attention, strict=True):
                 new[:, :, :length, :length] = old
-            for new, old in zip(cross, run.cross, strict=True):
+            for new, old in zip(cross, run.cross_attention, strict=True):
                 new[:, :, :length, :keys] = old
             targets = run.targets
             if targets is not None and targets.ndim == 2:
                 targets = F.pad(targets, (0, wide.states.shape[1] - length), value=-100)
-            made[name] = replace(wide, **held, attention=tuple(attention), cross=tuple(cross), targets=targets)
+            made[name] = replace(wide, **held, attention=tuple(attention), cross_attention=tuple(cross), targets=targets)
         return replace(features, passes=made)
 
     other = [padded(a, b) for a, b in zip(short, long, strict=True)]
@@ -244,7 +244,7 @@ def test_base_losses_are_those_of_the_passes(student):
             assert torch.allclose(found.double(), sum(values) / len(values), atol=1e-5), name
     matched = -sum(pairs.logits[row].log_softmax(0)[target] for row, target in enumerate(pairs.targets.tolist())) / 9
     assert torch.allclose(TERMS["image_text_matching"].function(student, None).double(), matched, atol=1e-5)
-    slow, held = student.momentum.features, student.momentum.held
+    slow, held = student.momentum.features, student.momentum.queue
     labels, total = torch.tensor([0, 1, 0, 7, 1, 8]), 0.0
     for mine, theirs, rows in ((student.image, slow.image, [*slow.text, *held[1]]), (student.text, slow.text, [*slow.image, *held[0]])):
         rows = torch.stack(rows)
@@ -278,7 +278,7 @@ def test_terms_stay_finite_in_low_precision_and_with_extreme_logits(dtype):
         made = {}
         for name, run in features.passes.items():
             logits = None if run.logits is None else cast(1e4 * run.logits.sign())
-            maps = {field: tuple(map(cast, getattr(run, field))) for field in ("attention", "cross")}
+            maps = {field: tuple(map(cast, getattr(run, field))) for field in ("attention", "cross_attention")}
             made[name] = replace(run, states=cast(run.states), logits=logits, **maps)
         return replace(features, image=cast(features.image), text=cast(features.text), passes=made)
 
@@ -299,7 +299,7 @@ def test_a_step_without_questions_or_words_adds_nothing(student, teacher):
     with pytest.raises(ValueError, match="answer"):
         TERMS["answering"].function(without(student), None)
     silent = replace(student.passes["caption"], mask=torch.zeros(3, 4, dtype=torch.bool), targets=torch.full((3, 4), -100))
-    quiet = [replace(f, passes={"caption": replace(silent, **{k: getattr(f.passes["caption"], k) for k in ("states", "attention", "cross")})}) for f in (student, teacher)]  # fmt: skip  # noqa: E501
+    quiet = [replace(f, passes={"caption": replace(silent, **{k: getattr(f.passes["caption"], k) for k in ("states", "attention", "cross_attention")})}) for f in (student, teacher)]  # fmt: skip  # noqa: E501
     for name in ("language_modelling", "decoder_features", "decoder_logits", "decoder_attention", "decoder_cross_attention"):
         assert TERMS[name].function(*quiet) == 0, name
 
@@ -323,7 +323,7 @@ def test_passes_that_were_not_made_are_named(name, student, teacher):
 
 @pytest.mark.parametrize("name", [name for name in TERMS if name.endswith("attention")])
 def test_maps_that_were_not_kept_are_asked_for(name, student, teacher):
-    blind = replace(student, passes={n: replace(run, attention=(), cross=()) for n, run in student.passes.items()})
+    blind = replace(student, passes={n: replace(run, attention=(), cross_attention=()) for n, run in student.passes.items()})
     with pytest.raises(ValueError, match="with maps"):
         TERMS[name].function(blind, teacher)
 

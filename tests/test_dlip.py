@@ -13,7 +13,7 @@ from webdataset import TarWriter
 from vlkd_lab import fusion, trainers
 from vlkd_lab.blip_terms import GROUPS, blip_terms
 from vlkd_lab.data import raw_samples
-from vlkd_lab.fusion import TASKS, load_blip, see
+from vlkd_lab.fusion import TASKS, forward_batch, load_blip
 from vlkd_lab.losses import Objective
 from vlkd_lab.methods import dlip, tinyclip
 from vlkd_lab.methods.dlip import (
@@ -98,7 +98,7 @@ def test_the_base_losses_are_their_formulas(tiny):
         )
         assert sums["image_text_contrast"] == pytest.approx(float(expected / 2), rel=1e-4)
         tokens, mask = fusion.trimmed(batch.text, words.pad)
-        written = student.run_decoder(fusion.begun(tokens, words.dec), mask, student.run_image(batch.image).states)
+        written = student.run_decoder(fusion.with_start_token(tokens, words.dec), mask, student.run_image(batch.image).states)
         nats = []
         for row in range(len(tokens)):
             for place in range(int(mask[row].sum()) - 1):
@@ -118,7 +118,7 @@ def test_micro_batches_give_the_same_step(asked, tiny, partly_asked):
         assert set(grads) == set(wanted)
         for name in wanted:
             assert (grads[name] - wanted[name]).abs().max() <= 1e-3 * max(float(wanted[name].abs().max()), 1e-3), name
-        assert torch.allclose(other.queue.held()[0], learner.queue.held()[0], atol=1e-6)
+        assert torch.allclose(other.queue.rows()[0], learner.queue.rows()[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_scratch_has_the_students_sizes_and_no_weight_of_the_teacher(tiny):
 def test_what_no_term_asks_for_is_not_run(tiny, monkeypatch):
     job, made = job_of(tiny, losses="language_modelling:1"), []
     monkeypatch.setattr(
-        "vlkd_lab.methods.dlip.see", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or see(*given, **more)
+        "vlkd_lab.methods.dlip.forward_batch", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or forward_batch(*given, **more)
     )
     first_step(job)
     assert made and all(tuple(tasks) == ("captioning",) for tasks in made)
@@ -167,7 +167,7 @@ def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
         own = dict(fit.learner.model.named_parameters())
         for name, weight in fit.learner.momentum_encoder.named_parameters():
             torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * own[name])
-        seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.held()[0])))
+        seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.rows()[0])))
         return found
 
     trainers.loop.take_step = watched
@@ -225,10 +225,10 @@ def test_one_text_stands_for_its_attention(tiny):
     tokens, mask = fusion.trimmed(batch.text, words.pad)
     with torch.no_grad():
         made = job.teacher.model.run_decoder(
-            fusion.begun(tokens, words.dec), mask, job.teacher.model.run_image(batch.image).states, maps=True
+            fusion.with_start_token(tokens, words.dec), mask, job.teacher.model.run_image(batch.image).states, maps=True
         )
-    by_hand = sum(layer[2, head, 1, 1:] for layer in made.cross for head in range(layer.shape[1])) / (
-        len(made.cross) * made.cross[0].shape[1]
+    by_hand = sum(layer[2, head, 1, 1:] for layer in made.cross_attention for head in range(layer.shape[1])) / (
+        len(made.cross_attention) * made.cross_attention[0].shape[1]
     )
     torch.testing.assert_close(maps[2, 1].float(), by_hand, atol=1e-3, rtol=1e-2)
 
@@ -400,7 +400,7 @@ assert abs(sum(learner.gradient_shares.values()) - 1) < 1e-4
 if rank == 0:
     grads = {n: p.grad for n, p in student.model.named_parameters()}
     numbers = {name: float(value) for name, value in sums.items()}
-    torch.save({"grads": grads, "queue": learner.queue.held()[0], "sums": numbers}, sys.argv[2])
+    torch.save({"grads": grads, "queue": learner.queue.rows()[0], "sums": numbers}, sys.argv[2])
 """
 
 

@@ -21,6 +21,7 @@ from vlkd_lab.fusion import (
     answer,
     blip_cost,
     export_blip,
+    forward_batch,
     fused_batch,
     inherit_blip,
     is_blip,
@@ -28,7 +29,6 @@ from vlkd_lab.fusion import (
     new_blip,
     plan_blip,
     save_blip,
-    see,
     shape_parameters,
     shrunk,
     student_shape,
@@ -209,7 +209,7 @@ def everything(blip, pictures, texts=TEXTS):
     "All outputs of a BLIP with all parts, of three pictures"
     step = step_of(blip, pictures, texts)
     with torch.no_grad():
-        seen = see(blip.model, step, blip.tokenizer, tasks=blip.tasks, maps=True)
+        seen = forward_batch(blip.model, step, blip.tokenizer, tasks=blip.tasks, maps=True)
     made = {name: run.states[run.mask] for name, run in seen.passes.items()}
     made |= {f"{name} logits": run.logits for name, run in seen.passes.items() if run.logits is not None and name == "pairs"}
     return made | {"image rows": seen.image, "text rows": seen.text}
@@ -221,7 +221,7 @@ def step_of(blip, pictures, texts=TEXTS):
     return fused_batch(batch, blip.tokenizer, seed=0)
 
 
-def begun(tokens, first):
+def with_start_token(tokens, first):
     tokens = tokens.clone()
     tokens[:, 0] = first
     return tokens
@@ -245,10 +245,10 @@ def test_a_retrieval_checkpoint_scores_as_transformers_does(form, tmp_path, pict
         assert torch.allclose(ours.model.encode_image(pictures) @ ours.model.encode_text(ours.tokenizer(TEXTS)).T, cosines, atol=1e-5)
         image = ours.model.run_image(pictures).states
         for first in (ours.tokenizer.cls, ours.tokenizer.enc):
-            mine = ours.model.match(ours.model.run_text(begun(tokens, first), mask, image)).logits
-            assert torch.allclose(mine, theirs(begun(tokens, first), pictures, attention_mask=mask.long()).itm_score, atol=1e-5)
+            mine = ours.model.match(ours.model.run_text(with_start_token(tokens, first), mask, image)).logits
+            assert torch.allclose(mine, theirs(with_start_token(tokens, first), pictures, attention_mask=mask.long()).itm_score, atol=1e-5)
         left = theirs(tokens, pictures, attention_mask=mask.long()).itm_score
-        paired = see(ours.model, step_of(ours, pictures), ours.tokenizer, tasks=ours.tasks).passes["pairs"].logits[:3]
+        paired = forward_batch(ours.model, step_of(ours, pictures), ours.tokenizer, tasks=ours.tasks).passes["pairs"].logits[:3]
     assert torch.allclose(paired, mine, atol=1e-5) and not torch.allclose(paired, left, atol=1e-3), "[ENC] stands first, not [CLS]"
 
 
@@ -259,7 +259,7 @@ def test_a_captioning_checkpoint_writes_as_transformers_does(form, width, tmp_pa
     ours = load_blip(tmp_path, device="cpu")
     assert ours.tasks == ("captioning",) and ours.shape.text_width == width
     tokens, mask = trimmed(ours.tokenizer(TEXTS), ours.tokenizer.pad)
-    tokens = begun(tokens, ours.tokenizer.dec)
+    tokens = with_start_token(tokens, ours.tokenizer.dec)
     with torch.no_grad():
         out = theirs(pictures, tokens, attention_mask=mask.long(), labels=tokens.masked_fill(~mask, -100))
         mine = ours.model.run_decoder(tokens, mask, ours.model.run_image(pictures).states)
@@ -283,15 +283,15 @@ def test_a_checkpoint_for_questions_answers_as_transformers_does_but_for_the_pad
     words, asked = ours.tokenizer, ours.tokenizer.tokenizer
     for picture in pictures.split(1):
         for question in QUESTIONS:
-            tokens = begun(asked([question], return_tensors="pt").input_ids, words.enc)
+            tokens = with_start_token(asked([question], return_tensors="pt").input_ids, words.enc)
             said = theirs.generate(tokens, picture, attention_mask=torch.ones_like(tokens), num_beams=3, max_new_tokens=5, do_sample=False)
             assert answer(ours, picture, [question], beams=3, longest=5) == words.decode(said)
     tokens, mask = trimmed(words(QUESTIONS), words.pad)
-    tokens = begun(tokens, words.enc)
+    tokens = with_start_token(tokens, words.enc)
     with torch.no_grad():
         seen = ours.model.run_text(tokens, mask, ours.model.run_image(pictures[:2]).states)
         said = theirs.generate(tokens, pictures[:2], attention_mask=mask.long(), num_beams=3, max_new_tokens=5, do_sample=False)
-        assert fusion.write_about(ours, ours.model.question_states(seen), None, 3, 5) == words.decode(said), "the same fault, imitated"
+        assert fusion.generate(ours, ours.model.question_states(seen), None, 3, 5) == words.decode(said), "the same fault, imitated"
         labels = torch.tensor([[words.dec, 6, 3], [words.dec, 7, 3]])
         loss = theirs(tokens, pictures[:2], attention_mask=mask.long(), labels=labels).loss
         for across in (mask, torch.ones_like(mask)):
@@ -467,17 +467,17 @@ def test_an_export_opens_in_transformers_and_says_the_same(task, tmp_path, words
     with torch.no_grad():
         image = blip.model.run_image(pictures).states
         if task == "retrieval":
-            fused = blip.model.match(blip.model.run_text(begun(tokens, words.enc), mask, image)).logits
-            assert torch.allclose(theirs(begun(tokens, words.enc), pictures, attention_mask=mask.long()).itm_score, fused, atol=1e-4)
+            fused = blip.model.match(blip.model.run_text(with_start_token(tokens, words.enc), mask, image)).logits
+            assert torch.allclose(theirs(with_start_token(tokens, words.enc), pictures, attention_mask=mask.long()).itm_score, fused, atol=1e-4)
             cosines = theirs(tokens, pictures, attention_mask=mask.long(), use_itm_head=False).itm_score
             assert torch.allclose(blip.model.encode_image(pictures) @ blip.model.encode_text(tokens).T, cosines, atol=1e-5)
         elif task == "captioning":
-            tokens = begun(tokens, words.dec)
+            tokens = with_start_token(tokens, words.dec)
             logits = theirs(pictures, tokens, attention_mask=mask.long()).logits[mask]
             assert torch.allclose(logits, blip.model.run_decoder(tokens, mask, image).logits[mask], atol=1e-4)
             assert words.decode(theirs.generate(pictures, num_beams=3, max_new_tokens=6)) == write_captions(blip, pictures, 3, 6)
         else:
-            asked = begun(words.tokenizer(QUESTIONS[:1], return_tensors="pt").input_ids, words.enc)
+            asked = with_start_token(words.tokenizer(QUESTIONS[:1], return_tensors="pt").input_ids, words.enc)
             said = theirs.generate(asked, pictures[:1], attention_mask=torch.ones_like(asked), num_beams=3, max_new_tokens=6)
             assert words.decode(said) == answer(blip, pictures[:1], QUESTIONS[:1], 3, 6)
     again = load_blip(tmp_path, device="cpu")
@@ -502,7 +502,7 @@ def test_a_decoder_of_any_depth_and_width_can_be_exported_for_captions(name, tmp
 
     blip = fresh(SHAPES[name], words)
     theirs = BlipForConditionalGeneration.from_pretrained(export_blip(blip, tmp_path, "captioning")).eval()
-    tokens, mask = trimmed(begun(words(TEXTS), words.dec), words.pad)
+    tokens, mask = trimmed(with_start_token(words(TEXTS), words.dec), words.pad)
     with torch.no_grad():
         mine = blip.model.run_decoder(tokens, mask, blip.model.run_image(pictures).states).logits
         assert torch.allclose(theirs(pictures, tokens, attention_mask=mask.long()).logits[mask], mine[mask], atol=1e-4)
@@ -579,7 +579,7 @@ def test_every_parameter_is_counted_and_trained_once(shape, words, pictures):
     optimizer = torch.optim.SGD(blip.model.parameters(), lr=0.1)
     assert sum(p.numel() for group in optimizer.param_groups for p in group["params"]) == counted
     pairs = shared_pairs(blip.model)
-    seen = see(blip.model, step_of(blip, pictures), words)
+    seen = forward_batch(blip.model, step_of(blip, pictures), words)
     caption, logits = seen.passes["caption"], [seen.passes[name].logits for name in ("pairs", "answer")]
     (language_modelling(caption.logits, caption.targets) + sum(made.std() for made in logits) + (seen.image @ seen.text.T).std()).backward()
     idle = [name for name, p in blip.model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -640,7 +640,7 @@ def test_what_stands_behind_a_text_changes_nothing(shape, words, pictures):
             short, long = (network.question_states(network.run_text(t, m, image)) for t, m in ((tokens, mask), (other, seen)))
             a, b = network.run_decoder(tokens, mask, short, mask).logits, network.run_decoder(tokens, mask, long, seen).logits
             assert torch.allclose(a, b, atol=1e-5)
-            assert fusion.write_about(blip, short, mask, 3, 5) == fusion.write_about(blip, long, seen, 3, 5)
+            assert fusion.generate(blip, short, mask, 3, 5) == fusion.generate(blip, long, seen, 3, 5)
     assert torch.allclose(network.encode_text(tokens), network.encode_text(longer), atol=1e-6)
 
 
@@ -648,15 +648,15 @@ def test_the_maps_of_every_pass_are_shares_and_keep_off_padding(words, pictures)
     blip = fresh(SHAPES["few_fusion_layers"], words)
     step = step_of(blip, pictures)
     with torch.no_grad():
-        seen = see(blip.model, step, words, maps=True)
+        seen = forward_batch(blip.model, step, words, maps=True)
     depth = dict(image=(1, 0), text=(4, 0), pairs=(4, 1), question=(4, 1), caption=(3, 3), answer=(3, 3))
     for name, run in seen.passes.items():
-        assert (len(run.attention), len(run.cross)) == depth[name], name
-        assert all(torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5) for maps in (*run.attention, *run.cross))
+        assert (len(run.attention), len(run.cross_attention)) == depth[name], name
+        assert all(torch.allclose(maps.sum(-1), torch.ones(()), atol=1e-5) for maps in (*run.attention, *run.cross_attention))
     assert all((maps.transpose(1, 3)[~step.question_mask] == 0).all() for maps in seen.passes["question"].attention)
-    assert all((maps.transpose(1, 3)[~step.question_mask] == 0).all() for maps in seen.passes["answer"].cross)
+    assert all((maps.transpose(1, 3)[~step.question_mask] == 0).all() for maps in seen.passes["answer"].cross_attention)
     assert all(maps.triu(1).abs().max() == 0 for name in ("caption", "answer") for maps in seen.passes[name].attention)
-    assert torch.equal(seen.passes["answer"].cross_mask, step.question_mask) and seen.passes["caption"].cross_mask is None
+    assert torch.equal(seen.passes["answer"].cross_attention_mask, step.question_mask) and seen.passes["caption"].cross_attention_mask is None
 
 
 # What a step looks at
@@ -670,15 +670,15 @@ def test_a_step_pairs_pictures_texts_and_questions_rightly(words, pictures):
     assert step.asks.tolist() == [1, 2] and words.decode(step.answer) == ["yes", "red"]
     wrong = (torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0]))
     with torch.no_grad():
-        seen = see(blip.model, step, words, negatives=wrong)
+        seen = forward_batch(blip.model, step, words, negatives=wrong)
         image = blip.model.run_image(pictures).states
-        tokens = begun(step.text, words.enc)
+        tokens = with_start_token(step.text, words.enc)
         pairs = [(k, k) for k in range(3)] + [(k, int(wrong[0][k])) for k in range(3)] + [(int(wrong[1][k]), k) for k in range(3)]
         for row, (i, t) in enumerate(pairs):
             alone = blip.model.match(blip.model.run_text(tokens[t : t + 1], step.text_mask[t : t + 1], image[i : i + 1])).logits[0]
             assert torch.allclose(seen.passes["pairs"].logits[row], alone, atol=1e-5)
         assert seen.passes["pairs"].targets.tolist() == [1] * 3 + [0] * 6
-        question = blip.model.run_text(begun(step.question, words.enc), step.question_mask, image[1:])
+        question = blip.model.run_text(with_start_token(step.question, words.enc), step.question_mask, image[1:])
         assert torch.allclose(seen.passes["question"].states, question.states, atol=1e-5)
     assert seen.passes["answer"].targets[0].tolist()[:2] == [int(step.answer[0, 1]), words.sep]
 
@@ -687,20 +687,20 @@ def test_a_step_pairs_pictures_texts_and_questions_rightly(words, pictures):
 def test_without_questions_nothing_is_asked(asked, words, pictures):
     blip = fresh(SHAPES["equal"], words)
     step = fused_batch(Batch(pictures, words(TEXTS), keys=tuple("xyz"), captions=tuple(TEXTS), questions=asked), words, seed=0)
-    seen = see(blip.model, step, words)
+    seen = forward_batch(blip.model, step, words)
     assert len(step.asks) == 0
     for name in ("question", "answer"):
         assert len(seen.passes[name].states) == len(seen.passes[name].mask) == 0, "what comes of no question is no row"
     assert len(seen.passes["caption"].states) == 3
 
 
-def test_one_pair_has_no_wrong_partner_and_too_long_texts_are_cut(words, pictures):
+def test_one_pair_has_no_hard_negative_and_too_long_texts_are_cut(words, pictures):
     blip = fresh(SHAPES["equal"], words)
     step = step_of(blip, pictures[:1], ["a red star " * 30])
     assert step.text.shape[1] == words.context_length and step.text[0, -1] == words.sep
     with pytest.raises(ValueError, match="at least 2 pairs"):
-        see(blip.model, step, words)
-    assert see(blip.model, step, words, tasks=("captioning", "answering")).passes["answer"].logits.isfinite().all()
+        forward_batch(blip.model, step, words)
+    assert forward_batch(blip.model, step, words, tasks=("captioning", "answering")).passes["answer"].logits.isfinite().all()
 
 
 def test_lower_precision_runs_through_everything(words, pictures):

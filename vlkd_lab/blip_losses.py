@@ -41,7 +41,7 @@ def _counted(mask: Tensor | None, *both: Tensor) -> tuple[Tensor, ...]:
 
 # %% ../nbs/library/18_blip_losses.ipynb #deddd347
 class Queue(nn.Module):
-    "The newest rows of both sides, with the names of their texts"
+    "The newest rows of both sides, with the ids of their captions"
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Queue(nn.Module):
             raise ValueError(f"a queue of {length} pairs is not possible: give 0 or more")
         self.register_buffer("image", torch.zeros(length, width))
         self.register_buffer("text", torch.zeros(length, width))
-        self.register_buffer("names", torch.full((length,), -1))
+        self.register_buffer("caption_ids", torch.full((length,), -1))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))  # pairs that ever came in
 
     @torch.no_grad()
@@ -61,27 +61,29 @@ class Queue(nn.Module):
         self,
         image: Tensor,  # (B, D) unit rows
         text: Tensor,  # (B, D) unit rows
-        names: Tensor,  # (B,) int64, equal for equal texts
+        caption_ids: Tensor,  # (B,) int64, equal for equal captions
     ) -> None:
         "Take in a batch of any size; the oldest pairs go"
-        length = len(self.names)
-        first = max(len(names) - length, 0)
-        places = (self.seen + torch.arange(first, len(names), device=names.device)) % max(length, 1)
-        for buffer, rows in ((self.image, image), (self.text, text), (self.names, names)):
+        length = len(self.caption_ids)
+        first = max(len(caption_ids) - length, 0)
+        numbers = self.seen + torch.arange(first, len(caption_ids), device=caption_ids.device)
+        places = numbers % max(length, 1)
+        sides = ((self.image, image), (self.text, text), (self.caption_ids, caption_ids))
+        for buffer, rows in sides:
             buffer[places] = rows[first:].to(buffer.dtype)
-        self.seen += len(names)
+        self.seen += len(caption_ids)
 
-    def held(self) -> tuple[Tensor, Tensor, Tensor]:  # (M, D), (M, D), (M,)
-        "What is in it: images, texts, names"
-        count = min(int(self.seen), len(self.names))
-        return self.image[:count], self.text[:count], self.names[:count]
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:  # (M, D), (M, D), (M,)
+        "What is in it: images, texts, caption ids"
+        count = min(int(self.seen), len(self.caption_ids))
+        return self.image[:count], self.text[:count], self.caption_ids[:count]
 
 # %% ../nbs/library/18_blip_losses.ipynb #db718f3b
 def queued_contrast(
     student: Features,  # (B, D)
     momentum: Features,  # (B, D) the same pairs under the momentum encoder; receives no gradient
-    names: Tensor,  # (B,) int64, equal for equal texts
-    held: tuple[Tensor, Tensor, Tensor] | None = None,  # earlier (M, D) images, (M, D) texts, (M,) names
+    caption_ids: Tensor,  # (B,) int64, equal for equal captions
+    queue: tuple[Tensor, Tensor, Tensor] | None = None,  # earlier (M, D) images, (M, D) texts, (M,) ids
     alpha: float = 0.4,  # share of the target that the momentum encoder decides
 ) -> Tensor:  # () nats a row
     "BLIP's image-text contrastive loss"
@@ -90,12 +92,12 @@ def queued_contrast(
     momentum = momentum.detach()
     images = momentum.image.float()
     texts = momentum.text.float()
-    candidate_names = names
-    if held is not None and len(held[2]):
-        images = torch.cat([images, held[0].to(images)])
-        texts = torch.cat([texts, held[1].to(texts)])
-        candidate_names = torch.cat([names, held[2].to(names)])
-    same = (names[:, None] == candidate_names).float()
+    candidate_ids = caption_ids
+    if queue is not None and len(queue[2]):
+        images = torch.cat([images, queue[0].to(images)])
+        texts = torch.cat([texts, queue[1].to(texts)])
+        candidate_ids = torch.cat([caption_ids, queue[2].to(caption_ids)])
+    same = (caption_ids[:, None] == candidate_ids).float()
     same = same / same.sum(dim=1, keepdim=True)
     scale = student.scale.float()
     total = 0.0
@@ -112,15 +114,15 @@ def queued_contrast(
 @torch.no_grad()
 def hard_negatives(
     similarity: Tensor,  # (B, B) scaled cosines, image i against text j
-    names: Tensor,  # (B,) int64, equal for equal texts
+    caption_ids: Tensor,  # (B,) int64, equal for equal captions
     seed: int,
 ) -> tuple[Tensor, Tensor]:  # (B,) a wrong text for each image, (B,) a wrong image for each text
     "Draw hard negatives: other texts, similar ones more often"
     if len(similarity) < 2:
-        raise ValueError("one pair has no wrong partner: matching needs at least 2 pairs a step")
+        raise ValueError("one pair has no hard negative: matching needs at least 2 pairs a step")
     generator = torch.Generator(similarity.device).manual_seed(seed)
-    own = torch.eye(len(names), dtype=torch.bool, device=names.device)
-    wrong = names[:, None] != names
+    own = torch.eye(len(caption_ids), dtype=torch.bool, device=caption_ids.device)
+    wrong = caption_ids[:, None] != caption_ids
     wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, ~own)
     negatives = []
     for scores in (similarity, similarity.T):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import blip_losses
-from .features import FusedFeatures, Pass
+from .features import FusedFeatures, LayerOutputs
 from .losses import Term, relational
 
 # %% auto #0
@@ -34,7 +34,7 @@ def _fused(student: FusedFeatures) -> FusedFeatures:
     return student
 
 
-def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list[tuple[Pass, Pass]]:
+def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list[tuple[LayerOutputs, LayerOutputs]]:
     "The passes through a module that both models made"
     of_student = _fused(student).passes
     of_teacher = _fused(teacher).passes
@@ -47,7 +47,7 @@ def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list
     return [(of_student[name], of_teacher[name]) for name in shared]
 
 
-def _rows(outputs: Pass, module: str) -> Tensor:  # (N, W)
+def _rows(outputs: LayerOutputs, module: str) -> Tensor:  # (N, W)
     "What stands for a module's output: its first states, or every state from which a word was asked"
     return outputs.states[outputs.mask] if module == "decoder" else outputs.states[:, 0]
 
@@ -102,18 +102,18 @@ def module_attention(
     student: FusedFeatures,
     teacher: FusedFeatures,
     module: str,
-    across: bool = False,  # cross-attention: from the text to what it is read with
+    cross_attention: bool = False,  # from the text to what it is read with; False: inside the text
 ) -> Tensor:  # () nats a row
     "KL between where the layers of a module look"
     values = []
     counts = []
     for outputs, of_teacher in _passes(student, teacher, module):
-        maps = outputs.cross if across else outputs.attention
-        targets = of_teacher.cross if across else of_teacher.attention
+        maps = outputs.cross_attention if cross_attention else outputs.attention
+        targets = of_teacher.cross_attention if cross_attention else of_teacher.attention
         if not maps or not targets:
             raise ValueError(f"{module}: no attention maps were kept; run both models with maps")
         is_image = module == "image"
-        image_keys = is_image or (across and outputs.cross_mask is None)
+        image_keys = is_image or (cross_attention and outputs.cross_attention_mask is None)
         mask = None if is_image else outputs.mask
         values.append(blip_losses.layers_divergence(maps, targets, mask, is_image, image_keys))
         counts.append(outputs.mask.sum())
@@ -125,10 +125,11 @@ def _contrast(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
     momentum = _fused(student).momentum
     if momentum is None:
         raise ValueError(
-            "image_text_contrast needs a momentum model: only a run that keeps one can weight it"
+            "image_text_contrast needs a momentum encoder: only a run that keeps one can weight it"
         )
-    queue = momentum.held
-    return blip_losses.queued_contrast(student, momentum.features, momentum.names, queue, momentum.alpha)
+    return blip_losses.queued_contrast(
+        student, momentum.features, momentum.caption_ids, momentum.queue, momentum.alpha
+    )
 
 
 def _words(name: str, smoothing: float) -> Callable:
@@ -198,7 +199,7 @@ def distillation_terms(
         add(f"{module}_attention", function, "KL(attention), heads averaged", module)
     for module in ("fusion", "decoder"):
         function = _between(module_attention, module, True)
-        add(f"{module}_cross_attention", function, "KL(attention across), heads averaged", module)
+        add(f"{module}_cross_attention", function, "KL(cross-attention), heads averaged", module)
     return tuple(terms)
 
 

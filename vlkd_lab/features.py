@@ -5,6 +5,7 @@
 # %% ../nbs/library/01_features.ipynb #114e886b
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['Features', 'Ensemble', 'Pass', 'Slow', 'FusedFeatures', 'partner_ranks', 'ranks_by_score', 'recall_of_ranks',
-           'flat_captions', 'distinct_captions', 'recall', 'Batch', 'gather']
+__all__ = ['Features', 'Ensemble', 'LayerOutputs', 'MomentumOutputs', 'FusedFeatures', 'partner_ranks', 'ranks_by_score',
+           'recall_of_ranks', 'flat_captions', 'distinct_captions', 'recall', 'Batch', 'gather']
 
 # %% ../nbs/library/01_features.ipynb #6e89e228
 @dataclass(frozen=True)
@@ -63,26 +64,26 @@ class Ensemble:
 
 # %% ../nbs/library/01_features.ipynb #d7376275
 @dataclass(frozen=True)
-class Pass:
+class LayerOutputs:
     "What one run of B sequences through a stack of layers left behind"
 
     states: Tensor  # (B, L, W) after the last layer
     mask: Tensor  # (B, L) bool, which positions count
     attention: tuple[Tensor, ...] = ()  # of each layer (B, H, L, L), rows add up to 1
-    cross: tuple[Tensor, ...] = ()  # of each layer with cross-attention (B, H, L, K), over K positions
-    cross_mask: Tensor | None = None  # (B, K) bool; None: all K count
+    cross_attention: tuple[Tensor, ...] = ()  # of each layer that has it: (B, H, L, K), rows add up to 1
+    cross_attention_mask: Tensor | None = None  # (B, K) bool; None: all K count
     logits: Tensor | None = None  # (B, C) of its first position, or (B, L, V) of every position
     targets: Tensor | None = None  # (B,) or (B, L) which class or token is right; -100: nothing is asked
 
-    def first(self, count: int) -> Pass:
+    def first(self, count: int) -> LayerOutputs:
         "The run of the first sequences alone"
         return self._each(lambda tensor: tensor[:count])
 
-    def detach(self) -> Pass:
+    def detach(self) -> LayerOutputs:
         "The same run, through which no gradient flows"
         return self._each(Tensor.detach)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Pass:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LayerOutputs:
         "The same run with every tensor changed"
         changed = {}
         for one in fields(self):
@@ -95,21 +96,21 @@ class Pass:
 
 # %% ../nbs/library/01_features.ipynb #f517a4bf
 @dataclass(frozen=True)
-class Slow:
-    "What a slowly moving copy of a model adds to a contrast"
+class MomentumOutputs:
+    "What a momentum (EMA) encoder adds to a contrast"
 
-    features: Features  # the same pairs under the copy
-    names: Tensor  # (B,) int64, equal for equal texts
-    held: tuple[Tensor, Tensor, Tensor] | None = None  # (M, D) images, (M, D) texts, (M,) names, earlier
-    alpha: float = 0.4  # share of the targets that the copy decides
+    features: Features  # the same pairs under the momentum encoder
+    caption_ids: Tensor  # (B,) int64, equal for equal captions
+    queue: tuple[Tensor, Tensor, Tensor] | None = None  # earlier (M, D) images, (M, D) texts, (M,) caption ids
+    alpha: float = 0.4  # share of the targets that the momentum encoder decides
 
 
 @dataclass(frozen=True)
 class FusedFeatures(Features):
     "What a model that reads images and texts together says about B pairs"
 
-    passes: Mapping[str, Pass] = field(default_factory=dict)  # by what was read: "image", "text", "pairs", …
-    momentum: Slow | None = None  # None: there is no momentum encoder
+    passes: Mapping[str, LayerOutputs] = field(default_factory=dict)  # by name: "image", "text", …
+    momentum: MomentumOutputs | None = None  # None: there is no momentum encoder
     negatives: tuple[Tensor, Tensor] | None = None  # (B,) wrong text of each image, and image of each text
 
     def detach(self) -> FusedFeatures:
@@ -287,3 +288,15 @@ def gather(features: Features | Ensemble) -> Features | Ensemble:
     if isinstance(features, Ensemble):
         return features.each(gather)
     return replace(features, image=_AllGather.apply(features.image), text=_AllGather.apply(features.text))
+
+# %% ../nbs/library/01_features.ipynb #former02
+_FORMER = {"Pass": LayerOutputs, "Slow": MomentumOutputs}  # former name -> what bears another one today
+
+
+def __getattr__(name: str):
+    "A class by its former name, with a warning that says what it is called today"
+    if name in _FORMER:
+        message = f"{__name__}.{name} is called {_FORMER[name].__name__} today"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return _FORMER[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,6 +26,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from vlkd_lab.fusion import (
+    Blip,
+    answer,
+    blip_cost,
+    generate,
+    trimmed,
+    with_start_token,
+    write_captions,
+)
 from vlkd_lab.samples import (
     COLOUR_WORDS,
     COUNTS,
@@ -41,7 +50,6 @@ from vlkd_lab.samples import (
 from .data import Pairs, View, escaped, thumbnail
 from .evaluation import job_models
 from .features import distinct_captions, flat_captions, ranks_by_score, recall_of_ranks
-from .fusion import Blip, answer, begun, blip_cost, trimmed, write_about, write_captions
 from .methods.dlip import DlipJob
 from .models import evaluating, state_digest
 from .project import write_text
@@ -183,7 +191,7 @@ def _matched(
         for part in places.split(batch_size):
             rows, columns = part.T
             text, mask = trimmed(tokens[columns], words.pad)
-            text = begun(text.to(blip.device), words.enc)
+            text = with_start_token(text.to(blip.device), words.enc)
             outputs = network.run_text(text, mask.to(blip.device), image[rows.to(blip.device)])
             logits[start + rows, columns] = network.match(outputs).logits[:, 1].double().cpu()
     return logits
@@ -491,8 +499,8 @@ def _answered(blip: Blip, states: Tensor, questions: Sequence[str], beams: int, 
     words = blip.tokenizer
     tokens, mask = trimmed(words(list(questions)), words.pad)
     mask = mask.to(blip.device)
-    outputs = blip.model.run_text(begun(tokens.to(blip.device), words.enc), mask, states)
-    return write_about(blip, blip.model.question_states(outputs), mask, beams, longest)
+    outputs = blip.model.run_text(with_start_token(tokens.to(blip.device), words.enc), mask, states)
+    return generate(blip, blip.model.question_states(outputs), mask, beams, longest)
 
 # %% ../nbs/library/60_tasks.ipynb #8df22b17
 _NUMBERS = "zero one two three four five six seven eight nine ten".split()
@@ -622,7 +630,7 @@ def _works(blip: Blip, pairs: Pairs, beams: int) -> dict[str, Callable]:  # task
 
     def match() -> None:
         states = blip.model.run_image(image).states
-        blip.model.match(blip.model.run_text(begun(tokens, blip.tokenizer.enc), mask, states))
+        blip.model.match(blip.model.run_text(with_start_token(tokens, blip.tokenizer.enc), mask, states))
 
     runs = {
         "retrieval": compare,

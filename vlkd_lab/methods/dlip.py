@@ -24,10 +24,10 @@ from vlkd_lab.fusion import (
     Blip,
     BlipShape,
     FusedBatch,
+    forward_batch,
     fused_batch,
     load_blip,
     new_blip,
-    see,
     shrunk,
     student_shape,
 )
@@ -51,7 +51,7 @@ from vlkd_lab.trainers import (
 from .. import data, fusion, runs, trainers
 from ..blip_losses import Queue
 from ..blip_terms import BLIP_LOSSES, GROUPS, base_terms, blip_terms, spread
-from ..features import Batch, Features, FusedFeatures, Slow, gather
+from ..features import Batch, Features, FusedFeatures, MomentumOutputs, gather
 from ..losses import Objective, Term
 from ..models import evaluating, state_digest
 from ..project import write_text
@@ -203,7 +203,7 @@ class BlipLearner(Learner):
 
     def forward(self, batch: FusedBatch, tasks: Sequence[str], seed: int, maps: bool) -> FusedFeatures:
         "Everything that the student makes of a batch"
-        return see(self.model, batch, self.blip.tokenizer, tasks, seed, maps=maps)
+        return forward_batch(self.model, batch, self.blip.tokenizer, tasks, seed, maps=maps)
 
     def lock(self, options: FitParameters) -> None:
         "Freeze the towers that the options lock"
@@ -228,7 +228,7 @@ class BlipLearner(Learner):
             _follow(self.momentum_encoder, self.model, self.options.momentum)
 
     def load_state_dict(self, state: Mapping[str, Any], *settings, **more):
-        "Take up a checkpoint; in older ones the momentum encoder is called `slow`"
+        "Take up a checkpoint; older ones have other names for the momentum encoder and the queue's ids"
         return super().load_state_dict(_present_names(state), *settings, **more)
 
 # %% ../../nbs/library/59_methods_dlip.ipynb #90c4e2b7
@@ -250,6 +250,8 @@ def _present_names(state: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in state.items():
         if name.startswith("slow."):
             name = "momentum_encoder." + name.removeprefix("slow.")
+        if name == "queue.names":
+            name = "queue.caption_ids"
         renamed[name] = value
     return renamed
 
@@ -390,7 +392,7 @@ def _part(batch: FusedBatch, start: int, stop: int) -> FusedBatch:
         image=batch.image[start:stop],
         text=batch.text[start:stop],
         text_mask=batch.text_mask[start:stop],
-        names=batch.names[start:stop],
+        caption_ids=batch.caption_ids[start:stop],
         asks=batch.asks[asks] - start,
         question=batch.question[asks],
         question_mask=batch.question_mask[asks],
@@ -412,7 +414,7 @@ def _both(
     if image is not None:
         part = replace(part, image=image)
     with torch.no_grad(), fit.accelerator.autocast():
-        teacher = see(fit.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
+        teacher = forward_batch(fit.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
     return gather(student), gather(teacher)
 
 # %% ../../nbs/library/59_methods_dlip.ipynb #6b65e7d8
@@ -421,7 +423,7 @@ class _MomentumRows(NamedTuple):
 
     image: Tensor  # (B, D) unit rows
     text: Tensor  # (B, D) unit rows
-    names: Tensor  # (B,) int64, equal for equal texts
+    caption_ids: Tensor  # (B,) int64, equal for equal captions
 
 
 def _momentum_rows(learner: BlipLearner, fit: Fit, parts: Sequence[FusedBatch]) -> _MomentumRows:
@@ -430,28 +432,28 @@ def _momentum_rows(learner: BlipLearner, fit: Fit, parts: Sequence[FusedBatch]) 
     texts = []
     with torch.no_grad(), fit.accelerator.autocast():
         for part in parts:
-            features = see(learner.momentum_encoder, part, learner.blip.tokenizer, ("retrieval",))
+            features = forward_batch(learner.momentum_encoder, part, learner.blip.tokenizer, ("retrieval",))
             images.append(features.image)
             texts.append(features.text)
     rows = gather(Features(torch.cat(images).float(), torch.cat(texts).float(), features.scale))
-    names = fit.accelerator.gather(torch.cat([part.names for part in parts]))
-    return _MomentumRows(rows.image, rows.text, names)
+    caption_ids = fit.accelerator.gather(torch.cat([part.caption_ids for part in parts]))
+    return _MomentumRows(rows.image, rows.text, caption_ids)
 
 
-def _momentum_of(learner: BlipLearner, fit: Fit, batch: _MomentumRows, rows: slice, is_split: bool) -> Slow:
+def _momentum_of(learner: BlipLearner, fit: Fit, batch: _MomentumRows, rows: slice, is_split: bool) -> MomentumOutputs:
     "What the contrast of a part is computed against: its momentum rows, the other parts', the queue"
     processes = fit.accelerator.num_processes
-    each = len(batch.names) // processes
-    in_part = torch.zeros(len(batch.names), dtype=torch.bool, device=batch.names.device)
+    each = len(batch.caption_ids) // processes
+    in_part = torch.zeros(len(batch.caption_ids), dtype=torch.bool, device=batch.caption_ids.device)
     for rank in range(processes):
         in_part[rank * each + rows.start : rank * each + rows.stop] = True
-    others = learner.queue.held()
+    others = learner.queue.rows()
     if is_split:
         sides = zip(batch, others, strict=True)
         others = tuple(torch.cat([new[~in_part], queued.to(new)]) for new, queued in sides)
     ramp = min((fit.step + 1) / max(fit.options.warmup, 1), 1.0)
     features = Features(batch.image[in_part], batch.text[in_part], torch.ones(()))
-    return Slow(features, batch.names[in_part], others, learner.options.soft_share * ramp)
+    return MomentumOutputs(features, batch.caption_ids[in_part], others, learner.options.soft_share * ramp)
 
 # %% ../../nbs/library/59_methods_dlip.ipynb #e5b7e0e0
 def _weighted(
@@ -561,7 +563,7 @@ def first_answers(
 ) -> tuple[float, float, int, int]:  # summed nats of captions' words, right answers, words, answers
     "What validation counts in one batch"
     step = fused_batch(batch, blip.tokenizer, seed)
-    passes = see(blip.model, step, blip.tokenizer, tasks).passes
+    passes = forward_batch(blip.model, step, blip.tokenizer, tasks).passes
     nats = 0.0
     right = 0
     words = 0
@@ -659,11 +661,11 @@ def cross_maps(
     image = network.run_image(batch.image[:most]).states
     maps = {}
     if "matching" in tasks:
-        outputs = network.run_text(fusion.begun(tokens, words.enc), mask, image, maps=True)
-        maps["cross_fusion"] = _mean_map(outputs.cross, mask)
+        outputs = network.run_text(fusion.with_start_token(tokens, words.enc), mask, image, maps=True)
+        maps["cross_fusion"] = _mean_map(outputs.cross_attention, mask)
     if "captioning" in tasks:
-        outputs = network.run_decoder(fusion.begun(tokens, words.dec), mask, image, maps=True)
-        maps["cross_decoder"] = _mean_map(outputs.cross, mask)
+        outputs = network.run_decoder(fusion.with_start_token(tokens, words.dec), mask, image, maps=True)
+        maps["cross_decoder"] = _mean_map(outputs.cross_attention, mask)
     return maps
 
 
