@@ -30,6 +30,7 @@ from vlkd_lab.losses import (
     objective_parameters,
     relational,
     sample_classes,
+    tiles,
 )
 
 torch.set_num_threads(1)  # these tensors are small
@@ -213,7 +214,7 @@ def test_logits_too_wide_for_one_exponential():
     student = Features(image, image.roll(1, 0), torch.tensor(300.0))
     student = Features(*(leaf(part, torch.float32) for part in (student.image, student.text, student.scale)))
     plain, tiled = (value_and_gradients(lambda f, t=t: contrastive(f, tile=t), student) for t in (0, 4))
-    assert losses._middle(student.logits().detach()) is None
+    assert tiles._middle(student.logits().detach()) is None
     for got, wanted in zip(tiled, plain, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
@@ -241,9 +242,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("loss", [lambda s, t: contrastive(s), affinity_mimicking, relational])
 def test_memory_beyond_the_threshold_does_not_grow_with_the_square(loss, monkeypatch):
-    assert losses.TILE < losses.TILED_ABOVE
-    monkeypatch.setattr(losses, "TILED_ABOVE", 256)
-    monkeypatch.setattr(losses, "TILE", 64)
+    assert tiles.TILE < tiles.TILED_ABOVE
+    monkeypatch.setattr(tiles, "TILED_ABOVE", 256)
+    monkeypatch.setattr(tiles, "TILE", 64)
     pairs = 300
     student, teacher = random_features(pairs, 8, 20.0, 0, torch.float32), random_features(pairs, 8, 20.0, 1, torch.float32)
     with Largest() as seen:
@@ -256,7 +257,7 @@ def test_memory_beyond_the_threshold_does_not_grow_with_the_square(loss, monkeyp
 
 def test_small_batches_take_the_plain_form_and_frozen_students_cost_no_second_pass(monkeypatch):
     student, teacher = random_features(8, 5, 10.0, 0), random_features(8, 7, 10.0, 1)
-    monkeypatch.setattr(losses, "_second_pass", None)
+    monkeypatch.setattr(tiles, "_second_pass", None)
     affinity_mimicking(student, teacher).backward()
     with torch.no_grad():
         affinity_mimicking(student, teacher, tile=4)
