@@ -534,7 +534,9 @@ def plot_losses(run: Run) -> Figure:
     terms = loss_terms(name for line in lines for name in line)
     many = len(terms) > MOST_IN_PANEL
     panels = max(len(stages), 1)
-    size = (3.4 * panels + (1.6 if many else 0), 2.8)
+    size = (3.4 * panels, 2.8)
+    if many:
+        size = (3.4 * panels + 1.6, max(2.8, 0.4 + 0.15 * len(terms)))  # with room for every name
     colours = dict(zip(terms, plt.get_cmap("tab20" if many else "tab10").colors * len(terms), strict=False))
     figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages, strict=False):
@@ -640,5 +642,6 @@ def plot_shapes(models: Mapping[str, VLM]) -> Figure:
                 places = np.arange(len(counts)) + left
                 axis.bar(places, counts, width=thickness, align="edge", label=label)
             axis.set(title=f"{tower} tower: {part}", xlabel="layer")
+            axis.xaxis.get_major_locator().set_params(integer=True)
         row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _closed(figure)

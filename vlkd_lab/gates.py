@@ -477,6 +477,7 @@ def gate_plot(gates: Gates):  # a matplotlib figure
             image = axis.imshow(picture, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(f"{tower} {kind}", fontsize=9)
             axis.set_yticks([])
+            axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes, label="open probability")
     plt.close(figure)
     return figure

@@ -1151,6 +1151,7 @@ def plot_progress(job: Job):  # a matplotlib figure
         if name in levels:
             axis.axhline(levels[name], color="black", lw=1, ls="--", label="teacher")
         axis.set(title=SCORES[name], xlabel="step", ylim=(0, None))
-        axis.legend(fontsize=7)
+    if curves:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     plt.close(figure)
     return figure

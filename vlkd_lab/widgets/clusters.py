@@ -33,7 +33,9 @@ class Plane:
             )
         self.mean = features.mean(axis=0)
         variances, directions = np.linalg.eigh(np.cov(features.T.astype(np.float64)))
-        self.axes = directions[:, [-1, -2]]  # (D, 2)
+        axes = directions[:, [-1, -2]]  # (D, 2), of either sign
+        strongest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)
+        self.axes = axes * np.where(strongest < 0, -1, 1)  # so that no machine draws it mirrored
         self.shares = variances[[-1, -2]] / max(variances.sum(), 1e-12)  # of the variance
 
     def project(self, features: np.ndarray) -> np.ndarray:  # (N, 2)

@@ -19,9 +19,10 @@ import numpy as np
 from ..data import escaped
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
-           'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'heatmap',
-           'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked', 'Still']
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'BAR_ROOM', 'PIXELS_PER_INCH', 'palette',
+           'to_bytes', 'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout',
+           'heatmap', 'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked',
+           'Still']
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
@@ -108,6 +109,7 @@ def panel_layout(
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #98b7b7ec
 Matrices = Mapping[str, tuple[np.ndarray, float, float]]  # title -> matrix, low and high end of the colours
+BAR_ROOM = 84  # pixels right of a matrix: its colour bar in words, and what stands at the side of the next one
 
 
 def heatmap(
@@ -145,19 +147,22 @@ def heatmaps_json(
     columns: int = 3,
     width: int = WIDTH,
     height: int = 270,  # of a row
+    diverging: Sequence[str] = ("difference",),  # titles of matrices around zero
 ) -> dict:  # Plotly JSON
-    "Matrices side by side; a difference (limits around zero) in the diverging palette"
+    "Matrices side by side, those around zero in the diverging palette, whatever the limits of the others are"
     rows = -(-len(matrices) // columns)
     layout = {"width": width, "height": height * max(rows, 1), "template": "none", "font": {"size": 11}}
     layout["margin"] = {"l": 45, "r": 10, "t": 28, "b": 4}
+    across = 1 / columns - BAR_ROOM / (width - 55)
     traces = []
     notes = []
     for k, (title, (matrix, low, high)) in enumerate(matrices.items()):
         row, column = divmod(k, columns)
-        x = [column / columns, (column + 0.72) / columns]
+        x = [column / columns, column / columns + across]
         y = [1 - (row + 1 - 34 / height) / rows, 1 - row / rows]
         bar = _colour_bar(x, y, measure)
-        traces.append(heatmap(matrix, low, high, DIVERGING if low == -high else SEQUENTIAL, k + 1, bar))
+        colours = DIVERGING if title in diverging else SEQUENTIAL
+        traces.append(heatmap(matrix, low, high, colours, k + 1, bar))
         layout |= _matrix_axes(k + 1, x, y, axes)
         notes.append(note_on_paper(x[0], y[1], f"<b>{escaped(title)}</b>"))
     return {"data": traces, "layout": {**layout, "annotations": notes}}
@@ -331,7 +336,8 @@ def _draw_note(panels: Mapping[str, Any], note: Mapping[str, Any]) -> None:
     else:
         across = panel.get_xaxis_transform()
         side = dict(ha=note.get("xanchor", "center"), va="bottom", fontsize=7)
-        panel.text(note["x"], 1.01, transform=across, **side, **words)
+        x = np.clip(note["x"], *sorted(panel.get_xlim()))  # what begins before the panel is named at its edge
+        panel.text(x, 1.01, transform=across, **side, **words)
 
 
 def _draw_legend(page, panels: Mapping[str, Any]) -> None:
@@ -340,9 +346,14 @@ def _draw_legend(page, panels: Mapping[str, Any]) -> None:
     for panel in panels.values():
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles[label] = handle
-    if handles:
-        place = dict(loc="upper left", ncols=7, fontsize=7, frameon=False, borderpad=0.2)
-        page.legend(handles.values(), handles.keys(), **place)
+    if not handles:
+        return
+    place = dict(loc="upper left", fontsize=7, frameon=False, borderpad=0.2)
+    for columns in range(7, 0, -1):
+        legend = page.legend(handles.values(), handles.keys(), ncols=columns, **place)
+        if legend.get_window_extent().width <= page.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #0bddd57d
 def picture(drawn: Mapping[str, Any]) -> bytes:  # PNG
