@@ -196,7 +196,7 @@ def test_any_method_is_a_job_also_one_that_was_just_installed(given, tmp_path, m
             execute("train_method", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "no")), method="Sharp", settings=wrong)
     blip = dict(method="BlipTraining", settings="image_size=32; context_length=24; head_width=16; joint_width=8; queue=16; "
                 "sizes=image:1x32, text:1x32, fusion:1, decoder:1", batch_size=8)
-    with pytest.raises(PapermillExecutionError, match="trains a BLIP, whose scores are of other kinds"):
+    with pytest.raises(PapermillExecutionError, match="has scores of other kinds than this page shows: train_"):
         execute("train_method", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "blip")) | blip)
     alone = kept | dict(out=str(tmp_path / "alone"), method="Contrastive", settings="image_size=32; vocabulary=300; context_length=24")
     assert "R@10" in outputs(execute("train_method", tmp_path / "alone.ipynb", **alone))

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from . import blip_losses
 from .features import FusedFeatures, LayerOutputs
-from .losses import Term, relational
+from .losses import MODULES, TERM_KINDS, Term, relational
 
 # %% auto #0
-__all__ = ['MODULES', 'BLIP_LOSSES', 'KINDS', 'GROUPS', 'ModuleFeatures', 'module_logits', 'module_attention', 'base_terms',
+__all__ = ['MODULE_PASSES', 'BLIP_LOSSES', 'GROUPS', 'ModuleFeatures', 'module_logits', 'module_attention', 'base_terms',
            'distillation_terms', 'blip_terms', 'spread']
 
 # %% ../nbs/library/19_blip_terms.ipynb #dd9d6fb4
-MODULES = {  # module -> its passes; "both" stands for the joint space of images and texts
+MODULE_PASSES = {  # module -> its passes; "both", the joint space of images and texts, has none
     "image": ("image",),
     "text": ("text",),
     "both": (),
@@ -38,7 +38,7 @@ def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list
     "The passes through a module that both models made"
     of_student = _fused(student).passes
     of_teacher = _fused(teacher).passes
-    shared = [name for name in MODULES[module] if name in of_student and name in of_teacher]
+    shared = [name for name in MODULE_PASSES[module] if name in of_student and name in of_teacher]
     if not shared:
         names = ", ".join(of_teacher) or "none"
         raise ValueError(
@@ -216,9 +216,6 @@ def blip_terms(
 BLIP_LOSSES = {term.name: term for term in blip_terms()}
 
 # %% ../nbs/library/19_blip_terms.ipynb #a9cb7152
-KINDS = ("features", "similarities", "logits", "attention")
-
-
 def _groups() -> dict[str, tuple[str, ...]]:
     "Terms by the word that stands for several: who needs a teacher, what is compared, and of which module"
     distilled = [term for term in BLIP_LOSSES.values() if term.needs_teacher]
@@ -226,7 +223,7 @@ def _groups() -> dict[str, tuple[str, ...]]:
         "base": tuple(term.name for term in BLIP_LOSSES.values() if not term.needs_teacher),
         "distillation": tuple(term.name for term in distilled),
     }
-    for kind in KINDS:
+    for kind in TERM_KINDS:
         groups[kind] = tuple(term.name for term in distilled if term.name.endswith(kind))
     for module in MODULES:
         groups[module] = tuple(term.name for term in distilled if term.module == module)

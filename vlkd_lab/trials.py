@@ -22,7 +22,7 @@ from . import __version__
 from .data import load_pairs
 from .evaluation import encode_pairs, job_models, validation_curve
 from .features import recall
-from .fusion import Blip, blip_cost
+from .methods import kind_of
 from .models import VLM, count_cost
 from .project import is_working_copy, project_root, write_text
 from .runs import Run, read_json, to_json
@@ -50,9 +50,9 @@ class Trial:
 VALIDATION = "data_samples/scenes/val-000000.tar"  # from the project's root
 
 
-def score_model(model: VLM | Blip) -> dict[str, float]:
+def score_model(model: VLM) -> dict[str, float]:
     "Scores on the shipped validation scenes: shares from 0 to 1, CIDEr from 0 up"
-    if isinstance(model, Blip):
+    if model.fused:
         return score_tasks(model, load_pairs(VALIDATION, limit=400), questions=4, progress=False)
     fitted = load_pairs(find_data("scenes:16000"), limit=2000)
     tables = transfer({"it": model}, load_pairs(VALIDATION), fitted).to_json()
@@ -73,12 +73,11 @@ def quick_score(model: VLM) -> dict[str, float]:
     return {"r1": float(np.mean(list(both_directions.values())))}
 
 
-def model_cost(model: VLM | Blip) -> dict[str, int]:
+def model_cost(model: VLM) -> dict[str, int]:
     "Parameters, and multiply-accumulates of a pair"
-    if isinstance(model, Blip):
-        cost = blip_cost(model)
-        macs = {f"{task}_macs": count for task, count in cost.macs.items()}
-        return {"parameters": cost.total, **macs}
+    kind = kind_of(model)
+    if kind is not None:
+        return dict(kind.cost(model))
     cost = count_cost(model)
     return {"parameters": cost.parameters, "macs": cost.macs}
 
@@ -114,7 +113,7 @@ def run_trial(
     trial: Trial,
     seed: int,
     folder: str | Path = "runs/claims",  # from the project's root
-    score: Callable[[VLM | Blip], dict[str, float]] = score_model,
+    score: Callable[[VLM], dict[str, float]] = score_model,
 ) -> dict:  # "trial", "seed", "parameters", "origin", "samples", "seconds", "students"
     "Train a trial, or find it trained, and score its students"
     out = project_root() / folder / f"{name}-{seed}"
@@ -142,10 +141,10 @@ def run_trial(
     return read_json(out / "trial.json")
 
 
-def _scored(job: Job, stage: str, model: VLM | Blip, score: Callable) -> dict:
+def _scored(job: Job, stage: str, model: VLM, score: Callable) -> dict:
     "What is kept of one student"
     record = {"scores": score(model), **model_cost(model), "step_seconds": _step_seconds(job.run, stage)}
-    if not isinstance(model, Blip):
+    if not model.fused:
         return {**record, "curve": validation_curve(job.run, stage)}
     times = measure_tasks({"teacher": job.teacher, "student": model}, job.val, repeats=5)
     faster = {task.removeprefix("ms_"): row["teacher"] / row["student"] for task, row in times.items()}
@@ -173,7 +172,7 @@ def run_trials(
     trials: Mapping[str, Trial],
     seeds: Iterable[int] = range(3),
     folder: str | Path = "runs/claims",
-    score: Callable[[VLM | Blip], dict[str, float]] = score_model,
+    score: Callable[[VLM], dict[str, float]] = score_model,
 ) -> dict[str, dict[int, dict]]:  # trial -> seed -> what `run_trial` gives
     "Every trial with every seed"
     records: dict[str, dict[int, dict]] = {name: {} for name in trials}

@@ -15,8 +15,6 @@ import pandas as pd
 
 from .data import escaped, project_root, shipped
 from .evaluation import first_step
-from .fusion import Blip
-from .models import VLM
 from .project import write_text
 from .runs import read_json, to_json
 from .trainers import load_student
@@ -626,7 +624,7 @@ def score_teachers() -> dict[str, dict]:  # as trials give their students
     "Both shipped teachers, scored as students are"
     records = {}
     for name, path in TEACHERS.items():
-        model: VLM | Blip = load_student(shipped(path))
+        model = load_student(shipped(path))
         records[name] = {"students": {"student": {"scores": score_model(model), **model_cost(model)}}}
     return records
 

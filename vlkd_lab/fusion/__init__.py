@@ -14,6 +14,7 @@ from .cost import BlipCost, blip_cost
 from .forward import FusedBatch, forward_batch, fused_batch
 from .generation import answer, generate, write_captions
 from .inheritance import inherit_blip, plan_blip
+from .kind import BLIP
 from .model import MEAN, PARTS, STD, TASKS, Blip, new_blip, save_blip
 from .network import BlipNetwork
 from .original import load_original

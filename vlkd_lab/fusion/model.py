@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +39,8 @@ class Blip(VLM):
     "A BLIP together with its preprocessing and tokenizer"
 
     tasks: tuple[str, ...] = tuple(TASKS)  # of TASKS, those it was trained for
+
+    fused: ClassVar[bool] = True
 
     @property
     def shape(self) -> BlipShape:

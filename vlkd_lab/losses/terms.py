@@ -30,9 +30,13 @@ from ..features import Features
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
 
 # %% auto #0
-__all__ = ['LOSSES', 'Term', 'score_terms', 'register_losses', 'ClusterTerms']
+__all__ = ['MODULES', 'TERM_KINDS', 'LOSSES', 'Term', 'score_terms', 'register_losses', 'ClusterTerms']
 
 # %% ../../nbs/library/losses_terms.ipynb #48ffe087
+MODULES = ("image", "text", "both", "fusion", "decoder")  # parts of a model; "both": the space of both towers
+TERM_KINDS = ("features", "similarities", "logits", "attention")  # what is compared of a part
+
+
 @dataclass(frozen=True)
 class Term:
     "One summand of an objective"
@@ -45,7 +49,7 @@ class Term:
     unpaired: bool = False  # needs no text that belongs to an image: B images and M texts will do
     rng: Any = None  # what draws at random; its `draw` is the seed of the next step
     needs_teacher: bool = True
-    module: str = ""  # the part of a BLIP that it is about; empty: any two towers will do
+    module: str = ""  # of MODULES, the part of a fused model that it is about; empty: any two towers will do
     centers: bool = False  # needs the centres of a run that has clustered
 
 # %% ../../nbs/library/losses_terms.ipynb #c0f1e5e1

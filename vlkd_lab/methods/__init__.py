@@ -12,12 +12,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
 from typing import Any
 
 from ..losses import LOSSES, Term, register_losses
+from ..models import VLM, ModelKind
 
 # %% auto #0
-__all__ = ['SESSION', 'METHODS', 'DEFAULT_METHOD', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses']
+__all__ = ['SESSION', 'METHODS', 'DEFAULT_METHOD', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses',
+           'find_kind', 'kind_of']
 
 # %% ../../nbs/library/20_methods.ipynb #f3f8244a
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Method:
     open: Callable[[Any], Any]  # checked parameters -> a job that is ready to train
     losses: Mapping[str, Term] = field(default_factory=dict)  # name -> term, what it adds to LOSSES
     views: tuple[type, ...] = ()  # parts of the bench beside the common ones, below `widgets.RunPart`
+    models: tuple[ModelKind, ...] = ()  # kinds of models beside two towers that it trains
+    page: str = ""  # the notebook that runs it, where train_method.ipynb cannot score what it makes
     unfinished: Callable | None = None  # (run, stage, phase, state, device) -> a student, or None
 
     def __post_init__(self):
@@ -159,3 +164,21 @@ def all_losses() -> dict[str, Term]:  # name -> term
     "What an objective can weight: the losses of two towers, and what every method has added"
     METHODS.search()
     return LOSSES
+
+# %% ../../nbs/library/20_methods.ipynb #c1d20002
+def find_kind(place: str | Path) -> ModelKind | None:  # None: two towers
+    "The kind of model that a folder or a file of weights holds"
+    if not Path(place).exists():
+        return None
+    return next((kind for kind in _kinds() if kind.holds(place)), None)
+
+
+def kind_of(model: VLM) -> ModelKind | None:  # None: two towers
+    "The kind of an open model"
+    return next((kind for kind in _kinds() if isinstance(model, kind.type)), None)
+
+
+def _kinds() -> Iterator[ModelKind]:
+    "Those of all methods"
+    for method in METHODS.search().values():
+        yield from method.models

@@ -1036,6 +1036,8 @@ register(
         open=open_dlip,
         losses=BLIP_LOSSES,
         views=(CrossMaps,),
+        models=(fusion.BLIP,),
+        page="train_dlip.ipynb",
     )
 )
 register(
@@ -1046,6 +1048,8 @@ register(
         open=open_blip_training,
         losses=BLIP_LOSSES,
         views=(CrossMaps,),
+        models=(fusion.BLIP,),
+        page="train_blip.ipynb",
     )
 )
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +40,8 @@ class VLM:
     # "model_cfg", "preprocess_cfg" as open_clip writes them; "towers" when slim
     config: dict = field(repr=False)
     name: str = ""  # where it came from
+
+    fused: ClassVar[bool] = False  # whether it can read an image and a text together
 
     def encode(self, batch: Batch) -> Features:
         "Unit-norm features of a batch, with this model's own scale"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import fusion, runs
+from .. import runs
 from ..methods import DEFAULT_METHOD, find_method
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .jobs import Job, at_work
@@ -208,11 +208,8 @@ def notebook_job(namespace: Mapping[str, Any]) -> Job:
                 f"settings={setting.strip()!r} is not valid: write NAME=VALUE, separated by semicolons"
             )
         values[name.strip()] = read_value(value.strip())
-    job = open_job(method.name, values)
-    if isinstance(job.teacher, fusion.Blip):
+    if method.page:
         raise ValueError(
-            f"method={method.name!r} trains a BLIP, whose scores are of other kinds: its job has a page of "
-            "its own, "
-            "train_dlip.ipynb or train_blip.ipynb, which goes on with this run folder"
+            f"method={method.name!r} has scores of other kinds than this page shows: {method.page} runs it"
         )
-    return job
+    return open_job(method.name, values)

@@ -58,7 +58,7 @@ class Hooks(nn.Module):
     "What a method may add to the training of a network: nothing, unless a learner says otherwise"
 
     reads = ("image", "text")  # the sides of a batch that it sees
-    fused = False  # whether it reads images and texts together, as a BLIP does
+    fused = False  # whether it reads images and texts together, as fused models do
     compares = True  # whether images and texts have one space
     draws = False  # whether its forward pass is random, and takes a seed
     validates = True  # whether the network can be scored as it is

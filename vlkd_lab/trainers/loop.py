@@ -98,9 +98,9 @@ def _check_kind(objective: Objective, fit: Fit) -> None:
     "ValueError for a term of another kind of model, or one that this fit has not prepared"
     for term in objective.terms:
         if term.weight and bool(term.module) != fit.learner.fused:
-            kind = "two towers, and this student is a BLIP"
+            kind = "two towers, and this student reads images and texts together"
             if term.module:
-                kind = "BLIPs, and this student has two towers"
+                kind = "models that read images and texts together, and this student has two towers"
             raise ValueError(f"{term.name} is a term of {kind}")
         if term.weight and fit.learner.fused and term.name not in fit.objective.weights:
             raise ValueError(

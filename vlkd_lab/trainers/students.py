@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import data, fusion, models, runs
+from .. import data, models, runs
 from ..gates import budget, sparsity
 from ..inheritance import Plan, even_spread, inherit, plan_manual
-from ..methods import METHODS
+from ..methods import METHODS, find_kind
 from ..models import VLM, TowerShape, head_widths, load_model
 from ..runs import Run, load_checkpoint, read_json
 from .locks import check_locks
@@ -39,21 +39,23 @@ def find_model(
     # a folder (its path may begin at the project's root), hf-hub:ID or open_clip's NAME/TAG
     name: str | Path,
     device: str | torch.device = "cpu",
-    fused: bool = False,  # whether a BLIP will do as well
+    fused: bool = False,  # whether one that reads images and texts together will do as well
 ) -> VLM:
     "A model by its name, ready to be looked at"
-    if fusion.is_blip(local_name(name)):
-        if not fused:
-            raise ValueError(f"{name} is a BLIP: what is wanted here has two towers (train_dlip takes BLIPs)")
-        return fusion.load_blip(local_name(name), device)
-    vlm = load_model(local_name(name), device)
+    place = local_name(name)
+    kind = find_kind(place)
+    if kind is not None and not fused:
+        elsewhere = f" ({kind.taken_by})" if kind.taken_by else ""
+        raise ValueError(f"{name} is a {kind.name}: what is wanted here has two towers{elsewhere}")
+    vlm = load_model(place, device) if kind is None else kind.load(place, device)
     vlm.model.eval()
     return vlm
 
 
 def load_student(folder: Path, device: str | torch.device = "cpu") -> VLM:
-    "A model that a job has saved: two towers, or a BLIP"
-    return fusion.load_blip(folder, device) if fusion.is_blip(folder) else load_model(folder, device)
+    "A model that a job has saved, of any kind"
+    kind = find_kind(folder)
+    return load_model(folder, device) if kind is None else kind.load(folder, device)
 
 # %% ../../nbs/library/32_trainers_students.ipynb #251c9872
 def find_teachers(

@@ -251,8 +251,8 @@ class CrossAttention:
         count = len(watched.probe.get("words", ()))
         if not count:
             raise ValueError(
-                f"{run.folder} has no cross-attention: only runs that distil a BLIP have some, once they "
-                "have begun"
+                f"{run.folder} has no cross-attention: only runs of models that read images and texts "
+                "together have some, once they have begun"
             )
         if not 0 <= image < count:
             raise ValueError(

@@ -11,8 +11,8 @@ from typing import Any
 
 import traitlets
 
-from ..blip_terms import MODULES
 from ..data import visible
+from ..losses import MODULES
 from ..methods import all_losses
 from ..runs import Run
 from .affinities import MEASURES
@@ -76,7 +76,7 @@ def run_sliders(watched: Watched) -> list[dict]:
 
 
 def _weight_sliders(watched: Watched) -> list[dict]:
-    "A slider for every term that the run can weight; those of a BLIP stand by module"
+    "A slider for every term that the run can weight; those of modules stand by module"
     initial = watched.objective or {"contrastive": 1.0}
     terms = list(initial)
     if "teacher" in watched.config.get("parameters", {}):

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..blip_terms import KINDS, MODULES
 from ..data import escaped
+from ..losses import MODULES, TERM_KINDS
 from ..methods import all_losses
 from ..runs import CONTROLS, loss_terms, thinned
 from . import drawing
@@ -78,7 +78,7 @@ MODULE_NAMES = {
     "fusion": "fusion",
     "decoder": "decoder",
 }
-TABLE_KINDS = ("base", *KINDS, "cross attention")
+TABLE_KINDS = ("base", *TERM_KINDS, "cross attention")
 
 
 def modules_of(watched: Watched) -> dict[str, str]:  # term -> one of MODULES; empty for a run of two towers
@@ -89,7 +89,7 @@ def modules_of(watched: Watched) -> dict[str, str]:  # term -> one of MODULES; e
 
 
 def kind_of(term: str) -> str:  # of TABLE_KINDS
-    "What kind of information a BLIP's term compares"
+    "What kind of information a term of a module compares"
     loss = all_losses()[term]
     return "base" if not loss.needs_teacher else term.removeprefix(loss.module + "_").replace("_", " ")
 
@@ -265,7 +265,7 @@ def _vertical(x: float, panel: int, colour: str, dash: str) -> dict:
 
 # %% ../../nbs/library/44_widgets_curves.ipynb #6f6f9ab6
 def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict:  # Plotly JSON: data, layout
-    "Losses, validation and budget of a run; of a run of BLIPs by module"
+    "Losses, validation and budget of a run; where terms are of modules, by module"
     shapes, notes = _marks(watched)
     budget = _budget_lines(watched)
     layout = drawing.plain_layout(width, height)
@@ -297,7 +297,7 @@ def _module_lines(watched: Watched) -> list[dict]:
 
 
 def validation_scores_of(event: Mapping[str, Any]) -> dict[str, float]:  # each 0 to 1, the more the better
-    "What a validation of a BLIP says"
+    "What a validation on several tasks says"
     scores = {}
     if "image_to_text_r1" in event:
         scores["R@1"] = (float(event["image_to_text_r1"]) + float(event["text_to_image_r1"])) / 2
@@ -309,7 +309,7 @@ def validation_scores_of(event: Mapping[str, Any]) -> dict[str, float]:  # each 
 
 
 def _score_lines(watched: Watched) -> list[dict]:
-    "Validation of a run of BLIPs, a colour a score, the baseline dotted"
+    "Validation on several tasks, a colour a score, the baseline dotted"
     points = {}
     for event in watched.curves.events:
         if event.get("event") == "validation":
