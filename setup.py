@@ -16,7 +16,8 @@ readme = here / "README.md"
 BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teacher/*", "data_samples/blip/*")
 
 # modules that register methods
-METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ("tinyclip", "contrastive", "distil", "clip_cid", "dime_fm", "dlip")]
+ROOMS = ("tinyclip", "contrastive", "distil", "clip_cid", "dime_fm", "blip_training", "dlip")
+METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ROOMS]
 
 
 class BuildWithSamples(build_py):

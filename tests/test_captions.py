@@ -21,9 +21,10 @@ from vlkd_lab.evaluation import alarms, caption_counts, encode_pairs, retrieve, 
 from vlkd_lab.explorers import confusions
 from vlkd_lab.export import to_clip_benchmark
 from vlkd_lab.features import Features, distinct_captions, recall
+from vlkd_lab.methods.blip_training import read_texts
 from vlkd_lab.methods.clip_cid import ClipCid, open_clip_cid
 from vlkd_lab.methods.dime_fm import DimeFm, open_dime_fm
-from vlkd_lab.methods.dlip import Dlip, open_dlip, read_texts
+from vlkd_lab.methods.dlip import Dlip, open_dlip
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import VLM, load_model
 from vlkd_lab.samples import caption, make_sample, make_scene

@@ -15,18 +15,10 @@ from vlkd_lab.blip_terms import GROUPS, blip_terms
 from vlkd_lab.data import raw_samples
 from vlkd_lab.fusion import TASKS, forward_batch, load_blip
 from vlkd_lab.losses import Objective
-from vlkd_lab.methods import dlip, tinyclip
-from vlkd_lab.methods.dlip import (
-    BlipLearner,
-    BlipTraining,
-    Dlip,
-    dlip_objective,
-    find_blip,
-    make_student,
-    open_blip_training,
-    open_dlip,
-    student_sizes,
-)
+from vlkd_lab.methods import blip_learner, dlip, tinyclip
+from vlkd_lab.methods.blip_learner import BlipLearner
+from vlkd_lab.methods.blip_training import BlipTraining, find_blip, open_blip_training
+from vlkd_lab.methods.dlip import Dlip, dlip_objective, make_student, open_dlip, student_sizes
 from vlkd_lab.runs import Run, kept_snapshots, read_json, read_snapshot
 from vlkd_lab.samples import write_shards
 from vlkd_lab.trainers import Fit, Phase, check_parameters, current_student, make_accelerator, start, train
@@ -150,7 +142,7 @@ def test_scratch_has_the_students_sizes_and_no_weight_of_the_teacher(tiny):
 def test_what_no_term_asks_for_is_not_run(tiny, monkeypatch):
     job, made = job_of(tiny, losses="language_modelling:1"), []
     monkeypatch.setattr(
-        "vlkd_lab.methods.dlip.forward_batch", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or forward_batch(*given, **more)
+        "vlkd_lab.methods.blip_learner.forward_batch", lambda *given, **more: made.append(given[3] if len(given) > 3 else more["tasks"]) or forward_batch(*given, **more)
     )
     first_step(job)
     assert made and all(tuple(tasks) == ("captioning",) for tasks in made)
@@ -253,8 +245,8 @@ def test_weights_change_in_mid_run_and_foreign_terms_are_refused(tiny):
 
 def test_what_is_distilled_of_the_fusion_reads_questions_too():
     objective = dlip.Objective({}, *(replace(term, weight=float(term.name == "fusion_features")) for term in blip_terms()))
-    assert dlip.needed_tasks(objective, TASKS) == ("retrieval", "matching", "answering")
-    assert dlip.needed_tasks(objective, ("answering",)) == ("answering",)
+    assert blip_learner.needed_tasks(objective, TASKS) == ("retrieval", "matching", "answering")
+    assert blip_learner.needed_tasks(objective, ("answering",)) == ("answering",)
 
 
 def test_the_student_to_look_at_is_not_the_one_it_is_compared_with(tiny):

@@ -132,10 +132,11 @@ def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
 def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
+    from vlkd_lab.methods.blip_training import BlipTraining
     from vlkd_lab.methods.clip_cid import ClipCid
     from vlkd_lab.methods.contrastive import Contrastive
     from vlkd_lab.methods.dime_fm import DimeFm
-    from vlkd_lab.methods.dlip import BlipTraining, Dlip
+    from vlkd_lab.methods.dlip import Dlip
     from vlkd_lab.methods.tinyclip import TinyCLIP
 
     kinds = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)

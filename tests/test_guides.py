@@ -19,10 +19,11 @@ from papermill.inspection import _infer_parameters, load_notebook_node
 from vlkd_lab import stores
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.methods import METHODS, all_losses
+from vlkd_lab.methods.blip_training import BlipTraining
 from vlkd_lab.methods.clip_cid import ClipCid
 from vlkd_lab.methods.contrastive import Contrastive
 from vlkd_lab.methods.dime_fm import DimeFm
-from vlkd_lab.methods.dlip import BlipTraining, Dlip
+from vlkd_lab.methods.dlip import Dlip
 from vlkd_lab.methods.tinyclip import TinyCLIP
 from vlkd_lab.models import model_config
 from vlkd_lab.published import find_releases

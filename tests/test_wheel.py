@@ -22,7 +22,7 @@ from pathlib import Path
 modules = [importlib.import_module(f"vlkd_lab.{name}") for name in MODULES]
 from vlkd_lab import __version__, widgets
 from vlkd_lab.data import find_sentences, find_shards, load_pairs
-from vlkd_lab.methods.dlip import find_blip
+from vlkd_lab.methods.blip_training import find_blip
 from vlkd_lab.export import export_student
 from vlkd_lab.samples import cached_shards, shipped
 from vlkd_lab.trainers import FitParameters, find_data, find_model
