@@ -369,6 +369,8 @@ register(
         open=open_blip_training,
         losses=BLIP_LOSSES,
         views=(CrossMaps,),
+        models=(fusion.BLIP,),
+        page="train_blip.ipynb",
     )
 )
 
