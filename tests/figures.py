@@ -11,17 +11,27 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
+import matplotlib.style
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.backends.backend_agg import RendererAgg
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from scipy.ndimage import maximum_filter, minimum_filter
 
 from vlkd_lab.blip_terms import blip_terms
 from vlkd_lab.data import Pairs, inspect_shards, load_pairs, show_batch, thumbnail
@@ -516,7 +526,13 @@ def validation_over_seeds(folder):
 
 @figure
 def scenes(folder):
-    return png_of(show_scenes([make_sample(k, size=32) for k in range(7)], columns=4))
+    "Seven pictures in two rows, each with another corner in another colour"
+    samples = []
+    for k in range(7):
+        image = Image.new("RGB", (32, 32), COLOURS[k])
+        image.paste("white", (16 * (k % 2), 8 * (k % 3), 16 * (k % 2) + 16, 8 * (k % 3) + 16))
+        samples.append(replace(make_sample(k, size=16), image=image))
+    return png_of(show_scenes(samples, columns=4))
 
 
 @figure
@@ -533,27 +549,170 @@ def batch(folder):
     return png_of(show_batch(of_pictures, mean, std, count=4))
 
 
-def drawn(name: str) -> bytes:
-    "A figure's PNG, drawn now"
-    with tempfile.TemporaryDirectory() as folder:
-        return FIGURES[name](Path(folder))
+# ---- what is drawn, and whether two pictures show the same --------------------------------------------------------
+
+NEAR = 3  # pixels by which edges may lie apart
+FAR = 12  # pixels by which a tile as a whole may lie apart, where a legend or an axis makes room for wider letters
+TILE = 48  # pixels a side; the worst tile decides, since a wrong curve is a small part of a picture
+COLOUR = 16  # of 255; nearer colours are the same
+LIMIT = 0.04  # of a tile; measured: harmless changes stay below 0.03, a curve less or exchanged colours begin at 0.05
+WORDS_FAR = 24  # pixels by which a word may lie apart
 
 
-def small(png: bytes) -> bytes:
-    "A PNG with a palette, which takes a third of the room"
-    image = Image.open(io.BytesIO(png)).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-    image.save(buffer := io.BytesIO(), "PNG", optimize=True)
-    return buffer.getvalue()
+@dataclass(frozen=True)
+class Drawing:
+    "A picture, and the words in it: other versions of a library draw letters otherwise, so words are compared as words"
+
+    png: bytes
+    words: tuple[tuple, ...]  # (text, left, top, right, bottom) in pixels
+
+    def pixels(self) -> np.ndarray:  # (H, W, 3) uint8
+        return np.asarray(Image.open(io.BytesIO(self.png)).convert("RGB"))
+
+    def save(self, path: Path) -> None:
+        "As a PNG with a palette, which takes a third of the room; the words stand in its text"
+        image = Image.fromarray(self.pixels()).quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        about = PngInfo()
+        about.add_text("words", json.dumps([[text, *map(round, box)] for text, *box in self.words]), zip=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, "PNG", optimize=True, pnginfo=about)
+
+
+def stored(name: str) -> Drawing:
+    "A figure's picture as it was found right"
+    png = (STORED / f"{name}.png").read_bytes()
+    return Drawing(png, tuple(map(tuple, json.loads(Image.open(io.BytesIO(png)).text["words"]))))
+
+
+def drawn(name: str, **style: Any) -> Drawing:
+    "A figure drawn now, whatever a matplotlibrc says; `style`: what matplotlib's defaults are to be instead"
+    with tempfile.TemporaryDirectory() as folder, matplotlib.style.context(["default", style]), noted_words() as words:
+        png = FIGURES[name](Path(folder))
+    return Drawing(png, tuple(words))
+
+
+@contextmanager
+def noted_words():
+    "The words that matplotlib writes meanwhile; several pages are several pictures, one below the other"
+    words = []
+    pages = []
+    draw_text = RendererAgg.draw_text
+
+    def noting(self, gc, x, y, text, prop, angle, ismath=False, mtext=None):
+        if self not in pages:
+            pages.append(self)
+        top = y + sum(page.height for page in pages[: pages.index(self)])
+        width, height, below = self.get_text_width_height_descent(text, prop, ismath)
+        box = (x, top - height + below, x + width, top + below)
+        if angle:
+            box = (x - height + below, top - width, x + below, top)
+        words.append((re.sub(r"\$|\\mathdefault|[{}]", "", text), *map(float, box)))
+        return draw_text(self, gc, x, y, text, prop, angle, ismath, mtext)
+
+    with mock.patch.object(RendererAgg, "draw_text", noting):
+        yield words
+
+
+def differences(one: Drawing, other: Drawing) -> list[str]:  # empty: they show the same
+    "What differs between two drawings of a figure, in words"
+    sizes = [drawing.pixels().shape[:2] for drawing in (one, other)]
+    if max(abs(a - b) for a, b in zip(*sizes, strict=True)) > 2:
+        return [f"it was {sizes[0][1]} × {sizes[0][0]} pixels and is {sizes[1][1]} × {sizes[1][0]}"]
+    apart = worst_tile(one, other)
+    return words_apart(one, other) + ([f"its worst tile differs by {apart:.3f}, more than {LIMIT}"] if apart > LIMIT else [])
+
+
+def words_apart(one: Drawing, other: Drawing) -> list[str]:
+    "Words that are only in one drawing, or elsewhere"
+    counts = [Counter(text for text, *_ in drawing.words) for drawing in (one, other)]
+    reasons = []
+    for gone, verb in ((counts[0] - counts[1], "gone"), (counts[1] - counts[0], "new")):
+        if gone:
+            reasons.append(f"words that are {verb}: {', '.join(map(repr, gone.elements()))}")
+    for text, *box in one.words:
+        moves = [np.abs(middle(box) - middle(others)).max() for same, *others in other.words if same == text]
+        if moves and min(moves) > WORDS_FAR:
+            reasons.append(f"{text!r} is {min(moves):.0f} pixels away from its place")
+    return reasons
+
+
+def middle(box: Sequence[float]) -> np.ndarray:
+    "Of a box left, top, right, bottom"
+    return np.array([box[0] + box[2], box[1] + box[3]]) / 2
+
+
+def worst_tile(one: Drawing, other: Drawing) -> float:  # 0 to 1
+    "How much the tile differs that differs most, when each may lie a little apart"
+    if np.array_equal(one.pixels(), other.pixels()):
+        return 0.0
+    sides = [_Side(drawing, np.maximum(one.pixels().shape, other.pixels().shape)) for drawing in (one, other)]
+    whole = tuple(slice(0, size) for size in sides[0].words.shape)
+    differing = _apart(*sides, whole, whole)
+    worst = 0.0
+    for top in range(FAR, differing.shape[0] - TILE - FAR + 1, TILE // 2):
+        for left in range(FAR, differing.shape[1] - TILE - FAR + 1, TILE // 2):
+            tile = np.s_[top : top + TILE, left : left + TILE]
+            apart = differing[tile].mean()
+            if apart > LIMIT / 2:
+                apart = min(_apart(*sides, tile, moved).mean() for moved in _moved(top, left))
+            worst = max(worst, float(apart))
+    return worst
+
+
+def _moved(top: int, left: int) -> Iterator[tuple[slice, slice]]:
+    "The places in which a tile may be found"
+    steps = range(-FAR, FAR + 1, NEAR)
+    for down, right in product(steps, steps):
+        yield np.s_[top + down : top + down + TILE, left + right : left + right + TILE]
+
+
+class _Side:
+    "A drawing with a white border, the colours that its pixels have near by, and where its words are"
+
+    def __init__(self, drawing: Drawing, shape: Sequence[int]):
+        pixels = drawing.pixels()
+        border = [(FAR, FAR + TILE + size - have) for size, have in zip(shape[:2], pixels.shape, strict=False)]
+        self.pixels = np.pad(pixels, [*border, (0, 0)], constant_values=255).astype(np.int16)
+        near = (2 * NEAR + 1, 2 * NEAR + 1, 1)
+        self.low = minimum_filter(self.pixels, near)
+        self.high = maximum_filter(self.pixels, near)
+        self.words = np.zeros(self.pixels.shape[:2], dtype=bool)
+        for _, left, top, right, bottom in drawing.words:
+            rows = slice(max(0, int(top) + FAR - NEAR - 1), int(bottom) + FAR + NEAR + 2)
+            self.words[rows, max(0, int(left) + FAR - NEAR - 1) : int(right) + FAR + NEAR + 2] = True
+
+
+def _apart(one: _Side, other: _Side, here: tuple[slice, slice], there: tuple[slice, slice]) -> np.ndarray:  # 0 to 1
+    "How far each pixel of a place is from all the colours near by in the other drawing; words are left out"
+    beyond = np.maximum(_beyond(one.pixels[here], other.low[there], other.high[there]), _beyond(other.pixels[there], one.low[here], one.high[here]))
+    return np.where(one.words[here] | other.words[there], 0, np.clip(beyond - COLOUR, 0, 128) / 128)
+
+
+def _beyond(pixels: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    "By how much the colours (H, W, 3) lie outside of an interval, at most of the three channels"
+    return np.maximum(low - pixels, pixels - high).clip(0).max(axis=-1)
+
+
+def side_by_side(one: Drawing, other: Drawing) -> Image.Image:
+    "Two drawings and their difference, one below the other: red is only in the first, blue only in the second"
+    pixels = [drawing.pixels().astype(int) for drawing in (one, other)]
+    height, width = (max(sizes) for sizes in zip(*(each.shape[:2] for each in pixels), strict=True))
+    whole = np.full((3 * height, width, 3), 255)
+    darkness = np.zeros((2, height, width))
+    for k, each in enumerate(pixels):
+        whole[k * height : k * height + each.shape[0], : each.shape[1]] = each
+        darkness[k, : each.shape[0], : each.shape[1]] = 255 - each.mean(axis=2)
+    whole[2 * height :] = 255 - np.stack([darkness[1], darkness.max(axis=0), darkness[0]], axis=-1)
+    return Image.fromarray(whole.astype(np.uint8))
 
 
 def main(names: list[str]) -> None:
-    "Write the stored pictures, and say how far each is from the one before"
+    "Write the stored pictures, and say what differs from those before"
     for name in names or FIGURES:
-        path = STORED / f"{name}.png"
-        png = small(drawn(name))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png)
-        print(f"{name:28s} {len(png):7,} bytes")
+        new = drawn(name)
+        changes = differences(stored(name), new) if (STORED / f"{name}.png").exists() else ["it is new"]
+        new.save(STORED / f"{name}.png")
+        print(f"{name:24s} {(STORED / f'{name}.png').stat().st_size:7,} bytes  {'; '.join(changes)}")
     if not names:
         for path in STORED.glob("*.png"):
             if path.stem not in FIGURES:
