@@ -21,7 +21,6 @@ from conftest import TINY
 from papermill.inspection import _infer_parameters, load_notebook_node
 from webdataset import TarWriter
 
-from vlkd_lab import export
 from vlkd_lab.data import load_pairs, raw_samples
 from vlkd_lab.evaluation import accuracy, classifier, compare, encode_pairs, finish, predict
 from vlkd_lab.export import (
@@ -29,9 +28,11 @@ from vlkd_lab.export import (
     export_onnx,
     export_student,
     find_origin,
+    onnx,
     pad_towers,
     padded_shapes,
     push_student,
+    repository,
     to_clip_benchmark,
 )
 from vlkd_lab.features import recall
@@ -165,8 +166,8 @@ def test_onnx_files_of_another_model_and_constants_of_the_example_are_noticed(ti
     export_onnx(student, tmp_path)
     with pytest.raises(ValueError, match="image.onnx differs from the model in PyTorch by"):
         check_onnx(shaken(slim(tiny_teacher), seed=5), tmp_path)
-    honest = export._TextSide.forward
-    monkeypatch.setattr(export._TextSide, "forward", lambda self, tokens: honest(self, tokens) + float(tokens.shape[0] - 2))
+    honest = onnx._TextSide.forward
+    monkeypatch.setattr(onnx._TextSide, "forward", lambda self, tokens: honest(self, tokens) + float(tokens.shape[0] - 2))
     constant = export_onnx(student, tmp_path)
     with pytest.raises(ValueError, match="text.onnx differs"):
         check_onnx(student, constant)
@@ -334,7 +335,7 @@ def test_mistakes_are_refused_before_anything_is_loaded_or_written(given, messag
     (run / "stage-1" / "done.json").write_text("{}")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years")
-    monkeypatch.setattr(export, "load_student", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(repository, "load_student", lambda *a: pytest.fail("loaded"))
     given = dict(source=run, out=tmp_path / "away") | {k: tmp_path / v if k in ("source", "out") else v for k, v in given.items()}
     with pytest.raises((ValueError, FileNotFoundError, FileExistsError), match=re.escape(message)):
         export_student(**given)
@@ -347,7 +348,7 @@ def test_an_earlier_export_is_replaced_whole_and_stays_when_a_new_one_fails(tiny
     assert (out / "slim").is_dir() and (out / "onnx").is_dir()
     export_student(tiny_teacher, out, onnx=False)
     assert not (out / "slim").exists() and not (out / "onnx").exists()
-    monkeypatch.setattr(export, "check_onnx", lambda *a: 1 / 0)
+    monkeypatch.setattr(repository, "check_onnx", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_student(tmp_path / "slim-one", out)
     assert not (out / "slim").exists() and load_model(out, "cpu") and not list(tmp_path.glob(".away*"))
