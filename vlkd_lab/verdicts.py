@@ -538,8 +538,7 @@ _DLIP["dlip-modules"] = Claim(
 _DLIP["dlip-fusion"] = Claim(
     "DLIP",
     "A moderate number of fusion layers is enough",
-    "Two of four fusion layers, and one; what is lost against taking nothing, in % of the teacher's "
-    "score.",
+    "Two of four fusion layers, and one; what is lost against taking nothing, in % of the teacher's score.",
     "with two, R@1 and answers lose at most two points, and less than with one",
     ("dlip-whole", "dlip-fusion-2", "dlip-fusion-1"),
     lambda records: _lost(records, {"two": "dlip-fusion-2", "one": "dlip-fusion-1"}),

@@ -66,9 +66,8 @@ print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit ro
 _BLIP_USE = {  # task -> class of transformers, what to print
     "retrieval": (
         "BlipForImageTextRetrieval",
-        "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],"
-        "  # cosine\n"
-        "          model(pixel_values=pixels, input_ids=fused, attention_mask=mask)[0].softmax(-1)",
+        "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],  # "
+        "cosine\n          model(pixel_values=pixels, input_ids=fused, attention_mask=mask)[0].softmax(-1)",
     ),
     "captioning": (
         "BlipForConditionalGeneration",
@@ -77,9 +76,8 @@ _BLIP_USE = {  # task -> class of transformers, what to print
     ),
     "answering": (
         "BlipForQuestionAnswering",
-        "tokenizer.decode("
-        "model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, max_new_tokens=9)[0],\n"
-        "                           skip_special_tokens=True)",
+        "tokenizer.decode(model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, "
+        "max_new_tokens=9)[0],\n                           skip_special_tokens=True)",
     ),
 }
 

@@ -72,9 +72,8 @@ def open_contrastive(options: Contrastive) -> ContrastiveJob:
     start = trainers.find_start(options)
     if start is not None and options.architecture:
         raise ValueError(
-            f"architecture={options.architecture!r} is not valid with start_from={options.start_from!r}: "
-            "the model "
-            "is the one that it starts as; leave architecture empty"
+            f"architecture={options.architecture!r} is not valid with start_from={options.start_from!r}: the "
+            "model is the one that it starts as; leave architecture empty"
         )
     if start is None:
         trainers.check_locks(options, ())

@@ -424,8 +424,7 @@ def _check_start(options: FitParameters, start: VLM | None) -> None:
     if start is not None and options.student and options.inheritance == "none":
         raise ValueError(
             f"student={options.student!r} is not valid with start_from={options.start_from!r}: the student "
-            "is the "
-            "model that it starts as; leave student empty"
+            "is the model that it starts as; leave student empty"
         )
 
 # %% ../../nbs/library/54_methods_tinyclip.ipynb #43780d7b
@@ -440,8 +439,7 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
     if rows and own != its:
         raise ValueError(
             f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student "
-            f"{own}, teacher "
-            f"{its}; use losses='affinity_mimicking=1'"
+            f"{own}, teacher {its}; use losses='affinity_mimicking=1'"
         )
 
 
@@ -454,8 +452,7 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
             size = f"{own.layers} layers of width {own.width} in heads of {own.head_width}"
             raise ValueError(
                 f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has "
-                f"{size}): "
-                "choose inheritance='none', which leaves it as it is"
+                f"{size}): choose inheritance='none', which leaves it as it is"
             )
     return shapes
 

@@ -63,8 +63,7 @@ def model_config(source: str | Path | Mapping) -> dict:  # "embed_dim", "vision_
     if config is None:
         raise ValueError(
             f"no configuration {name!r}: give one of {', '.join(TINYCLIP_CONFIGS)}, a name from "
-            "open_clip.list_models(), "
-            "a JSON file, a folder that holds open_clip_config.json, or a dictionary"
+            "open_clip.list_models(), a JSON file, a folder that holds open_clip_config.json, or a dictionary"
         )
     return config
 

@@ -63,8 +63,7 @@ def _settings_of_file(architecture: str, file: Path) -> dict:  # "model_cfg", "p
     if not beside["preprocess_cfg"]:
         warnings.warn(
             f"{file} does not say how it sees pictures, and weights of {architecture} differ in that, so "
-            "CLIP's way "
-            f"is taken: {advice}",
+            f"CLIP's way is taken: {advice}",
             stacklevel=2,
         )
     return dict(model_cfg=config, preprocess_cfg={})
@@ -124,8 +123,7 @@ def _find_weights(name: str, folder: Path) -> tuple[str, str | None]:  # open_cl
     if not open_clip.pretrained.is_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
         raise ValueError(
             f"{architecture} has no weights {tag!r}, and there is no such file: choose {architecture}/TAG "
-            "with TAG one of "
-            f"{', '.join(tags)}"
+            f"with TAG one of {', '.join(tags)}"
         )
     return architecture, tag
 

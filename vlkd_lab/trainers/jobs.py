@@ -70,8 +70,7 @@ def find_data(
     if not is_valid:
         raise ValueError(
             f"{'val' if held_out else 'data'}={where!r} is not valid: write scenes:N with N pairs to "
-            "generate, and if "
-            "you like ,duplicates:SHARE (below 1) and ,tail:EXPONENT; or name shards"
+            "generate, and if you like ,duplicates:SHARE (below 1) and ,tail:EXPONENT; or name shards"
         )
     return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 

@@ -130,8 +130,7 @@ def _plain_shape(tower: str, most: TowerShape, full: TowerShape, target: float) 
     if not min(full.heads[0], *most.heads):
         raise ValueError(
             f"a layer of the {tower} tower has no heads, so no plain network is a part of it: name a "
-            "student, or "
-            "choose inheritance='auto'"
+            "student, or choose inheritance='auto'"
         )
     cost = budget({tower: full})
 
@@ -163,8 +162,7 @@ def transformer_shapes(
             return None
         raise ValueError(
             "student='' and inheritance='manual' need a teacher of two plain transformer towers of "
-            "open_clip, and "
-            f"here {error}; name a student's architecture and choose inheritance='none'"
+            f"open_clip, and here {error}; name a student's architecture and choose inheritance='none'"
         ) from None
 
 # %% ../../nbs/library/32_trainers_students.ipynb #a77664b0
@@ -202,8 +200,7 @@ def plan_copy(source: VLM, student: VLM) -> Plan:
         if widths[tower] != theirs[tower]:
             raise ValueError(
                 f"heads of the {tower} tower have {widths[tower]} channels in the student and "
-                f"{theirs[tower]} in the "
-                "teacher: whole heads are copied, so give it equally wide ones"
+                f"{theirs[tower]} in the teacher: whole heads are copied, so give it equally wide ones"
             )
     known = {_any_block(name) for name in shapes}
     place = {_any_block(name): name for name in state}
@@ -233,8 +230,7 @@ def find_smaller_start(
             if value != empty:
                 raise ValueError(
                     f"{name}={value!r} is not valid with start_from={options.start_from!r}: the student is "
-                    "the model "
-                    f"that it starts as; choose {name}={empty!r}"
+                    f"the model that it starts as; choose {name}={empty!r}"
                 )
     inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
     vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
