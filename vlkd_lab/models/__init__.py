@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/13_models.ipynb #1ea52f51
+# %% ../../nbs/library/13_models.ipynb #dc9c0b25
 from vlkd_lab.shapes import (
     TowerShape,
     head_widths,
