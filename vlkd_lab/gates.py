@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .models import TowerShape, shape_cost
+from .shapes import BLOCKS
 
 # %% auto #0
 __all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 'GATE_KINDS', 'GateValues', 'Counts',
@@ -110,7 +111,7 @@ _AXES = {
 for _name in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final"):
     _AXES[f"{_name}.weight"] = _NORM
     _AXES[f"{_name}.bias"] = _NORM
-_TENSOR_NAME = re.compile(r"(visual\.|text\.)?(?:transformer\.resblocks\.(\d+)\.)?(.+)")
+_TENSOR_NAME = re.compile(rf"(visual\.|text\.)?(?:{re.escape(BLOCKS)}(\d+)\.)?(.+)")
 
 
 class Place(NamedTuple):

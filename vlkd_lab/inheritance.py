@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .gates import GateValues, TowerGates, kept_shapes, locate
 from .models import TowerShape
+from .shapes import BLOCKS
 
 # %% auto #0
 __all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'plan_gates', 'plan_uniform']
@@ -284,7 +285,7 @@ def inherit(
     return student
 
 # %% ../nbs/library/22_inheritance.ipynb #976e45a6
-_OPEN_CLIP = r"(?:visual\.|text\.)?(?:transformer\.resblocks|layer[1-4])\."
+_OPEN_CLIP = rf"(?:visual\.|text\.)?(?:{re.escape(BLOCKS)}|layer[1-4]\.)"
 _BLIP = r"vision_model\.encoder\.layers\.|text_encoder\.encoder\.layer\.|text_decoder\.bert\.encoder\.layer\."
 _BLOCK_NAME = re.compile(rf"({_OPEN_CLIP}|{_BLIP})(\d+)\.(.+)")
 _NOT_INHERITED = ("logit_scale", "logit_bias")
@@ -498,8 +499,8 @@ def plan_gates(
     prefixes = {}
     for name, tensor in state.items():
         place = locate(name)
-        if "resblocks." in name:
-            prefixes[place.tower] = name.split("resblocks.")[0] + "resblocks."
+        if BLOCKS in name:
+            prefixes[place.tower] = name.partition(BLOCKS)[0] + BLOCKS
         kept = []
         for kind, size in zip(place.axes if place.tower else [""] * tensor.dim(), tensor.shape, strict=True):
             layer = None if kind == "hidden" else place.layer

@@ -5,15 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/13_models.ipynb #dc9c0b25
-from vlkd_lab.shapes import (
-    TowerShape,
-    head_widths,
-    plain_config,
-    tower_shape,
-    tower_shapes,
-)
-
+# %% ../../nbs/library/13_models.ipynb #2282bd34
+from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .configs import TINYCLIP_CONFIGS, copied_config, model_config, two_towers
 from .cost import Cost, count_cost, count_macs, measure_latency, shape_cost
 from .image_towers import image_tower
