@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import forked
@@ -170,15 +172,16 @@ def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
     assert seen == [(8, 8), (16, 16), (24, 21)], "a queue of 21 pairs, which 8 does not divide"
 
 
-def test_a_checkpoint_under_the_former_name_of_the_momentum_encoder_is_taken_up(tiny):
+def test_a_checkpoint_under_former_names_is_taken_up(tiny):
     job = job_of(tiny)
     _, _, learner, *_ = first_step(job)
     with torch.no_grad():
         for weight in learner.momentum_encoder.parameters():
             weight.add_(0.25)
     state = {name: value.clone() for name, value in learner.state_dict().items()}
-    former = {name.replace("momentum_encoder.", "slow."): value for name, value in state.items()}
-    assert sum(name.startswith("slow.") for name in former) == len(learner.momentum_encoder.state_dict()) > 20
+    names = {name: name.replace("momentum_encoder.", "slow.").replace("queue.caption_ids", "queue.names") for name in state}
+    former = {names[name]: value for name, value in state.items()}
+    assert "queue.names" in former and sum(name.startswith("slow.") for name in former) == len(learner.momentum_encoder.state_dict()) > 20
     student = make_student(job)[0]
     for checkpoint in (former, state):
         other = BlipLearner(make_student(job)[0].model, student, job.tasks, job.options)
@@ -431,3 +434,19 @@ def test_a_blip_is_no_teacher_for_two_towers_but_can_be_looked_at(tiny_blip, tin
     with pytest.raises(ValueError, match="is a BLIP"):
         tinyclip.open_tinyclip(check_parameters(tinyclip.TinyCLIP, given))
     assert isinstance(trainers.find_model(tiny_blip, fused=True), fusion.Blip)
+
+
+@pytest.mark.parametrize("name", ["BlipTraining", "BlipLearner", "open_blip_training", "read_texts", "needed_tasks", "plot_progress"])
+def test_what_has_moved_is_found_in_its_former_room_with_a_warning(name):
+    room = blip_learner if name in blip_learner.__all__ else sys.modules[BlipTraining.__module__]
+    with pytest.warns(DeprecationWarning, match=room.__name__):
+        assert getattr(dlip, name) is getattr(room, name)
+    with pytest.raises(AttributeError, match="open_blip_trainings"):
+        _ = dlip.open_blip_trainings
+
+
+def test_the_room_of_dlip_brings_the_training_of_a_blip_along():
+    "An installation of former times names the entry point `dlip` alone"
+    code = "import vlkd_lab.methods.dlip; from vlkd_lab.methods import METHODS; print(*sorted(METHODS.known()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["BlipTraining", "Dlip"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vlkd_lab import features
 from vlkd_lab.features import Batch, Features, gather, partner_ranks, recall
 
 
@@ -89,3 +90,11 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     forked.run(str(script), processes=2)
+
+
+@pytest.mark.parametrize("former, name", [("Pass", "LayerOutputs"), ("Slow", "MomentumOutputs")])
+def test_a_class_is_found_under_its_former_name_with_a_warning(former, name):
+    with pytest.warns(DeprecationWarning, match=name):
+        assert getattr(features, former) is getattr(features, name)
+    with pytest.raises(AttributeError, match="Passes"):
+        _ = features.Passes

@@ -1043,3 +1043,11 @@ def test_salesforces_files_without_words_or_with_more_than_a_blip_say_so(tmp_pat
     with pytest.raises(ValueError, match="load_blip reads it"):
         load_model(file, "cpu")
     assert find_model(file, fused=True).tasks == ("retrieval", "matching")
+
+
+@pytest.mark.parametrize("former, name", [("see", "forward_batch"), ("begun", "with_start_token"), ("write_about", "generate")])
+def test_a_function_is_found_under_its_former_name_with_a_warning(former, name):
+    with pytest.warns(DeprecationWarning, match=name):
+        assert getattr(fusion, former) is getattr(fusion, name)
+    with pytest.raises(AttributeError, match="wrote_about"):
+        _ = fusion.wrote_about
