@@ -225,9 +225,14 @@ def test_a_tinyclip_run_leaves_for_open_clip(trained, tiny_teacher, scenes, tmp_
     assert torch.equal(preprocess(picture), student.preprocess(picture))
     assert apart(load_model(out / "slim", "cpu").model, student.model, tokenizer) == 0
     card = huggingface_hub.ModelCard.load(out / "README.md")
-    assert card.data.to_dict() == dict(license="mit", library_name="open_clip", pipeline_tag="zero-shot-image-classification",
-                                       tags=["clip", "distillation", "vlkd_lab"], datasets=["conceptual_captions"])  # fmt: skip
+    front = {name: value for name, value in card.data.to_dict().items() if name != "model-index"}
+    assert front == dict(license="mit", library_name="open_clip", pipeline_tag="zero-shot-image-classification",
+                         tags=["clip", "distillation", "vlkd_lab"], datasets=["conceptual_captions"])  # fmt: skip
     result, config = job.run.result()["models"], job.run.config()
+    found = {one.metric_name: one for one in card.data.eval_results}
+    assert found["zero-shot accuracy"].metric_value == result["stage-2"]["zero_shot"] and card.data.model_name == "away"
+    assert found["image→text R@5"].metric_value == result["stage-2"]["image_to_text_r5"] and found["image→text R@5"].metric_type == "recall"
+    assert {(one.dataset_name, one.dataset_args["first_pairs"]) for one in found.values()} == {("val-000000.tar", 40)}
     for wanted in (
         f"| parameters | {result['stage-2']['parameters'] / 1e6:.2f} M |",
         f"| zero-shot accuracy | {result['stage-2']['zero_shot']:.1%} | {result['teacher']['zero_shot']:.1%} |",
@@ -314,6 +319,29 @@ def test_a_card_shows_names_as_they_are_and_no_folders(tiny_teacher, tmp_path):
     assert "| zero-shot accuracy | 50.0% |" in card and "| same class as the teacher | — |" in card
     assert all(line.count("|") - line.count("\\|") == 3 for line in card.splitlines() if line.startswith("| data")), "cells stay cells"
     assert huggingface_hub.ModelCard(card).data.license == "unknown"
+
+
+def test_a_card_names_each_teacher_of_a_set(tiny_teacher, tmp_path):
+    run, digests = tmp_path / "run", ["a" * 64, "b" * 64]
+    save_model(load_model(tiny_teacher, "cpu"), run / "student" / "student")
+    (run / "student" / "done.json").write_text("{}")
+
+    def lines(teacher, *of):
+        config = dict(method="Distil", parameters=dict(teacher=teacher), teacher_sha256=", ".join(of))
+        (run / "config.json").write_text(json.dumps(config))
+        models = {"teacher": dict(parameters=2_000_000, zero_shot=0.6), "teacher-2": dict(parameters=3_000_000, zero_shot=0.7)}
+        (run / "result.json").write_text(json.dumps(dict(models=models | dict(student=dict(zero_shot=0.5, same_class=0.9)))))
+        card = (export_student(run, tmp_path / "away", onnx=False) / "README.md").read_text().splitlines()
+        return "\n".join(line for line in card if "teacher" in line or "zero-shot" in line and "|" in line)
+
+    card = lines("/data/ann/large=2, ViT-B-32/openai", f"{digests[0]}=0.666667", f"{digests[1]}=0.333333")
+    assert f"| teacher 1 | large, weight 0.667, 2.00 M parameters, SHA-256 {digests[0][:16]} |" in card
+    assert f"| teacher 2 | ViT-B-32/openai, weight 0.333, 3.00 M parameters, SHA-256 {digests[1][:16]} |" in card
+    assert "|  | this model | teacher 1 | teacher 2 |" in card and "| zero-shot accuracy | 50.0% | 60.0% | 70.0% |" in card
+    assert "same class as teacher 1" in card and "/data" not in card
+    card = lines("/data/ann/a, b=2", digests[0])  # one teacher, whose path cannot be looked at here
+    assert f"| teacher | a, b=2, 2.00 M parameters, SHA-256 {digests[0][:16]} |" in card and "|  | this model | its teacher |" in card
+    assert "| teacher 2 | b, weight 0.5, 3.00 M parameters, SHA-256 not known |" in lines("a, b"), "of a run without digests"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 "A teacher as a set: every method that takes one takes several, beside or stored, over readers and processes, and goes on."
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from conftest import TINY, lines_of
 from safetensors.torch import load_file
 
-from vlkd_lab.evaluation import compare
+from vlkd_lab.evaluation import compare, finish
+from vlkd_lab.export import export_student
 from vlkd_lab.models import new_model, save_model, train_tokenizer
 from vlkd_lab.runs import Run
 from vlkd_lab.trainers import change, current_student, open_job, train
@@ -91,6 +93,12 @@ def test_gates_are_learned_from_a_set_and_the_student_can_be_looked_at(parameter
     table = compare(job)
     assert list(table.index) == ["teacher", "teacher-2", "stage-1", "stage-2"]
     assert table.loc["teacher-2", "parameters"] != table.loc["teacher", "parameters"]
+    finish(job, table)
+    card = (export_student(run.folder, run.folder.parent / "away", onnx=False) / "README.md").read_text()
+    sizes = [f"{table.loc[name, 'parameters'] / 1e6:.2f} M" for name in ("teacher", "teacher-2")]
+    for number, (size, weight) in enumerate(zip(sizes, ("0.75", "0.25"), strict=True), start=1):
+        assert re.search(rf"\| teacher {number} \| \w+, weight {weight}, {size} parameters, SHA-256 [0-9a-f]{{16}} \|", card)
+    assert "|  | this model | teacher 1 | teacher 2 |" in card
     assert current_student(run).config["model_cfg"]["embed_dim"] == TINY["embed_dim"]
 
 

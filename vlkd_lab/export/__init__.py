@@ -6,12 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/library/39_export.ipynb #9a59bd1b
+from vlkd_lab.export.words import (
+    UNKNOWN,
+    as_markdown,
+    in_millions,
+    markdown_table,
+    plain_name,
+    without_folders,
+)
+
 from .card import LICENCES, Card, check_hub_words
-from .history import how_made, score_table, training_rows
+from .history import evaluation_results, how_made, score_table, training_rows
 from .onnx import check_onnx, export_onnx
 from .origin import Origin, find_origin, newest_student
 from .padding import pad_towers, padded_shapes
 from .repository import export_student, push_student
 from .shards import to_clip_benchmark
 from .usage import TRANSFORMERS_TASKS, usage_text
-from .words import UNKNOWN, as_markdown, in_millions, markdown_table, without_folders

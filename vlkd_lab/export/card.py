@@ -5,19 +5,20 @@
 # %% ../../nbs/library/export_card.ipynb #3ec90163
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from ..fusion import Blip, blip_cost
 from ..models import VLM, count_cost
-from .history import how_made, score_table, training_rows
+from .history import evaluation_results, how_made, score_table, training_rows
 from .origin import Origin
 from .usage import usage_text
-from .words import as_markdown, in_millions, markdown_table
+from .words import as_markdown, in_millions, markdown_table, plain_name
 
 # %% auto #0
 __all__ = ['LICENCES', 'check_hub_words', 'Card']
@@ -72,25 +73,28 @@ def check_hub_words(
         )
 
 # %% ../../nbs/library/export_card.ipynb #c0f1e5d1
-def _front(kind: type[VLM], tasks: Sequence[str], licence: str, datasets: Sequence[str]) -> str:
+def _front(
+    title: str,
+    kind: type[VLM],
+    tasks: Sequence[str],  # of a BLIP, in which transformers can be asked
+    licence: str,
+    datasets: Sequence[str],
+    results: Sequence[EvalResult],
+) -> ModelCardData:
     "What the hub reads of a card"
     blip = issubclass(kind, Blip)
     task = "zero-shot-image-classification"
     if blip and "retrieval" not in tasks:
         task = "image-to-text" if "captioning" in tasks else "visual-question-answering"
-    lines = [
-        "---",
-        f"license: {licence or 'unknown'}",
-        f"library_name: {'transformers' if blip else 'open_clip'}",
-        f"pipeline_tag: {task}",
-        "tags:",
-        f"- {'blip' if blip else 'clip'}",
-        "- distillation",
-        "- vlkd_lab",
-    ]
-    if datasets:
-        lines += ["datasets:", *(f"- {json.dumps(name)}" for name in datasets)]
-    return "\n".join([*lines, "---"])
+    return ModelCardData(
+        license=licence or "unknown",
+        library_name="transformers" if blip else "open_clip",
+        pipeline_tag=task,
+        tags=["blip" if blip else "clip", "distillation", "vlkd_lab"],
+        datasets=list(datasets) or None,
+        model_name=plain_name(title) if results else None,
+        eval_results=list(results) or None,
+    )
 
 # %% ../../nbs/library/export_card.ipynb #e915c599
 def _size_rows(vlm: VLM) -> list[tuple[str, str]]:
@@ -134,7 +138,7 @@ def _model_table(vlm: VLM, padded: VLM) -> str:
     )
     return words + markdown_table(rows, ("", "as cut", "in open_clip's shapes"))
 
-# %% ../../nbs/library/export_card.ipynb #3ec9016b
+# %% ../../nbs/library/export_card.ipynb #3ec901b0
 _LIMITS = (
     "- The scores are of the named validation pairs alone. "
     "Measure on your own data before you rely on them.\n"
@@ -143,7 +147,7 @@ _LIMITS = (
     "- It was not made for decisions about people."
 )
 
-
+# %% ../../nbs/library/export_card.ipynb #3ec9016b
 @dataclass(frozen=True)
 class Card:
     "What a card is made of"
@@ -165,6 +169,12 @@ class Card:
 
     def text(self) -> str:
         "A hub repository's README.md"
+        results = evaluation_results(self.origin)
+        front = _front(self.title, type(self.vlm), list(self.tasks), self.licence, self.datasets, results)
+        return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{self.body()}"))
+
+    def body(self) -> str:
+        "What a person reads, as Markdown"
         parameters = self.origin.run.config().get("parameters", {}) if self.origin.run else {}
         limits = _LIMITS
         if str(parameters.get("data", "")).startswith(("scenes:", "data_samples/scenes")):
@@ -180,8 +190,7 @@ class Card:
             "Licence": self.terms(),
             "All training parameters": markdown_table(rows, ("parameter", "value")) if rows else "Not known.",
         }
-        front = _front(type(self.vlm), list(self.tasks), self.licence, self.datasets)
-        parts = [front, f"# {as_markdown(self.title)}", self.about()]
+        parts = [f"# {as_markdown(self.title)}", self.about()]
         parts += [f"## {name}\n\n{text}" for name, text in sections.items()]
         return "\n\n".join(parts) + "\n"
 

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from huggingface_hub import EvalResult
 
 from ..methods import METHODS
 from ..runs import role_of
+from ..trainers import read_teachers
 from .origin import Origin
-from .words import UNKNOWN, as_markdown, in_millions, markdown_table
+from .words import UNKNOWN, as_markdown, in_millions, markdown_table, plain_name
 
 # %% auto #0
-__all__ = ['how_made', 'training_rows', 'score_table']
+__all__ = ['how_made', 'training_rows', 'score_table', 'evaluation_results']
 
 # %% ../../nbs/library/export_history.ipynb #3ec90146
 def how_made(origin: Origin) -> str:
@@ -27,18 +31,57 @@ def how_made(origin: Origin) -> str:
         return UNKNOWN
     return METHODS[name].citation if name in METHODS else as_markdown(name)
 
-# %% ../../nbs/library/export_history.ipynb #7d0e40a5
-def _teacher(origin: Origin, config: Mapping[str, Any]) -> str:
-    "Name, size and digest"
-    parameters = config.get("parameters", {})
-    if "teacher" not in parameters:
-        return "none" if origin.run else UNKNOWN
-    result = origin.run.result() or {}
-    size = result.get("models", {}).get("teacher", {}).get("parameters")
-    digest = config.get("teacher_sha256", "")[:16] or UNKNOWN
-    return f"{as_markdown(parameters['teacher'])}, {in_millions(size)} parameters, SHA-256 {digest}"
+# %% ../../nbs/library/export_history.ipynb #3ec9014e
+@dataclass(frozen=True)
+class _Teacher:
+    "One of a run's teachers"
+
+    title: str  # "teacher", or its number in a set
+    entry: str  # in result.json
+    name: str
+    share: float  # of the set; they add up to 1
+    digest: str  # SHA-256 of its weights; empty: not known
 
 
+def _teachers(config: Mapping[str, Any]) -> list[_Teacher]:  # in their order; empty: there was none
+    "The teachers that a config.json names"
+    written = config.get("parameters", {}).get("teacher")
+    if not written:
+        return []
+    digests = [part.partition("=")[0] for part in config.get("teacher_sha256", "").split(", ") if part]
+    try:
+        shares = read_teachers(written)
+    except (ValueError, OSError):  # no names with weights: it is shown as it stands
+        shares = {written: 1.0}
+    if digests and len(digests) != len(shares):
+        shares = {written: 1.0}
+    if len(digests) != len(shares):
+        digests = [""] * len(shares)
+    if len(shares) == 1:
+        return [_Teacher("teacher", "teacher", written, 1.0, digests[0])]
+    teachers = []
+    for number, ((name, share), digest) in enumerate(zip(shares.items(), digests, strict=True), start=1):
+        entry = "teacher" if number == 1 else f"teacher-{number}"
+        teachers.append(_Teacher(f"teacher {number}", entry, name, share, digest))
+    return teachers
+
+
+def _teacher_rows(origin: Origin, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    "Name, weight in a set, size and digest of each teacher"
+    teachers = _teachers(config)
+    if not teachers:
+        return [("teacher", "none" if origin.run else UNKNOWN)]
+    models = (origin.run.result() or {}).get("models", {})
+    rows = []
+    for teacher in teachers:
+        weight = f"weight {teacher.share:.3g}, " if len(teachers) > 1 else ""
+        size = in_millions(models.get(teacher.entry, {}).get("parameters"))
+        digest = as_markdown(teacher.digest[:16] or UNKNOWN)
+        name = as_markdown(teacher.name)
+        rows.append((teacher.title, f"{name}, {weight}{size} parameters, SHA-256 {digest}"))
+    return rows
+
+# %% ../../nbs/library/export_history.ipynb #3ec901a0
 def _data(config: Mapping[str, Any]) -> str:
     "Place, number and fingerprint"
     parameters = config.get("parameters", {})
@@ -63,7 +106,7 @@ def training_rows(
     versions = [f"{as_markdown(name)} {as_markdown(version)}" for name, version in packages]
     return [
         ("method", how_made(origin)),
-        ("teacher", _teacher(origin, config)),
+        *_teacher_rows(origin, config),
         ("data", _data(config)),
         ("objective", ", ".join(terms) or UNKNOWN),
         ("seed", as_markdown(config.get("parameters", {}).get("seed", UNKNOWN))),
@@ -93,31 +136,36 @@ def _finite(value: Any) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _measured(origin: Origin) -> tuple[dict, dict, list[str]]:  # scores of student and teacher, warnings
-    "What the run says of a student; without an evaluation at the end, what its last validation said"
+def _measured(origin: Origin) -> tuple[dict, dict[str, dict], list[str]]:
+    "Scores of the student and (by title) of its teachers, and warnings"
     if origin.run is None:
         return {}, {}, []
     result = origin.run.result() or {}
     models = result.get("models", {})
     student = models.get(origin.stage, {})
-    if not student:
+    if not student:  # no evaluation at the end: its last validation
         for line in origin.run.metrics():
             if line.get("event") == "validation" and line.get("stage") == origin.stage:
                 student = line
-    return student, models.get("teacher", {}), result.get("warnings", [])
+    titles = {teacher.entry: teacher.title for teacher in _teachers(origin.run.config())}
+    if len(titles) < 2:
+        titles = {"teacher": "its teacher"}
+    if origin.stage == "teacher":  # it has none itself
+        titles = {}
+    teachers = {title: models[entry] for entry, title in titles.items() if models.get(entry)}
+    return student, teachers, result.get("warnings", [])
 
 # %% ../../nbs/library/export_history.ipynb #c0f1e5d2
 def score_table(origin: Origin) -> str:
     "What was measured, and on what, as Markdown"
-    student, teacher, warned = _measured(origin)
-    columns = {"": None, "this model": student}
-    if teacher and origin.stage != "teacher":
-        columns["its teacher"] = teacher
+    student, teachers, warned = _measured(origin)
+    columns = {"this model": student, **teachers}
     rows = []
     for name, (words, form) in _SCORES.items():
         if name in student:
-            scores = [_finite(of.get(name)) for of in columns.values() if of is not None]
-            rows.append([words, *("—" if score is None else form.format(score) for score in scores)])
+            scores = [_finite(model.get(name)) for model in columns.values()]
+            title = words.replace("the teacher", "teacher 1") if "teacher 1" in teachers else words
+            rows.append([title, *("—" if score is None else form.format(score) for score in scores)])
     if not rows and origin.run:
         return "Not measured by the run that made it."
     if not rows:
@@ -131,7 +179,43 @@ def score_table(origin: Origin) -> str:
     lines = [
         f"Measured by the run on the first {pairs} validation pairs of {where}, "
         f"or all of them if there are fewer.{ranked}\n",
-        markdown_table(rows, list(columns)),
+        markdown_table(rows, ["", *columns]),
     ]
     lines += [f"\n**Warning of the run:** {as_markdown(warning)}" for warning in warned]
     return "\n".join(lines)
+
+# %% ../../nbs/library/export_history.ipynb #3ec901a3
+_RETRIEVAL = ("image-text-retrieval", "recall")
+_METRICS = {  # name in result.json -> task and metric, as the hub calls them
+    "zero_shot": ("zero-shot-image-classification", "accuracy"),
+    "image_to_text_r1": _RETRIEVAL,
+    "image_to_text_r5": _RETRIEVAL,
+    "image_to_text_r10": _RETRIEVAL,
+    "text_to_image_r1": _RETRIEVAL,
+    "text_to_image_r5": _RETRIEVAL,
+    "text_to_image_r10": _RETRIEVAL,
+    "cider": ("image-to-text", "cider"),
+    "bleu4": ("image-to-text", "bleu"),
+    "answer_accuracy": ("visual-question-answering", "accuracy"),
+}
+
+
+def evaluation_results(
+    origin: Origin,
+) -> list[EvalResult]:  # empty where nothing was measured
+    "What was measured, in the hub's own form"
+    student = _measured(origin)[0]
+    parameters = origin.run.config().get("parameters", {}) if origin.run else {}
+    data = plain_name(parameters.get("val", ""))
+    pairs = parameters.get("validate_pairs")
+    common = dict(dataset_type=data, dataset_name=data, dataset_split="validation")
+    if isinstance(pairs, int):
+        common["dataset_args"] = {"first_pairs": pairs}
+    results = []
+    for name, (task, metric) in _METRICS.items():
+        score = _finite(student.get(name))
+        if score is not None:
+            words = _SCORES[name][0]
+            result = EvalResult(task, metric_type=metric, metric_value=score, metric_name=words, **common)
+            results.append(result)
+    return results

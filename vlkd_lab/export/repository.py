@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from ..data import project_root
 from ..fusion import TASKS, Blip, export_blip
 from ..models import VLM, save_model
@@ -151,7 +153,7 @@ def push_student(
     check_hub_words(repository or "empty", "other", ())
     if not _is_export(folder):
         raise FileNotFoundError(f"{folder.name} is no exported student: export_student writes one")
-    if "\nlicense: unknown\n" in (folder / "README.md").read_text(encoding="utf-8"):
+    if ModelCard.load(folder / "README.md").data.license in (None, "unknown"):
         raise ValueError(
             "the card names no licence: export it again with the one that is right for the teacher's "
             "weights and the data"

@@ -12,7 +12,7 @@ from typing import Any
 from ..data import clean_caption, visible
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'without_folders', 'as_markdown', 'markdown_table', 'in_millions']
+__all__ = ['UNKNOWN', 'without_folders', 'as_markdown', 'markdown_table', 'in_millions', 'plain_name']
 
 # %% ../../nbs/library/export_words.ipynb #3ec90136
 _ABOVE = re.compile(
@@ -50,3 +50,10 @@ def in_millions(
 ) -> str:
     "A count in millions, where it is known"
     return f"{float(number) / 1e6:.2f} M" if isinstance(number, int | float) else UNKNOWN
+
+# %% ../../nbs/library/export_words.ipynb #3ec9013c
+def plain_name(
+    value: Any,  # a name or a path
+) -> str:  # "unknown" for nothing
+    "The last name of a path, without any mark that could mean something"
+    return re.sub(r"[^\w.{}\-]+", "-", without_folders(str(value))).strip("-") or "unknown"
