@@ -281,7 +281,7 @@ def test_stored_features_teach_what_the_teacher_says_of_the_drawn_captions(
     name, workers, five, teachers, tmp_path
 ):
     totals = {}
-    for how in ("beside", "stored"):
+    for how in ("online", "stored"):
         out = tmp_path / f"{how}-{workers}"
         train(
             open_method(
@@ -295,7 +295,7 @@ def test_stored_features_teach_what_the_teacher_says_of_the_drawn_captions(
             )
         )
         totals[how] = [line["total"] for line in lines_of(out) if "total" in line]
-    assert len(totals["stored"]) == 6 and totals["stored"] == pytest.approx(totals["beside"], rel=5e-3)
+    assert len(totals["stored"]) == 6 and totals["stored"] == pytest.approx(totals["online"], rel=5e-3)
 
 
 @pytest.mark.parametrize("name, workers", [("TinyCLIP", 0), ("TinyCLIP", 3), ("Dlip", 3)])

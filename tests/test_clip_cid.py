@@ -63,7 +63,7 @@ def test_each_half_can_be_used_alone(tiny, tmp_path):
     assert other.report.total == 84, "any job takes the balanced data"
 
 
-@pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="beside", crop_scale=0.6)], ids=str)
+@pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="online", crop_scale=0.6)], ids=str)
 def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, ends_as_if_undisturbed):
     if changes.pop("wide", False):
         config = json.loads((tiny_teacher / "open_clip_config.json").read_text())["model_cfg"] | dict(embed_dim=24)
@@ -84,7 +84,7 @@ def test_a_second_start_finds_everything(tiny, monkeypatch):
 
 def test_stored_features_teach_as_the_teacher_does(tiny, tmp_path):
     train(job_of(tiny))
-    train(job_of(tiny, teacher_features="beside", out=str(tmp_path / "beside")))
+    train(job_of(tiny, teacher_features="online", out=str(tmp_path / "beside")))
     a, b = ([line["total"] for line in lines_of(out) if "total" in line] for out in (tiny["out"], tmp_path / "beside"))
     assert len(a) == 6 and a == pytest.approx(b, rel=2e-3)
 
@@ -141,7 +141,7 @@ def test_a_student_that_cannot_work_is_refused_before_anything_is_computed(tiny,
         (dict(removed_share=0.9999), "removed_share"),
         (dict(clusters=500), "there are 120 images"),
         (dict(clusters=100), "only 84 images are left"),
-        (dict(crop_scale=0.5), "teacher_features='beside'"),
+        (dict(crop_scale=0.5), "teacher_features='online'"),
         (dict(losses="cluster:1"), "cluster_classification"),
         (dict(inheritance="auto"), "'manual'"),
         (dict(cluster_margin=-1.0), "from 0 to 1.5"),

@@ -83,7 +83,7 @@ def test_a_step_is_the_formula_and_moves_the_image_tower_alone(tiny):
     [
         {},
         dict(text_tower="student"),
-        dict(teacher_features="beside", crop_scale=0.5),
+        dict(teacher_features="online", crop_scale=0.5),
         dict(augmentations=3, crop_scale=0.5),
         dict(micro_batch=5),
     ],
@@ -119,7 +119,7 @@ def test_gradient_caching_gives_the_same_step_for_sides_of_any_length(tiny, text
 def test_stored_features_teach_as_the_teacher_does_also_through_numbered_crops(tiny, tmp_path):
     cropped = tiny | dict(augmentations=2, crop_scale=0.5)
     totals = []
-    for k, given in enumerate((tiny, tiny | dict(teacher_features="beside"), cropped, cropped | dict(teacher_features="beside"))):
+    for k, given in enumerate((tiny, tiny | dict(teacher_features="online"), cropped, cropped | dict(teacher_features="online"))):
         train(job_of(given, out=str(tmp_path / str(k))))
         totals.append([line["total"] for line in lines_of(tmp_path / str(k)) if "total" in line])
     assert totals[0] == pytest.approx(totals[1], rel=1e-2) and totals[2] == pytest.approx(totals[3], rel=1e-2)

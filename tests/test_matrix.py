@@ -440,7 +440,7 @@ def other_eyes(tiny_teacher, folder):
     return save_model(new_model(config, seed=5), folder)
 
 
-@pytest.mark.parametrize("features", ["beside", "stored"])
+@pytest.mark.parametrize("features", ["online", "stored"])
 @pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid"])
 def test_a_start_keeps_its_own_view_of_the_data(method, features, parameters, tiny_teacher, tmp_path):
     start = other_eyes(tiny_teacher, tmp_path / "other")

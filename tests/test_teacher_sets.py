@@ -39,7 +39,7 @@ def parameters(scenes, tiny_teacher, large_teacher, tmp_path):
     def of(method, out="run", **changes):
         common = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", device="cpu")
         common |= dict(steps=3, batch_size=8, warmup=1, validate_every=3, validate_pairs=16, probe_pairs=4, out=str(tmp_path / out))
-        common |= dict(teacher=f"{tiny_teacher}=3, {large_teacher}", compare_scratch=False, teacher_features="beside")
+        common |= dict(teacher=f"{tiny_teacher}=3, {large_teacher}", compare_scratch=False, teacher_features="online")
         own = {
             "TinyCLIP": dict(stages=1, inheritance="manual", losses="affinity_mimicking=1, feature_mimicking=30"),
             "Distil": dict(inheritance="manual"),

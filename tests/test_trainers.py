@@ -589,13 +589,13 @@ def test_a_run_folder_may_be_watched_by_a_second_reader(tiny):
 
 def test_tinyclip_can_learn_from_stored_features(tiny, tmp_path):
     lines = []
-    for how in ("beside", "stored"):
+    for how in ("online", "stored"):
         given = dict(teacher_features=how, features=str(tmp_path / "store"), out=str(tmp_path / how), inheritance="manual", stages=1)
         train(job_of(tiny, compare_scratch=False, learning_rate=1e-4, **given))
         lines.append([line["total"] for line in lines_of(tmp_path / how) if "total" in line])
     assert len(lines[0]) == 6 and lines[0] == pytest.approx(lines[1], rel=5e-3)
     assert (tmp_path / "store" / "store.json").exists()
-    with pytest.raises(ValueError, match="teacher_features='beside'"):
+    with pytest.raises(ValueError, match="teacher_features='online'"):
         job_of(tiny, teacher_features="stored", crop_scale=0.5, out=str(tmp_path / "cropped"))
 
 

@@ -310,6 +310,7 @@ def begin(
     grows: Sequence[str] = (),  # entries that may become larger
     same: Mapping[str, str] = {},  # entries that may differ while another does not -> that one
     defaults: Mapping[str, Any] = {},  # what entries are in a config.json that is older than they
+    former: Mapping[str, Mapping[str, Any]] = {},  # entry -> a value of earlier versions -> today's
     on_change: Callable[[dict[str, list]], None] | None = None,  # gets name -> [old, new] before the writing
 ) -> bool:  # whether an earlier start is continued
     "Write config.json, or check that this start goes on with what the folder already holds"
@@ -318,7 +319,11 @@ def begin(
     if not old:
         write_text(run.folder / "config.json", json.dumps(config, indent=1))
         return False
-    changes = _differences(to_json(defaults) | _flat(old), _flat(config), free=("continued",))
+    before = to_json(defaults) | _flat(old)
+    for name, words in former.items():
+        if before.get(name) in words:
+            before[name] = words[before[name]]
+    changes = _differences(before, _flat(config), free=("continued",))
     refused = [name for name in changes if not _may_change(name, changes, free, grows, same)]
     if refused:
         raise ValueError(f"{run.folder} holds another run {_refusal(refused, changes, grows)}")

@@ -87,7 +87,7 @@ class ClipCid(Distillation):
         0.0, "multiplier in instance discrimination; 0: the teacher's own", **within(0, 1000)
     )
     teacher_features: str = parameter(
-        "stored", "read from the store, or computed at every step", **one_of("stored", "beside")
+        "stored", "read from the store, or computed at every step", **one_of("stored", "online")
     )
     map_images: int = parameter(256, "validation images on the live map of clusters", **at_least(3))
     compare_scratch: bool = parameter(True, "also train the same student contrastively, without a teacher")

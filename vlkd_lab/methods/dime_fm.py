@@ -95,7 +95,7 @@ class DimeFm(Distillation):
     pseudo_temperature: float = parameter(3.0, "of the pseudo vision-language score", **above(0))
     distance_temperature: float = parameter(7.0, "of the unimodal distance", **above(0))
     teacher_features: str = parameter(
-        "stored", "read from the store, or computed at every step", **one_of("stored", "beside")
+        "stored", "read from the store, or computed at every step", **one_of("stored", "online")
     )
     compare_scratch: bool = parameter(True, "also train the same architecture contrastively, on `data`")
 

@@ -49,7 +49,7 @@ class Distil(Distillation):
             raise ValueError(
                 "teacher='' needs a student: name an architecture as student, or a model as start_from"
             )
-        for name, value in dict(inheritance="none", teacher_features="beside", compare_scratch=False).items():
+        for name, value in dict(inheritance="none", teacher_features="online", compare_scratch=False).items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not valid with teacher='': choose {name}={value!r}"

@@ -68,7 +68,7 @@ class Dlip(BlipParameters, Distillation):
     temperature: float = parameter(1.0, "of the distilled logits", **above(0))
     compare_scratch: bool = parameter(True, "also train the same sizes from nothing with BLIP's losses alone")
     teacher_features: str = parameter(
-        "beside", "what modules make of a pair is too much to store", **one_of("beside")
+        "online", "what modules make of a pair is too much to store", **one_of("online")
     )
     validate_pairs: int = parameter(
         200, "pairs among which validation retrieves, captions and answers", **at_least(2)

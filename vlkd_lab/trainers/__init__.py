@@ -70,11 +70,14 @@ from vlkd_lab.trainers.learner import (
     train_what_is_reached,
 )
 from vlkd_lab.trainers.options import (
+    FORMER_WORDS,
+    CurrentWords,
     Distillation,
     FitParameters,
     above,
     at_least,
     check_parameters,
+    current_word,
     has_page,
     notebook_parameters,
     notebook_values,

@@ -36,7 +36,7 @@ from ..samples import cached_shards
 from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
-from .options import Distillation, FitParameters
+from .options import FORMER_WORDS, Distillation, FitParameters
 from .teachers import Teachers
 
 # %% auto #0
@@ -137,6 +137,9 @@ def out_folder(options: FitParameters) -> Path:
     if options.out:
         return data.project_root() / options.out
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
+    for name in kept.keys() & FORMER_WORDS.keys():  # a run is found where an earlier version has put it
+        first = {today: former for former, today in FORMER_WORDS[name].items()}
+        kept[name] = first.get(kept[name], kept[name])
     name = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return data.project_root() / "runs" / f"{type(options).__name__.lower()}-{name}"
 
@@ -153,6 +156,7 @@ def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs
         grows=[f"parameters.{name}" for name in GROWS],
         same={f"parameters.{name}": entry for name, entry in SAME.items()},
         defaults={f"parameters.{option.name}": option.default for option in fields(options)},
+        former={f"parameters.{name}": words for name, words in FORMER_WORDS.items()},
     )
 
 # %% ../../nbs/library/33_trainers_jobs.ipynb #dd781a4c

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -19,8 +20,30 @@ from ..data import shipped
 from ..losses import LOSSES
 
 # %% auto #0
-__all__ = ['parameter', 'check_parameters', 'notebook_parameters', 'notebook_values', 'has_page', 'one_of', 'above', 'at_least',
-           'within', 'share', 'FitParameters', 'Distillation', 'read_teachers', 'read_weights', 'seed_of']
+__all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
+           'notebook_values', 'has_page', 'one_of', 'above', 'at_least', 'within', 'share', 'FitParameters',
+           'Distillation', 'read_teachers', 'read_weights', 'seed_of']
+
+# %% ../../nbs/library/26_trainers_options.ipynb #f0e4a102
+FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> a word of earlier versions -> today's
+
+
+def current_word(name: str, value: Any) -> Any:
+    "A parameter's value in today's words"
+    words = FORMER_WORDS.get(name, {})
+    if not isinstance(value, str) or value not in words:
+        return value
+    warnings.warn(f"{name}={value!r} is called {words[value]!r} now", FutureWarning, stacklevel=3)
+    return words[value]
+
+
+class CurrentWords:
+    "Parameters in today's words, whoever wrote them"
+
+    def __post_init__(self):
+        for name in FORMER_WORDS:
+            if hasattr(self, name):
+                object.__setattr__(self, name, current_word(name, getattr(self, name)))
 
 # %% ../../nbs/library/26_trainers_options.ipynb #65f60240
 def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], bool] | None = None):
@@ -56,7 +79,8 @@ def check_parameters(kind: type, values: Mapping[str, Any]):
             close = difflib.get_close_matches(name, options, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"no parameter {name!r}: {hint}The parameters are {', '.join(options)}")
-    return kind(**{name: _check_value(options[name], value) for name, value in values.items()})
+    words = {name: current_word(name, value) for name, value in values.items()}
+    return kind(**{name: _check_value(options[name], value) for name, value in words.items()})
 
 # %% ../../nbs/library/26_trainers_options.ipynb #44b9ead6
 def notebook_parameters(kind: type, namespace: Mapping[str, Any]):
@@ -113,7 +137,7 @@ def share() -> dict:
 
 # %% ../../nbs/library/26_trainers_options.ipynb #36a7e139
 @dataclass(frozen=True)
-class FitParameters:
+class FitParameters(CurrentWords):
     "What every training job takes"
 
     data: str = parameter(
@@ -174,7 +198,7 @@ class Distillation(FitParameters):
         0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
     )
     teacher_features: str = parameter(
-        "beside", "computed at every step, or read from the store", **one_of("beside", "stored")
+        "online", "computed at every step, or read from the store", **one_of("online", "stored")
     )
     features: str = parameter("", "folder of the feature store; empty: beside the shards")
     augmentations: int = parameter(
@@ -189,7 +213,7 @@ class Distillation(FitParameters):
         if self.teacher_features == "stored" and self.crop_scale < 1 and not self.augmentations:
             raise ValueError(
                 f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored "
-                "features are of whole pictures; choose teacher_features='beside', crop_scale=1, or "
+                "features are of whole pictures; choose teacher_features='online', crop_scale=1, or "
                 "augmentations=4 to store four crops of each"
             )
 
