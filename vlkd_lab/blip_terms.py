@@ -34,7 +34,9 @@ def _fused(student: FusedFeatures) -> FusedFeatures:
     return student
 
 
-def _passes(student: FusedFeatures, teacher: FusedFeatures, module: str) -> list[tuple[LayerOutputs, LayerOutputs]]:
+def _passes(
+    student: FusedFeatures, teacher: FusedFeatures, module: str
+) -> list[tuple[LayerOutputs, LayerOutputs]]:
     "The passes through a module that both models made"
     of_student = _fused(student).passes
     of_teacher = _fused(teacher).passes

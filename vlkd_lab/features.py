@@ -101,7 +101,7 @@ class MomentumOutputs:
 
     features: Features  # the same pairs under the momentum encoder
     caption_ids: Tensor  # (B,) int64, equal for equal captions
-    queue: tuple[Tensor, Tensor, Tensor] | None = None  # earlier (M, D) images, (M, D) texts, (M,) caption ids
+    queue: tuple[Tensor, Tensor, Tensor] | None = None  # earlier (M, D) images, (M, D) texts, (M,) ids
     alpha: float = 0.4  # share of the targets that the momentum encoder decides
 
 
