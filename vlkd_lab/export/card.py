@@ -147,6 +147,19 @@ _LIMITS = (
     "- It was not made for decisions about people."
 )
 
+
+def _licence_text(licence: str) -> str:
+    "The licence, in words"
+    if licence not in ("", "unknown"):
+        return (
+            f"{licence}, chosen by whoever exported the model. "
+            "The teacher's weights and the data may add terms of their own."
+        )
+    return (
+        "Not stated. Ask whoever trained it; "
+        "the licences of the teacher's weights and of the data may bind this model too."
+    )
+
 # %% ../../nbs/library/export_card.ipynb #3ec9016b
 @dataclass(frozen=True)
 class Card:
@@ -187,21 +200,9 @@ class Card:
             "What was measured": score_table(self.origin),
             "How it was made": markdown_table(training_rows(self.origin), ("", "")),
             "Uses and limits": limits,
-            "Licence": self.terms(),
+            "Licence": _licence_text(self.licence),
             "All training parameters": markdown_table(rows, ("parameter", "value")) if rows else "Not known.",
         }
         parts = [f"# {as_markdown(self.title)}", self.about()]
         parts += [f"## {name}\n\n{text}" for name, text in sections.items()]
         return "\n\n".join(parts) + "\n"
-
-    def terms(self) -> str:
-        "The licence, in words"
-        if self.licence not in ("", "unknown"):
-            return (
-                f"{self.licence}, chosen by whoever exported the model. "
-                "The teacher's weights and the data may add terms of their own."
-            )
-        return (
-            "Not stated. Ask whoever trained it; "
-            "the licences of the teacher's weights and of the data may bind this model too."
-        )

@@ -104,6 +104,22 @@ def _html_table(terms: tuple[Term, ...]) -> str:
         rows.append(f"<tr{grey}>{cells}{formula}</tr>")
     return f"<table>{''.join(rows)}</table>"
 
+# %% ../../nbs/library/losses_objective.ipynb #7105e56d
+def _projected(student: Features, project: Projection | None) -> Features:
+    return student if project is None else project(student)
+
+
+def _for_each(
+    project: Projection | tuple[Projection | None, ...] | None,
+    teachers: int,  # how many there are
+) -> tuple[Projection | None, ...]:
+    "The projection before each teacher's rows; ValueError for another number of teachers"
+    if not isinstance(project, tuple):
+        return (project,) * teachers
+    if len(project) != teachers:
+        raise ValueError(f"there are projections for {len(project)} teachers, and here are {teachers}")
+    return project
+
 # %% ../../nbs/library/losses_objective.ipynb #42c88428
 @dataclass(frozen=True, init=False, repr=False)
 class Objective:
@@ -128,8 +144,7 @@ class Objective:
         is_set = isinstance(teacher, Ensemble)
         teachers = teacher.members if is_set else (teacher,)
         weights = teacher.weights if is_set else (1.0,)
-        projections = self.projections(len(teachers))
-        near = [student if project is None else project(student) for project in projections]
+        near = [_projected(student, project) for project in self.projections(len(teachers))]
         active = [term for term in self.terms if term.weight]
         values = {}
         for term in active:
@@ -139,12 +154,7 @@ class Objective:
 
     def projections(self, teachers: int = 1) -> tuple[Projection | None, ...]:
         "What stands before the terms that compare rows, for each of so many teachers"
-        if isinstance(self.project, tuple):
-            if len(self.project) != teachers:
-                count = len(self.project)
-                raise ValueError(f"there are projections for {count} teachers, and here are {teachers}")
-            return self.project
-        return (self.project,) * teachers
+        return _for_each(self.project, teachers)
 
     def draw(self, seed: int) -> None:
         "Seed the terms that draw at random, before a step"
