@@ -46,7 +46,7 @@ from vlkd_lab.widgets import (
     GateMatrices,
     LossCurves,
     ProbeMatrices,
-    Still,
+    StaticFigure,
     StudentMap,
     Watched,
     attach,
@@ -243,7 +243,7 @@ def lines_points_marks(folder):
     layout["yaxis1"]["type"] = "log"
     layout["shapes"] = [dict(type="line", x0=12, x1=12, y0=0, y1=1, xref="x", yref="y domain", line={"color": "#D55E00", "dash": "dot"})]
     layout["annotations"] = [dict(x=12, y=1, xref="x", yref="y domain", text="here", showarrow=False, font={"color": "#D55E00"})]
-    return shown(Still({"data": lines, "layout": layout}))
+    return shown(StaticFigure({"data": lines, "layout": layout}))
 
 
 @figure
@@ -254,7 +254,7 @@ def matrices(folder):
     difference = np.linspace(-1, 1, 54).reshape(6, 9)
     difference[4, 6] = np.nan
     drawn = {"corner": (corner, 0, 1), "second row": (row, 0, 1), "third column": (column, 0, 2), "difference": (difference, -1, 1)}
-    return shown(Still(heatmaps_json(drawn, "what it means", width=640, height=180)))
+    return shown(StaticFigure(heatmaps_json(drawn, "what it means", width=640, height=180)))
 
 
 @figure
@@ -309,14 +309,14 @@ def bench(folder):
     "All parts of a run, one below the other"
     run = write_run(folder / "run")
     write_gates(run, **write_probe(run))
-    return shown(attach(run.folder, live=False).still())
+    return shown(attach(run.folder, live=False).static())
 
 
 @figure
 def several_runs(folder):
     for name, factor in (("one", 1.0), ("other", 0.6)):
         write_run(folder / name, factor)
-    return shown(overlay([folder / "one", folder / "other"], live=False).still())
+    return shown(overlay([folder / "one", folder / "other"], live=False).static())
 
 
 # ---- explorers ----------------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def explored_affinities(folder):
     pairs = Pairs(tuple(np.zeros((8, 8, 3), np.uint8) for _ in captions), captions, (None,) * 10, captions)
     explorer = AffinityExplorer(Affinities(Features(image, text, scale), Features(blurred, text, scale), captions), pairs, live=False)
     explorer.affinities.order("disagreement")
-    return shown(explorer.still())
+    return shown(explorer.static())
 
 
 @figure
@@ -343,7 +343,7 @@ def explored_gates(folder):
     from vlkd_lab.explorers import GateExplorer
 
     write_gates(run := write_run(folder / "run"))
-    return shown(GateExplorer(run, live=False).still())
+    return shown(GateExplorer(run, live=False).static())
 
 
 def cluster_map(**more) -> bytes:
@@ -355,7 +355,7 @@ def cluster_map(**more) -> bytes:
     state = ClusterState(features, more.pop("assignment", members), **more)
     state.umap = SimpleNamespace(ready=lambda: False, wait=lambda seconds: False, problem="", coordinates=None)
     state.choose(colour_by=choice)
-    return shown(ClusterMap(state, live=False).still())
+    return shown(ClusterMap(state, live=False).static())
 
 
 @figure
@@ -386,7 +386,7 @@ def explored_balance(folder):
     rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
     stored = Stored(rows, np.full(60, -1), load_pairs(folder / "scenes").keys)
     explorer = BalanceExplorer(link(stored.unit(), most=0.5), stored, inspect_shards(folder / "scenes"), 0.06, live=False)
-    return shown(explorer.still())
+    return shown(explorer.static())
 
 
 # ---- tables and their pictures: evaluation, gates, plans, data ----------------------------------------------------
