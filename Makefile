@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-versions faults browser lab docs readme export floors lint screenshots clean
+.PHONY: train test test-versions faults browser lab docs readme export floors lint screenshots pictures clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -37,6 +37,10 @@ lab: $(READY)
 # the website, in _docs/; where Quarto is installed, nbdev_docs makes it with Quarto from the same pages and the same _quarto.yml
 docs: $(READY)
 	$(BIN)/python tools/build_site.py
+
+# the pictures with which tests/test_figures.py compares static figures, drawn anew; look at what has changed (NAMES="plan gates" draws some)
+pictures: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/figures.py $(NAMES)
 
 # the pictures of README and docs, taken from a real page (a few minutes)
 screenshots: browser

@@ -387,7 +387,7 @@ def test_the_bench_shows_scores_of_sentences_and_what_is_nearest(tiny, tmp_path)
     assert escaped(probe["sentences"][order[0]]) in shown and "student, step 0" in shown
     assert "<img src=x" not in shown and "\u202e" not in shown
     assert escaped(probe["captions"][5])[:40] in shown and shown.count("<b>") >= 4
-    assert bench.still().png and "<img src=x" not in NearestSentences(job.run.folder, images=8).html
+    assert bench.static().png and "<img src=x" not in NearestSentences(job.run.folder, images=8).html
     assert curves_json(bench.watched)["layout"]["yaxis3"]["title"]["text"] == "share of the gradient"
     bench.close()
     with pytest.raises(ValueError, match="has no probe of sentences"):

@@ -114,10 +114,10 @@ def test_a_click_selects_in_all_matrices_and_another_order_forgets_it(pairs):
     look.views["student"]._hear({"chosen": [3, 4]})
     assert look.selected == (3, 4) and all(view.selected == [3, 4] for view in look.views.values())
     assert "rank of this text" in look.detail.value
-    look.panel._hear({"asked": {"order": "disagreement"}})
+    look.panel._hear({"requested": {"order": "disagreement"}})
     assert look.selected is None and look.views["teacher"].selected == []
     assert look.views["teacher"].row_texts[0] == visible(pairs.captions[look.affinities.rows[0]])
-    look.panel._hear({"asked": {"measure": "image_to_text"}})
+    look.panel._hear({"requested": {"measure": "image_to_text"}})
     assert look.views["teacher"].measure == "P(text | image)"
     assert look.views["teacher"].matrix.sum(axis=1) == pytest.approx(np.ones(12), abs=1e-5)
     look.close()
@@ -146,12 +146,12 @@ def test_what_a_cut_would_leave_is_what_the_cut_left(run):
 def test_sliders_of_the_gates_are_kept_in_range(run):
     look = GateExplorer(run, live=True)
     first = {name: view.frame for name, view in look.views.items()}
-    look.panel._hear({"asked": {"snapshot": 0}})
+    look.panel._hear({"requested": {"snapshot": 0}})
     assert look.place == 0 and any(view.frame != first[name] for name, view in look.views.items())
-    look.panel._hear({"asked": {"snapshot": 99, "target": 3.0, "ordered": False}})
+    look.panel._hear({"requested": {"snapshot": 99, "target": 3.0, "ordered": False}})
     assert look.place == len(look.history) - 1 and look.target == 0.97 and not look.ordered
     look.close()
-    shown = GateExplorer(run, live=False).still()._repr_mimebundle_()["text/html"]
+    shown = GateExplorer(run, live=False).static()._repr_mimebundle_()["text/html"]
     assert "data:image/png" in shown and "multiply-accumulates" in shown
 
 
@@ -226,7 +226,7 @@ def test_umap_takes_the_place_of_pca_unless_somebody_chose(state):
     look = ClusterMap(state, live=True)
     look.update()
     assert state.layout == "UMAP" and look.figure.layout.xaxis.title.text == "UMAP 1 (seed 0)"
-    look.panel._hear({"asked": {"layout": "PCA"}})
+    look.panel._hear({"requested": {"layout": "PCA"}})
     look.update()
     assert state.layout == "PCA" and [b["value"] for b in look.panel.buttons if b.get("pressed")] == ["cluster", "PCA"]
     look.select(7)
@@ -257,7 +257,7 @@ def test_umap_runs_in_a_process_of_its_own(tmp_path):
 
 def test_umap_that_cannot_be_had_is_said_and_pca_stays(state, monkeypatch):
     monkeypatch.setattr(explorers, "_UMAP", "raise SystemExit('no umap here')")
-    look = ClusterMap(state, live=False).still()
+    look = ClusterMap(state, live=False).static()
     assert "no umap here" in look._repr_mimebundle_()["text/plain"]
     image = Image.open(io.BytesIO(base64.b64decode(look._repr_mimebundle_()["image/png"])))
     assert image.size == (830, 400)
@@ -312,5 +312,5 @@ def test_the_map_of_a_run_shows_thumbnails_and_captions_as_text(clustered, monke
         assert text not in look.detail.value and "\u202e" not in look.detail.value
     look.ask({"colour_by": "moved"})
     assert [trace.name for trace in look.figure.data[:2]] == ["centre of the teacher", "another centre"]
-    assert look.still().png[:4] == b"\x89PNG"
+    assert look.static().png[:4] == b"\x89PNG"
     look.close()

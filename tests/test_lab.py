@@ -147,7 +147,7 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     fits_and_shows_captions_as_text(page)
     trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
     assert page.run_cell(trying) and page.output(trying).locator("img").count() >= 4, "the kernel is free"
-    done = cells["bench.still()"]
+    done = cells["bench.static()"]
     assert page.run_cell(done) is False and "still training" in page.output_text(done)
     sliders_reach_the_trainer(page, run)
     pause_resume(page, run)
@@ -249,7 +249,7 @@ def test_an_error_in_training_shows_in_the_bench(page, project):
     traceback = page.browser_page.locator(".vlkd-messages pre")
     page.browser_page.locator(".vlkd-messages summary").evaluate("summary => summary.click()")  # whole, also while the page draws anew
     until(lambda: "Traceback" in traceback.inner_text())
-    assert page.run_cell(cells["bench.still()"]) is False and "Diverged" in page.output_text(cells["bench.still()"])
+    assert page.run_cell(cells["bench.static()"]) is False and "Diverged" in page.output_text(cells["bench.static()"])
     before = traceback.element_handle()
     page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew; what was unfolded stays so
     until(lambda: not before.evaluate("pre => pre.isConnected") and traceback.is_visible())
@@ -296,7 +296,7 @@ def test_explorers_answer_clicks_and_sliders(page, project):
 def test_run_all_stops_politely_where_the_end_is_needed(page, project):
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, **given)
-    run, done = Run(given["out"]), cells["bench.still()"]
+    run, done = Run(given["out"]), cells["bench.static()"]
     page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
     page.browser_page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
     until(lambda: "still training" in page.output_text(done))

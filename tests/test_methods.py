@@ -154,7 +154,7 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
     job = open_job("Sharp-1", run.config()["parameters"])
     job.work()
     assert lines_of(run.folder) == before, "a finished run is not trained again"
-    with_part = height_of(attach(run.folder).still())
+    with_part = height_of(attach(run.folder).static())
     live = RunView(run.folder, live=True)
     (shown,) = [part for part in live.widgets.parts if type(part).__name__ == "Sharpness"]
     assert list(live.widgets.parts[shown].widget.data[0].y) == totals
@@ -162,11 +162,11 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
     for wrong in (Failing, Undrawable):
         monkeypatch.setattr("vlkd_lab.widgets.bench.method_parts", lambda watched, wrong=wrong: [wrong()])
         with pytest.warns(UserWarning, match=f"{wrong.__name__} could not be drawn"):
-            assert with_part == height_of(attach(run.folder).still()) + 300, "the rest of the picture is there"
+            assert with_part == height_of(attach(run.folder).static()) + 300, "the rest of the picture is there"
         with pytest.warns(UserWarning, match=f"{wrong.__name__} could not be drawn"):
             RunView(run.folder, live=True).close()
     monkeypatch.setattr("vlkd_lab.widgets.bench.method_parts", lambda watched: [])
-    assert with_part == height_of(attach(run.folder).still()) + 300, "the picture has the method's part"
+    assert with_part == height_of(attach(run.folder).static()) + 300, "the picture has the method's part"
     table = compare(job)
     assert list(table.index) == ["teacher", "sharp", "plain"] and table.loc["sharp"].notna().any()
     card = (export_student(run.folder, tmp_path / "away", onnx=False) / "README.md").read_text()

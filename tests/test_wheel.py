@@ -27,7 +27,7 @@ from vlkd_lab.export import export_student
 from vlkd_lab.samples import cached_shards, shipped
 from vlkd_lab.trainers import FitParameters, find_data, find_model
 from vlkd_lab.verdicts import stored_results
-still = widgets.attach("first").still()
+still = widgets.attach("first").static()
 export_student("first", "student", onnx=False)
 here = sorted(path.name for path in Path().iterdir())
 assert find_model("data_samples/teacher").config and find_blip("data_samples/blip").tasks and stored_results()["trials"]

@@ -24,7 +24,7 @@ from vlkd_lab.widgets import (
     ProbeMatrices,
     RunClusters,
     RunView,
-    Still,
+    StaticFigure,
     StudentMap,
     Watched,
     attach,
@@ -34,7 +34,6 @@ from vlkd_lab.widgets import (
     differences,
     duration,
     escaped,
-    headline,
     measured,
     overlay,
     overlay_json,
@@ -43,6 +42,7 @@ from vlkd_lab.widgets import (
     probe_affinities,
     progress,
     run_messages,
+    status_bar,
     symmetric_limit,
     term_curves,
     to_bytes,
@@ -118,7 +118,7 @@ def test_a_failing_answer_is_said_on_the_page():
         raise ValueError("no such " + HOSTILE)
 
     panel.on_choice.append(fail)
-    panel._hear({"asked": {"order": "x"}})
+    panel._hear({"requested": {"order": "x"}})
     assert panel.messages[-1]["kind"] == "error" and "\\u202e" in panel.messages[-1]["text"]
 
 
@@ -126,11 +126,11 @@ def test_what_is_known_of_a_run(run):
     watched = Watched(Run(run.folder))
     assert watched.look() == {"curves", "snapshot"} and watched.look() == set()
     weights = {"affinity_mimicking": 1.0, "feature_mimicking": 100.0}
-    assert watched.effect == {"learning_rate_factor": 1.0, "target_sparsity": 0.75, "weights": weights}
+    assert watched.current == {"learning_rate_factor": 1.0, "target_sparsity": 0.75, "weights": weights}
     now = progress(watched)
     assert now["samples_per_second"] == 20 and now["data_share"] == pytest.approx(0.2)
     assert now["seconds_left"] == pytest.approx(50 * 0.5) and now["share"] == pytest.approx(30 / 80)
-    assert dict(headline(watched)) == {
+    assert dict(status_bar(watched)) == {
         "state": "running", "stage": "stage-2 · distil", "step": "30", "samples a second": "20", "waiting for data": "20%",
         "memory": "1.00 GiB", "time left": "25 s",
     }  # fmt: skip
@@ -138,9 +138,9 @@ def test_what_is_known_of_a_run(run):
 
 def test_a_run_that_is_new_has_a_view_too(tmp_path):
     watched = Watched(Run(tmp_path / "none"))
-    assert watched.look() == set() and dict(headline(watched))["state"] == "new"
+    assert watched.look() == set() and dict(status_bar(watched))["state"] == "new"
     assert curves_json(watched)["data"] == [] and probe_affinities(watched) == {}
-    assert "image/png" not in attach(tmp_path / "none", live=False).still()._repr_mimebundle_()
+    assert "image/png" not in attach(tmp_path / "none", live=False).static()._repr_mimebundle_()
 
 
 @pytest.mark.parametrize("seconds, said", [(float("nan"), "—"), (5.4, "5 s"), (65, "1 min 05 s"), (3 * 3600 + 62, "3 h 01 min")])
@@ -185,7 +185,7 @@ def test_curves_are_valid_plotly_and_mark_what_was_changed(run):
 def test_a_still_carries_its_own_picture(run):
     watched = Watched(Run(run.folder))
     watched.look()
-    shown = Still(curves_json(watched))._repr_mimebundle_()
+    shown = StaticFigure(curves_json(watched))._repr_mimebundle_()
     image = Image.open(io.BytesIO(base64.b64decode(shown["image/png"])))
     assert image.size == (830, 280) and len(image.convert("RGB").getcolors(100_000)) > 20
     assert "application/vnd.plotly.v1+json" in shown
@@ -198,16 +198,16 @@ def test_the_bench_shows_a_run_and_passes_wishes_on(run):
     assert not view.seen and dict(panel.head)["state"] == "running" and not panel.off
     assert panel.values["weights.feature_mimicking"] == 100.0 and panel.values["target_sparsity"] == 0.75
     assert {spec["name"] for spec in panel.sliders} >= {f"weights.{name}" for name, term in all_losses().items() if not term.module}
-    panel._hear({"asked": {"weights.contrastive": 0.5}})
-    panel._hear({"asked": {"pause": True}})
+    panel._hear({"requested": {"weights.contrastive": 0.5}})
+    panel._hear({"requested": {"pause": True}})
     assert Run(run.folder).asked() == {"weights": {"contrastive": 0.5}, "pause": True} and view.seen
     view.update()
     assert panel.values["weights.contrastive"] == 0.5 and panel.buttons[0]["label"] == "Resume"
-    panel._hear({"asked": {"target_sparsity": 5}})
+    panel._hear({"requested": {"target_sparsity": 5}})
     view.update()
     assert "0 to 0.97" in panel.messages[-1]["text"]
     assert "\u202e" not in view.widgets.part(ProbeMatrices).views["teacher"].row_texts[0]
-    panel._hear({"asked": {"measure": "image_to_text"}})
+    panel._hear({"requested": {"measure": "image_to_text"}})
     for matrix in view.widgets.part(ProbeMatrices).views.values():
         matrix._hear({"drawn": matrix.number})
     view.update()
@@ -269,7 +269,7 @@ def test_a_view_that_fails_says_so_and_goes_on(run, monkeypatch):
 def test_wishes_may_come_on_any_thread(run):
     view = RunView(run.folder, live=True)
     wishes = [{"weights.contrastive": 0.25}, {"target_sparsity": 0.5}, {"learning_rate_factor": 2.0}, {"gradient_share": True}]
-    threads = [threading.Thread(target=view.widgets.panel._hear, args=({"asked": wish},)) for wish in wishes]
+    threads = [threading.Thread(target=view.widgets.panel._hear, args=({"requested": wish},)) for wish in wishes]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -294,7 +294,7 @@ def test_a_job_whose_process_is_gone_is_said_to_be(tmp_path):
     (tmp_path / "status.json").write_text('{"state": "running"}')
     watched = Watched(Run(tmp_path))
     watched.look()
-    assert "process is gone" in run_messages(watched)[0]["text"] and dict(headline(watched))["state"] == "lost"
+    assert "process is gone" in run_messages(watched)[0]["text"] and dict(status_bar(watched))["state"] == "lost"
 
 
 def test_attach_gives_the_same_bench_again(run):
@@ -333,7 +333,7 @@ def test_several_runs_are_laid_over_each_other(run, tmp_path):
     table = differences(view.runs)
     assert list(table.loc["batch_size"]) == ["10", "20"] and "target_sparsity" not in table.index
     assert "changed: weights" in table.index
-    html = view.still()._repr_mimebundle_()["text/html"]
+    html = view.static()._repr_mimebundle_()["text/html"]
     assert "<script>" not in html and "data:image/png" in html
     assert {trace["name"] for trace in overlay_json(view.runs)["data"]} == {"run", "other"}
     with pytest.raises(ValueError, match="one run folder or more"):
@@ -431,7 +431,7 @@ def test_the_map_of_a_bench_is_updated_in_place(run):
 
 
 def test_a_still_has_the_map_and_a_run_without_clusters_has_none(run):
-    height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).still().png)).height  # noqa: E731
+    height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).static().png)).height  # noqa: E731
     view, without = RunView(run.folder, live=True), height()
     assert len(view.box.children) == 3 and clusters_json(view.watched) == {}
     with pytest.raises(KeyError):

@@ -133,8 +133,8 @@ def test_maps_of_a_probe_end_with_the_text(run):
 
 def test_the_chosen_word_is_sent_a_byte_a_patch(run):
     view = CrossView(looked_at(run))
-    view._hear({"drawn": view.number, "asked": {"image": 1}})
-    view._hear({"asked": {"word": 2}})
+    view._hear({"drawn": view.number, "requested": {"image": 1}})
+    view._hear({"requested": {"word": 2}})
     assert (view.image, view.word, view.words) == (1, 2, ["[ENC]", "two", "[SEP]"]) and len(view.frame) == 2 * (16 + 4)
     maps = cross_maps(view.watched, 1)
     teacher, student = (maps["fusion"][model][2] for model in ("teacher", "student"))
@@ -155,7 +155,7 @@ def test_an_image_begins_with_the_word_that_looks_hardest_and_other_snapshots_ke
     write_snapshot(run.folder / "probe.safetensors", {"teacher_cross_fusion": maps}, {})
     view = CrossView(looked_at(run))
     assert view.word == 3
-    view._hear({"asked": {"word": 1}})
+    view._hear({"requested": {"word": 1}})
     view.show()
     assert view.word == 1 and [panel["title"] for panel in view.panels][-1] == "writing (decoder): student" and len(view.panels) == 3
 
@@ -163,13 +163,13 @@ def test_an_image_begins_with_the_word_that_looks_hardest_and_other_snapshots_ke
 @pytest.mark.parametrize("wish, image, word", [({"word": 99}, 0, 4), ({"word": -5}, 0, 0), ({"image": 99}, 1, 1), ({"image": -1}, 0, 2)])
 def test_a_wish_beyond_the_end_is_the_last(run, wish, image, word):
     view = CrossView(looked_at(run))
-    view._hear({"asked": wish})
+    view._hear({"requested": wish})
     assert view.image == image and (view.word == word or "image" in wish)
 
 
 def test_a_wish_that_is_no_number_is_said_on_the_page(run):
     view = CrossView(looked_at(run))
-    view._hear({"asked": {"word": HOSTILE}})
+    view._hear({"requested": {"word": HOSTILE}})
     assert "ValueError" in view.said and "\u202e" not in view.said
 
 
@@ -239,7 +239,7 @@ def test_a_bench_that_was_there_before_its_run_gets_the_maps_and_the_table(tmp_p
 
 
 def test_a_still_has_the_maps(run):
-    height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).still().png)).height  # noqa: E731
+    height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).static().png)).height  # noqa: E731
     maps = Image.open(io.BytesIO(cross_picture(looked_at(run))))
     assert maps.width == 830 and len(maps.convert("RGB").getcolors(100_000)) > 20
     assert height() == 280 + maps.height
@@ -349,7 +349,7 @@ def test_a_blip_that_is_trained_without_a_teacher_begins_with_weights_of_1(tmp_p
         writer.log({"stage": "teacher", "step": 1, "image_text_matching": 0.5, "answering": 2.0, "total": 2.5})
     watched = looked_at(writer)
     assert {name: list(values) for name, (_, values) in module_curves(watched).items()} == {"fusion": [0.5], "decoder": [2.0]}
-    assert watched.effect["weights"] == {"image_text_matching": 1.0, "answering": 1.0}
+    assert watched.current["weights"] == {"image_text_matching": 1.0, "answering": 1.0}
 
 
 def test_a_run_of_two_towers_has_neither_modules_nor_their_sliders(tmp_path):

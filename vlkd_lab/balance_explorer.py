@@ -5,6 +5,7 @@
 # %% ../nbs/library/62_balance_explorer.ipynb #58be94c2
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from .stores import Stored
 from .widgets import COLOURS, WIDTH, Live, Panel, picture
 
 # %% auto #0
-__all__ = ['REMOVED_SHARE', 'balance_json', 'BalanceExplorer', 'BalanceStill']
+__all__ = ['REMOVED_SHARE', 'balance_json', 'BalanceExplorer', 'StaticBalance']
 
 # %% ../nbs/library/62_balance_explorer.ipynb #ad36508d
 def balance_json(linkage: Linkage, threshold: float, width: int = WIDTH, height: int = 240) -> dict:
@@ -103,9 +104,9 @@ class BalanceExplorer(Live):
         self._pictures |= find_pictures(self.report, unread, side=44)
         return groups_html(balance, self.stored.keys, self._pictures)
 
-    def still(self) -> BalanceStill:
+    def static(self) -> StaticBalance:
         "The same as a picture and a table"
-        return BalanceStill(self)
+        return StaticBalance(self)
 
 # %% ../nbs/library/62_balance_explorer.ipynb #a4db7fed
 REMOVED_SHARE = 0.437  # of the images of LAION, which CLIP-CID removes
@@ -144,7 +145,7 @@ def _draw_balance(explorer: BalanceExplorer) -> None:
     explorer.groups.value = explorer.shown(balance)
 
 # %% ../nbs/library/62_balance_explorer.ipynb #2abc4001
-class BalanceStill:
+class StaticBalance:
     "Curve, sizes and pictures at one threshold"
 
     def __init__(self, explorer: BalanceExplorer):
@@ -157,3 +158,11 @@ class BalanceStill:
         image = widgets.png_html(self.png, "what goes by threshold, sizes of the groups")
         page = f"<p>{escaped(self.text)}</p>{image}{self.groups}"
         return {"text/html": page, "text/plain": self.text}
+
+
+def __getattr__(name: str):
+    "What had another name, with a warning that says the new one"
+    if name != "BalanceStill":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("BalanceStill is now StaticBalance", DeprecationWarning, stacklevel=2)
+    return StaticBalance

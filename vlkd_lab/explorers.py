@@ -181,9 +181,9 @@ class AffinityExplorer(Live):
         both = {name: self.affinities.matrix(name, self.measure) for name in ("teacher", "student")}
         return widgets.with_difference(both, self.measure)
 
-    def still(self) -> _AffinityStill:
+    def static(self) -> _StaticAffinities:
         "The matrices, and what stands behind the chosen cell or the worst"
-        return _AffinityStill(self)
+        return _StaticAffinities(self)
 
 # %% ../nbs/library/61_explorers.ipynb #5bea919b
 def _draw_affinities(explorer: AffinityExplorer) -> None:
@@ -197,7 +197,7 @@ def _draw_affinities(explorer: AffinityExplorer) -> None:
         explorer.views[name].show(matrix, low, high, **texts)
 
 # %% ../nbs/library/61_explorers.ipynb #c6b57609
-class _AffinityStill:
+class _StaticAffinities:
     "The matrices as a picture, and under it what stands behind the chosen or the most disputed cell"
 
     def __init__(self, explorer: AffinityExplorer):
@@ -351,9 +351,9 @@ class GateExplorer(Live):
         if self.live:
             _draw_gates(self)
 
-    def still(self) -> _GateStill:
+    def static(self) -> _StaticGates:
         "The gates at two moments, and what a cut at any target would leave"
-        return _GateStill(self.history, self.place, self.target)
+        return _StaticGates(self.history, self.place, self.target)
 
 # %% ../nbs/library/61_explorers.ipynb #50d46f19
 def _draw_gates(explorer: GateExplorer) -> None:
@@ -381,7 +381,7 @@ def _moment_json(history: GateHistory, place: int) -> dict:  # Plotly JSON
     return widgets.heatmaps_json(matrices, "open probability", ("", "layer"), height=140)
 
 
-class _GateStill:
+class _StaticGates:
     "Gates at the beginning and the chosen moment of a stage; the price of every target; the table of one"
 
     def __init__(self, history: GateHistory, place: int, target: float):
@@ -618,7 +618,7 @@ class ClusterMap(Live):
     def __init__(self, state: ClusterState, live: bool | None = None):
         super().__init__(live)
         self.state = state
-        self._offered = None  # the choices that the page has
+        self._offered = None  # the choices that the frontend has
         self._is_chosen = False  # somebody has chosen a layout
         state.umap = state.umap or Umap(state.features, state.seed)
         if self.live:
@@ -655,13 +655,13 @@ class ClusterMap(Live):
         if choices != self._offered or layout != self.state.layout:
             _draw_clusters(self)
 
-    def still(self) -> _ClusterStill:
+    def static(self) -> _StaticClusters:
         "The map as a picture, by PCA and by UMAP"
-        return _ClusterStill(self.state)
+        return _StaticClusters(self.state)
 
 # %% ../nbs/library/61_explorers.ipynb #cb4ff22f
 def _draw_clusters(view: ClusterMap) -> None:
-    "Put the present state on the page"
+    "Show the present state"
     state = view.state
     drawn = _clusters_json(state)
     view._offered = state.choices()
@@ -703,7 +703,7 @@ def _sample_html(state: ClusterState) -> str:
     return f"<div style='display:flex;gap:14px'>{image}<div>{words}</div></div>"
 
 # %% ../nbs/library/61_explorers.ipynb #e989dbd5
-class _ClusterStill:
+class _StaticClusters:
     "A map of clusters as a picture: by PCA, and by UMAP when it could be had"
 
     def __init__(self, state: ClusterState, seconds: float = 180.0):
@@ -790,7 +790,7 @@ def cluster_table(run: Run) -> pd.DataFrame:  # a row the teacher, the student's
 
 # %% ../nbs/library/61_explorers.ipynb #991f84c1
 def show(view: Live) -> Live:
-    "A view that answers its page and is kept up to date from now on"
+    "A view that answers its frontend and is kept up to date from now on"
     if view.live:
         view.keep()
     return view

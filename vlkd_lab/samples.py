@@ -956,8 +956,9 @@ def show_scenes(
     import matplotlib.pyplot as plt
 
     rows = -(-len(samples) // columns)
-    size = (1.5 * columns, 2.1 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    size = (1.5 * columns, 2.1 * rows)  # two thirds for the pictures, a third for four lines below each
+    grid = dict(left=0.02, right=0.98, top=0.99, bottom=1 / (3 * rows), wspace=0.16, hspace=0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, gridspec_kw=grid)
     for axis in axes.flat:
         axis.axis("off")
     for axis, sample in zip(axes.flat, samples, strict=False):

@@ -82,7 +82,7 @@ function mark(box, chosen) {
 }
 
 function render({ model, el }) {
-  const ask = (name, value) => model.send({ asked: { [name]: value } });
+  const ask = (name, value) => model.send({ requested: { [name]: value } });
   const images = make("div", { className: "vlkd-thumbs" }), words = make("div", { className: "vlkd-words", dir: "auto" });
   const panels = make("div", { className: "vlkd-maps" }), overlap = make("p", { className: "vlkd-overlap" });
   overlap.setAttribute("role", "status");

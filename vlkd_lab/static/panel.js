@@ -49,7 +49,7 @@ class Slider {
 }
 
 function render({ model, el }) {
-  const ask = (name, value) => model.send({ asked: { [name]: value } });
+  const ask = (name, value) => model.send({ requested: { [name]: value } });
   const head = make("div", { className: "vlkd-head" });
   head.setAttribute("role", "status");
   const buttons = make("div", { className: "vlkd-buttons" });

@@ -78,7 +78,7 @@ from vlkd_lab.trainers.options import (
     at_least,
     check_parameters,
     current_word,
-    has_page,
+    is_interactive,
     notebook_parameters,
     notebook_values,
     one_of,
@@ -124,7 +124,10 @@ _MOVED = "{name} is imported from {module}, not from {package}"
 
 
 def __getattr__(name: str):
-    "What a registered method's module makes public, with a warning that says where it lives"
+    "A registered method's public names, and `has_page`, with a warning that says what they are called now"
+    if name == "has_page":
+        warnings.warn("has_page is now is_interactive", DeprecationWarning, stacklevel=2)
+        return is_interactive
     if not name.startswith("_"):
         for method in METHODS.values():
             module = sys.modules[method.parameters.__module__]

@@ -24,7 +24,7 @@ from .. import runs
 from ..methods import DEFAULT_METHOD, find_method
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .jobs import Job, at_work
-from .options import check_parameters, has_page, notebook_values
+from .options import check_parameters, is_interactive, notebook_values
 
 # %% auto #0
 __all__ = ['open_job', 'train', 'Training', 'StillTraining', 'start', 'main', 'read_value', 'notebook_job']
@@ -157,7 +157,7 @@ def start(
     if folder in _TRAININGS and _TRAININGS[folder].alive:
         return _TRAININGS[folder]
     training = Training(job, work)
-    if not (has_page() if beside is None else beside):
+    if not (is_interactive() if beside is None else beside):
         work(job)
         return training
     _TRAININGS[folder] = training

@@ -21,7 +21,7 @@ from ..losses import LOSSES
 
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
-           'notebook_values', 'has_page', 'one_of', 'above', 'at_least', 'within', 'share', 'FitParameters',
+           'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'FitParameters',
            'Distillation', 'read_teachers', 'read_weights', 'seed_of']
 
 # %% ../../nbs/library/26_trainers_options.ipynb #f0e4a102
@@ -100,12 +100,12 @@ def notebook_values(
         if name.startswith("_") or name in of_ipython or not isinstance(value, literals):
             continue
         resembles = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
-        if name in names or resembles or not has_page():
+        if name in names or resembles or not is_interactive():
             values[name] = value
     return values
 
 
-def has_page() -> bool:
+def is_interactive() -> bool:
     "Whether a person's notebook page runs this kernel, and not papermill, nbconvert or a script"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/library/53_widgets.ipynb #03972c84
+import warnings
+
 from vlkd_lab.widgets.affinities import (
     MEASURES,
     LiveAffinities,
@@ -34,9 +36,9 @@ from vlkd_lab.widgets.bench import (
     CURVE_SECONDS,
     LOOK_SECONDS,
     Live,
-    RunStill,
     RunView,
     RunWidgets,
+    StaticBench,
     attach,
     bench_parts,
 )
@@ -91,7 +93,7 @@ from vlkd_lab.widgets.drawing import (
     SEQUENTIAL,
     WIDTH,
     Matrices,
-    Still,
+    StaticFigure,
     axis_name,
     blank_page,
     curve,
@@ -143,14 +145,30 @@ from vlkd_lab.widgets.watched import (
     Choice,
     Watched,
     duration,
-    headline,
     is_baseline,
     is_working,
     kept_students,
     progress,
     settle,
+    status_bar,
 )
 
 from ..data import escaped, visible
 from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
-from .several import RunsStill, RunsView, differences, overlay, overlay_json
+from .several import RunsView, StaticRuns, differences, overlay, overlay_json
+
+# %% ../../nbs/library/53_widgets.ipynb #31df8e84
+_RENAMED = {
+    "headline": "status_bar",
+    "Still": "StaticFigure",
+    "RunStill": "StaticBench",
+    "RunsStill": "StaticRuns",
+}
+
+
+def __getattr__(name: str):
+    "What had another name, with a warning that says the new one"
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -89,7 +89,7 @@ class ProbeMatrices(RunPart):
 
 # %% ../../nbs/library/45_widgets_affinities.ipynb #725c1e99
 class LiveAffinities(LivePart):
-    "The probe's affinities on a live page; a click chooses an image for the other parts"
+    "The probe's affinities in a frontend; a click chooses an image for the other parts"
 
     def __init__(self):
         self.views = affinity_views()

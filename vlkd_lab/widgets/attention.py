@@ -332,7 +332,7 @@ def _telling(words: Sequence[str], modules: ModuleMaps) -> int:
 
 
 def _word_panels(modules: ModuleMaps, word: int) -> tuple[list[dict], bytes, list[str]]:
-    "The maps of a word as a page draws them, one scale a module: panels, frame, overlaps in words"
+    "The maps of a word as a frontend draws them, one scale a module: panels, frame, overlaps in words"
     panels = []
     frame = b""
     overlaps = []
@@ -367,7 +367,7 @@ class CrossMaps(RunPart):
 
 
 class LiveMaps(LivePart):
-    "The maps on a live page, once there are some"
+    "The maps in a frontend, once there are some"
 
     def update(self, watched: Watched) -> None:
         if self.widget is not None:

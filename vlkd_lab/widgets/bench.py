@@ -9,6 +9,7 @@ import asyncio
 import base64
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -19,16 +20,16 @@ import ipywidgets
 from .. import runs
 from ..data import project_root
 from ..runs import WATCH_SECONDS, Run
-from ..trainers import has_page
+from ..trainers import is_interactive
 from .affinities import MEASURES, ProbeMatrices
 from .controls import Panel, panel_state, request
 from .curves import LossCurves
 from .drawing import stacked
 from .parts import LivePart, RunPart, may_fail, method_parts
-from .watched import Watched, headline, is_working, settle
+from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
-__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'Live', 'bench_parts', 'RunWidgets', 'RunView', 'RunStill', 'attach']
+__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'Live', 'bench_parts', 'RunWidgets', 'RunView', 'StaticBench', 'attach']
 
 # %% ../../nbs/library/51_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
@@ -36,32 +37,41 @@ CURVE_SECONDS = 1.0  # between two drawings by Plotly, which is dearer than a ca
 
 # %% ../../nbs/library/51_widgets_bench.ipynb #a23f3966
 class Live:
-    "A view that a page shows as widgets, kept up to date while it is seen, and anything else as a picture"
+    "A view that a frontend shows as widgets, kept up to date while it is seen, and a static figure elsewhere"
 
-    always = False  # kept up to date even when no page shows it
-    box: ipywidgets.Widget | None = None  # what a live page shows
+    always = False  # kept up to date even when no frontend shows it
+    box: ipywidgets.Widget | None = None  # what a frontend shows
     panel: Panel | None = None  # by which it knows that it is seen
     closed = False
     _task = None
     _handle = None  # of what it displayed
 
     def __init__(self, live: bool | None):
-        self.live = has_page() if live is None else live
+        self.live = is_interactive() if live is None else live
 
     @property
     def seen(self) -> bool:
-        "Whether a page showed it a moment ago"
+        "Whether a frontend showed it a moment ago"
         return self.panel is not None and self.panel.seen
 
     def update(self) -> None:
-        "Look, and show what is new; most views change only when they are asked"
+        "Look, and show what is new; most views change only on a request"
+
+    def static(self):
+        "Its static figure, which shows where no kernel runs"
+        raise NotImplementedError(f"{type(self).__name__} says in `static` what it is as a static figure")
+
+    def still(self):
+        "The old name of `static`"
+        warnings.warn("still() is now static()", DeprecationWarning, stacklevel=2)
+        return self.static()
 
     def keep(self) -> None:
         "Begin to keep it up to date, on the loop of the cell that calls this"
         self._task = asyncio.get_running_loop().create_task(_keep(self))
 
     def close(self) -> None:
-        "End it and take its widgets off the page"
+        "End it and take its widgets off the frontend"
         self.closed = True
         if self.box is not None:
             self.box.close()
@@ -69,13 +79,13 @@ class Live:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
-        bundle = self.box._repr_mimebundle_() if self.live else self.still()._repr_mimebundle_()
+        bundle = self.box._repr_mimebundle_() if self.live else self.static()._repr_mimebundle_()
         self._handle = display(bundle, raw=True, display_id=True)
 
     def leave_picture(self) -> None:
         "Put a picture beside the widget, for the saved notebook: it shows where the widget's kernel is gone"
         if self._handle is not None:
-            static = self.still()._repr_mimebundle_()
+            static = self.static()._repr_mimebundle_()
             self._handle.update(static | self.box._repr_mimebundle_(), raw=True)
 
 
@@ -147,7 +157,7 @@ class RunWidgets:
         return any(self.parts[part].is_plot for part in drawn)
 
     def ready(self) -> bool:
-        "Whether the page has drawn what it was sent"
+        "Whether the frontend has drawn what it was sent"
         return all(live.ready() for live in self.parts.values())
 
 # %% ../../nbs/library/51_widgets_bench.ipynb #7eb95cdf
@@ -196,10 +206,10 @@ class RunView(Live):
             self.leave_picture()
         self._was_working = is_working(self.watched)
 
-    def still(self) -> RunStill:
-        "The bench as a picture"
+    def static(self) -> StaticBench:
+        "The bench as a static figure"
         self.watched.look()
-        return RunStill(self.watched)
+        return StaticBench(self.watched)
 
 # %% ../../nbs/library/51_widgets_bench.ipynb #9f6c30a6
 def _tell_that_somebody_watches(view: RunView) -> None:
@@ -213,12 +223,12 @@ def _tell_that_somebody_watches(view: RunView) -> None:
 
 
 def _show(view: RunView) -> None:
-    "Show what a bench has to show and its page is ready for"
+    "Show what a bench has to show and its frontend is ready for"
     widgets = view.widgets
     widgets.take_parts(view.watched)
     new = set(view._due)
     if not (view.always or widgets.ready()):
-        new.discard("snapshot")  # the page is owed one frame, not a queue
+        new.discard("snapshot")  # the frontend is owed one frame, not a queue
     view._due -= new
     now = time.monotonic()
     plots = now - view._drawn > CURVE_SECONDS or not is_working(view.watched)
@@ -227,8 +237,8 @@ def _show(view: RunView) -> None:
     widgets.show_panel(panel_state(view.watched, view.refused, widgets.problems.values()))
 
 # %% ../../nbs/library/51_widgets_bench.ipynb #a5c841ce
-class RunStill:
-    "A bench's picture with its status bar as text"
+class StaticBench:
+    "A bench's static figure, its status bar as text"
 
     def __init__(self, watched: Watched):
         settle(watched)
@@ -240,12 +250,12 @@ class RunStill:
                 if png is not None:
                     pictures.append(png)
         self.png = stacked(pictures) if pictures else None
-        status_bar = ", ".join(f"{name}: {value}" for name, value in headline(watched) if value != "—")
-        self.text = "\n".join([status_bar, *problems.values()])
+        shown = ", ".join(f"{name}: {value}" for name, value in status_bar(watched) if value != "—")
+        self.text = "\n".join([shown, *problems.values()])
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         if self.png is None:
-            return {"text/plain": f"{self.text}; there is nothing to draw yet, `still()` draws it later"}
+            return {"text/plain": f"{self.text}; there is nothing to draw yet, `static()` draws it later"}
         return {"text/plain": self.text, "image/png": base64.b64encode(self.png).decode()}
 
 # %% ../../nbs/library/51_widgets_bench.ipynb #18bb762d
@@ -254,9 +264,9 @@ _VIEWS: dict[Path, RunView] = {}
 
 def attach(
     folder: str | Path,  # a run folder; it may be new, at work in any process, or long finished
-    live: bool | None = None,  # widgets; None: when a person's page runs this kernel
+    live: bool | None = None,  # widgets; None: when a person's frontend runs this kernel
 ) -> RunView:
-    "The bench of a run; a second call gives the same one, so a reloaded page finds it again"
+    "The bench of a run; a second call gives the same one, so a reloaded frontend finds it again"
     folder = (project_root() / folder).resolve()  # an absolute path stays as it is
     view = _VIEWS.get(folder)
     if view is None or view.closed or (live is not None and live != view.live):

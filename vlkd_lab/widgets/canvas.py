@@ -47,7 +47,7 @@ class Pulsed(anywidget.AnyWidget):
     def _hear(self, content: Mapping[str, Any]) -> None:
         self.seen_at = time.monotonic()
         self.drawn = content.get("drawn", self.drawn)
-        choice = content.get("chosen") or content.get("asked")
+        choice = content.get("chosen") or content.get("requested")
         if not choice:
             return
         for call in self.on_choice:

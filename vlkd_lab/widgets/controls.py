@@ -18,7 +18,7 @@ from ..runs import Run
 from .affinities import MEASURES
 from .canvas import Pulsed, script
 from .curves import MODULE_NAMES, modules_of
-from .watched import Watched, headline, is_baseline, is_working, progress
+from .watched import Watched, is_baseline, is_working, progress, status_bar
 
 # %% auto #0
 __all__ = ['Panel', 'message', 'slider', 'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages',
@@ -36,10 +36,10 @@ class Panel(Pulsed):
     off = traitlets.Bool(False).tag(sync=True)  # whether the sliders cannot be moved
     messages = traitlets.List().tag(sync=True)
     share = traitlets.Float(0.0).tag(sync=True)  # of the work that is done
-    reading = traitlets.Bool(False).tag(sync=True)  # a traceback is unfolded; a page may draw the panel anew
+    reading = traitlets.Bool(False).tag(sync=True)  # a traceback is unfolded; a frontend may draw the panel anew
 
     def fail(self, error: Exception) -> None:
-        "Say it on the page"
+        "Say it among the messages"
         failure = message("error", visible(f"the view failed: {type(error).__name__}: {error}"))
         self.messages = [each for each in self.messages if each != failure] + [failure]
 
@@ -67,7 +67,7 @@ def slider(
 def run_sliders(watched: Watched) -> list[dict]:
     "A slider for everything that may change in mid-run"
     sliders = []
-    if "target_sparsity" in watched.effect:
+    if "target_sparsity" in watched.current:
         help = "share of prunable weights removed at the end of the run"
         sliders.append(slider("target_sparsity", "target sparsity", 0, 0.97, help))
     help = "factor on the schedule; 0 holds the weights still"
@@ -97,14 +97,14 @@ def _weight_sliders(watched: Watched) -> list[dict]:
 
 # %% ../../nbs/library/50_widgets_controls.ipynb #8cafa2ff
 def run_values(watched: Watched) -> dict[str, float]:
-    "Where the sliders stand: what is requested, else what is in effect"
-    effect = watched.effect
+    "Where the sliders stand: what is requested, else the current values"
+    current = watched.current
     requested = watched.requested
     values = {}
     for name in ("learning_rate_factor", "target_sparsity"):
-        if name in effect:
-            values[name] = requested.get(name, effect[name])
-    weights = dict.fromkeys(all_losses(), 0.0) | effect["weights"] | requested.get("weights", {})
+        if name in current:
+            values[name] = requested.get(name, current[name])
+    weights = dict.fromkeys(all_losses(), 0.0) | current["weights"] | requested.get("weights", {})
     return values | {f"weights.{term}": weight for term, weight in weights.items()}
 
 # %% ../../nbs/library/50_widgets_controls.ipynb #fd22e479
@@ -158,7 +158,7 @@ def panel_state(watched: Watched, refused: str = "", problems: Iterable[str] = (
     "The panel's state, by the names of its traits"
     in_baseline = is_baseline(watched, watched.status.get("stage", ""))
     return {
-        "head": headline(watched),
+        "head": status_bar(watched),
         "buttons": run_buttons(watched, watched.choice.measure),
         "sliders": run_sliders(watched),
         "values": run_values(watched),

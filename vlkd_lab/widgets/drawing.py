@@ -22,7 +22,7 @@ from ..data import escaped
 __all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'BAR_ROOM', 'PIXELS_PER_INCH', 'palette',
            'to_bytes', 'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout',
            'heatmap', 'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked',
-           'Still']
+           'StaticFigure']
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
@@ -399,7 +399,7 @@ def stacked(pictures: Sequence[bytes], colours: int = 256) -> bytes:  # PNG
     return buffer.getvalue()
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #b0458206
-class Still:
+class StaticFigure:
     "A static figure: Plotly JSON that a frontend draws with Plotly, and anything else as its picture"
 
     def __init__(self, drawn: Mapping[str, Any]):

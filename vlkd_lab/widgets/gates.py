@@ -97,7 +97,7 @@ class GateMatrices(RunPart):
 
 
 class LiveGates(LivePart):
-    "The gates on a live page, a canvas each"
+    "The gates in a frontend, a canvas each"
 
     def __init__(self):
         self.views: dict[str, MatrixView] = {}

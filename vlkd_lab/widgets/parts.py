@@ -39,12 +39,12 @@ class RunPart(ABC):
         return picture(drawn) if drawn else None
 
     def live(self) -> LivePart:
-        "Its form on a live page"
+        "Its form in a frontend"
         return LiveFigure(lambda watched: part_figure(self, watched))
 
 
 class LivePart(ABC):
-    "A part on a live page"
+    "A part in a frontend"
 
     is_plot = False  # drawn by Plotly, which is dear: the bench draws it at most once a second
     widget: ipywidgets.Widget | None = None  # None while there is nothing to see
@@ -92,7 +92,7 @@ def sync_figure(live: go.FigureWidget, drawn: Mapping[str, Any]) -> None:
 
 
 class LiveFigure(LivePart):
-    "A Plotly figure on a live page"
+    "A Plotly figure in a frontend"
 
     is_plot = True
 

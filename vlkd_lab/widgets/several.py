@@ -19,10 +19,10 @@ from .controls import Panel
 from .curves import curves_json, validation_lines
 from .drawing import COLOURS, WIDTH, curve, picture, png_html
 from .parts import live_figure, sync_figure
-from .watched import Watched, headline, is_baseline
+from .watched import Watched, is_baseline, status_bar
 
 # %% auto #0
-__all__ = ['differences', 'overlay_json', 'RunsView', 'RunsStill', 'overlay']
+__all__ = ['differences', 'overlay_json', 'RunsView', 'StaticRuns', 'overlay']
 
 # %% ../../nbs/library/52_widgets_several.ipynb #f91381d2
 def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a parameter, a column a run
@@ -100,11 +100,11 @@ class RunsView(Live):
             sync_figure(self.figure, overlay_json(self.runs))
         self.table.value = differences(self.runs).to_html(border=0)
 
-    def still(self) -> RunsStill:
+    def static(self) -> StaticRuns:
         "The runs as a picture and a table"
         for watched in self.runs.values():
             watched.look()
-        return RunsStill(self.runs)
+        return StaticRuns(self.runs)
 
 
 def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
@@ -116,11 +116,11 @@ def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
 
 def _place(watched: Watched) -> str:
     "State, stage and step"
-    return ", ".join(value for _, value in headline(watched)[:3])
+    return ", ".join(value for _, value in status_bar(watched)[:3])
 
 # %% ../../nbs/library/52_widgets_several.ipynb #5e068d88
-class RunsStill:
-    "Several runs as a picture and a table"
+class StaticRuns:
+    "Several runs as a static figure: a picture and a table"
 
     def __init__(self, several: Mapping[str, Watched]):
         self.png = picture(overlay_json(several))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..runs import Curves, Run, kept_snapshots, newest_snapshot, read_json, read
 
 # %% auto #0
 __all__ = ['UNKNOWN', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'settle', 'duration', 'progress',
-           'headline']
+           'status_bar']
 
 # %% ../../nbs/library/42_widgets_watched.ipynb #dfbee3be
 def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) from the first to the last
@@ -91,13 +92,19 @@ class Watched:
         return self.config.get("objective") or dict.fromkeys(self.config.get("terms", ()), 1.0)
 
     @property
-    def effect(self) -> dict[str, Any]:
+    def current(self) -> dict[str, Any]:
         "The values that can change in mid-run, as they are now"
         target = self.config.get("parameters", {}).get("target_sparsity")
         changed = runs.in_effect(self.curves.events)
         weights = (self.objective or {"contrastive": 1.0}) | changed.get("weights", {})
         now = {"learning_rate_factor": 1.0, "target_sparsity": target, **changed, "weights": weights}
         return {name: value for name, value in now.items() if value is not None}
+
+    @property
+    def effect(self) -> dict[str, Any]:
+        "The old name of `current`"
+        warnings.warn("Watched.effect is now Watched.current", DeprecationWarning, stacklevel=2)
+        return self.current
 
 # %% ../../nbs/library/42_widgets_watched.ipynb #836951c7
 def is_working(watched: Watched) -> bool:
@@ -155,7 +162,7 @@ def _known(value: float, form: str) -> str:
     return UNKNOWN if math.isnan(value) else form.format(value)
 
 
-def headline(watched: Watched) -> list[list[str]]:  # [name, value] each
+def status_bar(watched: Watched) -> list[list[str]]:  # [name, value] each
     "The status bar as text"
     status = watched.status
     now = progress(watched)
