@@ -48,7 +48,10 @@ def class_prompts(
         raise ValueError(
             f"template {without[0]!r} has no {{}} where the name goes; for example {TEMPLATES[0]!r}"
         )
-    return list(dict.fromkeys(template.replace("{}", name) for name in names for template in templates))
+    prompts = []
+    for name in names:
+        prompts += [template.replace("{}", name) for template in templates]
+    return list(dict.fromkeys(prompts))
 
 
 def read_lines(
@@ -83,9 +86,11 @@ class _Tally:
     "What became of the lines"
 
     def __init__(self):
-        self.read, self.counts = 0, dict.fromkeys(REASONS, 0)
+        self.read = 0
+        self.counts = dict.fromkeys(REASONS, 0)
         self.examples: dict[str, list[Dropped]] = {reason: [] for reason in REASONS}
-        self.histogram, self.lowest = np.zeros(len(_BINS) - 1, dtype=np.int64), []
+        self.histogram = np.zeros(len(_BINS) - 1, dtype=np.int64)
+        self.lowest = []
 
     def drop(self, reason: str, dropped: Dropped) -> None:
         self.counts[reason] += 1
@@ -274,7 +279,8 @@ class _Candidates:
             first.setdefault(self.texts[row], row)
         self.tally.counts["duplicates"] += len(self.texts) - len(first)
         rows = list(first.values())[: self.room]
-        self.texts, self.parts = [self.texts[row] for row in rows], [[column[rows] for column in columns]]
+        self.texts = [self.texts[row] for row in rows]
+        self.parts = [[column[rows] for column in columns]]
         self.cut = self.parts[0][0][-1] if len(rows) == self.room else -math.inf
         return self.parts[0]
 
@@ -381,10 +387,17 @@ def _check_limits(count: int, near: float, reserve: float, words: tuple[int, int
         if not good:
             raise ValueError(f"{name}={value} is not valid: {valid}")
 
-
-def _settled(best: _Candidates, kept: list[int], gone: dict[int, tuple[str, int]], given: dict) -> Selection:
+# %% ../nbs/library/16_corpus.ipynb #c0rpusx1
+def _settled(
+    best: _Candidates,
+    kept: list[int],
+    gone: dict[int, tuple[str, int]],  # of others the reason and the row kept instead
+    limits: dict,  # sources, wanted, near and reserve
+) -> Selection:
     "The kept rows of the candidates, with the report"
-    tally, texts, (scores, nearest, files, lines, features) = best.tally, best.texts, best.parts[0]
+    tally = best.tally
+    texts = best.texts
+    scores, nearest, files, lines, features = best.parts[0]
     for row, (reason, other) in gone.items():
         apart = math.dist(features[row].astype(np.float64), features[other].astype(np.float64))
         why = (
@@ -400,7 +413,8 @@ def _settled(best: _Candidates, kept: list[int], gone: dict[int, tuple[str, int]
         for score, file, line, text in tally.lowest
         if text not in settled
     ]
-    dropped = {reason: tuple(found) for reason, found in (tally.examples | {"below the cut": lowest}).items()}
+    examples = tally.examples | {"below the cut": lowest}
+    dropped = {reason: tuple(examples[reason]) for reason in examples}
     counts = {"read": tally.read, **tally.counts, "kept": len(kept)}
     counts["below the cut"] = tally.read - len(kept) - sum(tally.counts.values())
     columns = dict(
@@ -410,7 +424,7 @@ def _settled(best: _Candidates, kept: list[int], gone: dict[int, tuple[str, int]
         lines=lines[kept],
         histogram=tally.histogram,
     )
-    return Selection(tuple(texts[row] for row in kept), counts=counts, dropped=dropped, **columns, **given)
+    return Selection(tuple(texts[row] for row in kept), counts=counts, dropped=dropped, **columns, **limits)
 
 # %% ../nbs/library/16_corpus.ipynb #80f31312
 _ARRAYS = ("scores", "nearest", "files", "lines", "histogram")
@@ -434,9 +448,9 @@ def write_selection(
         f"{share:g}": float(score)
         for share, score in zip(shares, np.quantile(selection.scores, shares), strict=True)
     }
-    about["dropped"] = {
-        reason: [asdict(example) for example in found] for reason, found in selection.dropped.items()
-    }
+    about["dropped"] = {}
+    for reason, examples in selection.dropped.items():
+        about["dropped"][reason] = [asdict(example) for example in examples]
     with atomic_write(path.with_suffix(".safetensors")) as unfinished:
         save_file({name: getattr(selection, name) for name in _ARRAYS}, unfinished)
     contents = {path.with_suffix(".json"): json.dumps(about, indent=1) + "\n"}

@@ -169,7 +169,9 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     missing = [part for part in parts if Path(part).name != part or not (index.parent / part).is_file()]
     if missing:
         raise FileNotFoundError(f"{index} names {len(parts)} files, and {missing[0]} is not beside it")
-    weights = {name: tensor for part in parts for name, tensor in read_weights(index.parent / part).items()}
+    weights = {}
+    for part in parts:
+        weights.update(read_weights(index.parent / part))
     lost = [name for name in places if _unwrapped(name) not in weights]
     if lost:
         raise ValueError(
@@ -616,7 +618,8 @@ def _read_file(file: Path, config: Mapping | None) -> Checkpoint:
         raise ValueError(f"{file} is one of Salesforce's BLIPs: {readers}")
     if "model_cfg" not in known:
         known = dict(model_cfg=known, preprocess_cfg={})
-    is_release = file.stem in RELEASES or any(part in _TOWERS for name in weights for part in name.split("."))
+    has_towers = any(set(name.split(".")) & set(_TOWERS) for name in weights)
+    is_release = file.stem in RELEASES or has_towers
     model = dict(known["model_cfg"])
     if not (is_release and config):
         model.update(beside["model_cfg"])
@@ -676,7 +679,8 @@ def check_fit(
     extra = sorted(set(state) - set(wanted))
     unequal = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
     wrong = [f"{n} is {tuple(state[n].shape)} and should be {tuple(wanted[n].shape)}" for n in unequal]
-    wrong += [f"{n} is missing" for n in missing] + [f"{n} is unknown" for n in extra]
+    wrong += [f"{n} is missing" for n in missing]
+    wrong += [f"{n} is unknown" for n in extra]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(f"the weights of {name} do not fit its configuration: {', '.join(wrong[:3])}{more}")

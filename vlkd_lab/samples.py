@@ -242,7 +242,10 @@ def _polar(radius: Callable[[np.ndarray], np.ndarray], points: int = 40) -> np.n
 
 def _corners(text: str) -> np.ndarray:
     "A closed loop from 'x,y x,y …' in hundredths"
-    points = [tuple(int(n) / 100 for n in pair.split(",")) for pair in text.split()]
+    points = []
+    for pair in text.split():
+        x, y = pair.split(",")
+        points.append((int(x) / 100, int(y) / 100))
     return np.array(points + points[:1])
 
 
@@ -818,12 +821,12 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(member, io.BytesIO(content))
 
 
-def _write_shard(folder: Path, shard: int, indices: range, quality: int, given: dict) -> Path:
+def _write_shard(folder: Path, shard: int, indices: range, quality: int, options: dict) -> Path:
     "One shard and its statistics, written beside and renamed"
-    path = folder / f"{given['split']}-{shard:06d}.tar"
+    path = folder / f"{options['split']}-{shard:06d}.tar"
     with atomic_write(path) as unfinished, tarfile.open(unfinished, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index in indices:
-            sample = make_sample(index, **given)
+            sample = make_sample(index, **options)
             _add(tar, f"{sample.key}.jpg", encode(sample.image, quality))
             _add(tar, f"{sample.key}.txt", sample.caption.encode())
             _add(tar, f"{sample.key}.json", json.dumps(sample.about, separators=(",", ":")).encode())

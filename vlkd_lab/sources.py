@@ -162,7 +162,7 @@ def gathered(
     read: Callable[[Any], bytes],  # its content
 ) -> dict[str, Any]:  # field -> bytes; or "__problem__": why the sample cannot be used
     "The content of a sample"
-    contents = {name: {read(place) for place in places} for name, places in fields.items()}
+    contents = {name: set(map(read, places)) for name, places in fields.items()}
     unclear = next((name for name, copies in contents.items() if len(copies) > 1), None)
     if unclear:
         return {"__problem__": f"{unclear} is there {len(fields[unclear])} times, with different content"}
@@ -379,7 +379,8 @@ def picture_parts(
     per_part: int = 0,  # pictures; 0: as many as make 64 parts, from 16 to 1000
 ) -> list[Path]:  # the parts in their order
     "A folder of pictures cut into parts; those of an earlier call serve while nothing has changed in it"
-    source, files = source.resolve(), pictures_below(source.resolve())
+    source = source.resolve()
+    files = pictures_below(source)
     unread = (name.lower() for name in files_below(source) if name.lower().endswith(UNREAD))
     ignored = Counter(f"{name.rpartition('.')[2]} (a picture format that is not read)" for name in unread)
     if not files:
@@ -443,7 +444,9 @@ def pairs_below(
             for name, numbers in fields.items():
                 grouped.ignored[f"{name} without a picture"] += len(numbers)
         elif "text" in sides or any(f".{name}" in PICTURES for name in fields):
-            files = {name: [names[number] for number in numbers] for name, numbers in fields.items()}
+            files = {}
+            for name, numbers in fields.items():
+                files[name] = [names[number] for number in numbers]
             pairs.append({"key": key, "files": files})
     return pairs, grouped.ignored
 
@@ -495,7 +498,10 @@ def _row_parts(
 
 def _entries(folder: Path, files: Mapping[str, Sequence[str]]) -> dict[str, list[list]]:
     "Files by field, each with its size and time of change"
-    return {kind: [_entry(folder, path) for path in paths] for kind, paths in files.items()}
+    entries = {}
+    for kind, paths in files.items():
+        entries[kind] = [_entry(folder, path) for path in paths]
+    return entries
 
 
 def _entry(folder: Path, path: str) -> list:  # [path, bytes, time of change in ns], of a missing file [path]
@@ -679,7 +685,8 @@ def read_table(
             counts = f"line {line} has {len(values)} fields, its header {columns.width}"
             row["problem"] = f"{counts}: a caption with a delimiter needs quotes"
             continue
-        captions = [text for k in columns.captions for text in _captions_of(values[k]) if text.strip()]
+        texts = chain.from_iterable(_captions_of(values[k]) for k in columns.captions)
+        captions = [text for text in texts if text.strip()]
         broken += [line for text in captions if not _is_unicode(text)]
         row["captions"] += captions
         label = "" if columns.label is None else re.sub(r"(?<=\d)\.0*$", "", values[columns.label].strip())
@@ -774,7 +781,9 @@ def _folder_of(part: Part) -> Path:
 
 def _line_samples(part: Part) -> Iterator[dict]:
     lines = enumerate(text_lines(Path(part.source), part.start, part.end), start=part.first)
-    for number, line in ((number, line) for number, (_, line) in lines if line.strip()):
+    for number, (_, line) in lines:
+        if not line.strip():
+            continue
         reason = unreadable(line)
         content = {"__problem__": f"line {number} {reason}"} if reason else {"txt": line}
         yield {"__key__": f"{number:09d}"} | content
