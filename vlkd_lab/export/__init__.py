@@ -22,4 +22,4 @@ from .origin import Origin, find_origin, newest_student
 from .padding import pad_towers, padded_shapes
 from .repository import export_student, push_student
 from .shards import to_clip_benchmark
-from .usage import TRANSFORMERS_TASKS, usage_text
+from .usage import usage_text

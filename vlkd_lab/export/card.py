@@ -13,8 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..fusion import Blip, blip_cost
-from ..models import VLM, count_cost
+from ..methods import kind_of
+from ..models import VLM, Packing, count_cost
 from .history import evaluation_results, how_made, score_table, training_rows
 from .origin import Origin
 from .usage import usage_text
@@ -75,22 +75,19 @@ def check_hub_words(
 # %% ../../nbs/library/export_card.ipynb #c0f1e5d1
 def _front(
     title: str,
-    kind: type[VLM],
-    tasks: Sequence[str],  # of a BLIP, in which transformers can be asked
+    packing: Packing | None,  # of a model of another kind
+    tasks: Sequence[str],  # of such a one, for which its library can open it
     licence: str,
     datasets: Sequence[str],
     results: Sequence[EvalResult],
 ) -> ModelCardData:
     "What the hub reads of a card"
-    blip = issubclass(kind, Blip)
-    task = "zero-shot-image-classification"
-    if blip and "retrieval" not in tasks:
-        task = "image-to-text" if "captioning" in tasks else "visual-question-answering"
+    task = "zero-shot-image-classification" if packing is None else packing.pipeline(tasks)
     return ModelCardData(
         license=licence or "unknown",
-        library_name="transformers" if blip else "open_clip",
+        library_name="open_clip" if packing is None else packing.library,
         pipeline_tag=task,
-        tags=["blip" if blip else "clip", "distillation", "vlkd_lab"],
+        tags=["clip" if packing is None else packing.tag, "distillation", "vlkd_lab"],
         datasets=list(datasets) or None,
         model_name=plain_name(title) if results else None,
         eval_results=list(results) or None,
@@ -100,14 +97,15 @@ def _front(
 def _size_rows(vlm: VLM) -> list[tuple[str, str]]:
     "Parameters and multiply-accumulates"
     counts: dict[str, Any] = {}
-    if isinstance(vlm, Blip):
-        cost = blip_cost(vlm)
-        for module, number in cost.parameters.items():
+    kind = kind_of(vlm)
+    if kind is not None:
+        for module, number in kind.parameters(vlm).items():
             if number:
                 counts[f"parameters, {module}"] = number
-        counts["parameters"] = cost.total
-        for task, number in cost.macs.items():
-            counts[f"multiply-accumulates, {task}"] = number
+        cost = dict(kind.cost(vlm))
+        counts["parameters"] = cost.pop("parameters")
+        for name, number in cost.items():
+            counts[f"multiply-accumulates, {name.removesuffix('_macs')}"] = number
     else:
         cost = count_cost(vlm)
         counts["parameters, image tower"] = cost.image_parameters
@@ -170,7 +168,7 @@ class Card:
     vlm: VLM
     padded: VLM  # the model itself where nothing was padded
     apart: Mapping[str, float]  # of the ONNX files; empty where there are none
-    tasks: Mapping[str, str]  # of a BLIP: task -> empty, or why transformers cannot open it
+    tasks: Mapping[str, str]  # of another kind of model: task -> empty, or why its library cannot open it
     repository: str = ""
     licence: str = ""
     datasets: Sequence[str] = ()
@@ -178,12 +176,16 @@ class Card:
     def about(self) -> str:
         "What it is, in a sentence"
         size = dict(_size_rows(self.vlm))["parameters"]
-        return f"A {'BLIP' if self.tasks else 'CLIP'} of {size} parameters. Method: {how_made(self.origin)}."
+        kind = kind_of(self.vlm)
+        name = "CLIP" if kind is None else kind.name
+        return f"A {name} of {size} parameters. Method: {how_made(self.origin)}."
 
     def text(self) -> str:
         "A hub repository's README.md"
         results = evaluation_results(self.origin)
-        front = _front(self.title, type(self.vlm), list(self.tasks), self.licence, self.datasets, results)
+        kind = kind_of(self.vlm)
+        packing = None if kind is None else kind.packing
+        front = _front(self.title, packing, list(self.tasks), self.licence, self.datasets, results)
         return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{self.body()}"))
 
     def body(self) -> str:

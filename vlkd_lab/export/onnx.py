@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..fusion import Blip
 from ..models import VLM, evaluating
 
 # %% auto #0
@@ -35,19 +34,15 @@ class _ImageSide(nn.Module):
 class _TextSide(nn.Module):
     def __init__(self, vlm: VLM):
         super().__init__()
-        self.model = vlm.model
-        self.pad = vlm.tokenizer.pad if isinstance(vlm, Blip) else None
+        self.model = vlm.model  # so that its weights are exported
+        self.encode = vlm.traced_text
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if self.pad is None:
-            return self.model.encode_text(tokens, normalize=True)
-        states = self.model.run_text(tokens, tokens != self.pad)  # every column, whatever the data
-        return self.model.project(states, "text_proj")
+        return self.encode(tokens)
 
 
 def _sides(vlm: VLM) -> dict[str, tuple[nn.Module, str]]:  # "image", "text" -> network, name of its input
-    if isinstance(vlm, Blip):
-        vlm.can("retrieval")
+    vlm.can("retrieval")
     return {"image": (_ImageSide(vlm).eval(), "image"), "text": (_TextSide(vlm).eval(), "tokens")}
 
 
@@ -126,7 +121,7 @@ def _need(*packages: str) -> None:
 
 
 def export_onnx(
-    vlm: VLM,  # any two towers, irregular ones too, or a BLIP that can do retrieval
+    vlm: VLM,  # any two towers, irregular ones too, or what else can do retrieval
     folder: str | Path,  # gets image.onnx and text.onnx
     opset: int = 18,  # of ONNX
     dynamo: bool = False,  # whether by the newer exporter, which needs onnxscript

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data import shipped
-from ..fusion import is_blip
+from ..methods import find_kind
 from ..runs import Run, finished_students, read_json
 
 # %% auto #0
@@ -36,7 +36,7 @@ def _is_run(folder: Path) -> bool:
 
 def _is_model(folder: Path) -> bool:
     configs = (folder / "open_clip_config.json", folder / "vlkd_lab_config.json")
-    return any(config.is_file() for config in configs) or is_blip(folder)
+    return any(config.is_file() for config in configs) or find_kind(folder) is not None
 
 
 def _last_stage(run: Run, stage: str) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
@@ -17,15 +16,14 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from ..data import project_root
-from ..fusion import TASKS, Blip, export_blip
-from ..models import VLM, save_model
+from ..methods import kind_of, model_kinds
+from ..models import VLM, Packing, save_model
 from ..runs import read_json
 from ..trainers import load_student
 from .card import Card, check_hub_words
 from .onnx import _need, check_onnx, export_onnx
 from .origin import find_origin
 from .padding import pad_towers
-from .usage import TRANSFORMERS_TASKS
 
 # %% auto #0
 __all__ = ['export_student', 'push_student']
@@ -46,7 +44,6 @@ _WRITTEN = {
     "vocab.json",
     ".gitattributes",
     ".cache",
-    *TASKS,
 }
 
 
@@ -56,7 +53,8 @@ def _check_out(out: Path) -> None:
         return
     names = [path.name for path in out.iterdir()]
     is_tokenizers = re.compile(r"[\w.]*token[\w.]*\.\w+").fullmatch
-    strange = sorted(name for name in names if name not in _WRITTEN and not is_tokenizers(name))
+    written = _WRITTEN.union(*(kind.packing.tasks for kind in model_kinds() if kind.packing))
+    strange = sorted(name for name in names if name not in written and not is_tokenizers(name))
     if names and (strange or not _is_export(out)):
         raise FileExistsError(
             f"{out.name} holds something else than an earlier export "
@@ -79,22 +77,6 @@ def _named_tokenizer(vlm: VLM, name: str) -> VLM:
     return replace(vlm, config=config)
 
 # %% ../../nbs/library/export_repository.ipynb #9934c43c
-def _write_blip(blip: Blip, folder: Path) -> dict[str, str]:
-    "A BLIP in the lab's layout and in a folder a task; task -> why transformers cannot open that, or empty"
-    blip.save(folder)
-    problems = {}
-    for task in TRANSFORMERS_TASKS:
-        if task not in blip.tasks:
-            continue
-        try:
-            export_blip(blip, folder / task, task)
-            problems[task] = ""
-        except ValueError as error:
-            problems[task] = str(error)
-            shutil.rmtree(folder / task, ignore_errors=True)
-    return problems
-
-
 def _write_towers(vlm: VLM, folder: Path, repository: str) -> VLM:  # as open_clip has it
     "Two towers in open_clip's layout; beside it the irregular model as it was cut"
     padded = pad_towers(vlm)
@@ -102,6 +84,14 @@ def _write_towers(vlm: VLM, folder: Path, repository: str) -> VLM:  # as open_cl
     if padded is not vlm:
         save_model(vlm, folder / "slim")
     return padded
+
+
+def _packing_of(vlm: VLM) -> Packing | None:  # None: two towers
+    "How a model of another kind is written; ValueError where nobody knows"
+    kind = kind_of(vlm)
+    if kind is not None and kind.packing is None:
+        raise ValueError(f"a {kind.name} cannot be exported: its kind says no way to write it")
+    return None if kind is None else kind.packing
 
 # %% ../../nbs/library/export_repository.ipynb #5333c597
 def export_student(
@@ -121,17 +111,18 @@ def export_student(
     if onnx:
         _need("onnx", "onnxruntime")
     vlm = load_student(origin.folder, "cpu")
+    packing = _packing_of(vlm)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         folder = Path(beside) / out.name
         folder.mkdir()
         tasks: dict[str, str] = {}
         padded = vlm
-        if isinstance(vlm, Blip):
-            tasks = _write_blip(vlm, folder)
-        else:
+        if packing is None:
             padded = _write_towers(vlm, folder, repository)
-        two_towers = not tasks or "retrieval" in vlm.tasks
+        else:
+            tasks = dict(packing.write(vlm, folder))
+        two_towers = packing is None or "retrieval" in vlm.tasks
         apart = check_onnx(vlm, export_onnx(vlm, folder / "onnx")) if onnx and two_towers else {}
         title = (repository or out.name).rpartition("/")[2]
         card = Card(title, origin, vlm, padded, apart, tasks, repository, licence, datasets).text()

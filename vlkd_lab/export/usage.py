@@ -5,14 +5,14 @@
 # %% ../../nbs/library/export_usage.ipynb #3ec90153
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-from ..fusion import Blip
-from ..models import VLM
+from ..methods import kind_of
+from ..models import VLM, Packing
 from .words import as_markdown
 
 # %% auto #0
-__all__ = ['TRANSFORMERS_TASKS', 'usage_text']
+__all__ = ['usage_text']
 
 # %% ../../nbs/library/export_usage.ipynb #1c5b24bc
 def _python(code: str) -> str:
@@ -43,10 +43,10 @@ with torch.no_grad():
 {_ONE_OF_ALL if not has_bias else _EACH_ALONE}''')
 
 
-def _onnx_code(blip: bool, has_bias: bool) -> str:
+def _onnx_code(packing: Packing | None, has_bias: bool) -> str:
     "How to use the ONNX files behind the code before it"
-    picture = "pixels" if blip else 'preprocess(Image.open("image.jpg"))[None]'
-    words = "tokens" if blip else 'tokenizer(["a star", "a house"])'
+    picture = 'preprocess(Image.open("image.jpg"))[None]' if packing is None else packing.picture
+    words = 'tokenizer(["a star", "a house"])' if packing is None else packing.words
     bias = """, json.loads(about["bias"])""" if has_bias else ""
     image = 'towers["image"].run(None, {"image": image})[0]'
     text = 'towers["text"].run(None, {"tokens": text})[0]'
@@ -62,71 +62,27 @@ image, text = {picture}.numpy(), {words}.numpy()
 image, text = {image}, {text}
 print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already""")
 
-# %% ../../nbs/library/export_usage.ipynb #14b051c1
-_BLIP_USE = {  # task -> class of transformers, what to print
-    "retrieval": (
-        "BlipForImageTextRetrieval",
-        "model(pixel_values=pixels, input_ids=tokens, attention_mask=mask, use_itm_head=False)[0],  # "
-        "cosine\n          model(pixel_values=pixels, input_ids=fused, attention_mask=mask)[0].softmax(-1)",
-    ),
-    "captioning": (
-        "BlipForConditionalGeneration",
-        "tokenizer.decode("
-        "model.generate(pixel_values=pixels, max_new_tokens=30)[0], skip_special_tokens=True)",
-    ),
-    "answering": (
-        "BlipForQuestionAnswering",
-        "tokenizer.decode(model.generate(pixel_values=pixels, input_ids=fused, attention_mask=mask, "
-        "max_new_tokens=9)[0],\n                           skip_special_tokens=True)",
-    ),
-}
-
-
-def _blip_code(repository: str, tasks: Sequence[str], blip: Blip) -> str:
-    "How to open a BLIP, and what to do with it for each task"
-    kinds = "transformers.BlipImageProcessor, transformers.AutoTokenizer"
-    padding = f'padding="max_length", max_length={blip.tokenizer.context_length}'
-    first = f'''
-import torch
-import transformers
-from PIL import Image
-
-name = "{repository or "."}"  # {"a folder will do too" if repository else "the folder of this file"}
-home = dict(subfolder="{tasks[0]}")
-see, tokenizer = (kind.from_pretrained(name, **home) for kind in ({kinds}))
-pixels = see(Image.open("image.jpg"), return_tensors="pt").pixel_values
-said = tokenizer(["what colour is the star?"], {padding}, return_tensors="pt")
-tokens, mask, fused = said.input_ids, said.attention_mask, said.input_ids.clone()
-fused[:, 0] = {blip.tokenizer.enc}  # a text that looks at the picture begins with [ENC]'''
-    parts = [first]
-    for task, (kind, call) in _BLIP_USE.items():
-        if task in tasks:
-            model = f'model = transformers.{kind}.from_pretrained(name, subfolder="{task}").eval()'
-            parts.append(f"{model}\nwith torch.no_grad():\n    print({call})")
-    return _python("\n\n".join(parts))
-
 # %% ../../nbs/library/export_usage.ipynb #3ec90156
-TRANSFORMERS_TASKS = tuple(_BLIP_USE)  # for which transformers has a class
-
-
 def usage_text(
     vlm: VLM,
     padded: VLM,  # as open_clip opens it; the model itself where nothing was padded
     apart: Mapping[str, float],  # of ONNX files from PyTorch, by tower; empty where there are none
-    tasks: Mapping[str, str],  # of a BLIP: task -> empty, or why transformers cannot open it
+    tasks: Mapping[str, str],  # of another kind of model: task -> empty, or why its library cannot open it
     repository: str = "",  # USER/NAME on the hub; empty: the folder itself is opened
 ) -> str:
     "Code that opens the model"
     can = [task for task, problem in tasks.items() if not problem]
     has_bias = getattr(vlm.model, "logit_bias", None) is not None
+    kind = kind_of(vlm)
+    packing = None if kind is None else kind.packing
     parts = []
-    if not isinstance(vlm, Blip):
+    if packing is None:
         parts.append(_open_clip_code(repository, has_bias))
     elif can:
-        parts.append(_blip_code(repository, can, vlm))
+        parts.append(_python(packing.code(repository, can, vlm)))
     for task, problem in tasks.items():
         if problem:
-            parts.append(f"`transformers` cannot open it for {task}: {as_markdown(problem)}.")
+            parts.append(f"`{packing.library}` cannot open it for {task}: {as_markdown(problem)}.")
     if apart:
         far = f"{max(apart.values()):.0e}"
         parts.append(
@@ -134,7 +90,7 @@ def usage_text(
             "when written."
         )
         if can or not tasks:
-            parts.append(_onnx_code(bool(tasks), has_bias))
-    loader = "fusion.load_blip" if tasks else "models.load_model"
+            parts.append(_onnx_code(packing, has_bias))
+    loader = "models.load_model" if packing is None else packing.loader
     folder = "slim" if padded is not vlm else "."
     return "\n\n".join([*parts, f'In vlkd_lab: `vlkd_lab.{loader}("{folder}")`.'])

@@ -18,6 +18,7 @@ from .kind import BLIP
 from .model import MEAN, PARTS, STD, TASKS, Blip, new_blip, save_blip
 from .network import BlipNetwork
 from .original import load_original
+from .packing import BLIP_PACKING
 from .shapes import BlipShape, blip_config, decoder_sources, read_shape, shape_parameters
 from .smaller import shrunk, student_shape
 from .weights import is_blip

@@ -9,6 +9,7 @@ from ..models import ModelKind
 from .checkpoints import load_blip
 from .cost import blip_cost
 from .model import Blip
+from .packing import BLIP_PACKING
 from .weights import is_blip
 
 # %% auto #0
@@ -22,11 +23,17 @@ def _cost(blip: Blip) -> dict[str, int]:  # "parameters", "retrieval_macs", …
     return {"parameters": cost.total, **macs}
 
 
+def _parameters(blip: Blip) -> dict[str, int]:  # by module
+    return blip_cost(blip).parameters
+
+
 BLIP = ModelKind(
     name="BLIP",
     type=Blip,
     holds=is_blip,
     load=load_blip,
     cost=_cost,
+    parameters=_parameters,
     taken_by="train_dlip takes BLIPs",
+    packing=BLIP_PACKING,
 )

@@ -50,6 +50,11 @@ class Blip(VLM):
         "Save the model for `load_blip`"
         return save_blip(self, folder)
 
+    def traced_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
+        "Every column, whatever the texts are"
+        states = self.model.run_text(text, text != self.tokenizer.pad)
+        return self.model.project(states, "text_proj")
+
     def can(self, task: str) -> None:
         "ValueError that says what the model can do, if this is not among it"
         if task not in self.tasks:

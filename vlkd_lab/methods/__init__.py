@@ -20,7 +20,7 @@ from ..models import VLM, ModelKind
 
 # %% auto #0
 __all__ = ['SESSION', 'METHODS', 'DEFAULT_METHOD', 'Method', 'Methods', 'register', 'find_method', 'name_of', 'all_losses',
-           'find_kind', 'kind_of']
+           'find_kind', 'kind_of', 'model_kinds']
 
 # %% ../../nbs/library/20_methods.ipynb #f3f8244a
 @dataclass(frozen=True)
@@ -170,15 +170,17 @@ def find_kind(place: str | Path) -> ModelKind | None:  # None: two towers
     "The kind of model that a folder or a file of weights holds"
     if not Path(place).exists():
         return None
-    return next((kind for kind in _kinds() if kind.holds(place)), None)
+    return next((kind for kind in model_kinds() if kind.holds(place)), None)
 
 
 def kind_of(model: VLM) -> ModelKind | None:  # None: two towers
     "The kind of an open model"
-    return next((kind for kind in _kinds() if isinstance(model, kind.type)), None)
+    return next((kind for kind in model_kinds() if isinstance(model, kind.type)), None)
 
 
-def _kinds() -> Iterator[ModelKind]:
-    "Those of all methods"
+def model_kinds() -> tuple[ModelKind, ...]:  # each once
+    "The kinds that methods bring, beside two towers"
+    kinds: list[ModelKind] = []
     for method in METHODS.search().values():
-        yield from method.models
+        kinds += [kind for kind in method.models if kind not in kinds]
+    return tuple(kinds)

@@ -10,7 +10,7 @@ from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_s
 from .configs import TINYCLIP_CONFIGS, copied_config, model_config, two_towers
 from .cost import Cost, count_cost, count_macs, measure_latency, shape_cost
 from .image_towers import image_tower
-from .kinds import ModelKind
+from .kinds import ModelKind, Packing
 from .pictures import preprocessing
 from .students import at_size, check_student, new_model, send_pair
 from .towers import SlimAttention, resize_towers, text_part

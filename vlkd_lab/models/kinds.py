@@ -5,7 +5,7 @@
 # %% ../../nbs/library/models_kinds.ipynb #5a1f0004
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,22 @@ import torch
 from .vlm import VLM
 
 # %% auto #0
-__all__ = ['ModelKind']
+__all__ = ['Packing', 'ModelKind']
+
+# %% ../../nbs/library/models_kinds.ipynb #5a1f0010
+@dataclass(frozen=True)
+class Packing:
+    "How an export holds models of another kind, and what its card says of them"
+
+    library: str  # that opens them, as the hub names it
+    tag: str  # of the card
+    tasks: tuple[str, ...]  # for each that a model can do `write` may make a folder of this name
+    write: Callable[[VLM, Path], Mapping[str, str]]  # into a folder; task -> why `library` cannot open it, or ""
+    code: Callable[[str, Sequence[str], VLM], str]  # USER/NAME or "", tasks, model -> Python that opens it
+    pipeline: Callable[[Sequence[str]], str]  # tasks -> the hub's pipeline tag
+    picture: str  # what `code` calls the pixels of its picture
+    words: str  # what `code` calls the tokens of its text
+    loader: str  # in this library, for the card
 
 # %% ../../nbs/library/models_kinds.ipynb #5a1f0006
 @dataclass(frozen=True)
@@ -26,7 +41,9 @@ class ModelKind:
     holds: Callable[[str | Path], bool]  # whether a folder, or a file of weights, is of this kind
     load: Callable[[str | Path, str | torch.device | None], VLM]  # place, device -> a model in evaluation mode
     cost: Callable[[VLM], Mapping[str, int]]  # "parameters", and multiply-accumulates by name
+    parameters: Callable[[VLM], Mapping[str, int]]  # by module, each counted once
     taken_by: str = ""  # where one can be used, for a refusal
+    packing: Packing | None = None  # None: it cannot be exported
 
     def __post_init__(self):
         if not issubclass(self.type, VLM) or self.type is VLM:

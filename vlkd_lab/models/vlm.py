@@ -53,6 +53,10 @@ class VLM:
     def encode_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
         return self.model.encode_text(text, normalize=True)
 
+    def traced_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
+        "The same by steps that depend on no number of the text, so that it can be traced"
+        return self.encode_text(text)
+
     @property
     def scale(self) -> Tensor:  # () multiplier of the cosines
         return self.model.logit_scale.exp().reshape(())
@@ -72,6 +76,11 @@ class VLM:
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
+
+    def can(self, task: str) -> None:
+        "ValueError that says what the model can do, if this is not among it"
+        if task != "retrieval":
+            raise ValueError(f"this model ({self.name}) was not made for {task}: two towers do retrieval")
 
     def save(self, folder: str | Path) -> Path:  # for `load_model`
         return save_model(self, folder)
