@@ -105,6 +105,13 @@ def _html_table(terms: tuple[Term, ...]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 # %% ../../nbs/library/losses_objective.ipynb #7105e56d
+def _members(teacher: Features | Ensemble) -> tuple[Sequence[Features], Sequence[float]]:
+    "The teachers of a set and their weights; one alone has the weight 1"
+    if isinstance(teacher, Ensemble):
+        return teacher.members, teacher.weights
+    return (teacher,), (1.0,)
+
+
 def _projected(student: Features, project: Projection | None) -> Features:
     return student if project is None else project(student)
 
@@ -141,9 +148,7 @@ class Objective:
 
     def __call__(self, student: Features, teacher: Features | Ensemble) -> Terms:
         "The total and every term for one batch; of several teachers each term is the weighted mean"
-        is_set = isinstance(teacher, Ensemble)
-        teachers = teacher.members if is_set else (teacher,)
-        weights = teacher.weights if is_set else (1.0,)
+        teachers, weights = _members(teacher)
         near = [_projected(student, project) for project in self.projections(len(teachers))]
         active = [term for term in self.terms if term.weight]
         values = {}
