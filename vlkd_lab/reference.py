@@ -246,7 +246,10 @@ def _rows(entry: Entry, link: Link) -> str:
     if not rows:
         return ""
     titles = ["name", "type", "default", "meaning"]
-    filled = [k for k in range(4) if k == 0 or any(row[k] for row in rows)]
+    filled = [0]
+    for k in (1, 2, 3):
+        if any(row[k] for row in rows):
+            filled.append(k)
     head = "".join(f"<th>{titles[k]}</th>" for k in filled)
     body = ""
     for row in rows:

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,8 @@ def run_trials(
 ) -> dict[str, dict[int, dict]]:  # trial -> seed -> what `run_trial` gives
     "Every trial with every seed"
     records: dict[str, dict[int, dict]] = {name: {} for name in trials}
-    bar = tqdm([(name, seed) for seed in seeds for name in trials], unit="trial")
-    for name, seed in bar:
+    bar = tqdm(list(product(seeds, trials)), unit="trial")
+    for seed, name in bar:
         bar.set_description(f"{name}, seed {seed}")
         records[name][seed] = run_trial(name, trials[name], seed, folder, score)
     return records

@@ -9,6 +9,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -603,8 +604,8 @@ def own_results(folder: str | Path = "runs/claims") -> Records:
 def all_results(folder: str | Path = "runs/claims") -> Records:
     "Both, this machine's own before what came with the project"
     stored = stored_results()["trials"]
-    own = own_results(folder)
-    return {name: {**stored.get(name, {}), **own.get(name, {})} for name in TRIALS}
+    of_this_machine = own_results(folder)
+    return {name: {**stored.get(name, {}), **of_this_machine.get(name, {})} for name in TRIALS}
 
 
 def keep_results(
@@ -630,7 +631,8 @@ def score_teachers() -> dict[str, dict]:  # as trials give their students
 
 def origins(records: Mapping[str, Mapping[int, dict]]) -> pd.DataFrame:  # a row a place; "trials"
     "Where the numbers were made: commit, machine, PyTorch, days"
-    rows = pd.DataFrame([record["origin"] for by_seed in records.values() for record in by_seed.values()])
+    every = chain.from_iterable(by_seed.values() for by_seed in records.values())
+    rows = pd.DataFrame([record["origin"] for record in every])
     if rows.empty:
         return rows
     grouped = rows.groupby(["commit", "machine", "torch"])["date"].agg(["min", "max", "size"])

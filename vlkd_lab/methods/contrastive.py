@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from .. import data, models, trainers
@@ -54,7 +54,7 @@ class Contrastive(FitParameters):
 
 def read_captions(shards: Sequence[Path], most: int = 20_000) -> list[str]:
     "The first captions of the shards, all that a sample has, without reading an image"
-    texts = (text for shard in shards for text in data.shard_captions(shard))
+    texts = chain.from_iterable(map(data.shard_captions, shards))
     return list(islice(texts, most))
 
 # %% ../../nbs/library/55_methods_contrastive.ipynb #40bbc522
