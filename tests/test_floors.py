@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from floors import follow, renumber
+from floors import follow, new_stems, renumber
 
 
 def notebook(path, *sources):
@@ -51,6 +51,13 @@ def test_a_page_between_two_others_moves_what_lies_behind(project):
 
 def test_names_that_change_places_are_not_taken_for_each_other(project):
     assert follow("01_runs, 02_runs", {"01_runs": "02_runs", "02_runs": "01_runs"}) == "02_runs, 01_runs"
+
+
+def test_beyond_a_hundred_pages_all_numbers_have_three_digits():
+    stems = new_stems([f"library/{number:02d}_page{number}.ipynb" for number in range(100)] + ["library/last.ipynb"])
+    assert stems["00_page0"] == "000_page0" and stems["last"] == "100_last"
+    assert sorted(stems.values()) == list(stems.values())
+    assert new_stems(["library/000_page0.ipynb"]) == {"000_page0": "00_page0"}, "and two again, below"
 
 
 def test_a_page_that_is_not_listed_is_refused_before_anything_moves(project):

@@ -18,15 +18,24 @@ ROOT = Path(__file__).parent.parent
 def new_stems(listed: list[str]) -> dict[str, str]:
     "File name without ending -> the same with the number of its place in the list"
     stems = [Path(page).stem for page in listed]
-    return {stem: f"{number:02d}_{re.sub(r'^[0-9]+_', '', stem)}" for number, stem in enumerate(stems)}
+    digits = max(2, len(str(len(stems) - 1)))  # the same for all, so that names sort as their numbers do
+    return {stem: f"{number:0{digits}d}_{_without_number(stem)}" for number, stem in enumerate(stems)}
+
+
+def _without_number(stem: str) -> str:
+    return re.sub(r"^[0-9]+_", "", stem)
+
+
+def _has_number(stem: str) -> bool:
+    return stem != _without_number(stem)
 
 
 def follow(text: str, stems: Mapping[str, str]) -> str:
     "A text with the new names; a page that has no number yet is known by its file name alone"
-    numbered = "|".join(re.escape(stem) for stem in stems if stem[:2].isdigit())
+    numbered = "|".join(re.escape(stem) for stem in filter(_has_number, stems))
     if numbered:
         text = re.sub(rf"\b({numbered})\b", lambda m: stems[m[1]], text)
-    bare = "|".join(re.escape(stem) for stem in stems if not stem[:2].isdigit())
+    bare = "|".join(re.escape(stem) for stem in stems if not _has_number(stem))
     if bare:
         text = re.sub(rf"(?<![\w])({bare})(?=\.ipynb)", lambda m: stems[m[1]], text)
     return text

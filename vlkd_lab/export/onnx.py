@@ -42,7 +42,8 @@ class _TextSide(nn.Module):
 
 
 def _sides(vlm: VLM) -> dict[str, tuple[nn.Module, str]]:  # "image", "text" -> network, name of its input
-    vlm.can("retrieval")
+    if vlm.fused:
+        vlm.can("retrieval")
     return {"image": (_ImageSide(vlm).eval(), "image"), "text": (_TextSide(vlm).eval(), "tokens")}
 
 

@@ -20,8 +20,16 @@ from vlkd_lab.losses.pairs import (
     interactive_contrastive,
     relational,
 )
+from vlkd_lab.losses.terms import (
+    LOSSES,
+    MODULES,
+    TERM_KINDS,
+    ClusterTerms,
+    Term,
+    register_losses,
+    score_terms,
+)
 
 from .objective import Objective, Terms, gradient_share, objective_parameters
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
-from .terms import LOSSES, MODULES, TERM_KINDS, ClusterTerms, Term, register_losses, score_terms
 from .tiles import TILE, TILED_ABOVE, tile_size, tiled_cross_entropy

@@ -24,7 +24,8 @@ class Packing:
     library: str  # that opens them, as the hub names it
     tag: str  # of the card
     tasks: tuple[str, ...]  # for each that a model can do `write` may make a folder of this name
-    write: Callable[[VLM, Path], Mapping[str, str]]  # into a folder; task -> why `library` cannot open it, or ""
+    # into a folder; task -> why `library` cannot open what was written, or nothing
+    write: Callable[[VLM, Path], Mapping[str, str]]
     code: Callable[[str, Sequence[str], VLM], str]  # USER/NAME or "", tasks, model -> Python that opens it
     pipeline: Callable[[Sequence[str]], str]  # tasks -> the hub's pipeline tag
     picture: str  # what `code` calls the pixels of its picture

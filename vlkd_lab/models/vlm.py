@@ -40,7 +40,6 @@ class VLM:
     # "model_cfg", "preprocess_cfg" as open_clip writes them; "towers" when slim
     config: dict = field(repr=False)
     name: str = ""  # where it came from
-
     fused: ClassVar[bool] = False  # whether it can read an image and a text together
 
     def encode(self, batch: Batch) -> Features:
@@ -76,11 +75,6 @@ class VLM:
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
-
-    def can(self, task: str) -> None:
-        "ValueError that says what the model can do, if this is not among it"
-        if task != "retrieval":
-            raise ValueError(f"this model ({self.name}) was not made for {task}: two towers do retrieval")
 
     def save(self, folder: str | Path) -> Path:  # for `load_model`
         return save_model(self, folder)

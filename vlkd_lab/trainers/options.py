@@ -25,7 +25,7 @@ __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_p
            'Distillation', 'read_teachers', 'read_weights', 'seed_of']
 
 # %% ../../nbs/library/26_trainers_options.ipynb #f0e4a102
-FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> a word of earlier versions -> today's
+FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
 
 
 def current_word(name: str, value: Any) -> Any:
