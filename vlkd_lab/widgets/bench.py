@@ -88,7 +88,7 @@ class Live:
             static = self.static()._repr_mimebundle_()
             self._handle.update(static | self.box._repr_mimebundle_(), raw=True)
 
-
+# %% ../../nbs/library/51_widgets_bench.ipynb #a23f3967
 async def _keep(view: Live) -> None:
     while not view.closed:
         if view.seen or view.always:

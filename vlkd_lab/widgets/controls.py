@@ -36,7 +36,7 @@ class Panel(Pulsed):
     off = traitlets.Bool(False).tag(sync=True)  # whether the sliders cannot be moved
     messages = traitlets.List().tag(sync=True)
     share = traitlets.Float(0.0).tag(sync=True)  # of the work that is done
-    reading = traitlets.Bool(False).tag(sync=True)  # a traceback is unfolded; a frontend may draw the panel anew
+    reading = traitlets.Bool(False).tag(sync=True)  # a traceback is unfolded, also when it is drawn anew
 
     def fail(self, error: Exception) -> None:
         "Say it among the messages"

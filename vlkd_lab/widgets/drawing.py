@@ -19,10 +19,9 @@ import numpy as np
 from ..data import escaped
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'BAR_ROOM', 'PIXELS_PER_INCH', 'palette',
-           'to_bytes', 'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout',
-           'heatmap', 'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked',
-           'StaticFigure']
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
+           'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'heatmap',
+           'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked', 'StaticFigure']
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
@@ -109,7 +108,6 @@ def panel_layout(
 
 # %% ../../nbs/library/40_widgets_drawing.ipynb #98b7b7ec
 Matrices = Mapping[str, tuple[np.ndarray, float, float]]  # title -> matrix, low and high end of the colours
-BAR_ROOM = 84  # pixels right of a matrix: its colour bar in words, and what stands at the side of the next one
 
 
 def heatmap(
@@ -139,6 +137,9 @@ def note_on_paper(x: float, y: float, text: str) -> dict:  # shares of the figur
     paper = {"xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "bottom", "showarrow": False}
     return {"x": x, "y": y, **paper, "text": text}
 
+# %% ../../nbs/library/40_widgets_drawing.ipynb #98b7b7ed
+_BAR_ROOM = 84  # pixels right of a matrix: its colour bar with words, and the name at the side of the next
+
 
 def heatmaps_json(
     matrices: Matrices,
@@ -153,7 +154,7 @@ def heatmaps_json(
     rows = -(-len(matrices) // columns)
     layout = {"width": width, "height": height * max(rows, 1), "template": "none", "font": {"size": 11}}
     layout["margin"] = {"l": 45, "r": 10, "t": 28, "b": 4}
-    across = 1 / columns - BAR_ROOM / (width - 55)
+    across = 1 / columns - _BAR_ROOM / (width - 55)
     traces = []
     notes = []
     for k, (title, (matrix, low, high)) in enumerate(matrices.items()):

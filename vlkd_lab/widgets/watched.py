@@ -45,8 +45,18 @@ class Choice:
         for follow in self.on_image:
             follow(self.image)
 
+# %% ../../nbs/library/42_widgets_watched.ipynb #c89bdcb3
+class _OldNames:
+    "What had another name, for notebooks that use it"
+
+    @property
+    def effect(self) -> dict[str, Any]:
+        "The old name of `current`"
+        warnings.warn("Watched.effect is now Watched.current", DeprecationWarning, stacklevel=2)
+        return self.current
+
 # %% ../../nbs/library/42_widgets_watched.ipynb #c89bdcb4
-class Watched:
+class Watched(_OldNames):
     "A run as its views see it; it reads and never writes"
 
     def __init__(self, run: Run):
@@ -99,12 +109,6 @@ class Watched:
         weights = (self.objective or {"contrastive": 1.0}) | changed.get("weights", {})
         now = {"learning_rate_factor": 1.0, "target_sparsity": target, **changed, "weights": weights}
         return {name: value for name, value in now.items() if value is not None}
-
-    @property
-    def effect(self) -> dict[str, Any]:
-        "The old name of `current`"
-        warnings.warn("Watched.effect is now Watched.current", DeprecationWarning, stacklevel=2)
-        return self.current
 
 # %% ../../nbs/library/42_widgets_watched.ipynb #836951c7
 def is_working(watched: Watched) -> bool:
