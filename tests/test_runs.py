@@ -1,3 +1,4 @@
+import importlib
 import json
 import math
 import multiprocessing
@@ -18,7 +19,7 @@ from vlkd_lab.runs import (
     RunWriter,
     Snapshots,
     begin,
-    in_effect,
+    current_values,
     is_watched,
     kept_snapshots,
     load_checkpoint,
@@ -125,7 +126,7 @@ def test_control_accumulates(tmp_path):
     run = Run(tmp_path)
     run.control(pause=True)
     run.control(learning_rate_factor=0.5, pause=False)
-    assert Run(tmp_path).asked() == {"pause": False, "learning_rate_factor": 0.5}
+    assert Run(tmp_path).requested() == {"pause": False, "learning_rate_factor": 0.5}
 
 
 def test_warnings_are_kept_once(tmp_path):
@@ -148,10 +149,10 @@ def test_controls_are_checked_where_they_are_asked(tmp_path):
     ):
         with pytest.raises(ValueError, match=valid):
             run.control(**wrong)
-    assert run.asked() == {}
+    assert run.requested() == {}
     run.control(weights={"contrastive": 1.0})
     run.control(weights={"relational": 0.5})
-    assert run.asked()["weights"] == {"contrastive": 1.0, "relational": 0.5}
+    assert run.requested()["weights"] == {"contrastive": 1.0, "relational": 0.5}
 
 
 def _ask(folder, name, times):
@@ -166,7 +167,7 @@ def test_two_watchers_do_not_lose_each_others_wishes(tmp_path):
         asker.start()
     for asker in askers:
         asker.join()
-    assert Run(tmp_path).asked()["weights"] == {"contrastive": 59.0, "relational": 59.0}
+    assert Run(tmp_path).requested()["weights"] == {"contrastive": 59.0, "relational": 59.0}
 
 
 def test_a_look_does_not_keep_a_writer_out(tmp_path):
@@ -224,8 +225,19 @@ def test_what_is_in_effect_is_what_the_events_add_up_to():
         {"event": "validation"},
         {"event": "control", "weights": {"relational": 0.0}, "target_sparsity": 0.4},
     ]
-    assert in_effect(events) == {"weights": {"contrastive": 1.0, "relational": 0.0}, "target_sparsity": 0.4}
-    assert in_effect(events[1:2]) == {}
+    assert current_values(events) == {"weights": {"contrastive": 1.0, "relational": 0.0}, "target_sparsity": 0.4}
+    assert current_values(events[1:2]) == {}
+
+
+def test_former_names_are_found_with_a_warning(tmp_path):
+    run = Run(tmp_path)
+    run.control(pause=True)
+    with pytest.warns(DeprecationWarning, match="now Run.requested"):
+        assert run.asked() == run.requested() == {"pause": True}
+    with pytest.warns(DeprecationWarning, match="now current_values"):
+        assert importlib.import_module("vlkd_lab.runs").in_effect is current_values
+    with pytest.raises(AttributeError, match="no attribute 'out_of_effect'"):
+        importlib.import_module("vlkd_lab.runs").out_of_effect  # noqa: B018
 
 
 def test_snapshots_only_while_watched(tmp_path):

@@ -200,7 +200,7 @@ def test_the_bench_shows_a_run_and_passes_wishes_on(run):
     assert {spec["name"] for spec in panel.sliders} >= {f"weights.{name}" for name, term in all_losses().items() if not term.module}
     panel._hear({"requested": {"weights.contrastive": 0.5}})
     panel._hear({"requested": {"pause": True}})
-    assert Run(run.folder).asked() == {"weights": {"contrastive": 0.5}, "pause": True} and view.seen
+    assert Run(run.folder).requested() == {"weights": {"contrastive": 0.5}, "pause": True} and view.seen
     view.update()
     assert panel.values["weights.contrastive"] == 0.5 and panel.buttons[0]["label"] == "Resume"
     panel._hear({"requested": {"target_sparsity": 5}})
@@ -274,7 +274,7 @@ def test_wishes_may_come_on_any_thread(run):
         thread.start()
     for thread in threads:
         thread.join()
-    asked = Run(run.folder).asked()
+    asked = Run(run.folder).requested()
     assert asked == {"weights": {"contrastive": 0.25}, "target_sparsity": 0.5, "learning_rate_factor": 2.0, "gradient_share": True}
     view.close()
 

@@ -10,6 +10,7 @@ import math
 import os
 import time
 import traceback
+import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ from .project import atomic_write, write_text
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
-           'finished_students', 'Curves', 'loss_terms', 'thinned', 'in_effect', 'watch', 'is_watched', 'write_snapshot',
-           'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
+           'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
 
 # %% ../nbs/library/24_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -189,13 +190,18 @@ class Run:
         "Ask the job for something: pause=True, weights={'contrastive': 0.5}; other weights stay"
         check_controls(changes)
         with _held(self.folder / "control.lock"):
-            requests = _merged(self.asked(), to_json(changes))
+            requests = _merged(self.requested(), to_json(changes))
             write_text(self.folder / "control.json", json.dumps(requests))
         return requests
 
-    def asked(self) -> dict:
+    def requested(self) -> dict:
         "What control.json asks for at this moment"
         return read_json(self.folder / "control.json", {})
+
+    def asked(self) -> dict:
+        "The former name of `requested`"
+        warnings.warn("Run.asked is now Run.requested", DeprecationWarning, stacklevel=2)
+        return self.requested()
 
 # %% ../nbs/library/24_runs.ipynb #f0f8faff
 def is_written(run: Run) -> bool:
@@ -519,7 +525,7 @@ def thinned(values: np.ndarray, most: int = 300) -> np.ndarray:  # at most `most
     return np.divide(sums, counts, out=np.full(most, np.nan), where=counts > 0)
 
 # %% ../nbs/library/24_runs.ipynb #4afd3760
-def in_effect(
+def current_values(
     events: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:  # by name of the control; empty before any change
     "What the control events of a run, taken together, have changed"
@@ -528,6 +534,14 @@ def in_effect(
         if event.get("event") == "control":
             values = _merged(values, {name: event[name] for name in IN_MID_RUN if name in event})
     return values
+
+
+def __getattr__(name: str):
+    "The former name of `current_values`, with a warning"
+    if name == "in_effect":
+        warnings.warn("in_effect is now current_values", DeprecationWarning, stacklevel=2)
+        return current_values
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 # %% ../nbs/library/24_runs.ipynb #bba041e8
 WATCH_SECONDS = 5.0  # a watcher who has not called `watch` for this long is gone

@@ -230,7 +230,7 @@ def stage_target(job: Job, number: int) -> float:
     "Sparsity at the end of a stage: its share of the run's target, as it stands now"
 
     def read() -> float:
-        return runs.in_effect(job.run.metrics()).get("target_sparsity", job.options.target_sparsity)
+        return runs.current_values(job.run.metrics()).get("target_sparsity", job.options.target_sparsity)
 
     final = trainers.agree(job.accelerator, read)
     return replace(job.options, target_sparsity=final).targets()[number - 1]

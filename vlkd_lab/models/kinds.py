@@ -40,7 +40,7 @@ class ModelKind:
     name: str  # for people, as it stands after "a"
     type: type[VLM]  # of its models
     holds: Callable[[str | Path], bool]  # whether a folder, or a file of weights, is of this kind
-    load: Callable[[str | Path, str | torch.device | None], VLM]  # place, device -> a model in evaluation mode
+    load: Callable[[str | Path, str | torch.device | None], VLM]  # in evaluation mode
     cost: Callable[[VLM], Mapping[str, int]]  # "parameters", and multiply-accumulates by name
     parameters: Callable[[VLM], Mapping[str, int]]  # by module, each counted once
     taken_by: str = ""  # where one can be used, for a refusal

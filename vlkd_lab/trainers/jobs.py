@@ -610,7 +610,7 @@ def at_work(job: Job) -> Iterator[None]:
 
 def _announce(job: Job) -> None:
     "What the run folder says before the first step"
-    request = job.run.asked()
+    request = job.run.requested()
     if request.get("stop") or request.get("pause"):
         job.run.control(stop=False, pause=False)
     job.run.set_status(plan=job.plan, freed_bytes=None)

@@ -244,7 +244,7 @@ def _train(
     options = fit.options
     steps = fit.phase.steps
     _warn_of_batch_norms(fit)
-    change(fit, agree(fit.accelerator, lambda: runs.in_effect(fit.run.metrics())))
+    change(fit, agree(fit.accelerator, lambda: runs.current_values(fit.run.metrics())))
     _note(fit, state="running", refused=None)
     guard = data.BadSampleGuard(options.max_bad_share, known=_known_bad(fit.run))
     saved = time.monotonic()

@@ -13,7 +13,7 @@ from pathlib import Path
 import ipywidgets
 
 from ..data import escaped, project_root, visible
-from ..runs import Run, in_effect, thinned
+from ..runs import Run, current_values, thinned
 from .bench import CURVE_SECONDS, Live
 from .controls import Panel
 from .curves import curves_json, validation_lines
@@ -32,7 +32,7 @@ def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a 
     configs = {}
     for name, watched in several.items():
         parameters = dict(watched.config.get("parameters", {}))
-        for control, value in in_effect(watched.curves.events).items():
+        for control, value in current_values(watched.curves.events).items():
             parameters[f"changed: {control}"] = value
         configs[name] = parameters
     keys = dict.fromkeys(key for config in configs.values() for key in config if key != "out")

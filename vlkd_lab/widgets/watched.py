@@ -76,7 +76,7 @@ class Watched(_OldNames):
     def look(self) -> set[str]:  # out of "curves", "snapshot"
         "Take in what is new"
         self.status = self.run.status()
-        self.requested = self.run.asked()
+        self.requested = self.run.requested()
         self.config = self.config or self.run.config()
         self.probe = self.probe or read_json(self.run.folder / "probe.json", {})
         changed = {"curves"} if self.curves.read() else set()
@@ -105,7 +105,7 @@ class Watched(_OldNames):
     def current(self) -> dict[str, Any]:
         "The values that can change in mid-run, as they are now"
         target = self.config.get("parameters", {}).get("target_sparsity")
-        changed = runs.in_effect(self.curves.events)
+        changed = runs.current_values(self.curves.events)
         weights = (self.objective or {"contrastive": 1.0}) | changed.get("weights", {})
         now = {"learning_rate_factor": 1.0, "target_sparsity": target, **changed, "weights": weights}
         return {name: value for name, value in now.items() if value is not None}
