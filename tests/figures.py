@@ -439,7 +439,7 @@ def shapes(folder):
 
 @figure
 def progress_of_a_blip(folder):
-    from vlkd_lab.methods.dlip import plot_progress
+    from vlkd_lab.methods.blip_training import plot_progress
 
     levels = {"image_to_text_r1": 0.9, "text_to_image_r1": 0.5, "caption_loss": 0.3, "answer_accuracy": 0.8}
     run = write_blip_run(folder / "run")
