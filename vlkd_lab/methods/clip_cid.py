@@ -22,6 +22,7 @@ from vlkd_lab.trainers import (
     above,
     at_least,
     finish_fit,
+    of_part,
     one_of,
     parameter,
     validation_features,
@@ -40,7 +41,7 @@ from ..widgets.clusters import StudentMap
 from . import Method, register
 
 # %% auto #0
-__all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'ClipCidJob', 'cid_objective']
+__all__ = ['SAMPLED_ABOVE', 'ClipCid', 'open_clip_cid', 'Balancing', 'ClipCidJob', 'cid_objective']
 
 # %% ../../nbs/library/098_methods_clip_cid.ipynb #3488ec2a
 @dataclass(frozen=True)
@@ -123,77 +124,83 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 # %% ../../nbs/library/098_methods_clip_cid.ipynb #54c4d03f
-class _Balanced(StudentJob):
-    "What a job computes of its data before it trains; each is kept where a later start finds it"
+class Balancing:
+    "What a job leaves out before it trains; each step is kept where a later start finds it"
+
+    def __init__(self, job: ClipCidJob):
+        self.job = job
 
     @cached_property
     def stored(self) -> Stored:
         "The teacher's image features of all pairs"
-        return load(self.store, captioned=True)
+        return load(self.job.store, captioned=True)
 
     @cached_property
     def linkage(self) -> Linkage:
         "The near pairs, of which every threshold's groups follow"
-        path = self.run.folder / "linkage.safetensors"
-        most = max(self.options.largest_threshold, self.options.threshold)
-        device = str(self.accelerator.device)
+        job = self.job
+        path = job.run.folder / "linkage.safetensors"
+        most = max(job.options.largest_threshold, job.options.threshold)
+        device = str(job.accelerator.device)
 
         def link() -> None:
             rows = self.stored.unit()
             linkage = balancing.link(rows, most, device=device, progress=trainers.may_print())
             linkage.save(path)
 
-        trainers.once(self, path, ["store"], link)
+        trainers.once(job, path, ["store"], link)
         return balancing.load_linkage(path)
 
     @cached_property
     def threshold(self) -> float:
         "The options' threshold, or the one that removes their share; an error if it would do nothing or all"
-        return balancing.usable_threshold(self.linkage, self.options.threshold, self.options.removed_share)
+        options = self.job.options
+        return balancing.usable_threshold(self.linkage, options.threshold, options.removed_share)
 
     @cached_property
     def balance(self) -> Balance:
         "Which images stay"
         return balance_at(self.linkage, self.stored.unit(), self.threshold)
 
-# %% ../../nbs/library/098_methods_clip_cid.ipynb #3fa3ff45
-class _Clustered(_Balanced):
-    "The balanced data and their clusters"
-
     @property
-    def balances(self) -> bool:
+    def is_wanted(self) -> bool:
         "Whether anything is to be removed"
-        return bool(self.options.threshold or self.options.removed_share)
+        return bool(self.job.options.threshold or self.job.options.removed_share)
 
     @cached_property
-    def balanced(self) -> data.DataReport:
+    def report(self) -> data.DataReport:
         "What the student is trained on: indices in the run's folder `balanced`, or all shards"
-        if not self.balances:
-            return self.report
-        folder = self.run.folder / "balanced"
+        return _write_balanced(self) if self.is_wanted else self.job.report
 
-        def write() -> None:
-            balancing.write_balanced(self.report, self.stored.keys, self.balance, folder, progress=False)
+# %% ../../nbs/library/098_methods_clip_cid.ipynb #3fa3ff45
+def _write_balanced(balancing_of: Balancing) -> data.DataReport:
+    "The indices of what stays, written once, and whether every process has enough of them"
+    job = balancing_of.job
+    folder = job.run.folder / "balanced"
 
-        trainers.once(self, folder / "balance.json", ["store", "linkage"], write)
-        report = data.inspect_shards(folder)
-        world = self.accelerator.num_processes
-        data.check_split(report, self.options.workers, world, self.options.batch_size // world)
-        return report
+    def write() -> None:
+        keys = balancing_of.stored.keys
+        balancing.write_balanced(job.report, keys, balancing_of.balance, folder, progress=False)
 
-    @cached_property
-    def clusters(self) -> Clusters:
-        "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
-        path = self.run.folder / "clusters.safetensors"
-        needs = ["store", "linkage"] if self.balances else ["store"]
-        trainers.once(self, path, needs, lambda: _write_clusters(self, _cluster(self)))
-        arrays, _ = runs.read_snapshot(path)
-        centers = torch.from_numpy(arrays["centers"])
-        assignment = torch.from_numpy(arrays["training"]).long()
-        return Clusters(centers, assignment)
+    trainers.once(job, folder / "balance.json", ["store", "linkage"], write)
+    report = data.inspect_shards(folder)
+    world = job.accelerator.num_processes
+    data.check_split(report, job.options.workers, world, job.options.batch_size // world)
+    return report
 
 
-def _cluster(job: _Clustered) -> Clusters:
+def _find_clusters(job: ClipCidJob) -> Clusters:
+    "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
+    path = job.run.folder / "clusters.safetensors"
+    needs = ["store", "linkage"] if job.balances else ["store"]
+    trainers.once(job, path, needs, lambda: _write_clusters(job, _cluster(job)))
+    arrays, _ = runs.read_snapshot(path)
+    centers = torch.from_numpy(arrays["centers"])
+    assignment = torch.from_numpy(arrays["training"]).long()
+    return Clusters(centers, assignment)
+
+
+def _cluster(job: ClipCidJob) -> Clusters:
     "k-means over the features of the images that stay"
     rows = job.stored.unit()
     if job.balances:
@@ -222,8 +229,17 @@ def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
     runs.write_snapshot(job.run.folder / "clusters.safetensors", arrays, {})
 
 # %% ../../nbs/library/098_methods_clip_cid.ipynb #bb1db2c7
-class ClipCidJob(_Clustered):
+class ClipCidJob(StudentJob):
     "Balance, clusters, and the distillation that uses them"
+
+    balancing = cached_property(Balancing)
+    stored = of_part("balancing", "stored")
+    linkage = of_part("balancing", "linkage")
+    threshold = of_part("balancing", "threshold")
+    balance = of_part("balancing", "balance")
+    balances = of_part("balancing", "is_wanted")
+    balanced = of_part("balancing", "report")
+    clusters = cached_property(_find_clusters)
 
     @cached_property
     def stream(self) -> data.PairStream:

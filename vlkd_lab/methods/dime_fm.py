@@ -38,6 +38,7 @@ from vlkd_lab.trainers import (
     at_least,
     finish_fit,
     manual_shapes,
+    of_part,
     one_of,
     parameter,
     seed_of,
@@ -55,8 +56,8 @@ from ..widgets.sentences import SentenceTable
 from . import Method, register
 
 # %% auto #0
-__all__ = ['MOST_JUDGES', 'PROBE_POOL', 'PER_IMAGE', 'DimeFm', 'student_config', 'UnpairedLearner', 'ImageLearner',
-           'open_dime_fm', 'nearest_each', 'DimeFmJob', 'dime_objective']
+__all__ = ['MOST_JUDGES', 'PROBE_POOL', 'PER_IMAGE', 'DimeFm', 'student_config', 'UnpairedLearner', 'ImageLearner', 'Sentences',
+           'open_dime_fm', 'UnpairedStreams', 'nearest_each', 'DimeFmJob', 'dime_objective']
 
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #e4a9b9fb
 @dataclass(frozen=True)
@@ -311,21 +312,24 @@ class ImageLearner(UnpairedLearner):
 MOST_JUDGES = 20_000  # images by which sentences are selected
 
 
-class _Sentences(StudentJob):
+class Sentences:
     "The texts of a job"
+
+    def __init__(self, job: DimeFmJob):
+        self.job = job
 
     @cached_property
     def selection(self) -> corpus.Selection:
         "The most visually grounded sentences; read from the run folder if they are there"
-        options = self.options
-        path = self.run.folder / "sentences.txt"
+        options = self.job.options
+        path = self.job.run.folder / "sentences.txt"
         if path.exists():
             return corpus.read_selection(path)
         parts = data.find_sentences(options.sentences)
         files = list(dict.fromkeys(read_part(part)["part"].source for part in parts))
         return corpus.select_sentences(
             files,
-            self.teacher,
+            self.job.teacher,
             self.judges,
             options.grounded,
             near=options.near,
@@ -335,20 +339,21 @@ class _Sentences(StudentJob):
     @cached_property
     def judges(self) -> Tensor:  # (N, D) unit rows
         "The teacher's features of the images that sentences are judged by"
-        store = trainers.filled_store(self, self.report, ("image",))
+        store = trainers.filled_store(self.job, self.job.report, ("image",))
         return torch.from_numpy(load(store).unit()[:MOST_JUDGES])
 
     @cached_property
-    def sentence_report(self) -> data.DataReport:
+    def report(self) -> data.DataReport:
         "The sentences that are trained on"
-        if self.options.grounded:
-            path = self.run.folder / "sentences.txt"
-            trainers.once(self, path, ["judges"], lambda: corpus.write_selection(self.selection, path))
+        job = self.job
+        if job.options.grounded:
+            path = job.run.folder / "sentences.txt"
+            trainers.once(job, path, ["judges"], lambda: corpus.write_selection(self.selection, path))
             parts = data.find_sentences(path)
         else:
-            parts = trainers.find_data(self.options.sentences, data.find_sentences)
-        report = data.inspect_shards([*parts, *_prompts(self)], progress=trainers.may_print())
-        _check_sentences(report, self.options, self.accelerator.num_processes)
+            parts = trainers.find_data(job.options.sentences, data.find_sentences)
+        report = data.inspect_shards([*parts, *_prompts(job)], progress=trainers.may_print())
+        _check_sentences(report, job.options, job.accelerator.num_processes)
         return report
 
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #e33e3182
@@ -511,61 +516,41 @@ def _has_caption(sample: dict) -> bool:
     except data.BadSample:
         return False
 
-# %% ../../nbs/library/099_methods_dime_fm.ipynb #870bcc49
-class _View(_Sentences):
-    "How student and teacher take the data"
-
-    @cached_property
-    def like(self) -> VLM:
-        "The teacher, with images preprocessed as the student takes them"
-        return _with_preprocessing(self.options, self.teacher)
-
-    @property
-    def teacher_view(self) -> None:
-        "The streams of images and of sentences say for themselves what the teacher takes of them"
-
-    @property
-    def view(self) -> data.View:
-        return data.View(self.like.preprocess, self.teacher.tokenizer)
-
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #7cba00f3
 def _no_tokens(texts: list[str]) -> Tensor:  # (M, 0)
     "For sentences of which only the names are needed"
     return torch.zeros(len(texts), 0, dtype=torch.long)
 
 
-class _Streams(_View):
+class UnpairedStreams:
     "Images and sentences as the student takes them"
+
+    def __init__(self, job: DimeFmJob):
+        self.job = job
 
     @cached_property
     def images(self) -> data.PairStream:
         "The images, without captions"
-        view = replace(self.view, tokenizer=None)
+        job = self.job
+        view = replace(job.view, tokenizer=None)
         teacher = None
-        if not self.is_stored:
-            teacher = [data.View(teacher.preprocess, None) for teacher in self.teachers]
-        return trainers.open_stream(self, self.report, view, self.options.batch_size, teacher=teacher)
-
-    @cached_property
-    def truncation(self) -> data.Truncation | None:
-        "Sentences that the teacher's tokenizer cuts"
-        parts = trainers.find_data(self.options.sentences, data.find_sentences)
-        return data.truncated_share(data.inspect_shards(parts, progress=False), self.teacher.tokenizer)
+        if not job.is_stored:
+            teacher = [data.View(teacher.preprocess, None) for teacher in job.teachers]
+        return trainers.open_stream(job, job.report, view, job.options.batch_size, teacher=teacher)
 
     @cached_property
     def texts(self) -> data.PairStream:
         "The sentences, in an order of their own"
-        needs_tokens = not self.is_stored or self.options.text_tower == "student"
-        view = data.View(None, self.teacher.tokenizer if needs_tokens else _no_tokens)
+        job = self.job
+        needs_tokens = not job.is_stored or job.options.text_tower == "student"
+        view = data.View(None, job.teacher.tokenizer if needs_tokens else _no_tokens)
         teacher = None
-        if not self.is_stored:
-            teacher = [data.View(None, teacher.tokenizer) for teacher in self.teachers]
-        settings = dict(teacher=teacher, seed=seed_of(self.options.seed, "sentences"), crop_scale=1.0)
-        return trainers.open_stream(
-            self, self.sentence_report, view, self.options.sentence_batch, **settings
-        )
+        if not job.is_stored:
+            teacher = [data.View(None, teacher.tokenizer) for teacher in job.teachers]
+        settings = dict(teacher=teacher, seed=seed_of(job.options.seed, "sentences"), crop_scale=1.0)
+        return trainers.open_stream(job, job.sentence_report, view, job.options.sentence_batch, **settings)
 
-    def unpaired(self, step: int) -> Iterator[Batch]:
+    def batches(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for images, sentences in zip(self.images.batches(step), self.texts.batches(step), strict=False):
             sides = zip(images.further, sentences.further, strict=True)
@@ -584,43 +569,41 @@ PROBE_POOL = 2000  # sentences of the corpus among which the probe's are chosen
 PER_IMAGE = 2  # sentences of the probe for each of its images
 
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #ab2bab75
-class _Probe(_Streams):
-    "What is looked at while it trains: validation images beside sentences of the corpus, and scores"
+def _truncation(job: DimeFmJob) -> data.Truncation | None:
+    "Sentences that the teacher's tokenizer cuts"
+    parts = trainers.find_data(job.options.sentences, data.find_sentences)
+    return data.truncated_share(data.inspect_shards(parts, progress=False), job.teacher.tokenizer)
 
-    @cached_property
-    def chosen_sentences(self) -> tuple[str, ...]:
-        "The probe's sentences, in the order of the images that they are near to"
-        return _nearest_sentences(self.teacher, self.sentence_report, self.val[self.probe_rows])
 
-    @property
-    def probe_sentences(self) -> list[str] | None:
-        return list(self.chosen_sentences) if self.probe_rows else None
+def _chosen_sentences(job: DimeFmJob) -> tuple[str, ...]:
+    "The probe's sentences, in the order of the images that they are near to"
+    return _nearest_sentences(job.teacher, job.sentence_report, job.val[job.probe_rows])
 
-    @cached_property
-    def probe(self) -> Batch | None:
-        if not self.probe_rows:
-            return None
-        pairs = self.val[self.probe_rows]
-        teacher = data.View(self.teacher.preprocess, None)
-        batch = next(pairs.batches(self.view, batch_size=len(pairs), teacher=teacher))
-        tokens = self.teacher.tokenizer(list(self.chosen_sentences))
-        return replace(batch, text=tokens).to(self.accelerator.device)
 
-    @cached_property
-    def caption_features(self) -> Tensor:  # (T, D) unit rows, of every caption
-        "The validation captions under the teacher's text tower"
-        return trainers.validation_features(self.teacher, self.val, every_caption=True).text
+def _probe(job: DimeFmJob) -> Batch | None:
+    "Validation images beside sentences of the corpus, which are looked at while it trains"
+    if not job.probe_rows:
+        return None
+    pairs = job.val[job.probe_rows]
+    teacher = data.View(job.teacher.preprocess, None)
+    batch = next(pairs.batches(job.view, batch_size=len(pairs), teacher=teacher))
+    tokens = job.teacher.tokenizer(list(job.chosen_sentences))
+    return replace(batch, text=tokens).to(job.accelerator.device)
 
-    def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
-        "R@1 both ways; the features of a kept text tower are computed once"
-        if self.options.text_tower == "student" or not all(term.unpaired for term in objective.terms):
-            return super().validation(student, objective)
-        rows = []
-        with evaluating(student.model):
-            for batch in self.val.batches(replace(self.view, tokenizer=None)):
-                rows.append(student.encode_image(batch.image.to(student.device)).float())
-        features = Features(torch.cat(rows), self.caption_features, self.teacher.scale)
-        return recall(features, ks=(1,), captions=self.val.all_captions)
+
+def _caption_features(job: DimeFmJob) -> Tensor:  # (T, D) unit rows, of every caption
+    "The validation captions under the teacher's text tower"
+    return trainers.validation_features(job.teacher, job.val, every_caption=True).text
+
+
+def _validated(job: DimeFmJob, student: VLM) -> dict[str, float]:
+    "R@1 both ways; the features of a kept text tower are computed once"
+    rows = []
+    with evaluating(student.model):
+        for batch in job.val.batches(replace(job.view, tokenizer=None)):
+            rows.append(student.encode_image(batch.image.to(student.device)).float())
+    features = Features(torch.cat(rows), job.caption_features, job.teacher.scale)
+    return recall(features, ks=(1,), captions=job.val.all_captions)
 
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #1b486dc2
 @torch.no_grad()
@@ -654,8 +637,40 @@ def nearest_each(
     return nearest
 
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #a3edadcb
-class DimeFmJob(_Probe):
+class DimeFmJob(StudentJob):
     "Images and sentences, the teacher's scores of them, and the student that learns these"
+
+    sentences = cached_property(Sentences)
+    selection = of_part("sentences", "selection")
+    judges = of_part("sentences", "judges")
+    sentence_report = of_part("sentences", "report")
+    streams = cached_property(UnpairedStreams)
+    images = of_part("streams", "images")
+    texts = of_part("streams", "texts")
+    unpaired = of_part("streams", "batches")
+    truncation = cached_property(_truncation)
+    chosen_sentences = cached_property(_chosen_sentences)
+    probe = cached_property(_probe)
+    caption_features = cached_property(_caption_features)
+    teacher_view = None  # the streams say for themselves what the teacher takes of them
+
+    @cached_property
+    def like(self) -> VLM:
+        "The teacher, with images preprocessed as the student takes them"
+        return _with_preprocessing(self.options, self.teacher)
+
+    @property
+    def view(self) -> data.View:
+        return data.View(self.like.preprocess, self.teacher.tokenizer)
+
+    @property
+    def probe_sentences(self) -> list[str] | None:
+        return list(self.chosen_sentences) if self.probe_rows else None
+
+    def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
+        if self.options.text_tower == "student" or not all(term.unpaired for term in objective.terms):
+            return super().validation(student, objective)
+        return _validated(self, student)
 
     @property
     def stored_sides(self) -> tuple[str, ...]:
@@ -673,20 +688,25 @@ class DimeFmJob(_Probe):
         return _student_of(self.options, self.teacher, self.shapes, inherited)
 
     def work(self) -> None:
-        stages = [stage for stage, _ in self.plan]
-        unfinished = [name for name in stages if not (self.run.folder / name / "done.json").exists()]
-        if unfinished:
-            self.sentence_report  # noqa: B018 in making it every process takes part
-        if "student" in unfinished:
-            learner = ImageLearner if self.options.text_tower == "teacher" else UnpairedLearner
-            phase = Phase("student", "distil", self.options.steps)
-            student = self.new_student()
-            project = trainers.projections(self.options, student, self.teachers) if self.further else None
-            objective = dime_objective(self.options, project)
-            finish_fit(self, phase, student, objective, self.source, learner, self.unpaired)
-        if "scratch" in unfinished:
-            baseline = self.new_student(inherited=False)
-            trainers.train_baseline(self, "scratch", self.options.steps, baseline)
+        _work(self)
+
+# %% ../../nbs/library/099_methods_dime_fm.ipynb #d1me0001
+def _work(job: DimeFmJob) -> None:
+    "Train the student, and then what it is compared with"
+    stages = [stage for stage, _ in job.plan]
+    unfinished = [name for name in stages if not (job.run.folder / name / "done.json").exists()]
+    if unfinished:
+        job.sentence_report  # noqa: B018 in making it every process takes part
+    if "student" in unfinished:
+        learner = ImageLearner if job.options.text_tower == "teacher" else UnpairedLearner
+        phase = Phase("student", "distil", job.options.steps)
+        student = job.new_student()
+        project = trainers.projections(job.options, student, job.teachers) if job.further else None
+        objective = dime_objective(job.options, project)
+        finish_fit(job, phase, student, objective, job.source, learner, job.unpaired)
+    if "scratch" in unfinished:
+        baseline = job.new_student(inherited=False)
+        trainers.train_baseline(job, "scratch", job.options.steps, baseline)
 
 # %% ../../nbs/library/099_methods_dime_fm.ipynb #509b3008
 def dime_objective(

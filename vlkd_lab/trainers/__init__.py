@@ -27,6 +27,7 @@ from vlkd_lab.trainers.jobs import (
     load_validation,
     make_accelerator,
     may_print,
+    of_part,
     once,
     open_run,
     open_stream,

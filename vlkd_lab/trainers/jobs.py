@@ -42,7 +42,7 @@ from .teachers import Teachers
 # %% auto #0
 __all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'Work',
            'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Streams',
-           'teacher_source', 'teacher_views', 'Job', 'trained_on', 'encode_captions', 'validation_features',
+           'teacher_source', 'teacher_views', 'of_part', 'Job', 'trained_on', 'encode_captions', 'validation_features',
            'validation_scores', 'open_run', 'finish_fit', 'train_baseline', 'TeacherJob', 'StudentJob', 'at_work',
            'write_probe']
 
@@ -381,6 +381,15 @@ def teacher_views(
         return views
     only = teachers[0]
     return None if like is only or like.same_view(only) else views[0]
+
+
+def of_part(part: str, name: str) -> property:
+    "A job's property that a part of the job has, so that a reader of the job need not know its parts"
+
+    def read(job: Work) -> Any:
+        return getattr(getattr(job, part), name)
+
+    return property(read, doc=f"`{name}` of the job's `{part}`")
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #49e30a5a
 class Job(Streams):

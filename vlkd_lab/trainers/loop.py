@@ -180,7 +180,7 @@ def _wait_or_stop(fit: Fit) -> Mapping[str, Any]:  # control.json, once training
     "Save when that is asked for, wait while the run is paused; RunStopped where it is to stop"
     was_paused = False
     while True:
-        request = agree(fit.accelerator, fit.run.asked)
+        request = agree(fit.accelerator, fit.run.requested)
         if request.get("stop") or request.get("checkpoint", 0) > fit.answered:
             _save_fit(fit)
             fit.answered = request.get("checkpoint", fit.answered)
