@@ -10,7 +10,7 @@ train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
 
 test: browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 3 --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --no-loadscope-reorder
 
 # the tests in throw-away environments: the oldest and the newest torch that settings.ini admits, on two Pythons; hours, and 6 GB at a time
 # VERSIONS="3.12:2.11.0 3.10:newest" chooses some, TESTS="tests/test_losses.py" which tests
