@@ -139,13 +139,25 @@ def test_a_broken_orientation_does_not_cost_the_picture(exif):
     assert seen(corners(), "jpeg", exif=exif).shape == (16, 24, 3)
 
 
+def reads_its_own(image, kind):
+    "Whether this Pillow can open what it has saved"
+    try:
+        Image.open(io.BytesIO(saved(image, kind))).load()
+    except OSError:
+        return False
+    return True
+
+
 def test_colour_models():
     red = Image.new("RGB", (16, 16), (255, 0, 0))
     for data in (saved(red.convert("CMYK"), "jpeg", quality=95), saved(red.convert("CMYK"), "tiff")):
         assert np.abs(np.asarray(decode_image(data)).astype(int) - (255, 0, 0)).max() < 8, "Adobe's inverted CMYK, and a plain one"
     for mode in ("1", "L", "P", "YCbCr"):
         kind = "tiff" if mode == "YCbCr" else "png"
-        assert np.abs(seen(Image.new("RGB", (16, 16), "white").convert(mode), kind) - 255).max() <= 2
+        white = Image.new("RGB", (16, 16), "white").convert(mode)
+        if mode == "YCbCr" and not reads_its_own(white, kind):
+            continue  # the newest Pillow for Python 3.10 writes such a TIFF and calls it truncated
+        assert np.abs(seen(white, kind) - 255).max() <= 2
     with pytest.raises(BadSample, match="floating-point"):
         decode_image(saved(Image.new("F", (9, 9)), "tiff"))
 
