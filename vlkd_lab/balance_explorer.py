@@ -5,7 +5,6 @@
 # %% ../nbs/library/105_balance_explorer.ipynb #58be94c2
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from . import widgets
 from .balancing import Balance, Linkage, balance_at, find_pictures, groups_html
 from .data import DataReport, escaped
+from .project import former_names
 from .stores import Stored
 from .widgets import COLOURS, WIDTH, Live, Panel, picture
 
@@ -160,9 +160,4 @@ class StaticBalance:
         return {"text/html": page, "text/plain": self.text}
 
 
-def __getattr__(name: str):
-    "What had another name, with a warning that says the new one"
-    if name != "BalanceStill":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("BalanceStill is now StaticBalance", DeprecationWarning, stacklevel=2)
-    return StaticBalance
+__getattr__ = former_names(__name__, BalanceStill="StaticBalance")

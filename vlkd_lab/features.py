@@ -5,13 +5,14 @@
 # %% ../nbs/library/001_features.ipynb #114e886b
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .project import former_names
 
 # %% auto #0
 __all__ = ['Features', 'Ensemble', 'LayerOutputs', 'MomentumOutputs', 'FusedFeatures', 'partner_ranks', 'ranks_by_score',
@@ -290,13 +291,4 @@ def gather(features: Features | Ensemble) -> Features | Ensemble:
     return replace(features, image=_AllGather.apply(features.image), text=_AllGather.apply(features.text))
 
 # %% ../nbs/library/001_features.ipynb #former02
-_FORMER = {"Pass": LayerOutputs, "Slow": MomentumOutputs}  # former name -> what bears another one today
-
-
-def __getattr__(name: str):
-    "A class by its former name, with a warning that says what it is called today"
-    if name in _FORMER:
-        message = f"{__name__}.{name} is called {_FORMER[name].__name__} today"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return _FORMER[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_names(__name__, Pass="LayerOutputs", Slow="MomentumOutputs")

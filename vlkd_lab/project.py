@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import vlkd_lab
 
 # %% auto #0
-__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text']
+__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'former_names']
 
 # %% ../nbs/library/000_project.ipynb #5507879b
 def is_working_copy(folder: Path) -> bool:
@@ -71,3 +74,18 @@ def write_text(path: str | Path, text: str) -> None:
     "Replace a text file; folders on the way are made"
     with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+# %% ../nbs/library/000_project.ipynb #f0rm3r02
+def former_names(
+    module: str,  # whose names they were: `__name__`
+    **today: str,  # a former name -> that of today, in the same module
+) -> Callable[[str], Any]:  # the module's `__getattr__`
+    "Find what had another name, with a DeprecationWarning that says the new one"
+
+    def find(name: str) -> Any:
+        if name not in today:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{name} is now {today[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], today[name])
+
+    return find

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .data import project_root
 from .methods import all_losses
-from .project import atomic_write, write_text
+from .project import atomic_write, former_names, write_text
 
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
@@ -536,12 +536,7 @@ def current_values(
     return values
 
 
-def __getattr__(name: str):
-    "The former name of `current_values`, with a warning"
-    if name == "in_effect":
-        warnings.warn("in_effect is now current_values", DeprecationWarning, stacklevel=2)
-        return current_values
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_names(__name__, in_effect="current_values")
 
 # %% ../nbs/library/056_runs.ipynb #bba041e8
 WATCH_SECONDS = 5.0  # a watcher who has not called `watch` for this long is gone

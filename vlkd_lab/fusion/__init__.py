@@ -6,8 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/library/055_fusion.ipynb #1c5cfc86
-import warnings
-
+from ..project import former_names
 from .checkpoints import export_blip, load_blip
 from .clip_tower import adopt_image_tower, clip_sizes
 from .cost import BlipCost, blip_cost
@@ -25,13 +24,4 @@ from .weights import is_blip
 from .words import BlipTokenizer, train_wordpiece, trimmed, with_start_token
 
 # %% ../../nbs/library/055_fusion.ipynb #e8639999
-_FORMER = {"see": forward_batch, "begun": with_start_token, "write_about": generate}
-
-
-def __getattr__(name: str):
-    "A function by its former name, with a warning that says what it is called today"
-    if name in _FORMER:
-        message = f"{__name__}.{name} is called {_FORMER[name].__name__} today"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return _FORMER[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_names(__name__, see="forward_batch", begun="with_start_token", write_about="generate")

@@ -6,8 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/library/094_widgets.ipynb #03972c84
-import warnings
-
 from vlkd_lab.widgets.affinities import (
     MEASURES,
     LiveAffinities,
@@ -154,21 +152,15 @@ from vlkd_lab.widgets.watched import (
 )
 
 from ..data import escaped, visible
+from ..project import former_names
 from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
 from .several import RunsView, StaticRuns, differences, overlay, overlay_json
 
 # %% ../../nbs/library/094_widgets.ipynb #31df8e84
-_RENAMED = {
-    "headline": "status_bar",
-    "Still": "StaticFigure",
-    "RunStill": "StaticBench",
-    "RunsStill": "StaticRuns",
-}
-
-
-def __getattr__(name: str):
-    "What had another name, with a warning that says the new one"
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn(f"{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
-    return globals()[_RENAMED[name]]
+__getattr__ = former_names(
+    __name__,
+    headline="status_bar",
+    Still="StaticFigure",
+    RunStill="StaticBench",
+    RunsStill="StaticRuns",
+)

@@ -10,6 +10,7 @@ import base64
 import math
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ LOOK_SECONDS = 0.3  # between two looks at the folder
 CURVE_SECONDS = 1.0  # between two drawings by Plotly, which is dearer than a canvas
 
 # %% ../../nbs/library/092_widgets_bench.ipynb #a23f3966
-class Live:
+class Live(ABC):
     "A view that a frontend shows as widgets, kept up to date while it is seen, and a static figure elsewhere"
 
     always = False  # kept up to date even when no frontend shows it
@@ -54,12 +55,12 @@ class Live:
         "Whether a frontend showed it a moment ago"
         return self.panel is not None and self.panel.seen
 
-    def update(self) -> None:
+    def update(self) -> None:  # noqa: B027 a view that changes only on a request has nothing to do here
         "Look, and show what is new; most views change only on a request"
 
+    @abstractmethod
     def static(self):
         "Its static figure, which shows where no kernel runs"
-        raise NotImplementedError(f"{type(self).__name__} says in `static` what it is as a static figure")
 
     def still(self):
         "The old name of `static`"
