@@ -141,11 +141,11 @@ def killed_in_its_fourth_step(monkeypatch):
     def train_twice(open_job):  # () -> the job
         step, taken = trainers.take_step, []
 
-        def dies(fit, batch):
-            taken.append(fit.step)
+        def dies(loop, batch):
+            taken.append(loop.step)
             if len(taken) == 4:
                 raise KeyboardInterrupt
-            return step(fit, batch)
+            return step(loop, batch)
 
         monkeypatch.setattr(trainers.loop, "take_step", dies)
         job = open_job()

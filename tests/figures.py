@@ -41,7 +41,7 @@ from vlkd_lab.models import TowerShape
 from vlkd_lab.runs import Run, RunWriter, Snapshots, write_snapshot
 from vlkd_lab.samples import make_sample, show_scenes, write_shards
 from vlkd_lab.widgets import (
-    COLOURS,
+    LINE_COLOURS,
     CrossAttention,
     GateMatrices,
     LossCurves,
@@ -233,11 +233,11 @@ def looked_at(run: Run) -> Watched:
 def lines_points_marks(folder):
     "What figures are drawn with: lines, points on a scale, a logarithmic axis, marks, notes, a legend"
     x = np.arange(1, 41)
-    lines = [curve(x, 10 ** (x / 13), "rises", line=curve_style(COLOURS[0]))]
-    lines.append(curve(x, np.where(abs(x - 20) < 3, np.nan, 300 / x), "falls, with a gap", line=curve_style(COLOURS[5], "dash")))
+    lines = [curve(x, 10 ** (x / 13), "rises", line=curve_style(LINE_COLOURS[0]))]
+    lines.append(curve(x, np.where(abs(x - 20) < 3, np.nan, 300 / x), "falls, with a gap", line=curve_style(LINE_COLOURS[5], "dash")))
     marker = dict(size=9, color=x.tolist(), colorscale="Viridis", cmin=0, cmax=40, colorbar={"title": {"text": "number"}})
     lines.append(curve(x, 3 * x + 20 * waves(40), "points", 2, mode="markers", marker=marker, showlegend=False))
-    crosses = dict(size=8, color=COLOURS[5], symbol="x")
+    crosses = dict(size=8, color=LINE_COLOURS[5], symbol="x")
     lines.append(curve(x[::8], 140 - 3 * x[::8], "crosses", 2, mode="markers", marker=crosses))
     layout = plain_layout(700, 260) | panel_layout(1, "step", "value", [0, 0.4]) | panel_layout(2, "x", "y", [0.52, 0.9])
     layout["yaxis1"]["type"] = "log"
@@ -535,7 +535,7 @@ def scenes(folder):
     "Seven pictures in two rows, each with another corner in another colour"
     samples = []
     for k in range(7):
-        image = Image.new("RGB", (32, 32), COLOURS[k])
+        image = Image.new("RGB", (32, 32), LINE_COLOURS[k])
         image.paste("white", (16 * (k % 2), 8 * (k % 3), 16 * (k % 2) + 16, 8 * (k % 3) + 16))
         samples.append(replace(make_sample(k, size=16), image=image))
     return png_of(show_scenes(samples, columns=4))

@@ -122,7 +122,7 @@ def write(here, form):
 def batches(monkeypatch):
     "The batches that a job's steps were given"
     given, step = [], trainers.take_step
-    monkeypatch.setattr(trainers.loop, "take_step", lambda fit, batch: given.append(batch) or step(fit, batch))
+    monkeypatch.setattr(trainers.loop, "take_step", lambda loop, batch: given.append(batch) or step(loop, batch))
     return given
 
 

@@ -318,12 +318,12 @@ def test_a_term_that_needs_pairs_is_refused_in_mid_run(tiny):
     job, refused = job_of(tiny), []
     taken = trainers.take_step
 
-    def asks(fit, batch):
-        found = taken(fit, batch)
-        if fit.step == 2:
+    def asks(loop, batch):
+        found = taken(loop, batch)
+        if loop.step == 2:
             for wish in (dict(contrastive=1.0), dict(unimodal_distance=0.5)):
                 try:
-                    trainers.change(fit, {"weights": wish})
+                    trainers.change(loop, {"weights": wish})
                 except ValueError as error:
                     refused.append(str(error))
         return found

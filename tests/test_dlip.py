@@ -23,7 +23,7 @@ from vlkd_lab.methods.blip_training import BlipTraining, find_blip, open_blip_tr
 from vlkd_lab.methods.dlip import Dlip, dlip_objective, make_student, open_dlip, student_sizes
 from vlkd_lab.runs import Run, kept_snapshots, read_json, read_snapshot
 from vlkd_lab.samples import write_shards
-from vlkd_lab.trainers import Fit, Phase, check_parameters, current_student, make_accelerator, start, train
+from vlkd_lab.trainers import Loop, Phase, check_parameters, current_student, make_accelerator, start, train
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def first_step(job, **changes):
     student = make_student(job)[0]
     objective = dlip_objective(options, job.teacher, student, job.tasks)
     learner = BlipLearner(student.model.train(), student, job.tasks, options)
-    trial = Fit(
+    trial = Loop(
         Run(job.run.folder / "trial"), Phase("student", "distil", 6), learner, objective, options, make_accelerator(options), job.teacher
     )
     sums, seen, taught = learner.learn(trial, next(job.batches(0)))
@@ -155,13 +155,13 @@ def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
     seen = []
     step = trainers.take_step
 
-    def watched(fit, batch):
-        before = {n: w.clone() for n, w in fit.learner.momentum_encoder.named_parameters()}
-        found = step(fit, batch)
-        own = dict(fit.learner.model.named_parameters())
-        for name, weight in fit.learner.momentum_encoder.named_parameters():
+    def watched(loop, batch):
+        before = {n: w.clone() for n, w in loop.learner.momentum_encoder.named_parameters()}
+        found = step(loop, batch)
+        own = dict(loop.learner.model.named_parameters())
+        for name, weight in loop.learner.momentum_encoder.named_parameters():
             torch.testing.assert_close(weight, 0.9 * before[name] + 0.1 * own[name])
-        seen.append((int(fit.learner.queue.seen), len(fit.learner.queue.rows()[0])))
+        seen.append((int(loop.learner.queue.seen), len(loop.learner.queue.rows()[0])))
         return found
 
     trainers.loop.take_step = watched
@@ -240,10 +240,10 @@ def test_weights_change_in_mid_run_and_foreign_terms_are_refused(tiny):
     student, phase = make_student(job)[0], Phase("student", "distil", 2)
     learner = BlipLearner(student.model, student, job.tasks, job.options)
     objective = dlip_objective(job.options, job.teacher, student, job.tasks)
-    fit = Fit(Run(job.run.folder / "trial"), phase, learner, objective, job.options, make_accelerator(job.options), job.teacher)
+    loop = Loop(Run(job.run.folder / "trial"), phase, learner, objective, job.options, make_accelerator(job.options), job.teacher)
     with pytest.raises(ValueError, match="affinity_mimicking is a term of two towers"):
-        trainers.change(fit, {"weights": {"affinity_mimicking": 1.0}})
-    assert "affinity_mimicking" not in fit.objective.weights
+        trainers.change(loop, {"weights": {"affinity_mimicking": 1.0}})
+    assert "affinity_mimicking" not in loop.objective.weights
 
 
 def test_what_is_distilled_of_the_fusion_reads_questions_too():
@@ -384,13 +384,13 @@ student = dlip.make_student(job)[0]
 objective = dlip.dlip_objective(job.options, job.teacher, student, job.tasks)
 learner = dlip.BlipLearner(student.model.train(), student, job.tasks, job.options)
 phase = trainers.Phase("student", "distil", 6)
-fit = trainers.Fit(Run(job.run.folder / "trial"), phase, learner, objective, job.options, job.accelerator, job.teacher)
+loop = trainers.Loop(Run(job.run.folder / "trial"), phase, learner, objective, job.options, job.accelerator, job.teacher)
 batch = next(job.val.batches(job.view, batch_size=8))
 batch = replace(batch, questions=tuple(asked if k < 3 else () for k, asked in enumerate(batch.questions)))
 part = slice(rank * 8 // world, (rank + 1) * 8 // world)
 mine = Batch(batch.image[part], batch.text[part], keys=batch.keys[part], captions=batch.captions[part], questions=batch.questions[part])
-fit.shares, learner.measured_at = True, 0.0 if rank == 0 else float("inf")  # clocks of processes differ
-sums, *_ = learner.learn(fit, mine)
+loop.shares, learner.measured_at = True, 0.0 if rank == 0 else float("inf")  # clocks of processes differ
+sums, *_ = learner.learn(loop, mine)
 assert abs(sum(learner.gradient_shares.values()) - 1) < 1e-4
 if rank == 0:
     grads = {n: p.grad for n, p in student.model.named_parameters()}

@@ -8,7 +8,7 @@ import pytest
 from figures import FIGURES, LIMIT, STORED, Drawing, differences, drawn, side_by_side, stored, worst_tile
 from PIL import Image
 
-from vlkd_lab.widgets import COLOURS, drawing
+from vlkd_lab.widgets import LINE_COLOURS, drawing
 
 
 def compared(name, folder):
@@ -75,7 +75,7 @@ def linear(panel, name, axis):
 
 
 def colours_exchanged(panel, x, y, trace, label):
-    others = {COLOURS[0]: COLOURS[1], COLOURS[1]: COLOURS[0]}
+    others = {LINE_COLOURS[0]: LINE_COLOURS[1], LINE_COLOURS[1]: LINE_COLOURS[0]}
     line = trace["line"]
     PLAIN["_draw_line"](panel, x, y, {**trace, "line": {**line, "color": others.get(line["color"], line["color"])}}, label)
 

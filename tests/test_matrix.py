@@ -20,7 +20,7 @@ from vlkd_lab.methods import contrastive, tinyclip
 from vlkd_lab.models import new_model, save_model
 from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
-from vlkd_lab.trainers import Fit, Learner, Phase, open_job, take_step, train
+from vlkd_lab.trainers import Learner, Loop, Phase, open_job, take_step, train
 
 METHODS = ["TinyCLIP", "Distil", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"]
 STUDENT = {"TinyCLIP": "stage-1", "Contrastive": "teacher", "BlipTraining": "teacher"}  # the others: student
@@ -207,9 +207,9 @@ def reached_names(options, weights):
     student, teacher = (new_model(TINY | dict(init_logit_bias=-10.0), seed=seed) for seed in (1, 2))
     before = {name: weight.clone() for name, weight in student.model.named_parameters()}
     accelerator = Accelerator(cpu=True)
-    fit = Fit(Run("nowhere"), Phase("stage-1", "distil", 3), Learner(student.model), Objective(weights), options, accelerator, teacher)
+    loop = Loop(Run("nowhere"), Phase("stage-1", "distil", 3), Learner(student.model), Objective(weights), options, accelerator, teacher)
     batch = Batch(torch.randn(6, 3, 32, 32), student.tokenizer([f"text {k}" for k in range(6)]))
-    take_step(fit, batch)
+    take_step(loop, batch)
     accelerator.free_memory()
     changed = {name for name, weight in student.model.named_parameters() if not torch.equal(weight, before[name])}
     return {name for name, weight in student.model.named_parameters() if weight.requires_grad}, changed
@@ -230,14 +230,14 @@ def test_a_term_that_joins_in_mid_run_trains_what_it_reaches():
     student, teacher = (new_model(TINY, seed=seed) for seed in (1, 2))
     options = tinyclip.TinyCLIP(warmup=0, hold_scale=20.0)
     objective = Objective({"unimodal_distance": 1.0, "affinity_mimicking": 0.0})
-    fit = Fit(Run("nowhere"), Phase("stage-1", "distil", 3), Learner(student.model), objective, options, Accelerator(cpu=True), teacher)
+    loop = Loop(Run("nowhere"), Phase("stage-1", "distil", 3), Learner(student.model), objective, options, Accelerator(cpu=True), teacher)
     batch = Batch(torch.randn(6, 3, 32, 32), student.tokenizer([f"text {k}" for k in range(6)]))
-    take_step(fit, batch)
+    take_step(loop, batch)
     before = student.model.text_projection.clone()
-    take_step(fit, batch)
+    take_step(loop, batch)
     assert torch.equal(student.model.text_projection, before)
-    trainers.change(fit, {"weights": {"affinity_mimicking": 1.0}})
-    take_step(fit, batch)
+    trainers.change(loop, {"weights": {"affinity_mimicking": 1.0}})
+    take_step(loop, batch)
     assert not torch.equal(student.model.text_projection, before)
 
 
@@ -246,10 +246,10 @@ def test_a_step_asks_the_device_once(parameters, monkeypatch):
     transfers, inside = [], []
     step = trainers.take_step
 
-    def counted(fit, batch):
+    def counted(loop, batch):
         inside.append(True)
         transfers.append(0)
-        taken = step(fit, batch)
+        taken = step(loop, batch)
         inside.clear()
         return taken
 
@@ -284,16 +284,16 @@ def _only_the_step(job, stream, guard):
 
 def test_a_phase_lets_go_of_its_network_and_optimizer(parameters, monkeypatch):
     alive = []
-    make = trainers.Fit.__post_init__
+    make = trainers.Loop.__post_init__
 
-    def watched(fit):
+    def watched(loop):
         gc.collect()
         networks = [one for one in gc.get_objects() if isinstance(one, Learner)]
         optimizers = [one for one in gc.get_objects() if type(one) is torch.optim.AdamW]
         alive.append((len(networks), len(optimizers), sum(w.numel() for one in optimizers for s in one.state.values() for w in s.values())))
-        make(fit)
+        make(loop)
 
-    monkeypatch.setattr(trainers.Fit, "__post_init__", watched)
+    monkeypatch.setattr(trainers.Loop, "__post_init__", watched)
     job = open_job("TinyCLIP", parameters("TinyCLIP", stages=2, inheritance="auto", steps=4, compare_scratch=True))
     train(job)
     assert len(alive) == 5 and all(networks == 1 and optimizers == 0 for networks, optimizers, _ in alive), alive

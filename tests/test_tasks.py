@@ -29,9 +29,9 @@ from vlkd_lab.tasks import (
     SceneFacts,
     answer_accuracy,
     answer_all,
+    caption_pairs,
     caption_scores,
     compare_tasks,
-    describe,
     hit,
     is_true,
     job_tasks,
@@ -265,7 +265,7 @@ def test_answers_and_captions_are_those_of_single_pictures(blip, pairs):
     assert found.rows == (0, 0, 1, 1, 3, 3, 4, 4)
     for row, question, written in zip(found.rows, found.questions, found.written, strict=True):
         assert answer(blip, images[row][None], [question], 2, 4) == [written]
-    assert describe(blip, few, 2, batch_size=2, longest=5) == [write_captions(blip, image[None], 2, 5)[0] for image in images]
+    assert caption_pairs(blip, few, 2, batch_size=2, longest=5) == [write_captions(blip, image[None], 2, 5)[0] for image in images]
     with pytest.raises(ValueError, match="no questions"):
         answer_all(blip, replace(pairs, questions=()))
     with pytest.raises(ValueError, match="-1 questions"):

@@ -189,15 +189,15 @@ def test_weights_of_terms_change_in_mid_run_and_projections_are_kept(parameters,
 
     step, fits = trainers.take_step, []
 
-    def observed(fit, batch):
+    def observed(loop, batch):
         if not fits:
             with pytest.raises(ValueError, match="centres"):
-                line = step(fit, batch)
-                change(fit, {"weights": {"cluster_distribution": 1.0}})
-            assert change(fit, {"weights": {"relational": 0.0}}) == {"weights": {"relational": 0.0}}
-            fits.append(fit)
+                line = step(loop, batch)
+                change(loop, {"weights": {"cluster_distribution": 1.0}})
+            assert change(loop, {"weights": {"relational": 0.0}}) == {"weights": {"relational": 0.0}}
+            fits.append(loop)
             return line
-        return step(fit, batch)
+        return step(loop, batch)
 
     monkeypatch.setattr(trainers.loop, "take_step", observed)
     given = parameters("Distil", checkpoint_seconds=0.0)

@@ -387,7 +387,7 @@ def test_agreement_purity_and_moved_images_of_a_run_with_clusters(run):
     plane, features = RunClusters(run).plane, watched.arrays["clusters_student"].astype(np.float32)
     assert np.allclose(np.stack([moved["x"], moved["y"]], axis=1), plane.project(features[[0, 1, 2, 3, 5]]), atol=1e-5)
     assert len(stayed["x"]) == 1 and moved["marker"]["symbol"] == "x" and stayed["marker"]["symbol"] == "circle"
-    assert moved["marker"]["color"] == [widgets.COLOURS[k] for k in (1, 1, 0, 0, 0)] and len(centres["x"]) == 3
+    assert moved["marker"]["color"] == [widgets.LINE_COLOURS[k] for k in (1, 1, 0, 0, 0)] and len(centres["x"]) == 3
     assert list(teacher["y"]) == [2, 2, 2] and list(student["y"]) == [3, 2, 1]
     said = drawn["layout"]["annotations"][0]["text"]
     assert "step 1: 17% of the images" in said and "purity 83%" in said, "1 of 6, and 5 of 6"

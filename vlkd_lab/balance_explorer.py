@@ -16,7 +16,7 @@ from .balancing import Balance, Linkage, balance_at, find_pictures, groups_html
 from .data import DataReport, escaped
 from .project import former_names
 from .stores import Stored
-from .widgets import COLOURS, WIDTH, Live, Panel, picture
+from .widgets import LINE_COLOURS, WIDTH, Live, Panel, picture
 
 # %% auto #0
 __all__ = ['REMOVED_SHARE', 'balance_json', 'BalanceExplorer', 'StaticBalance']
@@ -33,7 +33,7 @@ def balance_json(linkage: Linkage, threshold: float, width: int = WIDTH, height:
         layout[axis] |= {"type": "log", "exponentformat": "power"}
     layout["shapes"] = [_threshold_mark(threshold)]
     layout["annotations"] = []
-    style = widgets.curve_style(COLOURS[0])
+    style = widgets.curve_style(LINE_COLOURS[0])
     places = _spread(len(linkage.distances), most=300)
     removed = 100 * (places + 1) / linkage.count
     sizes = -np.sort(-np.bincount(linkage.groups(threshold)))

@@ -21,7 +21,7 @@ import ipywidgets
 import numpy as np
 
 from vlkd_lab.widgets import (
-    COLOURS,
+    LINE_COLOURS,
     MEASURES,
     SEQUENTIAL,
     WIDTH,
@@ -319,7 +319,7 @@ def _cuts_json(table: pd.DataFrame, width: int = WIDTH, height: int = 240) -> di
     lines = []
     panels = (("parameters", "parameters, M", [0, 0.44]), ("macs", "MACs a pair, M", [0.56, 1]))
     for panel, (column, title, across) in enumerate(panels, start=1):
-        style = dict(line=widgets.curve_style(COLOURS[0]), mode="lines+markers")
+        style = dict(line=widgets.curve_style(LINE_COLOURS[0]), mode="lines+markers")
         lines.append(widgets.curve(table.index, table[column] / 1e6, column, panel, **style))
         layout |= widgets.panel_layout(panel, "target sparsity", title, across)
         layout[f"yaxis{panel}"]["rangemode"] = "tozero"
@@ -566,7 +566,7 @@ def _map_traces(state: ClusterState) -> list[dict]:
         bar = {"title": {"text": state.colour_by}, "thickness": 8, "x": 0.6}
         marker = dict(color=group.tolist(), colorscale=SEQUENTIAL, colorbar=bar)
         return [{**_points(state, np.arange(len(group)), state.colour_by, marker), "showlegend": False}]
-    colours = {k: COLOURS[place] for place, k in enumerate(names)}
+    colours = {k: LINE_COLOURS[place] for place, k in enumerate(names)}
     symbols = {}
     if state.colour_by in ("error", "moved"):
         colours = {0: "#0072B2", 1: "#D55E00"}
@@ -607,7 +607,7 @@ def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -
     layout |= widgets.panel_layout(2, "cluster, by size", "samples", [0.72, 1])
     layout["yaxis2"]["rangemode"] = "tozero"
     sizes = state.sizes()
-    style = dict(line=widgets.curve_style(COLOURS[0]), mode="lines+markers", marker={"size": 4})
+    style = dict(line=widgets.curve_style(LINE_COLOURS[0]), mode="lines+markers", marker={"size": 4})
     by_size = widgets.curve(np.arange(1, len(sizes) + 1), sizes, "sizes", 2, showlegend=False, **style)
     return {"data": [*_map_traces(state), by_size], "layout": layout}
 

@@ -78,14 +78,20 @@ def write_text(path: str | Path, text: str) -> None:
 # %% ../nbs/library/000_project.ipynb #f0rm3r02
 def former_names(
     module: str,  # whose names they were: `__name__`
+    moved: Callable[[str], str | None] = lambda name: None,  # a name -> the module that has it today, if any
     **today: str,  # a former name -> that of today, in the same module
 ) -> Callable[[str], Any]:  # the module's `__getattr__`
-    "Find what had another name, with a DeprecationWarning that says the new one"
+    "Find what had another name or another place, with a DeprecationWarning that says the new one"
 
     def find(name: str) -> Any:
-        if name not in today:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        warnings.warn(f"{name} is now {today[name]}", DeprecationWarning, stacklevel=2)
-        return getattr(sys.modules[module], today[name])
+        if name in today:
+            place, known_as, told = module, today[name], f"{name} is now {today[name]}"
+        else:
+            place, known_as = None if name.startswith("_") else moved(name), name
+            if place is None:
+                raise AttributeError(f"module {module!r} has no attribute {name!r}")
+            told = f"{name} is imported from {place}, not from {module}"
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[place], known_as)
 
     return find

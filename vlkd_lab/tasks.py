@@ -52,13 +52,13 @@ from .evaluation import job_models
 from .features import distinct_captions, flat_captions, ranks_by_score, recall_of_ranks
 from .methods.dlip import DlipJob
 from .models import evaluating, state_digest
-from .project import write_text
+from .project import former_names, write_text
 from .runs import read_json, to_json
 
 # %% auto #0
-__all__ = ['MAIN', 'Retrieval', 'rerank', 'describe', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts', 'is_true',
-           'Answers', 'some_questions', 'answer_all', 'plain_answer', 'hit', 'answer_accuracy', 'score_tasks',
-           'measure_tasks', 'compare_tasks', 'show_tasks', 'Gallery', 'job_tasks']
+__all__ = ['MAIN', 'Retrieval', 'rerank', 'caption_pairs', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts',
+           'is_true', 'Answers', 'some_questions', 'answer_all', 'plain_answer', 'hit', 'answer_accuracy',
+           'score_tasks', 'measure_tasks', 'compare_tasks', 'show_tasks', 'Gallery', 'job_tasks']
 
 # %% ../nbs/library/103_tasks.ipynb #f03c9e42
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _matched(
     return logits
 
 # %% ../nbs/library/103_tasks.ipynb #798507af
-def describe(
+def caption_pairs(
     blip: Blip,
     pairs: Pairs,
     beams: int = 3,
@@ -214,6 +214,9 @@ def describe(
         for batch in _bar(batches, "captions", -(-len(pairs) // batch_size), progress):
             captions += write_captions(blip, batch.image, beams, longest, prompt)
     return captions
+
+
+__getattr__ = former_names(__name__, describe="caption_pairs")
 
 # %% ../nbs/library/103_tasks.ipynb #b3001088
 def _words(text: str) -> str:
@@ -562,7 +565,7 @@ def score_tasks(
         for name, value in retrieval.before.items():
             scores[f"features_{name}"] = value
     if "captioning" in blip.tasks:
-        captions = describe(blip, pairs, beams, **run)
+        captions = caption_pairs(blip, pairs, beams, **run)
         of_captions = caption_scores(captions, references_of(pairs), scene_facts(pairs))
         scores.update((name, value) for name, value in of_captions.items() if value is not None)
     if "answering" in blip.tasks and any(pairs.questions):
@@ -750,7 +753,7 @@ class Gallery:
         self.answers: dict[str, Answers] = {}
         for name, blip in models.items():
             if "captioning" in blip.tasks:
-                self.captions[name] = describe(blip, chosen, beams, progress=False)
+                self.captions[name] = caption_pairs(blip, chosen, beams, progress=False)
             if "answering" in blip.tasks and any(chosen.questions):
                 self.answers[name] = answer_all(blip, chosen, beams, progress=False)
 

@@ -19,7 +19,7 @@ from ..blip_losses import Queue
 from ..features import Batch, Features, FusedFeatures, MomentumOutputs, gather
 from ..fusion import TASKS, Blip, FusedBatch, forward_batch, fused_batch
 from ..losses import Objective
-from ..trainers import Fit, FitParameters, Learner, at_least, parameter, seed_of, within
+from ..trainers import FitParameters, Learner, Loop, at_least, parameter, seed_of, within
 
 # %% auto #0
 __all__ = ['BlipParameters', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch']
@@ -88,15 +88,15 @@ class BlipLearner(Learner):
         "Freeze the towers that the options lock"
         lock_modules(self.model, options)
 
-    def reach(self, fit: Fit, batch: Batch) -> None:
+    def reach(self, loop: Loop, batch: Batch) -> None:
         "A weight without a gradient is left as it is, in all processes"
-        fit.reached = fit.objective
+        loop.reached = loop.objective
 
-    def learn(self, fit: Fit, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
+    def learn(self, loop: Loop, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
         "Gradients of the fit's objective on a batch"
-        return _learn(self, fit, batch)
+        return _learn(self, loop, batch)
 
-    def shares(self, fit: Fit, student: Features, teacher: Features) -> dict[str, float]:
+    def shares(self, loop: Loop, student: Features, teacher: Features) -> dict[str, float]:
         "How much of the gradient at the student's weights came from each term, when it was last measured"
         return self.gradient_shares
 
@@ -194,39 +194,39 @@ def needed_tasks(objective: Objective, tasks: Sequence[str]) -> tuple[str, ...]:
 
 
 def _learn(
-    learner: BlipLearner, fit: Fit, batch: Batch
+    learner: BlipLearner, loop: Loop, batch: Batch
 ) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
     "Part by part: what the models make of it, the terms, the gradient"
-    seed = seed_of(fit.options.seed, fit.phase.folder, fit.step, fit.accelerator.process_index)
-    tasks = needed_tasks(fit.objective, learner.tasks)
+    seed = seed_of(loop.options.seed, loop.phase.folder, loop.step, loop.accelerator.process_index)
+    tasks = needed_tasks(loop.objective, learner.tasks)
     whole = fused_batch(batch, learner.blip.tokenizer, seed)
-    parts = split_batch(whole, fit.options.micro_batch or len(batch))
+    parts = split_batch(whole, loop.options.micro_batch or len(batch))
     momentum = None
     if "retrieval" in tasks:
-        momentum = _momentum_rows(learner, fit, [part for _, part in parts])
-    counts = _mean_over_processes(fit, _term_counts(fit, whole, tasks))
+        momentum = _momentum_rows(learner, loop, [part for _, part in parts])
+    counts = _mean_over_processes(loop, _term_counts(loop, whole, tasks))
     sums = {}
     for k, (rows, part) in enumerate(parts):
         teacher_image = None if batch.teacher_image is None else batch.teacher_image[rows]
-        student, teacher = _both(learner, fit, part, teacher_image, tasks, seed + k)
+        student, teacher = _both(learner, loop, part, teacher_image, tasks, seed + k)
         if momentum is not None:
-            student = replace(student, momentum=_momentum_of(learner, fit, momentum, rows, len(parts) > 1))
-        part_counts = _term_counts(fit, part, tasks)
+            student = replace(student, momentum=_momentum_of(learner, loop, momentum, rows, len(parts) > 1))
+        part_counts = _term_counts(loop, part, tasks)
         shares = {name: count / counts[name].clamp(min=1e-6) for name, count in part_counts.items()}
-        total = _weighted(fit, student, teacher, shares, sums)
-        if k == 0 and _is_due(learner, fit):
-            learner.gradient_shares = _gradient_shares(learner, fit, student, teacher)
+        total = _weighted(loop, student, teacher, shares, sums)
+        if k == 0 and _is_due(learner, loop):
+            learner.gradient_shares = _gradient_shares(learner, loop, student, teacher)
             learner.measured_at = time.monotonic()
-        fit.accelerator.backward(total)
-    _average([*learner.model.parameters(), *fit.extra], fit)
+        loop.accelerator.backward(total)
+    _average([*learner.model.parameters(), *loop.extra], loop)
     if momentum is not None:
         learner.queue.add(*momentum)
-    return _batch_values(fit, sums), student.detach(), teacher
+    return _batch_values(loop, sums), student.detach(), teacher
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #ac16ed7f
-def _average(parameters: Sequence[nn.Parameter], fit: Fit) -> None:
+def _average(parameters: Sequence[nn.Parameter], loop: Loop) -> None:
     "The mean of the gradients of all processes; a weight that took no part in any of them keeps none"
-    world = fit.accelerator.num_processes
+    world = loop.accelerator.num_processes
     if world == 1:
         return
     trained = _reached_anywhere([weight for weight in parameters if weight.requires_grad])
@@ -281,19 +281,19 @@ def _part(batch: FusedBatch, start: int, stop: int) -> FusedBatch:
 
 
 def _both(
-    learner: BlipLearner, fit: Fit, part: FusedBatch, image: Tensor | None, tasks: Sequence[str], seed: int
+    learner: BlipLearner, loop: Loop, part: FusedBatch, image: Tensor | None, tasks: Sequence[str], seed: int
 ) -> tuple[FusedFeatures, FusedFeatures | None]:
     "What student and teacher make of the same images, texts and hard negatives"
     words = learner.blip.tokenizer
-    maps = any(term.weight and term.name.endswith("attention") for term in fit.objective.terms)
-    with fit.accelerator.autocast():
+    maps = any(term.weight and term.name.endswith("attention") for term in loop.objective.terms)
+    with loop.accelerator.autocast():
         student = learner(part, tasks, seed, maps)
-    if fit.teacher is None:
+    if loop.teacher is None:
         return gather(student), None
     if image is not None:
         part = replace(part, image=image)
-    with torch.no_grad(), fit.accelerator.autocast():
-        teacher = forward_batch(fit.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
+    with torch.no_grad(), loop.accelerator.autocast():
+        teacher = forward_batch(loop.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
     return gather(student), gather(teacher)
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #6b65e7d8
@@ -305,26 +305,26 @@ class _MomentumRows(NamedTuple):
     caption_ids: Tensor  # (B,) int64, equal for equal captions
 
 
-def _momentum_rows(learner: BlipLearner, fit: Fit, parts: Sequence[FusedBatch]) -> _MomentumRows:
+def _momentum_rows(learner: BlipLearner, loop: Loop, parts: Sequence[FusedBatch]) -> _MomentumRows:
     "The momentum encoder's features of the whole batch, of all processes"
     images = []
     texts = []
-    with torch.no_grad(), fit.accelerator.autocast():
+    with torch.no_grad(), loop.accelerator.autocast():
         for part in parts:
             encoder = learner.momentum_encoder
             features = forward_batch(encoder, part, learner.blip.tokenizer, ("retrieval",))
             images.append(features.image)
             texts.append(features.text)
     rows = gather(Features(torch.cat(images).float(), torch.cat(texts).float(), features.scale))
-    caption_ids = fit.accelerator.gather(torch.cat([part.caption_ids for part in parts]))
+    caption_ids = loop.accelerator.gather(torch.cat([part.caption_ids for part in parts]))
     return _MomentumRows(rows.image, rows.text, caption_ids)
 
 
 def _momentum_of(
-    learner: BlipLearner, fit: Fit, batch: _MomentumRows, rows: slice, is_split: bool
+    learner: BlipLearner, loop: Loop, batch: _MomentumRows, rows: slice, is_split: bool
 ) -> MomentumOutputs:
     "What the contrast of a part is computed against: its momentum rows, the other parts', the queue"
-    processes = fit.accelerator.num_processes
+    processes = loop.accelerator.num_processes
     each = len(batch.caption_ids) // processes
     in_part = torch.zeros(len(batch.caption_ids), dtype=torch.bool, device=batch.caption_ids.device)
     for rank in range(processes):
@@ -333,22 +333,22 @@ def _momentum_of(
     if is_split:
         sides = zip(batch, others, strict=True)
         others = tuple(torch.cat([new[~in_part], queued.to(new)]) for new, queued in sides)
-    ramp = min((fit.step + 1) / max(fit.options.warmup, 1), 1.0)
+    ramp = min((loop.step + 1) / max(loop.options.warmup, 1), 1.0)
     features = Features(batch.image[in_part], batch.text[in_part], torch.ones(()))
     return MomentumOutputs(features, batch.caption_ids[in_part], others, learner.options.soft_share * ramp)
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #e5b7e0e0
 def _weighted(
-    fit: Fit,
+    loop: Loop,
     student: FusedFeatures,
     teacher: FusedFeatures | None,
     shares: Mapping[str, Tensor],  # of the batch that the part is, by term
     sums: dict[str, Tensor],  # values of the whole batch; the part's are added
 ) -> Tensor:
     "The part's share of every term, added up"
-    values = fit.objective(student, teacher)
+    values = loop.objective(student, teacher)
     total = 0.0
-    for term in fit.objective.terms:
+    for term in loop.objective.terms:
         if term.weight:
             value = shares[term.name] * values[term.name]
             total = total + term.weight * value
@@ -356,30 +356,30 @@ def _weighted(
     return total
 
 
-def _batch_values(fit: Fit, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _batch_values(loop: Loop, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The terms of the whole batch and their total: means over all processes"
     values = torch.stack(list(sums.values())).float()
-    if fit.accelerator.num_processes > 1:
+    if loop.accelerator.num_processes > 1:
         torch.distributed.all_reduce(values)
-    means = dict(zip(sums, (values / fit.accelerator.num_processes).double(), strict=True))
-    means["total"] = sum(term.weight * means[term.name] for term in fit.objective.terms if term.weight)
+    means = dict(zip(sums, (values / loop.accelerator.num_processes).double(), strict=True))
+    means["total"] = sum(term.weight * means[term.name] for term in loop.objective.terms if term.weight)
     return means
 
 
-def _mean_over_processes(fit: Fit, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _mean_over_processes(loop: Loop, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Counts of each term, of the average process"
-    if fit.accelerator.num_processes == 1:
+    if loop.accelerator.num_processes == 1:
         return dict(counts)
     flat = torch.stack(list(counts.values()))
     torch.distributed.all_reduce(flat)
-    return dict(zip(counts, flat / fit.accelerator.num_processes, strict=True))
+    return dict(zip(counts, flat / loop.accelerator.num_processes, strict=True))
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #a1d7c3f8
-def _term_counts(fit: Fit, batch: FusedBatch, tasks: Sequence[str]) -> dict[str, Tensor]:  # () float each
+def _term_counts(loop: Loop, batch: FusedBatch, tasks: Sequence[str]) -> dict[str, Tensor]:  # () float each
     "What the mean of each weighted term is over: pairs, tokens, words or answers"
     pairs = torch.tensor(len(batch.image), device=batch.image.device)
     counts = _counts_by_term(batch, pairs, tasks)
-    names = [term.name for term in fit.objective.terms if term.weight]
+    names = [term.name for term in loop.objective.terms if term.weight]
     return {name: counts.get(name, pairs).float() for name in names}
 
 
@@ -414,20 +414,20 @@ def _counts_by_term(batch: FusedBatch, pairs: Tensor, tasks: Sequence[str]) -> d
     }
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #16827072
-def _is_due(learner: BlipLearner, fit: Fit) -> bool:
+def _is_due(learner: BlipLearner, loop: Loop) -> bool:
     "Whether all processes shall measure the terms' gradients now, as the first one's clock says"
-    if not fit.shares or fit.teacher is None:
+    if not loop.shares or loop.teacher is None:
         return False
-    return trainers.agree(fit.accelerator, lambda: time.monotonic() - learner.measured_at > 5)
+    return trainers.agree(loop.accelerator, lambda: time.monotonic() - learner.measured_at > 5)
 
 
 def _gradient_shares(
-    learner: BlipLearner, fit: Fit, student: FusedFeatures, teacher: FusedFeatures | None
+    learner: BlipLearner, loop: Loop, student: FusedFeatures, teacher: FusedFeatures | None
 ) -> dict[str, float]:
     "Norm of each term's gradient at the student's weights, as shares; one backward pass a term"
     weights = [weight for weight in learner.model.parameters() if weight.requires_grad]
     norms = {}
-    for term in fit.objective.terms:
+    for term in loop.objective.terms:
         if term.weight:
             value = term.weight * term.function(student, teacher)
             gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)

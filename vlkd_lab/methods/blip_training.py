@@ -34,15 +34,15 @@ from ..features import Batch
 from ..losses import Objective, Term
 from ..models import evaluating, state_digest
 from ..sources import TEXT_FIELDS
-from ..trainers import Fit, Job, Phase, at_least, finish_fit, parameter
+from ..trainers import Job, Loop, Phase, at_least, finish_fit, parameter
 from ..widgets.attention import CrossMaps
 from . import Method, register
 from .blip_learner import BlipLearner, BlipParameters
 
 # %% auto #0
-__all__ = ['LOOKED', 'SCORES', 'BlipTraining', 'possible_terms', 'base_objective', 'find_tasks', 'first_answers', 'cross_maps',
-           'BlipJob', 'BlipTrainingJob', 'read_texts', 'open_blip_training', 'find_blip', 'progress_curves',
-           'plot_progress']
+__all__ = ['LOOKED', 'SCORES', 'BlipTraining', 'possible_terms', 'base_objective', 'find_tasks', 'first_answers',
+           'attention_arrays', 'BlipJob', 'BlipTrainingJob', 'read_texts', 'open_blip_training', 'find_blip',
+           'progress_curves', 'plot_progress']
 
 # %% ../../nbs/library/101_methods_blip_training.ipynb #2b8e91c6
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ LOOKED = 16  # probe pairs whose cross-attention is kept
 
 
 @torch.no_grad()
-def cross_maps(
+def attention_arrays(
     blip: Blip,  # for its tokenizer
     network: nn.Module,  # a BlipNetwork in evaluation mode
     batch: Batch,  # preprocessed for the network
@@ -245,12 +245,12 @@ class BlipJob(Job):
         scores = trainers.validation_scores(student, self.val) if "retrieval" in self.tasks else {}
         return scores | _word_scores(student, self.val, self.tasks)
 
-    def look(self, fit: Fit) -> Mapping[str, Tensor]:
+    def look(self, loop: Loop) -> Mapping[str, Tensor]:
         "The student's cross-attention to the probe's images, word by word"
         if self.probe is None:
             return {}
-        with fit.accelerator.autocast(), evaluating(fit.learner.model):
-            maps = cross_maps(self.teacher, fit.learner.model, self.probe, self.tasks)
+        with loop.accelerator.autocast(), evaluating(loop.learner.model):
+            maps = attention_arrays(self.teacher, loop.learner.model, self.probe, self.tasks)
         return {f"student_{name}": map_ for name, map_ in maps.items()}
 
     def learner(self, student: Blip) -> Callable[[nn.Module], BlipLearner]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vlkd_lab.trainers import (
     Distillation,
-    Fit,
+    Loop,
     Phase,
     StudentJob,
     above,
@@ -278,8 +278,8 @@ class ClipCidJob(StudentJob):
             scores["cluster_agreement"] = _agreement(self, features, objective)
         return scores
 
-    def look(self, fit: Fit) -> Mapping[str, Tensor]:
-        return _map_arrays(self, fit)
+    def look(self, loop: Loop) -> Mapping[str, Tensor]:
+        return _map_arrays(self, loop)
 
 # %% ../../nbs/library/098_methods_clip_cid.ipynb #fc210702
 SAMPLED_ABOVE = 10_000  # clusters
@@ -322,15 +322,15 @@ def _in_teachers_space(rows: Tensor, objective: Objective) -> Tensor:
 
 
 @torch.no_grad()
-def _map_arrays(job: ClipCidJob, fit: Fit) -> dict[str, Tensor]:
+def _map_arrays(job: ClipCidJob, loop: Loop) -> dict[str, Tensor]:
     "Arrays for the live map"
     pairs = job.val[: job.options.map_images]
     if not hasattr(job, "_map"):
         batch = next(pairs.batches(job.view, batch_size=len(pairs)))
         job._map = batch.image.to(job.accelerator.device)
-    with evaluating(fit.learner.model):
-        rows = fit.learner.model.encode_image(job._map, normalize=True).float()
-        rows = _in_teachers_space(rows, fit.objective)
+    with evaluating(loop.learner.model):
+        rows = loop.learner.model.encode_image(job._map, normalize=True).float()
+        rows = _in_teachers_space(rows, loop.objective)
     centers = job.clusters.centers.to(rows.device)
     return {"clusters_student": rows.half(), "clusters_assignment": nearest_center(rows, centers)[0].int()}
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -28,15 +27,14 @@ from vlkd_lab.trainers import (
 
 from .. import data, fusion, trainers
 from ..blip_terms import BLIP_LOSSES, GROUPS, blip_terms, spread
-from ..features import Batch
 from ..fusion import Blip, BlipShape, new_blip, shrunk, student_shape
 from ..losses import Objective
 from ..models import state_digest
-from ..project import write_text
+from ..project import former_names, write_text
 from ..widgets.attention import CrossMaps
 from . import Method, blip_learner, blip_training, register
 from .blip_learner import BlipParameters
-from .blip_training import LOOKED, BlipJob, cross_maps, find_blip, find_tasks, possible_terms
+from .blip_training import LOOKED, BlipJob, attention_arrays, find_blip, find_tasks, possible_terms
 
 # %% auto #0
 __all__ = ['INHERITED', 'Dlip', 'dlip_objective', 'student_sizes', 'make_student', 'starts_whole', 'DlipJob', 'open_dlip']
@@ -164,15 +162,16 @@ def _start_from(student: Blip, options: Dlip) -> None:
     else:
         student.model.vision_model.load_state_dict(start.vision_model.state_dict())
 
-# %% ../../nbs/library/102_methods_dlip.ipynb #9222bac8
-class _Distilled(BlipJob):
-    "The data as student and teacher take them"
+# %% ../../nbs/library/102_methods_dlip.ipynb #cc507270
+@dataclass
+class DlipJob(BlipJob, StudentJob):
+    "A student that learns from a larger BLIP, and one of the same sizes that learns alone"
 
     def probed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "The teacher's cross-attention to the probe's images, and the captions' tokens"
         pairs = self.probe.for_teacher()
         tokenizer = self.teacher.tokenizer
-        maps = cross_maps(self.teacher, self.teacher.model, pairs, self.tasks)
+        maps = attention_arrays(self.teacher, self.teacher.model, pairs, self.tasks)
         tokens, mask = fusion.trimmed(self.probe.text[:LOOKED], tokenizer.pad)
         words = []
         for row, counts in zip(tokens, mask, strict=True):
@@ -186,32 +185,12 @@ class _Distilled(BlipJob):
         return data.View(self.teacher.preprocess, None) if self.options.image_size else None
 
     @cached_property
-    def probe(self) -> Batch | None:
-        "The fixed pairs that the views draw, as student and teacher take them"
-        pairs = self.val[self.probe_rows]
-        if not len(pairs):
-            return None
-        batch = next(pairs.batches(self.view, len(pairs), self.teacher_view))
-        return batch.to(self.accelerator.device)
-
-    @cached_property
     def like(self) -> Blip:
         size = self.options.image_size
         if not size:
             return self.teacher
         shape = replace(self.teacher.shape, image_size=size)
         return new_blip(shape, self.teacher.tokenizer, like=self.teacher)
-
-    @cached_property
-    def stream(self) -> data.PairStream:
-        return trainers.open_stream(
-            self, self.report, self.view, self.options.batch_size, teacher=self.teacher_view
-        )
-
-# %% ../../nbs/library/102_methods_dlip.ipynb #cc507270
-@dataclass
-class DlipJob(_Distilled, StudentJob):
-    "A student that learns from a larger BLIP, and one of the same sizes that learns alone"
 
     def work(self) -> None:
         folder = self.run.folder
@@ -351,11 +330,10 @@ register(
 )
 
 # %% ../../nbs/library/102_methods_dlip.ipynb #f0rm3r59
-def __getattr__(name: str):
-    "What the two rooms of any BLIP make public, with a warning that says where it lives"
-    for room in (blip_learner, blip_training):
-        if name in room.__all__:
-            message = f"{name} is imported from {room.__name__}, not from {__name__}"
-            warnings.warn(message, DeprecationWarning, stacklevel=2)
-            return getattr(room, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _room_of(name: str) -> str | None:
+    "Which of the two rooms of any BLIP makes a name public"
+    rooms = [room.__name__ for room in (blip_learner, blip_training) if name in room.__all__]
+    return rooms[0] if rooms else None
+
+
+__getattr__ = former_names(__name__, _room_of)

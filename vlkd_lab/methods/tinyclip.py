@@ -34,14 +34,14 @@ from ..gates import Gates, budget, sparsity
 from ..inheritance import Plan, inherit, plan_gates
 from ..losses import LOSSES, Objective
 from ..models import VLM, TowerShape, load_model, new_model, save_model, tower_shapes
-from ..project import write_text
+from ..project import former_names, write_text
 from ..runs import Run, read_json
 from ..widgets.gates import GateMatrices
 from . import Method, register
 
 # %% auto #0
 __all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'tinyclip_objective', 'stage_target', 'gate_steps',
-           'make_student', 'stage_count', 'stage_steps', 'line_steps', 'run_stage', 'run_scratch', 'TinyClipJob',
+           'stage_student', 'stage_count', 'stage_steps', 'line_steps', 'run_stage', 'run_scratch', 'TinyClipJob',
            'open_tinyclip', 'student_under_gates']
 
 # %% ../../nbs/library/095_methods_tinyclip.ipynb #e160131a
@@ -243,7 +243,7 @@ def gate_steps(options: TinyCLIP) -> int:
     return min(max(round(options.gate_share * options.steps), 1), options.steps - 1)
 
 # %% ../../nbs/library/095_methods_tinyclip.ipynb #ff93d020
-def make_student(job: Job, number: int) -> VLM:
+def stage_student(job: Job, number: int) -> VLM:
     "The stage's student before distillation, with its plan: stage-K/init and stage-K/plan.json"
     options = job.options
     folder = job.run.folder / f"stage-{number}"
@@ -282,6 +282,9 @@ def _target_shapes(job: Job, number: int, source: VLM) -> dict[str, TowerShape]:
     return trainers.manual_shapes(
         tower_shapes(source.model.state_dict(), _head_widths(job)), job.shapes, target
     )
+
+
+__getattr__ = former_names(__name__, make_student="stage_student")
 
 # %% ../../nbs/library/095_methods_tinyclip.ipynb #00fe0ece
 def _stage_source(job: Job, number: int) -> VLM:
@@ -332,7 +335,7 @@ def run_stage(job: Job, number: int) -> VLM:  # the stage's student
     if (folder / "done.json").exists():
         return load_model(folder / "student", job.accelerator.device)
     if not (folder / "plan.json").exists():
-        make_student(job, number)
+        stage_student(job, number)
     student = load_model(folder / "init", job.accelerator.device)
     if job.accelerator.is_main_process:  # what came of the stage before has been handed on
         trainers.drop_checkpoints(job.run.folder / f"stage-{number - 1}")

@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import sys
-import warnings
 
 from vlkd_lab.trainers.jobs import (
     FREE,
     GROWS,
     SAME,
     Job,
-    Streams,
+    Reading,
+    Showing,
     StudentJob,
     TeacherJob,
-    Work,
     at_work,
     continuing,
     drop_checkpoints,
@@ -40,6 +39,7 @@ from vlkd_lab.trainers.jobs import (
     trained_on,
     validation_features,
     validation_scores,
+    who_answers,
     write_probe,
 )
 from vlkd_lab.trainers.launch import (
@@ -59,9 +59,9 @@ __all__ = []
 # %% ../../nbs/library/067_trainers.ipynb #6bddc9d7
 # isort: split
 from vlkd_lab.trainers.learner import (
-    Fit,
     Hooks,
     Learner,
+    Loop,
     Phase,
     encode_sides,
     held_scale,
@@ -84,8 +84,8 @@ from vlkd_lab.trainers.options import (
     notebook_values,
     one_of,
     parameter,
+    read_loss_weights,
     read_teachers,
-    read_weights,
     seed_of,
     share,
     within,
@@ -115,25 +115,26 @@ from vlkd_lab.trainers.students import (
 )
 
 from ..methods import METHODS
+from ..project import former_names
 from .backward import cached_backward, fewest_rows, micro_batches, plain_backward
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, as_numbers, change, fit, take_step
 from .teachers import Teachers, ask, projection, projections, teachers_digest
 
 # %% ../../nbs/library/067_trainers.ipynb #3ae4117f
-_MOVED = "{name} is imported from {module}, not from {package}"
+_FORMER = {
+    "has_page": "is_interactive",
+    "Fit": "Loop",
+    "Work": "Job",
+    "Streams": "Job",
+    "read_weights": "read_loss_weights",
+}
 
 
-def __getattr__(name: str):
-    "A registered method's public names, and `has_page`, with a warning that says what they are called now"
-    if name == "has_page":
-        warnings.warn("has_page is now is_interactive", DeprecationWarning, stacklevel=2)
-        return is_interactive
-    if not name.startswith("_"):
-        for method in METHODS.values():
-            module = sys.modules[method.parameters.__module__]
-            if name in getattr(module, "__all__", ()):
-                message = _MOVED.format(name=name, module=module.__name__, package=__name__)
-                warnings.warn(message, DeprecationWarning, stacklevel=2)
-                return getattr(module, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _room_of(name: str) -> str | None:
+    "The module of the registered method that makes a name public"
+    rooms = [method.parameters.__module__ for method in METHODS.values()]
+    return next((room for room in rooms if name in getattr(sys.modules[room], "__all__", ())), None)
+
+
+__getattr__ = former_names(__name__, _room_of, **_FORMER)

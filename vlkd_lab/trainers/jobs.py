@@ -40,11 +40,11 @@ from .options import FORMER_WORDS, Distillation, FitParameters
 from .teachers import Teachers
 
 # %% auto #0
-__all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'Work',
-           'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Streams',
-           'teacher_source', 'teacher_views', 'of_part', 'Job', 'trained_on', 'encode_captions', 'validation_features',
-           'validation_scores', 'open_run', 'finish_fit', 'train_baseline', 'TeacherJob', 'StudentJob', 'at_work',
-           'write_probe']
+__all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'reopen',
+           'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Reading',
+           'teacher_source', 'who_answers', 'teacher_views', 'Showing', 'trained_on', 'encode_captions',
+           'validation_features', 'validation_scores', 'of_part', 'Job', 'open_run', 'finish_fit', 'train_baseline',
+           'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -159,62 +159,6 @@ def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs
         former={f"parameters.{name}": words for name, words in FORMER_WORDS.items()},
     )
 
-# %% ../../nbs/library/065_trainers_jobs.ipynb #dd781a4c
-@dataclass
-class Work(ABC):
-    "A method's job, as far as every method must say what it does"
-
-    options: FitParameters
-    run: Run  # a RunWriter on the first process
-    teacher: VLM  # the teacher; for a contrastive job the model that is to become one
-    report: data.DataReport  # of the training shards
-    val: data.Pairs  # validation pairs, decoded
-    accelerator: Accelerator
-    # of the teacher's towers; None when they are not transformers
-    shapes: dict[str, TowerShape] | None = None
-    costs: dict[str, TowerCost] | None = None  # what sparsity counts against
-    start: VLM | None = None  # what the student starts as
-    further: tuple[VLM, ...] = ()  # teachers beside the first
-
-    teaches = True  # whether the job's teacher is one, and not the model that is to be trained
-    compares = True  # whether teacher and student have one space for images and texts
-    # stages that train from nothing what a student is compared with
-    baselines: ClassVar[Collection[str]] = ()
-    look = None  # further arrays for the views: a function of the fit
-
-    @property
-    def teachers(self) -> tuple[VLM, ...]:
-        "The first teacher, and further ones"
-        return self.teacher, *self.further
-
-    @property
-    @abstractmethod
-    def plan(self) -> list[tuple[str, int]]:
-        "Stages and their steps, in their order"
-
-    @abstractmethod
-    def work(self) -> None:
-        "Train all stages, from where an earlier start left off"
-
-    @property
-    def roles(self) -> dict[str, str]:  # stage -> "student", "baseline" or "teacher", in their order
-        "What each stage is for"
-        return {stage: "baseline" if stage in self.baselines else "student" for stage, _ in self.plan}
-
-    @property
-    def extended(self) -> list[str]:
-        "The stages that go on when a finished run is given more steps"
-        return [stage for stage, _ in self.plan]
-
-    def go_on(self, changes: Mapping[str, Sequence]) -> None:  # entry of config.json -> [old, new]
-        "Make a run that is continued with other values ready for them"
-        if "parameters.steps" in changes:
-            reopen(self.run, self.extended)
-
-    def probed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        "What the views are told once of the probe: arrays of the teacher, further entries of probe.json"
-        return {}, {}
-
 # %% ../../nbs/library/065_trainers_jobs.ipynb #9b151601
 def reopen(run: Run, stages: Sequence[str]) -> None:
     "Let finished stages go on from their last checkpoint; ValueError if one has none"
@@ -241,7 +185,7 @@ def drop_checkpoints(
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #43b4f869
 def once(
-    job: Work,
+    job: Job,
     path: Path,
     needs: Sequence[str],  # properties of the job; in making them every process takes part
     make: Callable[[], Any],
@@ -269,7 +213,7 @@ def store_folder(options: Distillation, key: StoreKey) -> str:  # empty: beside 
 
 
 def filled_store(
-    job: Work,
+    job: Job,
     report: data.DataReport,
     sides: Sequence[str],
     teacher: VLM | None = None,  # None: the job's first
@@ -286,7 +230,7 @@ def filled_store(
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #7c1e5a90
 def open_stream(
-    job: Work,
+    job: Job,
     report: data.DataReport,
     view: data.View,
     batch_size: int,  # over all processes
@@ -303,64 +247,62 @@ def open_stream(
     return data.PairStream(report, view, batch_size // world, **settings, rank=rank, world_size=world)
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #6d171c85
-class Streams(Work):
-    "What a job reads"
+class Reading:
+    "What a job reads: its training pairs, and the features of its teachers"
+
+    def __init__(self, job: Job):
+        self.job = job
 
     @property
     def like(self) -> VLM:
         "The model whose pictures and tokens the student takes: what it starts as, or else the teacher"
-        return self.teacher if self.start is None else self.start
+        return self.job.teacher if self.job.start is None else self.job.start
 
     @property
     def view(self) -> data.View:
         "How the student wants to see the data"
-        return data.View(self.like.preprocess, self.like.tokenizer)
+        return data.View(self.job.like.preprocess, self.job.like.tokenizer)
 
     @property
     def teacher_view(self) -> data.View | tuple[data.View, ...] | None:
         "How the teacher wants to, where that is another way; of a set, how each of them does"
-        return teacher_views(self.like, self.teachers)
+        return teacher_views(self.job.like, self.job.teachers)
 
     @cached_property
     def stream(self) -> data.PairStream:
         "The training pairs; kept, so that what is decoded once serves every stage"
-        teacher = None if self.is_stored else self.teacher_view
-        return open_stream(self, self.report, self.view, self.options.batch_size, teacher=teacher)
+        job = self.job
+        teacher = None if job.is_stored else job.teacher_view
+        return open_stream(job, job.report, job.view, job.options.batch_size, teacher=teacher)
 
     def batches(self, step: int) -> Iterator[Batch]:
         "The training stream from a step on"
-        return self.stream.batches(start=step)
+        return self.job.stream.batches(start=step)
 
     @property
     def is_stored(self) -> bool:
         "Whether the teacher is read from its store in training"
-        return getattr(self.options, "teacher_features", "") == "stored"
+        return getattr(self.job.options, "teacher_features", "") == "stored"
 
     @property
     def stored_sides(self) -> tuple[str, ...]:
         "What the store must hold: all that training would ask the teacher, if it is not asked itself"
-        crops = crop_sides(self.options.crop_scale, self.options.augmentations) or ("image",)
-        return (*crops, "text") if self.is_stored else ("image",)
+        options = self.job.options
+        crops = crop_sides(options.crop_scale, options.augmentations) or ("image",)
+        return (*crops, "text") if self.job.is_stored else ("image",)
 
     @cached_property
     def store(self) -> FeatureStore:
         "The teacher's features of all training pairs, filled"
-        return filled_store(self, self.report, self.stored_sides)
+        return filled_store(self.job, self.job.report, self.job.stored_sides)
 
     @cached_property
     def source(self) -> VLM | StoredTeacher | Teachers:
         "Who answers for the teacher while the student learns"
-        if not self.further:
-            return self.source_of(self.teacher)
-        members = [self.source_of(teacher) for teacher in self.teachers]
-        return Teachers(members, tuple(self.options.teachers().values()))
-
-    def source_of(self, teacher: VLM) -> VLM | StoredTeacher:
-        "Who answers for one teacher of the set"
-        return teacher_source(self, teacher)
+        return who_answers(self.job)
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #e2a90d41
-def teacher_source(job: Streams, teacher: VLM) -> VLM | StoredTeacher:
+def teacher_source(job: Job, teacher: VLM) -> VLM | StoredTeacher:
     "A teacher itself, or its store"
     if not job.is_stored:
         return teacher
@@ -369,6 +311,14 @@ def teacher_source(job: Streams, teacher: VLM) -> VLM | StoredTeacher:
         store = filled_store(job, job.report, job.stored_sides, teacher)
     device = job.accelerator.device
     return StoredTeacher(store, teacher.scale, device, crop_scale=job.options.crop_scale)
+
+
+def who_answers(job: Job) -> VLM | StoredTeacher | Teachers:
+    "Who answers for the teacher, or for all of a set"
+    if not job.further:
+        return job.source_of(job.teacher)
+    members = [job.source_of(teacher) for teacher in job.teachers]
+    return Teachers(members, tuple(job.options.teachers().values()))
 
 
 def teacher_views(
@@ -382,53 +332,39 @@ def teacher_views(
     only = teachers[0]
     return None if like is only or like.same_view(only) else views[0]
 
-
-def of_part(part: str, name: str) -> property:
-    "A job's property that a part of the job has, so that a reader of the job need not know its parts"
-
-    def read(job: Work) -> Any:
-        return getattr(getattr(job, part), name)
-
-    return property(read, doc=f"`{name}` of the job's `{part}`")
-
 # %% ../../nbs/library/065_trainers_jobs.ipynb #49e30a5a
-class Job(Streams):
-    "A training job that is ready to run; a method says the plan and the work"
+class Showing:
+    "What a job shows: the fixed pairs that the views draw, and what is to be known of its data"
+
+    def __init__(self, job: Job):
+        self.job = job
 
     @cached_property
     def probe_rows(self) -> list[int]:
         "The first validation pairs, put in order of their classes, so that classes show as blocks"
-        rows = range(min(self.options.probe_pairs, len(self.val)))
-        labels = self.val.labels
-        return sorted(rows, key=lambda row: math.inf if labels[row] is None else labels[row])
+        val = self.job.val
+        rows = range(min(self.job.options.probe_pairs, len(val)))
+        return sorted(rows, key=lambda row: math.inf if val.labels[row] is None else val.labels[row])
 
     @cached_property
     def probe(self) -> Batch | None:
         "The fixed pairs that the views draw affinities of, on the device"
-        pairs = self.val[self.probe_rows]
+        job = self.job
+        pairs = job.val[job.probe_rows]
         if not len(pairs):
             return None
-        return next(pairs.batches(self.view, len(pairs), self.teacher_view)).to(self.accelerator.device)
-
-    @property
-    def probe_sentences(self) -> list[str] | None:
-        "What the probe's images are scored against; None: their own captions"
-        return None
+        return next(pairs.batches(job.view, len(pairs), job.teacher_view)).to(job.accelerator.device)
 
     @cached_property
     def truncation(self) -> data.Truncation | None:
         "Captions that the student's tokenizer cuts; None where none is"
-        return data.truncated_share(self.report, self.view.tokenizer)
+        return data.truncated_share(self.job.report, self.job.view.tokenizer)
 
     @property
     def about_data(self) -> str:
         "What the preflight found, how many captions are too long, and whether validation is trained on"
-        lines = (self.report, self.truncation, trained_on(self.run))
+        lines = (self.job.report, self.job.truncation, trained_on(self.job.run))
         return "\n".join(str(line) for line in lines if line)
-
-    def validation(self, student: VLM, objective: Objective) -> dict[str, float]:
-        "What is logged of a student now and then"
-        return validation_scores(student, self.val)
 
 
 def trained_on(run: Run) -> str:  # empty where none is
@@ -479,6 +415,105 @@ def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:
     "R@1 both ways by picture, among the validation pairs and all their captions"
     features = validation_features(student, pairs, every_caption=True)
     return recall(features, ks=(1,), captions=pairs.all_captions)
+
+# %% ../../nbs/library/065_trainers_jobs.ipynb #j0bparts2
+class of_part:
+    "A job's attribute that a part of the job has, so that a reader of the job need not know its parts"
+
+    def __init__(self, part: str, name: str):
+        self.part = part
+        self.name = name
+        self.__doc__ = f"`{name}` of the job's `{part}`"
+
+    def __get__(self, job: Job | None, kind: type | None = None) -> Any:
+        return self if job is None else getattr(getattr(job, self.part), self.name)
+
+
+def _roles(job: Job) -> dict[str, str]:  # stage -> "student", "baseline" or "teacher", in their order
+    "What each stage is for"
+    return {stage: "baseline" if stage in job.baselines else "student" for stage, _ in job.plan}
+
+
+def _extended(job: Job) -> list[str]:
+    "The stages that go on when a finished run is given more steps"
+    return [stage for stage, _ in job.plan]
+
+
+def _teachers(job: Job) -> tuple[VLM, ...]:
+    "The first teacher, and further ones"
+    return job.teacher, *job.further
+
+
+def _go_on(job: Job, changes: Mapping[str, Sequence]) -> None:  # entry of config.json -> [old, new]
+    "Make a run that is continued with other values ready for them"
+    if "parameters.steps" in changes:
+        reopen(job.run, job.extended)
+
+
+def _probed(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    "What the views are told once of the probe: arrays of the teacher, further entries of probe.json"
+    return {}, {}
+
+
+def _validation(job: Job, student: VLM, objective: Objective) -> dict[str, float]:
+    "What is logged of a student now and then"
+    return validation_scores(student, job.val)
+
+# %% ../../nbs/library/065_trainers_jobs.ipynb #j0bparts3
+@dataclass
+class Job(ABC):
+    "A training job that is ready to run; a method says the plan and the work"
+
+    options: FitParameters
+    run: Run  # a RunWriter on the first process
+    teacher: VLM  # the teacher; for a contrastive job the model that is to become one
+    report: data.DataReport  # of the training shards
+    val: data.Pairs  # validation pairs, decoded
+    accelerator: Accelerator
+    shapes: dict[str, TowerShape] | None = None  # of the teacher's towers; None: they are no transformers
+    costs: dict[str, TowerCost] | None = None  # what sparsity counts against
+    start: VLM | None = None  # what the student starts as
+    further: tuple[VLM, ...] = ()  # teachers beside the first
+
+    teaches = True  # whether the job's teacher is one, and not the model that is to be trained
+    compares = True  # whether teacher and student have one space for images and texts
+    baselines: ClassVar[Collection[str]] = ()  # stages that train what a student is compared with
+    look = None  # further arrays for the views: a function of the loop
+    probe_sentences = None  # what the probe's images are scored against; None: their own captions
+    teachers = property(_teachers)
+    roles = property(_roles)
+    extended = property(_extended)
+
+    reading = cached_property(Reading)
+    like = of_part("reading", "like")
+    view = of_part("reading", "view")
+    teacher_view = of_part("reading", "teacher_view")
+    stream = of_part("reading", "stream")
+    batches = of_part("reading", "batches")
+    is_stored = of_part("reading", "is_stored")
+    stored_sides = of_part("reading", "stored_sides")
+    store = of_part("reading", "store")
+    source = of_part("reading", "source")
+    source_of = teacher_source  # who answers for one teacher of the set
+
+    showing = cached_property(Showing)
+    probe_rows = of_part("showing", "probe_rows")
+    probe = of_part("showing", "probe")
+    truncation = of_part("showing", "truncation")
+    about_data = of_part("showing", "about_data")
+
+    @property
+    @abstractmethod
+    def plan(self) -> list[tuple[str, int]]:
+        "Stages and their steps, in their order"
+
+    @abstractmethod
+    def work(self) -> None:
+        "Train all stages, from where an earlier start left off"
+
+    go_on = _go_on
+    probed = _probed
+    validation = _validation
 
 # %% ../../nbs/library/065_trainers_jobs.ipynb #343f6513
 def open_run(

@@ -26,13 +26,13 @@ from .options import FitParameters, seed_of
 from .teachers import Teachers, ask
 
 # %% auto #0
-__all__ = ['Phase', 'Hooks', 'Learner', 'encode_sides', 'probe_features', 'parameter_groups', 'Fit', 'held_scale',
+__all__ = ['Phase', 'Hooks', 'Learner', 'encode_sides', 'probe_features', 'parameter_groups', 'Loop', 'held_scale',
            'learn_from_pairs', 'train_what_is_reached']
 
 # %% ../../nbs/library/062_trainers_learner.ipynb #7bfc38cf
 @dataclass(frozen=True)
 class Phase:
-    "Which steps of which stage a fit covers"
+    "Which steps of which stage `fit` goes through"
 
     stage: str  # folder in the run, such as "stage-1"
     name: str  # such as "gates", "distil" or "contrast"
@@ -104,19 +104,19 @@ class Learner(Hooks):
         "Freeze the towers that the options lock"
         lock_towers(self.model, options)
 
-    def reach(self, fit: Fit, batch: Batch) -> None:
+    def reach(self, loop: Loop, batch: Batch) -> None:
         "Find out which weights a new objective trains"
-        train_what_is_reached(fit, batch)
+        train_what_is_reached(loop, batch)
 
     def learn(
-        self, fit: Fit, batch: Batch
+        self, loop: Loop, batch: Batch
     ) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
         "Gradients of the objective on a batch; the terms by name, and the features they were computed from"
-        return learn_from_pairs(fit, batch)
+        return learn_from_pairs(loop, batch)
 
-    def shares(self, fit: Fit, student: Features, teacher: Features | Ensemble) -> dict[str, float]:
+    def shares(self, loop: Loop, student: Features, teacher: Features | Ensemble) -> dict[str, float]:
         "How much each term pulls at the student; the shares add up to 1"
-        return gradient_share(fit.objective, student, teacher)
+        return gradient_share(loop.objective, student, teacher)
 
     @torch.no_grad()
     def constrain(self, log_scale: Tensor | None) -> None:
@@ -166,8 +166,8 @@ def parameter_groups(
 
 # %% ../../nbs/library/062_trainers_learner.ipynb #65a5756c
 @dataclass
-class Fit:
-    "One fit: what it was given, and where it is"
+class Loop:
+    "What `fit` goes through: what it was given, and where it is"
 
     run: Run
     phase: Phase
@@ -177,7 +177,7 @@ class Fit:
     accelerator: Accelerator
     teacher: VLM | StoredTeacher | Teachers | None = None
     probe: Batch | None = None  # the fixed pairs that the views draw
-    look: Callable[[Fit], Mapping[str, Tensor]] | None = None  # further arrays for the views
+    look: Callable[[Loop], Mapping[str, Tensor]] | None = None  # further arrays for the views
     step: int = 0  # steps of the phase that are done
     factor: float = 1.0  # of the learning rate, set through control.json
     # two rows of student and teacher, once seen
@@ -211,20 +211,20 @@ class Fit:
         return self.phase.first_step + self.phase.before + self.step
 
 # %% ../../nbs/library/062_trainers_learner.ipynb #ef578dae
-def held_scale(fit: Fit) -> Tensor | None:  # () multiplier; None: the student learns its own
+def held_scale(loop: Loop) -> Tensor | None:  # () multiplier; None: the student learns its own
     "The scale at which the student is held: the options' or else the teacher's"
-    return None if fit.teacher is None else fit.options.held(fit.teacher.scale.detach())
+    return None if loop.teacher is None else loop.options.held(loop.teacher.scale.detach())
 
 
-def _teacher_features(fit: Fit, batch: Batch) -> Features | Ensemble | None:
+def _teacher_features(loop: Loop, batch: Batch) -> Features | Ensemble | None:
     "What the teacher says of this process's batch, or each of a set, at the scale at which it is held"
-    if fit.teacher is None:
+    if loop.teacher is None:
         return None
-    with fit.accelerator.autocast():
-        features = ask(fit.teacher, batch)
+    with loop.accelerator.autocast():
+        features = ask(loop.teacher, batch)
 
     def at_scale(one: Features) -> Features:
-        held = fit.options.held(one.scale)
+        held = loop.options.held(one.scale)
         return one if held is None else replace(one, scale=held.detach().float())
 
     return features.each(at_scale) if isinstance(features, Ensemble) else at_scale(features)
@@ -239,52 +239,52 @@ def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
 
 
 def learn_from_pairs(
-    fit: Fit,
+    loop: Loop,
     batch: Batch,
 ) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
     "Gradients of what two towers are to learn from a batch; terms, student's features, teacher's features"
-    teacher = _teacher_features(fit, batch)
+    teacher = _teacher_features(loop, batch)
     teacher = None if teacher is None else gather(teacher)
-    fit.paired = not batch.text_keys
+    loop.paired = not batch.text_keys
     terms: dict[str, Tensor] = {}
     features: list[Features] = []
 
     def loss(student: Features) -> Tensor:
-        computed = fit.objective(student, teacher)
+        computed = loop.objective(student, teacher)
         features.append(student.detach())
         terms.update(computed.values)
         return computed.total
 
-    draw = seed_of(fit.options.seed, fit.phase.folder, fit.step) if fit.learner.draws else None
-    arguments = (fit.prepared, batch, loss, fit.accelerator, draw, fit.learner.penalty(fit.step))
-    micro_batch = fit.options.micro_batch
+    draw = seed_of(loop.options.seed, loop.phase.folder, loop.step) if loop.learner.draws else None
+    arguments = (loop.prepared, batch, loss, loop.accelerator, draw, loop.learner.penalty(loop.step))
+    micro_batch = loop.options.micro_batch
     if 0 < micro_batch < max(len(batch), len(batch.text)):
-        total = cached_backward(*arguments, micro_batch, fit.extra)
+        total = cached_backward(*arguments, micro_batch, loop.extra)
     else:
         total = plain_backward(*arguments)
     student = features[0]
-    if fit.example is None:
-        fit.example = _one_hot(student), _one_hot(student if teacher is None else teacher)
+    if loop.example is None:
+        loop.example = _one_hot(student), _one_hot(student if teacher is None else teacher)
     return {"total": total, **terms}, student, teacher
 
 # %% ../../nbs/library/062_trainers_learner.ipynb #959db56b
-def train_what_is_reached(fit: Fit, batch: Batch) -> None:
+def train_what_is_reached(loop: Loop, batch: Batch) -> None:
     "Train, and let processes wait for, only the weights that the objective's gradient reaches"
-    before = [weight.requires_grad for weight in fit.trainable]
-    for weight in fit.trainable:
+    before = [weight.requires_grad for weight in loop.trainable]
+    for weight in loop.trainable:
         weight.requires_grad_(True)
     rows = batch.first(2)
-    draw = 0 if fit.learner.draws else None
-    with evaluating(fit.learner.model), torch.enable_grad(), fit.accelerator.autocast():
-        student = Features(*fit.learner(rows.image, rows.text, draw))
-    total = fit.objective(student, _teacher_features(fit, rows)).total
-    gradients = torch.autograd.grad(total, fit.trainable, allow_unused=True)
+    draw = 0 if loop.learner.draws else None
+    with evaluating(loop.learner.model), torch.enable_grad(), loop.accelerator.autocast():
+        student = Features(*loop.learner(rows.image, rows.text, draw))
+    total = loop.objective(student, _teacher_features(loop, rows)).total
+    gradients = torch.autograd.grad(total, loop.trainable, allow_unused=True)
     reached = [gradient is not None for gradient in gradients]
-    for weight, is_reached in zip(fit.trainable, reached, strict=True):
+    for weight, is_reached in zip(loop.trainable, reached, strict=True):
         weight.requires_grad_(is_reached)
-    if reached != before and "prepared" in vars(fit):
-        fit.learner = fit.accelerator.unwrap_model(fit.prepared, keep_fp32_wrapper=False)
-        fit.accelerator.free_memory()
-        fit.accelerator.prepare(fit.optimizer)
-        del fit.prepared
-    fit.reached = fit.objective
+    if reached != before and "prepared" in vars(loop):
+        loop.learner = loop.accelerator.unwrap_model(loop.prepared, keep_fp32_wrapper=False)
+        loop.accelerator.free_memory()
+        loop.accelerator.prepare(loop.optimizer)
+        del loop.prepared
+    loop.reached = loop.objective

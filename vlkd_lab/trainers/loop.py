@@ -25,7 +25,7 @@ from ..losses import Objective
 from ..models import VLM
 from ..runs import IN_MID_RUN, Run, RunStopped, load_checkpoint, save_checkpoint
 from ..stores import StoredTeacher
-from .learner import Fit, Learner, Phase, held_scale, probe_features
+from .learner import Learner, Loop, Phase, held_scale, probe_features
 from .options import FitParameters, seed_of
 from .teachers import Teachers
 
@@ -33,24 +33,24 @@ from .teachers import Teachers
 __all__ = ['take_step', 'as_numbers', 'agree', 'change', 'fit', 'Diverged']
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #093b5eb2
-def take_step(fit: Fit, batch: Batch) -> tuple[dict[str, float], Features, Features | Ensemble | None]:
+def take_step(loop: Loop, batch: Batch) -> tuple[dict[str, float], Features, Features | Ensemble | None]:
     "Move the student by one step; the terms by name, and the features they were computed from"
-    rate = fit.factor * fit.phase.learning_rate_factor(fit.step, fit.options.warmup)
-    for group in fit.optimizer.param_groups:
+    rate = loop.factor * loop.phase.learning_rate_factor(loop.step, loop.options.warmup)
+    for group in loop.optimizer.param_groups:
         group["lr"] = group["peak"] * (rate if group["scheduled"] else 1.0)
-    fit.objective.draw(seed_of(fit.options.seed, fit.phase.folder, fit.step, "objective"))
-    if fit.reached is not fit.objective:
-        fit.learner.reach(fit, batch)
-    fit.optimizer.zero_grad()
-    terms, student, teacher = fit.learner.learn(fit, batch)
+    loop.objective.draw(seed_of(loop.options.seed, loop.phase.folder, loop.step, "objective"))
+    if loop.reached is not loop.objective:
+        loop.learner.reach(loop, batch)
+    loop.optimizer.zero_grad()
+    terms, student, teacher = loop.learner.learn(loop, batch)
     with torch.no_grad():
-        terms.update(fit.learner.metrics(fit.step))
-    weights = [*fit.learner.model.parameters(), *fit.extra]
-    terms["gradient_norm"] = fit.accelerator.clip_grad_norm_(weights, fit.options.clip_norm)
-    fit.optimizer.step()
-    held = held_scale(fit)
-    fit.learner.constrain(None if held is None else held.log())
-    line = as_numbers(terms) | {"learning_rate": rate * fit.options.learning_rate}
+        terms.update(loop.learner.metrics(loop.step))
+    weights = [*loop.learner.model.parameters(), *loop.extra]
+    terms["gradient_norm"] = loop.accelerator.clip_grad_norm_(weights, loop.options.clip_norm)
+    loop.optimizer.step()
+    held = held_scale(loop)
+    loop.learner.constrain(None if held is None else held.log())
+    line = as_numbers(terms) | {"learning_rate": rate * loop.options.learning_rate}
     return line, student, teacher
 
 
@@ -63,62 +63,62 @@ def as_numbers(
     return {**values, **dict(zip(tensors, numbers, strict=True))}
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #a314d20a
-def _save_fit(fit: Fit) -> None:
+def _save_fit(loop: Loop) -> None:
     "Write the phase's checkpoint"
-    if not fit.accelerator.is_main_process:
+    if not loop.accelerator.is_main_process:
         return
-    scaler = fit.accelerator.scaler  # of fp16's gradients
+    scaler = loop.accelerator.scaler  # of fp16's gradients
     state = {
-        "step": fit.step,
-        "learner": fit.learner.state_dict(),
-        "optimizer": fit.optimizer.state_dict(),
-        "objective": [weight.detach() for weight in fit.extra],
+        "step": loop.step,
+        "learner": loop.learner.state_dict(),
+        "optimizer": loop.optimizer.state_dict(),
+        "objective": [weight.detach() for weight in loop.extra],
         "scaler": scaler.state_dict() if scaler else {},
     }
-    save_checkpoint(fit.run, fit.phase.folder, state)
+    save_checkpoint(loop.run, loop.phase.folder, state)
 
 
-def _resume_fit(fit: Fit) -> bool:  # whether there was a checkpoint
+def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
     "Continue from the phase's checkpoint, metrics cut back to it; every process reads, the first one cuts"
-    state = load_checkpoint(fit.run, fit.phase.folder, cut=fit.accelerator.is_main_process)
+    state = load_checkpoint(loop.run, loop.phase.folder, cut=loop.accelerator.is_main_process)
     if state is None:
         return False
-    fit.step = state["step"]
-    fit.learner.load_state_dict(state["learner"])
-    fit.optimizer.load_state_dict(state["optimizer"])
-    if fit.accelerator.scaler and state.get("scaler"):
-        fit.accelerator.scaler.load_state_dict(state["scaler"])
+    loop.step = state["step"]
+    loop.learner.load_state_dict(state["learner"])
+    loop.optimizer.load_state_dict(state["optimizer"])
+    if loop.accelerator.scaler and state.get("scaler"):
+        loop.accelerator.scaler.load_state_dict(state["scaler"])
     with torch.no_grad():
-        for weight, saved in zip(fit.extra, state.get("objective", ()), strict=True):
+        for weight, saved in zip(loop.extra, state.get("objective", ()), strict=True):
             weight.copy_(saved)
     return True
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #28b0946e
-def _check_kind(objective: Objective, fit: Fit) -> None:
+def _check_kind(objective: Objective, loop: Loop) -> None:
     "ValueError for a term of another kind of model, or one that this fit has not prepared"
     for term in objective.terms:
-        if term.weight and bool(term.module) != fit.learner.fused:
+        if term.weight and bool(term.module) != loop.learner.fused:
             kind = "two towers, and this student reads images and texts together"
             if term.module:
                 kind = "models that read images and texts together, and this student has two towers"
             raise ValueError(f"{term.name} is a term of {kind}")
-        if term.weight and fit.learner.fused and term.name not in fit.objective.weights:
+        if term.weight and loop.learner.fused and term.name not in loop.objective.weights:
             raise ValueError(
                 f"{term.name} cannot join this run: teacher and student do not both have what it compares"
             )
 
 
-def _try_objective(objective: Objective, fit: Fit) -> None:
+def _try_objective(objective: Objective, loop: Loop) -> None:
     "ValueError if the objective cannot be computed on this fit's features"
     taught = [term.name for term in objective.terms if term.weight and term.needs_teacher]
-    if fit.teacher is None and taught:
+    if loop.teacher is None and taught:
         raise ValueError(f"{taught[0]} needs a teacher, and this phase has none")
-    _check_kind(objective, fit)
+    _check_kind(objective, loop)
     paired = [term.name for term in objective.terms if term.weight and not term.unpaired]
-    if paired and not fit.paired:
+    if paired and not loop.paired:
         raise ValueError(f"{paired[0]} needs pairs: images and texts of this run do not belong together")
-    if fit.example is not None:
-        objective(*fit.example)
+    if loop.example is not None:
+        objective(*loop.example)
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #1bb043df
 def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
@@ -130,15 +130,15 @@ def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
 
 
 def change(
-    fit: Fit,
+    loop: Loop,
     requested: Mapping[str, Any],  # as control.json has it; what is no control is passed over
 ) -> dict[str, Any]:  # what was different, by name of the control
     "Give a fit other values from the next step on; ValueError, and nothing changed, if they would not do"
-    if fit.phase.fixed:
+    if loop.phase.fixed:
         return {}
     runs.check_controls({name: requested[name] for name in IN_MID_RUN if name in requested})
-    weights = fit.objective.weights
-    current = {"learning_rate_factor": fit.factor, **fit.controls, "weights": weights}
+    weights = loop.objective.weights
+    current = {"learning_rate_factor": loop.factor, **loop.controls, "weights": weights}
     changes = {}
     for name in IN_MID_RUN:
         if name not in current or name not in requested:
@@ -149,65 +149,65 @@ def change(
         if value not in (current[name], {}):
             changes[name] = value
     if "weights" in changes:
-        objective = fit.objective.with_weights(**changes["weights"])
-        _try_objective(objective, fit)
-        fit.objective = objective
-    fit.factor = changes.get("learning_rate_factor", fit.factor)
-    own = {name: changes[name] for name in fit.controls if name in changes}
+        objective = loop.objective.with_weights(**changes["weights"])
+        _try_objective(objective, loop)
+        loop.objective = objective
+    loop.factor = changes.get("learning_rate_factor", loop.factor)
+    own = {name: changes[name] for name in loop.controls if name in changes}
     if own:
-        fit.controls = fit.controls | own
-        fit.learner.follow(fit.controls)
+        loop.controls = loop.controls | own
+        loop.learner.follow(loop.controls)
     return changes
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #f9164fa2
-def _obey(fit: Fit) -> None:
+def _obey(loop: Loop) -> None:
     "Do what control.json asks for: wait, stop, save or change a value; every process hears the same"
-    request = _wait_or_stop(fit)
-    fit.shares = bool(request.get("gradient_share"))
+    request = _wait_or_stop(loop)
+    loop.shares = bool(request.get("gradient_share"))
     try:
-        changes = change(fit, request)
+        changes = change(loop, request)
     except ValueError as error:
-        if str(error) != fit.refused:
-            _note(fit, refused=str(error))
-        fit.refused = str(error)
+        if str(error) != loop.refused:
+            _note(loop, refused=str(error))
+        loop.refused = str(error)
         return
     if changes:
-        labels = {"stage": fit.phase.stage, "phase": fit.phase.name, "step": fit.global_step}
-        _record(fit, {"event": "control", **labels, **changes})
+        labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
+        _record(loop, {"event": "control", **labels, **changes})
 
 
-def _wait_or_stop(fit: Fit) -> Mapping[str, Any]:  # control.json, once training goes on
+def _wait_or_stop(loop: Loop) -> Mapping[str, Any]:  # control.json, once training goes on
     "Save when that is asked for, wait while the run is paused; RunStopped where it is to stop"
     was_paused = False
     while True:
-        request = agree(fit.accelerator, fit.run.requested)
-        if request.get("stop") or request.get("checkpoint", 0) > fit.answered:
-            _save_fit(fit)
-            fit.answered = request.get("checkpoint", fit.answered)
-            _note(fit, checkpoint=fit.answered)
+        request = agree(loop.accelerator, loop.run.requested)
+        if request.get("stop") or request.get("checkpoint", 0) > loop.answered:
+            _save_fit(loop)
+            loop.answered = request.get("checkpoint", loop.answered)
+            _note(loop, checkpoint=loop.answered)
         if request.get("stop"):
-            raise RunStopped(f"stopped at step {fit.step} of {fit.phase.folder}")
+            raise RunStopped(f"stopped at step {loop.step} of {loop.phase.folder}")
         if not request.get("pause"):
             break
         if not was_paused:
-            _note(fit, state="paused")
+            _note(loop, state="paused")
         was_paused = True
         time.sleep(0.1)
     if was_paused:
-        _note(fit, state="running")
+        _note(loop, state="running")
     return request
 
 
-def _note(fit: Fit, **status) -> None:
+def _note(loop: Loop, **status) -> None:
     "Into status.json, from the first process"
-    if fit.accelerator.is_main_process:
-        fit.run.set_status(stage=fit.phase.stage, phase=fit.phase.name, **status)
+    if loop.accelerator.is_main_process:
+        loop.run.set_status(stage=loop.phase.stage, phase=loop.phase.name, **status)
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #d394533b
-def _record(fit: Fit, *lines: dict, file: str = "metrics.jsonl") -> None:
+def _record(loop: Loop, *lines: dict, file: str = "metrics.jsonl") -> None:
     "Into metrics.jsonl or another file, from the first process"
-    if lines and fit.accelerator.is_main_process:
-        fit.run.log(*lines, file=file)
+    if lines and loop.accelerator.is_main_process:
+        loop.run.log(*lines, file=file)
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #5b584c83
 def fit(
@@ -222,66 +222,66 @@ def fit(
     # scores of the student as it is, called by the first process
     validate: Callable[[], dict[str, float]] | None = None,
     probe: Batch | None = None,  # fixed pairs, on the device; the views draw their affinities
-    look: Callable[[Fit], Mapping[str, Tensor]] | None = None,  # further arrays for the views
+    look: Callable[[Loop], Mapping[str, Tensor]] | None = None,  # further arrays for the views
 ) -> None:
     "Train for the steps of a phase, continuing from its checkpoint if there is one"
     try:
         _train(
-            Fit(run, phase, learner, objective, options, accelerator, teacher, probe, look), batches, validate
+            Loop(run, phase, learner, objective, options, accelerator, teacher, probe, look), batches, validate
         )
     finally:
         accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #833c15ad
 def _train(
-    fit: Fit,
+    loop: Loop,
     batches: Callable[[int], Iterator[Batch]],
     validate: Callable[[], dict[str, float]] | None,
 ) -> None:
     "The steps of a phase that are still to be taken"
-    if not _resume_fit(fit):
-        _save_fit(fit)
-    options = fit.options
-    steps = fit.phase.steps
-    _warn_of_batch_norms(fit)
-    change(fit, agree(fit.accelerator, lambda: runs.current_values(fit.run.metrics())))
-    _note(fit, state="running", refused=None)
-    guard = data.BadSampleGuard(options.max_bad_share, known=_known_bad(fit.run))
+    if not _resume_fit(loop):
+        _save_fit(loop)
+    options = loop.options
+    steps = loop.phase.steps
+    _warn_of_batch_norms(loop)
+    change(loop, agree(loop.accelerator, lambda: runs.current_values(loop.run.metrics())))
+    _note(loop, state="running", refused=None)
+    guard = data.BadSampleGuard(options.max_bad_share, known=_known_bad(loop.run))
     saved = time.monotonic()
     stream = None
-    if fit.step == 0:
-        _validate(fit, validate)
-        _show(fit, None)
-    with tqdm(total=steps, initial=fit.step, desc=fit.phase.folder, **_pace(fit)) as bar:
-        while fit.step < steps:
-            _obey(fit)
+    if loop.step == 0:
+        _validate(loop, validate)
+        _show(loop, None)
+    with tqdm(total=steps, initial=loop.step, desc=loop.phase.folder, **_pace(loop)) as bar:
+        while loop.step < steps:
+            _obey(loop)
             if stream is None:
-                stream = batches(fit.global_step)
-            line = _one_step(fit, stream, guard)
-            if fit.step % options.validate_every == 0 or fit.step == steps:
-                _validate(fit, validate)
-            if fit.step == steps or time.monotonic() - saved >= options.checkpoint_seconds:
-                _save_fit(fit)
+                stream = batches(loop.global_step)
+            line = _one_step(loop, stream, guard)
+            if loop.step % options.validate_every == 0 or loop.step == steps:
+                _validate(loop, validate)
+            if loop.step == steps or time.monotonic() - saved >= options.checkpoint_seconds:
+                _save_fit(loop)
                 saved = time.monotonic()
             bar.set_postfix(total=f"{line['total']:.3f}", refresh=False)
             bar.update()
-    fit.snapshots.write_arrived(wait=True)
+    loop.snapshots.write_arrived(wait=True)
 
 
-def _warn_of_batch_norms(fit: Fit) -> None:
+def _warn_of_batch_norms(loop: Loop) -> None:
     "Parts of a batch change what a batch norm sees"
     kind = nn.modules.batchnorm._BatchNorm
-    if not (fit.options.micro_batch and fit.accelerator.is_main_process):
+    if not (loop.options.micro_batch and loop.accelerator.is_main_process):
         return
-    if any(isinstance(part, kind) for part in fit.learner.modules()):
-        seen = f"batch norms see micro_batch={fit.options.micro_batch} pictures at once, not the batch"
-        fit.run.warn(f"{seen}: another value trains another student")
+    if any(isinstance(part, kind) for part in loop.learner.modules()):
+        seen = f"batch norms see micro_batch={loop.options.micro_batch} pictures at once, not the batch"
+        loop.run.warn(f"{seen}: another value trains another student")
 
 
-def _pace(fit: Fit) -> dict[str, Any]:
+def _pace(loop: Loop) -> dict[str, Any]:
     "How a progress bar moves; it is silent beside a notebook and on all processes but the first"
     is_beside = threading.current_thread() is not threading.main_thread()
-    is_silent = is_beside or not fit.accelerator.is_main_process
+    is_silent = is_beside or not loop.accelerator.is_main_process
     return dict(mininterval=2 if sys.stderr.isatty() else 10, disable=is_silent)
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #6811a91d
@@ -289,86 +289,86 @@ class Diverged(ArithmeticError):
     "The loss is no longer a finite number"
 
 
-def _one_step(fit: Fit, stream: Iterator[Batch], guard: data.BadSampleGuard) -> dict:
+def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -> dict:
     "Read a batch, take a step, log it; the line that was logged"
     start = time.perf_counter()
     batch = next(stream)
-    _record(fit, *guard.see(batch, len(batch) + len(batch.text_keys)), file="bad_samples.jsonl")
+    _record(loop, *guard.see(batch, len(batch) + len(batch.text_keys)), file="bad_samples.jsonl")
     guard.check()
     read = time.perf_counter()
-    terms, *features = take_step(fit, batch.to(fit.accelerator.device))
-    fit.step += 1
+    terms, *features = take_step(loop, batch.to(loop.accelerator.device))
+    loop.step += 1
     line = {
-        "stage": fit.phase.stage,
-        "phase": fit.phase.name,
-        "step": fit.global_step,
+        "stage": loop.phase.stage,
+        "phase": loop.phase.name,
+        "step": loop.global_step,
         **terms,
-        "samples": fit.global_step * fit.options.batch_size,
+        "samples": loop.global_step * loop.options.batch_size,
         "seconds": time.perf_counter() - start,
         "data_seconds": read - start,
     }
-    _record(fit, line)
+    _record(loop, line)
     if not math.isfinite(terms["total"]):
-        lost = [name for name in fit.objective.weights if not math.isfinite(terms.get(name, 0.0))]
+        lost = [name for name in loop.objective.weights if not math.isfinite(terms.get(name, 0.0))]
         which = f"not finite: {', '.join(lost)}; " if lost else ""
-        at = f"at step {fit.global_step} ({fit.phase.folder})"
+        at = f"at step {loop.global_step} ({loop.phase.folder})"
         raise Diverged(f"the loss became {terms['total']} {at}: {which}try a smaller learning_rate")
-    _show(fit, features)
+    _show(loop, features)
     return line
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #4d9b0b25
-def _show(fit: Fit, features: Sequence[Features | None] | None) -> None:
+def _show(loop: Loop, features: Sequence[Features | None] | None) -> None:
     "Snapshots for the views, from the first process: for watchers when due, and those that are kept"
-    if not fit.accelerator.is_main_process:
+    if not loop.accelerator.is_main_process:
         return
     labels = {
-        "stage": fit.phase.stage,
-        "phase": fit.phase.name,
-        "step": fit.global_step,
-        "phase_step": fit.step,
+        "stage": loop.phase.stage,
+        "phase": loop.phase.name,
+        "step": loop.global_step,
+        "phase_step": loop.step,
     }
     if features is not None and features[1] is not None:
-        _show_shares(fit, *features)
-    keep = fit.options.keep_snapshots
-    is_kept = keep and (fit.step % max(1, fit.phase.steps // keep) == 0 or fit.step == fit.phase.steps)
+        _show_shares(loop, *features)
+    keep = loop.options.keep_snapshots
+    is_kept = keep and (loop.step % max(1, loop.phase.steps // keep) == 0 or loop.step == loop.phase.steps)
     if is_kept:
-        name = f"{fit.phase.stage}-{fit.phase.name}-{fit.step:08d}"
-        fit.snapshots.take(lambda: _arrays(fit), keep=name, **labels)
+        name = f"{loop.phase.stage}-{loop.phase.name}-{loop.step:08d}"
+        loop.snapshots.take(lambda: _arrays(loop), keep=name, **labels)
     else:
-        fit.snapshots.offer(lambda: _arrays(fit), **labels)
+        loop.snapshots.offer(lambda: _arrays(loop), **labels)
 
 
-def _show_shares(fit: Fit, student: Features, teacher: Features) -> None:
+def _show_shares(loop: Loop, student: Features, teacher: Features) -> None:
     "Each term's share of the gradient, at most once a second, where somebody wants to see it"
-    if not fit.shares or time.monotonic() - fit.shared <= 1:
+    if not loop.shares or time.monotonic() - loop.shared <= 1:
         return
-    fit.shared = time.monotonic()
-    shares = fit.learner.shares(fit, student, teacher)
+    loop.shared = time.monotonic()
+    shares = loop.learner.shares(loop, student, teacher)
     _record(
-        fit, {"event": "gradient_share", "stage": fit.phase.stage, "step": fit.global_step, "shares": shares}
+        loop, {"event": "gradient_share", "stage": loop.phase.stage, "step": loop.global_step, "shares": shares}
     )
 
 
-def _arrays(fit: Fit) -> dict[str, Tensor]:
+def _arrays(loop: Loop) -> dict[str, Tensor]:
     "The probe's cosines under the student as it is, its scale, and what learner and method have to show"
     arrays = {}
-    if fit.probe is not None and fit.learner.compares:
-        with fit.accelerator.autocast():
-            student = probe_features(fit.learner, fit.probe)
+    if loop.probe is not None and loop.learner.compares:
+        with loop.accelerator.autocast():
+            student = probe_features(loop.learner, loop.probe)
         arrays["student"] = (student.image @ student.text.T).half()
         arrays["student_scale"] = student.scale.reshape(1)
-    arrays.update(fit.learner.snapshot())
-    if fit.look:
-        arrays.update(fit.look(fit))
+    arrays.update(loop.learner.snapshot())
+    if loop.look:
+        arrays.update(loop.look(loop))
     return arrays
 
 # %% ../../nbs/library/063_trainers_loop.ipynb #dd82a79e
-def _validate(fit: Fit, validate: Callable[[], dict[str, float]] | None) -> None:
+def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> None:
     "Log the scores of the student as it is"
-    if validate is None or not fit.accelerator.is_main_process or not fit.learner.validates:
+    if validate is None or not loop.accelerator.is_main_process or not loop.learner.validates:
         return
-    labels = {"stage": fit.phase.stage, "phase": fit.phase.name, "step": fit.global_step}
-    _record(fit, {"event": "validation", **labels, **validate()})
+    labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
+    _record(loop, {"event": "validation", **labels, **validate()})
 
 
 def _known_bad(run: Run) -> list[str]:

@@ -22,7 +22,7 @@ from ..losses import LOSSES
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
            'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'FitParameters',
-           'Distillation', 'read_teachers', 'read_weights', 'seed_of']
+           'Distillation', 'read_teachers', 'read_loss_weights', 'seed_of']
 
 # %% ../../nbs/library/058_trainers_options.ipynb #f0e4a102
 FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
@@ -232,7 +232,7 @@ class Distillation(FitParameters):
 
     def weights(self) -> dict[str, float]:
         "The objective's terms and weights"
-        weights = read_weights(self.losses)
+        weights = read_loss_weights(self.losses)
         if unknown := [name for name in weights if name not in self.terms()]:
             kind = f"a {type(self).__name__} job has no loss {unknown[0]!r} for two towers; there are "
             raise ValueError(f"losses={self.losses!r} is not valid: {kind}{', '.join(self.terms())}")
@@ -271,7 +271,7 @@ def _name_and_weight(part: str) -> tuple[str, float]:
         return part, 1.0
 
 
-def read_weights(
+def read_loss_weights(
     losses: str,  # NAME=WEIGHT or NAME:WEIGHT, separated by commas
 ) -> dict[str, float]:  # name -> weight, in their order
     "Terms and weights as people write them"

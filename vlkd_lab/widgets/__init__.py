@@ -84,9 +84,9 @@ from vlkd_lab.widgets.curves import (
 # %% ../../nbs/library/094_widgets.ipynb #38a18a81
 # isort: split
 from vlkd_lab.widgets.drawing import (
-    COLOURS,
     DIVERGING,
     GREY,
+    LINE_COLOURS,
     PIXELS_PER_INCH,
     SEQUENTIAL,
     WIDTH,
@@ -159,6 +159,7 @@ from .several import RunsView, StaticRuns, differences, overlay, overlay_json
 # %% ../../nbs/library/094_widgets.ipynb #31df8e84
 __getattr__ = former_names(
     __name__,
+    COLOURS="LINE_COLOURS",
     headline="status_bar",
     Still="StaticFigure",
     RunStill="StaticBench",

@@ -14,7 +14,7 @@ import numpy as np
 from ..data import escaped
 from ..runs import Run, read_json, read_snapshot, thinned
 from . import drawing
-from .drawing import COLOURS, GREY, SEQUENTIAL, WIDTH, curve, curve_style
+from .drawing import GREY, LINE_COLOURS, SEQUENTIAL, WIDTH, curve, curve_style
 from .parts import RunPart
 from .watched import Watched
 
@@ -100,14 +100,14 @@ def _image_traces(clusters: RunClusters, features: np.ndarray, assignment: np.nd
     circle = {"symbol": "circle"}
     scale = {}
     last = len(clusters.centers) - 1
-    if last >= len(COLOURS):
+    if last >= len(LINE_COLOURS):
         scale = {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": last}
         circle["colorbar"] = {"title": {"text": "nearest centre"}, "thickness": 8, "x": 0.58}
     traces = []
     shapes = {"centre of the teacher": (stayed, circle), "another centre": (~stayed, {"symbol": "x"})}
     for name, (members, shape) in shapes.items():
         rows = np.flatnonzero(members)
-        colours = assignment[rows] if scale else [COLOURS[k] for k in assignment[rows]]
+        colours = assignment[rows] if scale else [LINE_COLOURS[k] for k in assignment[rows]]
         marker = {"size": 6, "color": colours, **scale, **shape}
         words = [clusters.words(row, assignment[row]) for row in rows]
         traces.append(_dots(places[rows], name, marker, words))

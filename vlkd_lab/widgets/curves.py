@@ -16,7 +16,7 @@ from ..losses import MODULES, TERM_KINDS
 from ..methods import all_losses
 from ..runs import CONTROLS, loss_terms, thinned
 from . import drawing
-from .drawing import COLOURS, GREY, SEQUENTIAL, WIDTH, axis_name, curve, curve_style
+from .drawing import GREY, LINE_COLOURS, SEQUENTIAL, WIDTH, axis_name, curve, curve_style
 from .parts import LiveFigure, RunPart
 from .watched import Watched, is_baseline
 
@@ -143,7 +143,7 @@ def _term_lines(watched: Watched) -> list[dict]:
     least = _visible_from(curves, decades=3)
     lines = []
     for k, (name, (steps, values)) in enumerate(curves.items()):
-        style = curve_style(COLOURS[k % len(COLOURS)])
+        style = curve_style(LINE_COLOURS[k % len(LINE_COLOURS)])
         if name.endswith(BASELINE):
             style = curve_style(GREY, "dot")
         lines.append(curve(steps, np.where(values > least, values, np.nan), name, line=style))
@@ -169,7 +169,7 @@ def validation_lines(watched: Watched) -> list[dict]:
             points.setdefault(event["stage"], []).append((event["step"], mean))
     lines = []
     for k, (stage, measured) in enumerate(points.items()):
-        style = curve_style(COLOURS[k % len(COLOURS)])
+        style = curve_style(LINE_COLOURS[k % len(LINE_COLOURS)])
         if is_baseline(watched, stage):
             style = curve_style(GREY, "dot")
         lines.append(_points_of(stage, measured, 2, style, size=4, showlegend=False))
@@ -196,7 +196,7 @@ def _budget_lines(watched: Watched) -> list[dict]:
         for term, share in event.get("shares", {}).items():
             shares.setdefault(term, []).append((event["step"], share))
     for k, (term, points) in enumerate(shares.items()):
-        style = curve_style(COLOURS[k % len(COLOURS)], "dashdot")
+        style = curve_style(LINE_COLOURS[k % len(LINE_COLOURS)], "dashdot")
         lines.append(_points_of(f"gradient: {term.replace('_', ' ')}", points, 3, style, size=3))
     return lines + _agreement_lines(watched.curves.events)
 
@@ -205,7 +205,7 @@ def _agreement_lines(events: Iterable[Mapping[str, Any]]) -> list[dict]:
     "The share of validation images that are nearest to the teacher's centre, of a run that has clusters"
     key = "cluster_agreement"
     points = [(event["step"], float(event[key])) for event in events if key in event]
-    return [_points_of("cluster agreement", points, 3, curve_style(COLOURS[2]), size=4)] if points else []
+    return [_points_of("cluster agreement", points, 3, curve_style(LINE_COLOURS[2]), size=4)] if points else []
 
 
 def _budget_title(watched: Watched, lines: Sequence[Mapping[str, Any]]) -> str:
@@ -289,7 +289,7 @@ def _module_lines(watched: Watched) -> list[dict]:
     lines = []
     for name, (steps, values) in curves.items():
         baseline = name.endswith(BASELINE)
-        colour = COLOURS[modules.index(name.removesuffix(BASELINE))]
+        colour = LINE_COLOURS[modules.index(name.removesuffix(BASELINE))]
         style = curve_style(colour, "dot" if baseline else "solid")
         visible = np.where(values > least, values, np.nan)
         lines.append(curve(steps, visible, name, line=style, showlegend=not baseline))
@@ -316,7 +316,7 @@ def _score_lines(watched: Watched) -> list[dict]:
             baseline = is_baseline(watched, event["stage"])
             for name, score in validation_scores_of(event).items():
                 points.setdefault((name, baseline), []).append((event["step"], score))
-    colours = dict(zip(("R@1", "right answers", "caption's words"), COLOURS[5:], strict=True))
+    colours = dict(zip(("R@1", "right answers", "caption's words"), LINE_COLOURS[5:], strict=True))
     lines = []
     for (name, baseline), scores in points.items():
         style = curve_style(colours[name], "dot" if baseline else "solid")

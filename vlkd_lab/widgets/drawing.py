@@ -19,7 +19,7 @@ import numpy as np
 from ..data import escaped
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'GREY', 'WIDTH', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
            'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'heatmap',
            'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked', 'StaticFigure']
 
@@ -27,7 +27,7 @@ __all__ = ['SEQUENTIAL', 'DIVERGING', 'COLOURS', 'GREY', 'WIDTH', 'Matrices', 'P
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
 DIVERGING = "RdBu"
 # Okabe and Ito's, for colour-blind eyes
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
+LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
 GREY = "#999999"
 WIDTH = 830  # pixels: what JupyterLab leaves of a window of 1280
 

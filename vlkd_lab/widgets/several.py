@@ -17,7 +17,7 @@ from ..runs import Run, current_values, thinned
 from .bench import CURVE_SECONDS, Live
 from .controls import Panel
 from .curves import curves_json, validation_lines
-from .drawing import COLOURS, WIDTH, curve, picture, png_html
+from .drawing import LINE_COLOURS, WIDTH, curve, picture, png_html
 from .parts import live_figure, sync_figure
 from .watched import Watched, is_baseline, status_bar
 
@@ -52,7 +52,7 @@ def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int
     drawn["layout"]["yaxis3"]["title"]["text"] = "expected sparsity"
     drawn["data"] = []
     for k, (name, watched) in enumerate(several.items()):
-        drawn["data"] += _run_lines(watched, escaped(name), COLOURS[k % len(COLOURS)], group=str(k))
+        drawn["data"] += _run_lines(watched, escaped(name), LINE_COLOURS[k % len(LINE_COLOURS)], group=str(k))
     return drawn
 
 
