@@ -229,15 +229,37 @@ def test_what_is_in_effect_is_what_the_events_add_up_to():
     assert current_values(events[1:2]) == {}
 
 
-def test_former_names_are_found_with_a_warning(tmp_path):
+FORMER = [
+    ("runs", "in_effect", "current_values"),
+    ("features", "Pass", "LayerOutputs"),
+    ("fusion", "write_about", "generate"),
+    ("tasks", "describe", "caption_pairs"),
+    ("trainers", "has_page", "is_interactive"),
+    ("trainers", "Fit", "Loop"),
+    ("trainers", "Streams", "Job"),
+    ("trainers", "read_weights", "read_loss_weights"),
+    ("methods.tinyclip", "make_student", "stage_student"),
+    ("widgets", "COLOURS", "LINE_COLOURS"),
+    ("widgets", "headline", "status_bar"),
+    ("balance_explorer", "BalanceStill", "StaticBalance"),
+]
+
+
+@pytest.mark.parametrize("module, former, today", FORMER)
+def test_former_names_are_found_with_a_warning(module, former, today):
+    module = importlib.import_module(f"vlkd_lab.{module}")
+    assert former not in vars(module)
+    with pytest.warns(DeprecationWarning, match=f"^{former} is now {today}$"):
+        assert getattr(module, former) is getattr(module, today)
+    with pytest.raises(AttributeError, match=f"no attribute 'not_{former}'"):
+        getattr(module, f"not_{former}")
+
+
+def test_the_former_question_for_requests_is_answered(tmp_path):
     run = Run(tmp_path)
     run.control(pause=True)
     with pytest.warns(DeprecationWarning, match="now Run.requested"):
         assert run.asked() == run.requested() == {"pause": True}
-    with pytest.warns(DeprecationWarning, match="now current_values"):
-        assert importlib.import_module("vlkd_lab.runs").in_effect is current_values
-    with pytest.raises(AttributeError, match="no attribute 'out_of_effect'"):
-        importlib.import_module("vlkd_lab.runs").out_of_effect  # noqa: B018
 
 
 def test_snapshots_only_while_watched(tmp_path):

@@ -857,13 +857,13 @@ def write_shards(
     for name, lines in (("classes", headline.names), ("templates", headline.templates)):
         (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     parts = [range(k, min(k + per_shard, count)) for k in range(0, count, per_shard)]
-    jobs = [(folder, shard, part, quality, options) for shard, part in enumerate(parts)]
+    shards = [(folder, number, part, quality, options) for number, part in enumerate(parts)]
     if workers <= 1:
-        return [_write_shard(*job) for job in tqdm(jobs, desc=f"{split} shards", disable=len(jobs) < 4)]
+        few = len(shards) < 4
+        return [_write_shard(*shard) for shard in tqdm(shards, desc=f"{split} shards", disable=few)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(
-            tqdm(pool.map(_write_shard, *zip(*jobs, strict=True)), total=len(jobs), desc=f"{split} shards")
-        )
+        written = pool.map(_write_shard, *zip(*shards, strict=True))
+        return list(tqdm(written, total=len(shards), desc=f"{split} shards"))
 
 # %% ../nbs/library/002_samples.ipynb #98cd85a9
 def _made_once(folder: Path, write: Callable[[Path], object]) -> Path:  # the folder

@@ -92,8 +92,8 @@ class BlipLearner(Learner):
         "A weight without a gradient is left as it is, in all processes"
         loop.reached = loop.objective
 
-    def learn(self, loop: Loop, batch: Batch) -> tuple[dict[str, Tensor], FusedFeatures, FusedFeatures | None]:
-        "Gradients of the fit's objective on a batch"
+    def learn(self, loop: Loop, batch: Batch) -> tuple[dict, FusedFeatures, FusedFeatures | None]:
+        "Gradients of the loop's objective on a batch"
         return _learn(self, loop, batch)
 
     def shares(self, loop: Loop, student: Features, teacher: Features) -> dict[str, float]:

@@ -13,6 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from vlkd_lab.methods.blip_training import (
+    LOOKED,
+    BlipJob,
+    attention_arrays,
+    find_blip,
+    find_tasks,
+    possible_terms,
+)
 from vlkd_lab.trainers import (
     Distillation,
     Phase,
@@ -34,7 +42,6 @@ from ..project import former_names, write_text
 from ..widgets.attention import CrossMaps
 from . import Method, blip_learner, blip_training, register
 from .blip_learner import BlipParameters
-from .blip_training import LOOKED, BlipJob, attention_arrays, find_blip, find_tasks, possible_terms
 
 # %% auto #0
 __all__ = ['INHERITED', 'Dlip', 'dlip_objective', 'student_sizes', 'make_student', 'starts_whole', 'DlipJob', 'open_dlip']

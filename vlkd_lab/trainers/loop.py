@@ -225,10 +225,9 @@ def fit(
     look: Callable[[Loop], Mapping[str, Tensor]] | None = None,  # further arrays for the views
 ) -> None:
     "Train for the steps of a phase, continuing from its checkpoint if there is one"
+    loop = Loop(run, phase, learner, objective, options, accelerator, teacher, probe, look)
     try:
-        _train(
-            Loop(run, phase, learner, objective, options, accelerator, teacher, probe, look), batches, validate
-        )
+        _train(loop, batches, validate)
     finally:
         accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
 
@@ -344,9 +343,8 @@ def _show_shares(loop: Loop, student: Features, teacher: Features) -> None:
         return
     loop.shared = time.monotonic()
     shares = loop.learner.shares(loop, student, teacher)
-    _record(
-        loop, {"event": "gradient_share", "stage": loop.phase.stage, "step": loop.global_step, "shares": shares}
-    )
+    labels = {"stage": loop.phase.stage, "step": loop.global_step}
+    _record(loop, {"event": "gradient_share", **labels, "shares": shares})
 
 
 def _arrays(loop: Loop) -> dict[str, Tensor]:

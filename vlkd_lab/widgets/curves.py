@@ -205,7 +205,8 @@ def _agreement_lines(events: Iterable[Mapping[str, Any]]) -> list[dict]:
     "The share of validation images that are nearest to the teacher's centre, of a run that has clusters"
     key = "cluster_agreement"
     points = [(event["step"], float(event[key])) for event in events if key in event]
-    return [_points_of("cluster agreement", points, 3, curve_style(LINE_COLOURS[2]), size=4)] if points else []
+    style = curve_style(LINE_COLOURS[2])
+    return [_points_of("cluster agreement", points, 3, style, size=4)] if points else []
 
 
 def _budget_title(watched: Watched, lines: Sequence[Mapping[str, Any]]) -> str:
