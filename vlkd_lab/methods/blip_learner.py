@@ -292,8 +292,9 @@ def _both(
         return gather(student), None
     if image is not None:
         part = replace(part, image=image)
+    negatives = student.negatives
     with torch.no_grad(), loop.accelerator.autocast():
-        teacher = forward_batch(loop.teacher.model, part, words, tasks, negatives=student.negatives, maps=maps)
+        teacher = forward_batch(loop.teacher.model, part, words, tasks, negatives=negatives, maps=maps)
     return gather(student), gather(teacher)
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #6b65e7d8
