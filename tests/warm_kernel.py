@@ -25,7 +25,8 @@ from pathlib import Path
 
 HEAVY = """torch torchvision.transforms open_clip transformers transformers.models.clip.modeling_clip transformers.models.blip.modeling_blip
     transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects plotly.io nbformat
-    anywidget sklearn.cluster sklearn.linear_model scipy.sparse.csgraph scipy.stats""".split()
+    anywidget sklearn.cluster sklearn.linear_model scipy.sparse.csgraph scipy.stats jupyter_client.session zmq.eventloop.zmqstream psutil
+    IPython.core.interactiveshell IPython.core.pylabtools IPython.core.magics""".split()
 PATIENCE = 120  # seconds to wait for the process that forks
 
 
@@ -160,6 +161,7 @@ def become_kernel(files: list[int], arguments: list[str], folder: str, environme
     os.environ.pop("JPY_PARENT_PID", None)  # its parent is not the launcher
     sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *(path for path in sys.path if path != str(Path(__file__).parent))]
     sys.argv = ["ipykernel_launcher", *arguments]
+    sys.modules["debugpy"] = None  # nobody debugs here, and importing it takes as long as all the rest of ipykernel
     importlib.import_module("ipykernel.kernelapp").launch_new_instance()
 
 
