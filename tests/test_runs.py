@@ -234,6 +234,8 @@ FORMER = [
     ("features", "Pass", "LayerOutputs"),
     ("fusion", "write_about", "generate"),
     ("tasks", "describe", "caption_pairs"),
+    ("tasks", "MAIN", "MAIN_SCORE"),
+    ("evaluation", "STRENGTHS", "INVERSE_REGULARISATION"),
     ("trainers", "has_page", "is_interactive"),
     ("trainers", "Fit", "Loop"),
     ("trainers", "Streams", "Job"),

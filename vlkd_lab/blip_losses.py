@@ -121,9 +121,9 @@ def hard_negatives(
     if len(similarity) < 2:
         raise ValueError("one pair has no hard negative: matching needs at least 2 pairs a step")
     generator = torch.Generator(similarity.device).manual_seed(seed)
-    own = torch.eye(len(caption_ids), dtype=torch.bool, device=caption_ids.device)
+    diagonal = torch.eye(len(caption_ids), dtype=torch.bool, device=caption_ids.device)
     wrong = caption_ids[:, None] != caption_ids
-    wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, ~own)
+    wrong = torch.where(wrong.any(dim=1, keepdim=True), wrong, ~diagonal)
     negatives = []
     for scores in (similarity, similarity.T):
         odds = scores.float().masked_fill(~wrong, -torch.inf).softmax(dim=1)
@@ -223,24 +223,24 @@ def _to_grid(
     summed: bool,  # whether cells add up (shares) or are averaged (questions)
 ) -> Tensor:  # (…, 1 + side²)
     "A square of patches, brought to another size"
-    own = _side(shares.shape[-1])
-    if own * own != shares.shape[-1] - 1:
+    from_side = _side(shares.shape[-1])
+    if from_side * from_side != shares.shape[-1] - 1:
         raise ValueError(f"{shares.shape[-1]} image positions are no [CLS] and square of patches")
-    if own == side:
+    if from_side == side:
         return shares
-    part = _overlap(own, side).to(shares)
+    part = _overlap(from_side, side).to(shares)
     if not summed:
         part = part / part.sum(dim=1, keepdim=True)
-    fitted = part @ shares[..., 1:].unflatten(-1, (own, own)) @ part.T
+    fitted = part @ shares[..., 1:].unflatten(-1, (from_side, from_side)) @ part.T
     return torch.cat([shares[..., :1], fitted.flatten(-2)], dim=-1)
 
 
-def _overlap(own: int, side: int) -> Tensor:  # (side, own), columns add up to 1
-    "The share of each of `own` equal stripes that lies in each of `side` equal stripes of the same length"
-    ends = torch.arange(side + 1) * own  # in whole numbers: both end at own * side
-    own_ends = torch.arange(own + 1) * side
-    last = torch.minimum(ends[1:, None], own_ends[1:])
-    first = torch.maximum(ends[:-1, None], own_ends[:-1])
+def _overlap(from_side: int, side: int) -> Tensor:  # (side, from_side), columns add up to 1
+    "The share of each of `from_side` equal stripes in each of `side` equal stripes of the same length"
+    ends = torch.arange(side + 1) * from_side  # in whole numbers: both end at from_side * side
+    from_ends = torch.arange(from_side + 1) * side
+    last = torch.minimum(ends[1:, None], from_ends[1:])
+    first = torch.maximum(ends[:-1, None], from_ends[:-1])
     return (last - first).clamp(min=0) / side
 
 

@@ -24,7 +24,7 @@ from .features import Features, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, measure_latency
-from .project import write_text
+from .project import former_names, write_text
 from .runs import Run, loss_terms, read_json, role_of, to_json
 from .shapes import TOWERS
 from .trainers import Job, current_student, encode_captions, find_data, load_student
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['STRENGTHS', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier', 'predict',
-           'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts', 'alarms',
-           'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve', 'first_step',
-           'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference', 'reference_curves',
-           'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
+__all__ = ['INVERSE_REGULARISATION', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
+           'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts',
+           'alarms', 'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve',
+           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference',
+           'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/library/069_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -221,7 +221,8 @@ def alarms(
     return messages
 
 # %% ../nbs/library/069_evaluation.ipynb #37e8b3fa
-STRENGTHS = (0.3, 3.0, 30.0, 300.0)  # inverse regularisation that is tried; unit rows want large ones
+INVERSE_REGULARISATION = (0.3, 3.0, 30.0, 300.0)  # of the probe, all tried; unit rows want large ones
+__getattr__ = former_names(__name__, STRENGTHS="INVERSE_REGULARISATION")
 
 
 def linear_probe(
@@ -250,7 +251,7 @@ def linear_probe(
 
     best = 30.0
     if len(np.unique(labels[rest])) > 1:
-        scores = {c: fitted(c, rest).score(rows[held_out], labels[held_out]) for c in STRENGTHS}
+        scores = {c: fitted(c, rest).score(rows[held_out], labels[held_out]) for c in INVERSE_REGULARISATION}
         best = max(scores, key=scores.get)
     predicted = fitted(best, order).predict(test.numpy())
     return accuracy(torch.from_numpy(predicted), test_labels), predicted
@@ -303,14 +304,14 @@ def retrieve(
     nearest = (features.image[rows] @ features.text.T).topk(min(best, len(texts)))
     lines = ["<tr><th></th><th>its caption</th><th>nearest captions, cosine</th></tr>"]
     for row, places, cosines in zip(rows, nearest.indices.tolist(), nearest.values.tolist(), strict=True):
-        own = pairs.all_captions[row]
+        its_captions = pairs.all_captions[row]
         captions = []
         for place, cosine in zip(places, cosines, strict=True):
-            mark = "<b>✓</b> " if texts[place] in own else ""
+            mark = "<b>✓</b> " if texts[place] in its_captions else ""
             captions.append(f"{mark}{escaped(texts[place])} <small>{cosine:.2f}</small>")
         image = f"<img alt='' style='width:72px' src='{thumbnail(pairs.pil(row), 144)}'>"
         cell = f"<td style='text-align:left'>{'<br>'.join(captions)}</td>"
-        lines.append(f"<tr><td>{image}</td><td>{escaped(own[0])}</td>{cell}</tr>")
+        lines.append(f"<tr><td>{image}</td><td>{escaped(its_captions[0])}</td>{cell}</tr>")
     return HTML(f"<table>{''.join(lines)}</table>")
 
 # %% ../nbs/library/069_evaluation.ipynb #c0b722b7
@@ -518,8 +519,8 @@ def reference_curves(
 ) -> dict[str, list[tuple[int, float]]]:  # empty when not comparable
     "The reference's validation curves, if this run has the same parameters"
     reference = read_json(path or shipped(REFERENCE), {"parameters": None})
-    own = {name: run.config().get("parameters", {}).get(name) for name in _COMPARABLE}
-    return reference["curves"] if reference["parameters"] == own else {}
+    parameters = {name: run.config().get("parameters", {}).get(name) for name in _COMPARABLE}
+    return reference["curves"] if reference["parameters"] == parameters else {}
 
 # %% ../nbs/library/069_evaluation.ipynb #95844fb5
 MOST_IN_PANEL = 6  # terms whose names still fit into a panel

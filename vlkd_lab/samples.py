@@ -148,11 +148,11 @@ def _random(*names) -> random.Random:
     return random.Random("/".join(map(str, names)))
 
 
-def _pick(chance: random.Random, items: Sequence, weights: Sequence[float] | None = None):
+def _pick(rng: random.Random, items: Sequence, weights: Sequence[float] | None = None):
     "One of the items"
     if weights is None:
-        return items[int(chance.random() * len(items))]
-    mark = chance.random() * sum(weights)
+        return items[int(rng.random() * len(items))]
+    mark = rng.random() * sum(weights)
     for item, weight in zip(items, weights, strict=True):
         mark -= weight
         if mark < 0:
@@ -160,25 +160,25 @@ def _pick(chance: random.Random, items: Sequence, weights: Sequence[float] | Non
     return items[-1]
 
 
-def _between(chance: random.Random, low: float, high: float) -> float:
+def _between(rng: random.Random, low: float, high: float) -> float:
     "A number between two others"
-    return low + (high - low) * chance.random()
+    return low + (high - low) * rng.random()
 
 
-def _layout(chance: random.Random, count: int) -> list[tuple[float, float]]:  # (x, y) shares of the side
+def _layout(rng: random.Random, count: int) -> list[tuple[float, float]]:  # (x, y) shares of the side
     "Places for the shapes: two clearly beside or clearly above each other, a third in the free half"
 
     def jitter(middle: float, reach: float) -> float:
-        return middle + _between(chance, -reach, reach)
+        return middle + _between(rng, -reach, reach)
 
     if count == 1:
         return [(jitter(0.5, 0.025), jitter(0.5, 0.025))]
-    first = _pick(chance, (0.26, 0.74))
-    across = _pick(chance, (0.28, 0.72)) if count == 3 else 0.5
+    first = _pick(rng, (0.26, 0.74))
+    across = _pick(rng, (0.28, 0.72)) if count == 3 else 0.5
     places = [(jitter(along, 0.02), jitter(across, 0.02)) for along in (first, 1 - first)]
     if count == 3:
         places.append((jitter(0.5, 0.04), jitter(1 - across, 0.02)))
-    return places if chance.random() < 0.5 else [(y, x) for x, y in places]
+    return places if rng.random() < 0.5 else [(y, x) for x, y in places]
 
 # %% ../nbs/library/002_samples.ipynb #ed07cec7
 RADII = {  # (size, whether it is the main shape) -> range of the radius, share of the side
@@ -189,13 +189,13 @@ RADII = {  # (size, whether it is the main shape) -> range of the radius, share 
 }
 
 
-def _kinds(chance: random.Random, count: int, tail: float) -> list[str]:
+def _kinds(rng: random.Random, count: int, tail: float) -> list[str]:
     "Different kinds, the first drawn with frequency 1 / rank ** tail"
     left = list(KINDS)
     drawn = []
     for _ in range(count):
         weights = [(list(KINDS).index(kind) + 1) ** -tail for kind in left] if tail else None
-        drawn.append(_pick(chance, left, weights))
+        drawn.append(_pick(rng, left, weights))
         left.remove(drawn[-1])
     return drawn
 
@@ -206,32 +206,32 @@ def make_scene(
     tail: float = 0.0,  # Zipf exponent of the kinds' frequencies in the order of KINDS; 0: all equal
 ) -> Scene:
     "The scene of one sample"
-    chance = _random("scene", seed, index)
-    count = _pick(chance, (1, 2, 3), (0.35, 0.4, 0.25))
-    kinds, places, colours = _kinds(chance, count, tail), _layout(chance, count), list(COLOURS)
-    main_size = _pick(chance, list(SIZES))
+    rng = _random("scene", seed, index)
+    count = _pick(rng, (1, 2, 3), (0.35, 0.4, 0.25))
+    kinds, places, colours = _kinds(rng, count, tail), _layout(rng, count), list(COLOURS)
+    main_size = _pick(rng, list(SIZES))
     things = []
     for i, (kind, (x, y)) in enumerate(zip(kinds, places, strict=True)):
-        colour = _pick(chance, colours)
+        colour = _pick(rng, colours)
         colours.remove(colour)
-        size = main_size if i == 0 or main_size == "small" else _pick(chance, list(SIZES))
-        radius = _between(chance, *RADII[size, i == 0])
-        tint = tuple(int(_between(chance, -16, 17)) for _ in range(3))
+        size = main_size if i == 0 or main_size == "small" else _pick(rng, list(SIZES))
+        radius = _between(rng, *RADII[size, i == 0])
+        tint = tuple(int(_between(rng, -16, 17)) for _ in range(3))
         things.append(
             Thing(
                 kind,
                 colour,
                 size,
-                _pick(chance, list(TEXTURES)),
+                _pick(rng, list(TEXTURES)),
                 x,
                 y,
                 radius,
-                _between(chance, -0.08, 0.08),
+                _between(rng, -0.08, 0.08),
                 tint,
             )
         )
-    light, noise, grain = _between(chance, 0.72, 1.2), _between(chance, 2, 12), int(chance.random() * 2**48)
-    return Scene(_pick(chance, list(SETTINGS)), tuple(things), light, noise, grain)
+    light, noise, grain = _between(rng, 0.72, 1.2), _between(rng, 2, 12), int(rng.random() * 2**48)
+    return Scene(_pick(rng, list(SETTINGS)), tuple(things), light, noise, grain)
 
 # %% ../nbs/library/002_samples.ipynb #8aa80ff3
 def _polar(radius: Callable[[np.ndarray], np.ndarray], points: int = 40) -> np.ndarray:
@@ -433,19 +433,19 @@ def _paint(canvas: Image.Image, thing: Thing) -> None:
         pen.line((loop + (left + half, top + half)).ravel().tolist(), fill=edge, width=max(1, side // 64))
 
 # %% ../nbs/library/002_samples.ipynb #51525968
-def _clutter(canvas: Image.Image, chance: random.Random) -> None:
+def _clutter(canvas: Image.Image, rng: random.Random) -> None:
     "Specks and scratches that no caption mentions"
     side = canvas.width
     pen = ImageDraw.Draw(canvas)
-    for _ in range(int(_between(chance, 2, 12))):
-        x = chance.random() * side
-        y = chance.random() * side
-        reach = _between(chance, 0.01, 0.035) * side
-        colour = _pick(chance, list(COLOURS.values()))
-        if chance.random() < 0.6:
+    for _ in range(int(_between(rng, 2, 12))):
+        x = rng.random() * side
+        y = rng.random() * side
+        reach = _between(rng, 0.01, 0.035) * side
+        colour = _pick(rng, list(COLOURS.values()))
+        if rng.random() < 0.6:
             pen.ellipse((x - reach, y - reach, x + reach, y + reach), fill=colour)
         else:
-            end = x + _between(chance, -4, 4) * reach, y + _between(chance, -4, 4) * reach
+            end = x + _between(rng, -4, 4) * reach, y + _between(rng, -4, 4) * reach
             pen.line((x, y, *end), fill=colour, width=max(1, side // 64))
 
 
@@ -459,11 +459,11 @@ def render(
             f"size is {size}: a picture needs at least 16 pixels a side for its shapes to be told apart"
         )
     side = 2 * size
-    chance = _random("render", scene.grain)
-    left = int(chance.random() * size)
-    top = int(chance.random() * size)
+    rng = _random("render", scene.grain)
+    left = int(rng.random() * size)
+    top = int(rng.random() * size)
     canvas = _ground(scene.setting, side).crop((left, top, left + side, top + side))
-    _clutter(canvas, chance)
+    _clutter(canvas, rng)
     for thing in reversed(scene.things):
         _paint(canvas, thing)
     pixels = np.asarray(canvas.reduce(2), np.float32) * np.float32(scene.light)
@@ -512,13 +512,13 @@ def _article(noun: str) -> str:
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def _noun(thing: Thing, chance: random.Random, detail: float) -> str:
+def _noun(thing: Thing, rng: random.Random, detail: float) -> str:
     "Words for a shape: its kind, mostly its colour, size and texture each with probability `detail`"
-    size = [_pick(chance, SIZES[thing.size])] if chance.random() < detail else []
-    texture = [_pick(chance, TEXTURES[thing.texture])] if chance.random() < detail else []
-    colour = [_pick(chance, COLOUR_WORDS[thing.colour])] if chance.random() < 0.6 else []
-    order = size + texture + colour if chance.random() < 0.7 else size + colour + texture
-    return _article(" ".join(order + [_pick(chance, KINDS[thing.kind])]))
+    size = [_pick(rng, SIZES[thing.size])] if rng.random() < detail else []
+    texture = [_pick(rng, TEXTURES[thing.texture])] if rng.random() < detail else []
+    colour = [_pick(rng, COLOUR_WORDS[thing.colour])] if rng.random() < 0.6 else []
+    order = size + texture + colour if rng.random() < 0.7 else size + colour + texture
+    return _article(" ".join(order + [_pick(rng, KINDS[thing.kind])]))
 
 
 def caption(
@@ -526,18 +526,18 @@ def caption(
     variant: int = 0,  # another number, another phrasing of the same scene
 ) -> str:
     "One true sentence about a scene, lower case, at most twenty words"
-    chance = _random("caption", scene.grain, variant)
+    rng = _random("caption", scene.grain, variant)
     things = scene.things
     relation = scene.relation or "left"
-    nouns = [_noun(thing, chance, detail) for thing, detail in zip(things, (0.75, 0.35, 0.0), strict=False)]
-    return _pick(chance, PHRASINGS[len(things)]).format(
+    nouns = [_noun(thing, rng, detail) for thing, detail in zip(things, (0.75, 0.35, 0.0), strict=False)]
+    return _pick(rng, PHRASINGS[len(things)]).format(
         **dict(zip(("main", "other", "third"), nouns, strict=False)),
-        bare=_article(f"{things[0].colour} {_pick(chance, KINDS[things[0].kind])}"),
-        size=_pick(chance, SIZES[things[0].size]),
-        texture=_pick(chance, TEXTURES[things[0].texture]),
-        where=_pick(chance, SETTINGS[scene.setting]),
-        rel=_pick(chance, RELATIONS[relation]),
-        inverse=_pick(chance, RELATIONS[OPPOSITE[relation]]),
+        bare=_article(f"{things[0].colour} {_pick(rng, KINDS[things[0].kind])}"),
+        size=_pick(rng, SIZES[things[0].size]),
+        texture=_pick(rng, TEXTURES[things[0].texture]),
+        where=_pick(rng, SETTINGS[scene.setting]),
+        rel=_pick(rng, RELATIONS[relation]),
+        inverse=_pick(rng, RELATIONS[OPPOSITE[relation]]),
     )
 
 # %% ../nbs/library/002_samples.ipynb #3f18a300
@@ -696,50 +696,50 @@ def questions(scene: Scene) -> list[QA]:
     return about
 
 # %% ../nbs/library/002_samples.ipynb #1fc92870
-def _noise(image: Image.Image, chance: random.Random) -> Image.Image:
+def _noise(image: Image.Image, rng: random.Random) -> Image.Image:
     pixels = np.asarray(image, np.float32)
-    film = np.random.Generator(np.random.PCG64(int(chance.random() * 2**48))).standard_normal(
+    film = np.random.Generator(np.random.PCG64(int(rng.random() * 2**48))).standard_normal(
         pixels.shape, dtype=np.float32
     )
     return Image.fromarray(np.clip(pixels + 42 * film, 0, 255).astype(np.uint8))
 
 
-def _blur(image: Image.Image, chance: random.Random) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(_between(chance, 1.4, 2.2) * image.width / 64))
+def _blur(image: Image.Image, rng: random.Random) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(_between(rng, 1.4, 2.2) * image.width / 64))
 
 
-def _faint(image: Image.Image, chance: random.Random) -> Image.Image:
-    return ImageEnhance.Contrast(image).enhance(_between(chance, 0.18, 0.3))
+def _faint(image: Image.Image, rng: random.Random) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(_between(rng, 0.18, 0.3))
 
 
-def _sketch(image: Image.Image, chance: random.Random) -> Image.Image:
+def _sketch(image: Image.Image, rng: random.Random) -> Image.Image:
     edges = image.convert("L").filter(ImageFilter.FIND_EDGES)
     edges.paste(0, (0, 0, image.width, 1)), edges.paste(0, (0, image.height - 1, image.width, image.height))
     return ImageOps.invert(ImageOps.autocontrast(edges)).convert("RGB")
 
 
-def _grey(image: Image.Image, chance: random.Random) -> Image.Image:
+def _grey(image: Image.Image, rng: random.Random) -> Image.Image:
     return image.convert("L").convert("RGB")
 
 # %% ../nbs/library/002_samples.ipynb #6d058bab
-def _covered(image: Image.Image, chance: random.Random) -> Image.Image:
+def _covered(image: Image.Image, rng: random.Random) -> Image.Image:
     covered = image.copy()
     side = image.width
     for _ in range(3):
-        x = chance.random() * side
-        y = chance.random() * side
-        reach = _between(chance, 0.08, 0.14) * side
+        x = rng.random() * side
+        y = rng.random() * side
+        reach = _between(rng, 0.08, 0.14) * side
         ImageDraw.Draw(covered).rectangle((x - reach, y - reach, x + reach, y + reach), fill=(128, 128, 128))
     return covered
 
 
-def _jpeg(image: Image.Image, chance: random.Random) -> Image.Image:
+def _jpeg(image: Image.Image, rng: random.Random) -> Image.Image:
     return Image.open(io.BytesIO(encode(image, quality=6))).convert("RGB")
 
 
-def _turned(image: Image.Image, chance: random.Random) -> Image.Image:
+def _turned(image: Image.Image, rng: random.Random) -> Image.Image:
     turned = image.rotate(
-        _between(chance, 18, 32) * _pick(chance, (-1, 1)),
+        _between(rng, 18, 32) * _pick(rng, (-1, 1)),
         Image.Resampling.BILINEAR,
         fillcolor=(127, 127, 127),
     )
@@ -765,14 +765,14 @@ SHIFTS: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
 }
 
 # %% ../nbs/library/002_samples.ipynb #53bc15f1
-def near_duplicate(image: Image.Image, chance: random.Random) -> Image.Image:
+def near_duplicate(image: Image.Image, rng: random.Random) -> Image.Image:
     "A crop of at least 85 % of the side, scaled back, with another brightness and another compression"
     side = image.width
-    kept = int(side * _between(chance, 0.85, 1.0))
-    left, top = int(chance.random() * (side - kept + 1)), int(chance.random() * (side - kept + 1))
+    kept = int(side * _between(rng, 0.85, 1.0))
+    left, top = int(rng.random() * (side - kept + 1)), int(rng.random() * (side - kept + 1))
     crop = image.crop((left, top, left + kept, top + kept)).resize((side, side), Image.Resampling.BICUBIC)
-    brighter = ImageEnhance.Brightness(crop).enhance(_between(chance, 0.85, 1.15))
-    return Image.open(io.BytesIO(encode(brighter, quality=int(_between(chance, 40, 90))))).convert("RGB")
+    brighter = ImageEnhance.Brightness(crop).enhance(_between(rng, 0.85, 1.15))
+    return Image.open(io.BytesIO(encode(brighter, quality=int(_between(rng, 40, 90))))).convert("RGB")
 
 # %% ../nbs/library/002_samples.ipynb #5c466ab7
 @dataclass(frozen=True)
@@ -797,13 +797,13 @@ def make_sample(
     "Sample number `index` of a split"
     if shift is not None and shift not in SHIFTS:
         raise ValueError(f"no shift {shift!r}: there are {', '.join(SHIFTS)}")
-    chance = _random("sample", split, seed, index)
+    rng = _random("sample", split, seed, index)
     name = f"{split}/{seed}"
-    source = int(chance.random() * index) if index and chance.random() < duplicates else None
+    source = int(rng.random() * index) if index and rng.random() < duplicates else None
     scene = make_scene(index if source is None else source, name, tail)
-    image = render(scene, size) if source is None else near_duplicate(render(scene, size), chance)
+    image = render(scene, size) if source is None else near_duplicate(render(scene, size), rng)
     if shift is not None:
-        image = SHIFTS[shift](image, chance)
+        image = SHIFTS[shift](image, rng)
     labels = {key: labels.label(scene) for key, labels in LABEL_SETS.items()}
     about = {
         "cls": labels[HEADLINE],

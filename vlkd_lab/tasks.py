@@ -56,7 +56,7 @@ from .project import former_names, write_text
 from .runs import read_json, to_json
 
 # %% auto #0
-__all__ = ['MAIN', 'Retrieval', 'rerank', 'caption_pairs', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts',
+__all__ = ['MAIN_SCORE', 'Retrieval', 'rerank', 'caption_pairs', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts',
            'is_true', 'Answers', 'some_questions', 'answer_all', 'plain_answer', 'hit', 'answer_accuracy',
            'score_tasks', 'measure_tasks', 'compare_tasks', 'show_tasks', 'Gallery', 'job_tasks']
 
@@ -216,7 +216,7 @@ def caption_pairs(
     return captions
 
 
-__getattr__ = former_names(__name__, describe="caption_pairs")
+__getattr__ = former_names(__name__, describe="caption_pairs", MAIN="MAIN_SCORE")
 
 # %% ../nbs/library/103_tasks.ipynb #b3001088
 def _words(text: str) -> str:
@@ -538,7 +538,7 @@ def answer_accuracy(answers: Answers) -> pd.DataFrame:  # a row a type, and "all
     return pd.concat([by_type, whole])
 
 # %% ../nbs/library/103_tasks.ipynb #ba33dab5
-MAIN = {  # task -> the score by which a student is compared with its teacher
+MAIN_SCORE = {  # task -> the score by which a student is compared with its teacher
     "retrieval": "retrieval_r1",
     "captioning": "cider",
     "answering": "answer_accuracy",
@@ -675,7 +675,7 @@ def compare_tasks(
 
 def _with_shares(table: pd.DataFrame) -> pd.DataFrame:
     "The share that each model keeps of the first one's main scores; nan where that has none"
-    for task, main in MAIN.items():
+    for task, main in MAIN_SCORE.items():
         if main in table:
             first = table[main].iloc[0]
             table[f"kept_{task}"] = table[main] / first if first > 0 else math.nan

@@ -93,9 +93,9 @@ _SMALL = 2.0**-8  # of a channel that is added before the first norm, against th
 
 def _add_mean(tensor: Tensor, axis: int, kept: int) -> Tensor:
     "The mean over the kept channels in each of the added ones"
-    own = tensor.narrow(axis, 0, kept)
+    channels = tensor.narrow(axis, 0, kept)
     added = tensor.narrow(axis, kept, tensor.shape[axis] - kept)
-    return torch.cat([own, own.mean(dim=axis, keepdim=True).expand_as(added)], dim=axis)
+    return torch.cat([channels, channels.mean(dim=axis, keepdim=True).expand_as(added)], dim=axis)
 
 
 def _multiples(added: int) -> Tensor:  # (added,) that add up to zero, none of them zero; for two or more

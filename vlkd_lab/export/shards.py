@@ -36,13 +36,13 @@ def _labelled(
 ) -> tuple[str, bytes, bytes] | None:  # ending, image, label or captions
     "One sample as CLIP_benchmark reads it; None for one that is damaged or has no such label"
     try:
-        image, _, own = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
+        image, _, class_label = decode_sample(fields, sides=("image",) if classes else ("image", "text"))
     except BadSample:
         return None
     ending, picture = _as_file(fields, image)
     if not classes:
         return ending, picture, "\n".join(captions_of(fields)).encode()
-    label = label_sets(fields).get(labels) if labels else own
+    label = label_sets(fields).get(labels) if labels else class_label
     if label is not None and not 0 <= label < classes:
         named = fields.get("__key__", "a sample")
         raise ValueError(

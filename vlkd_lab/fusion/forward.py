@@ -144,10 +144,10 @@ def _matched_pairs(
 ) -> LayerOutputs:
     "The true pairs, each image with its wrong text, each text with its wrong image"
     wrong_text, wrong_image = negatives
-    own = torch.arange(len(batch.image), device=batch.image.device)
-    texts = torch.cat([own, wrong_text, own])
-    images = torch.cat([own, own, wrong_image])
-    targets = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])
+    rows = torch.arange(len(batch.image), device=batch.image.device)
+    texts = torch.cat([rows, wrong_text, rows])
+    images = torch.cat([rows, rows, wrong_image])
+    targets = torch.cat([torch.ones_like(rows), torch.zeros_like(rows), torch.zeros_like(rows)])
     tokens = with_start_token(batch.text, tokenizer.enc)[texts]
     outputs = network.run_text(tokens, batch.text_mask[texts], image.states[images], maps)
     return network.match(outputs, targets)

@@ -436,13 +436,13 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
     student = options.student or (start and start.config)
     if not student:
         return
-    own = models.model_config(student)["embed_dim"]
-    its = models.model_config(teacher.config)["embed_dim"]
+    student_width = models.model_config(student)["embed_dim"]
+    teacher_width = models.model_config(teacher.config)["embed_dim"]
     rows = [term.name for term in Objective(options.weights()).terms if term.needs_projection and term.weight]
-    if rows and own != its:
+    if rows and student_width != teacher_width:
         raise ValueError(
             f"losses={options.losses!r} is not valid here: {rows[0]} needs equal joint widths, student "
-            f"{own}, teacher {its}; use losses='affinity_mimicking=1'"
+            f"{student_width}, teacher {teacher_width}; use losses='affinity_mimicking=1'"
         )
 
 
@@ -450,9 +450,9 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
     "Sizes of what is cut further; ValueError unless it is a part of the teacher"
     shapes = trainers.transformer_shapes(start, needed=True)
     for tower, full in teacher.items():
-        own = shapes[tower]
-        if own.head_width != full.head_width or own.width > full.width or own.layers > full.layers:
-            size = f"{own.layers} layers of width {own.width} in heads of {own.head_width}"
+        shape = shapes[tower]
+        if shape.head_width != full.head_width or shape.width > full.width or shape.layers > full.layers:
+            size = f"{shape.layers} layers of width {shape.width} in heads of {shape.head_width}"
             raise ValueError(
                 f"start_from={options.start_from!r} is no part of the teacher (its {tower} tower has "
                 f"{size}): choose inheritance='none', which leaves it as it is"

@@ -674,8 +674,8 @@ def write_probe(job: Job) -> None:
     if job.teaches and job.compares:
         job.teacher.model.eval()
         features = job.teacher.encode(job.probe.for_teacher())
-        held = job.options.held(features.scale)
-        scale = features.scale if held is None else held
+        fixed = job.options.held(features.scale)
+        scale = features.scale if fixed is None else fixed
         arrays["teacher"] = (features.image @ features.text.T).float().cpu()
         arrays["teacher_scale"] = scale.float().cpu().reshape(1)
     if arrays:

@@ -224,8 +224,8 @@ def _teacher_features(loop: Loop, batch: Batch) -> Features | Ensemble | None:
         features = ask(loop.teacher, batch)
 
     def at_scale(one: Features) -> Features:
-        held = loop.options.held(one.scale)
-        return one if held is None else replace(one, scale=held.detach().float())
+        fixed = loop.options.held(one.scale)
+        return one if fixed is None else replace(one, scale=fixed.detach().float())
 
     return features.each(at_scale) if isinstance(features, Ensemble) else at_scale(features)
 

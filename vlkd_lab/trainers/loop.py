@@ -48,8 +48,8 @@ def take_step(loop: Loop, batch: Batch) -> tuple[dict[str, float], Features, Fea
     weights = [*loop.learner.model.parameters(), *loop.extra]
     terms["gradient_norm"] = loop.accelerator.clip_grad_norm_(weights, loop.options.clip_norm)
     loop.optimizer.step()
-    held = held_scale(loop)
-    loop.learner.constrain(None if held is None else held.log())
+    fixed = held_scale(loop)
+    loop.learner.constrain(None if fixed is None else fixed.log())
     line = as_numbers(terms) | {"learning_rate": rate * loop.options.learning_rate}
     return line, student, teacher
 
@@ -153,9 +153,9 @@ def change(
         _try_objective(objective, loop)
         loop.objective = objective
     loop.factor = changes.get("learning_rate_factor", loop.factor)
-    own = {name: changes[name] for name in loop.controls if name in changes}
-    if own:
-        loop.controls = loop.controls | own
+    controls = {name: changes[name] for name in loop.controls if name in changes}
+    if controls:
+        loop.controls = loop.controls | controls
         loop.learner.follow(loop.controls)
     return changes
 
@@ -273,8 +273,8 @@ def _warn_of_batch_norms(loop: Loop) -> None:
     if not (loop.options.micro_batch and loop.accelerator.is_main_process):
         return
     if any(isinstance(part, kind) for part in loop.learner.modules()):
-        seen = f"batch norms see micro_batch={loop.options.micro_batch} pictures at once, not the batch"
-        loop.run.warn(f"{seen}: another value trains another student")
+        reason = f"batch norms see micro_batch={loop.options.micro_batch} pictures at once, not the batch"
+        loop.run.warn(f"{reason}: another value trains another student")
 
 
 def _pace(loop: Loop) -> dict[str, Any]:

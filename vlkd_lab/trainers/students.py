@@ -182,10 +182,10 @@ def shared_numbers(
     names: Sequence[str],  # of weights that are one number each
 ) -> dict[str, Tensor]:
     "Single numbers of one network for another one that has them too"
-    theirs = source.model.state_dict()
-    own = student.model.state_dict()
-    both = [name for name in names if name in own and name in theirs]
-    return {name: theirs[name].reshape(own[name].shape).clone() for name in both}
+    source_state = source.model.state_dict()
+    student_state = student.model.state_dict()
+    both = [name for name in names if name in student_state and name in source_state]
+    return {name: source_state[name].reshape(student_state[name].shape).clone() for name in both}
 
 
 def plan_copy(source: VLM, student: VLM) -> Plan:
@@ -193,14 +193,15 @@ def plan_copy(source: VLM, student: VLM) -> Plan:
     state = source.model.state_dict()
     shapes = {name: tensor.shape for name, tensor in student.model.state_dict().items()}
     widths = head_widths(student.config["model_cfg"])
-    theirs = head_widths(source.config["model_cfg"])
+    teacher_widths = head_widths(source.config["model_cfg"])
     attention = [name for name in shapes if name.endswith(("in_proj_weight", "attnpool.q_proj.weight"))]
     towers = {"image" if name.startswith("visual.") else "text" for name in attention}
     for tower in sorted(towers):
-        if widths[tower] != theirs[tower]:
+        if widths[tower] != teacher_widths[tower]:
             raise ValueError(
                 f"heads of the {tower} tower have {widths[tower]} channels in the student and "
-                f"{theirs[tower]} in the teacher: whole heads are copied, so give it equally wide ones"
+                f"{teacher_widths[tower]} in the teacher: whole heads are copied, so give it equally wide "
+                "ones"
             )
     known = {_any_block(name) for name in shapes}
     place = {_any_block(name): name for name in state}
