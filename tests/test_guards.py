@@ -252,6 +252,16 @@ def test_every_public_name_is_used_in_a_visible_cell(path):
     assert not set(names) - used_in_lessons(), "no visible example of these"
 
 
+def test_a_public_name_has_one_meaning():
+    "No two modules define the same public name, whatever their faces hand on"
+    homes = {}
+    for path in MODULES:
+        for text in exported(path):
+            for name in public_names(text):
+                homes.setdefault(name, set()).add(module_of(path))
+    assert len(homes) > 700 and not {name: modules for name, modules in homes.items() if len(modules) > 1}
+
+
 @cache
 def used_in_lessons():
     "What the cells use that a reader sees and that are no part of the library, of all pages"

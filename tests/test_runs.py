@@ -242,6 +242,7 @@ FORMER = [
     ("trainers", "read_weights", "read_loss_weights"),
     ("methods.tinyclip", "make_student", "stage_student"),
     ("widgets", "COLOURS", "LINE_COLOURS"),
+    ("widgets", "kind_of", "compared_kind"),
     ("widgets", "headline", "status_bar"),
     ("balance_explorer", "BalanceStill", "StaticBalance"),
 ]

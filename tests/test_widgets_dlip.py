@@ -23,10 +23,10 @@ from vlkd_lab.widgets import (
     RunView,
     Watched,
     attention,
+    compared_kind,
     cross_maps,
     cross_picture,
     curves_json,
-    kind_of,
     module_curves,
     module_table,
     modules_of,
@@ -283,7 +283,7 @@ def test_a_picture_of_one_image_with_its_numbers(run):
 
 
 def test_every_term_has_a_place_in_the_table():
-    places = {(all_losses()[name].module, kind_of(name)) for name in TERMS}
+    places = {(all_losses()[name].module, compared_kind(name)) for name in TERMS}
     assert all(module in MODULES and kind in TABLE_KINDS for module, kind in places)
     assert len(places) == len(TERMS) - 1, "only the decoder's two base losses share a cell"
 

@@ -71,8 +71,8 @@ from vlkd_lab.widgets.curves import (
     TABLE_KINDS,
     LossCurves,
     TermCurves,
+    compared_kind,
     curves_json,
-    kind_of,
     module_curves,
     module_table,
     modules_of,
@@ -139,7 +139,7 @@ from vlkd_lab.widgets.sentences import (
     sentences_html,
 )
 from vlkd_lab.widgets.watched import (
-    UNKNOWN,
+    NO_VALUE,
     Choice,
     Watched,
     duration,
@@ -160,6 +160,8 @@ from .several import RunsView, StaticRuns, differences, overlay, overlay_json
 __getattr__ = former_names(
     __name__,
     COLOURS="LINE_COLOURS",
+    UNKNOWN="NO_VALUE",
+    kind_of="compared_kind",
     headline="status_bar",
     Still="StaticFigure",
     RunStill="StaticBench",

@@ -21,8 +21,9 @@ from .parts import LiveFigure, RunPart
 from .watched import Watched, is_baseline
 
 # %% auto #0
-__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'CHANGED', 'DECADES', 'term_curves', 'modules_of', 'kind_of',
-           'module_curves', 'module_table', 'validation_lines', 'curves_json', 'validation_scores_of', 'LossCurves']
+__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'CHANGED', 'DECADES', 'term_curves', 'modules_of',
+           'compared_kind', 'module_curves', 'module_table', 'validation_lines', 'curves_json', 'validation_scores_of',
+           'LossCurves']
 
 # %% ../../nbs/library/085_widgets_curves.ipynb #75a63b29
 BASELINE = " (baseline)"  # behind the name of a curve
@@ -88,7 +89,7 @@ def modules_of(watched: Watched) -> dict[str, str]:  # term -> one of MODULES; e
     return {term: losses[term].module for term in names if term in losses and losses[term].module}
 
 
-def kind_of(term: str) -> str:  # of TABLE_KINDS
+def compared_kind(term: str) -> str:  # of TABLE_KINDS
     "What kind of information a term of a module compares"
     loss = all_losses()[term]
     return "base" if not loss.needs_teacher else term.removeprefix(loss.module + "_").replace("_", " ")
@@ -121,7 +122,7 @@ def module_table(
     events = [event for event in watched.curves.events if "shares" in event]
     newest_shares = events[-1]["shares"] if events else {}
     for term, module in modules_of(watched).items():
-        place = (list(MODULES).index(module), TABLE_KINDS.index(kind_of(term)))
+        place = (list(MODULES).index(module), TABLE_KINDS.index(compared_kind(term)))
         added = newest[term][1][-recent:] if term in newest else np.zeros(0)
         finite = added[np.isfinite(added)]
         values[place] = np.nansum([values[place], finite.mean() if len(finite) else 0.0])

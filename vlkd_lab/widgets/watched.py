@@ -17,7 +17,7 @@ from .. import runs
 from ..runs import Curves, Run, kept_snapshots, newest_snapshot, read_json, read_snapshot
 
 # %% auto #0
-__all__ = ['UNKNOWN', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'settle', 'duration', 'progress',
+__all__ = ['NO_VALUE', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'settle', 'duration', 'progress',
            'status_bar']
 
 # %% ../../nbs/library/083_widgets_watched.ipynb #dfbee3be
@@ -128,13 +128,13 @@ def settle(watched: Watched) -> None:
         watched.arrays, watched.labels = read_snapshot(kept[-1][0])
 
 # %% ../../nbs/library/083_widgets_watched.ipynb #27fabd1d
-UNKNOWN = "—"
+NO_VALUE = "—"
 
 
 def duration(seconds: float) -> str:
     "Seconds as people say them"
     if not math.isfinite(seconds):
-        return UNKNOWN
+        return NO_VALUE
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -163,7 +163,7 @@ def progress(watched: Watched, recent: int = 30) -> dict[str, float]:
 
 
 def _known(value: float, form: str) -> str:
-    return UNKNOWN if math.isnan(value) else form.format(value)
+    return NO_VALUE if math.isnan(value) else form.format(value)
 
 
 def status_bar(watched: Watched) -> list[list[str]]:  # [name, value] each
@@ -175,10 +175,10 @@ def status_bar(watched: Watched) -> list[list[str]]:  # [name, value] each
     memory = status.get("memory_bytes", math.nan) / 2**30
     return [
         ["state", status["state"]],
-        ["stage", place or UNKNOWN],
-        ["step", f"{int(steps[-1])}" if len(steps) else UNKNOWN],
+        ["stage", place or NO_VALUE],
+        ["step", f"{int(steps[-1])}" if len(steps) else NO_VALUE],
         ["samples a second", _known(now["samples_per_second"], "{:,.0f}")],
         ["waiting for data", _known(now["data_share"], "{:.0%}")],
         ["memory", _known(memory, "{:.2f} GiB")],
-        ["time left", duration(now["seconds_left"]) if is_working(watched) else UNKNOWN],
+        ["time left", duration(now["seconds_left"]) if is_working(watched) else NO_VALUE],
     ]
