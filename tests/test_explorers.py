@@ -250,9 +250,9 @@ def test_a_click_on_a_point_shows_its_sample(state):
 
 
 def test_umap_runs_in_a_process_of_its_own(tmp_path):
-    random = np.random.default_rng(0).normal(size=(30, 4))
+    random = np.random.default_rng(0).normal(size=(20, 4))
     worker = Umap(random, seed=3)
-    assert worker.wait(150) and worker.coordinates.shape == (30, 2) and np.isfinite(worker.coordinates).all()
+    assert worker.wait(150) and worker.coordinates.shape == (20, 2) and np.isfinite(worker.coordinates).all()
 
 
 def test_umap_that_cannot_be_had_is_said_and_pca_stays(state, monkeypatch):

@@ -230,7 +230,7 @@ def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path)
     assert "multiply-accumulates" in outputs(gates) and "data:image/png" in outputs(gates)
     affinity = execute("explore_affinity", tmp_path / "affinity.ipynb", run_folder=given["out"], pairs=16)
     assert "mended since the cut" in outputs(affinity) and "data:image/jpeg" in outputs(affinity)
-    clusters = execute("explore_clusters", tmp_path / "clusters.ipynb", val=given["val"], teacher=given["teacher"], clusters=4)
+    clusters = execute("explore_clusters", tmp_path / "clusters.ipynb", val=given["val"], teacher=given["teacher"], clusters=4, pairs=24)
     assert '"image/png"' in outputs(clusters) and "samples" in outputs(clusters)
     for notebook in (watched, gates, affinity, clusters):
         assert "widget-view" not in outputs(notebook) and "widgets" not in notebook.metadata

@@ -262,7 +262,7 @@ def test_explorers_answer_clicks_and_sliders(page, project):
     opened = {
         "explore_affinity": (dict(run_folder=given["out"], pairs=24), "AffinityExplorer(affinities, val[rows])"),
         "explore_gates": (dict(run_folder=given["out"]), "explorer"),
-        "explore_clusters": (dict(val=given["val"], teacher=given["teacher"], clusters=3), "show(ClusterMap(state))"),
+        "explore_clusters": (dict(val=given["val"], teacher=given["teacher"], clusters=3, pairs=24), "show(ClusterMap(state))"),
     }
     found = {name: notebook(name, folder, **parameters)[0] for name, (parameters, _) in opened.items()}
     look = page.browser_page

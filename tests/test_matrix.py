@@ -26,13 +26,13 @@ METHODS = ["TinyCLIP", "Distil", "ClipCid", "DimeFm", "Dlip", "Contrastive", "Bl
 STUDENT = {"TinyCLIP": "stage-1", "Contrastive": "teacher", "BlipTraining": "teacher"}  # the others: student
 
 
-@pytest.fixture
-def parameters(scenes, tiny_teacher, tiny_blip, tmp_path):
-    "Of a job of any method that takes a second, in a folder of its own"
+@pytest.fixture(scope="module")
+def parameters_in(scenes, tiny_teacher, tiny_blip):
+    "Of a job of any method that takes a second, in a folder"
 
-    def of(method, out="run", **changes):
+    def of(folder, method, **changes):
         common = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", device="cpu")
-        common |= dict(steps=3, batch_size=8, warmup=1, validate_every=3, validate_pairs=16, probe_pairs=4, out=str(tmp_path / out))
+        common |= dict(steps=3, batch_size=8, warmup=1, validate_every=3, validate_pairs=16, probe_pairs=4, out=str(folder))
         towers = dict(teacher=str(tiny_teacher), compare_scratch=False)
         blip = dict(image_size=32, sizes="image:1x32, text:1x32, fusion:1, decoder:1", head_width=16, joint_width=8)
         own = {
@@ -47,6 +47,29 @@ def parameters(scenes, tiny_teacher, tiny_blip, tmp_path):
         return common | own[method] | changes
 
     return of
+
+
+@pytest.fixture
+def parameters(parameters_in, tmp_path):
+    "Of a job of any method, in a folder of the test's own"
+    return lambda method, out="run", **changes: parameters_in(tmp_path / out, method, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(parameters_in, tmp_path_factory):
+    "A finished run of a method with no setting changed, trained once and copied to where a test wants it"
+    first = tmp_path_factory.mktemp("finished")
+
+    def copied(method, given):
+        if not (first / method).exists():
+            run_of(method, parameters_in(first / method, method))
+        copy = Path(shutil.copytree(first / method, given["out"]))
+        config = json.loads((copy / "config.json").read_text())
+        config["parameters"]["out"] = given["out"]
+        (copy / "config.json").write_text(json.dumps(config))
+        return Run(copy)
+
+    return copied
 
 
 def run_of(method, given):
@@ -66,8 +89,9 @@ def numbers_of(folder):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_reader_process_gives_what_none_gives_and_three_give_a_run(method, parameters):
-    for workers in (0, 1, 3):
+def test_one_reader_process_gives_what_none_gives_and_three_give_a_run(method, parameters, finished):
+    assert finished(method, parameters(method, "of-0")).config()["parameters"]["workers"] == 0
+    for workers in (1, 3):
         run_of(method, parameters(method, f"of-{workers}", workers=workers))
     none, one, three = (lines_of(parameters(method, f"of-{workers}")["out"]) for workers in (0, 1, 3))
     assert one == none, "one reader reads in the same order wherever it runs"
@@ -77,9 +101,9 @@ def test_one_reader_process_gives_what_none_gives_and_three_give_a_run(method, p
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_half_precision_trains_and_is_not_single_precision(method, precision, parameters):
-    for kind in ("fp32", precision):
-        run_of(method, parameters(method, kind, precision=kind))
+def test_half_precision_trains_and_is_not_single_precision(method, precision, parameters, finished):
+    assert finished(method, parameters(method, "fp32")).config()["parameters"]["precision"] == "fp32"
+    run_of(method, parameters(method, precision, precision=precision))
     single, half = (numbers_of(parameters(method, kind)["out"]) for kind in ("fp32", precision))
     assert single != half, "a precision that changes no digit was not used"
     first = [next(line["total"] for line in lines if "total" in line) for lines in (single, half)]
@@ -309,9 +333,9 @@ CHANGED = [  # what a run may go on with
 
 @pytest.mark.parametrize("changes", CHANGED, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_finished_run_goes_on_with(method, changes, parameters):
+def test_a_finished_run_goes_on_with(method, changes, parameters, finished):
     given = parameters(method)
-    run = run_of(method, given)
+    run = finished(method, given)
     before = student_of(method, given)
     run_of(method, given | changes)
     steps = changes.get("steps", 3)

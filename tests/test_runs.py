@@ -4,8 +4,6 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -67,16 +65,18 @@ def test_two_writers_are_refused(tmp_path):
             pass
 
 
+def dies_at_work(folder):
+    with RunWriter(folder) as run:
+        run.log({"step": 1})
+        (run.folder / "metrics.jsonl").open("a").write('{"step": 2')
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_killed_writer_is_lost_and_its_half_line_unread(tmp_path):
-    code = f"""
-import os, signal
-from vlkd_lab.runs import RunWriter
-with RunWriter({str(tmp_path)!r}) as run:
-    run.log({{"step": 1}})
-    (run.folder / "metrics.jsonl").open("a").write('{{"step": 2')
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    killed = multiprocessing.get_context("fork").Process(target=dies_at_work, args=[tmp_path])
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     run = Run(tmp_path)
     assert run.status()["state"] == "lost" and run.metrics() == [{"step": 1}]
     with RunWriter(tmp_path) as again:

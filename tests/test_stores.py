@@ -1,7 +1,7 @@
 "A teacher's features on disk: the teacher's own, computed once, never another's"
 
 import os
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from itertools import islice, product
@@ -257,10 +257,13 @@ def test_features_that_are_not_finite_name_their_sample(teacher, shards):
         S.fill(store_of(broken, shards), broken, progress=False)
 
 
-def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards):
-    command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | dict(RANK="1", WORLD_SIZE="2"))
-    assert done.returncode == 0 and "1 files written" in done.stdout, done.stderr
+def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards, monkeypatch, capfd):
+    with monkeypatch.context() as second_of_two:
+        second_of_two.setattr(sys, "argv", ["python -m", str(shards), str(tiny_teacher), "image"])
+        second_of_two.setenv("RANK", "1")
+        second_of_two.setenv("WORLD_SIZE", "2")
+        runpy.run_module("vlkd_lab.stores", run_name="__main__", alter_sys=True)
+    assert capfd.readouterr().out == "1 files written\n"
     store = store_of(teacher, shards)
     assert store.missing(["image"]) == [("a", "image"), ("c", "image")]
     assert S._main([str(shards), str(tiny_teacher)]) == 5 and not store.missing()
