@@ -24,7 +24,7 @@ from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_s
 from .pictures import _both_sides, _one_side, _plain, preprocessing
 from .towers import _build
 from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
-from .words import _tokenizer_of, _words_of
+from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
 __all__ = ['VLM', 'evaluating', 'save_model', 'load_model']
@@ -83,7 +83,9 @@ class VLM:
         "Whether both want to see images and captions in the same form"
         mine = _words_of(self.config["model_cfg"].get("text_cfg", {}))
         theirs = _words_of(other.config["model_cfg"].get("text_cfg", {}))
-        same_words = self.tokenizer is other.tokenizer or mine == theirs
+        same_words = self.tokenizer is other.tokenizer or (
+            mine == theirs and _contents(self.tokenizer) == _contents(other.tokenizer)
+        )
         return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../../nbs/library/020_models_vlm.ipynb #56c8af17
@@ -131,7 +133,7 @@ def _load_slim(folder: Path, name: str) -> VLM:
     config["towers"] = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
     model = _build(config["model_cfg"], config["towers"])
     model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
-    tokenizer = _tokenizer_of(config["model_cfg"], folder)
+    tokenizer = _tokenizer_of(config["model_cfg"], folder, name)
     return VLM(model, preprocessing(config["preprocess_cfg"]), tokenizer, config, name)
 
 # %% ../../nbs/library/020_models_vlm.ipynb #611901bc
@@ -175,7 +177,7 @@ def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     size = getattr(model.visual, "image_size", config["vision_cfg"].get("image_size", 224))
     preprocess_cfg = _plain(asdict(PreprocessCfg()) | view | dict(size=size))
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers)
-    tokenizer = _tokenizer_of(config, checkpoint.tokenizer)
+    tokenizer = _tokenizer_of(config, checkpoint.tokenizer, name)
     return VLM(model, preprocessing(preprocess_cfg), tokenizer, settings, name)
 
 # %% ../../nbs/library/020_models_vlm.ipynb #5526a7af
