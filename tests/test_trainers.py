@@ -130,6 +130,13 @@ def test_a_command_that_forgets_something_starts_nothing(case, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("folder", ["teacher", "lr=0.1"])
+def test_a_run_folder_may_be_called_as_one_likes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="steps must be int"):  # and so the folder's name was taken
+        main([folder, "steps=many"])
+
+
 @pytest.mark.parametrize("words", [["--help"], ["-h"], ["run", "--help"]], ids=" ".join)
 def test_who_asks_for_help_gets_a_line_and_no_training(words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

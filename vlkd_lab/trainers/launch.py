@@ -188,7 +188,8 @@ def _check_folder(folder: str) -> None:
     names = {"method"}
     for method in METHODS.values():
         names |= {option.name for option in fields(method.parameters)}
-    if folder.startswith("-") or folder.partition("=")[0] in names:
+    name, equals, _ = folder.partition("=")
+    if folder.startswith("-") or (equals and name in names):
         raise ValueError(f"{folder!r} is no run folder: write {main.__doc__.partition(': ')[0]}")
 
 
