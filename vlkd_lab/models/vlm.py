@@ -81,12 +81,14 @@ class VLM:
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
-        mine = _words_of(self.config["model_cfg"].get("text_cfg", {}))
-        theirs = _words_of(other.config["model_cfg"].get("text_cfg", {}))
-        same_words = self.tokenizer is other.tokenizer or (
-            mine == theirs and _contents(self.tokenizer) == _contents(other.tokenizer)
-        )
+        same_words = self.tokenizer is other.tokenizer or _same_words(self, other)
         return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+
+# %% ../../nbs/library/020_models_vlm.ipynb #5ameword
+def _same_words(one: VLM, other: VLM) -> bool:
+    "Whether two tokenizers have the same settings, and hold the same where the settings do not say it"
+    settings = [_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (one, other)]
+    return settings[0] == settings[1] and _contents(one.tokenizer) == _contents(other.tokenizer)
 
 # %% ../../nbs/library/020_models_vlm.ipynb #56c8af17
 @contextmanager
