@@ -142,6 +142,29 @@ def test_the_teachers_view_is_kept(tiny_teacher):
     assert like.model.token_embedding.num_embeddings == len(teacher.tokenizer.tokenizer)
 
 
+def test_two_vocabularies_under_one_name_are_two_views(tmp_path):
+    captions = {"a": ["a red star above a house"] * 20, "b": ["no boat on the lake"] * 20}
+    models = {}
+    for name, texts in captions.items():
+        tokenizer = train_tokenizer(texts, tmp_path / name / "words", 280, context_length=16)
+        save_model(new_model(SMALL, tokenizer=tokenizer), tmp_path / name / "student")
+        models[name] = load_model(tmp_path / name / "student", "cpu")
+    a, b = models.values()
+    assert a.config["model_cfg"]["text_cfg"] == b.config["model_cfg"]["text_cfg"], "their settings are equal"
+    assert not torch.equal(a.tokenizer(captions["a"][:1]), b.tokenizer(captions["a"][:1]))
+    assert not a.same_view(b) and a.same_view(load_model(tmp_path / "a" / "student", "cpu"))
+
+
+def test_a_folder_that_lost_its_tokenizer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    tokenizer = train_tokenizer(["a red star above a house"] * 5, tmp_path / "words", 280, context_length=16)
+    folder = save_model(new_model(SMALL, tokenizer=tokenizer), tmp_path / "student")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no tokenizer for {folder}.*tokenizer.json"):
+        load_model(folder, "cpu")
+
+
 def test_seeds_leave_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)

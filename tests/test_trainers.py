@@ -36,6 +36,7 @@ from vlkd_lab.trainers import (
     current_student,
     find_data,
     fit,
+    main,
     manual_shapes,
     notebook_parameters,
     out_folder,
@@ -92,6 +93,55 @@ WRONG = {
     "gate_kinds": ("hidden,eyes", "attention_block"),
     "losses": ("affinity=1", "affinity_mimicking"),
 }
+
+
+WEIGHTS = ["contrastive=nan", "contrastive=inf", "contrastive=-1", "contrastive=1, contrastive=2", "contrastive=0", ""]
+
+
+@pytest.mark.parametrize("losses", WEIGHTS, ids=lambda losses: losses or "none")
+def test_weights_that_make_no_sense_leave_no_folder_behind(losses, tiny, tmp_path):
+    with pytest.raises(ValueError, match="losses=.* is not valid"):
+        job_of(tiny, losses=losses)
+    assert not (tmp_path / "run").exists(), "a folder would stand in the way of the corrected command"
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "clip_norm"])
+def test_no_number_is_infinite(name, tiny, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be a finite float"):
+        job_of(tiny, **{name: math.inf})
+    assert not (tmp_path / "run").exists()
+
+
+FORGOTTEN = {
+    "folder": (["method=TinyCLIP", "steps=3"], "no run folder"),
+    "option": (["--steps", "3"], "no run folder"),
+    "parameter first": (["steps=3"], "no run folder"),
+    "equals sign": (["run", "steps", "3"], "'steps' is not valid: write NAME=VALUE"),
+    "name": (["run", "=3"], "'=3' is not valid"),
+}
+
+
+@pytest.mark.parametrize("case", FORGOTTEN)
+def test_a_command_that_forgets_something_starts_nothing(case, tmp_path, monkeypatch):
+    words, message = FORGOTTEN[case]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        main(words)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["teacher", "lr=0.1"])
+def test_a_run_folder_may_be_called_as_one_likes(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="steps must be int"):  # and so the folder's name was taken
+        main([folder, "steps=many"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["run", "--help"]], ids=" ".join)
+def test_who_asks_for_help_gets_a_line_and_no_training(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(words)
+    assert capsys.readouterr().out.strip() == main.__doc__ and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", WRONG)

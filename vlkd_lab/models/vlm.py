@@ -24,7 +24,7 @@ from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_s
 from .pictures import _both_sides, _one_side, _plain, preprocessing
 from .towers import _build
 from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
-from .words import _tokenizer_of, _words_of
+from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
 __all__ = ['VLM', 'evaluating', 'save_model', 'load_model']
@@ -81,10 +81,14 @@ class VLM:
 
     def same_view(self, other: VLM) -> bool:
         "Whether both want to see images and captions in the same form"
-        mine = _words_of(self.config["model_cfg"].get("text_cfg", {}))
-        theirs = _words_of(other.config["model_cfg"].get("text_cfg", {}))
-        same_words = self.tokenizer is other.tokenizer or mine == theirs
+        same_words = self.tokenizer is other.tokenizer or _same_words(self, other)
         return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+
+# %% ../../nbs/library/020_models_vlm.ipynb #5ameword
+def _same_words(one: VLM, other: VLM) -> bool:
+    "Whether two tokenizers have the same settings, and hold the same where the settings do not say it"
+    settings = [_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (one, other)]
+    return settings[0] == settings[1] and _contents(one.tokenizer) == _contents(other.tokenizer)
 
 # %% ../../nbs/library/020_models_vlm.ipynb #56c8af17
 @contextmanager
@@ -131,7 +135,7 @@ def _load_slim(folder: Path, name: str) -> VLM:
     config["towers"] = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
     model = _build(config["model_cfg"], config["towers"])
     model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
-    tokenizer = _tokenizer_of(config["model_cfg"], folder)
+    tokenizer = _tokenizer_of(config["model_cfg"], folder, name)
     return VLM(model, preprocessing(config["preprocess_cfg"]), tokenizer, config, name)
 
 # %% ../../nbs/library/020_models_vlm.ipynb #611901bc
@@ -175,7 +179,7 @@ def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
     size = getattr(model.visual, "image_size", config["vision_cfg"].get("image_size", 224))
     preprocess_cfg = _plain(asdict(PreprocessCfg()) | view | dict(size=size))
     settings = dict(model_cfg=config, preprocess_cfg=preprocess_cfg, towers=towers)
-    tokenizer = _tokenizer_of(config, checkpoint.tokenizer)
+    tokenizer = _tokenizer_of(config, checkpoint.tokenizer, name)
     return VLM(model, preprocessing(preprocess_cfg), tokenizer, settings, name)
 
 # %% ../../nbs/library/020_models_vlm.ipynb #5526a7af

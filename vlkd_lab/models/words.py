@@ -29,17 +29,27 @@ def _words_of(text_cfg: Mapping) -> dict:
     return {name: text_cfg.get(name) or default for name, default in plain.items()}
 
 # %% ../../nbs/library/018_models_words.ipynb #b754ce93
-def _tokenizer_of(config: Mapping, folder: Path | None = None) -> Callable:
+def _tokenizer_of(
+    config: Mapping,
+    folder: Path | None = None,  # where one of the model's own lies
+    model: str = "",  # whose it is, for the refusal
+) -> Callable:
     "The tokenizer that a configuration asks for; one of its own lies in the model's folder"
     from open_clip.tokenizer import HFTokenizer
 
     text = config["text_cfg"]
     options = dict(context_length=text.get("context_length", 77), **(text.get("tokenizer_kwargs") or {}))
-    if text.get("hf_tokenizer_name"):
-        return HFTokenizer(
-            str(folder or text["hf_tokenizer_name"]), tokenizer_mode=text.get("tokenizer_mode"), **options
-        )
-    return _clips_words(json.dumps(options, sort_keys=True))
+    if not text.get("hf_tokenizer_name"):
+        return _clips_words(json.dumps(options, sort_keys=True))
+    place = str(folder or text["hf_tokenizer_name"])
+    try:
+        return HFTokenizer(place, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    except (OSError, ValueError) as error:
+        whose = f"no tokenizer for {model}" if model else "no tokenizer"
+        raise FileNotFoundError(
+            f"{whose}: its configuration asks for {place!r}, which is neither here nor could the hub give "
+            "it; put tokenizer.json and tokenizer_config.json into the folder of the weights"
+        ) from error
 
 
 @cache
@@ -89,6 +99,20 @@ def _byte_pairs(captions: Sequence[str], vocabulary: int):  # a tokenizers.Token
     ends = [(token, bpe.token_to_id(token)) for token in ("<start>", "<end>")]
     bpe.post_processor = processors.TemplateProcessing(single="<start> $A <end>", special_tokens=ends)
     return bpe
+
+# %% ../../nbs/library/018_models_words.ipynb #w0rdcont
+def _contents(tokenizer: Callable) -> str | None:  # None: open_clip's, of which the settings say all
+    "What one of transformers' tokenizers holds beside its settings"
+    inner = getattr(tokenizer, "tokenizer", None)
+    if not hasattr(inner, "get_vocab"):
+        return None
+    fast = getattr(inner, "backend_tokenizer", None)
+    if fast is None:
+        return json.dumps(inner.get_vocab(), sort_keys=True)
+    contents = json.loads(fast.to_str())
+    for name in ("truncation", "padding"):  # left over from the call before
+        contents.pop(name, None)
+    return json.dumps(contents, sort_keys=True)
 
 # %% ../../nbs/library/018_models_words.ipynb #54f176da
 def _end_of_text(

@@ -48,6 +48,7 @@ from vlkd_lab.trainers.launch import (
     main,
     notebook_job,
     open_job,
+    read_settings,
     read_value,
     start,
     train,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from .. import runs
-from ..methods import DEFAULT_METHOD, find_method
+from ..methods import DEFAULT_METHOD, METHODS, find_method
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .jobs import Job, at_work
 from .options import check_parameters, is_interactive, notebook_values
 
 # %% auto #0
-__all__ = ['open_job', 'train', 'Training', 'StillTraining', 'start', 'main', 'read_value', 'notebook_job']
+__all__ = ['open_job', 'train', 'Training', 'StillTraining', 'start', 'main', 'read_settings', 'read_value', 'notebook_job']
 
 # %% ../../nbs/library/066_trainers_launch.ipynb #64490dc9
 def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
@@ -170,17 +170,42 @@ def start(
 # %% ../../nbs/library/066_trainers_launch.ipynb #3687c673
 def main(arguments: list[str]) -> None:  # of the command line: a run folder, and NAME=VALUE
     "python -m vlkd_lab.trainers RUN_FOLDER [method=METHOD] [NAME=VALUE ...]: start a job, or continue one"
+    if {"-h", "--help"} & set(arguments):
+        return print(main.__doc__)
     folder, *changes = arguments
+    _check_folder(folder)
     config = read_json(Path(folder) / "config.json", {})
-    values = {}
-    for change in changes:
-        name, _, value = change.partition("=")
-        values[name] = read_value(value)
+    values = read_settings(changes)
     method = values.pop("method", config.get("method", DEFAULT_METHOD))
     job = open_job(method, config.get("parameters", {}) | values | {"out": str(Path(folder).resolve())})
     if job.accelerator.is_main_process:
         print(job.about_data, flush=True)
     train(job)
+
+
+def _check_folder(folder: str) -> None:
+    "ValueError where an option or a parameter stands in the run folder's place"
+    names = {"method"}
+    for method in METHODS.values():
+        names |= {option.name for option in fields(method.parameters)}
+    name, equals, _ = folder.partition("=")
+    if folder.startswith("-") or (equals and name in names):
+        raise ValueError(f"{folder!r} is no run folder: write {main.__doc__.partition(': ')[0]}")
+
+
+def read_settings(
+    settings: Iterable[str],  # NAME=VALUE each
+    of: str = "",  # whose they are, as a refusal begins
+    form: str = "",  # how several are written
+) -> dict[str, Any]:
+    "Names and values as people write them; of a name that comes twice the last counts"
+    values = {}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"{of}{setting.strip()!r} is not valid: write NAME=VALUE{form}")
+        values[name.strip()] = read_value(value.strip())
+    return values
 
 
 def read_value(text: str) -> Any:
@@ -199,15 +224,8 @@ def notebook_job(namespace: Mapping[str, Any]) -> Job:
     del values["method"]
     if "teacher" not in names:  # what trains from nothing has none
         values.pop("teacher", None)
-    for setting in values.pop("settings", "").split(";"):
-        if not setting.strip():
-            continue
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(
-                f"settings={setting.strip()!r} is not valid: write NAME=VALUE, separated by semicolons"
-            )
-        values[name.strip()] = read_value(value.strip())
+    settings = [setting for setting in values.pop("settings", "").split(";") if setting.strip()]
+    values |= read_settings(settings, of="settings=", form=", separated by semicolons")
     if method.page:
         raise ValueError(
             f"method={method.name!r} has scores of other kinds than this page shows: {method.page} runs it"

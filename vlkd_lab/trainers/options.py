@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -63,11 +64,11 @@ def _check_value(option, value: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         value = str(value).lower() == "true"  # papermill's command line knows only True and False
     check = option.metadata["check"]
-    if type(value) is not kind or not (check is None or check(value)):
+    is_infinite = kind is float and type(value) is float and not math.isfinite(value)
+    if type(value) is not kind or is_infinite or not (check is None or check(value)):
         valid = f", {option.metadata['valid']}" if option.metadata["valid"] else ""
-        raise ValueError(
-            f"{option.name}={value!r} is not valid: {option.name} must be {kind.__name__}{valid}"
-        )
+        must_be = f"must be {'a finite ' if is_infinite else ''}{kind.__name__}{valid}"
+        raise ValueError(f"{option.name}={value!r} is not valid: {option.name} {must_be}")
     return value
 
 
@@ -277,13 +278,19 @@ def read_loss_weights(
     "Terms and weights as people write them"
     weights = {}
     for term in losses.replace(" ", "").replace(":", "=").split(","):
-        name, _, weight = term.partition("=")
+        name, _, number = term.partition("=")
         try:
-            weights[name] = float(weight)
+            weight = float(number)
         except ValueError:
+            weight = math.nan
+        if name in weights or not 0 <= weight < math.inf:
             raise ValueError(
-                f"losses={losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas"
-            ) from None
+                f"losses={losses!r} is not valid: write NAME=WEIGHT or NAME:WEIGHT, separated by commas, "
+                "each name once and each weight a finite number from 0 up"
+            )
+        weights[name] = weight
+    if not any(weights.values()):
+        raise ValueError(f"losses={losses!r} is not valid: at least one weight must be above 0")
     return weights
 
 # %% ../../nbs/library/058_trainers_options.ipynb #21d8a229
