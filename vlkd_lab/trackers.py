@@ -42,8 +42,8 @@ def named_trackers(report_to: str) -> list[str]:  # names, each once
             valid = ", ".join(TRACKERS)
             raise ValueError(f"report_to={report_to!r} is not valid: {name!r} is no tracker; valid: {valid}")
         if importlib.util.find_spec(TRACKERS[name]) is None:
-            package = TRACKERS[name]
-            raise ValueError(f"report_to={report_to!r} needs {package}, which is not installed: pip install {package}")
+            missing = TRACKERS[name]
+            raise ValueError(f"report_to={report_to!r} needs what is not installed: pip install {missing}")
     return list(dict.fromkeys(names))
 
 # %% ../nbs/library/trackers.ipynb #trackers09
@@ -54,10 +54,9 @@ def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:  # name in the 
         place = f"{place}/{line['event']}"
     values = {}
     for name, value in line.items():
-        if isinstance(value, Mapping):
-            values |= {f"{place}/{name}/{key}": part for key, part in value.items()}
-        else:
-            values[f"{place}/{name}"] = value
+        parts = value if isinstance(value, Mapping) else {"": value}
+        for key, part in parts.items():
+            values["/".join(filter(None, (place, name, key)))] = part
     skipped = (f"{place}/step", f"{place}/phase_step")
     return {name: float(value) for name, value in values.items() if _is_number(value) and name not in skipped}
 
@@ -81,9 +80,11 @@ class _NewLines(Curves):
     def drain(self) -> Iterator[tuple[int, dict]]:  # step on the tracker's axis, line
         "New lines, with steps that go on from stage to stage"
         self.read()
-        lines, self.lines = self.lines, []
+        lines = self.lines
+        self.lines = []
         for line in lines:
-            stage, step = line.get("stage", self.last[0]), int(line.get("step", self.last[1]))
+            stage = line.get("stage", self.last[0])
+            step = int(line.get("step", self.last[1]))
             if stage not in self.steps_before:
                 before = self.steps_before.get(self.last[0], 0) + self.last[1]
                 self.steps_before[stage] = before if self.last[0] else 0
@@ -107,7 +108,10 @@ def affinity_picture(
         matrices += [] if teacher is None else [teacher]
     squares = [_coloured(np.asarray(matrix, dtype=np.float32), pixels) for matrix in matrices]
     gap = np.full((squares[0].shape[0], 2 * pixels, 3), 255, np.uint8)
-    return np.concatenate([squares[0], *(part for square in squares[1:] for part in (gap, square))], axis=1), labels
+    parts = [squares[0]]
+    for square in squares[1:]:
+        parts += [gap, square]
+    return np.concatenate(parts, axis=1), labels
 
 
 def _coloured(matrix: np.ndarray, pixels: int) -> np.ndarray:  # (H, W, 3) uint8
@@ -210,9 +214,10 @@ def _start(name: str, run: Run, ids: dict[str, str]) -> Any:  # an accelerate tr
 def _show(tracker: Any, name: str, image: np.ndarray, step: int, folder: Path) -> None:
     "Give a picture to a tracker in the way that it takes pictures"
     if tracker.name == "mlflow":  # takes files
-        with atomic_write(folder / "trackers" / f"{name.replace('/', '-')}-{step:08d}.png") as path:
+        file = folder / "trackers" / f"{name.replace('/', '-')}-{step:08d}.png"
+        with atomic_write(file) as path:
             Image.fromarray(image).save(path, "PNG")
-        tracker.log_artifact(str(folder / "trackers" / f"{name.replace('/', '-')}-{step:08d}.png"), "affinities")
+        tracker.log_artifact(str(file), "affinities")
     elif tracker.name == "tensorboard":
         tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
     else:
