@@ -96,15 +96,17 @@ def test_mlflow_has_parameters_numbers_and_pictures(told, places):
 
 def test_wandb_offline_keeps_a_record(told, places):
     reporter = Reporter(told, ["wandb"])
-    reporter.state["told"].clear()
     assert reporter.report() == len([line for line in told.metrics() if trackers.tracked_values(line)])
     assert reporter.show(now=0.0)
-    summary = dict(reporter.trackers[0].tracker.summary)
+    summary = dict(reporter.trackers["wandb"].tracker.summary)
     reporter.close()
     last = [line for line in told.metrics() if "total" in line][-1]
     assert summary[f"{last['stage']}/total"] == pytest.approx(last["total"])
     assert list((told.folder / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
-    assert "wandb" in json.loads((told.folder / "trackers.json").read_text())["ids"]
+    assert json.loads((told.folder / "trackers.json").read_text())["wandb"]["id"]
+    again = Reporter(told, ["wandb"])
+    assert again.report() == 0, "what has been told is not told again"
+    again.close()
 
 
 @pytest.mark.parametrize("report_to", ["tensorbord", "tensorboard, nothing"])

@@ -71,11 +71,15 @@ class _NewLines(Curves):
     def __init__(self, run: Run):
         super().__init__(run)
         self.lines: list[dict] = []
-        self.steps_before: dict[str, int] = {}
-        self.last: tuple[str, int] = ("", 0)
+        self.steps = 0  # of all stages, one after the other
+        self.before: dict[str, int] = {}  # stage -> steps of others before its newest one
 
     def _take(self, line: dict) -> None:
         self.lines.append(line)
+
+    def _forget(self, file: int | None) -> None:
+        super()._forget(file)
+        self.steps = 0
 
     def drain(self) -> Iterator[tuple[int, dict]]:  # step on the tracker's axis, line
         "New lines, with steps that go on from stage to stage"
@@ -83,13 +87,10 @@ class _NewLines(Curves):
         lines = self.lines
         self.lines = []
         for line in lines:
-            stage = line.get("stage", self.last[0])
-            step = int(line.get("step", self.last[1]))
-            if stage not in self.steps_before:
-                before = self.steps_before.get(self.last[0], 0) + self.last[1]
-                self.steps_before[stage] = before if self.last[0] else 0
-            self.last = (stage, step)
-            yield self.steps_before[stage] + step, line
+            if "total" in line and "event" not in line:
+                self.steps += 1
+                self.before[line["stage"]] = self.steps - line["step"]
+            yield self.steps, line
 
 # %% ../nbs/library/trackers.ipynb #trackers12
 def affinity_picture(
@@ -134,30 +135,37 @@ class Reporter:
     def __init__(self, run: Run, names: Sequence[str]):
         self.run = run
         self.path = run.folder / "trackers.json"
-        self.state = read_json(self.path, {"ids": {}, "told": {}})
+        self.state = read_json(self.path, {})  # tracker -> its name of the run, and how far it was told
         self.lines = _NewLines(run)
         self.pictured = (None, 0.0)  # labels of the newest picture's snapshot, and when it was told
-        self.trackers = [_start(name, run, self.state["ids"]) for name in names]
-        if not self.state["told"]:
-            for tracker in self.trackers:
-                tracker.store_init_configuration(_plain(run.config().get("parameters", {})))
+        self.trackers = {name: self._begin(name) for name in names}
         self._save()
 
-    def report(self) -> int:  # lines that were told
+    def _begin(self, name: str) -> Any:  # an accelerate tracker
+        "A tracker that knows the run's parameters"
+        state = self.state.setdefault(name, {"id": None, "told": {}})
+        tracker = _start(name, self.run, state)
+        if not state["told"]:
+            tracker.store_init_configuration(_plain(self.run.config().get("parameters", {})))
+        return tracker
+
+    def report(self) -> int:  # lines of which a tracker was told
         "Tell what has been added since the last time"
-        told = 0
-        for step, line in self.lines.drain():
-            kind = f"{line.get('stage', 'run')}/{line.get('event', '')}"
+        new = 0
+        for at, line in self.lines.drain():
             values = tracked_values(line)
-            if not values or line.get("step", 0) <= self.state["told"].get(kind, -1):
+            kind = f"{line.get('stage', 'run')}/{line.get('event', '')}"
+            step = line.get("step", 0)
+            late = [name for name in self.trackers if step > self.state[name]["told"].get(kind, -1)]
+            if not late or not values:
                 continue
-            for tracker in self.trackers:
-                tracker.log(values, step=step)
-            self.state["told"][kind] = line.get("step", 0)
-            told += 1
-        if told:
+            for name in late:
+                self.trackers[name].log(values, step=at)
+                self.state[name]["told"][kind] = step
+            new += 1
+        if new:
             self._save()
-        return told
+        return new
 
     def show(self, now: float, patience: float = PICTURE_SECONDS) -> bool:  # whether a picture was told
         "Tell the newest picture of the affinities, if it is another one and the last was long ago"
@@ -168,8 +176,8 @@ class Reporter:
         if picture is None or picture[1] == self.pictured[0]:
             return False
         image, labels = picture
-        step = self.lines.steps_before.get(labels.get("stage"), 0) + int(labels.get("step", 0))
-        for tracker in self.trackers:
+        step = self.lines.before.get(labels.get("stage"), 0) + int(labels.get("step", 0))
+        for tracker in self.trackers.values():
             _show(tracker, f"{labels.get('stage', 'run')}/affinities", image, step, self.run.folder)
         self.pictured = (labels, now)
         return True
@@ -177,20 +185,15 @@ class Reporter:
     def close(self) -> None:
         "Tell what is left, and say goodbye"
         self.report()
-        for tracker in self.trackers:
+        for tracker in self.trackers.values():
             tracker.finish()
 
     def _save(self) -> None:
         write_text(self.path, json.dumps(self.state))
 
-
-def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    "Parameters as every tracker takes them"
-    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in parameters.items()}
-
 # %% ../nbs/library/trackers.ipynb #trackers16
-def _start(name: str, run: Run, ids: dict[str, str]) -> Any:  # an accelerate tracker
-    "A tracker that has begun, or gone on with, its record of a run; its id is put among `ids`"
+def _start(name: str, run: Run, state: dict[str, Any]) -> Any:  # an accelerate tracker
+    "A tracker that has begun, or gone on with, its record of a run, whose id is kept in `state`"
     from accelerate import tracking
 
     folder = run.folder / "trackers"
@@ -199,16 +202,21 @@ def _start(name: str, run: Run, ids: dict[str, str]) -> Any:  # an accelerate tr
         tracker = kind(name, folder)
     elif name == "wandb":
         folder.mkdir(parents=True, exist_ok=True)
-        known = {"id": ids[name], "resume": "allow"} if name in ids else {}
+        known = {"id": state["id"], "resume": "allow"} if state["id"] else {}
         tracker = kind(PROJECT, name=run.folder.name, dir=str(folder), **known)
     else:
-        tracker = kind(PROJECT, run_name=run.folder.name, run_id=ids.get(name))
+        tracker = kind(PROJECT, run_name=run.folder.name, run_id=state["id"])
     tracker.start()
     if name == "wandb":
-        ids[name] = tracker.tracker.id
+        state["id"] = tracker.tracker.id
     elif name == "mlflow":
-        ids[name] = tracker.tracker.info.run_id
+        state["id"] = tracker.tracker.info.run_id
     return tracker
+
+
+def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    "Parameters as every tracker takes them"
+    return {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in parameters.items()}
 
 
 def _show(tracker: Any, name: str, image: np.ndarray, step: int, folder: Path) -> None:
@@ -221,7 +229,7 @@ def _show(tracker: Any, name: str, image: np.ndarray, step: int, folder: Path) -
     elif tracker.name == "tensorboard":
         tracker.log_images({name: image[None]}, step=step, dataformats="NHWC")
     else:
-        tracker.log_images({name: [image]}, step=step)
+        tracker.log_images({name: [image]})  # at the newest step: it takes none from before
 
 # %% ../nbs/library/trackers.ipynb #trackers20
 REPORT_SECONDS = 2.0  # between two looks at the folder
