@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import forked
 import numpy as np
@@ -82,10 +83,18 @@ def test_a_run_that_goes_on_is_told_once(scenes, tiny_teacher, told):
     assert np.allclose(values, [line["total"] for line in lines])
 
 
+def test_a_run_of_elsewhere_is_told_from_the_command_line(told, tmp_path):
+    copy = shutil.copytree(told.folder, tmp_path / "copy", ignore=shutil.ignore_patterns("trackers*"))
+    forked.run("-m", "vlkd_lab.trackers", str(copy), "tensorboard")
+    scalars, images = events(copy / "trackers" / "tensorboard")
+    told_live, _ = events(told.folder / "trackers" / "tensorboard")
+    assert scalars == told_live and images
+
+
 def test_mlflow_has_parameters_numbers_and_pictures(told, places):
     import mlflow
 
-    forked.run("-m", "vlkd_lab.trackers", str(told.folder), "mlflow")
+    assert trackers.main([str(told.folder), "mlflow"]) == 0
     (run,) = mlflow.MlflowClient().search_runs([mlflow.get_experiment_by_name(trackers.PROJECT).experiment_id])
     assert run.data.params["teacher"] == told.config()["parameters"]["teacher"] and run.info.run_name == told.folder.name
     lines = [line for line in told.metrics() if "total" in line and line["stage"] == "student"]
