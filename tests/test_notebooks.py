@@ -32,7 +32,7 @@ def run_lesson(path: Path, folder: Path, root: Path = ROOT, **process) -> None:
         (folder / name).symlink_to(root / name)
     place = folder / "nbs" / "library"
     place.mkdir(parents=True)
-    client = NotebookClient(notebook, timeout=900, kernel_name="warm", shutdown_kernel="immediate", resources={"metadata": {"path": str(place)}})
+    client = NotebookClient(notebook, timeout=900, kernel_name="warm", startup_timeout=300, shutdown_kernel="immediate", resources={"metadata": {"path": str(place)}})
     client.execute(**process)
     check_refusals(notebook, before)
 

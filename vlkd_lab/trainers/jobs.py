@@ -34,6 +34,7 @@ from ..project import write_text
 from ..runs import Run, RunWriter
 from ..samples import cached_shards
 from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
+from ..trackers import named_trackers, reporting
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .options import FORMER_WORDS, Distillation, FitParameters
@@ -121,6 +122,7 @@ FREE = (  # parameters that change no result
     "micro_batch",
     "features",
     "compare_scratch",
+    "report_to",
 )
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
@@ -644,7 +646,8 @@ def at_work(job: Job) -> Iterator[None]:
         try:
             if is_first:
                 _announce(job)
-            yield
+            with reporting(job.run, named_trackers(job.options.report_to) if is_first else ()):
+                yield
         except BaseException as error:
             if is_first and isinstance(error, Diverged):
                 job.run.warn(f"training diverged: {error}")

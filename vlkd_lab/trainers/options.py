@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data import shipped
 from ..losses import LOSSES
+from ..trackers import named_trackers
 
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
@@ -136,6 +137,12 @@ def share() -> dict:
     "A parameter that is a share"
     return dict(valid="between 0 and 1", check=lambda value: 0 <= value <= 1)
 
+
+def _are_trackers(report_to: str) -> bool:
+    "True, or the ValueError that says which tracker is not there"
+    named_trackers(report_to)
+    return True
+
 # %% ../../nbs/library/058_trainers_options.ipynb #36a7e139
 @dataclass(frozen=True)
 class FitParameters(CurrentWords):
@@ -171,6 +178,9 @@ class FitParameters(CurrentWords):
     )
     probe_pairs: int = parameter(64, "validation pairs whose affinities are drawn; 0: none", **at_least(0))
     keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
+    report_to: str = parameter(
+        "", "trackers that are told too: tensorboard, wandb, mlflow, by commas", check=_are_trackers
+    )
     start_from: str = parameter("", "model, or run whose last student, the student starts as; empty: none")
     lock_image: bool = parameter(False, "keep the student's image tower as it is")
     lock_text: bool = parameter(False, "keep the student's text tower as it is")
