@@ -315,6 +315,7 @@ def test_a_teacher_from_nothing_learns_and_can_be_trained_on(tiny, tmp_path):
         (dict(losses="affinity_mimicking:1"), "no term or group 'affinity_mimicking'"),
         (dict(losses="base"), "write NAME:WEIGHT"),
         (dict(losses="base:0"), "no term has a weight"),
+        (dict(losses="base:1, base:2"), "each name once"),
         (dict(losses="base:-1"), "finite numbers from 0 up|is not valid"),
         (dict(student="image:2"), "image:LAYERSxWIDTH"),
         (dict(student="image:2x33"), "multiple"),

@@ -98,11 +98,11 @@ def _read_weights(losses: str) -> list[tuple[str, float]]:
         for part in losses.replace(" ", "").replace("=", ":").split(","):
             name, number = part.split(":")
             weight = float(number)
-            if not 0 <= weight < math.inf:
+            if name in dict(weights) or not 0 <= weight < math.inf:
                 raise ValueError
             weights.append((name, weight))
     except ValueError:
-        raise ValueError("write NAME:WEIGHT, separated by commas, weights from 0 up") from None
+        raise ValueError("write NAME:WEIGHT, separated by commas, each name once, weights from 0 up") from None
     return weights
 
 # %% ../../nbs/library/102_methods_dlip.ipynb #73e23381
