@@ -31,7 +31,8 @@ class Pixels:
     @cached_property
     def floats(self) -> Tensor:  # (B, 3, H, W) float32, where the levels are
         "What a model sees"
-        with torch.inference_mode(False), torch.no_grad():  # whoever reads them first, others may train on them
+        # whoever reads them first, others may train on them
+        with torch.inference_mode(False), torch.no_grad():
             gain, shift = _affine_map(self.gain, self.shift, self.levels.device)
             return self.levels.float().mul_(gain).add_(shift)
 
