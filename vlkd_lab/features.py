@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .pixels import Pixels, as_floats
 from .project import former_names
 
 # %% auto #0
@@ -208,17 +210,34 @@ def recall(
     of_images = partner_ranks(text, features.image, right.T)
     return recall_of_ranks(of_texts, of_images, ks)
 
+# %% ../nbs/library/001_features.ipynb #p1xe1s20
+class _Pictures:
+    "A column of a batch that is kept as it came, bytes or floats, and read as floats"
+
+    def __init__(self, default: Any = MISSING):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, batch: Batch | None, owner: type | None = None) -> Any:
+        if batch is not None:
+            return as_floats(vars(batch)[self.name])
+        if self.default is MISSING:  # so a dataclass knows that the column must be given
+            raise AttributeError(self.name)
+        return self.default
+
+    def __set__(self, batch: Batch, column: Any):
+        vars(batch)[self.name] = column
+
 # %% ../nbs/library/001_features.ipynb #87bed9db
-_TENSORS = ("image", "text", "teacher_image", "teacher_text")
-
-
 @dataclass(frozen=True)
 class Batch:
     "B image-text pairs, or B images and M texts, as student and teacher want to see them"
 
-    image: Tensor  # (B, 3, H, W) preprocessed for the student
+    image: Tensor = _Pictures()  # (B, 3, H, W) preprocessed for the student; may be given as Pixels
     text: Tensor  # (B, L) token ids of the student's tokenizer; (M, L) where they belong to no image
-    teacher_image: Tensor | None = None  # (B, 3, H', W'); None: the student's serves
+    teacher_image: Tensor | None = _Pictures(None)  # (B, 3, H', W'); None: the student's serves
     teacher_text: Tensor | None = None  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
     captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
@@ -228,40 +247,75 @@ class Batch:
     questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
-    further: tuple[tuple[Tensor | None, Tensor | None], ...] = ()  # image and text of each further teacher
+    # image and text of each further teacher
+    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Pictures(())
 
     def for_teacher(self, number: int = 0) -> Batch:
         "The same pairs as a teacher wants to see them: the first one, or a further one"
-        image, text = ((self.teacher_image, self.teacher_text), *self.further)[number]
-        image = self.image if image is None else image
+        kept = vars(self)
+        image, text = ((kept["teacher_image"], kept["teacher_text"]), *kept["further"])[number]
+        image = kept["image"] if image is None else image
         text = self.text if text is None else text
-        return replace(self, image=image, text=text, teacher_image=None, teacher_text=None, further=())
+        return self.replace(image=image, text=text, teacher_image=None, teacher_text=None, further=())
 
-    def to(self, device, non_blocking: bool = True) -> Batch:
+    def to(self, device: str | torch.device, non_blocking: bool = True) -> Batch:
         "The same batch with its tensors on `device`"
-        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return _each_column(self, lambda column: column.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        "The same batch in memory from which a GPU copies by itself"
+        return _each_column(self, lambda column: column.pin_memory())
+
+    def used_on(self, stream: torch.cuda.Stream) -> Batch:
+        "The same batch, whose memory is kept until a stream that did not make it has read it"
+        return _each_column(self, lambda column: _record_stream(column, stream))
 
     def first(self, count: int) -> Batch:
         "Its first images and texts"
-        columns = {}
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if isinstance(value, tuple) and one.name not in ("skipped", "further"):
-                columns[one.name] = value[:count]
-        return replace(self.each(lambda tensor: tensor[:count]), **columns)
+        rows = _each_column(self, lambda column: column[:count])
+        return rows.replace(**_first_rows(self, count))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        "The same batch with every tensor changed"
+        "The same batch with every tensor changed; pictures are floats then"
+        return _each_column(self, lambda column: change(as_floats(column)))
 
-        def changed(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        tensors = {name: changed(getattr(self, name)) for name in _TENSORS}
-        further = tuple((changed(image), changed(text)) for image, text in self.further)
-        return replace(self, **tensors, further=further)
+    def replace(self, **columns) -> Batch:
+        "The same batch with other columns"
+        return type(self)(**(vars(self) | columns))
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(vars(self)["image"])
+
+# %% ../nbs/library/001_features.ipynb #p1xe1s21
+_COLUMNS = ("image", "text", "teacher_image", "teacher_text")
+
+
+def _each_column(batch: Batch, change: Callable[[Tensor | Pixels], Tensor | Pixels]) -> Batch:
+    "The batch with every column of images and texts changed, as it is kept; None stays None"
+
+    def changed(column: Tensor | Pixels | None) -> Tensor | Pixels | None:
+        return None if column is None else change(column)
+
+    kept = vars(batch)
+    columns = {name: changed(kept[name]) for name in _COLUMNS}
+    further = tuple((changed(image), changed(text)) for image, text in kept["further"])
+    return batch.replace(**columns, further=further)
+
+
+def _first_rows(batch: Batch, count: int) -> dict[str, tuple]:
+    "The first entries of what a batch says of its rows"
+    tuples = {}
+    for one in fields(batch):
+        value = vars(batch)[one.name]
+        if isinstance(value, tuple) and one.name not in ("skipped", "further"):
+            tuples[one.name] = value[:count]
+    return tuples
+
+
+def _record_stream(column: Tensor | Pixels, stream: torch.cuda.Stream) -> Tensor | Pixels:
+    "A column, of which the allocator knows that the stream reads it"
+    (column.levels if isinstance(column, Pixels) else column).record_stream(stream)
+    return column
 
 # %% ../nbs/library/001_features.ipynb #e8543cee
 class _AllGather(torch.autograd.Function):

@@ -166,7 +166,7 @@ def _encode_side(vlm: VLM, shard: ShardReport, side: str, batch_size: int) -> Sh
             keys += [name.removeprefix(f"{shard.name}/") for name in batch.keys]
             labels += [-1 if label is None or abs(label) >> 62 else label for label in batch.labels]
             captioned += [bool(caption) for caption in batch.captions]
-            rows.append(encode(getattr(batch, part).to(vlm.device)).float().cpu())
+            rows.append(encode(getattr(batch.to(vlm.device), part)).float().cpu())
     except NoSample:
         pass  # a shard of bad samples has no rows
     features = torch.cat(rows)

@@ -107,7 +107,7 @@ def _image_states(
 ) -> Iterator[tuple[int, Tensor]]:  # number of the first, (B, K, W) states
     "The image tower over all pairs"
     for k, batch in enumerate(pairs.batches(View(blip.preprocess, None), batch_size)):
-        yield k * batch_size, blip.model.run_image(batch.image.to(blip.device)).states
+        yield k * batch_size, blip.model.run_image(batch.to(blip.device).image).states
 
 
 def _candidates(scores: Tensor, right: Tensor, count: int) -> Tensor:  # (N, M), (N, M) bool -> (N, M) bool

@@ -97,9 +97,11 @@ def _pairs_batch(
     views: _SharedViews,
     reads_questions: bool,
 ) -> Batch:
-    "Some pairs as one batch"
+    "Some pairs as one batch, whose pictures travel as bytes where that is exact"
     pictures = [part.pil(row) for row in range(len(part))]
-    images = [preprocess(pictures) for preprocess in views.preprocesses]
+    images = []
+    for preprocess in views.preprocesses:
+        images.append(preprocess.column([preprocess.picture(picture) for picture in pictures]))
     texts = [tokenizer(list(part.captions)) for tokenizer in views.tokenizers]
     return Batch(
         **views.columns(images, texts, len(part)),

@@ -25,6 +25,7 @@ from ..sources import FIELDS
 from .archives import ShardReport, _some, raw_samples
 from .decode import BadSample, NoSample, asked_questions, captions_of, decode_sample
 from .reports import DataReport, _as_report, _stats_file, check_split
+from .travel import pinned
 from .views import Crops, View, _cut, _shared_views, drawn_caption
 
 # %% auto #0
@@ -222,8 +223,7 @@ def _as_batch(
     captions = tuple(sample.captions[sample.number] for sample in samples)
     images = []
     for number, preprocess in enumerate(decoder.views.preprocesses):
-        pictures = [sample.pictures[number] for sample in samples]
-        images.append(preprocess.normalise(np.stack(pictures)) if preprocess.exact else torch.stack(pictures))
+        images.append(preprocess.column([sample.pictures[number] for sample in samples]))
     texts = [tokenizer(list(captions)) for tokenizer in decoder.views.tokenizers]
     further = {"labels": tuple(sample.label for sample in samples), "skipped": tuple(skipped)}
     if texts:
@@ -354,7 +354,7 @@ class PairStream:
 
     def batches(self, start: int = 0) -> Iterator[Batch]:  # without end, every one full
         "Batch number `start` and all that follow"
-        return iter(_loader(self, start)) if self.workers else self._own.batches(start)
+        return iter(_loader(self, start)) if self.workers else pinned(self._own.batches(start))
 
     @cached_property
     def _own(self) -> _Reader:
@@ -383,6 +383,7 @@ def _loader(stream: PairStream, start: int) -> DataLoader:
     # a transform or tokenizer defined in a notebook cannot be pickled
     context = "fork" if sys.platform == "linux" else None
     processes = dict(num_workers=stream.workers, multiprocessing_context=context)
+    processes["pin_memory"] = torch.cuda.is_available()
     return DataLoader(_Readers(plain, start), batch_size=None, generator=generator, **processes)
 
 # %% ../../nbs/library/009_data_stream.ipynb #91b49550

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..pixels import Pixels, as_floats
 from .decode import shard_captions
 from .reports import DataReport, _as_report
 
@@ -66,15 +67,28 @@ class FastPreprocess:
                 image = step(image)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
+    def picture(self, image: Image.Image) -> np.ndarray | Tensor:  # (3, H, W)
+        "The image as bytes where that is exact, else as the original returns it"
+        return self.pixels(image) if self.exact else self.preprocess(image)
+
+    def column(
+        self,
+        pictures: Sequence[np.ndarray | Tensor],  # from `picture`
+    ) -> Pixels | Tensor:  # of a Batch
+        "Pictures as they travel: bytes where that is exact, else floats"
+        if not self.exact:
+            return torch.stack(list(pictures))
+        gain, shift = (tuple(half.flatten().tolist()) for half in (self.gain, self.shift))
+        return Pixels(torch.from_numpy(np.stack(pictures)), gain, shift)
+
     def normalise(self, pixels: np.ndarray) -> Tensor:  # (B, 3, H, W) float
         "What the original returns, for a batch of (B, 3, H, W) bytes"
         return torch.from_numpy(pixels).float().mul_(self.gain).add_(self.shift)
 
     def __call__(self, images: list[Image.Image]) -> Tensor:  # (B, 3, H, W)
         "The original's result for every image"
-        if not self.exact:
-            return torch.stack([self.preprocess(image) for image in images])
-        return self.normalise(np.stack([self.pixels(image) for image in images]))
+        return as_floats(self.column([self.picture(image) for image in images]))
+
 
 # %% ../../nbs/library/008_data_views.ipynb #265028d2
 def _geometry(preprocess: Callable) -> list[Callable] | None:  # from PIL image to PIL image
@@ -175,7 +189,7 @@ def _cut(
     if box:
         size = (preprocess.width, preprocess.height)
         image = image.resize(size, Image.Resampling.BICUBIC, box=box)
-    return preprocess.pixels(image) if preprocess.exact else preprocess.preprocess(image)
+    return preprocess.picture(image)
 
 # %% ../../nbs/library/008_data_views.ipynb #1b972522
 class _CachedTokenizer:
@@ -216,7 +230,7 @@ class _SharedViews:
 
     def columns(
         self,
-        images: list[Tensor],  # one for each preprocess
+        images: list[Pixels | Tensor],  # one for each preprocess
         texts: list[Tensor],  # one for each tokenizer
         size: int,  # B
     ) -> dict[str, Any]:  # of a Batch

@@ -327,7 +327,7 @@ def _map_arrays(job: ClipCidJob, loop: Loop) -> dict[str, Tensor]:
     pairs = job.val[: job.options.map_images]
     if not hasattr(job, "_map"):
         batch = next(pairs.batches(job.view, batch_size=len(pairs)))
-        job._map = batch.image.to(job.accelerator.device)
+        job._map = batch.to(job.accelerator.device).image
     with evaluating(loop.learner.model):
         rows = loop.learner.model.encode_image(job._map, normalize=True).float()
         rows = _in_teachers_space(rows, loop.objective)

@@ -553,9 +553,9 @@ class UnpairedStreams:
     def batches(self, step: int) -> Iterator[Batch]:
         "Images and sentences from a step on"
         for images, sentences in zip(self.images.batches(step), self.texts.batches(step), strict=False):
-            sides = zip(images.further, sentences.further, strict=True)
-            yield replace(
-                images,
+            of_images = vars(images)["further"]  # as it travels
+            sides = zip(of_images, sentences.further, strict=True)
+            yield images.replace(
                 text=sentences.text,
                 further=tuple((image, text) for (image, _), (_, text) in sides),
                 text_keys=sentences.keys,
@@ -588,7 +588,7 @@ def _probe(job: DimeFmJob) -> Batch | None:
     teacher = data.View(job.teacher.preprocess, None)
     batch = next(pairs.batches(job.view, batch_size=len(pairs), teacher=teacher))
     tokens = job.teacher.tokenizer(list(job.chosen_sentences))
-    return replace(batch, text=tokens).to(job.accelerator.device)
+    return batch.replace(text=tokens).to(job.accelerator.device)
 
 
 def _caption_features(job: DimeFmJob) -> Tensor:  # (T, D) unit rows, of every caption
@@ -601,7 +601,7 @@ def _validated(job: DimeFmJob, student: VLM) -> dict[str, float]:
     rows = []
     with evaluating(student.model):
         for batch in job.val.batches(replace(job.view, tokenizer=None)):
-            rows.append(student.encode_image(batch.image.to(student.device)).float())
+            rows.append(student.encode_image(batch.to(student.device).image).float())
     features = Features(torch.cat(rows), job.caption_features, job.teacher.scale)
     return recall(features, ks=(1,), captions=job.val.all_captions)
 
@@ -616,7 +616,7 @@ def _nearest_sentences(teacher: VLM, sentences: data.DataReport, pairs: data.Pai
         texts.extend(batch.captions)
         rows.append(teacher.encode_text(batch.text.to(teacher.device)).float().cpu())
     batch = next(pairs.batches(view, batch_size=len(pairs)))
-    images = teacher.encode_image(batch.image.to(teacher.device)).float().cpu()
+    images = teacher.encode_image(batch.to(teacher.device).image).float().cpu()
     scores = (images @ torch.cat(rows).T).numpy()
     return tuple(texts[row] for row in nearest_each(scores, texts, PER_IMAGE))
 

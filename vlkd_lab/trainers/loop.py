@@ -255,7 +255,7 @@ def _train(
         while loop.step < steps:
             _obey(loop)
             if stream is None:
-                stream = batches(loop.global_step)
+                stream = data.ahead(batches(loop.global_step), loop.accelerator.device)
             line = _one_step(loop, stream, guard)
             if loop.step % options.validate_every == 0 or loop.step == steps:
                 _validate(loop, validate)
@@ -295,7 +295,7 @@ def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -
     _record(loop, *guard.see(batch, len(batch) + len(batch.text_keys)), file="bad_samples.jsonl")
     guard.check()
     read = time.perf_counter()
-    terms, *features = take_step(loop, batch.to(loop.accelerator.device))
+    terms, *features = take_step(loop, batch)
     loop.step += 1
     line = {
         "stage": loop.phase.stage,
