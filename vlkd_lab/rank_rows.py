@@ -85,7 +85,10 @@ class _ThreadRanks(Ranks):
         return tensors
 
     def joined(self, rows: Tensor) -> Tensor:
-        return torch.cat(self._tensors(rows))
+        joined = rows.new_empty(self.count * len(rows), *rows.shape[1:])
+        for part, tensor in zip(joined.split(len(rows)), self._tensors(rows), strict=True):
+            part.copy_(tensor)
+        return joined
 
     def total(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._tensors(tensor)).sum(dim=0)
