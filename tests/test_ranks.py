@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlkd_lab.features import Ensemble, Features
 from vlkd_lab.losses import (LOSSES, ClusterTerms, Objective, Projection, Term, affinity_mimicking, contrastive, feature_mimicking,
     interactive_contrastive, over_ranks, relational, score_terms, vision_language_score)
+from vlkd_lab.rank_rows import all_ranks
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -126,6 +127,9 @@ cases["projection"] = dict(loss_of=lambda model: Objective(weights, project=mode
 cases["learnt scale"] = cases["contrastive"] | dict(loss_of=lambda model: Learnt(model.log_scale))
 cases["set"] = cases["projection"] | dict(loss_of=lambda model: Objective(weights, project=(None, model.project)), teachers=[(D, 9), (W, 30)])
 
+mine, ranks = torch.tensor([[float(rank)], [2.0 * rank]]), all_ranks()
+assert ranks.highest(mine).tolist() == [[world - 1], [2 * world - 2]] and ranks.total(mine)[0].item() == sum(range(world))
+assert ranks.joined(mine)[ranks.rows(2)].equal(mine) and mine[0].item() == rank
 told = {}
 for name, case in cases.items():
     value, gradient, flops = run(shared=True, **case)
