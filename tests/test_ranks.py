@@ -127,9 +127,9 @@ cases["projection"] = dict(loss_of=lambda model: Objective(weights, project=mode
 cases["learnt scale"] = cases["contrastive"] | dict(loss_of=lambda model: Learnt(model.log_scale))
 cases["set"] = cases["projection"] | dict(loss_of=lambda model: Objective(weights, project=(None, model.project)), teachers=[(D, 9), (W, 30)])
 
-mine, ranks = torch.tensor([[float(rank)], [2.0 * rank]]), all_ranks()
-assert ranks.highest(mine).tolist() == [[world - 1], [2 * world - 2]] and ranks.total(mine)[0].item() == sum(range(world))
-assert ranks.joined(mine)[ranks.rows(2)].equal(mine) and mine[0].item() == rank
+mine, ranks = torch.tensor([[1.0 + rank], [2.0 + 2 * rank]]), all_ranks()
+assert ranks.highest(mine).tolist() == [[world], [2 * world]] and ranks.total(mine)[0].item() == sum(range(world + 1))
+assert ranks.joined(mine)[ranks.rows(2)].equal(mine) and mine[0].item() == 1 + rank
 told = {}
 for name, case in cases.items():
     value, gradient, flops = run(shared=True, **case)
