@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .features import Features
+from .rank_rows import mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
 __all__ = ['counted_mean', 'Queue', 'queued_contrast', 'hard_negatives', 'matching', 'next_tokens', 'language_modelling',
@@ -97,18 +98,20 @@ def queued_contrast(
         images = torch.cat([images, queue[0].to(images)])
         texts = torch.cat([texts, queue[1].to(texts)])
         candidate_ids = torch.cat([caption_ids, queue[2].to(caption_ids)])
-    same = (caption_ids[:, None] == candidate_ids).float()
+    ranks, (image, text) = shared_rows(student.image, student.text)
+    own = slice(0, len(image)) if ranks is None else ranks.rows(len(own_rows(image)))  # rows of this rank
+    same = (caption_ids[own, None] == candidate_ids).float()
     same = same / same.sum(dim=1, keepdim=True)
     scale = student.scale.float()
     total = 0.0
     for queries, momentum_queries, candidates in (
-        (student.image, momentum.image, texts),
-        (student.text, momentum.text, images),
+        (own_rows(image), momentum.image[own], texts),
+        (own_rows(text), momentum.text[own], images),
     ):
         believed = (scale.detach() * momentum_queries.float() @ candidates.T).softmax(dim=1)
         target = alpha * believed + (1 - alpha) * same
         total = total + F.cross_entropy(scale * queries.float() @ candidates.T, target)
-    return total / 2
+    return mean_of_ranks(total / 2, ranks)
 
 # %% ../nbs/library/035_blip_losses.ipynb #5db57c37
 @torch.no_grad()

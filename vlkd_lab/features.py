@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .pixels import Pixels, as_floats
 from .project import former_names
+from .rank_rows import Ranks, all_ranks, join_rows
 
 # %% auto #0
 __all__ = ['Features', 'Ensemble', 'LayerOutputs', 'MomentumOutputs', 'FusedFeatures', 'partner_ranks', 'ranks_by_score',
@@ -318,31 +319,17 @@ def _record_stream(column: Tensor | Pixels, stream: torch.cuda.Stream) -> Tensor
     return column
 
 # %% ../nbs/library/001_features.ipynb #e8543cee
-class _AllGather(torch.autograd.Function):
-    "Rows of all processes in rank order; a row's gradient is the sum over the losses of all processes"
-
-    @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:
-        start = dist.get_rank() * len(rows)
-        ctx.rows = slice(start, start + len(rows))  # of this process
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        total = gradient.contiguous().clone()
-        dist.all_reduce(total)
-        return total[ctx.rows]
-
-
-def gather(features: Features | Ensemble) -> Features | Ensemble:
+def gather(
+    features: Features | Ensemble,  # of this process's pairs; every process has as many
+    ranks: Ranks | None = None,  # None: the processes of this job
+) -> Features | Ensemble:
     "The features of every process's pairs, in rank order; gradients reach the rank that made a row"
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    ranks = ranks or all_ranks()
+    if ranks is None:
         return features
     if isinstance(features, Ensemble):
-        return features.each(gather)
-    return replace(features, image=_AllGather.apply(features.image), text=_AllGather.apply(features.text))
+        return features.each(partial(gather, ranks=ranks))
+    return replace(features, image=join_rows(features.image, ranks), text=join_rows(features.text, ranks))
 
 # %% ../nbs/library/001_features.ipynb #former02
 __getattr__ = former_names(__name__, Pass="LayerOutputs", Slow="MomentumOutputs")

@@ -31,5 +31,6 @@ from vlkd_lab.losses.terms import (
 )
 
 from .objective import Objective, Terms, gradient_share, objective_parameters
+from .ranks import over_ranks
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
 from .tiles import TILE, TILED_ABOVE, tile_size, tiled_cross_entropy

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features import Features
-from .pairs import _check_widths, _on_features, _row_divergence, _wide, contrastive
+from ..rank_rows import mean_of_ranks, own_rows, shared_rows
+from .pairs import _as_targets, _check_widths, _on_features, _row_divergence, _wide, contrastive
 
 # %% auto #0
 __all__ = ['sample_classes', 'cluster_classification', 'cluster_distribution', 'instance_discrimination']
@@ -53,8 +54,10 @@ def cluster_classification(
 ) -> Tensor:  # () mean nats per row; log K at chance
     "Cross-entropy of finding each image's cluster among the centres (CLIP-CID, cluster discrimination)"
     _check_centers(student_image, centers)
+    ranks, (student_image, assignment) = shared_rows(student_image, assignment)
+    assignment = own_rows(assignment)
     with torch.autocast(student_image.device.type, enabled=False):
-        image, centers = _wide(student_image, centers.detach())
+        image, centers = _wide(own_rows(student_image), centers.detach())
         if classes is not None:
             centers = centers[classes]
             assignment = torch.searchsorted(classes, assignment)
@@ -63,7 +66,7 @@ def cluster_classification(
             own = assignment[:, None]
             angle = cosine.gather(1, own).clamp(-1 + 1e-6, 1 - 1e-6).acos()
             cosine = cosine.scatter(1, own, (angle + margin).clamp(max=math.pi).cos())
-        return F.cross_entropy(scale * cosine, assignment)
+        return mean_of_ranks(F.cross_entropy(scale * cosine, assignment), ranks)
 
 
 def cluster_distribution(
@@ -77,11 +80,13 @@ def cluster_distribution(
     "KL divergence of the student's distribution over the centres from the teacher's (CLIP-CID)"
     for rows in (student_image, teacher_image):
         _check_centers(rows, centers)
+    ranks, (student, teacher) = shared_rows(student_image, teacher_image)
     with torch.autocast(student_image.device.type, enabled=False):
-        student, teacher, centers = _wide(student_image, teacher_image.detach(), centers.detach())
+        student, teacher, centers = _wide(own_rows(student), own_rows(teacher).detach(), centers.detach())
         if classes is not None:
             centers = centers[classes]
-        return _row_divergence(scale * student @ centers.T, teacher_scale * teacher @ centers.T)
+        part = _row_divergence(scale * student @ centers.T, teacher_scale * teacher @ centers.T)
+        return mean_of_ranks(part, ranks)
 
 # %% ../../nbs/library/030_losses_clusters.ipynb #ddeeae5c
 @_on_features
@@ -94,7 +99,7 @@ def instance_discrimination(
     "Student's and teacher's rows of one sample find each other, within images and within texts (CLIP-CID)"
     _check_widths(student, teacher, "instance_discrimination")
     scale = torch.as_tensor(scale, dtype=student.image.dtype, device=student.image.device)
-    teacher = teacher.detach()
+    teacher = _as_targets(teacher)
     images = contrastive(Features(student.image, teacher.image, scale), tile)
     texts = contrastive(Features(student.text, teacher.text, scale), tile)
     return (images + texts) / 2

@@ -6,12 +6,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vlkd_lab.rank_rows import (
+    Ranks,
+    each_own_row,
+    each_rows,
+    log_softmax_down,
+    mean_of_ranks,
+    own_rows,
+    shared_rows,
+)
 
 from ..features import Features
 from .tiles import tile_size, tiled_cross_entropy
@@ -41,18 +51,31 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors]
+    return [each_rows(lambda rows: rows.to(dtype), tensor) for tensor in tensors]
 
 
 def _widen(features: dict[str, Features]) -> dict[str, Features]:
-    "All features in their widest common dtype, float32 at least"
+    "All features in their widest common dtype, float32 at least; shared by ranks if all of them are"
     dtype = torch.float32
+    sides = []
     for model in features.values():
         dtype = torch.promote_types(dtype, torch.promote_types(model.image.dtype, model.text.dtype))
-    return {
-        name: Features(m.image.to(dtype), m.text.to(dtype), m.scale.to(dtype).reshape(()))
-        for name, m in features.items()
-    }
+        sides += [model.image, model.text]
+
+    def to(rows: Tensor) -> Tensor:
+        return rows.to(dtype)
+
+    rows = [each_rows(to, one) for one in shared_rows(*sides)[1]]
+    widened = {}
+    for name, image, text in zip(features, rows[::2], rows[1::2], strict=True):
+        widened[name] = Features(image, text, features[name].scale.to(dtype).reshape(()))
+    return widened
+
+
+def _as_targets(teacher: Features) -> Features:
+    "The same features, through which no gradient flows; ranks that share them still do"
+    image, text = (each_rows(Tensor.detach, rows) for rows in (teacher.image, teacher.text))
+    return Features(image, text, teacher.scale.detach())
 
 # %% ../../nbs/library/029_losses_pairs.ipynb #17a0317b
 def _on_features(loss: Callable) -> Callable:
@@ -70,6 +93,17 @@ def _on_features(loss: Callable) -> Callable:
 
     return checked
 
+# %% ../../nbs/library/029_losses_pairs.ipynb #ranks001
+def _own_logits(features: Features) -> Tensor:  # (b, B)
+    "Affinities of this rank's images with all texts"
+    return features.scale * own_rows(features.image) @ features.text.T
+
+
+def _own_columns(rows: Tensor, ranks: Ranks | None) -> Tensor:  # (b, …) of this rank -> (b,)
+    "Where the partners of its rows stand"
+    first = 0 if ranks is None else ranks.rows(len(rows)).start
+    return torch.arange(first, first + len(rows), device=rows.device)
+
 # %% ../../nbs/library/029_losses_pairs.ipynb #9c87bfbb
 @_on_features
 def contrastive(
@@ -79,9 +113,14 @@ def contrastive(
     "Cross-entropy of finding each image's text and each text's image"
     if side := tile_size(len(student), tile):
         return tiled_cross_entropy(student, None, side)
-    logits = student.logits()  # (B, B) image i against text j
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    ranks, _ = shared_rows(student.image, student.text)
+    logits = _own_logits(student)  # (B, B) image i against text j; of a rank its rows
+    own = _own_columns(logits, ranks)
+    image_to_text = F.cross_entropy(logits, own)
+    if ranks is not None:
+        text_to_image = F.nll_loss(log_softmax_down(logits, ranks), own)
+        return mean_of_ranks((image_to_text + text_to_image) / 2, ranks)
+    return (image_to_text + F.cross_entropy(logits.T, own)) / 2
 
 # %% ../../nbs/library/029_losses_pairs.ipynb #faf24ebb
 @_on_features
@@ -91,12 +130,16 @@ def affinity_mimicking(
     tile: int | None = None,  # as in `contrastive`
 ) -> Tensor:  # () mean nats per row; least, the teacher's entropy, when the two affinities agree
     "Cross-entropy from the teacher's image-text affinities to the student's"
-    teacher = teacher.detach()
+    teacher = _as_targets(teacher)
     if side := tile_size(len(student), tile):
         return tiled_cross_entropy(student, teacher, side)
-    s = student.logits()  # (B, B) image i against text j
-    t = teacher.logits()  # (B, B)
+    ranks, _ = shared_rows(student.image, student.text)
+    s = _own_logits(student)  # (B, B) image i against text j; of a rank its rows
+    t = _own_logits(teacher)
     image_to_text = F.cross_entropy(s, t.softmax(dim=1))
+    if ranks is not None:
+        text_to_image = -(log_softmax_down(t, ranks).exp() * log_softmax_down(s, ranks)).sum() / len(s)
+        return mean_of_ranks((image_to_text + text_to_image) / 2, ranks)
     text_to_image = F.cross_entropy(s.T, t.T.softmax(dim=1))
     return (image_to_text + text_to_image) / 2
 
@@ -108,6 +151,19 @@ def _row_divergence(
     return F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
 
 
+def _both_divergences(
+    student: Tensor, teacher: Tensor, ranks: Ranks | None
+) -> Tensor:  # (B, M) logits each, of a rank its rows -> () nats
+    "The same over the columns of each row, plus over the rows of each column"
+    if ranks is None:
+        return _row_divergence(student, teacher) + _row_divergence(student.T, teacher.T)
+    s = log_softmax_down(student, ranks)
+    t = log_softmax_down(teacher, ranks)
+    columns = s.shape[1] / ranks.count  # for each rank
+    down = F.kl_div(s, t, reduction="sum", log_target=True) / columns
+    return mean_of_ranks(_row_divergence(student, teacher) + down, ranks)
+
+
 @_on_features
 def relational(
     student: Features,  # (B, D_s) features of the model being trained
@@ -115,12 +171,11 @@ def relational(
     tile: int | None = None,  # as in `contrastive`
 ) -> Tensor:  # () mean nats per row; 0 when the two affinities agree
     "KL divergence of the student's image-text affinities from the teacher's (CLIP-KD's CRD)"
-    teacher = teacher.detach()
+    teacher = _as_targets(teacher)
     if side := tile_size(len(student), tile):
         return affinity_mimicking(student, teacher, side) - affinity_mimicking(teacher, teacher, side)
-    s = student.logits()  # (B, B) image i against text j
-    t = teacher.logits()
-    return (_row_divergence(s, t) + _row_divergence(s.T, t.T)) / 2
+    ranks, _ = shared_rows(student.image, student.text)
+    return _both_divergences(_own_logits(student), _own_logits(teacher), ranks) / 2
 
 # %% ../../nbs/library/029_losses_pairs.ipynb #497f2890
 class Projection(nn.Module):
@@ -136,10 +191,14 @@ class Projection(nn.Module):
         self.text = nn.Linear(student_width, teacher_width)
 
     def forward(self, student: Features) -> Features:  # (B, D_t) unit rows, the student's scale
-        "The student's pairs in the teacher's space"
-        image = self.image(student.image.to(self.image.weight))
-        text = self.text(student.text.to(self.text.weight))
-        return Features(F.normalize(image, dim=1), F.normalize(text, dim=1), student.scale)
+        "The student's pairs in the teacher's space; a rank projects its own"
+        image = each_own_row(partial(_unit_rows_of, self.image), student.image)
+        text = each_own_row(partial(_unit_rows_of, self.text), student.text)
+        return Features(image, text, student.scale)
+
+
+def _unit_rows_of(layer: nn.Linear, rows: Tensor) -> Tensor:
+    return F.normalize(layer(rows.to(layer.weight)), dim=1)
 
 
 def _check_widths(student: Features, teacher: Features, loss: str) -> None:
@@ -160,13 +219,18 @@ def feature_mimicking(
 ) -> Tensor:  # () mean squared difference an entry, images plus texts; between 0 and 8/D
     "Squared distance between student and teacher features (CLIP-KD's FD)"
     _check_widths(student, teacher, "feature_mimicking")
-    teacher = teacher.detach()
-    return F.mse_loss(student.image, teacher.image) + F.mse_loss(student.text, teacher.text)
+    teacher = _as_targets(teacher)
+    ranks, _ = shared_rows(student.image, student.text)
+    image = F.mse_loss(own_rows(student.image), own_rows(teacher.image))
+    text = F.mse_loss(own_rows(student.text), own_rows(teacher.text))
+    return mean_of_ranks(image + text, ranks)
 
 # %% ../../nbs/library/029_losses_pairs.ipynb #cff7b2b1
 def _find_own(queries: Tensor, candidates: Tensor, scale: float | Tensor) -> Tensor:
     "Cross-entropy of each query's finding the candidate in its own row"
-    return F.cross_entropy(scale * queries @ candidates.T, torch.arange(len(queries), device=queries.device))
+    ranks, _ = shared_rows(queries, candidates)
+    logits = scale * own_rows(queries) @ candidates.T
+    return mean_of_ranks(F.cross_entropy(logits, _own_columns(logits, ranks)), ranks)
 
 
 @_on_features
@@ -177,5 +241,5 @@ def interactive_contrastive(
 ) -> Tensor:  # () mean nats per row; log B at chance
     "Student images find the teacher's texts, student texts the teacher's images (CLIP-KD's ICL)"
     _check_widths(student, teacher, "interactive_contrastive")
-    teacher = teacher.detach()
+    teacher = _as_targets(teacher)
     return (_find_own(student.image, teacher.text, scale) + _find_own(student.text, teacher.image, scale)) / 2

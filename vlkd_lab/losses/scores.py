@@ -5,11 +5,14 @@
 # %% ../../nbs/library/031_losses_scores.ipynb #7105e543
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pairs import _row_divergence, _wide
+from ..rank_rows import each_rows, mean_of_ranks, own_rows, shared_rows
+from .pairs import _both_divergences, _row_divergence, _wide
 
 # %% auto #0
 __all__ = ['vision_language_score', 'pseudo_vision_language_score', 'unimodal_distance']
@@ -22,7 +25,7 @@ def _unit_rows(loss: str, **rows: Tensor) -> list[Tensor]:  # in one dtype, floa
             raise ValueError(
                 f"{loss}: {name} must be (rows, width) with at least one row; it is {tuple(tensor.shape)}"
             )
-    return [F.normalize(tensor, dim=1) for tensor in _wide(*rows.values())]
+    return [each_rows(partial(F.normalize, dim=1), tensor) for tensor in _wide(*rows.values())]
 
 
 def _check_rows(loss: str, one: str, other: str, rows: Tensor, other_rows: Tensor) -> None:
@@ -58,20 +61,23 @@ def vision_language_score(
         image, target_image, target_text = _unit_rows(
             name,
             student_image=student_image,
-            teacher_image=teacher_image.detach(),
-            teacher_text=teacher_text.detach(),
+            teacher_image=each_rows(Tensor.detach, teacher_image),
+            teacher_text=each_rows(Tensor.detach, teacher_text),
         )
         text = target_text
         if student_text is not None:
-            text = _unit_rows(name, student_text=student_text)[0].to(image.dtype)
+            (text,) = _unit_rows(name, student_text=student_text)
+            text = each_rows(lambda rows: rows.to(image.dtype), text)
         _check_rows(name, "student_image", "teacher_image", image, target_image)
         _check_rows(name, "student_text", "teacher_text", text, target_text)
         _check_same_width(name, "student_image", "the texts", image, text)
         _check_same_width(name, "teacher_image", "teacher_text", target_image, target_text)
+        ranks, shared = shared_rows(image, text, target_image, target_text)
+        image, text, target_image, target_text = shared
         factor = scale / temperature
-        student = factor * image @ text.T  # (B, M)
-        teacher = factor * target_image @ target_text.T
-        return _row_divergence(student, teacher) + _row_divergence(student.T, teacher.T)
+        student = factor * own_rows(image) @ text.T  # (B, M); of a rank its rows
+        teacher = factor * own_rows(target_image) @ target_text.T
+        return _both_divergences(student, teacher, ranks)
 
 # %% ../../nbs/library/031_losses_scores.ipynb #99a2bb11
 def pseudo_vision_language_score(
@@ -83,11 +89,14 @@ def pseudo_vision_language_score(
     "The same with the teacher's images in place of sentences (DIME-FM's L_pvl)"
     name = "pseudo_vision_language_score"
     with torch.autocast(student_image.device.type, enabled=False):
-        image, target = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
+        targets = each_rows(Tensor.detach, teacher_image)
+        image, target = _unit_rows(name, student_image=student_image, teacher_image=targets)
         _check_rows(name, "student_image", "teacher_image", image, target)
         _check_same_width(name, "student_image", "teacher_image", image, target)
         factor = scale / temperature
-        return 2 * _row_divergence(factor * image @ target.T, factor * target @ target.T)
+        ranks, (image, target) = shared_rows(image, target)
+        own = factor * own_rows(image) @ target.T, factor * own_rows(target) @ target.T
+        return mean_of_ranks(2 * _row_divergence(*own), ranks)
 
 
 def unimodal_distance(
@@ -99,7 +108,10 @@ def unimodal_distance(
     "Divergence of the student's image-image similarities from the teacher's (DIME-FM's L_udist)"
     name = "unimodal_distance"
     with torch.autocast(student_image.device.type, enabled=False):
-        image, target = _unit_rows(name, student_image=student_image, teacher_image=teacher_image.detach())
+        targets = each_rows(Tensor.detach, teacher_image)
+        image, target = _unit_rows(name, student_image=student_image, teacher_image=targets)
         _check_rows(name, "student_image", "teacher_image", image, target)
         factor = scale / temperature
-        return 2 * _row_divergence(factor * image @ image.T, factor * target @ target.T)
+        ranks, (image, target) = shared_rows(image, target)
+        own = factor * own_rows(image) @ image.T, factor * own_rows(target) @ target.T
+        return mean_of_ranks(2 * _row_divergence(*own), ranks)

@@ -27,6 +27,7 @@ from vlkd_lab.losses.pairs import (
 )
 
 from ..features import Features
+from ..rank_rows import each_own_row
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
 
 # %% auto #0
@@ -168,6 +169,9 @@ class ClusterTerms:
     def assignment(self, rows: Tensor) -> Tensor:  # (B, D_t) unit rows -> (B,) int64
         "The nearest centre of each row"
         _check_centers(rows, self.centers)
+        return each_own_row(self._nearest, rows)
+
+    def _nearest(self, rows: Tensor) -> Tensor:
         return (rows.detach().float() @ self.centers.to(rows.device).float().T).argmax(dim=1)
 
     def _classes(self, assignment: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..features import Features
+from ..rank_rows import Ranks, mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
 __all__ = ['TILED_ABOVE', 'TILE', 'tile_size', 'tiled_cross_entropy']
@@ -34,13 +35,16 @@ def tile_size(
     return min(tile, pairs)
 
 
+def _blocks(count: int, tile: int) -> list[slice]:
+    return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
+
+
 def _tiles(features: Features, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
     "Image rows, text rows and their logits, tile by tile, in one reused buffer"
     scaled = features.image * features.scale
     buffer = scaled.new_empty(tile * tile)
-    blocks = [slice(start, min(start + tile, len(scaled))) for start in range(0, len(scaled), tile)]
-    for rows in blocks:
-        for columns in blocks:
+    for rows in _blocks(len(scaled), tile):
+        for columns in _blocks(len(features.text), tile):
             height = rows.stop - rows.start
             width = columns.stop - columns.start
             logits = buffer[: height * width].view(height, width)
@@ -67,6 +71,15 @@ class _Running:
     def per_total(self, where: slice, shift: float) -> Tensor:
         "What turns exp(logit - shift) into the softmax of the rows `where`"
         return (shift - self.shift[where]).exp_().div_(self.total[where])
+
+    def join(self, ranks: Ranks) -> None:
+        "Continue with what the other ranks have seen of the same rows (or columns)"
+        highest = ranks.highest(self.shift)
+        total = self.total * (self.shift - highest).exp_()
+        total, weighted = ranks.total(torch.stack([total, total * self.mean]))
+        self.shift = highest
+        self.total = total
+        self.mean = weighted / total
 
     def lse(self) -> Tensor:
         "(N,) log-sum-exp of all that was seen, in nats"
@@ -125,31 +138,42 @@ def _both_softmaxes(
     return (logits.sub_(middle) if middle else logits).exp_().mul_(spare)
 
 # %% ../../nbs/library/028_losses_tiles.ipynb #fa9e5b24
-def _first_pass(student: Features, teacher: Features | None, tile: int):
-    "The loss, and the running sums of the student and (unless its targets are the identity) of the teacher"
+def _first_pass(
+    student: Features,  # (b, D) images and (B, D) texts
+    teacher: Features | None,  # None: the targets are the identity
+    tile: int,
+    own: slice,  # the texts of the images
+    ranks: Ranks | None = None,  # those that have the other images
+):
+    "The loss of the images and of their texts, and the running sums of the student and of the teacher"
     student_sums = (_Running(student.image), _Running(student.text))
     teacher_sums = None
     if teacher is None:
         for rows, columns, logits in _tiles(student, tile):
             _absorb(logits, rows, columns, student_sums)
-        own = student.scale * (student.image * student.text).sum(1)
-        matched = [own, own]
     else:
         teacher_sums = (_Running(student.image), _Running(student.text))
         both = zip(_tiles(student, tile), _tiles(teacher, tile), strict=True)
         for (rows, columns, logits), (_, _, target) in both:
             _absorb(target, rows, columns, teacher_sums, values=logits)
             _absorb(logits, rows, columns, student_sums)
-        matched = [side.mean for side in teacher_sums]
-    of_images = student_sums[0].lse() - matched[0]  # (B,) nats
-    of_texts = student_sums[1].lse() - matched[1]
+    if ranks is not None:
+        for sums in filter(None, (student_sums, teacher_sums)):
+            sums[1].join(ranks)
+    if teacher_sums is None:
+        matched = student.scale * (student.image * student.text[own]).sum(1)
+        matched = [matched, matched]
+    else:
+        matched = [teacher_sums[0].mean, teacher_sums[1].mean[own]]
+    of_images = student_sums[0].lse() - matched[0]  # (b,) nats
+    of_texts = student_sums[1].lse()[own] - matched[1]
     return (of_images.sum() + of_texts.sum()) / (2 * len(student)), student_sums, teacher_sums
 
 # %% ../../nbs/library/028_losses_tiles.ipynb #14242cb1
 def _second_pass(
-    student: Features, teacher: Features | None, tile: int, student_sums, teacher_sums
+    student: Features, teacher: Features | None, tile: int, own: slice, student_sums, teacher_sums
 ) -> tuple[Tensor, Tensor]:
-    "2B·(dL/ds)·text and 2B·(dL/ds)ᵀ·image, both (B, D)"
+    "2b·(dL/ds)·text and 2b·(dL/ds)ᵀ·image, as large as the images and the texts"
     pull_image = torch.zeros_like(student.image)
     pull_text = torch.zeros_like(student.text)
     spare = student.image.new_empty(tile * tile)
@@ -159,8 +183,10 @@ def _second_pass(
         if targets is not None:
             _, _, target = next(targets)
             slope.sub_(_both_softmaxes(target, rows, columns, teacher_sums, spare))
-        elif rows == columns:  # the identity's 1 for the row and 1 for the column
-            slope.diagonal().sub_(2)
+        else:
+            offset = own.start + rows.start - columns.start
+            if -len(slope) < offset < slope.shape[1]:  # the identity's 1 for the row and 1 for the column
+                slope.diagonal(offset).sub_(2)
         pull_image[rows].addmm_(slope, student.text[columns])
         pull_text[columns].addmm_(slope.T, student.image[rows])
     return pull_image, pull_text
@@ -171,10 +197,17 @@ class _TiledCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, image: Tensor, text: Tensor, scale: Tensor, teacher: Features | None, tile: int
+        ctx,
+        image: Tensor,
+        text: Tensor,
+        scale: Tensor,
+        teacher: Features | None,
+        tile: int,
+        ranks: Ranks | None,
     ) -> Tensor:
         student = Features(image, text, scale)
-        loss, ctx.student_sums, ctx.teacher_sums = _first_pass(student, teacher, tile)
+        ctx.own = slice(0, len(text)) if ranks is None else ranks.rows(len(image))
+        loss, ctx.student_sums, ctx.teacher_sums = _first_pass(student, teacher, tile, ctx.own, ranks)
         ctx.save_for_backward(image, text, scale)
         ctx.teacher = teacher
         ctx.tile = tile
@@ -186,11 +219,12 @@ class _TiledCrossEntropy(torch.autograd.Function):
         image, text, scale = ctx.saved_tensors
         student = Features(image, text, scale)
         pull_image, pull_text = _second_pass(
-            student, ctx.teacher, ctx.tile, ctx.student_sums, ctx.teacher_sums
+            student, ctx.teacher, ctx.tile, ctx.own, ctx.student_sums, ctx.teacher_sums
         )
         share = gradient / (2 * len(image))
         scale_gradient = (pull_image * image).sum() * share
-        return pull_image.mul_(scale * share), pull_text.mul_(scale * share), scale_gradient, None, None
+        gradients = pull_image.mul_(scale * share), pull_text.mul_(scale * share), scale_gradient
+        return *gradients, None, None, None
 
 # %% ../../nbs/library/028_losses_tiles.ipynb #7105e50b
 def tiled_cross_entropy(
@@ -199,4 +233,12 @@ def tiled_cross_entropy(
     tile: int,  # rows and columns of a tile, above 0
 ) -> Tensor:  # () mean nats per row, of both directions; it can be differentiated once
     "Cross-entropy over the rows and over the columns of the student's logits, tile by tile"
-    return _TiledCrossEntropy.apply(student.image, student.text, student.scale, teacher, tile)
+    models = [student] if teacher is None else [student, teacher]
+    sides = []
+    for model in models:
+        sides += [model.image, model.text]
+    ranks, (image, text, *of_teacher) = shared_rows(*sides)
+    if teacher is not None:
+        teacher = Features(own_rows(of_teacher[0]).detach(), of_teacher[1].detach(), teacher.scale.detach())
+    part = _TiledCrossEntropy.apply(own_rows(image), text, student.scale, teacher, tile, ranks)
+    return mean_of_ranks(part, ranks)

@@ -218,36 +218,10 @@ def _learn(
             learner.gradient_shares = _gradient_shares(learner, loop, student, teacher)
             learner.measured_at = time.monotonic()
         loop.accelerator.backward(total)
-    _average([*learner.model.parameters(), *loop.extra], loop)
+    trainers.average_gradients([*learner.model.parameters(), *loop.extra])
     if momentum is not None:
         learner.queue.add(*momentum)
     return _batch_values(loop, sums), student.detach(), teacher
-
-# %% ../../nbs/library/100_methods_blip_learner.ipynb #ac16ed7f
-def _average(parameters: Sequence[nn.Parameter], loop: Loop) -> None:
-    "The mean of the gradients of all processes; a weight that took no part in any of them keeps none"
-    world = loop.accelerator.num_processes
-    if world == 1:
-        return
-    trained = _reached_anywhere([weight for weight in parameters if weight.requires_grad])
-    if not trained:
-        return
-    for weight in trained:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-    flat = torch.cat([weight.grad.flatten() for weight in trained])
-    torch.distributed.all_reduce(flat)
-    means = (flat / world).split([weight.numel() for weight in trained])
-    for weight, mean in zip(trained, means, strict=True):
-        weight.grad.copy_(mean.view_as(weight))
-
-
-def _reached_anywhere(weights: Sequence[nn.Parameter]) -> list[nn.Parameter]:
-    "The weights that have a gradient in at least one process"
-    flags = [weight.grad is not None for weight in weights]
-    reached = torch.tensor(flags, dtype=torch.uint8, device=weights[0].device)
-    torch.distributed.all_reduce(reached, op=torch.distributed.ReduceOp.MAX)
-    return [weight for weight, flag in zip(weights, reached.tolist(), strict=True) if flag]
 
 # %% ../../nbs/library/100_methods_blip_learner.ipynb #dd147d92
 def split_batch(

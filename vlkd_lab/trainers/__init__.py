@@ -94,6 +94,13 @@ from vlkd_lab.trainers.options import (
 
 # %% ../../nbs/library/067_trainers.ipynb #6eeec6b8
 # isort: split
+from vlkd_lab.trainers.backward import (
+    average_gradients,
+    cached_backward,
+    fewest_rows,
+    micro_batches,
+    plain_backward,
+)
 from vlkd_lab.trainers.students import (
     check_teacher,
     check_teachers,
@@ -117,7 +124,6 @@ from vlkd_lab.trainers.students import (
 
 from ..methods import METHODS
 from ..project import former_names
-from .backward import cached_backward, fewest_rows, micro_batches, plain_backward
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, as_numbers, change, fit, take_step
 from .teachers import Teachers, ask, projection, projections, teachers_digest

@@ -13,9 +13,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..features import Batch, Features, gather
+from ..rank_rows import Ranks, all_ranks
 
 # %% auto #0
-__all__ = ['plain_backward', 'cached_backward', 'micro_batches', 'fewest_rows']
+__all__ = ['plain_backward', 'average_gradients', 'cached_backward', 'micro_batches', 'fewest_rows']
 
 # %% ../../nbs/library/059_trainers_backward.ipynb #bbc7059f
 def plain_backward(
@@ -25,11 +26,41 @@ def plain_backward(
     accelerator: Accelerator,
     draw: int | None = None,  # seed of the gates
     penalty: Tensor | float = 0.0,  # what does not depend on the batch
+    of_loss: Sequence[nn.Parameter] = (),  # what the loss itself trains, such as a projection
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, in one piece"
     total = loss(gather(Features(*learner(batch.image, batch.text, draw)))) + penalty
     accelerator.backward(total)
+    average_gradients(of_loss)
     return total.detach()
+
+# %% ../../nbs/library/059_trainers_backward.ipynb #rkavg002
+def average_gradients(
+    weights: Sequence[nn.Parameter],  # the same ones in every process
+    ranks: Ranks | None = None,  # None: the processes of this job
+) -> None:
+    "Give each weight the mean of its gradients over processes; what none of them reached keeps none"
+    ranks = ranks or all_ranks()
+    trained = [weight for weight in weights if weight.requires_grad]
+    if ranks is None or not trained:
+        return
+    reached = _reached_anywhere(trained, ranks)
+    if not reached:
+        return
+    for weight in reached:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+    flat = ranks.total(torch.cat([weight.grad.flatten() for weight in reached]))
+    means = (flat / ranks.count).split([weight.numel() for weight in reached])
+    for weight, mean in zip(reached, means, strict=True):
+        weight.grad.copy_(mean.view_as(weight))
+
+
+def _reached_anywhere(weights: Sequence[nn.Parameter], ranks: Ranks) -> list[nn.Parameter]:
+    "The weights that have a gradient in at least one process"
+    flags = [weight.grad is not None for weight in weights]
+    reached = ranks.highest(torch.tensor(flags, dtype=torch.uint8, device=weights[0].device))
+    return [weight for weight, flag in zip(weights, reached.tolist(), strict=True) if flag]
 
 # %% ../../nbs/library/059_trainers_backward.ipynb #f7f3acee
 def cached_backward(
@@ -72,6 +103,7 @@ def cached_backward(
             if is_last:
                 due = due + part.scale * scale + penalty + sum(own)
             accelerator.backward(due)
+    average_gradients(of_loss)
     return (total + penalty).detach()
 
 

@@ -261,11 +261,11 @@ def learn_from_pairs(
     if 0 < micro_batch < max(len(batch), len(batch.text)):
         total = cached_backward(*arguments, micro_batch, loop.extra)
     else:
-        total = plain_backward(*arguments)
+        total = plain_backward(*arguments, loop.extra)
     student = features[0]
     if loop.example is None:
         loop.example = _one_hot(student), _one_hot(student if teacher is None else teacher)
-    return {"total": total, **terms}, student, teacher
+    return {"total": total, **terms}, student, None if teacher is None else teacher.detach()
 
 # %% ../../nbs/library/062_trainers_learner.ipynb #959db56b
 def train_what_is_reached(loop: Loop, batch: Batch) -> None:
