@@ -359,5 +359,5 @@ def test_compressed_shards_are_unpacked_once_an_epoch(sets, monkeypatch):
     stream = D.PairStream(report, VIEW, 18, cache_mb=0, shuffle=200)
     monkeypatch.setattr("vlkd_lab.data.stream._HELD", 0)
     for _ in islice(stream.batches(), 100):
-        assert len(stream._own.cache._open) <= 6, "those of a window"
-    assert set(opened) == {shard.path.name for shard in report.shards} and len(opened) <= 48
+        assert len(stream._own.cache._open) <= 12, "those of two windows"
+    assert set(opened) == {shard.path.name for shard in report.shards} and len(opened) <= 60

@@ -139,7 +139,7 @@ def _plain_member(block: bytes) -> tuple[str, int] | None:
     path = prefix + b"/" + name if prefix else name
     return path.decode(tarfile.ENCODING, "surrogateescape"), int(size, 8)
 
-
+# %% ../../nbs/library/004_data_archives.ipynb #readhea1
 def _read_headers(
     file: BinaryIO,
     failure: str = "",  # what went wrong when it was unpacked
@@ -248,7 +248,7 @@ def _cached_file(stamp: Sequence, ending: str) -> Path:
     return caches / "vlkd_lab" / "shards" / key[:2] / f"{key}.{ending}"
 
 
-def _remembered_catalogue(path: Path) -> tuple[tuple, _Catalogue | None]:  # the stamp; None: there is none yet
+def _remembered_catalogue(path: Path) -> tuple[tuple, _Catalogue | None]:  # stamp; None: none yet
     "The catalogue of a shard, from memory or from the cache folder"
     stat = path.stat()
     stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
@@ -267,7 +267,8 @@ def _remembered_catalogue(path: Path) -> tuple[tuple, _Catalogue | None]:  # the
 
 def _remember_catalogue(stamp: tuple, catalogue: _Catalogue) -> _Catalogue:
     "In memory and in the cache folder; a cache that cannot be written is no error"
-    about = {name: getattr(catalogue, name) for name in ("keys", "layouts", "layout_of", "ignored", "problem")}
+    named = ("keys", "layouts", "layout_of", "ignored", "problem")
+    about = {name: getattr(catalogue, name) for name in named}
     padded = catalogue.sizes + -catalogue.sizes % 512
     ends = np.concatenate([[0], catalogue.starts + padded])[:-1]
     about |= {"gaps": (catalogue.starts - ends).tolist(), "sizes": catalogue.sizes.tolist()}

@@ -182,22 +182,13 @@ def _told_counts(kind: str, file: Path, size: int, changed: int) -> dict[str, in
 class DataReport:
     "What the preflight found; what is not counted yet is counted when a shard's report is asked for"
 
-    def __init__(
-        self,
-        shards: Sequence[ShardReport] | Callable[[], Sequence[ShardReport]],  # or what counts them
-    ):
+    def __init__(self, shards: Sequence[ShardReport] | Callable[[], Sequence[ShardReport]]):
         self._shards = shards
 
     @cached_property
     def shards(self) -> tuple[ShardReport, ...]:
         "Every shard"
         return tuple(self._shards() if callable(self._shards) else self._shards)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, DataReport) and self.shards == other.shards
-
-    def __hash__(self) -> int:
-        return hash(self.shards)
 
     def __repr__(self) -> str:
         lazy = callable(self._shards) and "shards" not in vars(self)
@@ -240,17 +231,22 @@ class DataReport:
         return sum((Counter(shard.ignored) for shard in self.usable), Counter())
 
     def __str__(self) -> str:
-        counts = [shard.count for shard in self.usable]
-        size = sum(shard.bytes for shard in self.usable) / 1e6
-        sums = f"{len(counts)} shards, {self.total:,} samples, {size:,.1f} MB"
-        lines = [f"{sums}, fingerprint {self.fingerprint[:12]}"]
-        if counts:
-            lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
-        lines += _left_out(self.usable)
-        lines += [f"damaged: {shard.name}: {shard.problem}" for shard in self.damaged]
-        return "\n".join(lines)
+        return _in_words(self)
 
 # %% ../../nbs/library/007_data_reports.ipynb #f21953ab
+def _in_words(report: DataReport) -> str:
+    "Counts, damage, and what is not read"
+    counts = [shard.count for shard in report.usable]
+    size = sum(shard.bytes for shard in report.usable) / 1e6
+    sums = f"{len(counts)} shards, {report.total:,} samples, {size:,.1f} MB"
+    lines = [f"{sums}, fingerprint {report.fingerprint[:12]}"]
+    if counts:
+        lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
+    lines += _left_out(report.usable)
+    lines += [f"damaged: {shard.name}: {shard.problem}" for shard in report.damaged]
+    return "\n".join(lines)
+
+
 def _left_out(shards: Sequence[ShardReport]) -> list[str]:
     "What is not read, in words"
     ignored = sum((Counter(shard.ignored) for shard in shards), Counter())

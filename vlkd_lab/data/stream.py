@@ -32,7 +32,6 @@ __all__ = ['SampleOrder', 'PairStream', 'BadSampleGuard', 'read_once']
 
 # %% ../../nbs/library/009_data_stream.ipynb #e116f329
 _LANES = 8  # places of an epoch at which is read by turns
-_MOST_WINDOWS = 64  # permutations that are remembered
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class SampleOrder:
         numbers = np.zeros_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows = self._rows(int(epoch), places[chosen])
+            rows = _rows_in_epoch(self, int(epoch), places[chosen])
             order = _permutation(f"shards {self.seed} {epoch}", len(self.counts))
             counts = self._counts[order]
             ends = np.cumsum(counts)
@@ -79,27 +78,31 @@ class SampleOrder:
         by_lane = np.argsort(positions % self.total % self.lanes, kind="stable")
         return np.sort(positions[by_lane[rank * batch_size : (rank + 1) * batch_size]])
 
-    def _rows(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        "Where the samples at some places of an epoch lie in its shards, one shard after the other"
-        offsets, lanes = np.divmod(places, self.lanes)
-        least, longer = divmod(self.total, self.lanes)  # so many lanes are longer by one
-        window = max(self.shuffle // self.lanes, 1)
-        windows = offsets // window
-        rows = lanes * least + np.minimum(lanes, longer) + windows * window
-        for lane, number in {*zip(lanes.tolist(), windows.tolist(), strict=True)}:
-            chosen = (lanes == lane) & (windows == number)
-            size = min(window, least + (lane < longer) - number * window)
-            order = _permutation(f"samples {self.seed} {epoch} {lane} {number}", size)
-            rows[chosen] += order[offsets[chosen] - number * window]
-        return rows
-
 # %% ../../nbs/library/009_data_stream.ipynb #03505eb4
+_MOST_WINDOWS = 64  # permutations that are remembered
+
+
 @lru_cache(maxsize=_MOST_WINDOWS)
 def _permutation(seed: str, size: int) -> np.ndarray:  # (size,) int64
     "The numbers below `size` in an order that depends on `seed` and on nothing else"
     order = list(range(size))
     random.Random(seed).shuffle(order)
     return np.array(order, np.int64)
+
+
+def _rows_in_epoch(order: SampleOrder, epoch: int, places: np.ndarray) -> np.ndarray:
+    "Where the samples at some places of an epoch lie in its shards, one shard after the other"
+    offsets, lanes = np.divmod(places, order.lanes)
+    least, longer = divmod(order.total, order.lanes)  # so many lanes are longer by one
+    window = max(order.shuffle // order.lanes, 1)
+    windows = offsets // window
+    rows = lanes * least + np.minimum(lanes, longer) + windows * window
+    for lane, number in {*zip(lanes.tolist(), windows.tolist(), strict=True)}:
+        chosen = (lanes == lane) & (windows == number)
+        size = min(window, least + (lane < longer) - number * window)
+        shuffled = _permutation(f"samples {order.seed} {epoch} {lane} {number}", size)
+        rows[chosen] += shuffled[offsets[chosen] - number * window]
+    return rows
 
 # %% ../../nbs/library/009_data_stream.ipynb #e5369a33
 class _Item:
@@ -130,8 +133,6 @@ class _Item:
 
 # %% ../../nbs/library/009_data_stream.ipynb #2cd1e7c4
 _PROBLEM = "__problem__"  # of a raw sample: why it cannot be used
-_OPEN = 64  # shards held open
-_HELD = 256 << 20  # bytes of compressed shards held unpacked, unless one batch is read from more
 
 
 class _SampleCache:
@@ -153,7 +154,7 @@ class _SampleCache:
         items = {}
         for place in sorted(set(places)):
             items[place] = self.items.get(place) or self._file(*place)
-        self._close_unused({shard for shard, _ in places})
+        _close_unused(self, {shard for shard, _ in places})
         return [items[place] for place in places]
 
     def _file(self, index: int, number: int) -> _Item:
@@ -181,15 +182,20 @@ class _SampleCache:
         self._open.move_to_end(index)
         return self._open[index]
 
-    def _close_unused(self, used: set[int]) -> None:
-        "Close what was not used for longest, while too much is open"
-        for index in [index for index in self._open if index not in used]:
-            held = sum(self.shards[other].bytes for other in self._open if self.shards[other].packed)
-            if len(self._open) <= _OPEN and held <= _HELD:
-                return
-            self._open.pop(index).close()
-
 # %% ../../nbs/library/009_data_stream.ipynb #1b428d48
+_OPEN = 64  # shards held open
+_HELD = 256 << 20  # bytes of compressed shards held unpacked, unless one batch is read from more
+
+
+def _close_unused(cache: _SampleCache, used: set[int]) -> None:
+    "Close what was not used for longest, while too much is open"
+    for index in [index for index in cache._open if index not in used]:
+        held = sum(cache.shards[other].bytes for other in cache._open if cache.shards[other].packed)
+        if len(cache._open) <= _OPEN and held <= _HELD:
+            return
+        cache._open.pop(index).close()
+
+
 def _recount(shard: ShardReport) -> str:
     "Why a count was wrong, and what to do about it"
     beside = _files_beside(shard.path).get(shard.counted_by)
