@@ -258,7 +258,7 @@ def _remembered_catalogue(path: Path) -> tuple[tuple, _Catalogue | None]:  # sta
         about = json.loads(zlib.decompress(_cached_file(stamp, "catalogue").read_bytes()))
         sizes = np.array(about.pop("sizes"), np.int64)
         padded = sizes + -sizes % 512
-        starts = np.cumsum(np.array(about.pop("gaps"), np.int64) + padded) - padded  # a gap is mostly a header
+        starts = np.cumsum(np.array(about.pop("gaps"), np.int64) + padded) - padded  # a gap: a header
         catalogue = _Catalogue(starts=starts, sizes=sizes, **about)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, zlib.error):
         return stamp, None  # a damaged cache file is no cache file
