@@ -318,7 +318,7 @@ class _OpenTar(Sequence):
 
     __del__ = close
 
-
+# %% ../../nbs/library/004_data_archives.ipynb #select01
 class _Selection(Sequence):
     "The samples of a shard that an index keeps, by number"
 
