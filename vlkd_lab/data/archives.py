@@ -356,7 +356,7 @@ class OpenShard(Protocol):
 def open_shard(
     path: Path,  # one shard, plain or compressed, or the index of one, or a part of something else
     only: Collection[str] = FIELDS,  # fields that are wanted: nothing else is read
-) -> OpenShard:  # of samples with "__key__", "__url__", and bytes by field; or "__problem__": why it is no use
+) -> OpenShard:  # of "__key__", "__url__", bytes by field; or "__problem__": why it is no use
     "Undecoded samples of one shard by their number; of an index those that it keeps"
     if path.name.endswith(_PARTS):
         return sources.OpenPart(path, only)
