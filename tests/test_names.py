@@ -92,7 +92,8 @@ def test_fields_come_together_wherever_they_lie(tmp_path):
 def test_only_one_sample_is_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_UNPACKED", 1000)
     path = tar(tmp_path / "a.tar.gz", [member for k in range(9) for member in pair(f"{k}")])
-    with archives._unpacked(path) as (file, problem):
+    file, problem = archives._unpacked(path)
+    with file:
         assert file._rolled and not problem, "unpacked into a file, not into memory"
     assert len(list(D.raw_samples(path))) == 9
 
@@ -202,6 +203,7 @@ def test_a_wrong_count_is_counted_anew_as_the_message_says(tmp_path):
     assert D.inspect_shards(path).total == len(D.load_pairs(path)) == 2
     os.utime(path, ns=(1, 1))
     report = D.inspect_shards(path)
+    assert report.total == 2
     tar(path, [*A, *B, *C])
     with pytest.raises(ValueError, match="was changed since; start anew"):
         D.load_pairs(report)

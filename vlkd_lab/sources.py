@@ -16,6 +16,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES
            'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'split_name', 'Grouped', 'group_names', 'gathered',
            'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
            'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
-           'find_columns', 'read_table', 'table_parts', 'part_samples', 'part_problem']
+           'find_columns', 'read_table', 'table_parts', 'OpenPart', 'part_samples', 'part_problem']
 
 # %% ../nbs/library/003_sources.ipynb #ee7ae564
 PICTURES = (
@@ -759,18 +760,43 @@ def _file_digest(path: Path) -> str:  # 64 hexadecimal digits
     return digest.hexdigest()
 
 # %% ../nbs/library/003_sources.ipynb #ca8785db
+class OpenPart(Sequence):
+    "The samples of a part by number; a file is read when its sample is asked for, lines at once"
+
+    def __init__(
+        self,
+        path: Path,  # of a part
+        only: Collection[str] = FIELDS,  # fields of pairs that are wanted
+    ):
+        part: Part = read_part(path)["part"]
+        self.problem = ""
+        if path.name.endswith(LINES):
+            self._rows = list(_line_samples(part))
+            self._read = dict
+        elif path.name.endswith(PAIRS):
+            self._rows = part.rows
+            self._read = partial(_pair_sample, folder=_folder_of(part), only=only)
+        else:
+            self._rows = _named_pictures(part)
+            self._read = partial(_picture_sample, folder=Path(part.source))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict:
+        "`__key__`, and bytes by field, or `__problem__`: why there is no content"
+        return self._read(self._rows[number])
+
+    def close(self) -> None:
+        "No file is held open"
+
+
 def part_samples(
     path: Path,  # of a part
     only: Collection[str] = FIELDS,  # fields of pairs that are wanted
-) -> Iterator[dict]:  # "__key__", and bytes by field, or "__problem__": why there is no content
+) -> Iterator[dict]:  # as `OpenPart` gives them
     "The samples of a part in their order"
-    part: Part = read_part(path)["part"]
-    if path.name.endswith(LINES):
-        yield from _line_samples(part)
-    elif path.name.endswith(PAIRS):
-        yield from (_pair_sample(row, _folder_of(part), only) for row in part.rows)
-    else:
-        yield from _picture_samples(part)
+    yield from OpenPart(path, only)
 
 
 def _folder_of(part: Part) -> Path:
@@ -778,7 +804,7 @@ def _folder_of(part: Part) -> Path:
     source = Path(part.source)
     return source.parent if source.suffix.lower() in TABLES and not source.is_dir() else source
 
-
+# %% ../nbs/library/003_sources.ipynb #0penpar1
 def _line_samples(part: Part) -> Iterator[dict]:
     lines = enumerate(text_lines(Path(part.source), part.start, part.end), start=part.first)
     for number, (_, line) in lines:
@@ -789,16 +815,23 @@ def _line_samples(part: Part) -> Iterator[dict]:
         yield {"__key__": f"{number:09d}"} | content
 
 
-def _picture_samples(part: Part) -> Iterator[dict]:
+def _named_pictures(part: Part) -> list[tuple[str, str]]:  # key, path in the folder
     taken: Counter = Counter()
+    pictures = []
     for name, *_ in part.files:
         key = os.path.splitext(name)[0].replace(".", "_")
         taken[key] += 1
-        sample = {"__key__": key if taken[key] == 1 else f"{key}_{os.path.splitext(name)[1][1:]}{taken[key]}"}
-        try:
-            yield sample | {"jpg": (Path(part.source) / name).read_bytes()}
-        except OSError as error:
-            yield sample | {"__problem__": f"{name} cannot be read ({error.strerror})"}
+        again = "" if taken[key] == 1 else f"_{os.path.splitext(name)[1][1:]}{taken[key]}"
+        pictures.append((key + again, name))
+    return pictures
+
+
+def _picture_sample(picture: tuple[str, str], folder: Path) -> dict:
+    key, name = picture
+    try:
+        return {"__key__": key, "jpg": (folder / name).read_bytes()}
+    except OSError as error:
+        return {"__key__": key, "__problem__": f"{name} cannot be read ({error.strerror})"}
 
 # %% ../nbs/library/003_sources.ipynb #0506d400
 def _pair_sample(row: Mapping[str, Any], folder: Path, only: Collection[str]) -> dict:

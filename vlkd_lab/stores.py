@@ -33,6 +33,7 @@ from vlkd_lab.data import (
     project_root,
     read_index,
     read_once,
+    same_content,
     shards_in_name,
 )
 
@@ -220,7 +221,7 @@ class FeatureStore:
             return "unreadable, or of another version"
         if (about["weights"], about["view"]) != (self.key.weights, self.key.view):
             return f"of another teacher ({about['teacher']})"
-        return "" if about["digest"] == shard.digest else "of a shard that was changed since"
+        return "" if same_content(shard, about["digest"]) else "of a shard that was changed since"
 
     def missing(self, sides: Sequence[str] = SIDES) -> list[tuple[str, str]]:  # (shard, side)
         "What has to be computed before the store serves"
@@ -401,7 +402,7 @@ class StoredTeacher:
     def _row(self, store: FeatureStore, name: str, side: str, number: int = 0) -> np.ndarray:
         shard = next((part for part in shards_in_name(name) if part in store.shards), name)
         if (shard, side) not in self._places:
-            if len(self._places) >= 64:  # a shuffle buffer reaches over few shards at a time
+            if len(self._places) >= 64:  # a shuffle window reaches over few shards at a time
                 self._places.clear()
             known = shard in store.shards
             self._places[shard, side] = _first_rows(shard_features(store, shard, side).keys) if known else {}

@@ -7,12 +7,15 @@ __all__ = []
 
 # %% ../../nbs/library/011_data.ipynb #4a06535b
 from vlkd_lab.data.archives import (
+    OpenShard,
     ShardReport,
     content_digest,
     copy_samples,
     count_samples,
+    open_shard,
     raw_samples,
     read_index,
+    same_content,
     write_index,
 )
 from vlkd_lab.data.decode import (
@@ -43,5 +46,5 @@ from ..samples import shipped
 from .pairs import Pairs, load_pairs, show_batch, thumbnail
 from .places import find_images, find_sentences, find_shards, source_folder
 from .reports import DataReport, check_split, inspect_shards, shards_in_name
-from .stream import BadSampleGuard, PairStream, plan_epochs, read_once, shuffled
+from .stream import BadSampleGuard, PairStream, SampleOrder, read_once
 from .travel import ahead, pinned

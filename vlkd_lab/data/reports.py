@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,11 +25,15 @@ from vlkd_lab.data.archives import (
     _INDEX,
     _PARTS,
     ShardReport,
+    _cached_file,
     _counted,
     _leave_out,
+    _packing,
+    _read_at,
     _some,
     content_digest,
     read_index,
+    same_content,
 )
 
 from .. import sources
@@ -41,16 +50,19 @@ def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
     try:
         shard, kept = read_index(path)
         digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
+        of_index = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"no index of a shard ({str(error).splitlines()[0]})"
         return ShardReport(path, name, 0, 0, "", problem, "index")
     if not shard.exists():
         return ShardReport(path, name, 0, 0, digest, f"its shard {shard} is gone", "index")
-    whole = _inspect(shard, name, cache)
-    changed = "" if whole.digest == digest else f"its shard {shard} was changed since the index was made"
+    whole = _inspect(shard, name, _glance(shard, cache), cache)
+    problem = whole.problem
+    if not problem and not same_content(whole, digest):
+        problem = f"its shard {shard} was changed since the index was made"
     size = whole.bytes * len(kept) // max(whole.count, 1)
-    problem = whole.problem or changed
-    return ShardReport(path, name, len(kept), size, content_digest(path), problem, "index", whole.ignored)
+    about = {"ignored": whole.ignored, "packed": whole.packed}
+    return ShardReport(path, name, len(kept), size, of_index, problem, "index", **about)
 
 
 def _inspect_part(path: Path, name: str) -> ShardReport:
@@ -63,70 +75,126 @@ def _inspect_part(path: Path, name: str) -> ShardReport:
     return ShardReport(path, name, part.count, part.bytes, part.digest, problem, "part", part.ignored)
 
 # %% ../../nbs/library/007_data_reports.ipynb #eeff497c
-def _inspect(path: Path, name: str, cache: bool) -> ShardReport:
-    "One shard, from the cache where file size and time agree"
-    if path.name.endswith(_INDEX):
-        return _inspect_index(path, name, cache)
-    if path.name.endswith(_PARTS):
-        return _inspect_part(path, name)
+def _glance(path: Path, cache: bool) -> tuple[Path | None, dict[str, Any]]:
+    "Where the facts of a tar are remembered, and what is known without counting it; nothing of anything else"
+    if path.name.endswith((_INDEX, *_PARTS)):
+        return None, {}
     remembered = _cache_file(path)
-    if cache and remembered.exists():
-        try:
-            return ShardReport(path=path, name=name, **json.loads(remembered.read_text()))
-        except (OSError, ValueError, TypeError):
-            pass  # a damaged cache file is no cache file
-    count = _stats_count(path)
-    facts = {"count": count, "counted_by": "stats"} if count else _counted(path)
-    facts["bytes"] = path.stat().st_size
-    facts["digest"] = content_digest(path)
+    if cache and (facts := _remembered(remembered)):
+        return remembered, facts
+    with open(path, "rb", buffering=0) as file:
+        packed = _packing(file.read(6)) is not None
+    facts = {"bytes": path.stat().st_size, "digest": content_digest(path), "packed": packed}
+    facts |= _count_beside(path)
     if cache:
         _remember(remembered, facts)
+    return remembered, facts
+
+
+def _inspect(path: Path, name: str, glance: tuple[Path | None, dict[str, Any]], cache: bool) -> ShardReport:
+    "One shard, counted now where it is not yet"
+    remembered, facts = glance
+    if path.name.endswith(_INDEX):
+        return _inspect_index(path, name, cache)
+    if remembered is None:
+        return _inspect_part(path, name)
+    if "count" not in facts:
+        if _cache_file(path) != remembered:  # the file was changed since
+            remembered, facts = _glance(path, cache)
+        facts = facts | _counted(path)
+        if cache:
+            _remember(remembered, facts)
     return ShardReport(path=path, name=name, **facts)
 
 
 def _cache_file(path: Path) -> Path:
-    "Where the report of a shard is remembered: by its size and time of change, and those of its count"
-    stats = [file.stat() for file in (path, _stats_file(path)) if file.exists()]
-    stamps = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-    key = hashlib.sha256(f"4|{path.resolve()}|{stamps}".encode()).hexdigest()
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "vlkd_lab" / "shards" / f"{key}.json"
-
-# %% ../../nbs/library/007_data_reports.ipynb #2cd98365
-def _stats_file(path: Path) -> Path:
-    "Where img2dataset writes what it knows of a shard"
-    return path.with_name(path.name.removesuffix(".tar") + "_stats.json")
+    "Where the facts of a shard are remembered: by its size and time of change, and those of its count"
+    stats = [file.stat() for file in (path, *_files_beside(path).values()) if file.exists()]
+    return _cached_file((str(path.resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]), "json")
 
 
-def _stats_count(path: Path) -> int | None:
-    "The count in img2dataset's KEY_stats.json, unless it is older than the shard or the tar is cut short"
-    stats = _stats_file(path)
-    if path.suffix != ".tar" or not stats.exists() or stats.stat().st_mtime < path.stat().st_mtime:
-        return None
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 1024))
-        whole = not file.read().strip(b"\0")
+def _remembered(file: Path) -> dict[str, Any]:
+    "The facts of a shard from the cache; empty where there are none: a damaged file is no cache file"
     try:
-        return max(int(json.loads(stats.read_text())["successes"]), 0) if whole else None
-    except (KeyError, TypeError, ValueError):
-        return None
+        facts = json.loads(file.read_text())
+        known = ShardReport(Path(), "", **{"count": 0} | facts)
+        return facts if known.digest else {}
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
-def _remember(file: Path, facts: dict) -> None:
+def _remember(file: Path, facts: dict[str, Any]) -> None:
     "Into the cache; one that cannot be written is no error"
     try:
         write_text(file, json.dumps(facts))
     except OSError:
         pass
 
+# %% ../../nbs/library/007_data_reports.ipynb #2cd98365
+_BESIDE = {"stats": "_stats.json", "sizes": "sizes.json", "list": "index.json"}  # what may tell a count
+
+
+def _files_beside(path: Path) -> dict[str, Path]:
+    "Where img2dataset, WebDataset and its index of shards write how many samples a shard has"
+    files = {kind: path.with_name(name) for kind, name in _BESIDE.items()}
+    return files | {"stats": path.with_name(path.name.removesuffix(".tar") + _BESIDE["stats"])}
+
+
+def _count_beside(path: Path) -> dict[str, Any]:
+    "The count that a file beside the shard tells, unless it is older than the shard or the tar is cut short"
+    stat = path.stat()
+    for kind, file in _files_beside(path).items():
+        if path.suffix != ".tar" or not file.exists() or file.stat().st_mtime < stat.st_mtime:
+            continue
+        count = _told_count(kind, file, path.name)
+        if count and _ends_empty(path, stat.st_size):
+            return {"count": count, "counted_by": kind}
+    return {}
+
+
+def _ends_empty(path: Path, size: int) -> bool:
+    "Whether a tar ends in zeros: in its last 1024 bytes, of a small one in its last half per cent"
+    length = min(1024, size // 200)
+    with open(path, "rb", buffering=0) as file:
+        return not _read_at(file, size - length, length).strip(b"\0")
+
+
+def _told_count(kind: str, file: Path, name: str) -> int:
+    "What a file says of the shard of a name; 0 if nothing"
+    try:
+        if kind == "stats":
+            return max(int(json.loads(file.read_text())["successes"]), 0)
+        stat = file.stat()
+        return _told_counts(kind, file, stat.st_size, stat.st_mtime_ns).get(name, 0)
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return 0
+
+
+@lru_cache(maxsize=8)
+def _told_counts(kind: str, file: Path, size: int, changed: int) -> dict[str, int]:
+    "File name -> count, by a file about all shards of a folder; read once while it does not change"
+    content = json.loads(file.read_text())
+    if kind == "list":
+        content = {Path(entry["url"]).name: entry["nsamples"] for entry in content["shardlist"]}
+    return {name: max(int(count), 0) for name, count in content.items() if name.endswith(".tar")}
+
 # %% ../../nbs/library/007_data_reports.ipynb #7e20ef86
-@dataclass(frozen=True)
 class DataReport:
-    "What the preflight found"
+    "What the preflight found; what is not counted yet is counted when a shard's report is asked for"
 
-    shards: tuple[ShardReport, ...]
+    def __init__(self, shards: Sequence[ShardReport] | Callable[[], Sequence[ShardReport]]):
+        self._shards = shards
 
-    @property
+    @cached_property
+    def shards(self) -> tuple[ShardReport, ...]:
+        "Every shard"
+        return tuple(self._shards() if callable(self._shards) else self._shards)
+
+    def __repr__(self) -> str:
+        lazy = callable(self._shards) and "shards" not in vars(self)
+        return "DataReport(not counted yet)" if lazy else f"DataReport({len(self.shards)} shards)"
+
+    @cached_property
     def usable(self) -> tuple[ShardReport, ...]:
         "The shards without damage: the ones that are read"
         return tuple(shard for shard in self.shards if not shard.problem)
@@ -136,7 +204,7 @@ class DataReport:
         "The shards that are not read"
         return tuple(shard for shard in self.shards if shard.problem)
 
-    @property
+    @cached_property
     def total(self) -> int:
         "Samples in the usable shards"
         return sum(shard.count for shard in self.usable)
@@ -163,27 +231,33 @@ class DataReport:
         return sum((Counter(shard.ignored) for shard in self.usable), Counter())
 
     def __str__(self) -> str:
-        counts = [shard.count for shard in self.usable]
-        size = sum(shard.bytes for shard in self.usable) / 1e6
-        sums = f"{len(counts)} shards, {self.total:,} samples, {size:,.1f} MB"
-        lines = [f"{sums}, fingerprint {self.fingerprint[:12]}"]
-        if counts:
-            lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
-        lines += _left_out(self.usable)
-        lines += [f"damaged: {shard.name}: {shard.problem}" for shard in self.damaged]
-        return "\n".join(lines)
+        return _in_words(self)
 
 # %% ../../nbs/library/007_data_reports.ipynb #f21953ab
+def _in_words(report: DataReport) -> str:
+    "Counts, damage, and what is not read"
+    counts = [shard.count for shard in report.usable]
+    size = sum(shard.bytes for shard in report.usable) / 1e6
+    sums = f"{len(counts)} shards, {report.total:,} samples, {size:,.1f} MB"
+    lines = [f"{sums}, fingerprint {report.fingerprint[:12]}"]
+    if counts:
+        lines.append(f"{min(counts):,} to {max(counts):,} samples a shard")
+    lines += _left_out(report.usable)
+    lines += [f"damaged: {shard.name}: {shard.problem}" for shard in report.damaged]
+    return "\n".join(lines)
+
+
 def _left_out(shards: Sequence[ShardReport]) -> list[str]:
     "What is not read, in words"
     ignored = sum((Counter(shard.ignored) for shard in shards), Counter())
-    unseen = sum(shard.counted_by == "stats" for shard in shards)
+    beside = Counter(shard.counted_by for shard in shards if shard.counted_by in _BESIDE)
     lines = []
     if ignored:
         kinds = [f"{kind} {count:,}" for kind, count in ignored.most_common()]
         lines.append(f"ignored: {_some(kinds, 12)}")
-    if unseen:
-        counted = f"{unseen:,} of {len(shards):,} shards were counted by their _stats.json"
+    if beside:
+        files = " and ".join(_BESIDE[kind] for kind in beside)
+        counted = f"{beside.total():,} of {len(shards):,} shards were counted by their {files}"
         lines.append(f"{counted}: what they hold that is not read was not looked for")
     return lines
 
@@ -193,11 +267,34 @@ def inspect_shards(
     cache: bool = True,  # remember the result by path, size and time of change
     progress: bool = True,  # a progress bar, once it takes longer than two seconds
 ) -> DataReport:
-    "Count, check and fingerprint shards; damage is reported, not raised"
+    "Check and fingerprint shards by 2 % of their bytes at most; damage is reported, not raised"
     paths = find_shards(shards)
     names = _distinct_names(paths)
     bar = tqdm(paths, desc="inspecting shards", delay=2, disable=not progress)
-    return DataReport(tuple(_inspect(path, name, cache) for path, name in zip(bar, names, strict=True)))
+    glances = [_glance(path, cache) for path in bar]
+    return DataReport(partial(_count_all, paths, names, glances, cache, progress))
+
+
+_FEW = 256  # uncounted shards that one process counts
+_READERS = 16  # processes at most
+
+
+def _count_all(
+    paths: Sequence[Path],
+    names: Sequence[str],
+    glances: Sequence[tuple[Path | None, dict[str, Any]]],
+    cache: bool,
+    progress: bool,
+) -> tuple[ShardReport, ...]:
+    "The reports of all shards, those without a count counted by several processes"
+    inspect = partial(_inspect, cache=cache)
+    uncounted = sum(file is not None and "count" not in facts for file, facts in glances)
+    bar = partial(tqdm, desc="counting samples", total=len(paths), delay=2, disable=not progress)
+    if uncounted <= _FEW or sys.platform != "linux":
+        return tuple(bar(map(inspect, paths, names, glances)))
+    processes = min(len(os.sched_getaffinity(0)), _READERS)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        return tuple(bar(pool.map(inspect, paths, names, glances, chunksize=16)))
 
 # %% ../../nbs/library/007_data_reports.ipynb #35883189
 def _as_report(data: DataReport | str | Path | list) -> DataReport:

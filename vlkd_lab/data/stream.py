@@ -5,13 +5,13 @@
 # %% ../../nbs/library/009_data_stream.ipynb #eb6412fe
 from __future__ import annotations
 
-import heapq
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import cached_property
-from itertools import cycle, islice
+from functools import cached_property, lru_cache, partial
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -22,50 +22,88 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..features import Batch
 from ..sources import FIELDS
-from .archives import ShardReport, _some, raw_samples
+from .archives import OpenShard, ShardReport, _some, open_shard
 from .decode import BadSample, NoSample, asked_questions, captions_of, decode_sample
-from .reports import DataReport, _as_report, _stats_file, check_split
+from .reports import DataReport, _as_report, _files_beside, check_split
 from .travel import pinned
 from .views import Crops, View, _cut, _shared_views, drawn_caption
 
 # %% auto #0
-__all__ = ['plan_epochs', 'shuffled', 'PairStream', 'BadSampleGuard', 'read_once']
+__all__ = ['SampleOrder', 'PairStream', 'BadSampleGuard', 'read_once']
 
 # %% ../../nbs/library/009_data_stream.ipynb #e116f329
-def plan_epochs(
-    counts: list[int],  # samples of each shard
-    readers: int,  # workers × processes
-    seed: int = 0,
-) -> Iterator[list[list[int]]]:  # for every epoch: for every reader its shards, in the order of reading
-    "Which reader reads which shard in every epoch"
-    loads = [(0, reader) for reader in range(readers)]  # a heap of (samples so far, reader)
-    for epoch in range(1 << 62):
-        order = list(range(len(counts)))
-        random.Random(f"shards {seed} {epoch}").shuffle(order)
-        plan: list[list[int]] = [[] for _ in range(readers)]
-        for shard in order:
-            samples, reader = loads[0]
-            plan[reader].append(shard)
-            heapq.heapreplace(loads, (samples + counts[shard], reader))
-        yield plan
+_LANES = 8  # places of an epoch at which is read by turns
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    "Which sample stands where in the endless sequence of all epochs: a function of counts, seed and shuffle"
+
+    counts: Sequence[int]  # samples of each shard
+    seed: int = 0
+    shuffle: int = 2048  # samples of a window; 0 or 1 keeps the order of a shard
+    lanes: int = _LANES
+
+    @cached_property
+    def total(self) -> int:
+        "Samples of an epoch"
+        return int(self._counts.sum())
+
+    @cached_property
+    def _counts(self) -> np.ndarray:  # (shards,) int64
+        return np.array(self.counts, np.int64)
+
+    def at(
+        self,
+        positions: np.ndarray,  # (n,) int64, from 0 on; an epoch has `total`
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n,) int64 each
+        "Epoch, shard, and number in the shard of the samples at some positions"
+        epochs, places = np.divmod(positions, self.total)
+        shards = np.zeros_like(positions)
+        numbers = np.zeros_like(positions)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            rows = _rows_in_epoch(self, int(epoch), places[chosen])
+            order = _permutation(f"shards {self.seed} {epoch}", len(self.counts))
+            counts = self._counts[order]
+            ends = np.cumsum(counts)
+            turns = np.searchsorted(ends, rows, side="right")
+            shards[chosen] = order[turns]
+            numbers[chosen] = rows - ends[turns] + counts[turns]
+        return epochs, shards, numbers
+
+    def of_rank(self, step: int, batch_size: int, rank: int, world_size: int) -> np.ndarray:  # (batch_size,)
+        "Positions of one process's rows of a step, from as few lanes as possible"
+        size = batch_size * world_size
+        positions = step * size + np.arange(size, dtype=np.int64)
+        by_lane = np.argsort(positions % self.total % self.lanes, kind="stable")
+        return np.sort(positions[by_lane[rank * batch_size : (rank + 1) * batch_size]])
 
 # %% ../../nbs/library/009_data_stream.ipynb #03505eb4
-def shuffled(
-    items: Iterable,
-    size: int,  # how many items wait in the buffer; 0 or 1 keeps the order
-    seed: str,  # whatever identifies this order
-) -> Iterator:
-    "The same items in an order that depends on `seed` and on nothing else"
-    rng = random.Random(seed)
-    buffer = []
-    for item in items:
-        buffer.append(item)
-        if len(buffer) >= max(size, 1):
-            chosen = rng.randrange(len(buffer))
-            buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
-            yield buffer.pop()
-    rng.shuffle(buffer)
-    yield from buffer
+_MOST_WINDOWS = 64  # permutations that are remembered
+
+
+@lru_cache(maxsize=_MOST_WINDOWS)
+def _permutation(seed: str, size: int) -> np.ndarray:  # (size,) int64
+    "The numbers below `size` in an order that depends on `seed` and on nothing else"
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return np.array(order, np.int64)
+
+
+def _rows_in_epoch(order: SampleOrder, epoch: int, places: np.ndarray) -> np.ndarray:
+    "Where the samples at some places of an epoch lie in its shards, one shard after the other"
+    offsets, lanes = np.divmod(places, order.lanes)
+    least, longer = divmod(order.total, order.lanes)  # so many lanes are longer by one
+    window = max(order.shuffle // order.lanes, 1)
+    windows = offsets // window
+    rows = lanes * least + np.minimum(lanes, longer) + windows * window
+    for lane, number in {*zip(lanes.tolist(), windows.tolist(), strict=True)}:
+        chosen = (lanes == lane) & (windows == number)
+        size = min(window, least + (lane < longer) - number * window)
+        shuffled = _permutation(f"samples {order.seed} {epoch} {lane} {number}", size)
+        rows[chosen] += shuffled[offsets[chosen] - number * window]
+    return rows
 
 # %% ../../nbs/library/009_data_stream.ipynb #e5369a33
 class _Item:
@@ -98,8 +136,8 @@ class _Item:
 _PROBLEM = "__problem__"  # of a raw sample: why it cannot be used
 
 
-class _ShardCache:
-    "Shards, read from file or from memory"
+class _SampleCache:
+    "Samples, read from file or from memory"
 
     def __init__(
         self,
@@ -108,35 +146,62 @@ class _ShardCache:
     ):
         self.shards = shards
         self.free = budget
-        self.items = {}  # number of a shard -> its samples
+        self.items: dict[tuple[int, int], _Item] = {}  # by number of the shard and of the sample in it
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()  # the last used one last
 
-    def read(self, index: int) -> Iterator[_Item]:
-        "The samples of one shard in their order"
-        if index not in self.items and self.shards[index].bytes <= self.free:
-            self.items[index] = list(self._file(index))
-            for item in self.items[index]:
-                item.cached = True
-                self.free -= item.size
-        yield from self.items[index] if index in self.items else self._file(index)
+    def read(self, places: Iterable[tuple[int, int]]) -> list[_Item]:
+        "Samples by number of the shard and of the sample in it, read in the order of the files"
+        places = [(int(shard), int(number)) for shard, number in places]
+        items = {}
+        for place in sorted(set(places)):
+            items[place] = self.items.get(place) or self._file(*place)
+        _close_unused(self, {shard for shard, _ in places})
+        return [items[place] for place in places]
 
-    def _file(self, index: int) -> Iterator[_Item]:
-        "The samples of one shard as its file has them, and an error where they are not as many as counted"
-        shard = self.shards[index]
-        count = 0
-        for count, sample in enumerate(raw_samples(shard.path), start=1):
-            key = sample["__key__"]
-            fields = {name: value for name, value in sample.items() if name in FIELDS or name == _PROBLEM}
-            yield _Item(f"{shard.name}/{key}", f"{index} {count}", key, fields, sample.get(_PROBLEM, ""))
-        if count != shard.count:
-            counts = f"{shard.name} holds {count} samples, but the preflight counted {shard.count}"
-            raise ValueError(f"{counts}: {_recount(shard)}")
+    def _file(self, index: int, number: int) -> _Item:
+        "A sample as the shard's file has it, kept where the budget allows"
+        sample = self._opened(index)[number]
+        key = sample["__key__"]
+        fields = {name: value for name, value in sample.items() if name in FIELDS or name == _PROBLEM}
+        name = f"{self.shards[index].name}/{key}"
+        item = _Item(name, f"{index} {number + 1}", key, fields, sample.get(_PROBLEM, ""))
+        if item.size <= self.free:
+            self.items[index, number] = item
+            item.cached = True
+            self.free -= item.size
+        return item
+
+    def _opened(self, index: int) -> OpenShard:
+        "A shard, and an error where it does not hold what was counted"
+        if index not in self._open:
+            shard = self.shards[index]
+            opened = open_shard(shard.path)
+            if len(opened) != shard.count:
+                counts = f"{shard.name} holds {len(opened)} samples, but the preflight counted {shard.count}"
+                raise ValueError(f"{counts}: {_recount(shard)}{'; ' * bool(opened.problem)}{opened.problem}")
+            self._open[index] = opened
+        self._open.move_to_end(index)
+        return self._open[index]
 
 # %% ../../nbs/library/009_data_stream.ipynb #1b428d48
+_OPEN = 64  # shards held open
+_HELD = 256 << 20  # bytes of compressed shards held unpacked, unless one batch is read from more
+
+
+def _close_unused(cache: _SampleCache, used: set[int]) -> None:
+    "Close what was not used for longest, while too much is open"
+    for index in [index for index in cache._open if index not in used]:
+        held = sum(cache.shards[other].bytes for other in cache._open if cache.shards[other].packed)
+        if len(cache._open) <= _OPEN and held <= _HELD:
+            return
+        cache._open.pop(index).close()
+
+
 def _recount(shard: ShardReport) -> str:
     "Why a count was wrong, and what to do about it"
-    if shard.counted_by == "stats":
-        stats = _stats_file(shard.path)
-        return f"{stats} is wrong; delete it and start anew, then the shard itself is counted"
+    beside = _files_beside(shard.path).get(shard.counted_by)
+    if beside:
+        return f"{beside} is wrong; delete it and start anew, then the shard itself is counted"
     return f"{shard.path} was changed since; start anew, then it is counted again"
 
 # %% ../../nbs/library/009_data_stream.ipynb #7f6085c8
@@ -161,7 +226,7 @@ class _SampleDecoder:
         teacher: View | Sequence[View] | None,
         max_pixels: int,
         crops: Crops | None = None,  # None: whole pictures
-        cache: _ShardCache | None = None,  # whose budget decoded samples take
+        cache: _SampleCache | None = None,  # whose budget decoded samples take
         draw_seed: int | None = None,  # of the captions; None: the first of each sample
     ):
         self.max_pixels = max_pixels
@@ -251,7 +316,7 @@ def _good_and_bad(
 def _filled(
     decoder: _SampleDecoder,
     group: list[tuple[int, _Item]],  # (epoch, sample)
-    following: list[tuple[int, _Item]],  # the next group
+    read_following: Callable[[], list[tuple[int, _Item]]],  # reads the next group
 ) -> Batch:
     "The group's good samples; the places of bad ones go to good ones of the following group"
     rows = []
@@ -263,6 +328,7 @@ def _filled(
             rows.append((name, sample))
     if skipped:
         names = {name for name, _ in rows}
+        following = read_following()
         # stable: a pair that is in the batch already comes last
         spare = sorted(following, key=lambda entry: entry[1].name in names)
         good = ((name, sample) for name, sample, _ in _good_and_bad(decoder, spare) if sample is not None)
@@ -276,18 +342,14 @@ def _filled(
 
 # %% ../../nbs/library/009_data_stream.ipynb #8df70d16
 class _Reader:
-    "One worker's share of a stream"
+    "One worker of one process"
 
-    def __init__(
-        self,
-        stream: PairStream,
-        number: int,  # of the worker within its process
-    ):
-        workers = max(stream.workers, 1)
+    def __init__(self, stream: PairStream):
         self.stream = stream
-        self.readers = workers * stream.world_size
-        self.place = stream.rank * workers + number  # among the readers of all processes
-        self.cache = _ShardCache(stream.report.usable, stream.cache_mb * 1_000_000 // workers)
+        usable = stream.report.usable
+        counts = [shard.count for shard in usable]
+        self.order = SampleOrder(counts, stream.seed, stream.shuffle, _lanes(usable))
+        self.cache = _SampleCache(usable, stream.cache_mb * 1_000_000 // max(stream.workers, 1))
         self.decoder = _SampleDecoder(
             stream.student,
             stream.teacher,
@@ -296,29 +358,27 @@ class _Reader:
             self.cache,
             draw_seed=stream.seed,
         )
+        self._last: tuple[int, list[tuple[int, _Item]]] = (-1, [])
 
-    def items(self, skip: int) -> Iterator[tuple[int, _Item]]:  # (epoch, sample) without end
-        "The reader's undecoded samples from number `skip` on"
-        seed = self.stream.seed
-        counts = [shard.count for shard in self.stream.report.usable]
-        for epoch, plan in enumerate(plan_epochs(counts, self.readers, seed)):
-            shards = plan[self.place]
-            size = sum(counts[shard] for shard in shards)
-            if skip < size:
-                stored = (item for shard in shards for item in self.cache.read(shard))
-                order = shuffled(stored, self.stream.shuffle, f"samples {seed} {epoch} {self.place}")
-                yield from ((epoch, item) for item in islice(order, skip, None))
-            skip = max(skip - size, 0)
+    def group(self, step: int) -> list[tuple[int, _Item]]:  # (epoch, sample)
+        "The undecoded samples of this process's rows of a step"
+        if self._last[0] != step:
+            stream = self.stream
+            positions = self.order.of_rank(step, stream.batch_size, stream.rank, stream.world_size)
+            epochs, shards, numbers = self.order.at(positions)
+            items = self.cache.read(zip(shards, numbers, strict=True))
+            self._last = (step, list(zip(epochs.tolist(), items, strict=True)))
+        return self._last[1]
 
-    def batches(self, start: int) -> Iterator[Batch]:
-        "The reader's own batches from number `start` on"
-        size = self.stream.batch_size
-        items = self.items(start * size)
-        group = list(islice(items, size))
-        while True:
-            following = list(islice(items, size))
-            yield _filled(self.decoder, group, following)
-            group = following
+    def batches(self, start: int, every: int = 1) -> Iterator[Batch]:
+        "The batches of step `start` and of those that are `every` steps apart from there on"
+        for step in count(start, every):
+            yield _filled(self.decoder, self.group(step), partial(self.group, step + 1))
+
+
+def _lanes(shards: Sequence[ShardReport]) -> int:
+    "At how many places of an epoch is read by turns: one where a shard has to be unpacked to be read"
+    return 1 if any(shard.packed for shard in shards) else min(_LANES, len(shards))
 
 # %% ../../nbs/library/009_data_stream.ipynb #413483a4
 @dataclass
@@ -333,8 +393,8 @@ class PairStream:
     seed: int = 0
     workers: int = 0  # reading processes; 0 reads in this process
     rank: int = 0
-    world_size: int = 1  # training processes, each with its own shards
-    shuffle: int = 2048  # undecoded samples in every reader's buffer
+    world_size: int = 1  # training processes, each with its own rows of a step
+    shuffle: int = 2048  # samples of a window within which the order is random
     crop_scale: float = 1.0  # least share of the area of a random crop, in (0, 1]; 1 is no augmentation
     crops: int = 0  # numbered crops of each image, one of which an epoch sees; 0: new ones
     cache_mb: int = 256  # memory for samples already read, over all workers of this process, in 10^6 bytes
@@ -359,7 +419,7 @@ class PairStream:
     @cached_property
     def _own(self) -> _Reader:
         "The reader in this process; it keeps its cache between calls"
-        return _Reader(self, 0)
+        return _Reader(self)
 
 # %% ../../nbs/library/009_data_stream.ipynb #305d7a0e
 class _Readers(IterableDataset):
@@ -369,11 +429,8 @@ class _Readers(IterableDataset):
         self.stream, self.start = stream, start
 
     def __iter__(self) -> Iterator[Batch]:
-        workers = self.stream.workers
-        number = (get_worker_info().id + self.start) % workers
-        # batches this reader has delivered among the first `start`
-        already = (self.start - number + workers - 1) // workers
-        return _Reader(self.stream, number).batches(already)
+        "Of W workers the first has batch `start` and every W-th after it, the second the one after that, …"
+        return _Reader(self.stream).batches(self.start + get_worker_info().id, self.stream.workers)
 
 
 def _loader(stream: PairStream, start: int) -> DataLoader:
@@ -457,9 +514,10 @@ class BadSampleGuard:
 # %% ../../nbs/library/009_data_stream.ipynb #d46ac1db
 def _in_order(report: DataReport, limit: int | None) -> Iterator[tuple[int, _Item]]:
     "(0, sample) for the first `limit` samples in the order of the shards"
-    cache = _ShardCache(report.usable, budget=0)
-    items = (item for index in range(len(report.usable)) for item in cache.read(index))
-    return ((0, item) for item in islice(items, limit))
+    cache = _SampleCache(report.usable, budget=0)
+    counts = (range(shard.count) for shard in report.usable)
+    places = ((index, number) for index, numbers in enumerate(counts) for number in numbers)
+    return ((0, *cache.read([place])) for place in islice(places, limit))
 
 
 def _no_sample(skipped: list[tuple[str, str]]) -> NoSample:

@@ -170,7 +170,7 @@ class FitParameters(CurrentWords):
         1.0, "least share of a picture that a random crop keeps", "above 0, at most 1", lambda v: 0 < v <= 1
     )
     max_bad_share: float = parameter(0.05, "share of unusable samples above which the run fails", **share())
-    shuffle: int = parameter(4096, "samples in each reader's shuffle buffer", **at_least(1))
+    shuffle: int = parameter(4096, "samples of a window within which the order is random", **at_least(1))
     validate_every: int = parameter(20, "steps between validations", **at_least(1))
     validate_pairs: int = parameter(500, "pairs among which validation retrieves", **at_least(2))
     checkpoint_seconds: float = parameter(
