@@ -16,7 +16,7 @@ import pytest
 from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
 
-from vlkd_lab import stores
+from vlkd_lab import stores, trackers
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.methods import METHODS, all_losses
 from vlkd_lab.methods.blip_training import BlipTraining
@@ -96,6 +96,9 @@ def check_module(words):
         assert 2 <= len(rest) <= 3
         for side in rest[2].split(",") if len(rest) == 3 else ():
             stores._read_as(side)
+        return
+    if module == "vlkd_lab.trackers":
+        assert len(rest) == 2 and set(rest[1].split(",")) <= set(trackers.TRACKERS)
         return
     assert module == "vlkd_lab.trainers" and "=" not in rest[0]
     given = {name: read_value(value) for name, _, value in (word.partition("=") for word in rest[1:])}

@@ -96,7 +96,7 @@ def test_one_reader_process_gives_what_none_gives_and_three_give_a_run(method, p
     none, one, three = (lines_of(parameters(method, f"of-{workers}")["out"]) for workers in (0, 1, 3))
     assert one == none, "one reader reads in the same order wherever it runs"
     steps = [line["step"] for line in three if "total" in line]
-    assert steps == [1, 2, 3] and three != none
+    assert steps == [1, 2, 3] and three == none, "nor does it matter how many readers there are"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -515,7 +515,7 @@ RISES = {  # method -> what it takes to learn 48 pairs, in seconds
     "DimeFm": dict(SHIPPED, sentence_batch=24, steps=14),
     "Dlip": dict(teacher="data_samples/blip", student="", student_share=0.5, batch_size=12, steps=10),
     "Contrastive": dict(patch_size=8, steps=40),
-    "BlipTraining": dict(sizes="image:2x64, text:2x64, fusion:1, decoder:1", tasks="retrieval", queue=0, soft_share=0.0, steps=80),
+    "BlipTraining": dict(sizes="image:2x64, text:2x64, fusion:1, decoder:1", tasks="retrieval", queue=0, soft_share=0.0, steps=110),
 }
 
 

@@ -94,7 +94,7 @@ def test_a_run_of_elsewhere_is_told_from_the_command_line(told, tmp_path):
 def test_mlflow_has_parameters_numbers_and_pictures(told, places):
     import mlflow
 
-    assert trackers.main([str(told.folder), "mlflow"]) == 0
+    assert trackers.tell([str(told.folder), "mlflow"]) == 0
     (run,) = mlflow.MlflowClient().search_runs([mlflow.get_experiment_by_name(trackers.PROJECT).experiment_id])
     assert run.data.params["teacher"] == told.config()["parameters"]["teacher"] and run.info.run_name == told.folder.name
     lines = [line for line in told.metrics() if "total" in line and line["stage"] == "student"]

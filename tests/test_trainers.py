@@ -227,7 +227,7 @@ def test_every_inheritance_reaches_its_target_and_opens_elsewhere(tiny, inherita
 
 
 def test_the_gate_phase_ends_where_it_should(tiny):
-    job = job_of(tiny, steps=40, gate_share=0.9, stages=1, compare_scratch=False)
+    job = job_of(tiny, steps=44, gate_share=0.9, stages=1, compare_scratch=False)
     with job.run:
         weights, plan, shapes = learn_gates(job, 1, load_model(tiny["teacher"], "cpu"))
     gate_lines = [m for m in job.run.metrics() if "expected_sparsity" in m]

@@ -23,10 +23,12 @@ from .project import atomic_write, write_text
 from .runs import Curves, Run, find_run, is_written, newest_snapshot, read_json, read_snapshot, watch
 
 # %% auto #0
-__all__ = ['TRACKERS', 'PROJECT', 'PICTURE_SECONDS', 'REPORT_SECONDS', 'named_trackers', 'tracked_values', 'affinity_picture',
-           'Reporter', 'reporting', 'main']
+__all__ = ['PROJECT', 'PICTURE_SECONDS', 'TRACKERS', 'REPORT_SECONDS', 'named_trackers', 'tracked_values', 'affinity_picture',
+           'Reporter', 'reporting', 'tell']
 
 # %% ../nbs/library/061_trackers.ipynb #trackers06
+PROJECT = "vlkd_lab"  # what runs are filed under, where a tracker has such a thing
+PICTURE_SECONDS = 30.0  # shortest time between two pictures
 TRACKERS = {  # name in `report_to` -> the package that it needs
     "tensorboard": "tensorboard",
     "wandb": "wandb",
@@ -125,10 +127,6 @@ def _coloured(matrix: np.ndarray, pixels: int) -> np.ndarray:  # (H, W, 3) uint8
     return colours.repeat(pixels, axis=0).repeat(pixels, axis=1)
 
 # %% ../nbs/library/061_trackers.ipynb #trackers15
-PROJECT = "vlkd_lab"  # what runs are filed under, where a tracker has such a thing
-PICTURE_SECONDS = 30.0  # shortest time between two pictures
-
-
 class Reporter:
     "Tells trackers what a run folder says: parameters, terms, scores, pictures of the affinities"
 
@@ -138,16 +136,8 @@ class Reporter:
         self.state = read_json(self.path, {})  # tracker -> its name of the run, and how far it was told
         self.lines = _NewLines(run)
         self.pictured = (None, 0.0)  # labels of the newest picture's snapshot, and when it was told
-        self.trackers = {name: self._begin(name) for name in names}
+        self.trackers = {name: _begin(name, run, self.state) for name in names}
         self._save()
-
-    def _begin(self, name: str) -> Any:  # an accelerate tracker
-        "A tracker that knows the run's parameters"
-        state = self.state.setdefault(name, {"id": None, "told": {}})
-        tracker = _start(name, self.run, state)
-        if not state["told"]:
-            tracker.store_init_configuration(_plain(self.run.config().get("parameters", {})))
-        return tracker
 
     def report(self) -> int:  # lines of which a tracker was told
         "Tell what has been added since the last time"
@@ -192,6 +182,15 @@ class Reporter:
         write_text(self.path, json.dumps(self.state))
 
 # %% ../nbs/library/061_trackers.ipynb #trackers16
+def _begin(name: str, run: Run, states: dict[str, dict]) -> Any:  # an accelerate tracker
+    "A tracker that knows the run's parameters, and how far it was told before"
+    state = states.setdefault(name, {"id": None, "told": {}})
+    tracker = _start(name, run, state)
+    if not state["told"]:
+        tracker.store_init_configuration(_plain(run.config().get("parameters", {})))
+    return tracker
+
+
 def _start(name: str, run: Run, state: dict[str, Any]) -> Any:  # an accelerate tracker
     "A tracker that has begun, or gone on with, its record of a run, whose id is kept in `state`"
     from accelerate import tracking
@@ -268,10 +267,10 @@ def _follow(run: Run, names: Sequence[str], seconds: float, ended: threading.Eve
         run.warn(f"{', '.join(names)} are told no more: {type(error).__name__}: {error}")
 
 
-def main(arguments: Sequence[str]) -> int:  # exit status
+def tell(arguments: Sequence[str]) -> int:  # exit status
     "python -m vlkd_lab.trackers RUN_FOLDER TRACKER[,TRACKER]: tell trackers of a run, live until it ends"
     if len(arguments) != 2:
-        print(main.__doc__, file=sys.stderr)
+        print(tell.__doc__, file=sys.stderr)
         return 1
     run = find_run(arguments[0])
     reporter = Reporter(run, named_trackers(arguments[1]))
@@ -285,4 +284,4 @@ def main(arguments: Sequence[str]) -> int:  # exit status
 
 
 if __name__ == "__main__" and Path(sys.argv[0]).name == "trackers.py":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(tell(sys.argv[1:]))

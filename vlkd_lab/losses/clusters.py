@@ -11,9 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlkd_lab.losses.pairs import (
+    _as_targets,
+    _check_widths,
+    _on_features,
+    _row_divergence,
+    _wide,
+    contrastive,
+)
+
 from ..features import Features
 from ..rank_rows import mean_of_ranks, own_rows, shared_rows
-from .pairs import _as_targets, _check_widths, _on_features, _row_divergence, _wide, contrastive
 
 # %% auto #0
 __all__ = ['sample_classes', 'cluster_classification', 'cluster_distribution', 'instance_discrimination']

@@ -102,7 +102,7 @@ def _read_weights(losses: str) -> list[tuple[str, float]]:
                 raise ValueError
             weights.append((name, weight))
     except ValueError:
-        raise ValueError("write NAME:WEIGHT, separated by commas, each name once, weights from 0 up") from None
+        raise ValueError("write NAME:WEIGHT by commas, each name once, weights from 0 up") from None
     return weights
 
 # %% ../../nbs/library/107_methods_dlip.ipynb #73e23381

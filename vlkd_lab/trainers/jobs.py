@@ -646,7 +646,7 @@ def at_work(job: Job) -> Iterator[None]:
         try:
             if is_first:
                 _announce(job)
-            with reporting(job.run, named_trackers(job.options.report_to) if is_first else ()):
+            with reporting(job.run, named_trackers(job.options.report_to if is_first else "")):
                 yield
         except BaseException as error:
             if is_first and isinstance(error, Diverged):
@@ -661,9 +661,8 @@ def _announce(job: Job) -> None:
     if request.get("stop") or request.get("pause"):
         job.run.control(stop=False, pause=False)
     job.run.set_status(plan=job.plan, freed_bytes=None)
-    for warning in (job.truncation, trained_on(job.run)):
-        if warning:
-            job.run.warn(str(warning))
+    for warning in filter(None, (job.truncation, trained_on(job.run))):
+        job.run.warn(str(warning))
     write_probe(job)
 
 
