@@ -178,7 +178,8 @@ class _SampleCache:
             opened = open_shard(shard.path)
             if len(opened) != shard.count:
                 counts = f"{shard.name} holds {len(opened)} samples, but the preflight counted {shard.count}"
-                raise ValueError(f"{counts}: {_recount(shard)}{'; ' * bool(opened.problem)}{opened.problem}")
+                reasons = filter(None, (_recount(shard), opened.problem))
+                raise ValueError(f"{counts}: {'; '.join(reasons)}")
             self._open[index] = opened
         self._open.move_to_end(index)
         return self._open[index]
