@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 
 import forked
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import lines_of
 from vlkd_lab import trackers
 from vlkd_lab.runs import Run
 from vlkd_lab.trackers import Reporter, named_trackers
-from vlkd_lab.trainers import FREE, open_job, train
+from vlkd_lab.trainers import FREE, loop, open_job, train
 
 STEPS = 4
 
@@ -116,6 +117,28 @@ def test_wandb_offline_keeps_a_record(told, places):
     again = Reporter(told, ["wandb"])
     assert again.report() == 0, "what has been told is not told again"
     again.close()
+
+
+def test_a_job_tells_several_at_once_while_it_trains(scenes, tiny_teacher, places, tmp_path, monkeypatch):
+    import mlflow
+
+    monkeypatch.setattr(trackers, "REPORT_SECONDS", 0.05)
+    looks = []
+    report, step = Reporter.report, loop.take_step
+    monkeypatch.setattr(Reporter, "report", lambda reporter: looks.append(report(reporter)) or looks[-1])
+    monkeypatch.setattr(loop, "take_step", lambda *given: time.sleep(0.8) or step(*given))
+    given = options(scenes, tiny_teacher, tmp_path / "several", report_to="mlflow, wandb,tensorboard", compare_scratch=False)
+    job = open_job("Distil", given)
+    train(job)
+    assert not any("told no more" in warning for warning in job.run.status()["warnings"])
+    lines = [line for line in job.run.metrics() if trackers.tracked_values(line)]
+    assert sum(looks) == len(lines) and sum(map(bool, looks)) > 1, "while it trains, and not only at its end"
+    state = json.loads((job.run.folder / "trackers.json").read_text())
+    assert {name: told["told"] for name, told in state.items()} == dict.fromkeys(state, {"student/": STEPS, "student/validation": STEPS})
+    totals = mlflow.MlflowClient().get_metric_history(state["mlflow"]["id"], "student/total")
+    assert [one.value for one in sorted(totals, key=lambda one: one.step)] == pytest.approx([one["total"] for one in lines if "total" in one])
+    assert list((job.run.folder / "trackers" / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((job.run.folder / "trackers" / "tensorboard").glob("events*"))
 
 
 @pytest.mark.parametrize("report_to", ["tensorbord", "tensorboard, nothing"])

@@ -238,14 +238,14 @@ REPORT_SECONDS = 2.0  # between two looks at the folder
 def reporting(
     run: Run,  # one that can warn, `RunWriter`
     names: Sequence[str],
-    seconds: float = REPORT_SECONDS,
+    seconds: float | None = None,  # between two looks; None: REPORT_SECONDS
 ) -> Iterator[None]:
     "Tell trackers of a run while the block trains it"
     if not names:
         yield
         return
     ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(run, names, seconds, ended), daemon=True)
+    thread = threading.Thread(target=_follow, args=(run, names, seconds or REPORT_SECONDS, ended), daemon=True)
     thread.start()
     try:
         yield
