@@ -245,7 +245,8 @@ def reporting(
         yield
         return
     ended = threading.Event()
-    thread = threading.Thread(target=_follow, args=(run, names, seconds or REPORT_SECONDS, ended), daemon=True)
+    what = (run, names, seconds or REPORT_SECONDS, ended)
+    thread = threading.Thread(target=_follow, args=what, daemon=True)
     thread.start()
     try:
         yield
