@@ -121,9 +121,10 @@ def _is_final(error: Exception) -> bool:
 
 def _refusal(url: str, error: Exception) -> str:
     "What went wrong with a URL, without what is secret in it"
-    if isinstance(error, FileNotFoundError) and error.__cause__ is None:
+    if getattr(error.__cause__, "status", 404) != 404:  # fsspec calls all that a web server refuses not found
+        error = error.__cause__
+    if isinstance(error, FileNotFoundError):
         return f"{url}: not found"
-    error = error.__cause__ or error
     kind = type(error).__name__
     text = _without_secrets(str(error), url)
     return f"{url}: {kind if text in ('', 'None') else f'{kind}: {text}'}"
@@ -382,8 +383,9 @@ class _Disk:
 
     def used(self, path: Path) -> bool:
         "Whether something is kept there; then it is the newest now"
+        now = time.time_ns()  # the clock of files is too coarse for what is used within a tick
         try:
-            os.utime(path)
+            os.utime(path, ns=(now, now))
         except OSError:
             return False
         return True
@@ -470,6 +472,7 @@ class RemoteCache(_Disk):
         if self.limit >= len(content):
             with suppress(OSError), atomic_write(path) as unfinished:
                 unfinished.write_bytes(content)
+                self.used(unfinished)
                 self.grew(len(content))
 
 # %% ../nbs/library/remote.ipynb #rem0te25
