@@ -18,7 +18,7 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
-from warm_kernel import kernel_spec
+from warm_kernel import offer_forks
 from xdist.scheduler import LoadScopeScheduling
 
 from vlkd_lab import trainers
@@ -31,13 +31,10 @@ IPYKERNEL6 = Path(__file__).parent.parent / ".cache" / "ipykernel6"  # `make tes
 
 
 def pytest_configure(config):
-    "Kernels named warm and, with ipykernel 6, warm6, for all test processes, as long as this one lives"
+    "Forked programs, and kernels named warm and, with ipykernel 6, warm6, for all test processes, as long as this one lives"
     if not hasattr(config, "workerinput"):
         config.warm_kernel = Path(tempfile.mkdtemp(prefix="warm-kernel-"))
-        kernel_spec(config.warm_kernel, os.getpid())
-        if IPYKERNEL6.exists():
-            kernel_spec(config.warm_kernel, os.getpid(), "warm6", IPYKERNEL6)
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(config.warm_kernel), os.environ.get("JUPYTER_PATH"))))
+        offer_forks(config.warm_kernel, IPYKERNEL6)
 
 
 def pytest_unconfigure(config):
