@@ -1,13 +1,15 @@
-"""Kernels and programs that start in a second: one process imports the heavy libraries once, and each of them is a fork of it.
+"""Kernels and programs that start in a moment: one process imports the heavy libraries once, and each of them is a fork of it.
 
-A cold kernel spends seven seconds on importing PyTorch, open_clip and transformers, and the lessons are a hundred notebooks. The library
-itself is imported by each process anew. `offer_forks` writes a kernel named "warm" for nbclient and papermill, and tells `forked` where to
+A cold kernel spends seven seconds on importing PyTorch, open_clip and transformers, and the lessons are a hundred notebooks. Of the library
+itself the lower floors may be imported with them; a fork that would find another copy of the library, as one in which a fault was planted,
+imports its own. `offer_forks` writes a kernel named "warm" for nbclient and papermill, and tells `forked` where to
 ask for a program; both connect to the process that forks, which is started by the first and ends with its owner or when its folder is removed.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import gc
 import importlib
@@ -30,33 +32,38 @@ HEAVY = """torch torchvision.transforms open_clip transformers transformers.mode
     transformers.models.auto.tokenization_auto accelerate webdataset pandas matplotlib.figure plotly.graph_objects plotly.io nbformat
     anywidget sklearn.cluster sklearn.linear_model scipy.sparse.csgraph scipy.stats jupyter_client.session zmq.eventloop.zmqstream psutil
     IPython.core.interactiveshell IPython.core.pylabtools IPython.core.magics""".split()
+FLOORS = "vlkd_lab.widgets vlkd_lab.evaluation vlkd_lab.export vlkd_lab.transfer".split()  # and what they import; no method is among it
 PATIENCE = 120  # seconds to wait for the process that forks
 
 
-def kernel_spec(folder: Path, owner: int, name: str = "warm", first: Path | None = None) -> None:
+def kernel_spec(folder: Path, owner: str, name: str = "warm", first: Path | None = None) -> None:
     """Write a kernel below a folder that JUPYTER_PATH will name; its process ends when the owner's does.
 
     `first` is a folder that comes first on the kernel's path, for example one with another ipykernel.
     """
-    command = [sys.executable, "-I", "-S", __file__, "launch", str(folder), str(owner), "-f", "{connection_file}"]
+    command = [sys.executable, "-I", "-S", __file__, "launch", str(folder), owner, "-f", "{connection_file}"]
     search = os.pathsep.join(filter(None, (first and str(first), os.environ.get("PYTHONPATH"))))
     spec = {"argv": command, "display_name": name, "language": "python", "env": {"PYTHONPATH": search} if first else {}}
     (folder / "kernels" / name).mkdir(parents=True)
     (folder / "kernels" / name / "kernel.json").write_text(json.dumps(spec), encoding="utf-8")
 
 
-def offer_forks(folder: Path, ipykernel6: Path | None = None) -> None:
-    """Say in this process's environment where forks are to be had as long as it lives: kernels and programs of its own and of its children."""
-    kernel_spec(folder, os.getpid())
+def offer_forks(folder: Path, ipykernel6: Path | None = None, floors: bool = False) -> str:
+    """Say in this process's environment where forks are to be had as long as it lives: kernels and programs of its own and of its children.
+
+    With `floors` they begin with the library's lower floors imported, as this process would import them now. How the owner is named.
+    """
+    owner = f"{os.getpid()},floors" if floors else str(os.getpid())
+    kernel_spec(folder, owner)
     if ipykernel6 is not None and ipykernel6.exists():
-        kernel_spec(folder, os.getpid(), "warm6", ipykernel6)
+        kernel_spec(folder, owner, "warm6", ipykernel6)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("JUPYTER_PATH"))))
-    os.environ["WARM_PROCESSES"] = json.dumps([str(folder), str(os.getpid())])
+    os.environ["WARM_PROCESSES"] = json.dumps([str(folder), owner])
+    return owner
 
 
-def connect(folder: Path, owner: str) -> socket.socket:
-    """A connection to the process that forks, which is started if there is none."""
-    connection = socket.socket(socket.AF_UNIX)
+def start_server(folder: Path, owner: str) -> None:
+    """Start the process that forks if there is none, and wait until it listens."""
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "socket").exists():
@@ -68,6 +75,12 @@ def connect(folder: Path, owner: str) -> socket.socket:
                 if process.poll() is not None or time.monotonic() > end:
                     raise RuntimeError((folder / "log").read_text())
                 time.sleep(0.05)
+
+
+def connect(folder: Path, owner: str) -> socket.socket:
+    """A connection to the process that forks."""
+    start_server(folder, owner)
+    connection = socket.socket(socket.AF_UNIX)
     connection.connect(str(folder / "socket"))
     return connection
 
@@ -88,9 +101,9 @@ def ask(connection: socket.socket, kind: str, words: list[str], folder: str, env
     return connection.makefile("rb", buffering=0)  # lines are read one by one, so that what comes can be waited for
 
 
-def serve(folder: Path, owner: int) -> None:
+def serve(folder: Path, owner: int, floors: bool) -> None:
     """Import the heavy libraries, and fork for every connection; a process whose asker is gone is killed."""
-    import_heavy()
+    import_heavy(FLOORS if floors else [])
     ends, end = os.pipe()
     os.set_blocking(end, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -106,7 +119,8 @@ def serve(folder: Path, owner: int) -> None:
                 os.read(ends, 4096)
             elif ready is listener:
                 connection = listener.accept()[0]
-                running[connection] = fork(connection)
+                if process := fork(connection):
+                    running[connection] = process
             else:
                 os.kill(running[ready], signal.SIGKILL)
         for connection, process in list(running.items()):
@@ -122,7 +136,7 @@ def serve(folder: Path, owner: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def import_heavy() -> None:
+def import_heavy(floors: list[str]) -> None:
     """Import what takes long; tqdm chooses its bars and matplotlib its backend at its import, and both are to choose a notebook's."""
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it
     inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
@@ -132,7 +146,7 @@ def import_heavy() -> None:
     importlib.import_module("tqdm.auto")
     del sys.modules["ipykernel.zmqshell"]
     inside.get_ipython = outside
-    for name in HEAVY:
+    for name in [*HEAVY, *floors]:
         importlib.import_module(name)
     assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
     gc.collect()
@@ -148,14 +162,19 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def fork(connection: socket.socket) -> int:
-    """Fork, and become the kernel or the program that is asked for; in the parent: its process number."""
+def fork(connection: socket.socket) -> int | None:
+    """Fork, and become the kernel or the program that is asked for; in the parent: its process number, None if the asker went away."""
     request, files, _, _ = socket.recv_fds(connection, 1 << 20, 3)
     while not request.endswith(b"\n"):
-        request += connection.recv(1 << 20)
+        part = connection.recv(1 << 20)
+        if not part:
+            connection.close()
+            return None
+        request += part
     process = os.fork()
     if process:
-        connection.sendall(b"%d\n" % process)
+        with contextlib.suppress(OSError):  # its asker went away, and it will be killed
+            connection.sendall(b"%d\n" % process)
         for file in files:
             os.close(file)
         return process
@@ -188,7 +207,17 @@ def become(files: list[int], kind: str, words: list[str], folder: str, environme
     os.environ.update(environment)
     os.environ.pop("JPY_PARENT_PID", None)  # its parent is not the launcher
     sys.path[:] = [*environment.get("PYTHONPATH", "").split(os.pathsep), *(path for path in sys.path if path != str(Path(__file__).parent))]
+    forget_another_library()
     become_kernel(words) if kind == "kernel" else become_program(words)
+
+
+def forget_another_library() -> None:
+    """Forget the library's modules if this process would find them elsewhere."""
+    if "vlkd_lab" in sys.modules:
+        place = next(filter(None, (finder.find_spec("vlkd_lab", None) for finder in sys.meta_path)), None)
+        if place is None or place.origin != sys.modules["vlkd_lab"].__file__:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "vlkd_lab"]:
+                del sys.modules[name]
 
 
 def become_kernel(words: list[str]) -> None:
@@ -213,4 +242,4 @@ def become_program(words: list[str]) -> None:
 
 if __name__ == "__main__":
     what, where, owner, *rest = sys.argv[1:]
-    sys.exit(launch(Path(where), owner, rest) if what == "launch" else serve(Path(where), int(owner)))
+    sys.exit(launch(Path(where), owner, rest) if what == "launch" else serve(Path(where), int(owner.partition(",")[0]), "floors" in owner))
