@@ -33,7 +33,7 @@ __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPS
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'find_run']
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'to_host', 'find_run']
 
 # %% ../nbs/library/060_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -610,7 +610,7 @@ class Snapshots:
         start = time.monotonic()
         names = ["newest", f"kept/{keep}"] if keep else ["newest"]
         paths = [self.run.folder / "snapshots" / f"{name}.safetensors" for name in names]
-        self._pending.append((paths, *_to_host(make()), labels | {"time": time.time()}))
+        self._pending.append((paths, *to_host(make()), labels | {"time": time.time()}))
         self.write_arrived()
         now = time.monotonic()
         self._next = now + max(SNAPSHOT_SECONDS, (now - start) / SNAPSHOT_SHARE)
@@ -630,8 +630,10 @@ class Snapshots:
                 write_snapshot(path, arrays, labels)
 
 
-def _to_host(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Callable[..., bool]]:
-    "Tensors on the CPU, and a function that says whether (or waits until) they have arrived"
+def to_host(
+    arrays: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Callable[..., bool]]:  # copies, and what says (or waits until) they are there
+    "Begin to copy tensors to the CPU; from a GPU the copies come in their turn, and nothing waits"
     tensors = {name: tensor.detach() for name, tensor in arrays.items()}
     if not any(tensor.is_cuda for tensor in tensors.values()):
         return {name: tensor.clone() for name, tensor in tensors.items()}, lambda wait=False: True

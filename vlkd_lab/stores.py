@@ -397,7 +397,7 @@ class StoredTeacher:
 
     def _rows(self, part: str, wanted: Iterable[tuple]) -> Tensor:  # (name, side), and of a text its number
         rows = np.stack([self._row(self.stores[part], *row) for row in wanted]).astype(np.float32)
-        return torch.nn.functional.normalize(torch.from_numpy(rows).to(self.device), dim=1)
+        return torch.nn.functional.normalize(data.send_pinned(torch.from_numpy(rows), self.device), dim=1)
 
     def _row(self, store: FeatureStore, name: str, side: str, number: int = 0) -> np.ndarray:
         shard = next((part for part in shards_in_name(name) if part in store.shards), name)

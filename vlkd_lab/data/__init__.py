@@ -47,4 +47,4 @@ from .pairs import Pairs, load_pairs, show_batch, thumbnail
 from .places import find_images, find_sentences, find_shards, source_folder
 from .reports import DataReport, check_split, inspect_shards, shards_in_name
 from .stream import BadSampleGuard, PairStream, SampleOrder, read_once
-from .travel import ahead, pinned
+from .travel import ahead, pinned, send_pinned

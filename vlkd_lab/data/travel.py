@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from ..features import Batch
 
 # %% auto #0
-__all__ = ['pinned', 'ahead']
+__all__ = ['pinned', 'ahead', 'send_pinned']
 
 # %% ../../nbs/library/011_data_travel.ipynb #tr4vel06
 def pinned(batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -61,3 +62,14 @@ def _send(
         return None, None
     with torch.cuda.stream(side):
         return batch.to(device), None
+
+# %% ../../nbs/library/011_data_travel.ipynb #tr4vel14
+def send_pinned(
+    rows: Tensor,  # in memory of the host
+    device: str | torch.device,
+) -> Tensor:
+    "The rows on a device; on their way to a GPU nothing waits for them but what reads them there"
+    device = torch.device(device)
+    if device.type != "cuda":
+        return rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True)

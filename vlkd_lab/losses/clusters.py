@@ -106,7 +106,8 @@ def instance_discrimination(
 ) -> Tensor:  # () mean nats per row; log B at chance
     "Student's and teacher's rows of one sample find each other, within images and within texts (CLIP-CID)"
     _check_widths(student, teacher, "instance_discrimination")
-    scale = torch.as_tensor(scale, dtype=student.image.dtype, device=student.image.device)
+    rows = student.image
+    scale = scale.to(rows) if isinstance(scale, Tensor) else rows.new_full((), scale)
     teacher = _as_targets(teacher)
     images = contrastive(Features(student.image, teacher.image, scale), tile)
     texts = contrastive(Features(student.text, teacher.text, scale), tile)

@@ -125,7 +125,8 @@ from vlkd_lab.trainers.students import (
 from ..methods import METHODS
 from ..project import former_names
 from .locks import check_locks, lock_towers
-from .loop import Diverged, agree, as_numbers, change, fit, take_step
+from .loop import Diverged, agree, change, fit, take_step
+from .numbers import LateLine, LateNumbers, as_numbers
 from .teachers import Teachers, ask, projection, projections, teachers_digest
 
 # %% ../../nbs/library/072_trainers.ipynb #3ae4117f

@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
 from .backward import cached_backward, plain_backward
 from .locks import lock_towers
+from .numbers import LateLine
 from .options import FitParameters, seed_of
 from .teachers import Teachers, ask
 
@@ -186,6 +188,11 @@ class Loop:
     shares: bool = False  # whether somebody wants to see each term's share of the gradient
     shared: float = 0.0  # when it was last computed
     reached: Objective | None = None  # the objective whose gradient's reach is known
+    late: list[LateLine] = field(default_factory=list)  # lines that are still to be written
+    newest: Mapping[str, Any] = field(default_factory=dict)  # the newest step's line that was written
+    request: Mapping[str, Any] | None = None  # of control.json, as all processes last heard it
+    is_called: bool = True  # whether all of several processes are to hear it anew, before the next step
+    hears: bool = False  # what the newest numbers said of that
 
     def __post_init__(self):
         if not self.phase.fixed:

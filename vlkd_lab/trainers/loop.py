@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,17 +23,18 @@ from .. import data, runs
 from ..features import Batch, Ensemble, Features
 from ..losses import Objective
 from ..models import VLM
-from ..runs import IN_MID_RUN, Run, RunStopped, load_checkpoint, save_checkpoint
+from ..runs import IN_MID_RUN, Run, RunStopped, load_checkpoint, save_checkpoint, to_json
 from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features
+from .numbers import LateLine, LateNumbers
 from .options import FitParameters, seed_of
 from .teachers import Teachers
 
 # %% auto #0
-__all__ = ['take_step', 'as_numbers', 'agree', 'change', 'fit', 'Diverged']
+__all__ = ['take_step', 'agree', 'change', 'fit', 'Diverged']
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #093b5eb2
-def take_step(loop: Loop, batch: Batch) -> tuple[dict[str, float], Features, Features | Ensemble | None]:
+def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features | Ensemble | None]:
     "Move the student by one step; the terms by name, and the features they were computed from"
     rate = loop.factor * loop.phase.learning_rate_factor(loop.step, loop.options.warmup)
     for group in loop.optimizer.param_groups:
@@ -50,23 +51,25 @@ def take_step(loop: Loop, batch: Batch) -> tuple[dict[str, float], Features, Fea
     loop.optimizer.step()
     fixed = held_scale(loop)
     loop.learner.constrain(None if fixed is None else fixed.log())
-    line = as_numbers(terms) | {"learning_rate": rate * loop.options.learning_rate}
-    return line, student, teacher
+    terms["learning_rate"] = rate * loop.options.learning_rate
+    return LateNumbers(terms | _call(loop)), student, teacher
 
 
-def as_numbers(
-    values: Mapping[str, Tensor | float],  # () each
-) -> dict[str, float]:
-    "The values as Python numbers; what lies on a device comes in one transfer, the only one of a step"
-    tensors = {name: value.detach().double() for name, value in values.items() if isinstance(value, Tensor)}
-    numbers = torch.stack(list(tensors.values())).tolist() if tensors else []
-    return {**values, **dict(zip(tensors, numbers, strict=True))}
+def _call(loop: Loop) -> dict[str, Tensor]:
+    "Of several processes, whether control.json asks for something new, as the first one sees it"
+    if loop.accelerator.num_processes == 1:
+        return {}
+    is_new = loop.accelerator.is_main_process and loop.run.requested() != loop.request
+    flag = torch.full((1,), is_new, dtype=torch.uint8, device=loop.accelerator.device)
+    dist.broadcast(flag, src=0)
+    return {"called": flag[0]}
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #a314d20a
 def _save_fit(loop: Loop) -> None:
     "Write the phase's checkpoint"
     if not loop.accelerator.is_main_process:
         return
+    _settle(loop)
     scaler = loop.accelerator.scaler  # of fp16's gradients
     state = {
         "step": loop.step,
@@ -122,11 +125,17 @@ def _try_objective(objective: Objective, loop: Loop) -> None:
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #1bb043df
 def agree(accelerator: Accelerator, find: Callable[[], Any]) -> Any:
-    "What the first process finds, in every process"
-    results = [find() if accelerator.is_main_process else None]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(results)
-    return results[0]
+    "What the first process finds, in every process; it must be what JSON can hold"
+    if accelerator.num_processes == 1:
+        return find()
+    text = json.dumps(to_json(find())).encode() if accelerator.is_main_process else b""
+    size = torch.tensor([len(text)], device=accelerator.device)
+    dist.broadcast(size, src=0)
+    letters = torch.zeros(int(size), dtype=torch.uint8, device=accelerator.device)
+    if accelerator.is_main_process:
+        letters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(letters, src=0)
+    return json.loads(bytes(letters.tolist()))
 
 
 def change(
@@ -161,8 +170,13 @@ def change(
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #f9164fa2
 def _obey(loop: Loop) -> None:
-    "Do what control.json asks for: wait, stop, save or change a value; every process hears the same"
+    "Do what control.json newly asks for: wait, stop, save or change a value; every process hears the same"
+    if not _is_called(loop):
+        return
+    _settle(loop)
     request = _wait_or_stop(loop)
+    loop.request = request
+    loop.is_called = loop.hears = False
     loop.shares = bool(request.get("gradient_share"))
     try:
         changes = change(loop, request)
@@ -174,6 +188,13 @@ def _obey(loop: Loop) -> None:
     if changes:
         labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
         _record(loop, {"event": "control", **labels, **changes})
+
+
+def _is_called(loop: Loop) -> bool:
+    "Whether control.json asks for something new"
+    if loop.accelerator.num_processes == 1:
+        return loop.run.requested() != loop.request
+    return loop.is_called
 
 
 def _wait_or_stop(loop: Loop) -> Mapping[str, Any]:  # control.json, once training goes on
@@ -205,9 +226,37 @@ def _note(loop: Loop, **status) -> None:
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #d394533b
 def _record(loop: Loop, *lines: dict, file: str = "metrics.jsonl") -> None:
-    "Into metrics.jsonl or another file, from the first process"
-    if lines and loop.accelerator.is_main_process:
+    "Into metrics.jsonl, behind what is still to be written there, or into another file; from the first process"
+    if not (lines and loop.accelerator.is_main_process):
+        return
+    if loop.late and file == "metrics.jsonl":
+        loop.late += [LateLine(line, {}, {}) for line in lines]
+    else:
         loop.run.log(*lines, file=file)
+
+
+def _settle(loop: Loop) -> None:
+    "Write the lines that are due, once their numbers have arrived; Diverged if a loss is no finite number"
+    lines = [line.arrived() for line in loop.late]
+    loop.late = []
+    for line in lines:
+        loop.hears = bool(line.pop("called", False))
+    if lines and loop.accelerator.is_main_process:
+        loop.run.log(*lines)
+    for line in lines:
+        if "total" in line:
+            loop.newest = line
+            _check_finite(loop, line)
+
+
+def _settle_after(loop: Loop, error: BaseException) -> None:
+    "The same where training has failed: Diverged if that came of a loss that was no finite number"
+    try:
+        _settle(loop)
+    except Diverged as reason:
+        raise reason from error
+    except Exception:  # the device cannot be asked any more: what it was asked for last is lost
+        loop.late = []
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #5b584c83
 def fit(
@@ -228,6 +277,9 @@ def fit(
     loop = Loop(run, phase, learner, objective, options, accelerator, teacher, probe, look)
     try:
         _train(loop, batches, validate)
+    except BaseException as error:
+        _settle_after(loop, error)
+        raise
     finally:
         accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
 
@@ -256,13 +308,14 @@ def _train(
             _obey(loop)
             if stream is None:
                 stream = data.ahead(batches(loop.global_step), loop.accelerator.device)
-            line = _one_step(loop, stream, guard)
+            _one_step(loop, stream, guard)
             if loop.step % options.validate_every == 0 or loop.step == steps:
                 _validate(loop, validate)
             if loop.step == steps or time.monotonic() - saved >= options.checkpoint_seconds:
                 _save_fit(loop)
                 saved = time.monotonic()
-            bar.set_postfix(total=f"{line['total']:.3f}", refresh=False)
+            if loop.newest:
+                bar.set_postfix(total=f"{loop.newest['total']:.3f}", refresh=False)
             bar.update()
     loop.snapshots.write_arrived(wait=True)
 
@@ -288,32 +341,36 @@ class Diverged(ArithmeticError):
     "The loss is no longer a finite number"
 
 
-def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -> dict:
-    "Read a batch, take a step, log it; the line that was logged"
+def _check_finite(loop: Loop, line: Mapping[str, Any]) -> None:
+    "Diverged, with the step and the terms, if a step's loss is no finite number"
+    total = line["total"]
+    if math.isfinite(total):
+        return
+    lost = [name for name in loop.objective.weights if not math.isfinite(line.get(name, 0.0))]
+    which = f"not finite: {', '.join(lost)}; " if lost else ""
+    at = f"at step {line['step']} ({loop.phase.folder})"
+    raise Diverged(f"the loss became {total} {at}: {which}try a smaller learning_rate")
+
+
+def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -> None:
+    "Read a batch and launch a step; its line is written when the next one has been launched"
     start = time.perf_counter()
     batch = next(stream)
     _record(loop, *guard.see(batch, len(batch) + len(batch.text_keys)), file="bad_samples.jsonl")
     guard.check()
     read = time.perf_counter()
-    terms, *features = take_step(loop, batch)
+    numbers, *features = take_step(loop, batch)
     loop.step += 1
-    line = {
-        "stage": loop.phase.stage,
-        "phase": loop.phase.name,
-        "step": loop.global_step,
-        **terms,
+    _settle(loop)
+    loop.is_called = loop.is_called or loop.hears  # here, as the first process may have settled before
+    before = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
+    after = {
         "samples": loop.global_step * loop.options.batch_size,
         "seconds": time.perf_counter() - start,
         "data_seconds": read - start,
     }
-    _record(loop, line)
-    if not math.isfinite(terms["total"]):
-        lost = [name for name in loop.objective.weights if not math.isfinite(terms.get(name, 0.0))]
-        which = f"not finite: {', '.join(lost)}; " if lost else ""
-        at = f"at step {loop.global_step} ({loop.phase.folder})"
-        raise Diverged(f"the loss became {terms['total']} {at}: {which}try a smaller learning_rate")
+    loop.late = [LateLine(before, numbers, after)]
     _show(loop, features)
-    return line
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #4d9b0b25
 def _show(loop: Loop, features: Sequence[Features | None] | None) -> None:
@@ -363,6 +420,7 @@ def _arrays(loop: Loop) -> dict[str, Tensor]:
 # %% ../../nbs/library/068_trainers_loop.ipynb #dd82a79e
 def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> None:
     "Log the scores of the student as it is"
+    _settle(loop)
     if validate is None or not loop.accelerator.is_main_process or not loop.learner.validates:
         return
     labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}

@@ -239,7 +239,7 @@ class Distillation(FitParameters):
 
     def held(self, scale: Tensor) -> Tensor | None:  # () multiplier; None: the student learns its own
         "Where the student's scale is held, given the teacher's"
-        return torch.tensor(self.hold_scale, device=scale.device) if self.hold_scale else None
+        return torch.full((), self.hold_scale, device=scale.device) if self.hold_scale else None
 
     def weights(self) -> dict[str, float]:
         "The objective's terms and weights"
