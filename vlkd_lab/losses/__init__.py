@@ -29,8 +29,16 @@ from vlkd_lab.losses.terms import (
     register_losses,
     score_terms,
 )
+from vlkd_lab.losses.tiles import (
+    LARGEST_TILE,
+    TILE,
+    TILE_SHARE,
+    TILED_ABOVE,
+    tile_size,
+    tile_that_fits,
+    tiled_cross_entropy,
+)
 
 from .objective import Objective, Terms, gradient_share, objective_parameters
 from .ranks import over_ranks
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
-from .tiles import TILE, TILED_ABOVE, tile_size, tiled_cross_entropy

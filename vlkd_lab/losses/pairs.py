@@ -111,7 +111,7 @@ def contrastive(
     tile: int | None = None,  # side of a tile; 0: no tiles; None: TILE from TILED_ABOVE pairs on
 ) -> Tensor:  # () mean nats per row; log B at chance, 0 when every pair is found
     "Cross-entropy of finding each image's text and each text's image"
-    if side := tile_size(len(student), tile):
+    if side := tile_size(len(student), tile, student.image.device):
         return tiled_cross_entropy(student, None, side)
     ranks, _ = shared_rows(student.image, student.text)
     logits = _own_logits(student)  # (B, B) image i against text j; of a rank its rows
@@ -131,7 +131,7 @@ def affinity_mimicking(
 ) -> Tensor:  # () mean nats per row; least, the teacher's entropy, when the two affinities agree
     "Cross-entropy from the teacher's image-text affinities to the student's"
     teacher = _as_targets(teacher)
-    if side := tile_size(len(student), tile):
+    if side := tile_size(len(student), tile, student.image.device):
         return tiled_cross_entropy(student, teacher, side)
     ranks, _ = shared_rows(student.image, student.text)
     s = _own_logits(student)  # (B, B) image i against text j; of a rank its rows
@@ -172,7 +172,7 @@ def relational(
 ) -> Tensor:  # () mean nats per row; 0 when the two affinities agree
     "KL divergence of the student's image-text affinities from the teacher's (CLIP-KD's CRD)"
     teacher = _as_targets(teacher)
-    if side := tile_size(len(student), tile):
+    if side := tile_size(len(student), tile, student.image.device):
         return affinity_mimicking(student, teacher, side) - affinity_mimicking(teacher, teacher, side)
     ranks, _ = shared_rows(student.image, student.text)
     return _both_divergences(_own_logits(student), _own_logits(teacher), ranks) / 2

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,25 +15,49 @@ from ..features import Features
 from ..rank_rows import Ranks, mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
-__all__ = ['TILED_ABOVE', 'TILE', 'tile_size', 'tiled_cross_entropy']
+__all__ = ['TILED_ABOVE', 'TILE', 'TILE_SHARE', 'LARGEST_TILE', 'tile_size', 'tile_that_fits', 'tiled_cross_entropy']
 
 # %% ../../nbs/library/031_losses_tiles.ipynb #6d06cd72
 TILED_ABOVE = 2048  # pairs; up to here the plain form's matrices are small (16 MB each in float32)
-TILE = 1024  # rows and columns of a tile where none is asked for; three tiles of float32 take 12 MB
+TILE = 512  # rows and columns of a tile on a CPU: its three tiles of float32 stay near the core (3 MB)
+TILE_SHARE = 1 / 16  # of a GPU's free memory that three tiles may take
+LARGEST_TILE = 8192  # beyond it nothing becomes faster
 
 
 def tile_size(
     pairs: int,
     tile: int | None = None,  # rows and columns of a tile; None: chosen by the number of pairs
+    device: str | torch.device = "cpu",  # where the features are
 ) -> int:  # 0: the plain form
     "Rows and columns of a tile for a batch of so many pairs"
     if tile is None:
-        return TILE if pairs > TILED_ABOVE else 0
+        return _tile_on(torch.device(device)) if pairs > TILED_ABOVE else 0
     if tile < 0:
         raise ValueError(
             f"tile is {tile}; valid are None (chosen by size), 0 (plain form) and positive sizes"
         )
     return min(tile, pairs)
+
+
+def _tile_on(device: torch.device) -> int:
+    "The same size on every CPU; on a GPU what fits, found once"
+    return TILE if device.type != "cuda" else _tile_on_gpu(device)
+
+
+@cache
+def _tile_on_gpu(device: torch.device) -> int:
+    "By what is free when the first large batch comes, so that later batches have the same tiles"
+    return tile_that_fits(torch.cuda.mem_get_info(device)[0])
+
+
+def tile_that_fits(
+    free: int,  # bytes
+) -> int:  # a power of two, between TILE and LARGEST_TILE
+    "Rows and columns of the largest tile of float32 of which three take no more than their share of memory"
+    side = TILE
+    while side < LARGEST_TILE and 3 * 4 * (2 * side) ** 2 <= TILE_SHARE * free:
+        side *= 2
+    return side
 
 
 def _blocks(count: int, tile: int) -> list[slice]:
@@ -55,87 +80,69 @@ class _Running:
     "Log-sum-exp of N rows (or columns) that arrive by tiles, and the mean of `values` under their softmax"
 
     def __init__(self, rows: Tensor):  # (N, D) only its length, dtype and device matter
-        self.shift = rows.new_full((len(rows),), -torch.inf)  # (N,) nats
+        self.shift = rows.new_full((len(rows),), -torch.inf)  # (N,) nats, the largest logit so far
         self.total = rows.new_zeros(len(rows))  # (N,) sum of exp(logit - shift)
-        self.mean = rows.new_zeros(len(rows))  # (N,) in the unit of the values
+        self.weighted = rows.new_zeros(len(rows))  # (N,) sum of exp(logit - shift) · value
 
-    def absorb(self, where: slice, shift: Tensor, total: Tensor, mean: Tensor | None) -> None:
-        "Continue the rows `where` with a tile's own shift, total and mean"
-        highest = torch.maximum(self.shift[where], shift)
-        added = total * (shift - highest).exp_()
-        self.total[where].mul_((self.shift[where] - highest).exp_()).add_(added)
-        if mean is not None:
-            self.mean[where].lerp_(mean, added / self.total[where])
-        self.shift[where] = highest
-
-    def per_total(self, where: slice, shift: float) -> Tensor:
-        "What turns exp(logit - shift) into the softmax of the rows `where`"
-        return (shift - self.shift[where]).exp_().div_(self.total[where])
+    def absorb(
+        self,
+        where: slice,  # the tile's rows (or columns) among the N
+        axis: int,  # along which the tile is summed
+        logits: Tensor,  # (R, C) the tile
+        spare: Tensor,  # (R, C) overwritten; may be the tile itself
+        values: Tensor | None = None,  # (R, C)
+    ) -> None:
+        "Go on with a tile"
+        shift = self.shift[where]
+        highest = torch.maximum(shift, logits.amax(axis))
+        shrink = (shift - highest).exp_()
+        shift.copy_(highest)
+        weights = torch.sub(logits, highest.unsqueeze(axis), out=spare).exp_()
+        self.total[where].mul_(shrink).add_(weights.sum(axis))
+        if values is not None:
+            self.weighted[where].mul_(shrink).add_(weights.mul_(values).sum(axis))
 
     def join(self, ranks: Ranks) -> None:
         "Continue with what the other ranks have seen of the same rows (or columns)"
         highest = ranks.highest(self.shift)
-        total = self.total * (self.shift - highest).exp_()
-        total, weighted = ranks.total(torch.stack([total, total * self.mean]))
+        shrink = (self.shift - highest).exp_()
+        self.total, self.weighted = ranks.total(torch.stack([self.total, self.weighted]) * shrink)
         self.shift = highest
-        self.total = total
-        self.mean = weighted / total
 
     def lse(self) -> Tensor:
         "(N,) log-sum-exp of all that was seen, in nats"
         return self.shift + self.total.log()
 
+    def mean(self) -> Tensor:
+        "(N,) mean of the values under the softmax, in their unit"
+        return self.weighted / self.total
+
 # %% ../../nbs/library/031_losses_tiles.ipynb #978d176a
-_WINDOW = 30.0  # nats either side of a tile's shift: exponentials between 1e-13 and 1e13
-
-
-def _middle(logits: Tensor) -> float | None:
-    "One shift that suits a whole tile (0 if possible); None where its range is too wide"
-    ends = logits.aminmax()
-    low = ends.min.item()
-    high = ends.max.item()
-    if -_WINDOW <= low and high <= _WINDOW:
-        return 0.0
-    return (low + high) / 2 if high - low <= 2 * _WINDOW else None
-
-
 def _absorb(
-    logits: Tensor, rows: slice, columns: slice, sums: tuple[_Running, _Running], values: Tensor | None = None
+    logits: Tensor,  # (R, C) a tile; kept
+    rows: slice,  # where it lies
+    columns: slice,
+    sums: tuple[_Running, _Running],  # of whole rows, of whole columns
+    spare: Tensor,  # room for one tile
+    values: Tensor | None = None,  # (R, C)
 ) -> None:
-    "Add a tile to the running sums of its rows and columns; overwrites the tile"
-    middle = _middle(logits)
-    sides = ((sums[0], rows, 1), (sums[1], columns, 0))
-    if middle is None:
-        for running, where, axis in sides:
-            shift = logits.amax(axis)
-            weights = (logits - shift.unsqueeze(axis)).exp_()
-            total = weights.sum(axis)
-            mean = None if values is None else weights.mul_(values).sum(axis) / total
-            running.absorb(where, shift, total, mean)
-        return
-    weights = (logits.sub_(middle) if middle else logits).exp_()
-    totals = {axis: weights.sum(axis) for axis in (0, 1)}
-    weighted = None if values is None else weights.mul_(values)
-    for running, where, axis in sides:
-        mean = None if weighted is None else weighted.sum(axis) / totals[axis]
-        running.absorb(where, torch.full_like(totals[axis], middle), totals[axis], mean)
+    "Add a tile to the running sums of its rows and columns"
+    spare = spare[: logits.numel()].view_as(logits)
+    sums[0].absorb(rows, 1, logits, spare, values)
+    sums[1].absorb(columns, 0, logits, spare, values)
 
 # %% ../../nbs/library/031_losses_tiles.ipynb #dfcac9d6
 def _both_softmaxes(
     logits: Tensor,  # (R, C) a tile; overwritten with the result
     rows: slice,  # where it lies
     columns: slice,
-    sums: tuple[_Running, _Running],  # of whole rows, of whole columns
+    lse: tuple[Tensor, Tensor],  # log-sum-exps of whole rows, of whole columns
     spare: Tensor,  # room for one tile
 ) -> Tensor:  # (R, C) softmax over rows plus softmax over columns
     "Both softmaxes of a tile, added up, in place"
     spare = spare[: logits.numel()].view_as(logits)
-    middle = _middle(logits)
-    if middle is None:
-        torch.sub(logits, sums[0].shift[rows, None], out=spare).exp_().div_(sums[0].total[rows, None])
-        return logits.sub_(sums[1].shift[columns]).exp_().div_(sums[1].total[columns]).add_(spare)
-    torch.add(sums[0].per_total(rows, middle)[:, None], sums[1].per_total(columns, middle), out=spare)
-    return (logits.sub_(middle) if middle else logits).exp_().mul_(spare)
+    torch.sub(logits, lse[0][rows, None], out=spare).exp_()
+    return logits.sub_(lse[1][columns]).exp_().add_(spare)
 
 # %% ../../nbs/library/031_losses_tiles.ipynb #fa9e5b24
 def _first_pass(
@@ -145,18 +152,19 @@ def _first_pass(
     own: slice,  # the texts of the images
     ranks: Ranks | None = None,  # those that have the other images
 ):
-    "The loss of the images and of their texts, and the running sums of the student and of the teacher"
+    "The loss of the images and of their texts, and log-sum-exps of rows and columns of student and teacher"
+    spare = student.image.new_empty(tile * tile)
     student_sums = (_Running(student.image), _Running(student.text))
     teacher_sums = None
     if teacher is None:
         for rows, columns, logits in _tiles(student, tile):
-            _absorb(logits, rows, columns, student_sums)
+            _absorb(logits, rows, columns, student_sums, spare)
     else:
         teacher_sums = (_Running(student.image), _Running(student.text))
         both = zip(_tiles(student, tile), _tiles(teacher, tile), strict=True)
         for (rows, columns, logits), (_, _, target) in both:
-            _absorb(target, rows, columns, teacher_sums, values=logits)
-            _absorb(logits, rows, columns, student_sums)
+            _absorb(target, rows, columns, teacher_sums, spare, values=logits)
+            _absorb(logits, rows, columns, student_sums, spare)
     if ranks is not None:
         for sums in filter(None, (student_sums, teacher_sums)):
             sums[1].join(ranks)
@@ -164,14 +172,16 @@ def _first_pass(
         matched = student.scale * (student.image * student.text[own]).sum(1)
         matched = [matched, matched]
     else:
-        matched = [teacher_sums[0].mean, teacher_sums[1].mean[own]]
-    of_images = student_sums[0].lse() - matched[0]  # (b,) nats
-    of_texts = student_sums[1].lse()[own] - matched[1]
-    return (of_images.sum() + of_texts.sum()) / (2 * len(student)), student_sums, teacher_sums
+        matched = [teacher_sums[0].mean(), teacher_sums[1].mean()[own]]
+    student_lse = [running.lse() for running in student_sums]
+    teacher_lse = None if teacher_sums is None else [running.lse() for running in teacher_sums]
+    of_images = student_lse[0] - matched[0]  # (b,) nats
+    of_texts = student_lse[1][own] - matched[1]
+    return (of_images.sum() + of_texts.sum()) / (2 * len(student)), student_lse, teacher_lse
 
 # %% ../../nbs/library/031_losses_tiles.ipynb #14242cb1
 def _second_pass(
-    student: Features, teacher: Features | None, tile: int, own: slice, student_sums, teacher_sums
+    student: Features, teacher: Features | None, tile: int, own: slice, student_lse, teacher_lse
 ) -> tuple[Tensor, Tensor]:
     "2b·(dL/ds)·text and 2b·(dL/ds)ᵀ·image, as large as the images and the texts"
     pull_image = torch.zeros_like(student.image)
@@ -179,10 +189,10 @@ def _second_pass(
     spare = student.image.new_empty(tile * tile)
     targets = None if teacher is None else _tiles(teacher, tile)
     for rows, columns, logits in _tiles(student, tile):
-        slope = _both_softmaxes(logits, rows, columns, student_sums, spare)
+        slope = _both_softmaxes(logits, rows, columns, student_lse, spare)
         if targets is not None:
             _, _, target = next(targets)
-            slope.sub_(_both_softmaxes(target, rows, columns, teacher_sums, spare))
+            slope.sub_(_both_softmaxes(target, rows, columns, teacher_lse, spare))
         else:
             offset = own.start + rows.start - columns.start
             if -len(slope) < offset < slope.shape[1]:  # the identity's 1 for the row and 1 for the column
@@ -207,7 +217,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         student = Features(image, text, scale)
         ctx.own = slice(0, len(text)) if ranks is None else ranks.rows(len(image))
-        loss, ctx.student_sums, ctx.teacher_sums = _first_pass(student, teacher, tile, ctx.own, ranks)
+        loss, ctx.student_lse, ctx.teacher_lse = _first_pass(student, teacher, tile, ctx.own, ranks)
         ctx.save_for_backward(image, text, scale)
         ctx.teacher = teacher
         ctx.tile = tile
@@ -219,7 +229,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         image, text, scale = ctx.saved_tensors
         student = Features(image, text, scale)
         pull_image, pull_text = _second_pass(
-            student, ctx.teacher, ctx.tile, ctx.own, ctx.student_sums, ctx.teacher_sums
+            student, ctx.teacher, ctx.tile, ctx.own, ctx.student_lse, ctx.teacher_lse
         )
         share = gradient / (2 * len(image))
         scale_gradient = (pull_image * image).sum() * share
