@@ -112,6 +112,7 @@ class Target:
 class GatedLearner(Learner):
     "A student with its gates, while they are learned"
 
+    swaps_weights = True
     draws = True
     validates = False  # what is trained is no student yet
 

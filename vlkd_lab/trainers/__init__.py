@@ -10,6 +10,7 @@ import sys
 from vlkd_lab.trainers.jobs import (
     FREE,
     GROWS,
+    LATER,
     SAME,
     Job,
     Reading,
@@ -101,6 +102,14 @@ from vlkd_lab.trainers.backward import (
     micro_batches,
     plain_backward,
 )
+from vlkd_lab.trainers.running import (
+    check_compiler,
+    compiled,
+    in_channels_last,
+    recomputing,
+    running_as,
+    towers_of,
+)
 from vlkd_lab.trainers.students import (
     check_teacher,
     check_teachers,
@@ -124,6 +133,7 @@ from vlkd_lab.trainers.students import (
 
 from ..methods import METHODS
 from ..project import former_names
+from .average import Average
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, change, fit, take_step
 from .numbers import LateLine, LateNumbers, as_numbers

@@ -38,11 +38,12 @@ from ..trackers import named_trackers, reporting
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .options import FORMER_WORDS, Distillation, FitParameters
+from .running import check_compiler
 from .teachers import Teachers
 
 # %% auto #0
-__all__ = ['FREE', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing', 'reopen',
-           'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Reading',
+__all__ = ['FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing',
+           'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Reading',
            'teacher_source', 'who_answers', 'teacher_views', 'Showing', 'trained_on', 'encode_captions',
            'validation_features', 'validation_scores', 'of_part', 'Job', 'open_run', 'finish_fit', 'train_baseline',
            'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
@@ -107,6 +108,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
         raise ValueError(
             f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
         )
+    check_compiler(options, accelerator.device)
     return accelerator
 
 # %% ../../nbs/library/070_trainers_jobs.ipynb #504011c8
@@ -123,7 +125,12 @@ FREE = (  # parameters that change no result
     "features",
     "compare_scratch",
     "report_to",
+    "compile",
+    "compile_backend",
+    "channels_last",
+    "checkpoint_activations",
 )
+LATER = {"ema": 0.0}  # parameters of later versions -> the value that stands for runs from before
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
     "data": "data.fingerprint",
@@ -139,6 +146,9 @@ def out_folder(options: FitParameters) -> Path:
     if options.out:
         return data.project_root() / options.out
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
+    for name, before in LATER.items():
+        if kept[name] == before:
+            del kept[name]
     for name in kept.keys() & FORMER_WORDS.keys():  # a run is found where an earlier version has put it
         first = {today: former for former, today in FORMER_WORDS[name].items()}
         kept[name] = first.get(kept[name], kept[name])

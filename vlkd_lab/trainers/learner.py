@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +21,7 @@ from ..losses import Objective, gradient_share, objective_parameters
 from ..models import VLM, evaluating
 from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
+from .average import Average
 from .backward import cached_backward, plain_backward
 from .locks import lock_towers
 from .numbers import LateLine
@@ -62,6 +63,7 @@ class Hooks(nn.Module):
     reads = ("image", "text")  # the sides of a batch that it sees
     fused = False  # whether it reads images and texts together, as fused models do
     compares = True  # whether images and texts have one space
+    swaps_weights = False  # whether its forward pass runs with other weights than the network's own
     draws = False  # whether its forward pass is random, and takes a seed
     validates = True  # whether the network can be scored as it is
 
@@ -200,7 +202,12 @@ class Loop:
         self.trainable = [weight for weight in self.learner.model.parameters() if weight.requires_grad]
         self.extra = objective_parameters(self.objective, self.accelerator.device)
         groups = parameter_groups(self.learner, self.options, self.extra)
-        self.optimizer = self.accelerator.prepare(torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6))
+        fused = True if self.accelerator.device.type == "cuda" else None  # None: as ever, bit for bit
+        adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+        self.optimizer = self.accelerator.prepare(adam)
+        self.average: Average | None = None
+        if self.options.ema and not self.learner.swaps_weights:
+            self.average = Average(self.learner.model, self.options.ema)
         self.controls = self.options.controls()  # of the method, as they stand
         # the last request for a checkpoint that was met
         self.answered = self.run.status().get("checkpoint", 0)
@@ -211,6 +218,10 @@ class Loop:
     def prepared(self) -> nn.Module:
         "The learner in the job's precision, over all its processes; made anew when other weights are trained"
         return self.accelerator.prepare_model(self.learner)
+
+    def averaged(self) -> AbstractContextManager:
+        "The student as it would be saved now: with the average's weights, where there is one"
+        return nullcontext() if self.average is None else self.average.in_place(self.learner.model)
 
     @property
     def global_step(self) -> int:

@@ -28,6 +28,7 @@ from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features
 from .numbers import LateLine, LateNumbers
 from .options import FitParameters, seed_of
+from .running import running_as
 from .teachers import Teachers
 
 # %% auto #0
@@ -51,6 +52,8 @@ def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features
     loop.optimizer.step()
     fixed = held_scale(loop)
     loop.learner.constrain(None if fixed is None else fixed.log())
+    if loop.average is not None:
+        loop.average.follow(loop.learner.model)
     terms["learning_rate"] = rate * loop.options.learning_rate
     return LateNumbers(terms | _call(loop)), student, teacher
 
@@ -78,6 +81,8 @@ def _save_fit(loop: Loop) -> None:
         "objective": [weight.detach() for weight in loop.extra],
         "scaler": scaler.state_dict() if scaler else {},
     }
+    if loop.average is not None:
+        state["average"] = loop.average.state
     save_checkpoint(loop.run, loop.phase.folder, state)
 
 
@@ -91,6 +96,8 @@ def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
     loop.optimizer.load_state_dict(state["optimizer"])
     if loop.accelerator.scaler and state.get("scaler"):
         loop.accelerator.scaler.load_state_dict(state["scaler"])
+    if loop.average is not None:
+        loop.average.load(state["average"])
     with torch.no_grad():
         for weight, saved in zip(loop.extra, state.get("objective", ()), strict=True):
             weight.copy_(saved)
@@ -274,14 +281,17 @@ def fit(
     look: Callable[[Loop], Mapping[str, Tensor]] | None = None,  # further arrays for the views
 ) -> None:
     "Train for the steps of a phase, continuing from its checkpoint if there is one"
-    loop = Loop(run, phase, learner, objective, options, accelerator, teacher, probe, look)
-    try:
-        _train(loop, batches, validate)
-    except BaseException as error:
-        _settle_after(loop, error)
-        raise
-    finally:
-        accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
+    with running_as(learner.model, options, learner.swaps_weights):
+        loop = Loop(run, phase, learner, objective, options, accelerator, teacher, probe, look)
+        try:
+            _train(loop, batches, validate)
+        except BaseException as error:
+            _settle_after(loop, error)
+            raise
+        finally:
+            accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
+    if loop.average is not None:
+        learner.model.load_state_dict(loop.average.state)
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #833c15ad
 def _train(
@@ -408,7 +418,7 @@ def _arrays(loop: Loop) -> dict[str, Tensor]:
     "The probe's cosines under the student as it is, its scale, and what learner and method have to show"
     arrays = {}
     if loop.probe is not None and loop.learner.compares:
-        with loop.accelerator.autocast():
+        with loop.averaged(), loop.accelerator.autocast():
             student = probe_features(loop.learner, loop.probe)
         arrays["student"] = (student.image @ student.text.T).half()
         arrays["student_scale"] = student.scale.reshape(1)
@@ -423,8 +433,10 @@ def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> No
     _settle(loop)
     if validate is None or not loop.accelerator.is_main_process or not loop.learner.validates:
         return
+    with loop.averaged():
+        scores = validate()
     labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
-    _record(loop, {"event": "validation", **labels, **validate()})
+    _record(loop, {"event": "validation", **labels, **scores})
 
 
 def _known_bad(run: Run) -> list[str]:

@@ -190,6 +190,18 @@ class FitParameters(CurrentWords):
     unlocked_text_layers: int = parameter(
         0, "last layers of a locked text tower still trained", **at_least(0)
     )
+    ema: float = parameter(
+        0.0,
+        "decay of an average of the student's weights, which is validated and saved; 0: none",
+        "from 0, below 1",
+        lambda v: 0 <= v < 1,
+    )
+    compile: bool = parameter(False, "compile the student's towers, by torch.compile")
+    compile_backend: str = parameter("inductor", "what compiles them")
+    channels_last: bool = parameter(False, "store pictures and filters pixel by pixel, for convolutions")
+    checkpoint_activations: bool = parameter(
+        False, "forget the activations of the student's blocks and make them again: less memory, more time"
+    )
     processes: int = parameter(1, "training processes, one a GPU; torchrun starts more than 1", **at_least(1))
 
     def controls(self) -> dict[str, float]:  # name -> value at the start

@@ -288,7 +288,8 @@ def current_student(
         if student is not None:
             return student
     student = load_student(folder / "init", device)
-    student.model.load_state_dict(part_of(state["learner"], "model."))
+    weights = part_of(state["learner"], "model.")
+    student.model.load_state_dict(weights | state.get("average", {}))
     return student
 
 
