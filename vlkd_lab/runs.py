@@ -33,7 +33,7 @@ __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPS
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'Snapshots', 'to_host', 'find_run']
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run']
 
 # %% ../nbs/library/060_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -592,6 +592,28 @@ def kept_snapshots(
     snapshots = [(path, _read_labels(path)) for path in paths]
     return sorted(snapshots, key=lambda snapshot: snapshot[1]["time"])
 
+# %% ../nbs/library/060_runs.ipynb #rh000002
+def to_host(
+    arrays: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], Callable[..., bool]]:  # copies, and what says (or waits until) they are there
+    "Begin to copy tensors to the CPU; from a GPU the copies come in their turn, and nothing waits"
+    tensors = {name: tensor.detach() for name, tensor in arrays.items()}
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return {name: tensor.clone() for name, tensor in tensors.items()}, lambda wait=False: True
+    host = {}
+    for name, tensor in tensors.items():
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host[name] = pinned.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+
+    def arrived(wait: bool = False) -> bool:
+        if wait:
+            event.synchronize()
+        return event.query()
+
+    return host, arrived
+
 # %% ../nbs/library/060_runs.ipynb #1d0fb6fa
 class Snapshots:
     "Takes a run's snapshots: the newest for watchers, and those that stay"
@@ -628,28 +650,6 @@ class Snapshots:
             arrived(wait)
             for path in paths:
                 write_snapshot(path, arrays, labels)
-
-
-def to_host(
-    arrays: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], Callable[..., bool]]:  # copies, and what says (or waits until) they are there
-    "Begin to copy tensors to the CPU; from a GPU the copies come in their turn, and nothing waits"
-    tensors = {name: tensor.detach() for name, tensor in arrays.items()}
-    if not any(tensor.is_cuda for tensor in tensors.values()):
-        return {name: tensor.clone() for name, tensor in tensors.items()}, lambda wait=False: True
-    host = {}
-    for name, tensor in tensors.items():
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host[name] = pinned.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-
-    def arrived(wait: bool = False) -> bool:
-        if wait:
-            event.synchronize()
-        return event.query()
-
-    return host, arrived
 
 # %% ../nbs/library/060_runs.ipynb #33990e62
 def find_run(

@@ -46,7 +46,7 @@ def _has_mask(arguments: tuple) -> bool:
 
 
 def _note(places: Counter, operation: str) -> None:
-    "Count an operation where the program is, but not within an optimizer, which has its step counts in memory"
+    "Count an operation where the program is; within an optimizer it is about step counts in memory"
     place = _place()
     if place is not None:
         places[f"{place} {operation}"] += 1

@@ -59,7 +59,7 @@ def tile_that_fits(
         side *= 2
     return side
 
-
+# %% ../../nbs/library/031_losses_tiles.ipynb #tl000002
 def _blocks(count: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
 

@@ -150,11 +150,8 @@ class GatedLearner(Learner):
     def metrics(self, step: int) -> dict[str, Tensor | float]:
         "What the sparsity budget is doing"
         expected, target = self.gates.expected_sparsity(), self.target.at(step)
-        return {
-            "sparsity_penalty": self.penalty(step),
-            "expected_sparsity": expected,
-            "target_sparsity": target,
-        }
+        reached = {"expected_sparsity": expected, "target_sparsity": target}
+        return {"sparsity_penalty": self.penalty(step), **reached}
 
     def snapshot(self) -> dict[str, Tensor]:
         "log_alpha of every gate"

@@ -108,7 +108,6 @@ from vlkd_lab.trainers.running import (
     in_channels_last,
     recomputing,
     running_as,
-    towers_of,
 )
 from vlkd_lab.trainers.students import (
     check_teacher,
@@ -135,7 +134,7 @@ from ..methods import METHODS
 from ..project import former_names
 from .average import Average
 from .locks import check_locks, lock_towers
-from .loop import Diverged, agree, change, fit, take_step
+from .loop import Diverged, agree, averaged, change, fit, take_step
 from .numbers import LateLine, LateNumbers, as_numbers
 from .teachers import Teachers, ask, projection, projections, teachers_digest
 

@@ -140,7 +140,7 @@ SAME = {  # parameter -> what of config.json must be the same when it differs
     "start_from": "start_sha256",
 }
 
-
+# %% ../../nbs/library/070_trainers_jobs.ipynb #jb000002
 def out_folder(options: FitParameters) -> Path:
     "The run folder: `out`, or runs/METHOD-XXXXXXXX after the parameters of which the result depends"
     if options.out:

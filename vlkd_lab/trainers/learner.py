@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -168,6 +168,12 @@ def parameter_groups(
         groups.append(group | dict(scheduled=False))
     return [group | dict(peak=group["lr"]) for group in groups]
 
+
+def _new_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim.AdamW:
+    "TinyCLIP's AdamW; on a GPU one operation a group, elsewhere weight by weight, bit for bit as ever"
+    fused = True if device.type == "cuda" else None
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
+
 # %% ../../nbs/library/067_trainers_learner.ipynb #65a5756c
 @dataclass
 class Loop:
@@ -202,9 +208,7 @@ class Loop:
         self.trainable = [weight for weight in self.learner.model.parameters() if weight.requires_grad]
         self.extra = objective_parameters(self.objective, self.accelerator.device)
         groups = parameter_groups(self.learner, self.options, self.extra)
-        fused = True if self.accelerator.device.type == "cuda" else None  # None: as ever, bit for bit
-        adam = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
-        self.optimizer = self.accelerator.prepare(adam)
+        self.optimizer = self.accelerator.prepare(_new_optimizer(groups, self.accelerator.device))
         self.average: Average | None = None
         if self.options.ema and not self.learner.swaps_weights:
             self.average = Average(self.learner.model, self.options.ema)
@@ -218,10 +222,6 @@ class Loop:
     def prepared(self) -> nn.Module:
         "The learner in the job's precision, over all its processes; made anew when other weights are trained"
         return self.accelerator.prepare_model(self.learner)
-
-    def averaged(self) -> AbstractContextManager:
-        "The student as it would be saved now: with the average's weights, where there is one"
-        return nullcontext() if self.average is None else self.average.in_place(self.learner.model)
 
     @property
     def global_step(self) -> int:

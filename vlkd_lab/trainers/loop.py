@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from .running import running_as
 from .teachers import Teachers
 
 # %% auto #0
-__all__ = ['take_step', 'agree', 'change', 'fit', 'Diverged']
+__all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'Diverged']
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #093b5eb2
 def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features | Ensemble | None]:
@@ -66,6 +67,11 @@ def _call(loop: Loop) -> dict[str, Tensor]:
     flag = torch.full((1,), is_new, dtype=torch.uint8, device=loop.accelerator.device)
     dist.broadcast(flag, src=0)
     return {"called": flag[0]}
+
+# %% ../../nbs/library/068_trainers_loop.ipynb #av000002
+def averaged(loop: Loop) -> AbstractContextManager:
+    "The student as it would be saved now: with the average's weights, where there is one"
+    return nullcontext() if loop.average is None else loop.average.in_place(loop.learner.model)
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #a314d20a
 def _save_fit(loop: Loop) -> None:
@@ -233,7 +239,7 @@ def _note(loop: Loop, **status) -> None:
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #d394533b
 def _record(loop: Loop, *lines: dict, file: str = "metrics.jsonl") -> None:
-    "Into metrics.jsonl, behind what is still to be written there, or into another file; from the first process"
+    "Into metrics.jsonl behind what is due there, or into another file; from the first process"
     if not (lines and loop.accelerator.is_main_process):
         return
     if loop.late and file == "metrics.jsonl":
@@ -418,7 +424,7 @@ def _arrays(loop: Loop) -> dict[str, Tensor]:
     "The probe's cosines under the student as it is, its scale, and what learner and method have to show"
     arrays = {}
     if loop.probe is not None and loop.learner.compares:
-        with loop.averaged(), loop.accelerator.autocast():
+        with averaged(loop), loop.accelerator.autocast():
             student = probe_features(loop.learner, loop.probe)
         arrays["student"] = (student.image @ student.text.T).half()
         arrays["student_scale"] = student.scale.reshape(1)
@@ -433,7 +439,7 @@ def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> No
     _settle(loop)
     if validate is None or not loop.accelerator.is_main_process or not loop.learner.validates:
         return
-    with loop.averaged():
+    with averaged(loop):
         scores = validate()
     labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
     _record(loop, {"event": "validation", **labels, **scores})

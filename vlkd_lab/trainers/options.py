@@ -145,8 +145,8 @@ def _are_trackers(report_to: str) -> bool:
 
 # %% ../../nbs/library/063_trainers_options.ipynb #36a7e139
 @dataclass(frozen=True)
-class FitParameters(CurrentWords):
-    "What every training job takes"
+class _CommonParameters(CurrentWords):
+    "What a training job reads, does and writes"
 
     data: str = parameter(
         "scenes:16000", "training shards: brace pattern, folder or list; scenes:N makes N pairs"
@@ -190,6 +190,13 @@ class FitParameters(CurrentWords):
     unlocked_text_layers: int = parameter(
         0, "last layers of a locked text tower still trained", **at_least(0)
     )
+    processes: int = parameter(1, "training processes, one a GPU; torchrun starts more than 1", **at_least(1))
+
+# %% ../../nbs/library/063_trainers_options.ipynb #op000001
+@dataclass(frozen=True)
+class FitParameters(_CommonParameters):
+    "What every training job takes"
+
     ema: float = parameter(
         0.0,
         "decay of an average of the student's weights, which is validated and saved; 0: none",
@@ -202,7 +209,6 @@ class FitParameters(CurrentWords):
     checkpoint_activations: bool = parameter(
         False, "forget the activations of the student's blocks and make them again: less memory, more time"
     )
-    processes: int = parameter(1, "training processes, one a GPU; torchrun starts more than 1", **at_least(1))
 
     def controls(self) -> dict[str, float]:  # name -> value at the start
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"

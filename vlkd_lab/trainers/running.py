@@ -15,17 +15,17 @@ from ..models import text_part
 from .options import FitParameters
 
 # %% auto #0
-__all__ = ['towers_of', 'recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'running_as']
+__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'running_as']
 
 # %% ../../nbs/library/trainers_running.ipynb #rurun005
-_SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # of open_clip's and timm's blocks, of transformers'
+_SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # of open_clip and timm, of transformers
 
 
 def _is_on(tower: nn.Module) -> bool:
     return any(getattr(part, name, False) is True for part in tower.modules() for name in _SWITCHES)
 
 
-def towers_of(network: nn.Module) -> dict[str, nn.Module]:  # "image", "text"
+def _towers_of(network: nn.Module) -> dict[str, nn.Module]:  # "image", "text"
     "The modules that an open_clip model calls for a picture and for a caption; ValueError for another network"
     if not hasattr(network, "visual"):
         raise ValueError(f"a {type(network).__name__} has no towers of its own for images and texts")
@@ -35,14 +35,14 @@ def towers_of(network: nn.Module) -> dict[str, nn.Module]:  # "image", "text"
 
 @contextmanager
 def recomputing(network: nn.Module) -> Iterator[None]:
-    "The network with its blocks' activations made again in the backward pass; ValueError where it has no such"
+    "The network whose blocks make their activations again in the backward pass; ValueError if it cannot"
     advice = "choose checkpoint_activations=False, and micro_batch to save memory"
     if not hasattr(network, "set_grad_checkpointing"):
         kind = type(network).__name__
         raise ValueError(f"checkpoint_activations=True is not valid for a {kind}: {advice}")
     network.set_grad_checkpointing(True)
     try:
-        for name, tower in towers_of(network).items():
+        for name, tower in _towers_of(network).items():
             if not _is_on(tower):
                 kind = type(tower).__name__
                 raise ValueError(
@@ -91,7 +91,7 @@ def check_compiler(
 @contextmanager
 def compiled(network: nn.Module, backend: str) -> Iterator[None]:
     "The network with both towers compiled, and afterwards as it was"
-    towers = towers_of(network).values()
+    towers = _towers_of(network).values()
     try:
         for tower in towers:
             tower.compile(backend=backend)
