@@ -26,7 +26,7 @@ def _is_on(tower: nn.Module) -> bool:
 
 
 def _towers_of(network: nn.Module) -> dict[str, nn.Module]:  # "image", "text"
-    "The modules that an open_clip model calls for a picture and for a caption; ValueError for another network"
+    "What an open_clip model calls for a picture and for a caption; ValueError for another network"
     if not hasattr(network, "visual"):
         raise ValueError(f"a {type(network).__name__} has no towers of its own for images and texts")
     text = text_part(network)
