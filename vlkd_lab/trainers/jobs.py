@@ -31,6 +31,7 @@ from ..losses import Objective
 from ..methods import name_of
 from ..models import VLM, TowerShape, evaluating, state_digest
 from ..project import write_text
+from ..remote import use_cache
 from ..runs import Run, RunWriter
 from ..samples import cached_shards
 from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
@@ -89,6 +90,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     "Where and in which precision to train"
     from accelerate.state import AcceleratorState
 
+    use_cache(options.cache_dir, options.cache_gb)  # before anything is fetched, in every process
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise ValueError(
@@ -129,6 +131,8 @@ FREE = (  # parameters that change no result
     "compile_backend",
     "channels_last",
     "checkpoint_activations",
+    "cache_dir",
+    "cache_gb",
 )
 LATER = {"ema": 0.0}  # parameters of later versions -> the value that stands for runs from before
 GROWS = ("steps",)  # parameters that may become larger
@@ -543,12 +547,13 @@ def open_run(
     data.check_split(report, options.workers, world, options.batch_size // world)
     val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
+    before = Run(out_folder(options)).config()
     config = {
         "method": name_of(options),
         "parameters": asdict(options),
         "versions": _versions(),
-        "data": report.to_json(),
-        "validation": val_report.to_json(),
+        "data": data.known_as(report, before.get("data")).to_json(),
+        "validation": data.known_as(val_report, before.get("validation")).to_json(),
         **about,
     }
     if start is not None:
