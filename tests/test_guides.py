@@ -32,7 +32,7 @@ from vlkd_lab.trainers import check_parameters, read_value
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}
 METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
-GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "add_a_loss", "add_a_method", "vocabulary"]
+GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "full_scale", "add_a_loss", "add_a_method", "vocabulary"]
 KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
 METHOD = {kind.__name__: kind for kind in KINDS.values()}
 

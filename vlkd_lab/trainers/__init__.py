@@ -10,6 +10,7 @@ import sys
 from vlkd_lab.trainers.jobs import (
     FREE,
     GROWS,
+    LONGEST_WAIT,
     SAME,
     Job,
     Reading,
@@ -45,12 +46,15 @@ from vlkd_lab.trainers.jobs import (
 from vlkd_lab.trainers.launch import (
     StillTraining,
     Training,
+    in_slurm,
     main,
     notebook_job,
     open_job,
+    others_to_start,
     read_settings,
     read_value,
     start,
+    torchrun,
     train,
 )
 
@@ -125,8 +129,39 @@ from vlkd_lab.trainers.students import (
 from ..methods import METHODS
 from ..project import former_names
 from .locks import check_locks, lock_towers
-from .loop import Diverged, agree, as_numbers, change, fit, take_step
+from .loop import Diverged, ProgressLine, agree, as_numbers, change, fit, take_step
 from .teachers import Teachers, ask, projection, projections, teachers_digest
+
+# %% ../../nbs/library/072_trainers.ipynb #c0mpan10
+# isort: split
+from vlkd_lab.trainers.companions import (
+    BEAT_SECONDS,
+    FIRST_BEATS,
+    LEAVE_SECONDS,
+    SILENT_BEATS,
+    Alarm,
+    Companions,
+    Ears,
+    ProcessLost,
+    Signs,
+    Silence,
+    end_of,
+    explained,
+    is_broken_link,
+    job_store,
+    listen,
+    note_lost,
+    watch_end,
+)
+from vlkd_lab.trainers.machines import (
+    FOLDER_SECONDS,
+    Process,
+    check_alike,
+    differences,
+    differing_mark,
+    marks,
+    this_process,
+)
 
 # %% ../../nbs/library/072_trainers.ipynb #3ae4117f
 _FORMER = {

@@ -190,7 +190,14 @@ class FitParameters(CurrentWords):
     unlocked_text_layers: int = parameter(
         0, "last layers of a locked text tower still trained", **at_least(0)
     )
-    processes: int = parameter(1, "training processes, one a GPU; torchrun starts more than 1", **at_least(1))
+    processes: int = parameter(
+        1, "training processes, one a GPU, on each machine; torchrun starts more than 1", **at_least(1)
+    )
+    nodes: int = parameter(1, "machines that train together, on one file system", **at_least(1))
+
+    def all_processes(self, running: int = 1) -> int:  # running: those among which this one is
+        "How many processes train together: those that run, or those that one process will start"
+        return running if running > 1 else self.nodes * self.processes
 
     def controls(self) -> dict[str, float]:  # name -> value at the start
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"
