@@ -148,7 +148,7 @@ def test_parameters_named_in_the_prose_exist(name):
     known = {field for kind in KINDS.values() for field in kind.__dataclass_fields__}
     text = re.sub(r"```.*?```", "", prose(name), flags=re.S)
     said = re.findall(r"`([a-z]+(?:_[a-z]+)*)[ =]([\w.:,/ =-]+)`", text)
-    others = {"make", "jupyter", "tail", "torchrun", "papermill", "pip"}  # commands
+    others = {"make", "jupyter", "tail", "torchrun", "papermill", "pip", "python", "accelerate", "kill"}  # commands
     others |= {"scale", "needs_projection", "needs_teacher", "unpaired", "rng", "function", "run_folder"}  # arguments, fields of Term
     unknown = [f"{parameter} {value}" for parameter, value in said if parameter not in known | others | set(LOSSES)]
     assert not unknown, unknown

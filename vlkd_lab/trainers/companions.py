@@ -29,8 +29,7 @@ from .machines import Process, this_process
 
 # %% auto #0
 __all__ = ['BEAT_SECONDS', 'SILENT_BEATS', 'FIRST_BEATS', 'LEAVE_SECONDS', 'end_of', 'watch_end', 'job_store', 'Signs',
-           'ProcessLost', 'is_broken_link', 'Silence', 'note_lost', 'Companions', 'explained', 'Alarm', 'listen',
-           'Ears']
+           'ProcessLost', 'is_broken_link', 'Silence', 'note_lost', 'explained', 'Companions', 'Alarm']
 
 # %% ../../nbs/library/trainers_companions.ipynb #6747ff01
 def end_of(process: int) -> str:
@@ -172,11 +171,16 @@ def note_lost(
             RunWriter(folder).set_status(state="failed", **about)
         return hangs
 
-# %% ../../nbs/library/trainers_companions.ipynb #208ea325
+# %% ../../nbs/library/trainers_companions.ipynb #bd678be0
 LEAVE_SECONDS = 5.0  # for the main thread to end by itself
 _COMPANIONS: list[Companions] = []  # of this process: at most one
 
 
+def explained(error: BaseException) -> BaseException:
+    "An error, or who of this process's companions is lost"
+    return _COMPANIONS[-1].explain(error) if _COMPANIONS else error
+
+# %% ../../nbs/library/trainers_companions.ipynb #ce6c9b29
 class Companions:
     "Watches over the processes of a job while this one works: `with Companions(folder):`"
 
@@ -199,7 +203,7 @@ class Companions:
         self.leaving = threading.Event()  # the main thread is
         self.ended = threading.Event()
         self.alarm = Alarm()
-        self._thread = threading.Thread(target=listen, args=(self,), name="companions", daemon=True)
+        self._thread = threading.Thread(target=_listen, args=(self,), name="companions", daemon=True)
 
     def __enter__(self) -> Companions:
         _COMPANIONS.append(self)
@@ -233,12 +237,7 @@ class Companions:
         self.alarm.ring()
         return error
 
-
-def explained(error: BaseException) -> BaseException:
-    "An error, or who of this process's companions is lost"
-    return _COMPANIONS[-1].explain(error) if _COMPANIONS else error
-
-# %% ../../nbs/library/trainers_companions.ipynb #222e7eeb
+# %% ../../nbs/library/trainers_companions.ipynb #db0b6f53
 class Alarm:
     "Wakes a sleeping thread: when a signal comes, when a process ends, when somebody rings"
 
@@ -293,10 +292,10 @@ class Alarm:
         self._outer.close()
         self._selector.close()
 
-# %% ../../nbs/library/trainers_companions.ipynb #e8414968
-def listen(companions: Companions) -> None:
+# %% ../../nbs/library/trainers_companions.ipynb #f49d5f9c
+def _listen(companions: Companions) -> None:
     "Give signs of life and hear those of others, until the work or a companion has ended"
-    ears = Ears(companions)
+    ears = _Ears(companions)
     asked_at = math.inf  # when SIGTERM came
     while True:
         is_last = companions.ended.is_set()
@@ -339,16 +338,16 @@ def _stop(companions: Companions) -> None:
     elif companions.me.rank == 0:
         run.control(stop=True)
 
-# %% ../../nbs/library/trainers_companions.ipynb #e31ca726
-class Ears:
-    "What a process hears of its companions"
+# %% ../../nbs/library/trainers_companions.ipynb #590cbd87
+class _Ears:
+    "What a process hears of its companions, at each beat"
 
     def __init__(self, companions: Companions):
         self.companions = companions
         self.me = companions.me
         self.silence = Silence(self.me)
         self.signs: Signs | None = None
-        self._heard: dict[int, dict] = {}  # the last sign of each
+        self.last: dict[int, dict] = {}  # the last sign of each
         self._beats = 0
         self._missed_since: float | None = None  # when the store last answered, if it no longer does
 
@@ -367,7 +366,7 @@ class Ears:
                 attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
                 self.signs = Signs(self.companions.connect(), attempt)
             self.signs.give(self.me, self._beats, self.companions.state)
-            lost = self.signs.announced() or self._judge(self.signs.heard(self.ranks))
+            lost = self.signs.announced() or _judge(self, self.signs.heard(self.ranks))
             if lost and self.me.rank == 0:
                 self.signs.announce(lost)
             self._missed_since = None
@@ -375,11 +374,11 @@ class Ears:
         except RuntimeError:  # the store does not answer
             self.signs = None
             self._missed_since = self._missed_since or time.monotonic()
-        return self._judge_store(time.monotonic() - self._missed_since)
+        return _judge_store(self, time.monotonic() - self._missed_since)
 
     def note_end(self, process: Process, how: str) -> None:
         "Write the last sign of a neighbour that could not do it itself"
-        sign = self._heard.get(process.rank, {})
+        sign = self.last.get(process.rank, {})
         try:
             sign = self.signs.heard([process.rank]).get(process.rank, sign) if self.signs else sign
             if self.signs and sign.get("state") == "working":
@@ -387,32 +386,35 @@ class Ears:
         except RuntimeError:  # the store does not answer; the next beat sees to that
             pass
 
-    def _judge(self, heard: Mapping[int, dict]) -> list[dict]:
-        "Who has ended, or been silent for too long"
-        self._heard.update(heard)
-        lost = []
-        for rank in self.ranks:
-            sign = heard.get(rank)
-            state = sign["state"] if sign else "working"
-            is_silent = state == "working" and self.silence.hear(rank, sign)
-            if is_silent:
-                seconds = self.silence.beats[rank] * self.companions.beat_seconds
-                lost.append(_entry(rank, sign, "silent", f"no sign of life for {seconds:.0f} seconds"))
-            elif state not in ("working", "done"):
-                is_end = state.startswith(("killed by", "ended without"))
-                lost.append(_entry(rank, sign, "killed" if is_end else "error", state))
-            elif sign and rank in self.me.neighbours:
-                self.companions.alarm.watch(Process(**sign["process"]))
-        return lost
+# %% ../../nbs/library/trainers_companions.ipynb #37210c71
+def _judge(ears: _Ears, heard: Mapping[int, dict]) -> list[dict]:
+    "Who has ended, or been silent for too long"
+    companions = ears.companions
+    ears.last.update(heard)
+    lost = []
+    for rank in ears.ranks:
+        sign = heard.get(rank)
+        state = sign["state"] if sign else "working"
+        is_silent = state == "working" and ears.silence.hear(rank, sign)
+        if is_silent:
+            seconds = ears.silence.beats[rank] * companions.beat_seconds
+            lost.append(_entry(rank, sign, "silent", f"no sign of life for {seconds:.0f} seconds"))
+        elif state not in ("working", "done"):
+            is_end = state.startswith(("killed by", "ended without"))
+            lost.append(_entry(rank, sign, "killed" if is_end else "error", state))
+        elif sign and rank in ears.me.neighbours:
+            companions.alarm.watch(Process(**sign["process"]))
+    return lost
 
-    def _judge_store(self, seconds: float) -> list[dict]:  # for which it has not answered
-        "Whether the machine of the store is lost: torchrun's, or the first process's"
-        first = self._heard.get(0, {"process": asdict(self.me), "state": "working"})
-        beats = SILENT_BEATS / 2 if self._heard else FIRST_BEATS
-        if first["state"] == "done" or seconds < beats * self.companions.beat_seconds:
-            return []
-        reason = f"the store through which all meet has not answered for {seconds:.0f} seconds"
-        return [_entry(0, first, "silent", reason)]
+
+def _judge_store(ears: _Ears, seconds: float) -> list[dict]:  # for which it has not answered
+    "Whether the machine of the store is lost: torchrun's, or the first process's"
+    first = ears.last.get(0, {"process": asdict(ears.me), "state": "working"})
+    beats = SILENT_BEATS / 2 if ears.last else FIRST_BEATS
+    if first["state"] == "done" or seconds < beats * ears.companions.beat_seconds:
+        return []
+    reason = f"the store through which all meet has not answered for {seconds:.0f} seconds"
+    return [_entry(0, first, "silent", reason)]
 
 
 def _entry(rank: int, sign: Mapping[str, Any] | None, cause: str, reason: str) -> dict[str, Any]:
@@ -420,7 +422,7 @@ def _entry(rank: int, sign: Mapping[str, Any] | None, cause: str, reason: str) -
     process = sign["process"] if sign else {"host": "unknown", "id": "unknown"}
     return dict(rank=rank, host=process["host"], process=process["id"], cause=cause, reason=reason)
 
-# %% ../../nbs/library/trainers_companions.ipynb #e982295b
+# %% ../../nbs/library/trainers_companions.ipynb #93855e4a
 def _hold_signals() -> None:
     "Let a signal wait until a child knows that it is one"
     if _COMPANIONS:

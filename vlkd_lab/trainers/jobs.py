@@ -40,7 +40,7 @@ from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike
-from .options import FORMER_WORDS, Distillation, FitParameters
+from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
 from .teachers import Teachers
 
 # %% auto #0
@@ -110,7 +110,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     if precision == "fp16" and accelerator.device.type == "cpu":
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu")
-    processes = options.all_processes(accelerator.num_processes)
+    processes = all_processes(options, accelerator.num_processes)
     if options.batch_size % processes:
         raise ValueError(
             f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
@@ -538,7 +538,7 @@ def open_run(
 ) -> Job:
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
-    world = options.all_processes(accelerator.num_processes)
+    world = all_processes(options, accelerator.num_processes)
     data.check_split(report, options.workers, world, options.batch_size // world)
     val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
@@ -690,7 +690,7 @@ def _announce(job: Job) -> None:
         job.run.warn(str(warning))
     write_probe(job)
 
-
+# %% ../../nbs/library/070_trainers_jobs.ipynb #wr1tepr0
 @torch.no_grad()
 def write_probe(job: Job) -> None:
     "The fixed pairs of the views, once a run: captions, classes, thumbnails; a teacher's cosines"

@@ -30,7 +30,7 @@ from ..methods import DEFAULT_METHOD, METHODS, find_method
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .companions import Companions
 from .jobs import Job, at_work, may_print
-from .options import check_parameters, is_interactive, notebook_values
+from .options import all_processes, check_parameters, is_interactive, notebook_values
 
 # %% auto #0
 __all__ = ['open_job', 'train', 'torchrun', 'in_slurm', 'others_to_start', 'Training', 'StillTraining', 'start', 'main',
@@ -46,7 +46,7 @@ def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
 def train(job: Job) -> None:
     "All of a job's work; in this process, or by torchrun when the options ask for several"
     is_alone = job.accelerator.num_processes == 1 and not is_torchelastic_launched()
-    if is_alone and job.options.all_processes() > 1:
+    if is_alone and all_processes(job.options) > 1:
         return _launch(job)
     with at_work(job):
         job.work()

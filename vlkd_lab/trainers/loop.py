@@ -282,7 +282,9 @@ def _pace(loop: Loop) -> dict[str, Any]:
     is_beside = threading.current_thread() is not threading.main_thread()
     is_silent = is_beside or not loop.accelerator.is_main_process
     pace = dict(mininterval=2 if sys.stderr.isatty() else 10, disable=is_silent)
-    return pace if is_silent or not ProgressLine.in_notebook() else pace | {"file": ProgressLine(), "delay": 10}
+    if is_silent or not ProgressLine.in_notebook():
+        return pace
+    return pace | {"file": ProgressLine(), "delay": 10}
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #pr0gres2
 class ProgressLine:

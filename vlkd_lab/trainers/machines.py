@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..runs import to_json
 
 # %% auto #0
-__all__ = ['FOLDER_SECONDS', 'Process', 'this_process', 'marks', 'differing_mark', 'differences', 'check_alike']
+__all__ = ['FOLDER_SECONDS', 'Process', 'this_process', 'marks', 'differing_mark', 'differing_inputs', 'check_alike']
 
 # %% ../../nbs/library/trainers_machines.ipynb #605938f1
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def differing_mark(
             return differing[0] if differing else ""
         time.sleep(0.2)
 
-# %% ../../nbs/library/trainers_machines.ipynb #f12e4e49
-def differences(
+# %% ../../nbs/library/trainers_machines.ipynb #bf2459a0
+def differing_inputs(
     first: Mapping[str, Any],  # what the first process was given, by dotted names
     mine: Mapping[str, Any],
 ) -> list[str]:
@@ -103,7 +103,7 @@ def check_alike(
     of_first = [(inputs, marks(folder)) if accelerator.is_main_process else None]
     broadcast_object_list(of_first)
     first, expected = of_first[0]
-    problems = differences(first, inputs)
+    problems = differing_inputs(first, inputs)
     if not problems and (path := differing_mark(folder, expected)):
         advice = "choose an `out` that all machines share"
         problems = [f"{folder / path} is not what the first process sees: {advice}"]

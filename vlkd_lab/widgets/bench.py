@@ -32,7 +32,7 @@ from .parts import LivePart, RunPart, may_fail, method_parts
 from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
-__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'PICTURE_SECONDS', 'PICTURE_SHARE', 'Live', 'bench_parts', 'RunWidgets',
+__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'REDRAW_SECONDS', 'REDRAW_SHARE', 'Live', 'bench_parts', 'RunWidgets',
            'RunView', 'StaticBench', 'Pictures', 'attach']
 
 # %% ../../nbs/library/097_widgets_bench.ipynb #a23f3965
@@ -85,12 +85,6 @@ class Live(ABC):
 
         bundle = self.box._repr_mimebundle_() if self.live else self.static()._repr_mimebundle_()
         self._handle = display(bundle, raw=True, display_id=True)
-        if not self.live:
-            self.follow()
-
-    def follow(self) -> None:  # noqa: B027 a view of a run that is over has nothing to follow
-        "Keep the picture in an executed notebook up to date"
-
     def leave_picture(self) -> None:
         "Put a picture beside the widget, for the saved notebook: it shows where the widget's kernel is gone"
         if self._handle is not None:
@@ -218,13 +212,11 @@ class RunView(Live):
 
     def static(self) -> StaticBench:
         "The bench as a static figure"
-        with self.pictures.drawing:
-            self.watched.look()
-            return StaticBench(self.watched)
+        return self.pictures.newest()
 
-    def follow(self) -> None:
-        "Replace the picture of an executed notebook while the job is at work"
-        if self.watched.status["state"] != "finished":
+    def _ipython_display_(self) -> None:
+        super()._ipython_display_()
+        if not self.live and self.watched.status["state"] != "finished":
             self.pictures.start()
 
 
@@ -276,8 +268,8 @@ class StaticBench:
         return {"text/plain": self.text, "image/png": base64.b64encode(self.png).decode()}
 
 # %% ../../nbs/library/097_widgets_bench.ipynb #p1ctur02
-PICTURE_SECONDS = 30.0  # between two pictures
-PICTURE_SHARE = 0.05  # of the time, for drawing them
+REDRAW_SECONDS = 30.0  # between two pictures
+REDRAW_SHARE = 0.05  # of the time, for drawing them
 
 
 class Pictures:
@@ -296,6 +288,12 @@ class Pictures:
             self._thread = threading.Thread(target=run, args=(self._go,), name="pictures", daemon=True)
             self._thread.start()
 
+    def newest(self) -> StaticBench:
+        "The bench of this moment, not drawn while another is"
+        with self.drawing:
+            self.view.watched.look()
+            return StaticBench(self.view.watched)
+
     def _go(self) -> None:
         watched = Watched(self.view.watched.run)
         began = None  # when the job was first seen at work
@@ -310,7 +308,7 @@ class Pictures:
             began = began or start
             self.draw(watched)
             now = time.monotonic()
-            time.sleep(max(min(PICTURE_SECONDS, (now - began) / 4), (now - start) / PICTURE_SHARE))
+            time.sleep(max(min(REDRAW_SECONDS, (now - began) / 4), (now - start) / REDRAW_SHARE))
 
     def draw(self, watched: Watched) -> None:
         "Replace the picture by one of this moment"
