@@ -1,11 +1,15 @@
-"""Fixtures that several test files share: a tiny model, tiny scenes, a quiet environment."""
+"""A quiet environment for the tests, forks to start from, and the order in which test processes get what to do.
+
+What several test files share is in `shared`, which only a process that runs tests imports: the one that hands them out begins the sooner.
+"""
 
 import gc
-import io
 import os
+import re
 import shutil
-import tarfile
 import tempfile
+import threading
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,30 +18,30 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores
 os.environ.setdefault("NUMBA_DISABLE_JIT", "1")  # UMAP of fifty points is done before its functions would be compiled
 
-import forked
 import pytest
-import torch
-from safetensors.torch import load_file
-from warm_kernel import kernel_spec
+from warm_kernel import offer_forks, start_server
 from xdist.scheduler import LoadScopeScheduling
 
-from vlkd_lab import trainers
-from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
-from vlkd_lab.models import new_model, save_model, train_tokenizer
-from vlkd_lab.runs import Run
-from vlkd_lab.samples import write_shards
-
 IPYKERNEL6 = Path(__file__).parent.parent / ".cache" / "ipykernel6"  # `make test` puts it there, beside the newest in the environment
+SHARED = {"TINY", "TINY_BLIP", "tar", "lines_of", "same_weights", "in_two_processes"}
 
 
 def pytest_configure(config):
-    "Kernels named warm and, with ipykernel 6, warm6, for all test processes, as long as this one lives"
+    "Forked programs, and kernels named warm and, with ipykernel 6, warm6, for all test processes, as long as this one lives"
     if not hasattr(config, "workerinput"):
         config.warm_kernel = Path(tempfile.mkdtemp(prefix="warm-kernel-"))
-        kernel_spec(config.warm_kernel, os.getpid())
-        if IPYKERNEL6.exists():
-            kernel_spec(config.warm_kernel, os.getpid(), "warm6", IPYKERNEL6)
-        os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(config.warm_kernel), os.environ.get("JUPYTER_PATH"))))
+        owner = offer_forks(config.warm_kernel, IPYKERNEL6, floors=True)
+        if config.getoption("dist", "no") != "no":  # most tests are to run, and some will ask: it imports while test processes do
+            threading.Thread(target=start_server, args=[config.warm_kernel, owner], daemon=True).start()
+    if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
+        config.pluginmanager.import_plugin("shared")
+
+
+def __getattr__(name):
+    "What test files import from here and `shared` has"
+    if name not in SHARED:  # pytest asks for names of its own
+        raise AttributeError(name)
+    return getattr(import_module("shared"), name)
 
 
 def pytest_unconfigure(config):
@@ -52,10 +56,13 @@ def pytest_runtest_teardown():
         gc.freeze()
 
 
-# `make test` gives whole files to test processes, since the tests of a file share what they have trained, but these test by test;
-# the longest go first, so that no process waits for another at the end.
-TEST_BY_TEST = {"test_notebooks", "test_jobs", "test_guides", "test_guards"}
-LONGEST = ["test_lab", "test_notebooks", "test_jobs", "test_site", "test_dlip", "test_trainers", "test_fusion", "test_export"]
+# `make test` gives whole files to test processes, since the tests of a file share what they have trained, but these test by test.
+# The longest files go first; the files that are given test by test go last, the longest pages of them first, so that no process waits
+# for another at the end.
+TEST_BY_TEST = ["test_jobs", "test_notebooks", "test_guides", "test_guards"]
+LONGEST = """test_lab test_matrix test_site test_trainers test_reading test_dime_fm test_dlip test_export test_fusion test_teacher_sets test_wheel
+    test_teachers test_clip_cid test_figures test_methods test_captions test_transfer test_models""".split()
+LONGEST_PAGES = "tasks trials explorers transfer stores corpus project methods_dlip methods_dime_fm methods_distil methods_tinyclip balancing".split()
 
 
 class ByFile(LoadScopeScheduling):
@@ -73,117 +80,13 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     "The order in which tests are handed out"
-    rank = {name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    items.sort(key=lambda item: place_of(item.path.stem, item.name))
 
 
-TINY = dict(
-    embed_dim=16,
-    vision_cfg=dict(layers=2, width=32, head_width=8, patch_size=16, image_size=32),
-    text_cfg=dict(context_length=24, width=32, heads=4, layers=2),
-)
-
-
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    "A folder with 3 × 40 training scenes and 48 validation scenes of 32 pixels"
-    folder = tmp_path_factory.mktemp("scenes")
-    write_shards(folder, 120, 0, split="train", per_shard=40, size=32)
-    write_shards(folder, 48, 0, split="val", per_shard=48, size=32)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory):
-    "The folder of a tiny untrained teacher with a tokenizer of its own"
-    folder = tmp_path_factory.mktemp("teacher")
-    tokenizer = train_tokenizer(["a small red star left of a large blue house"] * 9, folder / "tokenizer", 300, 24)
-    config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(vocab_size=len(tokenizer.tokenizer), hf_tokenizer_name="tiny"))
-    return save_model(new_model(config, tokenizer=tokenizer, seed=3), folder / "teacher")
-
-
-TINY_BLIP = BlipShape(2, 32, 4, 2, 32, 4, 2, 2, image_neurons=64, text_neurons=64, image_size=32, patch_size=8, joint_width=16)
-
-
-@pytest.fixture(scope="session")
-def tiny_blip(tmp_path_factory):
-    "The folder of a tiny untrained BLIP whose words are those of the scenes"
-    folder = tmp_path_factory.mktemp("blip")
-    said = ["a small red star left of a large blue house on the grass", "what colour is the star?", "how many shapes are there? two"]
-    return save_blip(new_blip(TINY_BLIP, train_wordpiece(said * 9, folder / "words", 120, 32), seed=3), folder / "blip")
-
-
-def tar(path, members):
-    "A tar of (name, content) members, compressed where its name says so"
-    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            file.addfile(info, io.BytesIO(content))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Two test processes share two cores"
-    torch.set_num_threads(1)
-
-
-def lines_of(folder):
-    "A run's metrics without what a clock said"
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
-
-
-@pytest.fixture
-def killed_in_its_fourth_step(monkeypatch):
-    "Train a job of six steps that dies in its fourth, and start it again; the steps that were begun"
-
-    def train_twice(open_job):  # () -> the job
-        step, taken = trainers.take_step, []
-
-        def dies(loop, batch):
-            taken.append(loop.step)
-            if len(taken) == 4:
-                raise KeyboardInterrupt
-            return step(loop, batch)
-
-        monkeypatch.setattr(trainers.loop, "take_step", dies)
-        job = open_job()
-        with pytest.raises(KeyboardInterrupt):
-            trainers.train(job)
-        assert job.run.status()["state"] == "stopped"
-        trainers.train(open_job())
-        return taken
-
-    return train_twice
-
-
-@pytest.fixture
-def ends_as_if_undisturbed(killed_in_its_fourth_step, tmp_path):
-    "Train a job of six steps to the end, and once more with a death in its fourth: metrics and weights are the same"
-
-    def check(open_job):  # run folder -> the job
-        whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
-        trainers.train(open_job(whole))
-        assert killed_in_its_fourth_step(lambda: open_job(killed)) == [0, 1, 2, 3, 3, 4, 5]
-        assert lines_of(killed) == lines_of(whole) and same_weights(killed, whole)
-
-    return check
-
-
-def in_two_processes(method, given):
-    "Train six steps from the command line in two processes, and start the finished run once more; its run folder"
-    out = given["out"]
-    words = [f"{name}={value}" for name, value in (given | dict(processes=2)).items() if name != "out"]
-    forked.run("-m", "vlkd_lab.trainers", out, f"method={method}", *words, processes=2)
-    lines = lines_of(out)
-    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
-    forked.run("-m", "vlkd_lab.trainers", out, processes=2)
-    assert lines_of(out) == lines and Run(out).config()["method"] == method
-    return Path(out)
-
-
-def same_weights(one, other):
-    "Whether two runs left the same student, bit for bit"
-    a, b = (load_file(next(Path(folder, "student/student").glob("*model.safetensors"))) for folder in (one, other))
-    return all(torch.equal(a[name], b[name]) for name in a)
+def place_of(file, test):
+    "Where a test stands in that order"
+    if file in TEST_BY_TEST:
+        page = re.search(r"\[\d+_(\w+)\]", test)
+        is_long = file == "test_notebooks" and page is not None and page[1] in LONGEST_PAGES
+        return 2, TEST_BY_TEST.index(file), LONGEST_PAGES.index(page[1]) if is_long else len(LONGEST_PAGES)
+    return (0, LONGEST.index(file)) if file in LONGEST else (1,)

@@ -192,7 +192,7 @@ def write_all(texts: dict[Path, str]) -> None:
 
 def main(words: list[str]) -> int:
     """Print a table; 1 when some fault is noticed by nothing."""
-    from warm_kernel import kernel_spec
+    from warm_kernel import offer_forks
 
     pages_only = "--pages-only" in words
     names = set(words) - {"--pages-only"}
@@ -201,10 +201,10 @@ def main(words: list[str]) -> int:
         raise SystemExit(f"no fault file is called {', '.join(sorted(names - set(known)))}; there are {', '.join(known)}")
     unnoticed = 0
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
-        root, kernels = Path(folder, "project"), Path(folder, "jupyter")
+        root = Path(folder, "project")
         shutil.copytree(ROOT, root, ignore=LEFT_OUT, symlinks=True)
-        kernel_spec(kernels, os.getpid())
-        os.environ |= dict(PYTHONPATH=str(root), JUPYTER_PATH=str(kernels), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+        os.environ |= dict(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
+        offer_forks(Path(folder, "jupyter"))
         for path in FILES:
             if not names or path.stem in names:
                 unnoticed += report(path, root, pages_only)

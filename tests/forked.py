@@ -6,38 +6,53 @@ What torchrun itself does is left to the few tests that start it.
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
-import runpy
+import select
+import signal
 import socket
-import sys
 import tempfile
-from collections.abc import Mapping
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from warm_kernel import HEAVY
+from warm_kernel import ask, connect
 
 PATIENCE = 900  # seconds
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(HEAVY)
 
 
-def become(words: list[str], environment: Mapping[str, str], errors: str) -> None:
-    """Go on as `python WORDS`; what goes to standard error is written to a file."""
-    file = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 2)
-    os.environ.update(environment)
-    run_as_main, first = (runpy.run_module, 1) if words[0] == "-m" else (runpy.run_path, 0)
-    sys.argv = words[first:]
-    run_as_main(words[first], run_name="__main__", **({"alter_sys": True} if first else {}))
+class Process:
+    """A program like `python WORDS` in a fork of the process that has the heavy libraries; what it prints is written to a file."""
+
+    def __init__(self, words: tuple[str, ...], output: str, environment: dict[str, str], folder: str | None = None) -> None:
+        where, owner = json.loads(os.environ["WARM_PROCESSES"])
+        self._connection = connect(Path(where), owner)
+        self.exitcode: int | None = None
+        with open(os.devnull) as nothing, open(output, "a") as printed:
+            files = [nothing.fileno(), printed.fileno(), printed.fileno()]
+            environment = {**os.environ, **environment}
+            self._answers = ask(self._connection, "program", list(words), folder or os.getcwd(), environment, files)
+            self.pid = int(self._answers.readline())
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for its end, or so long."""
+        if self.exitcode is None and select.select([self._connection], [], [], seconds)[0]:
+            self.exitcode = int(self._answers.readline() or -signal.SIGKILL)
+            self._answers.close()
+            self._connection.close()
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        self.join(0)
+        return self.exitcode is None
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self.is_alive():
+            os.kill(self.pid, signal.SIGKILL)
 
 
-def start(*words: str, errors: str = os.devnull, **environment: str) -> BaseProcess:
+def start(*words: str, output: str = os.devnull, folder: str | None = None, **environment: str) -> Process:
     """A process like `python WORDS`."""
-    process = FORKS.Process(target=become, args=(list(words), environment, errors))
-    process.start()
-    return process
+    return Process(words, output, environment, folder)
 
 
 def run(*words: str, processes: int = 1) -> None:
@@ -52,7 +67,7 @@ def run(*words: str, processes: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = [f"{folder}/{rank}" for rank in range(processes)]
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-        running = [start(*words, errors=file, **environment, **rank) for file, rank in zip(files, ranks, strict=True)]
+        running = [start(*words, output=file, **environment, **rank) for file, rank in zip(files, ranks, strict=True)]
         for process in running:
             process.join(PATIENCE)
         codes = [process.exitcode for process in running]

@@ -1,7 +1,11 @@
-"""Tests of a file share what they have trained, so they go to one test process."""
+"""Tests of a file share what they have trained, so they go to one test process; the long go first."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
+import conftest
 import pytest
 
 
@@ -13,3 +17,26 @@ def test_a_file_goes_to_one_process(number, tmp_path_factory):
     if not note.exists():
         note.write_text(worker)
     assert note.read_text() == worker
+
+
+def test_what_is_handed_out_first_and_last_is_there():
+    folder = Path(__file__).parent
+    files = {path.stem for path in folder.glob("test_*.py")}
+    assert {*conftest.LONGEST, *conftest.TEST_BY_TEST} <= files and not {*conftest.LONGEST} & {*conftest.TEST_BY_TEST}
+    pages = {path.stem.partition("_")[2] for path in (folder.parent / "nbs" / "library").glob("*.ipynb")}
+    assert set(conftest.LONGEST_PAGES) <= pages
+
+
+def test_whole_files_go_before_single_tests_and_the_long_before_the_short():
+    wanted = ["test_lab::test_a", "test_models::test_a", "test_names::test_a", "test_jobs::test_a", "test_notebooks::test_a[042_tasks]",
+              "test_notebooks::test_a[043_trials]", "test_notebooks::test_a[001_features]", "test_notebooks::test_b", "test_guards::test_a"]
+    assert sorted(reversed(wanted[:6]), key=lambda name: conftest.place_of(*name.split("::"))) == wanted[:6]
+    assert sorted([*wanted[6:], *wanted[:6]], key=lambda name: conftest.place_of(*name.split("::"))) == wanted
+
+
+def test_what_hands_out_the_tests_imports_none_of_the_heavy_libraries():
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import conftest; print('torch' in sys.modules or 'vlkd_lab' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+    with pytest.raises(AttributeError):
+        conftest.no_such_name  # noqa: B018

@@ -45,6 +45,6 @@ from ..project import cache_folder, project_root
 from ..samples import shipped
 from .pairs import Pairs, load_pairs, show_batch, thumbnail
 from .places import find_images, find_sentences, find_shards, source_folder
-from .reports import DataReport, check_split, inspect_shards, shards_in_name
+from .reports import DataReport, check_split, inspect_shards, known_as, shards_in_name
 from .stream import BadSampleGuard, PairStream, SampleOrder, read_once
 from .travel import ahead, pinned

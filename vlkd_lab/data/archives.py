@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import sources
 from ..project import atomic_write, write_text
+from ..remote import RemoteFile, Unreachable, is_remote, remote_files
 from ..sources import FIELDS, FILES, LINES, PAIRS, Grouped
 
 # %% auto #0
@@ -50,9 +51,9 @@ _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # 
 _UNSOUND = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
-def _unpacked(path: Path) -> tuple[BinaryIO, str]:  # the tar, for the caller to close; what went wrong
+def _unpacked(path: Path | RemoteFile) -> tuple[BinaryIO, str]:  # the tar, for the caller to close; what went wrong
     "A shard as a file that can be read at any place; of a plain one nothing but what is asked for is read"
-    file = open(path, "rb", buffering=0)
+    file = path.open("rb", buffering=0)
     unpack = _packing(file.read(6))
     file.seek(0)
     if unpack is None:
@@ -62,6 +63,8 @@ def _unpacked(path: Path) -> tuple[BinaryIO, str]:  # the tar, for the caller to
     with file:
         try:
             shutil.copyfileobj(unpack(file), plain, 1 << 20)
+        except Unreachable:
+            raise
         except _UNSOUND as error:
             problem = str(error).splitlines()[0]
     return plain, problem
@@ -173,6 +176,8 @@ def _read_headers(
                     names.append(member.name)
                     places.append(_place(member))
             whole = most is not None or _has_end(file, offset)
+    except Unreachable:
+        raise
     except _UNSOUND as error:
         failure = failure or str(error).splitlines()[0]
     names, places, unread = _followed(names, places)
@@ -248,10 +253,17 @@ def _cached_file(stamp: Sequence, ending: str) -> Path:
     return caches / "vlkd_lab" / "shards" / key[:2] / f"{key}.{ending}"
 
 
-def _remembered_catalogue(path: Path) -> tuple[tuple, _Catalogue | None]:  # stamp; None: none yet
-    "The catalogue of a shard, from memory or from the cache folder"
+def _stamp(path: Path | RemoteFile) -> tuple:
+    "Changes when a file does"
+    if isinstance(path, RemoteFile):
+        return path.stamp
     stat = path.stat()
-    stamp = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _remembered_catalogue(path: Path | RemoteFile) -> tuple[tuple, _Catalogue | None]:  # None: none yet
+    "The stamp and the catalogue of a shard, from memory or from the cache folder"
+    stamp = _stamp(path)
     if stamp in _CATALOGUES:
         return stamp, _keep_catalogue(stamp, _CATALOGUES[stamp])
     try:
@@ -285,7 +297,7 @@ class _OpenTar(Sequence):
 
     def __init__(
         self,
-        path: Path,
+        path: Path | RemoteFile,
         only: Collection[str],
         most: int | None = None,  # members that are looked at, from the beginning; None: all
     ):
@@ -354,7 +366,7 @@ class OpenShard(Protocol):
 
 
 def open_shard(
-    path: Path,  # one shard, plain or compressed, or the index of one, or a part of something else
+    path: Path | RemoteFile,  # one shard, plain or compressed, or the index of one, or a part of something else
     only: Collection[str] = FIELDS,  # fields that are wanted: nothing else is read
 ) -> OpenShard:  # of "__key__", "__url__", bytes by field; or "__problem__": why it is no use
     "Undecoded samples of one shard by their number; of an index those that it keeps"
@@ -364,7 +376,7 @@ def open_shard(
 
 
 def raw_samples(
-    path: Path,  # as in `open_shard`
+    path: Path | RemoteFile,  # as in `open_shard`
     only: Collection[str] = FIELDS,  # fields that are wanted: nothing else is read
     most: int | None = None,  # members of a tar that are looked at, from its beginning; None: all
 ) -> Iterator[dict]:  # as in `open_shard`; after the last an error where the shard is damaged
@@ -387,32 +399,32 @@ def _leave_out(names: Sequence[str]) -> str:
 
 # %% ../../nbs/library/006_data_archives.ipynb #be0e3038
 def count_samples(
-    path: Path,  # one shard
+    path: Path | RemoteFile,  # one shard
 ) -> tuple[int, str]:  # number of samples; what is wrong with the file, "" if nothing
     "Walk the tar's headers, once while it does not change; a compressed one is read whole, checksum included"
     facts = _counted(path)
     return facts["count"], facts["problem"]
 
 
-def _counted(path: Path) -> dict[str, Any]:
+def _counted(path: Path | RemoteFile) -> dict[str, Any]:
     "What the headers say: fields of a ShardReport"
     try:
         with closing(_OpenTar(path, ())) as shard:
             ignored = dict(shard.catalogue.ignored)
             return {"count": len(shard), "problem": shard.problem, "ignored": ignored}
     except OSError as error:
-        return {"count": 0, "problem": f"unreadable ({error.strerror})", "ignored": {}}
+        return {"count": 0, "problem": f"unreadable ({error.strerror or error})", "ignored": {}}
 
 # %% ../../nbs/library/006_data_archives.ipynb #d00281e7
 @dataclass(frozen=True)
 class ShardReport:
     "One shard as the preflight saw it"
 
-    path: Path
+    path: Path | RemoteFile
     name: str  # file name without its ending; with its folder's name where two shards share a name
     count: int  # samples, good or bad; up to the damage if the file is damaged
     bytes: int  # size of the file; of an index the part of its shard
-    digest: str  # SHA-256 of a sample of the contents
+    digest: str  # SHA-256 of a sample of the contents; of a remote file of what its server calls this version
     problem: str = ""  # "" if the file is sound, as far as it was looked at
     counted_by: str = "headers"  # or a file beside it: "stats", "sizes", "list"; "index"; "part"
     ignored: Mapping[str, int] = field(default_factory=dict, hash=False)  # not read; known of "headers" only
@@ -424,14 +436,14 @@ _SHORT, _LONG = 4, 4096  # bytes of a probe
 _FIRST = 124  # byte at which a tar says size, time of change and checksum of its first member
 
 
-def content_digest(path: Path) -> str:  # 64 hexadecimal digits
+def content_digest(path: Path | RemoteFile) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file's size and of evenly spaced probes of it, 1 % of its bytes at most"
     size = path.stat().st_size
     probes = min(max(size // (100 * _SHORT), 1), _PROBES)
     length = min(max(size // (100 * probes), _SHORT), _LONG)
     span = max(size - _FIRST - length, 0)
     digest = hashlib.sha256(f"{size} {probes} {length}".encode())
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         for probe in range(probes):
             digest.update(_read_at(file, min(_FIRST, size) + span * probe // probes, length))
     return digest.hexdigest()
@@ -442,10 +454,14 @@ def same_content(
     digest: str,  # that was written down for it earlier
 ) -> bool:
     "Whether a shard is still the one of a digest, which may be of a version that read more of it"
-    return digest == shard.digest or digest == _former_digest(shard.path)
+    if digest == shard.digest:
+        return True
+    if isinstance(shard.path, RemoteFile) and digest == content_digest(shard.path):  # made where it lay on disk
+        return True
+    return digest == _former_digest(shard.path)
 
 
-def _former_digest(path: Path) -> str:
+def _former_digest(path: Path | RemoteFile) -> str:
     "What earlier versions wrote: SHA-256 of all of a file, above 64 MB of 256 blocks of 64 KB"
     size = path.stat().st_size
     block = 64 << 10
@@ -453,7 +469,7 @@ def _former_digest(path: Path) -> str:
     if size > 64 << 20:
         starts = [(size - block) * i // 255 for i in range(256)]
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         for start in starts:
             digest.update(_read_at(file, start, block))
     return digest.hexdigest()
@@ -465,8 +481,9 @@ def write_index(
     keys: Sequence[str],  # of the samples that are kept
 ) -> Path:
     "An index of some of a shard's samples"
+    is_here = isinstance(shard.path, Path)
     content = {
-        "shard": os.path.relpath(shard.path, path.parent),
+        "shard": os.path.relpath(shard.path, path.parent) if is_here else str(shard.path),
         "digest": shard.digest,
         "bytes": shard.bytes,
         "count": shard.count,
@@ -476,10 +493,13 @@ def write_index(
     return path
 
 
-def read_index(path: Path) -> tuple[Path, set[str]]:
+def read_index(path: Path) -> tuple[Path | RemoteFile, set[str]]:
     "The shard that an index stands for, and the keys that it keeps"
     content = json.loads(path.read_text(encoding="utf-8"))
-    return Path(os.path.normpath(path.parent / content["shard"])), set(content["kept"])
+    kept = set(content["kept"])
+    if is_remote(content["shard"]):
+        return remote_files([content["shard"]])[0], kept
+    return Path(os.path.normpath(path.parent / content["shard"])), kept
 
 
 def copy_samples(

@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import unquote
 
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from .. import sources
 from ..project import cache_folder, project_root, write_text
+from ..remote import RemoteFile, is_remote, remote_files
 from ..samples import shipped
 from ..sources import TABLES, read_part
 from .archives import _INDEX, _PARTS, _some
@@ -26,12 +28,12 @@ __all__ = ['find_shards', 'find_images', 'find_sentences', 'source_folder']
 
 # %% ../../nbs/library/008_data_places.ipynb #769c388f
 _ENDINGS = (".tar", ".tar.gz", ".tgz", _INDEX, *_PARTS)
-_FORMS = "a pattern like train-{000000..000011}.tar, a folder, a file, a .csv or .tsv table, or a list"
+_FORMS = "a pattern like train-{000000..000011}.tar, a folder, a file, a URL, a .csv or .tsv table, or a list"
 
 
 def find_shards(
-    where: str | Path | list,  # patterns, folders, files, tables, in a list or joined by "," or "::"
-) -> list[Path]:  # absolute, in the order named, inside a folder by name
+    where: str | Path | list,  # patterns, folders, files, URLs, tables, in a list or joined by "," or "::"
+) -> list[Path | RemoteFile]:  # absolute, in the order named, inside a folder by name
     "The shards that `where` names, or the parts of its tables and folders of pairs, all of which exist"
     return _files_of(_shards_of, where)
 
@@ -45,6 +47,9 @@ def _files_of(
     shards = []
     excluded = []
     for part in parts:
+        if isinstance(part, RemoteFile):
+            shards.append(part)
+            continue
         for pattern in _patterns(part):
             if pattern.startswith("!"):
                 excluded.append(pattern)
@@ -61,15 +66,18 @@ def _files_of(
 def _patterns(part: str | Path) -> list[str]:
     "Split at `::` and at commas outside braces, unless the whole is a file"
     text = str(part)
-    if text.strip() and (project_root() / text).exists():
+    if text.startswith("pipe:"):  # a command may hold commas
+        return [text]
+    if text.strip() and not is_remote(text) and (project_root() / text).exists():
         return [text]
     return [piece.strip() for piece in re.split(r"::|,(?![^{]*\})", text) if piece.strip()]
 
 # %% ../../nbs/library/008_data_places.ipynb #1ba6f84f
-def _expand(pattern: str) -> list[Path]:
-    "The files and folders of one pattern, all of which exist"
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(f"{pattern}: only local files are read; download or mount the shards first")
+def _expand(pattern: str) -> list[Path | RemoteFile]:
+    "The files and folders of one pattern, all of which exist; of remote ones at least one"
+    if is_remote(pattern):
+        return _expand_afar(pattern)
+    pattern = unquote(pattern[7:]) if pattern.lower().startswith("file://") else pattern
     paths = [shipped(os.path.expanduser(name)) for name in _braces(pattern)]
     if "*" in pattern or "?" in pattern:
         matches = []
@@ -80,6 +88,18 @@ def _expand(pattern: str) -> list[Path]:
     if missing:
         raise FileNotFoundError(_missing_message(pattern, paths, missing))
     return paths
+
+
+def _expand_afar(pattern: str) -> list[RemoteFile]:
+    "The same behind a URL; a file that cannot be had says why"
+    files = remote_files(_braces(pattern))
+    lost = [file for file in files if file.trouble]
+    if not files:
+        raise FileNotFoundError(f"{pattern}: no file is named so")
+    if len(lost) == len(files):
+        count = f"none of {len(files)} can be had; " if len(files) > 1 else ""
+        raise FileNotFoundError(f"{count}{lost[0].trouble}")
+    return files
 
 
 def _braces(pattern: str) -> list[str]:
@@ -111,28 +131,33 @@ def _is_one_of(path: Path, names: Sequence[str], paths: Sequence[str]) -> bool:
     return by_name or any(fnmatch(str(path), name) for name in paths)
 
 # %% ../../nbs/library/008_data_places.ipynb #e821b9c1
-def _shards_of(pattern: str) -> list[Path]:
+def _shards_of(pattern: str) -> list[Path | RemoteFile]:
     "The shards of one pattern, or the parts of its tables and folders"
     shards = []
     for path in _expand(pattern):
         if path.is_dir():
             shards += _in_folder(path)
-        elif path.name.lower().endswith(TABLES):
+        elif path.name.lower().endswith(TABLES) and isinstance(path, Path):
             shards += sources.table_parts(path, _cache(), project_root())
         else:
             shards.append(path)
     strange = [path.name for path in shards if not path.name.endswith(_ENDINGS)]
     if strange:
         endings = f"shards end in {', '.join(_ENDINGS[:3])}, tables in {', '.join(TABLES)}"
+        if is_remote(pattern):
+            endings = f"what is read from URLs ends in {', '.join(_ENDINGS[:3])}"
         raise ValueError(f"{pattern}: {_some(strange)} is no shard; {endings}")
     return shards
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path | RemoteFile) -> list[Path | RemoteFile]:
     "The shards directly inside a folder, or else the parts of its pairs"
     shards = sorted(path for path in folder.iterdir() if path.name.endswith(_ENDINGS))
     if shards:
         return shards
+    if isinstance(folder, RemoteFile):
+        there = _some([file.name for file in folder.iterdir()]) or "nothing"
+        raise FileNotFoundError(f"{folder}: no shard ({', '.join(_ENDINGS[:3])}) in this folder; it holds {there}")
     try:
         return sources.pair_parts(folder, _cache())
     except ValueError as error:
@@ -175,7 +200,8 @@ def _images_of(pattern: str) -> list[Path]:
     "The same of one pattern"
     paths = []
     for path in _expand(pattern):
-        loose = path.is_dir() and not _holds_shards(path) and not _holds_pairs(path)
+        is_here = isinstance(path, Path)
+        loose = is_here and path.is_dir() and not _holds_shards(path) and not _holds_pairs(path)
         paths += sources.picture_parts(path, _cache()) if loose else _shards_of(str(path))
     return paths
 
@@ -204,7 +230,8 @@ def _sentences_of(pattern: str) -> list[Path]:
     "The same of one pattern"
     paths = []
     for path in _expand(pattern):
-        if path.name.endswith(_ENDINGS) or path.is_dir() and _holds_shards(path):
+        afar = isinstance(path, RemoteFile)
+        if afar or path.name.endswith(_ENDINGS) or path.is_dir() and _holds_shards(path):
             paths += _shards_of(str(path))
             continue
         for text in _text_files(path):
@@ -236,8 +263,8 @@ def _captions_file(parts: Sequence[Path]) -> Path:
 
 
 def source_folder(
-    shard: Path,  # as `find_shards` has it
-) -> Path:
+    shard: Path | RemoteFile,  # as `find_shards` has it
+) -> Path | RemoteFile:
     "Where the files beside a shard lie, such as classes.txt; of a part the folder of what it stands for"
     if not shard.name.endswith(_PARTS):
         return shard.parent

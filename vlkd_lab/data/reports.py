@@ -12,9 +12,9 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from vlkd_lab.data.archives import (
     _packing,
     _read_at,
     _some,
+    _stamp,
     content_digest,
     read_index,
     same_content,
@@ -38,11 +39,12 @@ from vlkd_lab.data.archives import (
 
 from .. import sources
 from ..project import write_text
+from ..remote import RemoteFile, asked, is_remote
 from ..sources import read_part
 from .places import find_shards
 
 # %% auto #0
-__all__ = ['DataReport', 'inspect_shards', 'shards_in_name', 'check_split']
+__all__ = ['DataReport', 'known_as', 'inspect_shards', 'shards_in_name', 'check_split']
 
 # %% ../../nbs/library/009_data_reports.ipynb #b799776d
 def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
@@ -54,9 +56,15 @@ def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"no index of a shard ({str(error).splitlines()[0]})"
         return ShardReport(path, name, 0, 0, "", problem, "index")
-    if not shard.exists():
+    if isinstance(shard, RemoteFile):
+        if shard.trouble:
+            return ShardReport(path, name, 0, 0, digest, f"its shard cannot be had: {shard.trouble}", "index")
+        glance = _glances_afar([shard], cache)[shard]
+    elif not shard.exists():
         return ShardReport(path, name, 0, 0, digest, f"its shard {shard} is gone", "index")
-    whole = _inspect(shard, name, _glance(shard, cache), cache)
+    else:
+        glance = _glance(shard, cache)
+    whole = _inspect(shard, name, glance, cache)
     problem = whole.problem
     if not problem and not same_content(whole, digest):
         problem = f"its shard {shard} was changed since the index was made"
@@ -99,16 +107,18 @@ def _inspect(path: Path, name: str, glance: tuple[Path | None, dict[str, Any]], 
     if remembered is None:
         return _inspect_part(path, name)
     if "count" not in facts:
-        if _cache_file(path) != remembered:  # the file was changed since
+        if isinstance(path, Path) and _cache_file(path) != remembered:  # the file was changed since
             remembered, facts = _glance(path, cache)
         facts = facts | _counted(path)
-        if cache:
+        if cache and (isinstance(path, Path) or not facts["problem"]):  # a server may be back the next time
             _remember(remembered, facts)
     return ShardReport(path=path, name=name, **facts)
 
 
-def _cache_file(path: Path) -> Path:
+def _cache_file(path: Path | RemoteFile) -> Path:
     "Where the facts of a shard are remembered: by its size and time of change, and those of its count"
+    if isinstance(path, RemoteFile):
+        return _cached_file(path.stamp, "json")
     stats = [file.stat() for file in (path, *_files_beside(path).values()) if file.exists()]
     return _cached_file((str(path.resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]), "json")
 
@@ -134,7 +144,7 @@ def _remember(file: Path, facts: dict[str, Any]) -> None:
 _BESIDE = {"stats": "_stats.json", "sizes": "sizes.json", "list": "index.json"}  # what may tell a count
 
 
-def _files_beside(path: Path) -> dict[str, Path]:
+def _files_beside(path: Path | RemoteFile) -> dict[str, Path | RemoteFile]:
     "Where img2dataset, WebDataset and its index of shards write how many samples a shard has"
     files = {kind: path.with_name(name) for kind, name in _BESIDE.items()}
     return files | {"stats": path.with_name(path.name.removesuffix(".tar") + _BESIDE["stats"])}
@@ -159,24 +169,72 @@ def _ends_empty(path: Path, size: int) -> bool:
         return not _read_at(file, size - length, length).strip(b"\0")
 
 
-def _told_count(kind: str, file: Path, name: str) -> int:
+def _told_count(kind: str, file: Path | RemoteFile, name: str) -> int:
     "What a file says of the shard of a name; 0 if nothing"
     try:
         if kind == "stats":
             return max(int(json.loads(file.read_text())["successes"]), 0)
-        stat = file.stat()
-        return _told_counts(kind, file, stat.st_size, stat.st_mtime_ns).get(name, 0)
+        return _told_counts(kind, file, *_stamp(file)[1:]).get(name, 0)
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return 0
 
 
 @lru_cache(maxsize=8)
-def _told_counts(kind: str, file: Path, size: int, changed: int) -> dict[str, int]:
+def _told_counts(kind: str, file: Path | RemoteFile, size: int, changed: int | str) -> dict[str, int]:
     "File name -> count, by a file about all shards of a folder; read once while it does not change"
     content = json.loads(file.read_text())
     if kind == "list":
         content = {Path(entry["url"]).name: entry["nsamples"] for entry in content["shardlist"]}
     return {name: max(int(count), 0) for name, count in content.items() if name.endswith(".tar")}
+
+# %% ../../nbs/library/009_data_reports.ipynb #r3m0te02
+def _glances_afar(files: Sequence[RemoteFile], cache: bool) -> dict[RemoteFile, tuple[Path, dict[str, Any]]]:
+    "What `_glance` returns, for files behind URLs, without reading them"
+    glances = {}
+    for file in files:
+        place = _cache_file(file)
+        glances[file] = place, _remembered(place) if cache and not file.trouble else {}
+    new = [file for file, (_, facts) in glances.items() if not facts]
+    told = _told_afar([file for file in new if not file.trouble and file.suffix == ".tar"])
+    for file in new:
+        digest = hashlib.sha256(f"{file.size} {file.version}".encode()).hexdigest()
+        packed = file.name.endswith((".gz", ".tgz"))
+        facts = {"bytes": file.size or 0, "digest": digest, "packed": packed} | told.get(file, {})
+        if file.trouble:
+            facts |= {"count": 0, "problem": file.trouble}
+        elif cache:
+            _remember(glances[file][0], facts)
+        glances[file] = glances[file][0], facts
+    return glances
+
+
+_REQUESTS = 32  # small files that are read at once
+
+
+def _told_afar(files: Sequence[RemoteFile]) -> dict[RemoteFile, dict[str, Any]]:
+    "The counts that files beside remote shards tell"
+    told = {}
+    for folder in {file.parent for file in files if not file.url.startswith("pipe:")}:
+        tables = asked([folder / _BESIDE[kind] for kind in ("sizes", "list")])
+        for kind, table in zip(("sizes", "list"), tables, strict=True):
+            for file in files:
+                if file.parent == folder and (count := _told_by(kind, table, file.name)):
+                    told.setdefault(file, {"count": count, "counted_by": kind})
+    missing = [file for file in files if file not in told and not file.url.startswith("pipe:")]
+    stats = asked([_files_beside(file)["stats"] for file in missing])
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        counts = list(pool.map(partial(_told_by, "stats", name=""), stats))
+    told |= {
+        file: {"count": count, "counted_by": "stats"}
+        for file, count in zip(missing, counts, strict=True)
+        if count
+    }
+    return told
+
+
+def _told_by(kind: str, table: RemoteFile, name: str) -> int:
+    "What a remote file says of the shard of a name; 0 if nothing"
+    return 0 if table.trouble else _told_count(kind, table, name)
 
 # %% ../../nbs/library/009_data_reports.ipynb #7e20ef86
 class DataReport:
@@ -261,6 +319,29 @@ def _left_out(shards: Sequence[ShardReport]) -> list[str]:
         lines.append(f"{counted}: what they hold that is not read was not looked for")
     return lines
 
+# %% ../../nbs/library/009_data_reports.ipynb #r3m0te03
+def known_as(
+    report: DataReport,
+    known: Mapping[str, Any] | None,  # `to_json` of an earlier report, as a config.json has it
+) -> DataReport:
+    "A report with the digests of an earlier one for shards that only moved to a server, from it, or to another"
+    earlier = {}
+    for about in (known or {}).get("shards", ()):
+        path = str(about["path"])
+        name = (RemoteFile(path) if is_remote(path) else Path(path)).name
+        earlier[name, about["bytes"], about["count"]] = about["digest"], path
+    if not earlier or known["fingerprint"] == report.fingerprint:
+        return report
+
+    def renamed(shard: ShardReport) -> ShardReport:
+        digest, path = earlier.get((shard.path.name, shard.bytes, shard.count), (shard.digest, str(shard.path)))
+        is_same = is_remote(path) and path != str(shard.path)  # nothing but name, size and count can tell
+        if isinstance(shard.path, RemoteFile) and not is_remote(path):
+            is_same = same_content(shard, digest)
+        return replace(shard, digest=digest) if is_same else shard
+
+    return DataReport([shard if shard.problem else renamed(shard) for shard in report.shards])
+
 # %% ../../nbs/library/009_data_reports.ipynb #fd830d1d
 def inspect_shards(
     shards: str | Path | list,  # what `find_shards` takes, or what it returned
@@ -270,8 +351,10 @@ def inspect_shards(
     "Check and fingerprint shards by 2 % of their bytes at most; damage is reported, not raised"
     paths = find_shards(shards)
     names = _distinct_names(paths)
-    bar = tqdm(paths, desc="inspecting shards", delay=2, disable=not progress)
-    glances = [_glance(path, cache) for path in bar]
+    glances = _glances_afar([path for path in paths if isinstance(path, RemoteFile)], cache)
+    for path in tqdm(paths, desc="inspecting shards", delay=2, disable=not progress):
+        glances[path] = glances.get(path) or _glance(path, cache)
+    glances = [glances[path] for path in paths]
     return DataReport(partial(_count_all, paths, names, glances, cache, progress))
 
 
@@ -290,6 +373,9 @@ def _count_all(
     inspect = partial(_inspect, cache=cache)
     uncounted = sum(file is not None and "count" not in facts for file, facts in glances)
     bar = partial(tqdm, desc="counting samples", total=len(paths), delay=2, disable=not progress)
+    if any(isinstance(path, RemoteFile) for path in paths):
+        with ThreadPoolExecutor(_READERS) as pool:
+            return tuple(bar(pool.map(inspect, paths, names, glances)))
     if uncounted <= _FEW or sys.platform != "linux":
         return tuple(bar(map(inspect, paths, names, glances)))
     processes = min(len(os.sched_getaffinity(0)), _READERS)
@@ -307,10 +393,9 @@ _ENDING = re.compile(r"\.(tar|tar\.gz|tgz|(kept|lines|files|pairs)\.json)$")
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
     "File names without endings and as many folders as tell them apart; with endings if nothing else does"
-    plain = [path.with_name(_ENDING.sub("", path.name)) for path in paths]
-    depths = max(len(path.parts) for path in plain)
-    for depth in range(1, depths + 1):
-        names = ["/".join(path.parts[-depth:]) for path in plain]
+    plain = [(*path.parts[:-1], _ENDING.sub("", path.name)) for path in paths]
+    for depth in range(1, max(map(len, plain)) + 1):
+        names = ["/".join(parts[-depth:]) for parts in plain]
         if len(set(names)) == len(names):
             return names
     return ["/".join(path.parts[-2:]) for path in paths]

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..features import Batch
+from ..remote import RemoteFile, Unreachable
 from ..sources import FIELDS
 from .archives import OpenShard, ShardReport, _some, open_shard
 from .decode import BadSample, NoSample, asked_questions, captions_of, decode_sample
-from .reports import DataReport, _as_report, _files_beside, check_split
+from .reports import DataReport, _as_report, _cache_file, _files_beside, check_split
 from .travel import pinned
 from .views import Crops, View, _cut, _shared_views, drawn_caption
 
@@ -160,7 +161,11 @@ class _SampleCache:
 
     def _file(self, index: int, number: int) -> _Item:
         "A sample as the shard's file has it, kept where the budget allows"
-        sample = self._opened(index)[number]
+        try:
+            sample = self._opened(index)[number]
+        except Unreachable as error:  # it may be back the next time
+            name = f"{self.shards[index].name}/sample {number + 1}"
+            return _Item(name, f"{index} {number + 1}", "", {}, str(error))
         key = sample["__key__"]
         fields = {name: value for name, value in sample.items() if name in FIELDS or name == _PROBLEM}
         name = f"{self.shards[index].name}/{key}"
@@ -200,6 +205,8 @@ def _close_unused(cache: _SampleCache, used: set[int]) -> None:
 
 def _recount(shard: ShardReport) -> str:
     "Why a count was wrong, and what to do about it"
+    if isinstance(shard.path, RemoteFile):
+        _cache_file(shard.path).unlink(missing_ok=True)
     beside = _files_beside(shard.path).get(shard.counted_by)
     if beside:
         return f"{beside} is wrong; delete it and start anew, then the shard itself is counted"

@@ -32,6 +32,7 @@ from ..losses import Objective
 from ..methods import name_of
 from ..models import VLM, TowerShape, evaluating, state_digest
 from ..project import write_text
+from ..remote import use_cache
 from ..runs import Run, RunWriter
 from ..samples import cached_shards
 from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
@@ -94,6 +95,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     "Where and in which precision to train"
     from accelerate.state import AcceleratorState
 
+    use_cache(options.cache_dir, options.cache_gb)  # before anything is fetched, in every process
     has_gpu = torch.cuda.is_available()
     if options.device == "cuda" and not has_gpu:
         raise ValueError(
@@ -132,6 +134,8 @@ FREE = (  # parameters that change no result
     "features",
     "compare_scratch",
     "report_to",
+    "cache_dir",
+    "cache_gb",
 )
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
@@ -542,12 +546,13 @@ def open_run(
     data.check_split(report, options.workers, world, options.batch_size // world)
     val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
+    before = Run(out_folder(options)).config()
     config = {
         "method": name_of(options),
         "parameters": asdict(options),
         "versions": _versions(),
-        "data": report.to_json(),
-        "validation": val_report.to_json(),
+        "data": data.known_as(report, before.get("data")).to_json(),
+        "validation": data.known_as(val_report, before.get("validation")).to_json(),
         **about,
     }
     if start is not None:

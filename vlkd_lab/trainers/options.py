@@ -171,6 +171,8 @@ class FitParameters(CurrentWords):
     )
     max_bad_share: float = parameter(0.05, "share of unusable samples above which the run fails", **share())
     shuffle: int = parameter(4096, "samples of a window within which the order is random", **at_least(1))
+    cache_dir: str = parameter("", "folder that keeps what is fetched from URLs; empty: the cache folder")
+    cache_gb: float = parameter(10.0, "10^9 bytes of it at most; 0 keeps nothing on disk", **at_least(0.0))
     validate_every: int = parameter(20, "steps between validations", **at_least(1))
     validate_pairs: int = parameter(500, "pairs among which validation retrieves", **at_least(2))
     checkpoint_seconds: float = parameter(

@@ -1,0 +1,127 @@
+"""What several test files share: a tiny model, tiny scenes, runs that are killed and go on."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlkd_lab import trainers
+from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
+from vlkd_lab.models import new_model, save_model, train_tokenizer
+from vlkd_lab.runs import Run
+from vlkd_lab.samples import write_shards
+
+TINY = dict(
+    embed_dim=16,
+    vision_cfg=dict(layers=2, width=32, head_width=8, patch_size=16, image_size=32),
+    text_cfg=dict(context_length=24, width=32, heads=4, layers=2),
+)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    "A folder with 3 × 40 training scenes and 48 validation scenes of 32 pixels"
+    folder = tmp_path_factory.mktemp("scenes")
+    write_shards(folder, 120, 0, split="train", per_shard=40, size=32)
+    write_shards(folder, 48, 0, split="val", per_shard=48, size=32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    "The folder of a tiny untrained teacher with a tokenizer of its own"
+    folder = tmp_path_factory.mktemp("teacher")
+    tokenizer = train_tokenizer(["a small red star left of a large blue house"] * 9, folder / "tokenizer", 300, 24)
+    config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(vocab_size=len(tokenizer.tokenizer), hf_tokenizer_name="tiny"))
+    return save_model(new_model(config, tokenizer=tokenizer, seed=3), folder / "teacher")
+
+
+TINY_BLIP = BlipShape(2, 32, 4, 2, 32, 4, 2, 2, image_neurons=64, text_neurons=64, image_size=32, patch_size=8, joint_width=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_blip(tmp_path_factory):
+    "The folder of a tiny untrained BLIP whose words are those of the scenes"
+    folder = tmp_path_factory.mktemp("blip")
+    said = ["a small red star left of a large blue house on the grass", "what colour is the star?", "how many shapes are there? two"]
+    return save_blip(new_blip(TINY_BLIP, train_wordpiece(said * 9, folder / "words", 120, 32), seed=3), folder / "blip")
+
+
+def tar(path, members):
+    "A tar of (name, content) members, compressed where its name says so"
+    with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Two test processes share two cores"
+    torch.set_num_threads(1)
+
+
+def lines_of(folder):
+    "A run's metrics without what a clock said"
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+
+
+@pytest.fixture
+def killed_in_its_fourth_step(monkeypatch):
+    "Train a job of six steps that dies in its fourth, and start it again; the steps that were begun"
+
+    def train_twice(open_job):  # () -> the job
+        step, taken = trainers.take_step, []
+
+        def dies(loop, batch):
+            taken.append(loop.step)
+            if len(taken) == 4:
+                raise KeyboardInterrupt
+            return step(loop, batch)
+
+        monkeypatch.setattr(trainers.loop, "take_step", dies)
+        job = open_job()
+        with pytest.raises(KeyboardInterrupt):
+            trainers.train(job)
+        assert job.run.status()["state"] == "stopped"
+        trainers.train(open_job())
+        return taken
+
+    return train_twice
+
+
+@pytest.fixture
+def ends_as_if_undisturbed(killed_in_its_fourth_step, tmp_path):
+    "Train a job of six steps to the end, and once more with a death in its fourth: metrics and weights are the same"
+
+    def check(open_job):  # run folder -> the job
+        whole, killed = str(tmp_path / "whole"), str(tmp_path / "killed")
+        trainers.train(open_job(whole))
+        assert killed_in_its_fourth_step(lambda: open_job(killed)) == [0, 1, 2, 3, 3, 4, 5]
+        assert lines_of(killed) == lines_of(whole) and same_weights(killed, whole)
+
+    return check
+
+
+def in_two_processes(method, given):
+    "Train six steps from the command line in two processes, and start the finished run once more; its run folder"
+    out = given["out"]
+    words = [f"{name}={value}" for name, value in (given | dict(processes=2)).items() if name != "out"]
+    forked.run("-m", "vlkd_lab.trainers", out, f"method={method}", *words, processes=2)
+    lines = lines_of(out)
+    assert [line["step"] for line in lines if "total" in line] == list(range(1, 7))
+    forked.run("-m", "vlkd_lab.trainers", out, processes=2)
+    assert lines_of(out) == lines and Run(out).config()["method"] == method
+    return Path(out)
+
+
+def same_weights(one, other):
+    "Whether two runs left the same student, bit for bit"
+    a, b = (load_file(next(Path(folder, "student/student").glob("*model.safetensors"))) for folder in (one, other))
+    return all(torch.equal(a[name], b[name]) for name in a)
