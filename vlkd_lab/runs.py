@@ -238,7 +238,7 @@ class RunWriter(Run):
                 f"{self.folder} is being written by another process (id {pid}): watch it with Run, or "
                 "choose another `out`"
             )
-        self.set_status(state="running", process=os.getpid(), error=None, traceback=None)
+        self.set_status(state="running", process=os.getpid(), error=None, traceback=None, lost=None)
         return self
 
     def __exit__(self, kind, error, trace) -> None:

@@ -134,7 +134,7 @@ def find_tasks(
             f"the teacher was made for {', '.join(able)}, and the JSON of data={options.data!r} has no "
             "`questions`"
         )
-    each = options.batch_size // max(options.processes, processes)
+    each = options.batch_size // trainers.all_processes(options, processes)
     if "matching" in tasks and each < 2:
         raise ValueError(f"batch_size={options.batch_size} is {each} a process: matching needs at least 2")
     return tasks

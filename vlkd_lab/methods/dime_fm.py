@@ -391,7 +391,7 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     weights = options.weights()
     accelerator = trainers.make_accelerator(options)
     options.check_stored()
-    world = max(options.processes, accelerator.num_processes)
+    world = trainers.all_processes(options, accelerator.num_processes)
     if options.sentence_batch % world:
         raise ValueError(
             f"sentence_batch={options.sentence_batch} cannot be split over {world} processes: "

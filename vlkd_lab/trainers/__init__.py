@@ -11,6 +11,7 @@ from vlkd_lab.trainers.jobs import (
     FREE,
     GROWS,
     LATER,
+    LONGEST_WAIT,
     SAME,
     Job,
     Reading,
@@ -46,12 +47,15 @@ from vlkd_lab.trainers.jobs import (
 from vlkd_lab.trainers.launch import (
     StillTraining,
     Training,
+    in_slurm,
     main,
     notebook_job,
     open_job,
+    others_to_start,
     read_settings,
     read_value,
     start,
+    torchrun,
     train,
 )
 
@@ -78,6 +82,7 @@ from vlkd_lab.trainers.options import (
     Distillation,
     FitParameters,
     above,
+    all_processes,
     at_least,
     check_parameters,
     current_word,
@@ -134,9 +139,38 @@ from ..methods import METHODS
 from ..project import former_names
 from .average import Average
 from .locks import check_locks, lock_towers
-from .loop import Diverged, agree, averaged, change, fit, take_step
+from .loop import Diverged, ProgressLine, agree, averaged, change, fit, take_step
 from .numbers import LateLine, LateNumbers, as_numbers
 from .teachers import Teachers, ask, projection, projections, teachers_digest
+
+# %% ../../nbs/library/072_trainers.ipynb #c0mpan10
+# isort: split
+from vlkd_lab.trainers.companions import (
+    BEAT_SECONDS,
+    FIRST_BEATS,
+    LEAVE_SECONDS,
+    SILENT_BEATS,
+    Alarm,
+    Companions,
+    ProcessLost,
+    Signs,
+    Silence,
+    end_of,
+    explained,
+    is_broken_link,
+    job_store,
+    note_lost,
+    watch_end,
+)
+from vlkd_lab.trainers.machines import (
+    FOLDER_SECONDS,
+    Process,
+    check_alike,
+    differing_inputs,
+    differing_mark,
+    marks,
+    this_process,
+)
 
 # %% ../../nbs/library/072_trainers.ipynb #3ae4117f
 _FORMER = {

@@ -15,13 +15,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from .. import __version__, data, runs
@@ -36,18 +37,20 @@ from ..runs import Run, RunWriter
 from ..samples import cached_shards
 from ..stores import FeatureStore, StoredTeacher, StoreKey, crop_sides, fill, store_key
 from ..trackers import named_trackers, reporting
+from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
-from .options import FORMER_WORDS, Distillation, FitParameters
+from .machines import check_alike
+from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
 from .running import check_compiler
 from .teachers import Teachers
 
 # %% auto #0
-__all__ = ['FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder', 'continuing',
-           'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store', 'open_stream', 'Reading',
-           'teacher_source', 'who_answers', 'teacher_views', 'Showing', 'trained_on', 'encode_captions',
-           'validation_features', 'validation_scores', 'of_part', 'Job', 'open_run', 'finish_fit', 'train_baseline',
-           'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
+__all__ = ['LONGEST_WAIT', 'FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder',
+           'continuing', 'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store',
+           'open_stream', 'Reading', 'teacher_source', 'who_answers', 'teacher_views', 'Showing', 'trained_on',
+           'encode_captions', 'validation_features', 'validation_scores', 'of_part', 'Job', 'open_run', 'finish_fit',
+           'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/070_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -86,6 +89,9 @@ def load_validation(
     return data.load_pairs(find_data(where, held_out=True), limit)
 
 # %% ../../nbs/library/070_trainers_jobs.ipynb #a3086914
+LONGEST_WAIT = timedelta(hours=2)  # of a process for the others, as while the first one validates
+
+
 def make_accelerator(options: FitParameters) -> Accelerator:
     "Where and in which precision to train"
     from accelerate.state import AcceleratorState
@@ -100,12 +106,14 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     if not torch.distributed.is_initialized():  # a notebook may change its mind about device and precision
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = options.precision.replace("fp32", "no")
-    accelerator = Accelerator(mixed_precision=precision, cpu=options.device == "cpu" or not has_gpu)
+    is_cpu = options.device == "cpu" or not has_gpu
+    patience = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    accelerator = Accelerator(mixed_precision=precision, cpu=is_cpu, kwargs_handlers=[patience])
     # accelerate would stay in single precision, unsaid
     if precision == "fp16" and accelerator.device.type == "cpu":
         accelerator.native_amp = True
         accelerator.scaler = torch.amp.GradScaler("cpu")
-    processes = max(options.processes, accelerator.num_processes)
+    processes = all_processes(options, accelerator.num_processes)
     if options.batch_size % processes:
         raise ValueError(
             f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
@@ -119,6 +127,7 @@ FREE = (  # parameters that change no result
     "workers",
     "device",
     "processes",
+    "nodes",
     "validate_every",
     "checkpoint_seconds",
     "keep_snapshots",
@@ -543,7 +552,7 @@ def open_run(
 ) -> Job:
     "Find and count the data, check it against the options, and write or compare config.json"
     report = report or data.inspect_shards(find_data(options.data))
-    world = max(options.processes, accelerator.num_processes)  # those that are still to be started count
+    world = all_processes(options, accelerator.num_processes)
     data.check_split(report, options.workers, world, options.batch_size // world)
     val_report = data.inspect_shards(find_data(options.val, held_out=True))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
@@ -562,8 +571,19 @@ def open_run(
     job = kind(options, run, model, report, val, accelerator, start=start)
     if accelerator.is_main_process:
         runs.begin(run, config | {"stages": job.roles}, **continuing(options, run), on_change=job.go_on)
-    accelerator.wait_for_everyone()
+    check_alike(accelerator, run.folder, _must_be_equal(config))
     return job
+
+
+def _must_be_equal(config: Mapping[str, Any]) -> dict[str, Any]:
+    "What all processes of a job must have been given, of what they would write into config.json"
+    equal = {f"versions.{name}": value for name, value in config["versions"].items()}
+    for name, value in config["parameters"].items():
+        if name not in FREE and name not in SAME:
+            equal[name] = value
+    for part in ("data", "validation"):
+        equal[f"{part}.fingerprint"] = config[part]["fingerprint"]
+    return equal | {"teacher_sha256": config.get("teacher_sha256")}
 
 
 def _versions() -> dict[str, str]:
@@ -667,7 +687,12 @@ def at_work(job: Job) -> Iterator[None]:
             if is_first and isinstance(error, Diverged):
                 job.run.warn(f"training diverged: {error}")
             traceback.clear_frames(error.__traceback__)
-            raise
+            reason = explained(error)
+            if is_first and isinstance(reason, ProcessLost):
+                job.run.set_status(lost=reason.lost)
+            if reason is error:
+                raise
+            raise reason from error
 
 
 def _announce(job: Job) -> None:
@@ -680,7 +705,7 @@ def _announce(job: Job) -> None:
         job.run.warn(str(warning))
     write_probe(job)
 
-
+# %% ../../nbs/library/070_trainers_jobs.ipynb #wr1tepr0
 @torch.no_grad()
 def write_probe(job: Job) -> None:
     "The fixed pairs of the views, once a run: captions, classes, thumbnails; a teacher's cosines"

@@ -9,6 +9,9 @@ import gc
 import json
 import os
 import re
+import shlex
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -17,17 +20,21 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
+from torch.distributed import is_torchelastic_launched
 
 from .. import runs
 from ..methods import DEFAULT_METHOD, METHODS, find_method
 from ..runs import Run, RunStopped, RunWriter, read_json
-from .jobs import Job, at_work
-from .options import check_parameters, is_interactive, notebook_values
+from .companions import Companions
+from .jobs import Job, at_work, may_print
+from .options import all_processes, check_parameters, is_interactive, notebook_values
 
 # %% auto #0
-__all__ = ['open_job', 'train', 'Training', 'StillTraining', 'start', 'main', 'read_settings', 'read_value', 'notebook_job']
+__all__ = ['open_job', 'train', 'torchrun', 'in_slurm', 'others_to_start', 'Training', 'StillTraining', 'start', 'main',
+           'read_settings', 'read_value', 'notebook_job']
 
 # %% ../../nbs/library/071_trainers_launch.ipynb #64490dc9
 def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
@@ -38,25 +45,21 @@ def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
 
 def train(job: Job) -> None:
     "All of a job's work; in this process, or by torchrun when the options ask for several"
-    if job.options.processes > 1 and job.accelerator.num_processes == 1:
-        return _launch(job.run.folder, job.options.processes)
+    is_alone = job.accelerator.num_processes == 1 and not is_torchelastic_launched()
+    if is_alone and all_processes(job.options) > 1:
+        return _launch(job)
     with at_work(job):
         job.work()
 
 # %% ../../nbs/library/071_trainers_launch.ipynb #b15eba5a
-def _launch(folder: Path, processes: int) -> None:
+def _launch(job: Job) -> None:
     "Continue a run folder's job in several processes under torchrun; an error says the end of their output"
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-    ]
-    threads = max((os.cpu_count() or 1) // processes, 1)
+    folder = job.run.folder
+    if may_print():
+        print(others_to_start(job), end="")
+    threads = max((os.cpu_count() or 1) // job.options.processes, 1)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    package = sys.modules[Job.__module__].__package__  # which is run as a program
-    command = [*torchrun, "-m", package, str(folder)]
+    command = torchrun(folder, job.options.nodes, job.options.processes)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if not done.returncode:
         return
@@ -69,8 +72,58 @@ def _launch(folder: Path, processes: int) -> None:
 
 def _first_error(run: Run, stderr: str) -> str:
     "What went wrong in the process that failed first, before torchrun's own summary"
+    status = run.status()
+    if status.get("lost"):
+        return status["error"]
     lines = re.findall(r"^(?:\[rank\d+\]:\s*)?([\w.]*(?:Error|Exception): .+)$", stderr, re.M)
-    return lines[0] if lines else run.status().get("error") or "no reason was given"
+    return lines[0] if lines else status.get("error") or "no reason was given"
+
+# %% ../../nbs/library/071_trainers_launch.ipynb #l4unch02
+def torchrun(
+    folder: Path,  # of the run
+    nodes: int,  # machines
+    processes: int,  # on each
+    node: int = 0,  # which of the machines the command is for
+    environment: Mapping[str, str] = os.environ,  # SLURM's, where it runs in an allocation
+) -> list[str]:
+    "The words of a command that trains a run folder's job; under SLURM one command is for all machines"
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    host = socket.gethostname()
+    port = 20_000 + crc32(folder.name.encode()) % 10_000  # the same for every machine
+    if nodes == 1:
+        command += ["--standalone"]
+    elif in_slurm(nodes, environment):
+        srun = ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1"]
+        command = [*srun, "--kill-on-bad-exit=1", *command, f"--nnodes={nodes}"]
+        meeting = [f"--rdzv-id={environment['SLURM_JOB_ID']}", f"--rdzv-endpoint={host}:{port}"]
+        command += ["--rdzv-backend=c10d", *meeting]
+    else:
+        command += [f"--nnodes={nodes}", f"--node-rank={node}", f"--master-addr={host}"]
+        command += [f"--master-port={port}"]
+    package = sys.modules[Job.__module__].__package__  # which is run as a program
+    return [*command, "-m", package, str(folder)]
+
+
+def in_slurm(nodes: int, environment: Mapping[str, str] = os.environ) -> bool:
+    "Whether this is the first machine of a SLURM allocation; ValueError if it has fewer machines than wanted"
+    if "SLURM_JOB_ID" not in environment or not shutil.which("srun", path=environment.get("PATH")):
+        return False
+    allocated = int(environment.get("SLURM_JOB_NUM_NODES", 1))
+    if allocated < nodes:
+        raise ValueError(f"nodes={nodes} is not valid here: the SLURM allocation has {allocated}")
+    return True
+
+
+def others_to_start(job: Job) -> str:  # empty, or lines
+    "What is to be typed on the other machines of a job that starts here"
+    options = job.options
+    if options.nodes == 1 or in_slurm(options.nodes):
+        return ""
+    lines = ["start on the other machines, one command on each:"]
+    for node in range(1, options.nodes):
+        words = torchrun(job.run.folder, options.nodes, options.processes, node)
+        lines.append("    " + shlex.join(["python", *words[1:]]))
+    return "\n".join([*lines, ""])
 
 # %% ../../nbs/library/071_trainers_launch.ipynb #36859967
 class Training:
@@ -160,6 +213,8 @@ def start(
     if not (is_interactive() if beside is None else beside):
         work(job)
         return training
+    if work is train:
+        print(others_to_start(job), end="")
     _TRAININGS[folder] = training
     training._thread.start()
     deadline = time.monotonic() + 10
@@ -177,10 +232,11 @@ def main(arguments: list[str]) -> None:  # of the command line: a run folder, an
     config = read_json(Path(folder) / "config.json", {})
     values = read_settings(changes)
     method = values.pop("method", config.get("method", DEFAULT_METHOD))
-    job = open_job(method, config.get("parameters", {}) | values | {"out": str(Path(folder).resolve())})
-    if job.accelerator.is_main_process:
-        print(job.about_data, flush=True)
-    train(job)
+    with Companions(folder):
+        job = open_job(method, config.get("parameters", {}) | values | {"out": str(Path(folder).resolve())})
+        if job.accelerator.is_main_process:
+            print(job.about_data, flush=True)
+        train(job)
 
 
 def _check_folder(folder: str) -> None:

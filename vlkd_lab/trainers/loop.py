@@ -33,7 +33,7 @@ from .running import running_as
 from .teachers import Teachers
 
 # %% auto #0
-__all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'Diverged']
+__all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'ProgressLine', 'Diverged']
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #093b5eb2
 def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features | Ensemble | None]:
@@ -350,7 +350,37 @@ def _pace(loop: Loop) -> dict[str, Any]:
     "How a progress bar moves; it is silent beside a notebook and on all processes but the first"
     is_beside = threading.current_thread() is not threading.main_thread()
     is_silent = is_beside or not loop.accelerator.is_main_process
-    return dict(mininterval=2 if sys.stderr.isatty() else 10, disable=is_silent)
+    pace = dict(mininterval=2 if sys.stderr.isatty() else 10, disable=is_silent)
+    if is_silent or not ProgressLine.in_notebook():
+        return pace
+    return pace | {"file": ProgressLine(), "delay": 10}
+
+# %% ../../nbs/library/068_trainers_loop.ipynb #pr0gres2
+class ProgressLine:
+    "A file for a progress bar in a notebook: each line replaces the one before, so that days take one line"
+
+    def __init__(self):
+        self._handle = None
+
+    @staticmethod
+    def in_notebook() -> bool:
+        "Whether a kernel runs this code, for a person or for papermill"
+        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+        return getattr(shell, "kernel", None) is not None
+
+    def write(self, text: str) -> None:
+        from IPython.display import display
+
+        line = {"text/plain": text.strip()}
+        if not line["text/plain"]:
+            return
+        if self._handle is None:
+            self._handle = display(line, raw=True, display_id=True)
+        else:
+            self._handle.update(line, raw=True)
+
+    def flush(self) -> None:
+        "Nothing waits"
 
 # %% ../../nbs/library/068_trainers_loop.ipynb #6811a91d
 class Diverged(ArithmeticError):

@@ -23,8 +23,8 @@ from ..trackers import named_trackers
 
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
-           'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'FitParameters',
-           'Distillation', 'read_teachers', 'read_loss_weights', 'seed_of']
+           'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'all_processes',
+           'FitParameters', 'Distillation', 'read_teachers', 'read_loss_weights', 'seed_of']
 
 # %% ../../nbs/library/063_trainers_options.ipynb #f0e4a102
 FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
@@ -192,7 +192,16 @@ class _CommonParameters(CurrentWords):
     unlocked_text_layers: int = parameter(
         0, "last layers of a locked text tower still trained", **at_least(0)
     )
-    processes: int = parameter(1, "training processes, one a GPU; torchrun starts more than 1", **at_least(1))
+    processes: int = parameter(1, "training processes a machine, one a GPU; by torchrun", **at_least(1))
+    nodes: int = parameter(1, "machines that train together, on one file system", **at_least(1))
+
+# %% ../../nbs/library/063_trainers_options.ipynb #a11proce
+def all_processes(
+    options: FitParameters,
+    running: int = 1,  # processes among which this one is already
+) -> int:
+    "How many processes train together: those that run, or those that one process will start"
+    return running if running > 1 else options.nodes * options.processes
 
 # %% ../../nbs/library/063_trainers_options.ipynb #op000001
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextvars
 import math
+import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -30,7 +32,8 @@ from .parts import LivePart, RunPart, may_fail, method_parts
 from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
-__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'Live', 'bench_parts', 'RunWidgets', 'RunView', 'StaticBench', 'attach']
+__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'REDRAW_SECONDS', 'REDRAW_SHARE', 'Live', 'bench_parts', 'RunWidgets',
+           'RunView', 'StaticBench', 'Pictures', 'attach']
 
 # %% ../../nbs/library/097_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
@@ -82,7 +85,6 @@ class Live(ABC):
 
         bundle = self.box._repr_mimebundle_() if self.live else self.static()._repr_mimebundle_()
         self._handle = display(bundle, raw=True, display_id=True)
-
     def leave_picture(self) -> None:
         "Put a picture beside the widget, for the saved notebook: it shows where the widget's kernel is gone"
         if self._handle is not None:
@@ -174,6 +176,7 @@ class RunView(Live):
         self._drawn = -math.inf  # when Plotly drew
         self._was_working = False
         self.watched.look()
+        self.pictures = Pictures(self)
         if self.live:
             self.widgets = RunWidgets(self.watched)
             self.box = self.widgets.box
@@ -209,8 +212,13 @@ class RunView(Live):
 
     def static(self) -> StaticBench:
         "The bench as a static figure"
-        self.watched.look()
-        return StaticBench(self.watched)
+        return self.pictures.newest()
+
+    def _ipython_display_(self) -> None:
+        super()._ipython_display_()
+        if not self.live and self.watched.status["state"] != "finished":
+            self.pictures.start()
+
 
 # %% ../../nbs/library/097_widgets_bench.ipynb #9f6c30a6
 def _tell_that_somebody_watches(view: RunView) -> None:
@@ -258,6 +266,62 @@ class StaticBench:
         if self.png is None:
             return {"text/plain": f"{self.text}; there is nothing to draw yet, `static()` draws it later"}
         return {"text/plain": self.text, "image/png": base64.b64encode(self.png).decode()}
+
+# %% ../../nbs/library/097_widgets_bench.ipynb #p1ctur02
+REDRAW_SECONDS = 30.0  # between two pictures
+REDRAW_SHARE = 0.05  # of the time, for drawing them
+
+
+class Pictures:
+    "Draws a static bench anew while its job is at work, from a thread beside the cell that trains"
+
+    def __init__(self, view: RunView):
+        self.view = view
+        self.drawing = threading.RLock()  # held while something is drawn
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        "Begin, unless it has begun"
+        if self._thread is None:
+            # in a context of its own a thread's messages belong to the cell that runs, not to the bench's
+            run = contextvars.Context().run
+            self._thread = threading.Thread(target=run, args=(self._go,), name="pictures", daemon=True)
+            self._thread.start()
+
+    def newest(self) -> StaticBench:
+        "The bench of this moment, not drawn while another is"
+        with self.drawing:
+            self.view.watched.look()
+            return StaticBench(self.view.watched)
+
+    def _go(self) -> None:
+        watched = Watched(self.view.watched.run)
+        began = None  # when the job was first seen at work
+        while True:
+            time.sleep(LOOK_SECONDS)
+            watched.status = watched.run.status()
+            if not is_working(watched):
+                if began is not None:
+                    return
+                continue
+            start = time.monotonic()
+            began = began or start
+            self.draw(watched)
+            now = time.monotonic()
+            time.sleep(max(min(REDRAW_SECONDS, (now - began) / 4), (now - start) / REDRAW_SHARE))
+
+    def draw(self, watched: Watched) -> None:
+        "Replace the picture by one of this moment"
+        with self.drawing, suppress(OSError):  # the folder is gone: there is nothing to draw
+            runs.watch(watched.run)  # so that the next picture has a new snapshot
+            watched.look()
+            if not is_working(watched):  # the end is drawn by whoever waited for it
+                return
+            bundle = StaticBench(watched)._repr_mimebundle_()
+            clock = time.strftime("%Y-%m-%d %H:%M:%S")
+            advice = "if it has died since, the same command goes on from its last checkpoint"
+            bundle["text/plain"] += f"\nas of {clock}, {watched.run.folder}; {advice}"
+            self.view._handle.update(bundle, raw=True)
 
 # %% ../../nbs/library/097_widgets_bench.ipynb #18bb762d
 _VIEWS: dict[Path, RunView] = {}
