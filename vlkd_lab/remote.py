@@ -129,7 +129,7 @@ def _refusal(url: str, error: Exception) -> str:
     text = _without_secrets(str(error), url)
     return f"{url}: {kind if text in ('', 'None') else f'{kind}: {text}'}"
 
-
+# %% ../nbs/library/001_remote.ipynb #rem0te9a
 _SLOW = {"sock_connect": 15, "sock_read": 60}  # seconds after which a web server counts as gone
 
 

@@ -51,7 +51,7 @@ _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # 
 _UNSOUND = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
 
 
-def _unpacked(path: Path | RemoteFile) -> tuple[BinaryIO, str]:  # the tar, for the caller to close; what went wrong
+def _unpacked(path: Path | RemoteFile) -> tuple[BinaryIO, str]:  # to be closed; what went wrong
     "A shard as a file that can be read at any place; of a plain one nothing but what is asked for is read"
     file = path.open("rb", buffering=0)
     unpack = _packing(file.read(6))

@@ -109,7 +109,7 @@ def _braces(pattern: str) -> list[str]:
     except UnbalancedBracesError as error:
         raise ValueError(f"{pattern}: the braces do not match") from error
 
-
+# %% ../../nbs/library/010_data_places.ipynb #pl4ces9a
 def _without(shards: list[Path], excluded: Sequence[str]) -> list[Path]:
     "The shards that no `!` pattern names, by name or by path"
     for pattern in excluded:

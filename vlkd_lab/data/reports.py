@@ -122,7 +122,7 @@ def _cache_file(path: Path | RemoteFile) -> Path:
     stats = [file.stat() for file in (path, *_files_beside(path).values()) if file.exists()]
     return _cached_file((str(path.resolve()), [(stat.st_size, stat.st_mtime_ns) for stat in stats]), "json")
 
-
+# %% ../../nbs/library/011_data_reports.ipynb #rep0rt9a
 def _remembered(file: Path) -> dict[str, Any]:
     "The facts of a shard from the cache; empty where there are none: a damaged file is no cache file"
     try:
