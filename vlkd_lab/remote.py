@@ -87,7 +87,7 @@ _TRIES = 6
 _WAIT = 0.5  # seconds before the second try, on average; twice as long before each one after it
 _REST = 30.0  # seconds for which a file that was tried in vain is not tried again
 _LOST: dict[str, tuple[float, str]] = {}  # URL -> when it was given up, and why
-_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
+_HOPELESS = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError)
 
 
 def _persistently(url: str, ask: Callable[[], Any]) -> Any:
@@ -112,7 +112,7 @@ def _persistently(url: str, ask: Callable[[], Any]) -> Any:
 
 
 def _is_final(error: Exception) -> bool:
-    "Whether an error will be the same the next time: a file that is not there, no right, a package that is missing"
+    "Whether an error will be the same the next time: no such file, no right to it, a package that is missing"
     status = getattr(error.__cause__ or error, "status", None)  # of a web server
     if isinstance(status, int):
         return 400 <= status < 500 and status not in (408, 425, 429)  # too late, too early, too often
@@ -309,11 +309,11 @@ def _described(file: RemoteFile, entry: Mapping[str, Any]) -> RemoteFile:
     is_folder = entry.get("type") == "directory" or file.url.partition("?")[0].endswith("/")
     return replace(file, size=entry.get("size"), version="".join(versions[:1]), folder=is_folder)
 
-
+# %% ../nbs/library/001_remote.ipynb #rem0te9b
 def remote_files(
     urls: Sequence[str],  # without braces; * and ? stand for any characters
 ) -> list[RemoteFile]:  # in the order named, those of a pattern by name
-    "The files and folders that URLs name, with what their servers say of them; what is missing has its trouble"
+    "The files and folders that URLs name, and what their servers say; what is missing has its trouble"
     files = []
     for url in urls:
         _check_secrets(url)
@@ -377,18 +377,17 @@ class _Disk:
         "Held by one process and thread at a time, of all that want the same place"
         if not self.limit:
             return nullcontext()
-        locks = self.folder / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return FileLock(locks / f"{zlib.crc32(str(path).encode()) % _LOCKS:02x}")
+        name = f"{zlib.crc32(str(path).encode()) % _LOCKS:02x}"
+        (self.folder / "locks").mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / "locks" / name)
 
     def used(self, path: Path) -> bool:
         "Whether something is kept there; then it is the newest now"
         now = time.time_ns()  # the clock of files is too coarse for what is used within a tick
-        try:
+        with suppress(OSError):
             os.utime(path, ns=(now, now))
-        except OSError:
-            return False
-        return True
+            return True
+        return False
 
     def grew(self, size: int) -> None:
         "Count what was written, and make room where it is too much"
@@ -415,12 +414,32 @@ class _Disk:
                 held -= size
         return held
 
-# %% ../nbs/library/001_remote.ipynb #rem0te24
+# %% ../nbs/library/001_remote.ipynb #rem0te9d
 BLOCK = 1 << 20  # bytes that are fetched and kept together
 
 
+class _Blocks(_Disk):
+    "The blocks among what is kept"
+
+    def _kept(self, path: Path, size: int) -> bytes | None:
+        "A block that is there and whole"
+        if not self.limit or not self.used(path):
+            return None
+        with suppress(OSError):
+            content = path.read_bytes()
+            return content if len(content) == size else None
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        "A disk that is full, or may not be written, is no error"
+        if self.limit >= len(content):
+            with suppress(OSError), atomic_write(path) as unfinished:
+                unfinished.write_bytes(content)
+                self.used(unfinished)
+                self.grew(len(content))
+
+# %% ../nbs/library/001_remote.ipynb #rem0te24
 @dataclass(frozen=True)
-class RemoteCache(_Disk):
+class RemoteCache(_Blocks):
     "Remote files on disk, by blocks"
 
     def block(self, file: RemoteFile, number: int) -> bytes:
@@ -458,22 +477,6 @@ class RemoteCache(_Disk):
         for number, block in enumerate(blocks):
             self._keep(self.place(file, f"{number:06d}"), block)
         return blocks
-
-    def _kept(self, path: Path, size: int) -> bytes | None:
-        "A block that is there and whole"
-        if not self.limit or not self.used(path):
-            return None
-        with suppress(OSError):
-            content = path.read_bytes()
-            return content if len(content) == size else None
-
-    def _keep(self, path: Path, content: bytes) -> None:
-        "A disk that is full, or may not be written, is no error"
-        if self.limit >= len(content):
-            with suppress(OSError), atomic_write(path) as unfinished:
-                unfinished.write_bytes(content)
-                self.used(unfinished)
-                self.grew(len(content))
 
 # %% ../nbs/library/001_remote.ipynb #rem0te25
 def _fetched(url: str, start: int, stop: int, size: int) -> bytes:
@@ -524,7 +527,7 @@ def _fetchers(process: int) -> ThreadPoolExecutor:
     "Threads of this process"
     return ThreadPoolExecutor(_AHEAD, thread_name_prefix="fetching ahead")
 
-
+# %% ../nbs/library/001_remote.ipynb #rem0te9c
 class _BlockFile(io.RawIOBase):
     "A remote file of known size, open for reading"
 

@@ -260,7 +260,7 @@ def _stamp(path: Path | RemoteFile) -> tuple:
     stat = path.stat()
     return str(path.resolve()), stat.st_size, stat.st_mtime_ns
 
-
+# %% ../../nbs/library/008_data_archives.ipynb #arch1v9a
 def _remembered_catalogue(path: Path | RemoteFile) -> tuple[tuple, _Catalogue | None]:  # None: none yet
     "The stamp and the catalogue of a shard, from memory or from the cache folder"
     stamp = _stamp(path)
@@ -366,7 +366,7 @@ class OpenShard(Protocol):
 
 
 def open_shard(
-    path: Path | RemoteFile,  # one shard, plain or compressed, or the index of one, or a part of something else
+    path: Path | RemoteFile,  # one shard, plain or compressed, or an index of one, or a part of other things
     only: Collection[str] = FIELDS,  # fields that are wanted: nothing else is read
 ) -> OpenShard:  # of "__key__", "__url__", bytes by field; or "__problem__": why it is no use
     "Undecoded samples of one shard by their number; of an index those that it keeps"
@@ -456,7 +456,7 @@ def same_content(
     "Whether a shard is still the one of a digest, which may be of a version that read more of it"
     if digest == shard.digest:
         return True
-    if isinstance(shard.path, RemoteFile) and digest == content_digest(shard.path):  # made where it lay on disk
+    if isinstance(shard.path, RemoteFile) and digest == content_digest(shard.path):  # of its days on disk
         return True
     return digest == _former_digest(shard.path)
 

@@ -157,7 +157,8 @@ def _in_folder(folder: Path | RemoteFile) -> list[Path | RemoteFile]:
         return shards
     if isinstance(folder, RemoteFile):
         there = _some([file.name for file in folder.iterdir()]) or "nothing"
-        raise FileNotFoundError(f"{folder}: no shard ({', '.join(_ENDINGS[:3])}) in this folder; it holds {there}")
+        nothing = f"no shard ({', '.join(_ENDINGS[:3])}) in this folder"
+        raise FileNotFoundError(f"{folder}: {nothing}; it holds {there}")
     try:
         return sources.pair_parts(folder, _cache())
     except ValueError as error:

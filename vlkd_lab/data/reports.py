@@ -324,7 +324,7 @@ def known_as(
     report: DataReport,
     known: Mapping[str, Any] | None,  # `to_json` of an earlier report, as a config.json has it
 ) -> DataReport:
-    "A report with the digests of an earlier one for shards that only moved to a server, from it, or to another"
+    "A report with the earlier digests of shards that only moved: to a server, from one, or to another"
     earlier = {}
     for about in (known or {}).get("shards", ()):
         path = str(about["path"])
@@ -334,7 +334,8 @@ def known_as(
         return report
 
     def renamed(shard: ShardReport) -> ShardReport:
-        digest, path = earlier.get((shard.path.name, shard.bytes, shard.count), (shard.digest, str(shard.path)))
+        itself = shard.digest, str(shard.path)
+        digest, path = earlier.get((shard.path.name, shard.bytes, shard.count), itself)
         is_same = is_remote(path) and path != str(shard.path)  # nothing but name, size and count can tell
         if isinstance(shard.path, RemoteFile) and not is_remote(path):
             is_same = same_content(shard, digest)
