@@ -1,16 +1,20 @@
-# make train · make test · make lab · make docs   (each makes the environment first) · make test-versions   (makes its own)
+# make train · make test · make lab · make docs   (each makes the environment first) · make test-gpu · make test-versions   (makes its own)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-versions faults browser lab docs readme export floors lint screenshots pictures clean
+.PHONY: train test test-gpu test-versions faults browser lab docs readme export floors lint screenshots pictures clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
 
 test: browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --no-loadscope-reorder
+
+# what is promised of GPUs, in at most ten minutes: a table, which results/benchmark_gpu shows; without a GPU the same checks, small
+test-gpu: $(READY)
+	$(BIN)/python tools/gpu.py nbs/results/benchmark_gpu.json
 
 # the tests in throw-away environments: the oldest and the newest torch that settings.ini admits, on two Pythons; hours, and 6 GB at a time
 # VERSIONS="3.12:2.11.0 3.10:newest" chooses some, TESTS="tests/test_losses.py" which tests

@@ -23,7 +23,7 @@ from warm_kernel import offer_forks, start_server
 from xdist.scheduler import LoadScopeScheduling
 
 IPYKERNEL6 = Path(__file__).parent.parent / ".cache" / "ipykernel6"  # `make test` puts it there, beside the newest in the environment
-SHARED = {"TINY", "TINY_BLIP", "tar", "lines_of", "same_weights", "in_two_processes"}
+SHARED = {"TINY", "TINY_BLIP", "tar", "lines_of", "same_weights", "in_two_processes", "tiny_job"}
 
 
 def pytest_configure(config):

@@ -125,3 +125,15 @@ def same_weights(one, other):
     "Whether two runs left the same student, bit for bit"
     a, b = (load_file(next(Path(folder, "student/student").glob("*model.safetensors"))) for folder in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def tiny_job(scenes, tiny_teacher, out, method, **changes):
+    "Parameters of a job of a method with two towers that takes a second"
+    data = f"{scenes}/train-{{000000..000002}}.tar"
+    job = dict(data=data, val=f"{scenes}/val-000000.tar", device="cpu", out=str(out))
+    job |= dict(steps=3, batch_size=8, warmup=1, validate_every=3, validate_pairs=16, probe_pairs=4)
+    if method != "Contrastive":
+        job |= dict(teacher=str(tiny_teacher), compare_scratch=False)
+    if method == "DimeFm":
+        job |= dict(sentences=data)
+    return job | changes

@@ -32,7 +32,7 @@ from vlkd_lab.trainers import check_parameters, read_value
 ROOT = Path(__file__).parent.parent
 PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}
 METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
-GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "add_a_loss", "add_a_method", "vocabulary"]
+GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "full_scale", "add_a_loss", "add_a_method", "vocabulary"]
 KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
 METHOD = {kind.__name__: kind for kind in KINDS.values()}
 
@@ -148,7 +148,7 @@ def test_parameters_named_in_the_prose_exist(name):
     known = {field for kind in KINDS.values() for field in kind.__dataclass_fields__}
     text = re.sub(r"```.*?```", "", prose(name), flags=re.S)
     said = re.findall(r"`([a-z]+(?:_[a-z]+)*)[ =]([\w.:,/ =-]+)`", text)
-    others = {"make", "jupyter", "tail", "torchrun", "papermill", "pip"}  # commands
+    others = {"make", "jupyter", "tail", "torchrun", "papermill", "pip", "python", "accelerate", "kill"}  # commands
     others |= {"scale", "needs_projection", "needs_teacher", "unpaired", "rng", "function", "run_folder"}  # arguments, fields of Term
     unknown = [f"{parameter} {value}" for parameter, value in said if parameter not in known | others | set(LOSSES)]
     assert not unknown, unknown

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -12,6 +14,7 @@ import papermill
 import pytest
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
+from nbformat.reader import NotJSONError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
@@ -238,3 +241,54 @@ def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path)
         assert page.count("data:image/") >= 1, "an exported page has its pictures"
     with pytest.raises(PapermillExecutionError, match="is no run folder"):
         execute("watch_run", tmp_path / "wrong.ipynb", run_folder=str(tmp_path / "nowhere"))
+
+
+def on_disk(path):
+    "The notebook as papermill has saved it last: (text of the bench's output, its picture, outputs of the cell that trains)"
+    notebook = nbformat.read(path, 4)
+    (bench,) = (cell for cell in notebook.cells if cell.source.startswith("bench = attach("))
+    (training,) = (cell for cell in notebook.cells if "training = start(job)" in cell.source)
+    data = bench.outputs[0].data if bench.get("outputs") else {}
+    return data.get("text/plain", ""), data.get("image/png"), training.get("outputs", [])
+
+
+def wait_for(find, papermill_process, seconds=300):
+    end = time.monotonic() + seconds
+    while not (value := find()):
+        assert time.monotonic() < end and papermill_process.poll() is None
+        time.sleep(0.2)
+    return value
+
+
+def test_a_long_job_leaves_a_notebook_that_is_readable_while_it_runs_and_after_it_died(given, tmp_path):
+    out = tmp_path / "out.ipynb"
+    parameters = given | dict(steps=100_000, stages=1, checkpoint_seconds=1.0)
+    words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
+    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "train_tinyclip.ipynb"), str(out), "--cwd", str(tmp_path)]
+    command += ["--autosave-cell-every", "1", "--no-progress-bar", *words]
+    with (tmp_path / "errors").open("w") as errors:
+        process = subprocess.Popen(command, stdout=errors, stderr=errors)
+    try:
+
+        def seen():
+            try:
+                text, picture, training = on_disk(out)
+            except (FileNotFoundError, NotJSONError):  # papermill writes it at this moment
+                return None
+            return picture and "step: " in text and training and (text, picture)
+
+        first = wait_for(seen, process)
+        later = wait_for(lambda: (now := seen()) and now[1] != first[1] and now, process)
+        steps = [int(re.search(r"step: (\d+)", text)[1]) for text, _ in (first, later)]
+        assert steps[0] < steps[1] and "time left" in later[0]
+        os.kill(Run(given["out"]).status()["process"], signal.SIGKILL)
+        assert process.wait(120) != 0
+    finally:
+        process.kill()
+        process.wait()
+    text, picture, training = on_disk(out)
+    assert picture and int(re.search(r"step: (\d+)", text)[1]) >= steps[1], "how far it came, and its newest picture"
+    assert "goes on from its last checkpoint" in text and given["out"] in text and "as of 20" in text
+    lines = [output for output in training if output.output_type == "display_data"]
+    assert len(lines) <= 2 and len(json.dumps(training)) < 20_000, "progress replaces itself"
+    assert out.stat().st_size < 600_000

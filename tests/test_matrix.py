@@ -265,7 +265,7 @@ def test_a_term_that_joins_in_mid_run_trains_what_it_reaches():
     assert not torch.equal(student.model.text_projection, before)
 
 
-def test_a_step_asks_the_device_once(parameters, monkeypatch):
+def test_a_step_asks_the_device_for_nothing(parameters, monkeypatch):
     job = open_job("TinyCLIP", parameters("TinyCLIP", steps=4, losses="affinity_mimicking=1, contrastive=1, feature_mimicking=1"))
     transfers, inside = [], []
     step = trainers.take_step
@@ -295,15 +295,14 @@ def test_a_step_asks_the_device_once(parameters, monkeypatch):
             patched.setattr(torch.Tensor, name, counting(name))
         with pytest.raises(ValueError, match="enough"):
             train(job)
-    assert transfers == [1, 1, 1, 1]
+    assert transfers == [0, 0, 0, 0], "what is asked for is read when the next step has been launched"
 
 
 def _only_the_step(job, stream, guard):
-    terms, *_ = trainers.loop.take_step(job, next(stream))
+    trainers.loop.take_step(job, next(stream))
     job.step += 1
     if job.step == job.phase.steps:
         raise ValueError("enough")
-    return terms
 
 
 def test_a_phase_lets_go_of_its_network_and_optimizer(parameters, monkeypatch):

@@ -69,7 +69,8 @@ def start_server(folder: Path, owner: str) -> None:
         if not (folder / "socket").exists():
             command = [sys.executable, __file__, "serve", str(folder), owner]
             with open(folder / "log", "w") as log:
-                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                own = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}  # whoever asks first may stand in another copy
+                process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=own)
             end = time.monotonic() + PATIENCE
             while not (folder / "socket").exists():
                 if process.poll() is not None or time.monotonic() > end:
