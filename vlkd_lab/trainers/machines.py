@@ -104,7 +104,7 @@ def check_alike(
     broadcast_object_list(of_first)
     first, expected = of_first[0]
     problems = differing_inputs(first, inputs)
-    if not problems and (path := differing_mark(folder, expected)):
+    if not problems and (path := differing_mark(folder, expected, FOLDER_SECONDS)):
         advice = "choose an `out` that all machines share"
         problems = [f"{folder / path} is not what the first process sees: {advice}"]
     for process, problem in filter(None, gather_object([(str(me), problems[0]) if problems else None])):
