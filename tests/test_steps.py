@@ -199,7 +199,6 @@ from vlkd_lab.runs import RunStopped
 
 pickled, sent, rates, order = [], [], [], []
 real = dist.broadcast
-dist.broadcast_object_list = dist.all_gather_object = dist.scatter_object_list = lambda *given, **settings: pickled.append(1)
 dist.broadcast = lambda tensor, *given, **settings: sent.append((len(rates), tensor.numel(), str(tensor.dtype))) or real(tensor, *given, **settings)
 step = trainers.take_step
 
@@ -226,7 +225,8 @@ def goes_on(seconds):
 
 trainers.loop.take_step = watched
 trainers.loop.time = SimpleNamespace(sleep=goes_on, monotonic=time.monotonic, perf_counter=time.perf_counter)
-job = trainers.open_job("Distil", json.loads(sys.argv[1]))
+job = trainers.open_job("Distil", json.loads(sys.argv[1]))  # before the first step the processes compare what they were given
+dist.broadcast_object_list = dist.all_gather_object = dist.scatter_object_list = lambda *given, **settings: pickled.append(1)
 ended = ""
 try:
     trainers.train(job)
