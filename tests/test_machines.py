@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import forked
@@ -278,19 +278,6 @@ trainers.main(sys.argv[1:])
     status = Run(run).status()
     assert status["state"] == "failed" and status["lost"][0]["cause"] == "error", errors[0][-3000:]
     assert "ZeroDivisionError: a fault of the second process alone" in status["error"] and status["lost"][0]["rank"] == 1
-
-
-@once_more
-def test_a_job_that_torchrun_may_restart_goes_on_by_itself(words, tmp_path):
-    for attempt in (1, 2):  # torchrun's new processes once met nobody and said nothing, in one of ten trials
-        run = str(tmp_path / f"run-{attempt}")
-        with started(run, [*ONE_HOST, "--max-restarts=1", "-m", "vlkd_lab.trainers", run, *words, *LONG]) as running:
-            os.kill(in_mid_training(run, running, 1), signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):
-                code = running[0].wait(PATIENCE / 3)
-                break
-    assert code == 0
-    assert [line["step"] for line in Run(run).metrics() if "total" in line] == list(range(1, 151))
 
 
 def blocks(language):
