@@ -280,6 +280,15 @@ trainers.main(sys.argv[1:])
     assert "ZeroDivisionError: a fault of the second process alone" in status["error"] and status["lost"][0]["rank"] == 1
 
 
+@once_more
+def test_a_job_that_torchrun_may_restart_goes_on_by_itself(words, tmp_path):
+    run = str(tmp_path / "run")
+    with started(run, [*ONE_HOST, "--max-restarts=1", "-m", "vlkd_lab.trainers", run, *words, *LONG]) as running:
+        os.kill(in_mid_training(run, running, 1), signal.SIGKILL)
+        assert running[0].wait(PATIENCE) == 0
+    assert [line["step"] for line in Run(run).metrics() if "total" in line] == list(range(1, 151))
+
+
 def blocks(language):
     "The fenced blocks of the guide in a language"
     page = json.loads((ROOT / "nbs" / "guides" / "full_scale.ipynb").read_text())

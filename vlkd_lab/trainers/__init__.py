@@ -169,6 +169,7 @@ from vlkd_lab.trainers.machines import (
     differing_inputs,
     differing_mark,
     marks,
+    meet_anew,
     this_process,
 )
 

@@ -40,7 +40,7 @@ from ..trackers import named_trackers, reporting
 from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
-from .machines import check_alike
+from .machines import check_alike, meet_anew
 from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
 from .running import check_compiler
 from .teachers import Teachers
@@ -107,6 +107,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = options.precision.replace("fp32", "no")
     is_cpu = options.device == "cpu" or not has_gpu
+    meet_anew(not is_cpu, LONGEST_WAIT)
     patience = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(mixed_precision=precision, cpu=is_cpu, kwargs_handlers=[patience])
     # accelerate would stay in single precision, unsaid

@@ -10,16 +10,19 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..runs import to_json
 
 # %% auto #0
-__all__ = ['FOLDER_SECONDS', 'Process', 'this_process', 'marks', 'differing_mark', 'differing_inputs', 'check_alike']
+__all__ = ['FOLDER_SECONDS', 'Process', 'this_process', 'meet_anew', 'marks', 'differing_mark', 'differing_inputs', 'check_alike']
 
 # %% ../../nbs/library/066_trainers_machines.ipynb #605938f1
 @dataclass(frozen=True)
@@ -50,6 +53,26 @@ def this_process(
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, count, local_rank, local_count = (int(environment.get(name, k % 2)) for k, name in enumerate(names))
     return Process(rank, count, local_rank, local_count)
+
+# %% ../../nbs/library/066_trainers_machines.ipynb #an3w0002
+def meet_anew(
+    on_gpu: bool,
+    patience: timedelta,  # with which the processes wait for each other later
+    environment: Mapping[str, str] = os.environ,  # as torchrun sets it
+) -> bool:  # whether there was need to
+    "Set up the group of processes that torchrun has started again, apart from what those before them left"
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_one_machine = environment.get("GROUP_WORLD_SIZE", "1") == "1"
+    if attempt == "0" or not is_one_machine or dist.is_initialized():
+        return False
+    me = this_process(environment)
+    address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.PrefixStore(f"vlkd_lab/attempt/{attempt}", dist.TCPStore(*address, is_master=False))
+    if on_gpu:
+        torch.cuda.set_device(me.local_rank)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.count, timeout=patience)
+    return True
 
 # %% ../../nbs/library/066_trainers_machines.ipynb #b3c2d9c0
 FOLDER_SECONDS = 60.0  # for which a machine may see the run folder as it was
