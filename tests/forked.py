@@ -1,7 +1,8 @@
 """Python processes that start in a second: forked from one that has imported the heavy libraries once.
 
 `start` is `python WORDS` and `run` waits for it, in several processes if wanted, with the environment that torchrun gives each.
-What torchrun itself does is left to the few tests that start it.
+What torchrun itself does is left to the few tests that start it. It too has its processes forked, since PYTHON_EXEC says so, and may be
+forked itself: `python` is an executable to start instead of `sys.executable`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,11 @@ class Process:
         """End it at once."""
         if self.is_alive():
             os.kill(self.pid, signal.SIGKILL)
+
+
+def python() -> str:
+    """An executable for `python WORDS` in a fork; it ends as the fork does, and hands SIGINT and SIGTERM on to it."""
+    return str(Path(json.loads(os.environ["WARM_PROCESSES"])[0], "python"))
 
 
 def start(*words: str, output: str = os.devnull, folder: str | None = None, **environment: str) -> Process:

@@ -41,7 +41,7 @@ def kernel_spec(folder: Path, owner: str, name: str = "warm", first: Path | None
 
     `first` is a folder that comes first on the kernel's path, for example one with another ipykernel.
     """
-    command = [sys.executable, "-I", "-S", __file__, "launch", str(folder), owner, "-f", "{connection_file}"]
+    command = [sys.executable, "-I", "-S", __file__, "kernel", str(folder), owner, "-f", "{connection_file}"]
     search = os.pathsep.join(filter(None, (first and str(first), os.environ.get("PYTHONPATH"))))
     spec = {"argv": command, "display_name": name, "language": "python", "env": {"PYTHONPATH": search} if first else {}}
     (folder / "kernels" / name).mkdir(parents=True)
@@ -59,6 +59,7 @@ def offer_forks(folder: Path, ipykernel6: Path | None = None, floors: bool = Fal
         kernel_spec(folder, owner, "warm6", ipykernel6)
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("JUPYTER_PATH"))))
     os.environ["WARM_PROCESSES"] = json.dumps([str(folder), owner])
+    os.environ["PYTHON_EXEC"] = str(write_python(folder, owner))  # what torchrun starts its processes with
     return owner
 
 
@@ -86,13 +87,28 @@ def connect(folder: Path, owner: str) -> socket.socket:
     return connection
 
 
-def launch(folder: Path, owner: str, arguments: list[str]) -> int:
-    """Have a kernel forked, hand signals on to it, and wait for its end."""
-    answers = ask(connect(folder, owner), "kernel", arguments, os.getcwd(), dict(os.environ), [0, 1, 2])
+def launch(folder: Path, owner: str, kind: str, arguments: list[str]) -> int:
+    """Have a kernel or a program forked, hand signals on to it, and wait for its end; what ends by a signal ends this process by it."""
+    answers = ask(connect(folder, owner), kind, arguments, os.getcwd(), dict(os.environ), [0, 1, 2])
     process = int(answers.readline())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os.kill(process, number))
-    return int(answers.readline() or 1)
+    status = int(answers.readline() or 1)
+    if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def write_python(folder: Path, owner: str) -> Path:
+    """Write an executable that takes the place of `python WORDS`: it has a program forked and ends as that does."""
+    file = folder / "python"
+    words = "words = [word for word in sys.argv[1:] if word != '-u']"
+    command = f"os.execv({sys.executable!r}, [{sys.executable!r}, '-I', '-S', {__file__!r}, 'program', {str(folder)!r}, {owner!r}, *words])"
+    file.write_text(f"#!{sys.executable} -IS\nimport os, sys\n\n{words}\n{command}\n")
+    file.chmod(0o755)
+    return file
 
 
 def ask(connection: socket.socket, kind: str, words: list[str], folder: str, environment: dict[str, str], files: list[int]) -> BinaryIO:
@@ -229,7 +245,9 @@ def become_kernel(words: list[str]) -> None:
 
 
 def become_program(words: list[str]) -> None:
-    """Go on as `python WORDS`, words like -m MODULE or FILE."""
+    """Go on as `python WORDS`, words like -m MODULE or FILE; where RANKS names a folder, a rank of a job leaves its process number there."""
+    if "RANKS" in os.environ and "RANK" in os.environ:
+        Path(os.environ["RANKS"], os.environ["RANK"]).write_text(str(os.getpid()))
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, os.getcwd())
@@ -243,4 +261,6 @@ def become_program(words: list[str]) -> None:
 
 if __name__ == "__main__":
     what, where, owner, *rest = sys.argv[1:]
-    sys.exit(launch(Path(where), owner, rest) if what == "launch" else serve(Path(where), int(owner.partition(",")[0]), "floors" in owner))
+    if what == "serve":
+        sys.exit(serve(Path(where), int(owner.partition(",")[0]), "floors" in owner))
+    sys.exit(launch(Path(where), owner, what, rest))

@@ -218,10 +218,10 @@ class Companions:
         self.ended.set()
         self.alarm.ring()
         self._thread.join(2 * LEAVE_SECONDS)
+        if isinstance(reason, ProcessLost):  # said before SIGTERM, which torchrun sends now, can end this
+            note_lost(self.folder, reason, self.me.rank == 0)
         self.alarm.close()
         _COMPANIONS.remove(self)
-        if isinstance(reason, ProcessLost):
-            note_lost(self.folder, reason, self.me.rank == 0)
         if reason is not error:
             raise reason from error
 
