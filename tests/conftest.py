@@ -30,6 +30,9 @@ def pytest_configure(config):
     "Forked programs, and kernels named warm and, with ipykernel 6, warm6, for all test processes, as long as this one lives"
     if not hasattr(config, "workerinput"):
         config.warm_kernel = Path(tempfile.mkdtemp(prefix="warm-kernel-"))
+        left = config.warm_kernel / "left"  # by programs that forget their temporary folders
+        left.mkdir()
+        os.environ["TMPDIR"] = str(left)
         owner = offer_forks(config.warm_kernel, IPYKERNEL6, floors=True)
         if config.getoption("dist", "no") != "no":  # most tests are to run, and some will ask: it imports while test processes do
             threading.Thread(target=start_server, args=[config.warm_kernel, owner], daemon=True).start()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import conftest
@@ -17,6 +18,18 @@ def test_a_file_goes_to_one_process(number, tmp_path_factory):
     if not note.exists():
         note.write_text(worker)
     assert note.read_text() == worker
+
+
+def test_a_test_that_passed_leaves_no_folder(tmp_path_factory):
+    "A test run that passes a test in this one's manner"
+    assert os.environ["TMPDIR"].startswith(tempfile.gettempdir()) and Path(os.environ["TMPDIR"]).parent.name.startswith("warm-kernel-")
+    place = tmp_path_factory.mktemp("inner")
+    (place / "test_inner.py").write_text("def test_a(tmp_path):\n    (tmp_path / 'large').write_text('x')\n\ndef test_b(tmp_path):\n    assert False\n")
+    settings = Path(__file__).parent.parent / "pyproject.toml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(settings), "--basetemp", str(place / "temporary")]
+    done = subprocess.run([*command, "--rootdir", str(place), str(place / "test_inner.py")], capture_output=True, text=True, cwd=place)
+    assert "1 failed, 1 passed" in done.stdout
+    assert [folder.name for folder in (place / "temporary").iterdir() if folder.is_dir() and not folder.is_symlink()] == ["test_b0"]
 
 
 def test_what_is_handed_out_first_and_last_is_there():
