@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .corpus import TEMPLATES
 from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thumbnail
-from .features import Features, distinct_captions, flat_captions, recall
+from .features import Features, Texts, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .models import VLM, count_cost, evaluating, measure_latency
@@ -99,8 +99,8 @@ def classifier(vlm: VLM, classes: Classes) -> Tensor:  # (C, D) unit rows
         prompts += [template.replace("{}", name) for template in classes.templates]
     parts = []
     for start in range(0, len(prompts), 256):
-        tokens = vlm.tokenizer(prompts[start : start + 256])
-        parts.append(vlm.encode_text(tokens.to(vlm.device)))
+        texts = Texts.of(vlm.tokenizer(prompts[start : start + 256]))
+        parts.append(vlm.encode_text(texts.to(vlm.device)))
     by_class = torch.cat(parts).float().view(len(classes.names), len(classes.templates), -1)
     return F.normalize(by_class.mean(dim=1), dim=1).cpu()
 

@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from .rank_rows import Ranks, all_ranks, join_rows
 
 # %% auto #0
 __all__ = ['Features', 'Ensemble', 'LayerOutputs', 'MomentumOutputs', 'FusedFeatures', 'partner_ranks', 'ranks_by_score',
-           'recall_of_ranks', 'flat_captions', 'distinct_captions', 'recall', 'Batch', 'gather']
+           'recall_of_ranks', 'flat_captions', 'distinct_captions', 'recall', 'Texts', 'Batch', 'gather']
 
 # %% ../nbs/library/005_features.ipynb #6e89e228
 @dataclass(frozen=True)
@@ -211,9 +212,43 @@ def recall(
     of_images = partner_ranks(text, features.image, right.T)
     return recall_of_ranks(of_texts, of_images, ks)
 
+# %% ../nbs/library/005_features.ipynb #texts002
+@dataclass(frozen=True, eq=False)
+class Texts:
+    "Token ids of B texts, and how far each reaches"
+
+    ids: Tensor  # (B, L) int64
+    ends: tuple[int, ...]  # of each text the places up to its largest id, CLIP's end token
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Texts:  # of (B, L) token ids in memory of the host
+        "Token ids as a tokenizer gives them"
+        rows = np.asarray(ids)
+        ends = rows.argmax(axis=1) + 1 if rows.shape[1] else np.zeros(len(rows), int)
+        return cls(ids, tuple(ends.tolist()))
+
+    def to(self, device: str | torch.device, non_blocking: bool = True) -> Texts:
+        "The same texts on a device; how far they reach stays with the host"
+        return Texts(self.ids.to(device, non_blocking=non_blocking), self.ends)
+
+    def pin_memory(self) -> Texts:
+        "The same texts in memory from which a GPU copies by itself"
+        return Texts(self.ids.pin_memory(), self.ends)
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        "Let the allocator know that the stream reads the ids"
+        self.ids.record_stream(stream)
+
+    def __getitem__(self, rows: slice) -> Texts:
+        "Neighbouring texts"
+        return Texts(self.ids[rows], self.ends[rows])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
 # %% ../nbs/library/005_features.ipynb #p1xe1s20
-class _Pictures:
-    "A column of a batch that is kept as it came, bytes or floats, and read as floats"
+class _Column:
+    "A column of a batch that is kept as it came, and read as a tensor"
 
     def __init__(self, default: Any = MISSING):
         self.default = default
@@ -223,7 +258,7 @@ class _Pictures:
 
     def __get__(self, batch: Batch | None, owner: type | None = None) -> Any:
         if batch is not None:
-            return as_floats(vars(batch)[self.name])
+            return _plain(vars(batch)[self.name])
         if self.default is MISSING:  # so a dataclass knows that the column must be given
             raise AttributeError(self.name)
         return self.default
@@ -231,15 +266,23 @@ class _Pictures:
     def __set__(self, batch: Batch, column: Any):
         vars(batch)[self.name] = column
 
+
+def _plain(column: Any) -> Any:
+    "Pictures as floats and texts as token ids, also inside tuples"
+    if isinstance(column, tuple):
+        return tuple(map(_plain, column))
+    return column.ids if isinstance(column, Texts) else as_floats(column)
+
 # %% ../nbs/library/005_features.ipynb #87bed9db
 @dataclass(frozen=True)
 class Batch:
     "B image-text pairs, or B images and M texts, as student and teacher want to see them"
 
-    image: Tensor = _Pictures()  # (B, 3, H, W) preprocessed for the student; may be given as Pixels
-    text: Tensor  # (B, L) token ids of the student's tokenizer; (M, L) where they belong to no image
-    teacher_image: Tensor | None = _Pictures(None)  # (B, 3, H', W'); None: the student's serves
-    teacher_text: Tensor | None = None  # (B, L'); None: the student's serves
+    image: Tensor = _Column()  # (B, 3, H, W) preprocessed for the student; may be given as Pixels
+    # (B, L) token ids of the student's tokenizer, (M, L) where they belong to no image; may be given as Texts
+    text: Tensor = _Column()
+    teacher_image: Tensor | None = _Column(None)  # (B, 3, H', W'); None: the student's serves
+    teacher_text: Tensor | None = _Column(None)  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
     captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
@@ -249,14 +292,19 @@ class Batch:
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
     # image and text of each further teacher
-    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Pictures(())
+    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Column(())
+
+    @property
+    def texts(self) -> Tensor | Texts:
+        "The token ids, with how far each text reaches where that is known"
+        return vars(self)["text"]
 
     def for_teacher(self, number: int = 0) -> Batch:
         "The same pairs as a teacher wants to see them: the first one, or a further one"
         kept = vars(self)
         image, text = ((kept["teacher_image"], kept["teacher_text"]), *kept["further"])[number]
         image = kept["image"] if image is None else image
-        text = self.text if text is None else text
+        text = self.texts if text is None else text
         return self.replace(image=image, text=text, teacher_image=None, teacher_text=None, further=())
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> Batch:
@@ -277,8 +325,8 @@ class Batch:
         return rows.replace(**_first_rows(self, count))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        "The same batch with every tensor changed; pictures are floats then"
-        return _each_column(self, lambda column: change(as_floats(column)))
+        "The same batch with every tensor changed; pictures are floats then, and texts token ids"
+        return _each_column(self, lambda column: change(_plain(column)))
 
     def replace(self, **columns) -> Batch:
         "The same batch with other columns"
@@ -291,10 +339,10 @@ class Batch:
 _COLUMNS = ("image", "text", "teacher_image", "teacher_text")
 
 
-def _each_column(batch: Batch, change: Callable[[Tensor | Pixels], Tensor | Pixels]) -> Batch:
+def _each_column(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     "The batch with every column of images and texts changed, as it is kept; None stays None"
 
-    def changed(column: Tensor | Pixels | None) -> Tensor | Pixels | None:
+    def changed(column: Any) -> Any:
         return None if column is None else change(column)
 
     kept = vars(batch)
@@ -313,7 +361,7 @@ def _first_rows(batch: Batch, count: int) -> dict[str, tuple]:
     return tuples
 
 
-def _record_stream(column: Tensor | Pixels, stream: torch.cuda.Stream) -> Tensor | Pixels:
+def _record_stream(column: Any, stream: torch.cuda.Stream) -> Any:
     "A column, of which the allocator knows that the stream reads it"
     (column.levels if isinstance(column, Pixels) else column).record_stream(stream)
     return column

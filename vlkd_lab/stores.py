@@ -161,13 +161,14 @@ def _encode_side(vlm: VLM, shard: ShardReport, side: str, batch_size: int) -> Sh
     rows = [torch.zeros(0, vlm.config["model_cfg"]["embed_dim"])]
     view = View(vlm.preprocess, None) if part == "image" else View(None, vlm.tokenizer)
     encode = getattr(vlm, f"encode_{part}")
+    column = {"image": "image", "text": "texts"}[part]
     try:
         every = part == "text"  # caption
         for batch in read_once(DataReport((shard,)), view, batch_size, crops=crops, every_caption=every):
             keys += [name.removeprefix(f"{shard.name}/") for name in batch.keys]
             labels += [-1 if label is None or abs(label) >> 62 else label for label in batch.labels]
             captioned += [bool(caption) for caption in batch.captions]
-            rows.append(encode(getattr(batch.to(vlm.device), part)).float().cpu())
+            rows.append(encode(getattr(batch.to(vlm.device), column)).float().cpu())
     except NoSample:
         pass  # a shard of bad samples has no rows
     features = torch.cat(rows)

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..features import Texts
 from ..pixels import Pixels, as_floats
 from .decode import shard_captions
 from .reports import DataReport, _as_report
@@ -198,17 +199,19 @@ class _CachedTokenizer:
     def __init__(self, tokenizer: Callable[[list[str]], Tensor], most: int = 50_000):
         self.tokenizer = tokenizer
         self.most = most  # captions that are remembered
-        self.ids = {}
+        self.rows = {}  # caption -> token ids, how far they reach
 
-    def __call__(self, captions: list[str]) -> Tensor:  # (B, L)
-        "Token ids of every caption"
-        new = list(dict.fromkeys(caption for caption in captions if caption not in self.ids))
-        if len(self.ids) + len(new) > self.most:
-            self.ids = {}
+    def __call__(self, captions: list[str]) -> Texts:
+        "Token ids of every caption, and how far it reaches"
+        new = list(dict.fromkeys(caption for caption in captions if caption not in self.rows))
+        if len(self.rows) + len(new) > self.most:
+            self.rows = {}
             new = list(dict.fromkeys(captions))
         if new:
-            self.ids.update(zip(new, self.tokenizer(new).clone(), strict=True))
-        return torch.stack([self.ids[caption] for caption in captions])
+            texts = Texts.of(self.tokenizer(new).clone())
+            self.rows.update(zip(new, zip(texts.ids, texts.ends, strict=True), strict=True))
+        ids, ends = zip(*(self.rows[caption] for caption in captions), strict=True)
+        return Texts(torch.stack(ids), ends)
 
 
 def _same_preprocess(a: FastPreprocess, b: FastPreprocess) -> bool:
@@ -231,7 +234,7 @@ class _SharedViews:
     def columns(
         self,
         images: list[Pixels | Tensor],  # one for each preprocess
-        texts: list[Tensor],  # one for each tokenizer
+        texts: list[Texts],  # one for each tokenizer
         size: int,  # B
     ) -> dict[str, Any]:  # of a Batch
         "Images and texts for everybody; a side that is not read has no columns"

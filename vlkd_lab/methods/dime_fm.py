@@ -614,7 +614,7 @@ def _nearest_sentences(teacher: VLM, sentences: data.DataReport, pairs: data.Pai
     rows = []
     for batch in data.read_once(sentences, replace(view, preprocess=None), 256, limit=PROBE_POOL):
         texts.extend(batch.captions)
-        rows.append(teacher.encode_text(batch.text.to(teacher.device)).float().cpu())
+        rows.append(teacher.encode_text(batch.to(teacher.device).texts).float().cpu())
     batch = next(pairs.batches(view, batch_size=len(pairs)))
     images = teacher.encode_image(batch.to(teacher.device).image).float().cpu()
     scores = (images @ torch.cat(rows).T).numpy()

@@ -30,6 +30,7 @@ from vlkd_lab.trainers import (
 )
 
 from .. import gates, models, runs, stages, trainers
+from ..features import Texts
 from ..gates import Gates, budget, sparsity
 from ..inheritance import Plan, inherit, plan_gates
 from ..losses import LOSSES, Objective
@@ -112,6 +113,7 @@ class Target:
 class GatedLearner(Learner):
     "A student with its gates, while they are learned"
 
+    takes_texts = True
     swaps_weights = True
     draws = True
     validates = False  # what is trained is no student yet
@@ -121,7 +123,9 @@ class GatedLearner(Learner):
         self.gates = gates
         self.target = target
 
-    def forward(self, image: Tensor, text: Tensor, draw: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor | Texts, draw: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         "Image features, text features, scale; with a draw, under the gates that belong to it"
         if draw is None:
             return super().forward(image, text)

@@ -14,6 +14,6 @@ from .kinds import ModelKind, Packing
 from .pictures import preprocessing
 from .students import at_size, check_student, new_model, send_pair
 from .towers import SlimAttention, resize_towers, text_part
-from .vlm import VLM, evaluating, load_model, save_model
+from .vlm import VLM, encode_texts, evaluating, load_model, save_model
 from .weights import state_digest
 from .words import train_tokenizer

@@ -14,12 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import published
-from ..features import Batch, Features
+from ..data.travel import send_pinned
+from ..features import Batch, Features, Texts
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
 from .towers import _build
@@ -27,7 +30,64 @@ from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
 from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
-__all__ = ['VLM', 'evaluating', 'save_model', 'load_model']
+__all__ = ['encode_texts', 'VLM', 'evaluating', 'save_model', 'load_model']
+
+# %% ../../nbs/library/025_models_vlm.ipynb #short002
+def _reads_to_its_end(model: nn.Module) -> bool:
+    "Whether a model's text tower reads from left to right, and takes what it says at the largest id"
+    tower = getattr(model, "text", model)
+    for part in (tower, getattr(tower, "transformer", None)):
+        if getattr(part, "_compiled_call_impl", None) is not None:
+            return False  # it would be compiled again for each length
+    pools = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    reads_all = getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False)
+    return pools == "argmax" and getattr(tower, "attn_mask", None) is not None and not reads_all
+
+
+def _encode_short(model: nn.Module, ids: Tensor) -> Tensor:  # (B, L) -> (B, D) unit rows
+    "Features of texts that reach no further than these places, which may be fewer than the tower has"
+    tower = getattr(model, "text", model)
+    places = ids.shape[1]
+    kind = tower.transformer.get_cast_dtype()
+    states = tower.token_embedding(ids).to(kind) + tower.positional_embedding[:places].to(kind)
+    states = tower.transformer(states, attn_mask=tower.attn_mask[:places, :places])
+    ends = torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)
+    rows = tower.ln_final(states[ends])
+    projection = tower.text_projection
+    if projection is not None:
+        rows = projection(rows) if isinstance(projection, nn.Module) else rows @ projection
+    return F.normalize(rows, dim=-1)
+
+# %% ../../nbs/library/025_models_vlm.ipynb #short003
+_MOST_PARTS = 4
+_FEWEST_ROWS = {"cpu": 32}  # of a part; elsewhere 256, since a small product does not fill a GPU
+_STEP = {"cpu": 1}  # places by which a part grows; elsewhere 8, as tensor cores like it
+
+
+def encode_texts(
+    model: nn.Module,  # as open_clip makes them, perhaps with slim towers
+    texts: Texts | Tensor,  # B texts; those that come as bare ids are computed whole
+) -> Tensor:  # (B, D) unit rows
+    "What `model.encode_text` says of texts, computed no further than they reach"
+    ids = texts.ids if isinstance(texts, Texts) else texts
+    is_bare = ids is texts or not len(ids)
+    if is_bare or torch.compiler.is_compiling() or not _reads_to_its_end(model):
+        return model.encode_text(ids, normalize=True)
+    kind = ids.device.type
+    count = min(_MOST_PARTS, max(1, len(ids) // _FEWEST_ROWS.get(kind, 256)))
+    ends = np.array(texts.ends)
+    order = ends.argsort(kind="stable")
+    plan = torch.from_numpy(np.stack([order, order.argsort()]))  # and back
+    sorted_rows, original_rows = send_pinned(plan, ids.device)
+    step = _STEP.get(kind, 8)
+    parts = []
+    start = 0
+    for rows in np.array_split(order, count):
+        stop = start + len(rows)
+        places = -(-int(ends[rows[-1]]) // step) * step  # of its longest text, rounded up
+        parts.append(_encode_short(model, ids[sorted_rows[start:stop], :places]))
+        start = stop
+    return torch.cat(parts)[original_rows]
 
 # %% ../../nbs/library/025_models_vlm.ipynb #90023bbb
 @dataclass(frozen=True)
@@ -44,13 +104,13 @@ class VLM:
 
     def encode(self, batch: Batch) -> Features:
         "Unit-norm features of a batch, with this model's own scale"
-        return Features(self.encode_image(batch.image), self.encode_text(batch.text), self.scale)
+        return Features(self.encode_image(batch.image), self.encode_text(batch.texts), self.scale)
 
     def encode_image(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D) unit rows
         return self.model.encode_image(image, normalize=True)
 
-    def encode_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
-        return self.model.encode_text(text, normalize=True)
+    def encode_text(self, text: Tensor | Texts) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
+        return encode_texts(self.model, text)
 
     def traced_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
         "The same by steps that depend on no number of the text, so that it can be traced"

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..features import Batch, Features, gather
+from ..features import Batch, Features, Texts, gather
 from ..rank_rows import Ranks, all_ranks
 
 # %% auto #0
@@ -29,10 +29,16 @@ def plain_backward(
     of_loss: Sequence[nn.Parameter] = (),  # what the loss itself trains, such as a projection
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, in one piece"
-    total = loss(gather(Features(*learner(batch.image, batch.text, draw)))) + penalty
+    text = _texts_for(accelerator.unwrap_model(learner), batch)
+    total = loss(gather(Features(*learner(batch.image, text, draw)))) + penalty
     accelerator.backward(total)
     average_gradients(of_loss)
     return total.detach()
+
+
+def _texts_for(learner: nn.Module, batch: Batch) -> Texts | Tensor:  # M texts
+    "A batch's texts with how far they reach, or their token ids where a learner takes no more"
+    return batch.texts if getattr(learner, "takes_texts", False) else batch.text
 
 # %% ../../nbs/library/068_trainers_backward.ipynb #rkavg002
 def average_gradients(
@@ -74,16 +80,17 @@ def cached_backward(
     of_loss: Sequence[nn.Parameter] = (),  # what the loss itself trains, such as a projection
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, with the memory of a micro-batch"
-    reads = accelerator.unwrap_model(learner).reads
-    images = len(batch.image) if "image" in reads else 0
-    texts = len(batch.text) if "text" in reads else 0
+    plain = accelerator.unwrap_model(learner)
+    words = _texts_for(plain, batch)
+    images = len(batch.image) if "image" in plain.reads else 0
+    texts = len(words) if "text" in plain.reads else 0
     rows = micro_batches(images, texts, micro_batch)
     parts = []
     states = []
     with torch.no_grad(), _statistics_kept(learner):
         for r, s in rows:
             states.append(_random_states(batch.image.device))
-            parts.append(Features(*learner(batch.image[r], batch.text[s], draw)))
+            parts.append(Features(*learner(batch.image[r], words[s], draw)))
     leaves = Features(
         torch.cat([part.image for part in parts]).requires_grad_(),
         torch.cat([part.text for part in parts]).requires_grad_(),
@@ -98,7 +105,7 @@ def cached_backward(
         is_last = k == len(rows) - 1
         _set_random_states(states[k], batch.image.device)  # dropout leaves out the same units again
         with nullcontext() if is_last else accelerator.no_sync(learner):
-            part = Features(*learner(batch.image[r], batch.text[s], draw))
+            part = Features(*learner(batch.image[r], words[s], draw))
             due = (part.image * image[r]).sum() + (part.text * text[s]).sum()
             if is_last:
                 due = due + part.scale * scale + penalty + sum(own)

@@ -26,7 +26,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from .. import __version__, data, runs
-from ..features import Batch, Features, flat_captions, recall
+from ..features import Batch, Features, Texts, flat_captions, recall
 from ..gates import TowerCost
 from ..losses import Objective
 from ..methods import name_of
@@ -414,8 +414,8 @@ def encode_captions(
     parts = []
     with evaluating(model.model):
         for start in range(0, len(captions), batch_size):
-            tokens = model.tokenizer(list(captions[start : start + batch_size]))
-            parts.append(model.encode_text(tokens.to(model.device)).float())
+            texts = Texts.of(model.tokenizer(list(captions[start : start + batch_size])))
+            parts.append(model.encode_text(texts.to(model.device)).float())
     return torch.cat(parts)
 
 

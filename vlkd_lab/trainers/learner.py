@@ -16,9 +16,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..features import Batch, Ensemble, Features, gather
+from ..features import Batch, Ensemble, Features, Texts, gather
 from ..losses import Objective, gradient_share, objective_parameters
-from ..models import VLM, evaluating
+from ..models import VLM, encode_texts, evaluating
 from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
 from .average import Average
@@ -61,6 +61,7 @@ class Hooks(nn.Module):
     "What a method may add to the training of a network: nothing, unless a learner says otherwise"
 
     reads = ("image", "text")  # the sides of a batch that it sees
+    takes_texts = False  # whether its forward pass takes Texts as well as token ids
     fused = False  # whether it reads images and texts together, as fused models do
     compares = True  # whether images and texts have one space
     swaps_weights = False  # whether its forward pass runs with other weights than the network's own
@@ -96,11 +97,21 @@ class Hooks(nn.Module):
 class Learner(Hooks):
     "A student of two towers that learns from pairs"
 
+    takes_texts = True
+
     def __init__(self, model: nn.Module):  # an open_clip model, changed by training
         super().__init__()
         self.model = model
 
-    def forward(self, image: Tensor, text: Tensor, draw: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def __init_subclass__(cls, **settings):
+        "A forward pass of one's own gets token ids, unless it says that it takes Texts"
+        super().__init_subclass__(**settings)
+        if "forward" in vars(cls):
+            cls.takes_texts = vars(cls).get("takes_texts", False)
+
+    def forward(
+        self, image: Tensor, text: Tensor | Texts, draw: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         "Image features, text features, scale; `draw` seeds what is random"
         return encode_sides(self.model, image, text)
 
@@ -134,11 +145,11 @@ class Learner(Hooks):
 def encode_sides(
     model: nn.Module,
     image: Tensor,  # (B, 3, H, W), or no rows
-    text: Tensor,  # (M, L), or no rows
+    text: Tensor | Texts,  # (M, L), or no rows
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) and (M, D) unit rows, () multiplier
     "Features of both sides in single precision, and the scale; a side without rows has none"
     images = model.encode_image(image, normalize=True).float() if len(image) else None
-    texts = model.encode_text(text, normalize=True).float() if len(text) else None
+    texts = encode_texts(model, text).float() if len(text) else None
     images = texts[:0] if images is None else images
     texts = images[:0] if texts is None else texts
     return images, texts, model.logit_scale.exp().float()
@@ -147,7 +158,7 @@ def encode_sides(
 def probe_features(learner: Learner, batch: Batch) -> Features:
     "Features of a batch as the student would give them if training ended now"
     with learner.final() as model:
-        return Features(*encode_sides(model, batch.image, batch.text))
+        return Features(*encode_sides(model, batch.image, batch.texts))
 
 # %% ../../nbs/library/074_trainers_learner.ipynb #f63d2efa
 def parameter_groups(
