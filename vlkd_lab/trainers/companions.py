@@ -173,6 +173,7 @@ def note_lost(
 
 # %% ../../nbs/library/067_trainers_companions.ipynb #bd678be0
 LEAVE_SECONDS = 5.0  # for the main thread to end by itself
+_LOOKS = 10  # in a beat, for companions that have given no sign so far
 _COMPANIONS: list[Companions] = []  # of this process: at most one
 
 
@@ -307,7 +308,7 @@ def _listen(companions: Companions) -> None:
         if time.monotonic() - asked_at > 1.5 * companions.beat_seconds:  # nobody is lost
             asked_at = math.inf
             _stop(companions)
-        ended, is_asked = companions.alarm.sleep(companions.beat_seconds)
+        ended, is_asked = _rest(companions, ears)
         for process, how in ended:
             ears.note_end(process, how)
         asked_at = min(asked_at, time.monotonic()) if is_asked else asked_at
@@ -357,7 +358,6 @@ class _Ears:
         if self.me.rank == 0:
             return list(range(1, self.me.count))
         return sorted({0, *self.me.neighbours})
-
     def beat(self) -> list[dict]:  # who is lost: rank, host, process, cause, reason
         "Give a sign, and hear what the others say"
         self._beats += 1
@@ -421,6 +421,33 @@ def _entry(rank: int, sign: Mapping[str, Any] | None, cause: str, reason: str) -
     "A line about a process that is lost, as status.json has it"
     process = sign["process"] if sign else {"host": "unknown", "id": "unknown"}
     return dict(rank=rank, host=process["host"], process=process["id"], cause=cause, reason=reason)
+
+# %% ../../nbs/library/067_trainers_companions.ipynb #meet0002
+def _rest(companions: Companions, ears: _Ears) -> tuple[list[tuple[Process, str]], bool]:
+    "Sleep for a beat as the alarm does, and meet those who have given no sign so far"
+    unknown = set(ears.ranks) - ears.last.keys() if companions.me.count > 1 else set()
+    looks = _LOOKS if unknown else 1
+    for _ in range(looks):
+        ended, is_asked = companions.alarm.sleep(companions.beat_seconds / looks)
+        if ended or is_asked or companions.ended.is_set() or companions.leaving.is_set():
+            break
+        unknown -= _meet(ears, unknown)
+    return ended, is_asked
+
+
+def _meet(ears: _Ears, unknown: set[int]) -> set[int]:  # those of them who have given a sign
+    "Hear some processes for the first time"
+    if not unknown or ears.signs is None:
+        return set()
+    try:
+        heard = ears.signs.heard(unknown)
+    except RuntimeError:  # the store does not answer; the next beat sees to that
+        return set()
+    ears.last.update(heard)
+    for rank, sign in heard.items():
+        if rank in ears.me.neighbours:
+            ears.companions.alarm.watch(Process(**sign["process"]))
+    return set(heard)
 
 # %% ../../nbs/library/067_trainers_companions.ipynb #93855e4a
 def _hold_signals() -> None:
