@@ -279,8 +279,7 @@ class Batch:
     "B image-text pairs, or B images and M texts, as student and teacher want to see them"
 
     image: Tensor = _Column()  # (B, 3, H, W) preprocessed for the student; may be given as Pixels
-    # (B, L) token ids of the student's tokenizer, (M, L) where they belong to no image; may be given as Texts
-    text: Tensor = _Column()
+    text: Tensor = _Column()  # (B, L) token ids, (M, L) where they belong to no image; may be given as Texts
     teacher_image: Tensor | None = _Column(None)  # (B, 3, H', W'); None: the student's serves
     teacher_text: Tensor | None = _Column(None)  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
@@ -291,13 +290,8 @@ class Batch:
     questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
-    # image and text of each further teacher
-    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Column(())
-
-    @property
-    def texts(self) -> Tensor | Texts:
-        "The token ids, with how far each text reaches where that is known"
-        return vars(self)["text"]
+    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Column(())  # columns of each further teacher
+    texts = property(lambda batch: vars(batch)["text"])  # ids with how far they reach, where that is known
 
     def for_teacher(self, number: int = 0) -> Batch:
         "The same pairs as a teacher wants to see them: the first one, or a further one"

@@ -123,9 +123,7 @@ class GatedLearner(Learner):
         self.gates = gates
         self.target = target
 
-    def forward(
-        self, image: Tensor, text: Tensor | Texts, draw: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor | Texts, draw: int | None = None) -> tuple[Tensor, ...]:
         "Image features, text features, scale; with a draw, under the gates that belong to it"
         if draw is None:
             return super().forward(image, text)

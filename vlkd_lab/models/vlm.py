@@ -60,7 +60,7 @@ def _encode_short(model: nn.Module, ids: Tensor) -> Tensor:  # (B, L) -> (B, D) 
 
 # %% ../../nbs/library/025_models_vlm.ipynb #short003
 _MOST_PARTS = 4
-_FEWEST_ROWS = {"cpu": 32}  # of a part; elsewhere 256, since a small product does not fill a GPU
+_FEWEST_ROWS = {"cpu": 32}  # of a part; elsewhere 64, since a small product does not fill a GPU
 _STEP = {"cpu": 1}  # places by which a part grows; elsewhere 8, as tensor cores like it
 
 
@@ -74,7 +74,7 @@ def encode_texts(
     if is_bare or torch.compiler.is_compiling() or not _reads_to_its_end(model):
         return model.encode_text(ids, normalize=True)
     kind = ids.device.type
-    count = min(_MOST_PARTS, max(1, len(ids) // _FEWEST_ROWS.get(kind, 256)))
+    count = min(_MOST_PARTS, max(1, len(ids) // _FEWEST_ROWS.get(kind, 64)))
     ends = np.array(texts.ends)
     order = ends.argsort(kind="stable")
     plan = torch.from_numpy(np.stack([order, order.argsort()]))  # and back

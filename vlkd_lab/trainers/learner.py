@@ -141,7 +141,7 @@ class Learner(Hooks):
         else:
             self.model.logit_scale.fill_(log_scale)
 
-
+# %% ../../nbs/library/074_trainers_learner.ipynb #encsides1
 def encode_sides(
     model: nn.Module,
     image: Tensor,  # (B, 3, H, W), or no rows
