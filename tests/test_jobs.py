@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import nbformat
 import papermill
 import pytest
@@ -264,8 +265,8 @@ def test_a_long_job_leaves_a_notebook_that_is_readable_while_it_runs_and_after_i
     out = tmp_path / "out.ipynb"
     parameters = given | dict(steps=100_000, stages=1, checkpoint_seconds=1.0)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs" / "train_tinyclip.ipynb"), str(out), "--cwd", str(tmp_path)]
-    command += ["--autosave-cell-every", "1", "--no-progress-bar", *words]
+    command = [forked.python(), "-m", "papermill", str(ROOT / "nbs" / "train_tinyclip.ipynb"), str(out), "--cwd", str(tmp_path)]
+    command += ["--kernel", "warm", "--autosave-cell-every", "1", "--no-progress-bar", *words]
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(command, stdout=errors, stderr=errors)
     try:

@@ -195,7 +195,7 @@ def in_mid_training(run, running, rank=None):
     return None if rank is None else int(Path(f"{run}.ranks", str(rank)).read_text())
 
 
-LONG = ["steps=150", "validate_every=50", "checkpoint_seconds=0.5"]
+LONG = ["steps=60", "validate_every=30", "checkpoint_seconds=0.5"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -213,7 +213,7 @@ def test_a_killed_process_ends_the_job_by_name_and_fewer_go_on(rank, words, tmp_
     assert f"rank {rank} on {lost['host']} (process {victim}): {lost['reason']}" in status["error"]
     assert lost["reason"] in ("killed by signal 9 (SIGKILL)", "ended without a word")  # its parent may have been faster
     forked.run("-m", "vlkd_lab.trainers", run, "processes=1")
-    assert [line["step"] for line in Run(run).metrics() if "total" in line] == list(range(1, 151))
+    assert [line["step"] for line in Run(run).metrics() if "total" in line] == list(range(1, 61))
     status = Run(run).status()
     assert status["state"] == "waiting" and status["lost"] is None and status["error"] is None
 
@@ -303,7 +303,7 @@ def test_a_job_that_torchrun_may_restart_goes_on_by_itself(words, tmp_path):
     with started(run, [*ONE_HOST, "--max-restarts=1", "-m", "vlkd_lab.trainers", run, *words, *LONG]) as running:
         os.kill(in_mid_training(run, running, 1), signal.SIGKILL)
         assert running[0].wait(PATIENCE) == 0
-    assert [line["step"] for line in Run(run).metrics() if "total" in line] == list(range(1, 151))
+    assert [line["step"] for line in Run(run).metrics() if "total" in line] == list(range(1, 61))
 
 
 def blocks(language):
