@@ -248,6 +248,8 @@ class Batch:
     questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
+    image_rows: Tensor | None = None  # (B, D) what teachers said of the pictures, where the shards hold it
+    text_rows: Tensor | None = None  # (B, D) of the captions
     # image and text of each further teacher
     further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Pictures(())
 
@@ -288,7 +290,7 @@ class Batch:
         return len(vars(self)["image"])
 
 # %% ../nbs/library/005_features.ipynb #p1xe1s21
-_COLUMNS = ("image", "text", "teacher_image", "teacher_text")
+_COLUMNS = ("image", "text", "teacher_image", "teacher_text", "image_rows", "text_rows")
 
 
 def _each_column(batch: Batch, change: Callable[[Tensor | Pixels], Tensor | Pixels]) -> Batch:

@@ -19,8 +19,10 @@ from vlkd_lab.data.archives import (
     write_index,
 )
 from vlkd_lab.data.decode import (
+    Augmentation,
     BadSample,
     NoSample,
+    Reinforcement,
     asked_questions,
     captions_of,
     clean_caption,
@@ -28,16 +30,29 @@ from vlkd_lab.data.decode import (
     decode_sample,
     escaped,
     label_sets,
+    reinforcement_of,
     shard_captions,
     visible,
 )
+from vlkd_lab.data.reports import (
+    DataReport,
+    ReinforcedShards,
+    check_split,
+    inspect_reinforcement,
+    inspect_shards,
+    known_as,
+    shards_in_name,
+)
 from vlkd_lab.data.views import (
+    OPERATIONS,
     Crops,
     FastPreprocess,
     Truncation,
     View,
+    augmented,
     crop_box,
     drawn_caption,
+    drawn_text,
     truncated_share,
 )
 
@@ -45,6 +60,5 @@ from ..project import cache_folder, project_root
 from ..samples import shipped
 from .pairs import Pairs, load_pairs, show_batch, thumbnail
 from .places import find_images, find_sentences, find_shards, source_folder
-from .reports import DataReport, check_split, inspect_shards, known_as, shards_in_name
 from .stream import BadSampleGuard, PairStream, SampleOrder, read_once
 from .travel import ahead, pinned, send_pinned

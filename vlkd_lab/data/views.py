@@ -5,6 +5,7 @@
 # %% ../../nbs/library/012_data_views.ipynb #ea58e5a4
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +18,15 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as F
 
 from ..pixels import Pixels, as_floats
-from .decode import shard_captions
+from .decode import Augmentation, BadSample, shard_captions
 from .reports import DataReport, _as_report
 
 # %% auto #0
-__all__ = ['View', 'FastPreprocess', 'crop_box', 'Crops', 'drawn_caption', 'Truncation', 'truncated_share']
+__all__ = ['OPERATIONS', 'View', 'FastPreprocess', 'crop_box', 'Crops', 'drawn_caption', 'augmented', 'drawn_text', 'Truncation',
+           'truncated_share']
 
 # %% ../../nbs/library/012_data_views.ipynb #1e11fb65
 @dataclass(frozen=True)
@@ -178,6 +181,71 @@ def drawn_caption(
     order = list(range(count))
     random.Random(f"captions {seed} {past_rounds} {place}").shuffle(order)
     return order[step]
+
+# %% ../../nbs/library/012_data_views.ipynb #re1nf0e2
+_SIDE = 224  # pixels of the pictures in which translations are counted
+
+
+def _sheared(image: Image.Image, across: float, down: float) -> Image.Image:
+    "A picture whose rows, or columns, are moved in proportion to their distance from the upper left"
+    angles = [math.degrees(math.atan(across)), math.degrees(math.atan(down))]
+    return F.affine(image, 0.0, [0, 0], 1.0, angles, center=[0, 0])
+
+
+def _moved(image: Image.Image, across: float, down: float) -> Image.Image:
+    "A picture moved by pixels of one of 224 pixels, in whole pixels of its own"
+    shift = [int(across * image.width / _SIDE), int(down * image.height / _SIDE)]
+    return F.affine(image, 0.0, shift, 1.0, [0.0, 0.0])
+
+
+# the steps of RandAugment by their numbers: name, what a magnitude does to a picture
+OPERATIONS: tuple[tuple[str, Callable[[Image.Image, float], Image.Image]], ...] = (
+    ("Identity", lambda image, magnitude: image),
+    ("ShearX", lambda image, magnitude: _sheared(image, magnitude, 0.0)),
+    ("ShearY", lambda image, magnitude: _sheared(image, 0.0, magnitude)),
+    ("TranslateX", lambda image, magnitude: _moved(image, magnitude, 0.0)),
+    ("TranslateY", lambda image, magnitude: _moved(image, 0.0, magnitude)),
+    ("Rotate", F.rotate),
+    ("Brightness", lambda image, magnitude: F.adjust_brightness(image, 1 + magnitude)),
+    ("Color", lambda image, magnitude: F.adjust_saturation(image, 1 + magnitude)),
+    ("Contrast", lambda image, magnitude: F.adjust_contrast(image, 1 + magnitude)),
+    ("Sharpness", lambda image, magnitude: F.adjust_sharpness(image, 1 + magnitude)),
+    ("Posterize", lambda image, magnitude: F.posterize(image, int(magnitude))),
+    ("Solarize", F.solarize),
+    ("AutoContrast", lambda image, magnitude: F.autocontrast(image)),
+    ("Equalize", lambda image, magnitude: F.equalize(image)),
+)
+
+
+def augmented(
+    image: Image.Image,  # RGB, as it lies in its file
+    augmentation: Augmentation,
+    size: tuple[int, int],  # width and height of the result; pixels
+) -> Image.Image:
+    "The picture that teachers were shown, at a model's size; `BadSample` for a step that cannot be"
+    top, left, height, width = augmentation.box
+    seen = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+    for number, magnitude in augmentation.operations:
+        name, change = OPERATIONS[number]
+        try:
+            seen = change(seen, magnitude)
+        except Exception as error:
+            raise BadSample(f"{name} of RandAugment cannot have the magnitude {magnitude:g}: {error}") from error
+    return seen
+
+# %% ../../nbs/library/012_data_views.ipynb #re1nf0e5
+def drawn_text(
+    given: int,  # captions that came with the picture
+    synthetic: int,  # captions that a model wrote
+    share: float,  # of the epochs that see a synthetic one, where there is one
+    place: str,  # of the sample in the data
+    epoch: int,
+    seed: int = 0,
+) -> int:  # below given + synthetic; the synthetic ones come last
+    "The number of the caption that an epoch sees"
+    if synthetic and random.Random(f"synthetic {seed} {epoch} {place}").random() < share:
+        return given + drawn_caption(synthetic, f"synthetic {place}", epoch, seed)
+    return drawn_caption(given, place, epoch, seed)
 
 # %% ../../nbs/library/012_data_views.ipynb #127122b9
 def _cut(
