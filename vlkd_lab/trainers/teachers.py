@@ -17,7 +17,43 @@ from ..stores import StoredTeacher
 from .options import Distillation, seed_of
 
 # %% auto #0
-__all__ = ['Teachers', 'ask', 'RowTeacher', 'row_teachers', 'projection', 'projections', 'teachers_digest']
+__all__ = ['RowTeacher', 'row_teachers', 'Teachers', 'ask', 'projection', 'projections', 'teachers_digest']
+
+# %% ../../nbs/library/070_trainers_teachers.ipynb #re1nf102
+class RowTeacher:
+    "Answers like a teacher, from its part of the rows that came with a batch"
+
+    def __init__(
+        self,
+        start: int,  # column at which its part begins
+        width: int,  # D of its part
+        scale: Tensor,  # () its multiplier
+    ):
+        self.columns = slice(start, start + width)
+        self.scale = scale
+
+    def encode(self, batch: Batch) -> Features:  # (B, D) unit rows each
+        "The teacher's features of a batch"
+        if batch.image_rows is None:
+            raise ValueError("the batch brings no teachers' rows along: its stream does not read them")
+        image = torch.nn.functional.normalize(batch.image_rows[:, self.columns].float(), dim=1)
+        text = torch.nn.functional.normalize(batch.text_rows[:, self.columns].float(), dim=1)
+        return Features(image, text, self.scale)
+
+
+def row_teachers(
+    widths: Sequence[int],  # of the parts of the rows
+    scales: Sequence[float],  # logit scale of each
+    weights: Sequence[float],  # of each; they add up to 1
+    device: str | torch.device = "cpu",
+) -> RowTeacher | Teachers:
+    "Who answers from the rows: one teacher, or a set"
+    members = []
+    start = 0
+    for width, scale in zip(widths, scales, strict=True):
+        members.append(RowTeacher(start, width, torch.tensor(scale, dtype=torch.float32, device=device)))
+        start += width
+    return members[0] if len(members) == 1 else Teachers(members, weights)
 
 # %% ../../nbs/library/070_trainers_teachers.ipynb #7ea0000f
 class Teachers:
@@ -59,42 +95,6 @@ def ask(
 def _single(features: Features) -> Features:
     "Detached, in single precision"
     return Features(features.image.float(), features.text.float(), features.scale.detach().float())
-
-# %% ../../nbs/library/070_trainers_teachers.ipynb #re1nf102
-class RowTeacher:
-    "Answers like a teacher, from its part of the rows that came with a batch"
-
-    def __init__(
-        self,
-        start: int,  # column at which its part begins
-        width: int,  # D of its part
-        scale: Tensor,  # () its multiplier
-    ):
-        self.columns = slice(start, start + width)
-        self.scale = scale
-
-    def encode(self, batch: Batch) -> Features:  # (B, D) unit rows each
-        "The teacher's features of a batch"
-        if batch.image_rows is None:
-            raise ValueError("the batch brings no teachers' rows along: its stream does not read them")
-        image = torch.nn.functional.normalize(batch.image_rows[:, self.columns].float(), dim=1)
-        text = torch.nn.functional.normalize(batch.text_rows[:, self.columns].float(), dim=1)
-        return Features(image, text, self.scale)
-
-
-def row_teachers(
-    widths: Sequence[int],  # of the parts of the rows
-    scales: Sequence[float],  # logit scale of each
-    weights: Sequence[float],  # of each; they add up to 1
-    device: str | torch.device = "cpu",
-) -> RowTeacher | Teachers:
-    "Who answers from the rows: one teacher, or a set"
-    members = []
-    start = 0
-    for width, scale in zip(widths, scales, strict=True):
-        members.append(RowTeacher(start, width, torch.tensor(scale, dtype=torch.float32, device=device)))
-        start += width
-    return members[0] if len(members) == 1 else Teachers(members, weights)
 
 # %% ../../nbs/library/070_trainers_teachers.ipynb #7ea00012
 def projection(
