@@ -327,9 +327,10 @@ def test_tinyclip_inherits_from_a_teacher_and_learns_from_rows(parameters, scene
     given |= dict(stages=1, steps=4, losses="affinity_mimicking=1, feature_mimicking=30")
     run = run_of(given, "TinyCLIP")
     assert {line["phase"] for line in run.metrics() if "total" in line} == {"gates", "distil"}
-    with pytest.raises(ValueError, match="leave teacher_widths empty"):
-        open_job("TinyCLIP", given | dict(teacher_widths="8,8", out=str(tmp_path / "other")))
-    set_of_two = given | dict(teacher=", ".join(two_widths), data=parameters()["data"], out=str(tmp_path / "two"))
+    of_both = given | dict(data=parameters()["data"], out=str(tmp_path / "two"))
+    with pytest.raises(ValueError, match="learns from it, whose width is 16; leave it empty"):
+        open_job("TinyCLIP", of_both | dict(teacher_widths="16,24"))
+    set_of_two = of_both | dict(teacher=", ".join(two_widths))
     assert len(totals(run_of(set_of_two, "TinyCLIP").folder)) == 4
 
 
@@ -343,8 +344,8 @@ def test_other_methods_refuse_by_name(method, parameters, tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(teacher_widths="24,16"), "parts of the widths 24, 16 have"),
-        (dict(teacher_widths=""), "parts of the widths 40 have 1.41"),
+        (dict(teacher_widths="24,16"), "parts as wide as 24, 16 have"),
+        (dict(teacher_widths=""), "parts as wide as 40 have 1.41"),
         (dict(teacher_widths="16"), "the shards' rows are 40 wide"),
         (dict(teacher_widths="768,x"), "numbers above 0"),
         (dict(teacher_scales="1,2,3"), "one for all, or one for each of 2"),
@@ -473,7 +474,7 @@ FAULTS = {  # reason -> what is done to a sample
     "augmentation 0 is no crop": paug([[[0, 0, 8.5, 8], None]] * 4),
     "augmentation 0 cuts nothing": paug([[[0, 0, 0, 8], None]] * 4),
     "augmentation 0 cuts up to 33": paug([[[0, 1, 32, 32], None]] * 4),
-    "augmentation 0 has steps": paug([[[0, 0, 8, 8], [[1, float("nan")], [0, 0.0]]]] * 4),
+    "augmentation 0 has steps that": paug([[[0, 0, 8, 8], [[1, float("nan")], [0, 0.0]]]] * 4),
     "Posterize of RandAugment cannot have": paug([[[0, 0, 8, 8], [[10, 1000.0], [0, 0.0]]]] * 4),
     "param_aug is no JSON": paug("[" * 100_000),
     "syn_text in syn.json is no list of texts": lambda fields: fields | {"syn.json": b'{"syn_text": ["one", 2]}'},

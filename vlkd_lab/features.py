@@ -248,10 +248,9 @@ class Batch:
     questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
-    image_rows: Tensor | None = None  # (B, D) what teachers said of the pictures, where the shards hold it
+    image_rows: Tensor | None = None  # (B, D) what teachers said of the pictures, where shards hold it
     text_rows: Tensor | None = None  # (B, D) of the captions
-    # image and text of each further teacher
-    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Pictures(())
+    further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Pictures(())  # of each further teacher
 
     def for_teacher(self, number: int = 0) -> Batch:
         "The same pairs as a teacher wants to see them: the first one, or a further one"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/016_data.ipynb #4a06535b
+# %% ../../nbs/library/016_data.ipynb #re1nf0h1
 from vlkd_lab.data.archives import (
     OpenShard,
     ShardReport,
@@ -18,6 +18,9 @@ from vlkd_lab.data.archives import (
     same_content,
     write_index,
 )
+
+# %% ../../nbs/library/016_data.ipynb #4a06535b
+# isort: split
 from vlkd_lab.data.decode import (
     Augmentation,
     BadSample,

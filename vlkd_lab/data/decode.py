@@ -359,7 +359,7 @@ def _json_content(fields: Mapping[str, bytes], name: str) -> dict:
 class Augmentation:
     "How a picture was changed before teachers looked at it"
 
-    box: tuple[int, int, int, int]  # top, left, height and width of the crop; pixels of the picture in its file
+    box: tuple[int, int, int, int]  # top, left, height and width of the crop; pixels of the picture's file
     operations: tuple[tuple[int, float], ...] = ()  # number of the step of RandAugment, and its magnitude
 
 
@@ -383,7 +383,7 @@ def _augmentation(entry: Any, number: int) -> Augmentation:
     if min(box[:2]) < 0 or min(box[2:]) < 1:
         raise BadSample(f"augmentation {number} cuts nothing: {box}")
     if not (isinstance(steps, list) and all(map(_is_step, steps))):
-        raise BadSample(f"augmentation {number} has steps that are no pairs of a number below 14 and a magnitude")
+        raise BadSample(f"augmentation {number} has steps that are no number below 14 with a magnitude")
     return Augmentation(tuple(box), tuple((step[0], float(step[1])) for step in steps))
 
 # %% ../../nbs/library/009_data_decode.ipynb #re1nf0b3
@@ -508,8 +508,8 @@ class Reinforcement:
             top, left, tall, wide = augmentation.box
             if top + tall > height or left + wide > width:
                 raise BadSample(
-                    f"augmentation {number} cuts up to {left + wide} × {top + tall} pixels, and the picture has "
-                    f"{width} × {height}: its crops are of the picture as it was downloaded, not resized"
+                    f"augmentation {number} cuts up to {left + wide} × {top + tall} pixels, and the picture "
+                    f"has {width} × {height}: its crops are of the picture as it was downloaded, not resized"
                 )
 
 

@@ -466,7 +466,7 @@ class ReinforcedShards:
         parts = [self.rows[:, start : start + width] for start, width in zip(starts, widths, strict=True)]
         return [float(np.linalg.norm(part, axis=1).mean()) for part in parts]
 
-
+# %% ../../nbs/library/011_data_reports.ipynb #re1nf0d4
 def inspect_reinforcement(
     report: DataReport,
     most: int = 8,  # samples that are looked at
@@ -486,17 +486,17 @@ def inspect_reinforcement(
         raise ValueError(_nothing_stored(shard, reasons))
     augmentations = max(len(sample.augmentations) for sample in samples)
     synthetic = max(sample.synthetic for sample in samples)
-    first = samples[0]
-    return ReinforcedShards(augmentations, synthetic, first.image.shape[1], np.asarray(first.image, np.float32))
+    rows = np.asarray(samples[0].image, np.float32)
+    return ReinforcedShards(augmentations, synthetic, rows.shape[1], rows)
 
 
 def _nothing_stored(shard: ShardReport, reasons: Mapping[str, str]) -> str:
     "Why a shard is not reinforced"
     if any(key.endswith((".url", ".paug")) for key in reasons):
         return (
-            f"{shard.name} holds addresses (KEY.url.txt) and no pictures: download the pictures at their full "
-            "size, for example by img2dataset with resize_mode=no, and write shards with KEY.jpg and KEY.txt "
-            "beside KEY.paug.json, KEY.syn.json and KEY.npz (or KEY.pth.gz)"
+            f"{shard.name} holds addresses (KEY.url.txt) and no pictures: download the pictures at their "
+            "full size, for example by img2dataset with resize_mode=no, and write shards with KEY.jpg and "
+            "KEY.txt beside KEY.paug.json, KEY.syn.json and KEY.npz (or KEY.pth.gz)"
         )
     examples = _some([f"{key}: {reason}" for key, reason in reasons.items()])
     return f"{shard.name} holds no teachers' rows that can be used: {examples}"

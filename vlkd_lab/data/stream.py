@@ -145,7 +145,7 @@ class _Item:
 # %% ../../nbs/library/014_data_stream.ipynb #2cd1e7c4
 _PROBLEM = "__problem__"  # of a raw sample: why it cannot be used
 
-
+# %% ../../nbs/library/014_data_stream.ipynb #re1nf0g1
 class _SampleCache:
     "Samples, read from file or from memory"
 
@@ -236,7 +236,7 @@ class _Seen:
     questions: tuple  # (question, answer, type) each
     rows: tuple[np.ndarray, np.ndarray] | None = None  # (D,) teachers' of the picture and of the caption
 
-
+# %% ../../nbs/library/014_data_stream.ipynb #re1nf0g2
 class _SampleDecoder:
     "Makes items into what student and teacher see"
 

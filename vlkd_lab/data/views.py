@@ -216,7 +216,7 @@ OPERATIONS: tuple[tuple[str, Callable[[Image.Image, float], Image.Image]], ...] 
     ("Equalize", lambda image, magnitude: F.equalize(image)),
 )
 
-
+# %% ../../nbs/library/012_data_views.ipynb #re1nf0e7
 def augmented(
     image: Image.Image,  # RGB, as it lies in its file
     augmentation: Augmentation,
@@ -230,7 +230,8 @@ def augmented(
         try:
             seen = change(seen, magnitude)
         except Exception as error:
-            raise BadSample(f"{name} of RandAugment cannot have the magnitude {magnitude:g}: {error}") from error
+            reason = f"{name} of RandAugment cannot have the magnitude {magnitude:g}: {error}"
+            raise BadSample(reason) from error
     return seen
 
 # %% ../../nbs/library/012_data_views.ipynb #re1nf0e5

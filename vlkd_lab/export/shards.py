@@ -178,7 +178,7 @@ def _joined(
         raise ValueError(f"the teachers' {side} features of {name} are not of the same samples")
     return _JoinedRows(np.concatenate([part.rows for part in parts], axis=1), _first_rows(parts[0].keys))
 
-
+# %% ../../nbs/library/091_export_shards.ipynb #re1nf13d
 def _whole_shape(teachers: Sequence[VLM]) -> tuple[int, int] | None:  # height, width; None: all of a picture
     "The shape of the middle of a picture that teachers see"
     shapes = set()
@@ -205,9 +205,14 @@ def _whole_box(width: int, height: int, shape: tuple[int, int] | None) -> tuple[
     return (height - tall) // 2, (width - wide) // 2, tall, wide
 
 
-def _crop_in_pixels(width: int, height: int, crop_scale: float, key: str, number: int) -> tuple[int, int, int, int]:
-    "Top, left, height and width of a numbered crop, in whole pixels"
-    left, top, right, bottom = Crops(crop_scale, always=number).box((width, height), key, "", 0, number)
+def _crop_in_pixels(
+    size: tuple[int, int],  # width, height
+    crop_scale: float,
+    key: str,  # of the sample
+    number: int,
+) -> tuple[int, int, int, int]:
+    "Top, left, height and width of a numbered crop of a picture, in whole pixels"
+    left, top, right, bottom = Crops(crop_scale, always=number).box(size, key, "", 0, number)
     top, left = round(top), round(left)
     return top, left, max(round(bottom) - top, 1), max(round(right) - left, 1)
 
@@ -257,7 +262,7 @@ class _Reinforcing:
     def _box(self, image: Image.Image, key: str, number: int) -> tuple[int, int, int, int]:
         if not self.augmentations:
             return _whole_box(*image.size, self.shape)
-        return _crop_in_pixels(*image.size, self.crop_scale, key, number)
+        return _crop_in_pixels(image.size, self.crop_scale, key, number)
 
 
 def _plain_picture(fields: Mapping[str, bytes], image: Image.Image) -> tuple[str, bytes]:  # ending, content
@@ -291,8 +296,9 @@ def reinforce(
     shape = None if augmentations else _whole_shape(teachers)
     reinforcing = _Reinforcing(stores, shape, crop_scale, augmentations)
     _write_about_rows(Path(out), teachers, stores, crop_scale, augmentations)
+    sides = (*reinforcing.sides, "text")
     for store, teacher in zip(stores, teachers, strict=True):
-        fill(store, teacher, (*reinforcing.sides, "text"), rank=rank, world_size=world_size, progress=progress)
+        fill(store, teacher, sides, rank=rank, world_size=world_size, progress=progress)
     counts = dict(written=0, left_out=0, there=0)
     in_order = sorted(report.usable, key=lambda shard: shard.name)[rank::world_size]
     for shard in tqdm(in_order, desc="reinforced shards", disable=not progress):
@@ -319,17 +325,17 @@ def _stores(report: DataReport, teachers: Sequence[VLM], features: str) -> list[
 def _write_reinforced(path: Path, samples: Iterator[dict[str, bytes] | None]) -> tuple[int, int]:
     "One shard, whole or not at all; how many samples were written and left out"
     written = 0
-    left_out = 0
+    skipped = 0
     with atomic_write(path) as unfinished, tarfile.open(unfinished, "w") as tar:
         for sample in samples:
             if sample is None:
-                left_out += 1
+                skipped += 1
                 continue
             key = sample.pop("__key__")
             for name, content in sample.items():
                 _add(tar, f"{key}.{name}", content)
             written += 1
-    return written, left_out
+    return written, skipped
 
 
 def _write_about_rows(

@@ -431,16 +431,17 @@ def _check_start(options: FitParameters, start: VLM | None) -> None:
             "is the model that it starts as; leave student empty"
         )
 
-
+# %% ../../nbs/library/107_methods_tinyclip.ipynb #re1nf151
 def _about_rows(options: TinyCLIP, report: data.DataReport, teachers: Sequence[VLM]) -> dict[str, Any]:
     "What config.json says of rows in the shards; they must be of the teachers that students inherit from"
+    about = trainers.inspect_rows(options, report, teachers)
     widths = [models.model_config(teacher.config["model_cfg"])["embed_dim"] for teacher in teachers]
-    if list(options.row_widths(widths)) != widths:
+    if about["reinforced"]["teacher_widths"] != widths:
         raise ValueError(
-            f"teacher_widths={options.teacher_widths!r} is not valid here: a TinyCLIP student is a part of its "
-            f"teacher and learns from it, whose width is {', '.join(map(str, widths))}; leave teacher_widths empty"
+            f"teacher_widths={options.teacher_widths!r} is not valid here: a TinyCLIP student is a part of "
+            f"its teacher and learns from it, whose width is {', '.join(map(str, widths))}; leave it empty"
         )
-    return trainers.inspect_rows(options, report, teachers)
+    return about
 
 # %% ../../nbs/library/107_methods_tinyclip.ipynb #43780d7b
 def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:

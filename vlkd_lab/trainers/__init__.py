@@ -46,6 +46,12 @@ from vlkd_lab.trainers.jobs import (
     who_answers,
     write_probe,
 )
+
+# %% auto #0
+__all__ = []
+
+# %% ../../nbs/library/079_trainers.ipynb #re1nf152
+# isort: split
 from vlkd_lab.trainers.launch import (
     StillTraining,
     Training,
@@ -60,9 +66,6 @@ from vlkd_lab.trainers.launch import (
     torchrun,
     train,
 )
-
-# %% auto #0
-__all__ = []
 
 # %% ../../nbs/library/079_trainers.ipynb #6bddc9d7
 # isort: split

@@ -41,7 +41,7 @@ from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike, meet_anew
-from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
+from .options import FORMER_WORDS, Distillation, FitParameters, all_processes, read_numbers
 from .running import check_compiler
 from .teachers import RowTeacher, Teachers, row_teachers
 
@@ -303,11 +303,8 @@ class Reading:
     def stream(self) -> data.PairStream:
         "The training pairs; kept, so that what is decoded once serves every stage"
         job = self.job
-        settings: dict[str, Any] = {}
-        if job.in_shards:
-            share = job.options.synthetic_share
-            settings = dict(row_width=sum(job.rows["teacher_widths"]), synthetic_share=share)
-        elif not job.is_stored:
+        settings = _row_settings(job) if job.in_shards else {}
+        if not job.is_stored and not job.in_shards:
             settings = dict(teacher=job.teacher_view)
         return open_stream(job, job.report, job.view, job.options.batch_size, **settings)
 
@@ -319,16 +316,6 @@ class Reading:
     def is_stored(self) -> bool:
         "Whether the teacher is read from its store in training"
         return getattr(self.job.options, "teacher_features", "") == "stored"
-
-    @property
-    def in_shards(self) -> bool:
-        "Whether what teachers said comes with the training pairs"
-        return getattr(self.job.options, "teacher_features", "") == "shards"
-
-    @property
-    def rows(self) -> Mapping[str, Any]:
-        "What the shards hold of it, as config.json has it"
-        return self.job.run.config()["reinforced"]
 
     @property
     def stored_sides(self) -> tuple[str, ...]:
@@ -381,6 +368,16 @@ def teacher_views(
     return None if like is only or like.same_view(only) else views[0]
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #re1nf111
+def _in_shards(job: Job) -> bool:
+    "Whether what teachers said comes with the training pairs"
+    return getattr(job.options, "teacher_features", "") == "shards"
+
+
+def _rows(job: Job) -> Mapping[str, Any]:
+    "What the shards hold of it, as config.json has it"
+    return job.run.config()["reinforced"]
+
+
 def _row_parts(job: Job) -> dict[str, Any]:  # of `row_teachers`
     "Widths, scales and weights of the parts of the rows; a named set has its weights, any other equal ones"
     widths = job.rows["teacher_widths"]
@@ -390,6 +387,11 @@ def _row_parts(job: Job) -> dict[str, Any]:  # of `row_teachers`
     return dict(widths=widths, scales=job.rows["teacher_scales"], weights=shares)
 
 
+def _row_settings(job: Job) -> dict[str, Any]:  # of `PairStream`
+    "How the stream reads rows and draws captions"
+    return dict(row_width=sum(job.rows["teacher_widths"]), synthetic_share=job.options.synthetic_share)
+
+# %% ../../nbs/library/077_trainers_jobs.ipynb #re1nf115
 def inspect_rows(
     options: Distillation,
     report: data.DataReport,  # of the training shards
@@ -397,24 +399,34 @@ def inspect_rows(
 ) -> dict[str, Any]:  # for config.json: the entry "reinforced"
     "What the training shards hold of what teachers said; ValueError where it is not what the options say"
     stored = data.inspect_reinforcement(report)
-    widths = options.row_widths([model_config(one.config["model_cfg"])["embed_dim"] for one in teachers])
+    widths = tuple(int(width) for width in read_numbers(options.teacher_widths))
+    widths = widths or tuple(model_config(one.config["model_cfg"])["embed_dim"] for one in teachers)
     widths = widths or (stored.width,)
-    named = f"widths {', '.join(map(str, widths))}"
+    wrong = f"teacher_widths={options.teacher_widths!r} is not valid here"
+    named = ", ".join(map(str, widths))
+    advice = "say how wide the part of each teacher is, such as 768,768"
     if sum(widths) != stored.width:
-        raise ValueError(
-            f"teacher_widths={options.teacher_widths!r} is not valid here: the shards' rows are {stored.width} "
-            f"wide, and not {named}; say how wide the part of each teacher is, such as 768,768"
-        )
+        raise ValueError(f"{wrong}: the shards' rows are {stored.width} wide, and not {named}; {advice}")
     lengths = stored.lengths(widths)
     if any(abs(length - 1) > 0.05 for length in lengths):
         measured = ", ".join(f"{length:.2f}" for length in lengths)
-        raise ValueError(
-            f"teacher_widths={options.teacher_widths!r} is not valid here: what one teacher says has the length "
-            f"1, and parts of the {named} have {measured}; say how wide the part of each teacher is"
-        )
-    scales = options.row_scales(len(widths), [float(one.scale.detach()) for one in teachers])
+        reason = f"what a teacher says has the length 1, and parts as wide as {named} have {measured}"
+        raise ValueError(f"{wrong}: {reason}; {advice}")
+    scales = _row_scales(options, len(widths), teachers)
     held = {"augmentations": stored.augmentations, "synthetic": stored.synthetic}
     return {"reinforced": held | {"teacher_widths": list(widths), "teacher_scales": list(scales)}}
+
+
+def _row_scales(options: Distillation, count: int, teachers: Sequence[VLM]) -> tuple[float, ...]:
+    "A logit scale for each part of the rows: as is said, or else the named teachers', or else 100"
+    scales = read_numbers(options.teacher_scales)
+    if len(scales) not in (0, 1, count):
+        valid = f"one for all, or one for each of {count}"
+        raise ValueError(f"teacher_scales={options.teacher_scales!r} is not valid here: {valid}")
+    if not scales and len(teachers) == count:
+        return tuple(float(one.scale.detach()) for one in teachers)
+    scales = scales or (100.0,)
+    return scales * count if len(scales) == 1 else scales
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #49e30a5a
 class Showing:
@@ -578,7 +590,8 @@ class Job(ABC):
     teachers = property(_teachers)
     roles = property(_roles)
     extended = property(_extended)
-
+    in_shards = property(_in_shards)
+    rows = property(_rows)
     reading = cached_property(Reading)
     like = of_part("reading", "like")
     view = of_part("reading", "view")
@@ -586,8 +599,6 @@ class Job(ABC):
     stream = of_part("reading", "stream")
     batches = of_part("reading", "batches")
     is_stored = of_part("reading", "is_stored")
-    in_shards = of_part("reading", "in_shards")
-    rows = of_part("reading", "rows")
     stored_sides = of_part("reading", "stored_sides")
     store = of_part("reading", "store")
     source = of_part("reading", "source")

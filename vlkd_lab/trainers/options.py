@@ -243,18 +243,11 @@ class FitParameters(_CommonParameters):
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"
         return {}
 
-# %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
+# %% ../../nbs/library/065_trainers_options.ipynb #re1nf0f3
 @dataclass(frozen=True)
-class Distillation(FitParameters):
-    "What every distillation takes besides"
+class _FeatureSource(FitParameters):
+    "Where what the teachers say comes from"
 
-    teacher: str = parameter(
-        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
-    )
-    losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
-    hold_scale: float = parameter(
-        0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
-    )
     teacher_features: str = parameter(
         "online",
         "computed at every step, read from the store, or from rows that lie in the training shards",
@@ -265,13 +258,13 @@ class Distillation(FitParameters):
         0, "numbered crops of a picture, for a store; 0: new ones in every epoch", **at_least(0)
     )
     teacher_widths: str = parameter(
-        "", "widths of the teachers' rows in the shards, such as 768,768; empty: as the teachers are", **list_of_numbers()
+        "", "widths of the rows in shards, such as 768,768; empty: as the teachers are", **list_of_numbers()
     )
     teacher_scales: str = parameter(
-        "", "logit scales of these teachers, one or one each; empty: their own, or 100", **list_of_numbers()
+        "", "logit scales for these rows, one or one each; empty: the teachers', or 100", **list_of_numbers()
     )
     synthetic_share: float = parameter(
-        0.5, "share of the steps in which a picture of such shards shows a synthetic caption", **share()
+        0.5, "share of the epochs in which such a picture shows a synthetic caption", **share()
     )
 
     def check_stored(self) -> None:
@@ -296,33 +289,25 @@ class Distillation(FitParameters):
     def check_no_rows(self) -> None:
         "ValueError for parameters of rows in the shards, where none are read"
         for name in ("teacher_widths", "teacher_scales", "synthetic_share"):
-            if getattr(self, name) != getattr(Distillation, name):
+            if getattr(self, name) != getattr(_FeatureSource, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not valid with teacher_features="
                     f"{self.teacher_features!r}: it is about rows in the shards, teacher_features='shards'"
                 )
 
-    def row_widths(
-        self,
-        dimensions: Sequence[int] = (),  # of the teachers that are named and loaded
-    ) -> tuple[int, ...]:  # empty: not known
-        "How wide the parts of the rows in the shards are: as is said, or else as the teachers are"
-        return tuple(int(width) for width in read_numbers(self.teacher_widths)) or tuple(dimensions)
 
-    def row_scales(
-        self,
-        count: int,  # parts of the rows
-        own: Sequence[float] = (),  # scales of the teachers that are named and loaded
-    ) -> tuple[float, ...]:  # one for each part
-        "The teachers' logit scales: as is said, or else their own, or else 100"
-        scales = read_numbers(self.teacher_scales)
-        if len(scales) not in (0, 1, count):
-            raise ValueError(
-                f"teacher_scales={self.teacher_scales!r} is not valid: one for all, or one for each of {count}"
-            )
-        if not scales:
-            return tuple(own) if len(own) == count else (100.0,) * count
-        return scales * count if len(scales) == 1 else scales
+# %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
+@dataclass(frozen=True)
+class Distillation(_FeatureSource):
+    "What every distillation takes besides"
+
+    teacher: str = parameter(
+        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
+    )
+    losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
+    hold_scale: float = parameter(
+        0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
+    )
 
     def teachers(self) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
         "The teachers by name; the first is what students copy, and whose view and tokenizer they take"
