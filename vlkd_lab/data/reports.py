@@ -44,7 +44,7 @@ from .. import sources
 from ..project import write_text
 from ..remote import RemoteFile, asked, is_remote
 from ..sources import REINFORCED, REINFORCED_FIELDS, TEXT_FIELDS, read_part
-from .decode import BadSample, reinforcement_of
+from .decode import BadSample, Reinforcement, reinforcement_of
 from .places import find_shards
 
 # %% auto #0
@@ -473,21 +473,32 @@ def inspect_reinforcement(
 ) -> ReinforcedShards:
     "What the first samples of the first shard hold; ValueError where it is nothing"
     shard = report.usable[0]
-    wanted = (*TEXT_FIELDS, *REINFORCED_FIELDS)
-    samples = []
-    reasons = {}
-    for sample in islice(raw_samples(shard.path, wanted), most):
-        key = sample["__key__"]
-        try:
-            samples.append(reinforcement_of(sample))
-        except BadSample as reason:
-            reasons[key] = str(reason)
+    samples, reasons = _first_reinforced(shard, most, members=8 * most)
+    if not samples:  # its members may lie apart
+        samples, reasons = _first_reinforced(shard, most, members=None)
     if not samples:
         raise ValueError(_nothing_stored(shard, reasons))
     augmentations = max(len(sample.augmentations) for sample in samples)
     synthetic = max(sample.synthetic for sample in samples)
     rows = np.asarray(samples[0].image, np.float32)
     return ReinforcedShards(augmentations, synthetic, rows.shape[1], rows)
+
+
+def _first_reinforced(
+    shard: ShardReport,
+    most: int,  # samples
+    members: int | None,  # of the tar that are looked at; None: all
+) -> tuple[list[Reinforcement], dict[str, str]]:  # what the first samples hold; key -> why it cannot be used
+    "The first samples of a shard, without its pictures"
+    wanted = (*TEXT_FIELDS, *REINFORCED_FIELDS)
+    samples = []
+    reasons = {}
+    for sample in islice(raw_samples(shard.path, wanted, members), most):
+        try:
+            samples.append(reinforcement_of(sample))
+        except BadSample as reason:
+            reasons[sample["__key__"]] = str(reason)
+    return samples, reasons
 
 
 def _nothing_stored(shard: ShardReport, reasons: Mapping[str, str]) -> str:
