@@ -593,7 +593,7 @@ def test_what_is_written_from_stores_teaches_what_the_stores_teach(crops, parame
         assert losses[0] == losses[1]
 
 
-def test_several_captions_are_written_and_a_killed_call_goes_on(scenes, two_widths, tmp_path, monkeypatch):
+def test_several_captions_are_written_and_a_killed_call_goes_on(parameters, scenes, two_widths, tmp_path):
     members = []
     for number, sample in enumerate(islice(raw_samples(next(iter(sorted(Path(scenes).glob("train-*.tar"))))), 6)):
         texts = [f"caption {k} of {number}" for k in range(3)]
@@ -612,5 +612,7 @@ def test_several_captions_are_written_and_a_killed_call_goes_on(scenes, two_widt
     with torch.no_grad():
         text = [one.encode_text(one.tokenizer(list(heard.captions))) for one in teachers]
     assert np.abs(heard.text - torch.cat(text, 1).numpy()).max() < 1e-3
+    job = open_job("Distil", parameters(data=str(tmp_path / "out"), teacher_widths="", batch_size=4))
+    assert job.rows["teacher_widths"] == [16, 24] and job.rows["teacher_scales"] == [pytest.approx(one.scale.item()) for one in teachers]
     with pytest.raises(ValueError, match="written with other .*teacher_widths"):
         reinforce(str(tmp_path / "?.tar"), teachers[:1], tmp_path / "out", **given)

@@ -25,6 +25,15 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from vlkd_lab.trainers.options import (
+    FORMER_WORDS,
+    Distillation,
+    FitParameters,
+    all_processes,
+    list_of_numbers,
+    read_numbers,
+)
+
 from .. import __version__, data, runs
 from ..features import Batch, Features, flat_captions, recall
 from ..gates import TowerCost
@@ -41,7 +50,6 @@ from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike, meet_anew
-from .options import FORMER_WORDS, Distillation, FitParameters, all_processes, read_numbers
 from .running import check_compiler
 from .teachers import RowTeacher, Teachers, row_teachers
 
@@ -399,7 +407,9 @@ def inspect_rows(
 ) -> dict[str, Any]:  # for config.json: the entry "reinforced"
     "What the training shards hold of what teachers said; ValueError where it is not what the options say"
     stored = data.inspect_reinforcement(report)
-    widths = tuple(int(width) for width in read_numbers(options.teacher_widths))
+    told = {} if teachers else _told_beside(report)
+    text = options.teacher_widths or told.get("teacher_widths", "")
+    widths = tuple(int(width) for width in read_numbers(text))
     widths = widths or tuple(model_config(one.config["model_cfg"])["embed_dim"] for one in teachers)
     widths = widths or (stored.width,)
     wrong = f"teacher_widths={options.teacher_widths!r} is not valid here"
@@ -412,21 +422,33 @@ def inspect_rows(
         measured = ", ".join(f"{length:.2f}" for length in lengths)
         reason = f"what a teacher says has the length 1, and parts as wide as {named} have {measured}"
         raise ValueError(f"{wrong}: {reason}; {advice}")
-    scales = _row_scales(options, len(widths), teachers)
+    text = options.teacher_scales or told.get("teacher_scales", "")
+    scales = _row_scales(text, len(widths), teachers)
     held = {"augmentations": stored.augmentations, "synthetic": stored.synthetic}
     return {"reinforced": held | {"teacher_widths": list(widths), "teacher_scales": list(scales)}}
 
-
-def _row_scales(options: Distillation, count: int, teachers: Sequence[VLM]) -> tuple[float, ...]:
+# %% ../../nbs/library/077_trainers_jobs.ipynb #re1nf116
+def _row_scales(text: str, count: int, teachers: Sequence[VLM]) -> tuple[float, ...]:
     "A logit scale for each part of the rows: as is said, or else the named teachers', or else 100"
-    scales = read_numbers(options.teacher_scales)
+    scales = read_numbers(text)
     if len(scales) not in (0, 1, count):
         valid = f"one for all, or one for each of {count}"
-        raise ValueError(f"teacher_scales={options.teacher_scales!r} is not valid here: {valid}")
+        raise ValueError(f"teacher_scales={text!r} is not valid here: {valid}")
     if not scales and len(teachers) == count:
         return tuple(float(one.scale.detach()) for one in teachers)
     scales = scales or (100.0,)
     return scales * count if len(scales) == 1 else scales
+
+
+def _told_beside(report: data.DataReport) -> dict[str, str]:
+    "Widths and scales in a reinforced.json beside the shards, as `export.reinforce` writes it; or nothing"
+    valid = list_of_numbers()["check"]
+    try:
+        about = json.loads(report.usable[0].path.with_name("reinforced.json").read_text())
+        told = {name: str(about[name]) for name in ("teacher_widths", "teacher_scales")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {name: text for name, text in told.items() if valid(text)}
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #49e30a5a
 class Showing:
