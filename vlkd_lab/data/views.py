@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import functional as F
 
 from ..pixels import Pixels, as_floats
 from .decode import Augmentation, BadSample, shard_captions
@@ -184,37 +183,48 @@ def drawn_caption(
 
 # %% ../../nbs/library/012_data_views.ipynb #re1nf0e2
 _SIDE = 224  # pixels of the pictures in which translations are counted
-
-
-def _sheared(image: Image.Image, across: float, down: float) -> Image.Image:
-    "A picture whose rows, or columns, are moved in proportion to their distance from the upper left"
-    angles = [math.degrees(math.atan(across)), math.degrees(math.atan(down))]
-    return F.affine(image, 0.0, [0, 0], 1.0, angles, center=[0, 0])
-
-
-def _moved(image: Image.Image, across: float, down: float) -> Image.Image:
-    "A picture moved by pixels of one of 224 pixels, in whole pixels of its own"
-    shift = [int(across * image.width / _SIDE), int(down * image.height / _SIDE)]
-    return F.affine(image, 0.0, shift, 1.0, [0.0, 0.0])
-
-
-# the steps of RandAugment by their numbers: name, what a magnitude does to a picture
-OPERATIONS: tuple[tuple[str, Callable[[Image.Image, float], Image.Image]], ...] = (
-    ("Identity", lambda image, magnitude: image),
-    ("ShearX", lambda image, magnitude: _sheared(image, magnitude, 0.0)),
-    ("ShearY", lambda image, magnitude: _sheared(image, 0.0, magnitude)),
-    ("TranslateX", lambda image, magnitude: _moved(image, magnitude, 0.0)),
-    ("TranslateY", lambda image, magnitude: _moved(image, 0.0, magnitude)),
-    ("Rotate", F.rotate),
-    ("Brightness", lambda image, magnitude: F.adjust_brightness(image, 1 + magnitude)),
-    ("Color", lambda image, magnitude: F.adjust_saturation(image, 1 + magnitude)),
-    ("Contrast", lambda image, magnitude: F.adjust_contrast(image, 1 + magnitude)),
-    ("Sharpness", lambda image, magnitude: F.adjust_sharpness(image, 1 + magnitude)),
-    ("Posterize", lambda image, magnitude: F.posterize(image, int(magnitude))),
-    ("Solarize", F.solarize),
-    ("AutoContrast", lambda image, magnitude: F.autocontrast(image)),
-    ("Equalize", lambda image, magnitude: F.equalize(image)),
+OPERATIONS = (  # the steps of RandAugment, by their numbers
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
 )
+
+
+def _changed(image: Image.Image, step: str, magnitude: float) -> Image.Image:
+    "A picture after a step of RandAugment"
+    from torchvision.transforms import functional as F  # slow to import, and of use for such data alone
+
+    slope = math.degrees(math.atan(magnitude)) if step.startswith("Shear") else 0.0
+    across = int(magnitude * image.width / _SIDE)  # of a translation, in whole pixels
+    down = int(magnitude * image.height / _SIDE)
+    results: dict[str, Callable[[], Image.Image]] = {
+        "Identity": lambda: image,
+        "ShearX": lambda: F.affine(image, 0.0, [0, 0], 1.0, [slope, 0.0], center=[0, 0]),
+        "ShearY": lambda: F.affine(image, 0.0, [0, 0], 1.0, [0.0, slope], center=[0, 0]),
+        "TranslateX": lambda: F.affine(image, 0.0, [across, 0], 1.0, [0.0, 0.0]),
+        "TranslateY": lambda: F.affine(image, 0.0, [0, down], 1.0, [0.0, 0.0]),
+        "Rotate": lambda: F.rotate(image, magnitude),
+        "Brightness": lambda: F.adjust_brightness(image, 1 + magnitude),
+        "Color": lambda: F.adjust_saturation(image, 1 + magnitude),
+        "Contrast": lambda: F.adjust_contrast(image, 1 + magnitude),
+        "Sharpness": lambda: F.adjust_sharpness(image, 1 + magnitude),
+        "Posterize": lambda: F.posterize(image, int(magnitude)),
+        "Solarize": lambda: F.solarize(image, magnitude),
+        "AutoContrast": lambda: F.autocontrast(image),
+        "Equalize": lambda: F.equalize(image),
+    }
+    return results[step]()
 
 # %% ../../nbs/library/012_data_views.ipynb #re1nf0e7
 def augmented(
@@ -226,11 +236,11 @@ def augmented(
     top, left, height, width = augmentation.box
     seen = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
     for number, magnitude in augmentation.operations:
-        name, change = OPERATIONS[number]
+        step = OPERATIONS[number]
         try:
-            seen = change(seen, magnitude)
+            seen = _changed(seen, step, magnitude)
         except Exception as error:
-            reason = f"{name} of RandAugment cannot have the magnitude {magnitude:g}: {error}"
+            reason = f"{step} of RandAugment cannot have the magnitude {magnitude:g}: {error}"
             raise BadSample(reason) from error
     return seen
 
