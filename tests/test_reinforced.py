@@ -15,8 +15,10 @@ import torch
 from conftest import in_two_processes, lines_of, same_weights, tar
 from PIL import Image
 from torch.nn.functional import cross_entropy, normalize
+from torchvision.transforms import autoaugment, functional
 
 from vlkd_lab.data import (
+    OPERATIONS,
     Augmentation,
     BadSample,
     PairStream,
@@ -163,6 +165,28 @@ def teacher_losses(student, teachers, batch, widths, scales):
         distributions[1].append((scale * text @ image.T).softmax(1))
     targets = [sum(one) / len(one) for one in distributions]
     return (cross_entropy(of_images, targets[0]) + cross_entropy(of_images.T, targets[1])) / 2
+
+
+# Augmentations
+
+
+def test_augmentations_are_torchvisions_at_every_magnitude(scenes):
+    image = Image.open(io.BytesIO(next(raw_samples(next(iter(sorted(Path(scenes).glob("train-*.tar"))))))["jpg"])).convert("RGB")
+    image = image.resize((300, 260), Image.Resampling.BICUBIC)
+    space = autoaugment.RandAugment()._augmentation_space(31, (224, 224))
+    rng = np.random.default_rng(0)
+    for number, (name, (magnitudes, signed)) in enumerate(space.items()):
+        for value in magnitudes.reshape(-1)[:: 6 if magnitudes.ndim else 1].tolist():
+            box = [int(rng.integers(0, 90)), int(rng.integers(0, 90)), int(rng.integers(40, 170)), int(rng.integers(40, 210))]
+            other = int(rng.integers(14))
+            second = list(space.values())[other][0].reshape(-1)[-1].item()  # at its strongest
+            steps = [(number, -value if signed and rng.random() < 0.5 else value), (other, second)]
+            seen = augmented(image, Augmentation(tuple(box), tuple(steps)), (224, 224))
+            expected = functional.resized_crop(image, *box, [224, 224], functional.InterpolationMode.BICUBIC, antialias=True)
+            for step, magnitude in steps:
+                expected = autoaugment._apply_op(expected, OPERATIONS[step], magnitude, functional.InterpolationMode.NEAREST, None)
+            assert (np.asarray(seen) == np.asarray(expected)).all(), (name, value)
+    assert list(space) == list(OPERATIONS)
 
 
 # A job
