@@ -1,6 +1,7 @@
 """The guide pages keep what they promise: they run, their commands would start, what they quote stands where they say."""
 
 import ast
+import inspect
 import json
 import re
 import shlex
@@ -17,6 +18,7 @@ from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
 
 from vlkd_lab import stores, trackers
+from vlkd_lab.export import reinforce
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.methods import METHODS, all_losses
 from vlkd_lab.methods.blip_training import BlipTraining
@@ -34,7 +36,6 @@ PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path i
 METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
 GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "full_scale", "add_a_loss", "add_a_method", "vocabulary"]
 KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)
-METHOD = {kind.__name__: kind for kind in KINDS.values()}
 
 
 def cells(name, kind):
@@ -90,7 +91,7 @@ def check_papermill(words):
 
 
 def check_module(words):
-    "torchrun … -m vlkd_lab.trainers FOLDER NAME=VALUE …, or -m vlkd_lab.stores DATA TEACHER [SIDES]"
+    "torchrun … -m vlkd_lab.trainers FOLDER NAME=VALUE …, -m vlkd_lab.stores DATA TEACHER [SIDES], or another module's"
     module, *rest = words[words.index("-m") + 1 :]
     if module == "vlkd_lab.stores":
         assert 2 <= len(rest) <= 3
@@ -100,11 +101,20 @@ def check_module(words):
     if module == "vlkd_lab.trackers":
         assert len(rest) == 2 and set(rest[1].split(",")) <= set(trackers.TRACKERS)
         return
+    if module == "vlkd_lab.export.shards":
+        settings = dict(setting.split("=") for setting in rest[3:])
+        assert set(settings) <= set(inspect.signature(reinforce).parameters)
+        assert (float(settings.get("crop_scale", 1)) < 1) == (int(settings.get("augmentations", 0)) > 0)
+        return
     assert module == "vlkd_lab.trainers" and "=" not in rest[0]
     given = {name: read_value(value) for name, _, value in (word.partition("=") for word in rest[1:])}
     method = given.pop("method")
     assert method in METHODS
-    check_parameters(METHOD[method], given)
+    options = check_parameters(METHODS[method].parameters, given)
+    if given.get("teacher_features") == "shards":
+        options.check_stored()
+        options.check_alone()
+        assert options.weights()
 
 
 @pytest.mark.parametrize("name", GUIDES)

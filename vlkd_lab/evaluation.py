@@ -354,7 +354,7 @@ def _finished_stages(job: Job) -> list[str]:
 
 
 def job_models(job: Job) -> dict[str, VLM]:
-    "The teachers, every student that the job has finished, and the one in whose training it was stopped"
+    "The teachers, if any, every student that the job has finished, and the one at which it was stopped"
     device = job.accelerator.device
     students = {}
     for stage in _finished_stages(job):
@@ -363,8 +363,15 @@ def job_models(job: Job) -> dict[str, VLM]:
     stage = status.get("stage")
     if status["state"] in ("stopped", "failed", "lost") and stage is not None and stage not in students:
         students[stage] = current_student(job.run, device, stage=stage)
+    if not _has_teacher(job):
+        return students
     further = {f"teacher-{number}": teacher for number, teacher in enumerate(job.further, start=2)}
     return {"teacher": job.teacher, **further, **students}
+
+
+def _has_teacher(job: Job) -> bool:
+    "Whether the job's teacher can be scored: where nobody teaches, or rows alone do, there is none"
+    return job.teaches or "teacher" in job.roles.values()
 
 
 def _kept(job: Job, vlm: VLM) -> float:
@@ -413,13 +420,13 @@ def compare(
     captions, right = caption_counts(pairs)
     if classes:
         _warn_of_other_classes(job, pairs, classes)
-    _, features, rows = score(job.teacher, pairs, classes)
+    answers = score(job.teacher, pairs, classes)[1:] if _has_teacher(job) else None
     baselines = [name for name in models if role_of(job.run, name) == "baseline"]
     curves = [validation_curve(job.run, name) for name in baselines]
     scratch = curves[0][-1][1] if curves and curves[0] else math.nan
     table = {}
     for name, vlm in models.items():
-        scores = score(vlm, pairs, classes, teacher=(features, rows))[0]
+        scores = score(vlm, pairs, classes, teacher=answers)[0]
         table[name] = _row(job, name, vlm, latency[name], scores, scratch)
         for alarm in alarms(name, scores, captions, classes and len(classes.names), right):
             job.run.warn(alarm)

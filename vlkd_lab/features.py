@@ -290,6 +290,8 @@ class Batch:
     questions: tuple[tuple, ...] = ()  # B lists of (question, answer, type); empty when they were not read
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
+    image_rows: Tensor | None = None  # (B, D) what teachers said of the pictures, where shards hold it
+    text_rows: Tensor | None = None  # (B, D) of the captions
     further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Column(())  # columns of each further teacher
     texts = property(lambda batch: vars(batch)["text"])  # ids with how far they reach, where that is known
 
@@ -315,8 +317,7 @@ class Batch:
 
     def first(self, count: int) -> Batch:
         "Its first images and texts"
-        rows = _each_column(self, lambda column: column[:count])
-        return rows.replace(**_first_rows(self, count))
+        return _each_column(self, lambda column: column[:count]).replace(**_first_rows(self, count))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         "The same batch with every tensor changed; pictures are floats then, and texts token ids"
@@ -330,7 +331,7 @@ class Batch:
         return len(vars(self)["image"])
 
 # %% ../nbs/library/005_features.ipynb #p1xe1s21
-_COLUMNS = ("image", "text", "teacher_image", "teacher_text")
+_COLUMNS = ("image", "text", "teacher_image", "teacher_text", "image_rows", "text_rows")
 
 
 def _each_column(batch: Batch, change: Callable[[Any], Any]) -> Batch:

@@ -26,11 +26,12 @@ from tqdm import tqdm
 from .project import write_text
 
 # %% auto #0
-__all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'LINES', 'FILES', 'PAIRS', 'MOST_BAD', 'TABLES',
-           'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'split_name', 'Grouped', 'group_names', 'gathered',
-           'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts', 'check_encoding', 'files_below',
-           'pictures_below', 'picture_parts', 'not_read', 'pairs_below', 'has_captions', 'pair_parts', 'Columns',
-           'find_columns', 'read_table', 'table_parts', 'OpenPart', 'part_samples', 'part_problem']
+__all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'REINFORCED_FIELDS', 'REINFORCED', 'LINES', 'FILES',
+           'PAIRS', 'MOST_BAD', 'TABLES', 'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'split_name',
+           'Grouped', 'group_names', 'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts',
+           'check_encoding', 'files_below', 'pictures_below', 'picture_parts', 'not_read', 'pairs_below',
+           'has_captions', 'pair_parts', 'Columns', 'find_columns', 'read_table', 'table_parts', 'OpenPart',
+           'part_samples', 'part_problem']
 
 # %% ../nbs/library/007_sources.ipynb #ee7ae564
 PICTURES = (
@@ -72,6 +73,8 @@ UNREAD = (
 IMAGE_FIELDS = tuple(ending[1:] for ending in (*PICTURES, *UNREAD))  # the preferred first
 TEXT_FIELDS = ("txt", "json", "cls")
 FIELDS = frozenset((*IMAGE_FIELDS, *TEXT_FIELDS))
+REINFORCED_FIELDS = ("paug.json", "syn.json", "npz", "pth.gz")  # read by whoever asks for them alone
+REINFORCED = "samples with teachers' rows"  # how they are counted among what is not read
 
 # %% ../nbs/library/007_sources.ipynb #3111461b
 def split_name(
@@ -111,11 +114,14 @@ def group_names(
 ) -> Grouped:
     "Which files make a sample, and which are none"
     samples: dict[str, dict[str, list[int]]] = {}
+    rows: list[tuple[str, str, int]] = []  # key, field, number of a file that may hold rows
     ignored: Counter = Counter()
     for number, name in enumerate(names):
         key, suffix = split_name(name)
         if not key:
             ignored["hidden files"] += 1
+        elif suffix in ("npz", "gz"):
+            rows.append((*_rows_place(key, suffix), number))
         elif suffix not in FIELDS:
             ignored[suffix or "no suffix"] += 1
         else:
@@ -123,7 +129,8 @@ def group_names(
     others = {key: owner for key in samples if (owner := _owner(key, samples))}
     for key, owner in others.items():
         for suffix, numbers in samples.pop(key).items():
-            ignored[f"{key[len(owner) + 1 :]}.{suffix}"] += len(numbers)
+            rows += [(owner, f"{key[len(owner) + 1 :]}.{suffix}", number) for number in numbers]
+    _give_rows(samples, rows, ignored)
     for fields in samples.values():
         _keep_one_picture(fields, ignored)
     return Grouped(samples, ignored)
@@ -168,6 +175,33 @@ def gathered(
     if unclear:
         return {"__problem__": f"{unclear} is there {len(fields[unclear])} times, with different content"}
     return {name: copies.pop() for name, copies in contents.items()}
+
+# %% ../nbs/library/007_sources.ipynb #re1nf0a1
+def _rows_place(key: str, suffix: str) -> tuple[str, str]:
+    "Key and field of a file by its last suffix: KEY.pth.gz has two"
+    if suffix == "gz" and key.endswith(".pth"):
+        return key.removesuffix(".pth"), "pth.gz"
+    return key, suffix
+
+
+def _give_rows(
+    samples: dict[str, dict[str, list[int]]],  # key -> field -> numbers of the files
+    rows: Sequence[tuple[str, str, int]],  # key, field and number of further files
+    ignored: Counter,
+) -> None:
+    "Let samples have their stored augmentations and rows, where both are there; the rest is not read"
+    further: dict[str, dict[str, list[int]]] = {}
+    for key, field_name, number in rows:
+        further.setdefault(key, {}).setdefault(field_name, []).append(number)
+    for key, fields in further.items():
+        is_whole = "paug.json" in fields and ("npz" in fields or "pth.gz" in fields)
+        for field_name, numbers in fields.items():
+            if is_whole and key in samples and field_name in REINFORCED_FIELDS:
+                samples[key][field_name] = numbers
+            else:
+                ignored[field_name] += len(numbers)
+        if is_whole and key in samples:
+            ignored[REINFORCED] += 1
 
 # %% ../nbs/library/007_sources.ipynb #cd215e7a
 _LONGEST = 1 << 20  # bytes of a line that are held

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/library/016_data.ipynb #4a06535b
+# %% ../../nbs/library/016_data.ipynb #re1nf0h1
 from vlkd_lab.data.archives import (
     OpenShard,
     ShardReport,
@@ -18,9 +18,14 @@ from vlkd_lab.data.archives import (
     same_content,
     write_index,
 )
+
+# %% ../../nbs/library/016_data.ipynb #4a06535b
+# isort: split
 from vlkd_lab.data.decode import (
+    Augmentation,
     BadSample,
     NoSample,
+    Reinforcement,
     asked_questions,
     captions_of,
     clean_caption,
@@ -28,16 +33,29 @@ from vlkd_lab.data.decode import (
     decode_sample,
     escaped,
     label_sets,
+    reinforcement_of,
     shard_captions,
     visible,
 )
+from vlkd_lab.data.reports import (
+    DataReport,
+    ReinforcedShards,
+    check_split,
+    inspect_reinforcement,
+    inspect_shards,
+    known_as,
+    shards_in_name,
+)
 from vlkd_lab.data.views import (
+    OPERATIONS,
     Crops,
     FastPreprocess,
     Truncation,
     View,
+    augmented,
     crop_box,
     drawn_caption,
+    drawn_text,
     truncated_share,
 )
 
@@ -45,6 +63,5 @@ from ..project import cache_folder, project_root
 from ..samples import shipped
 from .pairs import Pairs, load_pairs, show_batch, thumbnail
 from .places import find_images, find_sentences, find_shards, source_folder
-from .reports import DataReport, check_split, inspect_shards, known_as, shards_in_name
 from .stream import BadSampleGuard, PairStream, SampleOrder, read_once
 from .travel import ahead, pinned, send_pinned

@@ -29,7 +29,7 @@ import numpy as np
 from .. import sources
 from ..project import atomic_write, write_text
 from ..remote import RemoteFile, Unreachable, is_remote, remote_files
-from ..sources import FIELDS, FILES, LINES, PAIRS, Grouped
+from ..sources import FIELDS, FILES, LINES, PAIRS, REINFORCED_FIELDS, Grouped
 
 # %% auto #0
 __all__ = ['OpenShard', 'open_shard', 'raw_samples', 'count_samples', 'ShardReport', 'content_digest', 'same_content',
@@ -248,7 +248,7 @@ def _keep_catalogue(stamp: tuple, catalogue: _Catalogue) -> _Catalogue:
 
 def _cached_file(stamp: Sequence, ending: str) -> Path:
     "Where something is remembered about a shard; the stamp changes when the shard does"
-    key = hashlib.sha256(f"5|{stamp}".encode()).hexdigest()
+    key = hashlib.sha256(f"6|{stamp}".encode()).hexdigest()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "vlkd_lab" / "shards" / key[:2] / f"{key}.{ending}"
 
@@ -509,9 +509,10 @@ def copy_samples(
 ) -> int:  # samples written
     "A shard with some samples of another, every member byte for byte, and its count beside it"
     count = 0
+    every = FIELDS | set(REINFORCED_FIELDS)
     with atomic_write(path) as unfinished, tarfile.open(unfinished, "w") as tar:
-        for sample in raw_samples(shard):
-            fields = sorted(FIELDS & sample.keys())
+        for sample in raw_samples(shard, every):
+            fields = sorted(every & sample.keys())
             if sample["__key__"] not in keys or not fields:
                 continue
             count += 1

@@ -5,16 +5,22 @@
 # %% ../../nbs/library/009_data_decode.ipynb #932fd02a
 from __future__ import annotations
 
+import gzip
 import html
 import io
 import json
+import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import sources
@@ -22,7 +28,7 @@ from .archives import raw_samples
 
 # %% auto #0
 __all__ = ['BadSample', 'NoSample', 'clean_caption', 'visible', 'escaped', 'decode_image', 'captions_of', 'decode_sample',
-           'shard_captions', 'label_sets', 'asked_questions']
+           'shard_captions', 'label_sets', 'asked_questions', 'Augmentation', 'Reinforcement', 'reinforcement_of']
 
 # %% ../../nbs/library/009_data_decode.ipynb #5ae5769e
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
@@ -121,13 +127,14 @@ _UPRIGHT = {  # what it says -> how the picture is turned
 def decode_image(
     data: bytes,  # a picture file, whatever its name
     max_pixels: int = 50_000_000,  # larger images are refused before they are decoded
+    upright: bool = True,  # False: as it lies in the file, whichever way the camera was held
 ) -> Image.Image:  # RGB, upright, on white
     "Open an image, or say why not"
     image = _opened(data, max_pixels)
     try:
         stored = _stored_form(image)
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
+        turn = _UPRIGHT.get(_orientation(image)) if upright else None
         plain = _on_white(_in_eight_bits(image, stored))
         return plain if turn is None else plain.transpose(turn)
     except BadSample:
@@ -248,6 +255,7 @@ def decode_sample(
     fields: dict[str, bytes],  # one raw sample
     max_pixels: int = 50_000_000,  # as in `decode_image`
     sides: Collection[str] = ("image", "text"),  # which are wanted; what the other lacks is no fault
+    upright: bool = True,  # as in `decode_image`
 ) -> tuple[Image.Image | None, str, int | None]:  # RGB image, first caption, class index
     "One pair, or one side of it, or `BadSample`"
     if "image" not in sides:
@@ -263,7 +271,7 @@ def decode_sample(
         if "text" in sides:
             raise
         caption, label = "", None
-    return decode_image(fields[name], max_pixels), caption, label
+    return decode_image(fields[name], max_pixels, upright), caption, label
 
 
 def _caption_and_label(fields: dict[str, bytes]) -> tuple[str, int | None]:
@@ -328,3 +336,245 @@ def _question(entry: Any) -> list:
     if not isinstance(entry, list):
         return []
     return [*entry, "other"] if len(entry) == 2 else entry
+
+# %% ../../nbs/library/009_data_decode.ipynb #re1nf0b2
+_MOST_BYTES = 64 << 20  # of a sample's rows or texts, unpacked
+
+
+def _json_content(fields: Mapping[str, bytes], name: str) -> dict:
+    "The object in one of a sample's JSON files; empty where the file is missing"
+    content = fields.get(name, b"{}")
+    if len(content) > _MOST_BYTES:
+        raise BadSample(f"{name} is larger than {_MOST_BYTES:,} bytes")
+    try:
+        value = json.loads(content)
+    except Exception as error:  # not JSON, not UTF-8, nested too deep
+        raise BadSample(f"{name} is no JSON: {type(error).__name__}") from error
+    if not isinstance(value, dict):
+        raise BadSample(f"{name} holds no object")
+    return value
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    "How a picture was changed before teachers looked at it"
+
+    box: tuple[int, int, int, int]  # top, left, height and width of the crop; pixels of the picture's file
+    operations: tuple[tuple[int, float], ...] = ()  # number of the step of RandAugment, and its magnitude
+
+
+def _augmentations(fields: Mapping[str, bytes]) -> tuple[Augmentation, ...]:
+    "What a sample's paug.json lists"
+    listed = _json_content(fields, "paug.json").get("param_aug")
+    if isinstance(listed, str):
+        listed = _json_content({"param_aug": b'{"list": ' + listed.encode() + b"}"}, "param_aug").get("list")
+    if not isinstance(listed, list) or not listed:
+        raise BadSample("paug.json lists no augmentations in param_aug")
+    return tuple(_augmentation(entry, number) for number, entry in enumerate(listed))
+
+
+def _augmentation(entry: Any, number: int) -> Augmentation:
+    "One entry of the list, or `BadSample`"
+    box = entry[0] if isinstance(entry, list) and 1 <= len(entry) <= 2 else None
+    operations = entry[1] if box is not None and len(entry) == 2 else None
+    steps = [] if operations is None else operations
+    if not (isinstance(box, list) and len(box) == 4 and all(type(side) is int for side in box)):
+        raise BadSample(f"augmentation {number} is no crop with or without steps of RandAugment")
+    if min(box[:2]) < 0 or min(box[2:]) < 1:
+        raise BadSample(f"augmentation {number} cuts nothing: {box}")
+    if not (isinstance(steps, list) and all(map(_is_step, steps))):
+        raise BadSample(f"augmentation {number} has steps that are no number below 14 with a magnitude")
+    return Augmentation(tuple(box), tuple((step[0], float(step[1])) for step in steps))
+
+# %% ../../nbs/library/009_data_decode.ipynb #re1nf0b3
+_STEPS = 14  # of RandAugment, by number: `OPERATIONS` of data.views
+_STRONGEST = 10_000.0  # magnitude
+
+
+def _is_step(step: Any) -> bool:
+    "Whether something is a step of RandAugment with its magnitude"
+    if not isinstance(step, list) or len(step) != 2 or type(step[0]) is not int:
+        return False
+    magnitude = step[1]
+    is_number = type(magnitude) in (int, float) and abs(magnitude) <= _STRONGEST  # false of nan
+    return is_number and 0 <= step[0] < _STEPS
+
+# %% ../../nbs/library/009_data_decode.ipynb #re1nf0b5
+_ROWS = re.compile(r"image_emb|text_emb|syn_text\w*_emb")  # the arrays that are read
+
+
+def _npz_arrays(content: bytes) -> dict[str, np.ndarray]:
+    "The rows in an npz file, by name"
+    arrays = {}
+    unpacked = 0
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if not _ROWS.fullmatch(name):
+                    continue
+                unpacked += member.file_size
+                if unpacked > _MOST_BYTES:
+                    raise BadSample(f"npz unpacks to more than {_MOST_BYTES:,} bytes")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise BadSample("npz is packed in a way that NumPy does not pack")
+                with archive.open(member) as file:
+                    arrays[name] = _npy_array(name, file.read(member.file_size))
+    except BadSample:
+        raise
+    except Exception as error:  # a foreign file may raise anything
+        raise BadSample(f"npz cannot be read: {error}") from error
+    return arrays
+
+
+def _npy_array(name: str, content: bytes) -> np.ndarray:
+    "An array in NumPy's format; no code is called that could unpickle one of objects"
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise BadSample(f"{name} is in version {version} of NumPy's format; read are 1.0 and 2.0")
+    old = version == (1, 0)
+    read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+    shape, in_columns, kind = read_header(file)
+    if kind.hasobject or kind.kind != "f" or kind.itemsize > 8:
+        raise BadSample(f"{name} holds {kind} and not floating-point numbers")
+    values = content[file.tell() :]
+    if len(shape) != 2 or math.prod(shape) * kind.itemsize != len(values):
+        raise BadSample(f"{name} claims to be {shape}, with {len(values):,} bytes of {kind}")
+    return np.frombuffer(values, kind).reshape(shape, order="F" if in_columns else "C")
+
+# %% ../../nbs/library/009_data_decode.ipynb #re1nf0b7
+def _torch_arrays(content: bytes) -> dict[str, np.ndarray]:
+    "The rows in a packed file of torch.save, by name"
+    try:
+        plain = gzip.GzipFile(fileobj=io.BytesIO(content)).read(_MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadSample(f"pth.gz cannot be unpacked: {error}") from error
+    if len(plain) > _MOST_BYTES:
+        raise BadSample(f"pth.gz unpacks to more than {_MOST_BYTES:,} bytes")
+    sizes = _torch_sizes(plain)
+    try:
+        tensors = torch.load(io.BytesIO(plain), map_location="cpu", weights_only=True)
+    except Exception as error:  # a foreign file may raise anything
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"{foreign[1]}, which is no tensor" if foreign else str(error).strip().partition("\n")[0]
+        raise BadSample(f"pth.gz is refused: it holds {what}") from error
+    arrays = {}
+    for name, rows in tensors.items() if isinstance(tensors, dict) else ():
+        if not (isinstance(name, str) and _ROWS.fullmatch(name) and type(rows) is torch.Tensor):
+            continue
+        is_plain = rows.layout == torch.strided and rows.is_contiguous() and rows.is_floating_point()
+        if not is_plain or rows.dim() != 2 or rows.untyped_storage().nbytes() not in sizes:
+            raise BadSample(f"{name} in pth.gz is no plain matrix of floating-point numbers")
+        arrays[name] = rows.detach().float().numpy()
+    return arrays
+
+
+def _torch_sizes(plain: bytes) -> set[int]:  # bytes of each member
+    "How long the parts of a file of torch.save are, or `BadSample` for anything else"
+    try:
+        with zipfile.ZipFile(io.BytesIO(plain)) as archive:
+            members = archive.infolist()
+            orders = [archive.read(one) for one in members if one.filename.endswith("/byteorder")]
+    except Exception as error:
+        raise BadSample(f"pth.gz is no file of torch.save: {error}") from error
+    if any(one.compress_type != zipfile.ZIP_STORED for one in members) or orders not in ([], [b"little"]):
+        raise BadSample("pth.gz is no file of torch.save: it is packed twice, or of another byte order")
+    return {one.file_size for one in members}
+
+# %% ../../nbs/library/009_data_decode.ipynb #re1nf0b9
+@dataclass(frozen=True)
+class Reinforcement:
+    "What is stored of a picture: its augmentations, its captions, and the rows of both"
+
+    augmentations: tuple[Augmentation, ...]  # A
+    captions: tuple[str, ...]  # C, cleaned: those that came with the picture, then synthetic ones
+    given: int  # captions that came with the picture, at least one
+    image: np.ndarray  # (A, D) of the augmentations
+    text: np.ndarray  # (C, D) of the captions
+
+    @property
+    def synthetic(self) -> int:
+        "Captions that a model wrote"
+        return len(self.captions) - self.given
+
+    def check_boxes(
+        self,
+        width: int,  # of the picture; pixels
+        height: int,
+    ) -> None:
+        "`BadSample` where a crop reaches out of the picture"
+        for number, augmentation in enumerate(self.augmentations):
+            top, left, tall, wide = augmentation.box
+            if top + tall > height or left + wide > width:
+                raise BadSample(
+                    f"augmentation {number} cuts up to {left + wide} × {top + tall} pixels, and the picture "
+                    f"has {width} × {height}: its crops are of the picture as it was downloaded, not resized"
+                )
+
+
+def reinforcement_of(
+    fields: Mapping[str, bytes],  # one raw sample, with the fields of REINFORCED_FIELDS
+    width: int = 0,  # D that the rows must have; 0: any
+) -> Reinforcement:
+    "What teachers said of a sample, or `BadSample`"
+    if "paug.json" not in fields or not ("npz" in fields or "pth.gz" in fields):
+        raise BadSample("no teachers' rows: paug.json and npz, or paug.json and pth.gz, are not both there")
+    augmentations = _augmentations(fields)
+    written = _synthetic_captions(fields)
+    arrays = _npz_arrays(fields["npz"]) if "npz" in fields else _torch_arrays(fields["pth.gz"])
+    image, given, synthetic = _sorted_rows(arrays, written, width)
+    if len(image) != len(augmentations):
+        raise BadSample(f"image_emb has {len(image)} rows for {len(augmentations)} augmentations")
+    captions = _given_captions(fields, len(given))
+    texts = [clean_caption(text) for texts in written.values() for text in texts]
+    kept = [number for number, text in enumerate(texts) if text]
+    rows = np.concatenate([given, synthetic[kept]])
+    return Reinforcement(augmentations, (*captions, *(texts[k] for k in kept)), len(given), image, rows)
+
+# %% ../../nbs/library/009_data_decode.ipynb #re1nf0ba
+def _synthetic_captions(fields: Mapping[str, bytes]) -> dict[str, list[str]]:  # by the name of their list
+    "What a sample's syn.json lists; nothing where there is none"
+    lists = {}
+    for name, texts in _json_content(fields, "syn.json").items():
+        if name.startswith("syn_text"):
+            if not isinstance(texts, list) or len(_strings(texts)) != len(texts):
+                raise BadSample(f"{name} in syn.json is no list of texts")
+            lists[name] = texts
+    return lists
+
+
+def _sorted_rows(
+    arrays: Mapping[str, np.ndarray],
+    written: Mapping[str, Sequence[str]],  # synthetic captions
+    width: int,  # D; 0: any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # of augmentations, given captions, synthetic captions
+    "The rows by what they belong to, or `BadSample`"
+    if missing := {"image_emb", "text_emb"} - arrays.keys():
+        raise BadSample(f"no {min(missing)} among the rows")
+    for name, rows in arrays.items():
+        wanted = width or arrays["image_emb"].shape[1]
+        if rows.shape[1] != wanted:
+            raise BadSample(f"{name} has rows of width {rows.shape[1]}, not of {wanted}")
+        if not (np.isfinite(rows).all() and rows.any(axis=1).all()):
+            raise BadSample(f"{name} has rows that are not finite, or nothing but zeros")
+    text = arrays["text_emb"]
+    separate = [arrays[f"{name}_emb"] for name in written if f"{name}_emb" in arrays]
+    count = sum(map(len, written.values()))
+    if len(separate) == len(written) > 0:
+        given, synthetic = text, np.concatenate(separate)
+    else:
+        given, synthetic = text[: max(len(text) - count, 0)], text[max(len(text) - count, 0) :]
+    if len(synthetic) != count or not len(given):
+        raise BadSample(f"text_emb has {len(text)} rows for a caption and {count} synthetic ones")
+    return arrays["image_emb"], given, synthetic
+
+
+def _given_captions(fields: Mapping[str, bytes], count: int) -> list[str]:
+    "The captions that came with a picture, as many as there are rows for them"
+    captions = captions_of(fields)
+    if count == 1 and "txt" in fields:
+        captions = [clean_caption(fields["txt"].decode("utf-8", "replace"))]
+    if len(captions) != count:
+        raise BadSample(f"text_emb has rows for {count} captions, and the picture has {len(captions)}")
+    return captions

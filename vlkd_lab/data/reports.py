@@ -14,11 +14,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vlkd_lab.data.archives import (
@@ -33,6 +35,7 @@ from vlkd_lab.data.archives import (
     _some,
     _stamp,
     content_digest,
+    raw_samples,
     read_index,
     same_content,
 )
@@ -40,11 +43,13 @@ from vlkd_lab.data.archives import (
 from .. import sources
 from ..project import write_text
 from ..remote import RemoteFile, asked, is_remote
-from ..sources import read_part
+from ..sources import REINFORCED, REINFORCED_FIELDS, TEXT_FIELDS, read_part
+from .decode import BadSample, Reinforcement, reinforcement_of
 from .places import find_shards
 
 # %% auto #0
-__all__ = ['DataReport', 'known_as', 'inspect_shards', 'shards_in_name', 'check_split']
+__all__ = ['DataReport', 'known_as', 'inspect_shards', 'shards_in_name', 'check_split', 'ReinforcedShards',
+           'inspect_reinforcement']
 
 # %% ../../nbs/library/011_data_reports.ipynb #b799776d
 def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
@@ -310,6 +315,8 @@ def _left_out(shards: Sequence[ShardReport]) -> list[str]:
     ignored = sum((Counter(shard.ignored) for shard in shards), Counter())
     beside = Counter(shard.counted_by for shard in shards if shard.counted_by in _BESIDE)
     lines = []
+    if reinforced := ignored.pop(REINFORCED, 0):
+        lines.append(f"{REINFORCED} {reinforced:,}: teacher_features='shards' reads them")
     if ignored:
         kinds = [f"{kind} {count:,}" for kind, count in ignored.most_common()]
         lines.append(f"ignored: {_some(kinds, 12)}")
@@ -435,3 +442,72 @@ def check_split(
         need = f"batch_size {batch_size} × {world_size} processes = {batch_size * world_size} samples a step"
         most = report.total // world_size
         raise ValueError(f"{report.total} samples are fewer than {need}; use a batch_size of at most {most}")
+
+# %% ../../nbs/library/011_data_reports.ipynb #re1nf0d2
+@dataclass(frozen=True)
+class ReinforcedShards:
+    "What the first samples of reinforced shards hold"
+
+    augmentations: int  # of a picture
+    synthetic: int  # captions of a picture that a model wrote
+    width: int  # D of the rows
+    rows: np.ndarray = field(repr=False, compare=False)  # (A, D) of the first picture
+
+    def __str__(self) -> str:
+        counts = f"{self.augmentations} augmentations and {self.synthetic} synthetic captions a picture"
+        return f"reinforced: {counts}, teachers' rows of width {self.width:,}"
+
+    def lengths(
+        self,
+        widths: Sequence[int],  # of the parts that rows are joined of
+    ) -> list[float]:  # of each part; 1 where it is what one teacher says
+        "How long the parts of the first picture's rows are"
+        starts = np.cumsum([0, *widths])[:-1]
+        parts = [self.rows[:, start : start + width] for start, width in zip(starts, widths, strict=True)]
+        return [float(np.linalg.norm(part, axis=1).mean()) for part in parts]
+
+# %% ../../nbs/library/011_data_reports.ipynb #re1nf0d4
+def inspect_reinforcement(
+    report: DataReport,
+    most: int = 8,  # samples that are looked at
+) -> ReinforcedShards:
+    "What the first samples of the first shard hold; ValueError where it is nothing"
+    shard = report.usable[0]
+    samples, reasons = _first_reinforced(shard, most, members=8 * most)
+    if not samples:  # its members may lie apart
+        samples, reasons = _first_reinforced(shard, most, members=None)
+    if not samples:
+        raise ValueError(_nothing_stored(shard, reasons))
+    augmentations = max(len(sample.augmentations) for sample in samples)
+    synthetic = max(sample.synthetic for sample in samples)
+    rows = np.asarray(samples[0].image, np.float32)
+    return ReinforcedShards(augmentations, synthetic, rows.shape[1], rows)
+
+
+def _first_reinforced(
+    shard: ShardReport,
+    most: int,  # samples
+    members: int | None,  # of the tar that are looked at; None: all
+) -> tuple[list[Reinforcement], dict[str, str]]:  # what the first samples hold; key -> why it cannot be used
+    "The first samples of a shard, without its pictures"
+    wanted = (*TEXT_FIELDS, *REINFORCED_FIELDS)
+    samples = []
+    reasons = {}
+    for sample in islice(raw_samples(shard.path, wanted, members), most):
+        try:
+            samples.append(reinforcement_of(sample))
+        except BadSample as reason:
+            reasons[sample["__key__"]] = str(reason)
+    return samples, reasons
+
+
+def _nothing_stored(shard: ShardReport, reasons: Mapping[str, str]) -> str:
+    "Why a shard is not reinforced"
+    if any(key.endswith((".url", ".paug")) for key in reasons):
+        return (
+            f"{shard.name} holds addresses (KEY.url.txt) and no pictures: download the pictures at their "
+            "full size, for example by img2dataset with resize_mode=no, and write shards with KEY.jpg and "
+            "KEY.txt beside KEY.paug.json, KEY.syn.json and KEY.npz (or KEY.pth.gz)"
+        )
+    examples = _some([f"{key}: {reason}" for key, reason in reasons.items()])
+    return f"{shard.name} holds no teachers' rows that can be used: {examples}"

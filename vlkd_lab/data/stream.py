@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import count, cycle, islice
@@ -20,14 +20,23 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from vlkd_lab.data.decode import (
+    BadSample,
+    NoSample,
+    Reinforcement,
+    asked_questions,
+    captions_of,
+    decode_sample,
+    reinforcement_of,
+)
+
 from ..features import Batch
 from ..remote import RemoteFile, Unreachable
-from ..sources import FIELDS
+from ..sources import FIELDS, REINFORCED_FIELDS
 from .archives import OpenShard, ShardReport, _some, open_shard
-from .decode import BadSample, NoSample, asked_questions, captions_of, decode_sample
 from .reports import DataReport, _as_report, _cache_file, _files_beside, check_split
 from .travel import pinned
-from .views import Crops, View, _cut, _shared_views, drawn_caption
+from .views import Crops, View, _cut, _shared_views, augmented, drawn_caption, drawn_text
 
 # %% auto #0
 __all__ = ['SampleOrder', 'PairStream', 'BadSampleGuard', 'read_once']
@@ -136,7 +145,7 @@ class _Item:
 # %% ../../nbs/library/014_data_stream.ipynb #2cd1e7c4
 _PROBLEM = "__problem__"  # of a raw sample: why it cannot be used
 
-
+# %% ../../nbs/library/014_data_stream.ipynb #re1nf0g1
 class _SampleCache:
     "Samples, read from file or from memory"
 
@@ -144,8 +153,10 @@ class _SampleCache:
         self,
         shards: tuple[ShardReport, ...],
         budget: int,  # bytes
+        fields: Collection[str] = FIELDS,  # that are read of a sample
     ):
         self.shards = shards
+        self.fields = fields
         self.free = budget
         self.items: dict[tuple[int, int], _Item] = {}  # by number of the shard and of the sample in it
         self._open: OrderedDict[int, OpenShard] = OrderedDict()  # the last used one last
@@ -167,7 +178,7 @@ class _SampleCache:
             name = f"{self.shards[index].name}/sample {number + 1}"
             return _Item(name, f"{index} {number + 1}", "", {}, str(error))
         key = sample["__key__"]
-        fields = {name: value for name, value in sample.items() if name in FIELDS or name == _PROBLEM}
+        fields = {name: value for name, value in sample.items() if name in self.fields or name == _PROBLEM}
         name = f"{self.shards[index].name}/{key}"
         item = _Item(name, f"{index} {number + 1}", key, fields, sample.get(_PROBLEM, ""))
         if item.size <= self.free:
@@ -180,7 +191,7 @@ class _SampleCache:
         "A shard, and an error where it does not hold what was counted"
         if index not in self._open:
             shard = self.shards[index]
-            opened = open_shard(shard.path)
+            opened = open_shard(shard.path, self.fields)
             if len(opened) != shard.count:
                 counts = f"{shard.name} holds {len(opened)} samples, but the preflight counted {shard.count}"
                 reasons = filter(None, (_recount(shard), opened.problem))
@@ -223,8 +234,9 @@ class _Seen:
     label: int | None
     crop: int  # -1 where crops have no numbers
     questions: tuple  # (question, answer, type) each
+    rows: tuple[np.ndarray, np.ndarray] | None = None  # (D,) teachers' of the picture and of the caption
 
-
+# %% ../../nbs/library/014_data_stream.ipynb #re1nf0g2
 class _SampleDecoder:
     "Makes items into what student and teacher see"
 
@@ -236,23 +248,30 @@ class _SampleDecoder:
         crops: Crops | None = None,  # None: whole pictures
         cache: _SampleCache | None = None,  # whose budget decoded samples take
         draw_seed: int | None = None,  # of the captions; None: the first of each sample
+        row_width: int = 0,  # of the teachers' rows that samples bring along; 0: they are not read
+        synthetic_share: float = 0.0,  # of the epochs in which a synthetic caption is seen
     ):
         self.max_pixels = max_pixels
         self.crops = crops or Crops()
         self.cache = cache
         self.draw_seed = draw_seed
+        self.row_width = row_width
+        self.synthetic_share = synthetic_share
         self.views = _shared_views(student, teacher)
         present = {"image": self.views.preprocesses, "text": self.views.tokenizers}
         self.sides = tuple(side for side, models in present.items() if models)
         self.reads_questions = student.questions
         exact = all(preprocess.exact for preprocess in self.views.preprocesses)
-        self.same_pixels = exact and self.crops.scale >= 1  # in every epoch
+        self.same_pixels = exact and self.crops.scale >= 1 and not row_width  # in every epoch
 
     def see(self, item: _Item, epoch: int = 0) -> _Seen:
         "What the models see of an item in an epoch; raises BadSample"
         if item.problem:
             raise BadSample(item.problem)
-        pictures, captions, label, questions = item.decoded or _decoded(self, item)
+        decoded = item.decoded or _decoded(self, item)
+        if self.row_width:
+            return _seen_with_rows(self, item, epoch, decoded)
+        pictures, captions, label, questions, _ = decoded
         number = 0
         if self.draw_seed is not None:
             number = drawn_caption(len(captions), item.place, epoch, self.draw_seed)
@@ -264,26 +283,51 @@ class _SampleDecoder:
         return _Seen(pictures, captions, number, label, crop, questions)
 
 # %% ../../nbs/library/014_data_stream.ipynb #61b351db
-def _decoded(decoder: _SampleDecoder, item: _Item) -> tuple[list[np.ndarray], tuple, int | None, tuple]:
+def _seen_with_rows(decoder: _SampleDecoder, item: _Item, epoch: int, decoded: tuple) -> _Seen:
+    "A stored augmentation and a caption of an item, with the teachers' rows of both"
+    pictures, captions, label, questions, stored = decoded
+    image = Image.fromarray(pictures[0])
+    drawn = Crops(seed=decoder.draw_seed, count=len(stored.augmentations)).number(item.place, epoch)
+    augmentation = stored.augmentations[drawn]
+    share = decoder.synthetic_share
+    number = drawn_text(stored.given, stored.synthetic, share, item.place, epoch, decoder.draw_seed)
+    shown = []
+    for preprocess in decoder.views.preprocesses:
+        size = (preprocess.width, preprocess.height)
+        shown.append(preprocess.picture(augmented(image, augmentation, size)))
+    rows = (stored.image[drawn], stored.text[number])
+    return _Seen(shown, captions, number, label, drawn, questions, rows)
+
+
+def _decoded(
+    decoder: _SampleDecoder, item: _Item
+) -> tuple[list[np.ndarray], tuple, int | None, tuple, Reinforcement | None]:
     "Decode once; keep the result in place of the file's bytes where the budget allows"
+    stored = None
     try:
-        image, caption, label = decode_sample(item.fields, decoder.max_pixels, decoder.sides)
+        upright = not decoder.row_width  # stored crops are of the picture as it lies in its file
+        image, caption, label = decode_sample(item.fields, decoder.max_pixels, decoder.sides, upright)
+        if decoder.row_width:
+            stored = reinforcement_of(item.fields, decoder.row_width)
+            stored.check_boxes(*image.size)
     except BadSample as error:
         item.problem = str(error)
         raise
     captions = tuple(captions_of(item.fields)) if caption else ("",)
+    captions = captions if stored is None else stored.captions
     questions = asked_questions(item.fields) if decoder.reads_questions else ()
     if decoder.same_pixels or image is None:
         pictures = [preprocess.pixels(image) for preprocess in decoder.views.preprocesses]
     else:
         pictures = [np.asarray(image)]
     further = sum(len(text.encode()) for text in captions[1:])  # a first caption is as small as a name
+    further += 0 if stored is None else stored.image.nbytes + stored.text.nbytes
     grown = sum(picture.nbytes for picture in pictures) + further - item.size
     if item.cached and grown <= decoder.cache.free:
         decoder.cache.free -= grown
-        item.decoded = (pictures, captions, label, questions)
+        item.decoded = (pictures, captions, label, questions, stored)
         item.fields = {}
-    return pictures, captions, label, questions
+    return pictures, captions, label, questions, stored
 
 # %% ../../nbs/library/014_data_stream.ipynb #20345f1b
 def _as_batch(
@@ -301,12 +345,20 @@ def _as_batch(
     further = {"labels": tuple(sample.label for sample in samples), "skipped": tuple(skipped)}
     if texts:
         further["caption_numbers"] = tuple(sample.number for sample in samples)
-    if decoder.crops.fixed:
+    if decoder.row_width:
+        further["image_rows"] = _row_column([sample.rows[0] for sample in samples])
+        further["text_rows"] = _row_column([sample.rows[1] for sample in samples])
+    if decoder.crops.fixed or decoder.row_width:
         further["crops"] = tuple(sample.crop for sample in samples)
     if decoder.reads_questions:
         further["questions"] = tuple(sample.questions for sample in samples)
     columns = decoder.views.columns(images, texts, len(names))
     return Batch(**columns, keys=names, captions=captions, **further)
+
+
+def _row_column(rows: list[np.ndarray]) -> Tensor:  # (B, D) float32
+    "Teachers' rows as a column of a batch"
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 # %% ../../nbs/library/014_data_stream.ipynb #a66c3384
 def _good_and_bad(
@@ -357,7 +409,9 @@ class _Reader:
         usable = stream.report.usable
         counts = [shard.count for shard in usable]
         self.order = SampleOrder(counts, stream.seed, stream.shuffle, _lanes(usable))
-        self.cache = _SampleCache(usable, stream.cache_mb * 1_000_000 // max(stream.workers, 1))
+        budget = stream.cache_mb * 1_000_000 // max(stream.workers, 1)
+        fields = FIELDS | set(REINFORCED_FIELDS) if stream.row_width else FIELDS
+        self.cache = _SampleCache(usable, budget, fields)
         self.decoder = _SampleDecoder(
             stream.student,
             stream.teacher,
@@ -365,6 +419,8 @@ class _Reader:
             Crops(stream.crop_scale, stream.seed, stream.crops),
             self.cache,
             draw_seed=stream.seed,
+            row_width=stream.row_width,
+            synthetic_share=stream.synthetic_share,
         )
         self._last: tuple[int, list[tuple[int, _Item]]] = (-1, [])
 
@@ -407,6 +463,8 @@ class PairStream:
     crops: int = 0  # numbered crops of each image, one of which an epoch sees; 0: new ones
     cache_mb: int = 256  # memory for samples already read, over all workers of this process, in 10^6 bytes
     max_pixels: int = 50_000_000  # as in `decode_image`
+    row_width: int = 0  # of the teachers' rows that reinforced samples bring along; 0: they are not read
+    synthetic_share: float = 0.0  # of the epochs in which such a sample shows a synthetic caption
 
     def __post_init__(self):
         _check_stream(self)
@@ -464,11 +522,19 @@ def _check_stream(stream: PairStream) -> None:
         "rank": (0 <= stream.rank < stream.world_size, f"0 to {stream.world_size - 1}"),
         "crop_scale": (0 < stream.crop_scale <= 1, "above 0, at most 1"),
         "crops": (crops_fit, "0, or more with crop_scale below 1"),
+        "row_width": (_rows_fit(stream), "0, or more with pictures, captions and crop_scale=1"),
+        "synthetic_share": (0 <= stream.synthetic_share <= 1, "0 to 1"),
     }
     for name, (fits, values) in valid.items():
         if not fits:
             raise ValueError(f"{name} = {getattr(stream, name)}; valid: {values}")
     check_split(stream.report, stream.workers, stream.world_size, stream.batch_size, allow_damaged=True)
+
+
+def _rows_fit(stream: PairStream) -> bool:
+    "Whether the stream's rows, if it reads any, are of what it shows"
+    shows_pairs = stream.student.preprocess is not None and stream.student.tokenizer is not None
+    return stream.row_width == 0 or stream.row_width > 0 and shows_pairs and stream.crop_scale == 1
 
 # %% ../../nbs/library/014_data_stream.ipynb #c84776e3
 class BadSampleGuard:

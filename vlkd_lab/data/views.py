@@ -5,6 +5,7 @@
 # %% ../../nbs/library/012_data_views.ipynb #ea58e5a4
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +21,12 @@ from torch import Tensor
 
 from ..features import Texts
 from ..pixels import Pixels, as_floats
-from .decode import shard_captions
+from .decode import Augmentation, BadSample, shard_captions
 from .reports import DataReport, _as_report
 
 # %% auto #0
-__all__ = ['View', 'FastPreprocess', 'crop_box', 'Crops', 'drawn_caption', 'Truncation', 'truncated_share']
+__all__ = ['OPERATIONS', 'View', 'FastPreprocess', 'crop_box', 'Crops', 'drawn_caption', 'augmented', 'drawn_text', 'Truncation',
+           'truncated_share']
 
 # %% ../../nbs/library/012_data_views.ipynb #1e11fb65
 @dataclass(frozen=True)
@@ -179,6 +181,83 @@ def drawn_caption(
     order = list(range(count))
     random.Random(f"captions {seed} {past_rounds} {place}").shuffle(order)
     return order[step]
+
+# %% ../../nbs/library/012_data_views.ipynb #re1nf0e2
+_SIDE = 224  # pixels of the pictures in which translations are counted
+OPERATIONS = (  # the steps of RandAugment, by their numbers
+    "Identity",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+)
+
+
+def _changed(image: Image.Image, step: str, magnitude: float) -> Image.Image:
+    "A picture after a step of RandAugment"
+    from torchvision.transforms import functional as F  # slow to import, and of use for such data alone
+
+    slope = math.degrees(math.atan(magnitude)) if step.startswith("Shear") else 0.0
+    across = int(magnitude * image.width / _SIDE)  # of a translation, in whole pixels
+    down = int(magnitude * image.height / _SIDE)
+    results: dict[str, Callable[[], Image.Image]] = {
+        "Identity": lambda: image,
+        "ShearX": lambda: F.affine(image, 0.0, [0, 0], 1.0, [slope, 0.0], center=[0, 0]),
+        "ShearY": lambda: F.affine(image, 0.0, [0, 0], 1.0, [0.0, slope], center=[0, 0]),
+        "TranslateX": lambda: F.affine(image, 0.0, [across, 0], 1.0, [0.0, 0.0]),
+        "TranslateY": lambda: F.affine(image, 0.0, [0, down], 1.0, [0.0, 0.0]),
+        "Rotate": lambda: F.rotate(image, magnitude),
+        "Brightness": lambda: F.adjust_brightness(image, 1 + magnitude),
+        "Color": lambda: F.adjust_saturation(image, 1 + magnitude),
+        "Contrast": lambda: F.adjust_contrast(image, 1 + magnitude),
+        "Sharpness": lambda: F.adjust_sharpness(image, 1 + magnitude),
+        "Posterize": lambda: F.posterize(image, int(magnitude)),
+        "Solarize": lambda: F.solarize(image, magnitude),
+        "AutoContrast": lambda: F.autocontrast(image),
+        "Equalize": lambda: F.equalize(image),
+    }
+    return results[step]()
+
+# %% ../../nbs/library/012_data_views.ipynb #re1nf0e7
+def augmented(
+    image: Image.Image,  # RGB, as it lies in its file
+    augmentation: Augmentation,
+    size: tuple[int, int],  # width and height of the result; pixels
+) -> Image.Image:
+    "The picture that teachers were shown, at a model's size; `BadSample` for a step that cannot be"
+    top, left, height, width = augmentation.box
+    seen = image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+    for number, magnitude in augmentation.operations:
+        step = OPERATIONS[number]
+        try:
+            seen = _changed(seen, step, magnitude)
+        except Exception as error:
+            reason = f"{step} of RandAugment cannot have the magnitude {magnitude:g}: {error}"
+            raise BadSample(reason) from error
+    return seen
+
+# %% ../../nbs/library/012_data_views.ipynb #re1nf0e5
+def drawn_text(
+    given: int,  # captions that came with the picture
+    synthetic: int,  # captions that a model wrote
+    share: float,  # of the epochs that see a synthetic one, where there is one
+    place: str,  # of the sample in the data
+    epoch: int,
+    seed: int = 0,
+) -> int:  # below given + synthetic; the synthetic ones come last
+    "The number of the caption that an epoch sees"
+    if synthetic and random.Random(f"synthetic {seed} {epoch} {place}").random() < share:
+        return given + drawn_caption(synthetic, f"synthetic {place}", epoch, seed)
+    return drawn_caption(given, place, epoch, seed)
 
 # %% ../../nbs/library/012_data_views.ipynb #127122b9
 def _cut(

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from ..methods import METHODS
 from ..runs import role_of
-from ..trainers import read_teachers
+from ..trainers import read_teachers, rows_in_words
 from .origin import Origin
 from .words import UNKNOWN, as_markdown, in_millions, markdown_table, plain_name
 
@@ -69,8 +69,10 @@ def _teachers(config: Mapping[str, Any]) -> list[_Teacher]:  # in their order; e
 def _teacher_rows(origin: Origin, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     "Name, weight in a set, size and digest of each teacher"
     teachers = _teachers(config)
+    stored = config.get("reinforced")
+    said = [("what teachers said", rows_in_words(stored))] if stored else []
     if not teachers:
-        return [("teacher", "none" if origin.run else UNKNOWN)]
+        return said or [("teacher", "none" if origin.run else UNKNOWN)]
     models = (origin.run.result() or {}).get("models", {})
     rows = []
     for teacher in teachers:
@@ -79,7 +81,7 @@ def _teacher_rows(origin: Origin, config: Mapping[str, Any]) -> list[tuple[str, 
         digest = as_markdown(teacher.digest[:16] or UNKNOWN)
         name = as_markdown(teacher.name)
         rows.append((teacher.title, f"{name}, {weight}{size} parameters, SHA-256 {digest}"))
-    return rows
+    return rows + said
 
 # %% ../../nbs/library/087_export_history.ipynb #3ec901a0
 def _data(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .. import trainers
+from accelerate import Accelerator
+
+from .. import data, trainers
 from ..gates import budget
 from ..losses import LOSSES, Objective
 from ..models import VLM, check_student, new_model
@@ -28,7 +30,7 @@ class Distil(Distillation):
     "Parameters of a distillation by named losses"
 
     teacher: str = parameter(
-        "data_samples/teacher", "as everywhere, also a set; empty: none, and the student learns from pairs"
+        "data_samples/teacher", "as everywhere, also a set; empty: none, but for what the shards bring along"
     )
     losses: str = parameter(CLIP_KD, "terms and their weights, separated by commas; the default is CLIP-KD's")
     student: str = parameter(
@@ -41,7 +43,8 @@ class Distil(Distillation):
     def terms(self) -> list[str]:
         "Without clusters, no terms that need their centres; without a teacher, none that needs one"
         names = [name for name in super().terms() if not LOSSES[name].centers]
-        return names if self.teacher else [name for name in names if not LOSSES[name].needs_teacher]
+        is_taught = self.teacher or self.teacher_features == "shards"
+        return names if is_taught else [name for name in names if not LOSSES[name].needs_teacher]
 
     def check_alone(self) -> None:
         "ValueError for what a student without a teacher cannot have"
@@ -49,7 +52,10 @@ class Distil(Distillation):
             raise ValueError(
                 "teacher='' needs a student: name an architecture as student, or a model as start_from"
             )
-        for name, value in dict(inheritance="none", teacher_features="online", compare_scratch=False).items():
+        needed = dict(inheritance="none")
+        if self.teacher_features != "shards":
+            needed |= dict(teacher_features="online", compare_scratch=False)
+        for name, value in needed.items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not valid with teacher='': choose {name}={value!r}"
@@ -59,7 +65,7 @@ class Distil(Distillation):
 def distil_objective(
     options: Distillation,
     student: VLM,
-    teachers: Sequence[VLM],  # one, a set, or none
+    teachers: Sequence[VLM | int],  # one, a set, or none; or the widths of their rows
 ) -> Objective:
     "The weighted terms, with a projection where a teacher's space is not the student's"
     if not teachers:
@@ -74,28 +80,38 @@ class DistilJob(StudentJob):
     def teaches(self) -> bool:
         return bool(self.options.teacher)
 
+    @property
+    def taught_by(self) -> Sequence[VLM | int]:
+        "Whose features the student learns from: teachers, or the widths of their rows in the shards"
+        if self.in_shards:
+            return self.rows["teacher_widths"]
+        return self.teachers if self.teaches else ()
+
     def new_student(self, inherited: bool = True) -> VLM:
         "The student before its training"
         if self.teaches:
             return trainers.smaller_student(self.options, self.teacher, self.start, self.shapes, inherited)
-        return _lone_student(self.options)
+        return _lone_student(self.options, inherited)
 
     def work(self) -> None:
         folder = self.run.folder
         if not (folder / "student" / "done.json").exists():
             student = self.new_student()
-            phase = Phase("student", "distil" if self.teaches else "contrast", self.options.steps)
-            objective = distil_objective(self.options, student, self.teachers if self.teaches else ())
-            finish_fit(self, phase, student, objective, self.source if self.teaches else None)
+            phase = Phase("student", "distil" if self.taught_by else "contrast", self.options.steps)
+            objective = distil_objective(self.options, student, self.taught_by)
+            finish_fit(self, phase, student, objective, self.source if self.taught_by else None)
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
             trainers.train_baseline(self, "scratch", self.options.steps, self.new_student(inherited=False))
 
 
-def _lone_student(options: Distil) -> VLM:
-    "A student that has no teacher: what it starts as, or the architecture that is named"
+def _lone_student(options: Distil, inherited: bool = True) -> VLM:
+    "A student without a teacher's weights: what it starts as, or the architecture that is named"
     start = trainers.find_start(options)
-    if start is not None:
+    if start is not None and inherited:
         return start
+    if start is not None:
+        towers = start.config.get("towers")
+        return new_model(start.config["model_cfg"], like=start, towers=towers, seed=options.seed)
     name = trainers.local_name(options.student)
     like = trainers.find_model(name) if Path(name).is_dir() else None  # whose words and pictures it takes
     config = options.student if like is None else like.config["model_cfg"]
@@ -109,15 +125,7 @@ def open_distil(options: Distil) -> DistilJob:
     options.check_stored()
     about = {"objective": weights, "terms": options.terms()}
     if not options.teacher:
-        options.check_alone()
-        student = _lone_student(options)
-        inherited = ("image", "text") if options.start_from else ()
-        trainers.check_locks(options, inherited, student.config["model_cfg"]["vision_cfg"])
-        check_student(
-            student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
-        )
-        about["model"] = student.config["model_cfg"]
-        return trainers.open_run(options, student, accelerator, about, DistilJob)
+        return _open_alone(options, accelerator, about)
     teachers = trainers.find_teachers(options, accelerator.device)
     trainers.check_teachers(options, teachers)
     teacher, *further = teachers
@@ -131,12 +139,32 @@ def open_distil(options: Distil) -> DistilJob:
         )
     about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
-    job = trainers.open_run(options, teacher, accelerator, about, DistilJob, start=start)
+    report = data.inspect_shards(trainers.find_data(options.data))
+    about |= _about_rows(options, report, teachers)
+    job = trainers.open_run(options, teacher, accelerator, about, DistilJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
+
+
+def _about_rows(options: Distil, report: data.DataReport, teachers: Sequence[VLM]) -> dict:
+    "What config.json says of rows in the shards; nothing where none are read"
+    return trainers.inspect_rows(options, report, teachers) if options.teacher_features == "shards" else {}
 
 
 def _fewest_images(options: Distillation, world: int) -> int:
     return trainers.fewest_rows(options.batch_size // world, options.micro_batch)
+
+# %% ../../nbs/library/109_methods_distil.ipynb #re1nf121
+def _open_alone(options: Distil, accelerator: Accelerator, about: dict) -> DistilJob:
+    "The same without a teacher's weights: the student learns from pairs, or from rows that they bring along"
+    options.check_alone()
+    student = _lone_student(options)
+    inherited = ("image", "text") if options.start_from else ()
+    trainers.check_locks(options, inherited, student.config["model_cfg"]["vision_cfg"])
+    check_student(student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes))
+    about["model"] = student.config["model_cfg"]
+    report = data.inspect_shards(trainers.find_data(options.data))
+    about |= _about_rows(options, report, ())
+    return trainers.open_run(options, student, accelerator, about, DistilJob, report)
 
 
 register(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,7 +29,7 @@ from vlkd_lab.trainers import (
     share,
 )
 
-from .. import gates, models, runs, stages, trainers
+from .. import data, gates, models, runs, stages, trainers
 from ..features import Texts
 from ..gates import Gates, budget, sparsity
 from ..inheritance import Plan, inherit, plan_gates
@@ -418,7 +418,10 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     }
     if start is not None and not starts_whole:
         about["start_towers"] = _sizes(_start_shapes(options, start, shapes))
-    job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, start=start)
+    report = data.inspect_shards(trainers.find_data(options.data))
+    if options.teacher_features == "shards":
+        about |= _about_rows(options, report, teachers)
+    job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 
@@ -429,6 +432,18 @@ def _check_start(options: FitParameters, start: VLM | None) -> None:
             f"student={options.student!r} is not valid with start_from={options.start_from!r}: the student "
             "is the model that it starts as; leave student empty"
         )
+
+# %% ../../nbs/library/107_methods_tinyclip.ipynb #re1nf151
+def _about_rows(options: TinyCLIP, report: data.DataReport, teachers: Sequence[VLM]) -> dict[str, Any]:
+    "What config.json says of rows in the shards; they must be of the teachers that students inherit from"
+    about = trainers.inspect_rows(options, report, teachers)
+    widths = [models.model_config(teacher.config["model_cfg"])["embed_dim"] for teacher in teachers]
+    if about["reinforced"]["teacher_widths"] != widths:
+        raise ValueError(
+            f"teacher_widths={options.teacher_widths!r} is not valid here: a TinyCLIP student is a part of "
+            f"its teacher and learns from it, whose width is {', '.join(map(str, widths))}; leave it empty"
+        )
+    return about
 
 # %% ../../nbs/library/107_methods_tinyclip.ipynb #43780d7b
 def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:

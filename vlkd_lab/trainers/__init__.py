@@ -25,6 +25,7 @@ from vlkd_lab.trainers.jobs import (
     filled_store,
     find_data,
     finish_fit,
+    inspect_rows,
     load_validation,
     make_accelerator,
     may_print,
@@ -34,6 +35,7 @@ from vlkd_lab.trainers.jobs import (
     open_stream,
     out_folder,
     reopen,
+    rows_in_words,
     store_folder,
     teacher_source,
     teacher_views,
@@ -44,6 +46,12 @@ from vlkd_lab.trainers.jobs import (
     who_answers,
     write_probe,
 )
+
+# %% auto #0
+__all__ = []
+
+# %% ../../nbs/library/079_trainers.ipynb #re1nf152
+# isort: split
 from vlkd_lab.trainers.launch import (
     StillTraining,
     Training,
@@ -58,9 +66,6 @@ from vlkd_lab.trainers.launch import (
     torchrun,
     train,
 )
-
-# %% auto #0
-__all__ = []
 
 # %% ../../nbs/library/079_trainers.ipynb #6bddc9d7
 # isort: split
@@ -87,11 +92,13 @@ from vlkd_lab.trainers.options import (
     check_parameters,
     current_word,
     is_interactive,
+    list_of_numbers,
     notebook_parameters,
     notebook_values,
     one_of,
     parameter,
     read_loss_weights,
+    read_numbers,
     read_teachers,
     seed_of,
     share,
@@ -134,6 +141,15 @@ from vlkd_lab.trainers.students import (
     smaller_student,
     transformer_shapes,
 )
+from vlkd_lab.trainers.teachers import (
+    RowTeacher,
+    Teachers,
+    ask,
+    projection,
+    projections,
+    row_teachers,
+    teachers_digest,
+)
 
 from ..methods import METHODS
 from ..project import former_names
@@ -141,7 +157,6 @@ from .average import Average
 from .locks import check_locks, lock_towers
 from .loop import Diverged, ProgressLine, agree, averaged, change, fit, take_step
 from .numbers import LateLine, LateNumbers, as_numbers
-from .teachers import Teachers, ask, projection, projections, teachers_digest
 
 # %% ../../nbs/library/079_trainers.ipynb #c0mpan10
 # isort: split

@@ -25,12 +25,21 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
+from vlkd_lab.trainers.options import (
+    FORMER_WORDS,
+    Distillation,
+    FitParameters,
+    all_processes,
+    list_of_numbers,
+    read_numbers,
+)
+
 from .. import __version__, data, runs
 from ..features import Batch, Features, Texts, flat_captions, recall
 from ..gates import TowerCost
 from ..losses import Objective
 from ..methods import name_of
-from ..models import VLM, TowerShape, evaluating, state_digest
+from ..models import VLM, TowerShape, evaluating, model_config, state_digest
 from ..project import write_text
 from ..remote import use_cache
 from ..runs import Run, RunWriter
@@ -41,16 +50,15 @@ from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike, meet_anew
-from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
 from .running import check_compiler
-from .teachers import Teachers
+from .teachers import RowTeacher, Teachers, row_teachers
 
 # %% auto #0
 __all__ = ['LONGEST_WAIT', 'FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder',
            'continuing', 'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store',
-           'open_stream', 'Reading', 'teacher_source', 'who_answers', 'teacher_views', 'Showing', 'trained_on',
-           'encode_captions', 'validation_features', 'validation_scores', 'of_part', 'Job', 'open_run', 'finish_fit',
-           'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
+           'open_stream', 'Reading', 'teacher_source', 'who_answers', 'teacher_views', 'inspect_rows', 'Showing',
+           'trained_on', 'rows_in_words', 'encode_captions', 'validation_features', 'validation_scores', 'of_part',
+           'Job', 'open_run', 'finish_fit', 'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -144,7 +152,12 @@ FREE = (  # parameters that change no result
     "cache_dir",
     "cache_gb",
 )
-LATER = {"ema": 0.0}  # parameters of later versions -> the value that stands for runs from before
+LATER = {  # parameters of later versions -> the value that stands for runs from before
+    "ema": 0.0,
+    "teacher_widths": "",
+    "teacher_scales": "",
+    "synthetic_share": 0.5,
+}
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
     "data": "data.fingerprint",
@@ -161,7 +174,7 @@ def out_folder(options: FitParameters) -> Path:
         return data.project_root() / options.out
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     for name, before in LATER.items():
-        if kept[name] == before:
+        if name in kept and kept[name] == before:
             del kept[name]
     for name in kept.keys() & FORMER_WORDS.keys():  # a run is found where an earlier version has put it
         first = {today: former for former, today in FORMER_WORDS[name].items()}
@@ -298,8 +311,10 @@ class Reading:
     def stream(self) -> data.PairStream:
         "The training pairs; kept, so that what is decoded once serves every stage"
         job = self.job
-        teacher = None if job.is_stored else job.teacher_view
-        return open_stream(job, job.report, job.view, job.options.batch_size, teacher=teacher)
+        settings = _row_settings(job) if job.in_shards else {}
+        if not job.is_stored and not job.in_shards:
+            settings = dict(teacher=job.teacher_view)
+        return open_stream(job, job.report, job.view, job.options.batch_size, **settings)
 
     def batches(self, step: int) -> Iterator[Batch]:
         "The training stream from a step on"
@@ -323,7 +338,7 @@ class Reading:
         return filled_store(self.job, self.job.report, self.job.stored_sides)
 
     @cached_property
-    def source(self) -> VLM | StoredTeacher | Teachers:
+    def source(self) -> VLM | StoredTeacher | RowTeacher | Teachers:
         "Who answers for the teacher while the student learns"
         return who_answers(self.job)
 
@@ -339,8 +354,10 @@ def teacher_source(job: Job, teacher: VLM) -> VLM | StoredTeacher:
     return StoredTeacher(store, teacher.scale, device, crop_scale=job.options.crop_scale)
 
 
-def who_answers(job: Job) -> VLM | StoredTeacher | Teachers:
+def who_answers(job: Job) -> VLM | StoredTeacher | RowTeacher | Teachers:
     "Who answers for the teacher, or for all of a set"
+    if job.in_shards:
+        return row_teachers(device=job.accelerator.device, **_row_parts(job))
     if not job.further:
         return job.source_of(job.teacher)
     members = [job.source_of(teacher) for teacher in job.teachers]
@@ -357,6 +374,81 @@ def teacher_views(
         return views
     only = teachers[0]
     return None if like is only or like.same_view(only) else views[0]
+
+# %% ../../nbs/library/077_trainers_jobs.ipynb #re1nf111
+def _in_shards(job: Job) -> bool:
+    "Whether what teachers said comes with the training pairs"
+    return getattr(job.options, "teacher_features", "") == "shards"
+
+
+def _rows(job: Job) -> Mapping[str, Any]:
+    "What the shards hold of it, as config.json has it"
+    return job.run.config()["reinforced"]
+
+
+def _row_parts(job: Job) -> dict[str, Any]:  # of `row_teachers`
+    "Widths, scales and weights of the parts of the rows; a named set has its weights, any other equal ones"
+    widths = job.rows["teacher_widths"]
+    shares = tuple(job.options.teachers().values()) if job.options.teacher else ()
+    if len(shares) != len(widths):
+        shares = (1 / len(widths),) * len(widths)
+    return dict(widths=widths, scales=job.rows["teacher_scales"], weights=shares)
+
+
+def _row_settings(job: Job) -> dict[str, Any]:  # of `PairStream`
+    "How the stream reads rows and draws captions"
+    return dict(row_width=sum(job.rows["teacher_widths"]), synthetic_share=job.options.synthetic_share)
+
+# %% ../../nbs/library/077_trainers_jobs.ipynb #re1nf115
+def inspect_rows(
+    options: Distillation,
+    report: data.DataReport,  # of the training shards
+    teachers: Sequence[VLM],  # that are named and loaded, if any
+) -> dict[str, Any]:  # for config.json: the entry "reinforced"
+    "What the training shards hold of what teachers said; ValueError where it is not what the options say"
+    stored = data.inspect_reinforcement(report)
+    told = {} if teachers else _told_beside(report)
+    text = options.teacher_widths or told.get("teacher_widths", "")
+    widths = tuple(int(width) for width in read_numbers(text))
+    widths = widths or tuple(model_config(one.config["model_cfg"])["embed_dim"] for one in teachers)
+    widths = widths or (stored.width,)
+    wrong = f"teacher_widths={options.teacher_widths!r} is not valid here"
+    named = ", ".join(map(str, widths))
+    advice = "say how wide the part of each teacher is, such as 768,768"
+    if sum(widths) != stored.width:
+        raise ValueError(f"{wrong}: the shards' rows are {stored.width} wide, and not {named}; {advice}")
+    lengths = stored.lengths(widths)
+    if any(abs(length - 1) > 0.05 for length in lengths):
+        measured = ", ".join(f"{length:.2f}" for length in lengths)
+        reason = f"what a teacher says has the length 1, and parts as wide as {named} have {measured}"
+        raise ValueError(f"{wrong}: {reason}; {advice}")
+    text = options.teacher_scales or told.get("teacher_scales", "")
+    scales = _row_scales(text, len(widths), teachers)
+    held = {"augmentations": stored.augmentations, "synthetic": stored.synthetic}
+    return {"reinforced": held | {"teacher_widths": list(widths), "teacher_scales": list(scales)}}
+
+# %% ../../nbs/library/077_trainers_jobs.ipynb #re1nf116
+def _row_scales(text: str, count: int, teachers: Sequence[VLM]) -> tuple[float, ...]:
+    "A logit scale for each part of the rows: as is said, or else the named teachers', or else 100"
+    scales = read_numbers(text)
+    if len(scales) not in (0, 1, count):
+        valid = f"one for all, or one for each of {count}"
+        raise ValueError(f"teacher_scales={text!r} is not valid here: {valid}")
+    if not scales and len(teachers) == count:
+        return tuple(float(one.scale.detach()) for one in teachers)
+    scales = scales or (100.0,)
+    return scales * count if len(scales) == 1 else scales
+
+
+def _told_beside(report: data.DataReport) -> dict[str, str]:
+    "Widths and scales in a reinforced.json beside the shards, as `export.reinforce` writes it; or nothing"
+    valid = list_of_numbers()["check"]
+    try:
+        about = json.loads(report.usable[0].path.with_name("reinforced.json").read_text())
+        told = {name: str(about[name]) for name in ("teacher_widths", "teacher_scales")}
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+    return {name: text for name, text in told.items() if valid(text)}
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #49e30a5a
 class Showing:
@@ -389,7 +481,8 @@ class Showing:
     @property
     def about_data(self) -> str:
         "What the preflight found, how many captions are too long, and whether validation is trained on"
-        lines = (self.job.report, self.job.truncation, trained_on(self.job.run))
+        rows = rows_in_words(self.job.rows) if self.job.in_shards else ""
+        lines = (self.job.report, rows, self.job.truncation, trained_on(self.job.run))
         return "\n".join(str(line) for line in lines if line)
 
 
@@ -403,6 +496,16 @@ def trained_on(run: Run) -> str:  # empty where none is
         return ""
     what = f"{len(names)} of {len(validation)} validation shards are trained on, such as {names[0]}"
     return f"{what}: scores on them say nothing about new pairs"
+
+
+def rows_in_words(
+    rows: Mapping[str, Any],  # the entry "reinforced" of a config.json
+) -> str:
+    "What the shards hold of what teachers said"
+    widths = " + ".join(str(width) for width in rows["teacher_widths"])
+    scales = ", ".join(f"{scale:g}" for scale in rows["teacher_scales"])
+    counts = f"{rows['augmentations']} augmentations and {rows['synthetic']} synthetic captions a picture"
+    return f"read from the shards: {counts}, rows of teachers of width {widths}, logit scale {scales}"
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #c297bfa0
 def encode_captions(
@@ -509,7 +612,8 @@ class Job(ABC):
     teachers = property(_teachers)
     roles = property(_roles)
     extended = property(_extended)
-
+    in_shards = property(_in_shards)
+    rows = property(_rows)
     reading = cached_property(Reading)
     like = of_part("reading", "like")
     view = of_part("reading", "view")
@@ -598,7 +702,7 @@ def finish_fit(
     phase: Phase,
     student: VLM,
     objective: Objective,
-    teacher: VLM | StoredTeacher | Teachers | None,
+    teacher: VLM | StoredTeacher | RowTeacher | Teachers | None,
     learner: Callable[[nn.Module], Learner] = Learner,  # makes one of the student's network
     batches: Callable[[int], Iterator[Batch]] | None = None,  # step -> batches from then on; None: the job's
 ) -> VLM:

@@ -26,7 +26,7 @@ from .backward import cached_backward, plain_backward
 from .locks import lock_towers
 from .numbers import LateLine
 from .options import FitParameters, seed_of
-from .teachers import Teachers, ask
+from .teachers import RowTeacher, Teachers, ask
 
 # %% auto #0
 __all__ = ['Phase', 'Hooks', 'Learner', 'encode_sides', 'probe_features', 'parameter_groups', 'Loop', 'held_scale',
@@ -196,7 +196,7 @@ class Loop:
     objective: Objective
     options: FitParameters
     accelerator: Accelerator
-    teacher: VLM | StoredTeacher | Teachers | None = None
+    teacher: VLM | StoredTeacher | RowTeacher | Teachers | None = None
     probe: Batch | None = None  # the fixed pairs that the views draw
     look: Callable[[Loop], Mapping[str, Tensor]] | None = None  # further arrays for the views
     step: int = 0  # steps of the phase that are done

@@ -30,7 +30,7 @@ from .learner import Learner, Loop, Phase, held_scale, probe_features
 from .numbers import LateLine, LateNumbers
 from .options import FitParameters, seed_of
 from .running import running_as
-from .teachers import Teachers
+from .teachers import RowTeacher, Teachers
 
 # %% auto #0
 __all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'ProgressLine', 'Diverged']
@@ -280,7 +280,7 @@ def fit(
     batches: Callable[[int], Iterator[Batch]],  # step of the whole line -> batches from that step on
     options: FitParameters,
     accelerator: Accelerator,
-    teacher: VLM | StoredTeacher | Teachers | None = None,
+    teacher: VLM | StoredTeacher | RowTeacher | Teachers | None = None,
     # scores of the student as it is, called by the first process
     validate: Callable[[], dict[str, float]] | None = None,
     probe: Batch | None = None,  # fixed pairs, on the device; the views draw their affinities

@@ -23,8 +23,9 @@ from ..trackers import named_trackers
 
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
-           'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'all_processes',
-           'FitParameters', 'Distillation', 'read_teachers', 'read_loss_weights', 'seed_of']
+           'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'list_of_numbers',
+           'read_numbers', 'all_processes', 'FitParameters', 'Distillation', 'read_teachers', 'read_loss_weights',
+           'seed_of']
 
 # %% ../../nbs/library/065_trainers_options.ipynb #f0e4a102
 FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
@@ -138,6 +139,23 @@ def share() -> dict:
     return dict(valid="between 0 and 1", check=lambda value: 0 <= value <= 1)
 
 
+def list_of_numbers() -> dict:
+    "A parameter that is a list of numbers above 0, separated by commas, or empty"
+    return dict(valid="numbers above 0, separated by commas", check=_are_numbers)
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    "The numbers of such a list"
+    return tuple(float(number) for number in text.split(",")) if text.strip() else ()
+
+
+def _are_numbers(text: str) -> bool:
+    try:
+        return all(0 < number < math.inf for number in read_numbers(text))
+    except ValueError:
+        return False
+
+
 def _are_trackers(report_to: str) -> bool:
     "True, or the ValueError that says which tracker is not there"
     named_trackers(report_to)
@@ -225,24 +243,28 @@ class FitParameters(_CommonParameters):
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"
         return {}
 
-# %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
+# %% ../../nbs/library/065_trainers_options.ipynb #re1nf0f3
 @dataclass(frozen=True)
-class Distillation(FitParameters):
-    "What every distillation takes besides"
+class _FeatureSource(FitParameters):
+    "Where what the teachers say comes from"
 
-    teacher: str = parameter(
-        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
-    )
-    losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
-    hold_scale: float = parameter(
-        0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
-    )
     teacher_features: str = parameter(
-        "online", "computed at every step, or read from the store", **one_of("online", "stored")
+        "online",
+        "computed at every step, read from the store, or from rows that lie in the training shards",
+        **one_of("online", "stored", "shards"),
     )
     features: str = parameter("", "folder of the feature store; empty: beside the shards")
     augmentations: int = parameter(
         0, "numbered crops of a picture, for a store; 0: new ones in every epoch", **at_least(0)
+    )
+    teacher_widths: str = parameter(
+        "", "widths of the rows in shards, such as 768,768; empty: as the teachers are", **list_of_numbers()
+    )
+    teacher_scales: str = parameter(
+        "", "logit scales for these rows, one or one each; empty: the teachers', or 100", **list_of_numbers()
+    )
+    synthetic_share: float = parameter(
+        0.5, "share of the epochs in which such a picture shows a synthetic caption", **share()
     )
 
     def check_stored(self) -> None:
@@ -256,6 +278,36 @@ class Distillation(FitParameters):
                 "features are of whole pictures; choose teacher_features='online', crop_scale=1, or "
                 "augmentations=4 to store four crops of each"
             )
+        if self.teacher_features == "shards" and self.crop_scale < 1:
+            raise ValueError(
+                f"crop_scale={self.crop_scale:g} is not valid with teacher_features='shards': the shards say "
+                "how each picture is cut; choose crop_scale=1"
+            )
+        if self.teacher_features != "shards":
+            self.check_no_rows()
+
+    def check_no_rows(self) -> None:
+        "ValueError for parameters of rows in the shards, where none are read"
+        for name in ("teacher_widths", "teacher_scales", "synthetic_share"):
+            if getattr(self, name) != getattr(_FeatureSource, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not valid with teacher_features="
+                    f"{self.teacher_features!r}: it is about rows in the shards, teacher_features='shards'"
+                )
+
+
+# %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
+@dataclass(frozen=True)
+class Distillation(_FeatureSource):
+    "What every distillation takes besides"
+
+    teacher: str = parameter(
+        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
+    )
+    losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
+    hold_scale: float = parameter(
+        0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
+    )
 
     def teachers(self) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
         "The teachers by name; the first is what students copy, and whose view and tokenizer they take"

@@ -17,7 +17,43 @@ from ..stores import StoredTeacher
 from .options import Distillation, seed_of
 
 # %% auto #0
-__all__ = ['Teachers', 'ask', 'projection', 'projections', 'teachers_digest']
+__all__ = ['RowTeacher', 'row_teachers', 'Teachers', 'ask', 'projection', 'projections', 'teachers_digest']
+
+# %% ../../nbs/library/070_trainers_teachers.ipynb #re1nf102
+class RowTeacher:
+    "Answers like a teacher, from its part of the rows that came with a batch"
+
+    def __init__(
+        self,
+        start: int,  # column at which its part begins
+        width: int,  # D of its part
+        scale: Tensor,  # () its multiplier
+    ):
+        self.columns = slice(start, start + width)
+        self.scale = scale
+
+    def encode(self, batch: Batch) -> Features:  # (B, D) unit rows each
+        "The teacher's features of a batch"
+        if batch.image_rows is None:
+            raise ValueError("the batch brings no teachers' rows along: its stream does not read them")
+        image = torch.nn.functional.normalize(batch.image_rows[:, self.columns].float(), dim=1)
+        text = torch.nn.functional.normalize(batch.text_rows[:, self.columns].float(), dim=1)
+        return Features(image, text, self.scale)
+
+
+def row_teachers(
+    widths: Sequence[int],  # of the parts of the rows
+    scales: Sequence[float],  # logit scale of each
+    weights: Sequence[float],  # of each; they add up to 1
+    device: str | torch.device = "cpu",
+) -> RowTeacher | Teachers:
+    "Who answers from the rows: one teacher, or a set"
+    members = []
+    start = 0
+    for width, scale in zip(widths, scales, strict=True):
+        members.append(RowTeacher(start, width, torch.tensor(scale, dtype=torch.float32, device=device)))
+        start += width
+    return members[0] if len(members) == 1 else Teachers(members, weights)
 
 # %% ../../nbs/library/070_trainers_teachers.ipynb #7ea0000f
 class Teachers:
@@ -25,7 +61,7 @@ class Teachers:
 
     def __init__(
         self,
-        members: Sequence[VLM | StoredTeacher],  # the first one leads
+        members: Sequence[VLM | StoredTeacher | RowTeacher],  # the first one leads
         weights: Sequence[float],  # of each; they add up to 1
     ):
         self.members = tuple(members)
@@ -40,13 +76,13 @@ class Teachers:
         "What each says of a batch, which has what each wants to see; a store knows its pairs by their names"
         answers = []
         for number, member in enumerate(self.members):
-            is_stored = isinstance(member, StoredTeacher)
+            is_stored = isinstance(member, (StoredTeacher, RowTeacher))
             answers.append(member.encode(batch if is_stored else batch.for_teacher(number)))
         return Ensemble(tuple(answers), self.weights)
 
 
 def ask(
-    teacher: VLM | StoredTeacher | Teachers,
+    teacher: VLM | StoredTeacher | RowTeacher | Teachers,
     batch: Batch,
 ) -> Features | Ensemble:
     "What a teacher or a set of them says of a batch, in single precision and without a graph"
@@ -62,7 +98,7 @@ def _single(features: Features) -> Features:
 
 # %% ../../nbs/library/070_trainers_teachers.ipynb #7ea00012
 def projection(
-    options: Distillation, student: VLM, teacher: VLM
+    options: Distillation, student: VLM, teacher: VLM | int
 ) -> Projection | None:  # None: equal dimensions
     "What stands before the terms that compare rows of the student with rows of the only teacher"
     if _dimension(student) == _dimension(teacher):
@@ -73,7 +109,7 @@ def projection(
 def projections(
     options: Distillation,
     student: VLM,
-    teachers: Sequence[VLM],
+    teachers: Sequence[VLM | int],  # or the widths of their rows
 ) -> Projection | tuple[Projection | None, ...] | None:  # of `Objective`
     "The same for each teacher of a set; all but the first have one in any case"
     first, *further = teachers
@@ -87,11 +123,11 @@ def projections(
     return of_first, *of_further
 
 
-def _dimension(vlm: VLM) -> int:
-    return model_config(vlm.config["model_cfg"])["embed_dim"]
+def _dimension(model: VLM | int) -> int:
+    return model if isinstance(model, int) else model_config(model.config["model_cfg"])["embed_dim"]
 
 
-def _new_projection(student: VLM, teacher: VLM, seed: int) -> Projection:
+def _new_projection(student: VLM, teacher: VLM | int, seed: int) -> Projection:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Projection(_dimension(student), _dimension(teacher))
