@@ -49,7 +49,8 @@ class Distil(Distillation):
             raise ValueError(
                 "teacher='' needs a student: name an architecture as student, or a model as start_from"
             )
-        for name, value in dict(inheritance="none", teacher_features="online", compare_scratch=False).items():
+        needed = dict(inheritance="none", teacher_features="online", teacher_precision="job")
+        for name, value in (needed | dict(compare_scratch=False)).items():
             if getattr(self, name) != value:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not valid with teacher='': choose {name}={value!r}"
@@ -131,6 +132,7 @@ def open_distil(options: Distil) -> DistilJob:
         )
     about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
+    teacher, *further = trainers.hold_teachers(options, teachers)
     job = trainers.open_run(options, teacher, accelerator, about, DistilJob, start=start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 

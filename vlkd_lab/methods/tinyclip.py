@@ -416,6 +416,7 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     }
     if start is not None and not starts_whole:
         about["start_towers"] = _sizes(_start_shapes(options, start, shapes))
+    teacher, *further = trainers.hold_teachers(options, teachers)
     job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, start=start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 

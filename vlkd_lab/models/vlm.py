@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
 from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
-__all__ = ['VLM', 'evaluating', 'save_model', 'load_model']
+__all__ = ['PRECISIONS', 'VLM', 'own_arithmetic', 'in_precision', 'evaluating', 'save_model', 'load_model']
 
 # %% ../../nbs/library/025_models_vlm.ipynb #90023bbb
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class VLM:
     # "model_cfg", "preprocess_cfg" as open_clip writes them; "towers" when slim
     config: dict = field(repr=False)
     name: str = ""  # where it came from
+    # of its weights, in which it computes; None: float32, and it computes as its caller does
+    dtype: torch.dtype | None = field(default=None, kw_only=True)
     fused: ClassVar[bool] = False  # whether it can read an image and a text together
 
     def encode(self, batch: Batch) -> Features:
@@ -47,10 +50,10 @@ class VLM:
         return Features(self.encode_image(batch.image), self.encode_text(batch.text), self.scale)
 
     def encode_image(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D) unit rows
-        return self.model.encode_image(image, normalize=True)
+        return _unit_rows(self, self.model.encode_image, image)
 
     def encode_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
-        return self.model.encode_text(text, normalize=True)
+        return _unit_rows(self, self.model.encode_text, text)
 
     def traced_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
         "The same by steps that depend on no number of the text, so that it can be traced"
@@ -89,6 +92,39 @@ def _same_words(one: VLM, other: VLM) -> bool:
     "Whether two tokenizers have the same settings, and hold the same where the settings do not say it"
     settings = [_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (one, other)]
     return settings[0] == settings[1] and _contents(one.tokenizer) == _contents(other.tokenizer)
+
+# %% ../../nbs/library/025_models_vlm.ipynb #vlmprec3
+def own_arithmetic(vlm: VLM) -> AbstractContextManager:
+    "What a model computes in: its own type where it has one, else what its caller has switched on"
+    return nullcontext() if vlm.dtype is None else torch.autocast(vlm.device.type, enabled=False)
+
+
+def _unit_rows(vlm: VLM, encode: Callable[..., Tensor], side: Tensor) -> Tensor:  # (B, D) unit rows
+    "Features of images or of texts; float32 where the model has a type of its own"
+    if vlm.dtype is None:
+        return encode(side, normalize=True)
+    with own_arithmetic(vlm):
+        rows = encode(side.to(vlm.dtype) if side.is_floating_point() else side, normalize=False)
+    return F.normalize(rows.float(), dim=1)
+
+# %% ../../nbs/library/025_models_vlm.ipynb #vlmprec1
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def in_precision(
+    vlm: VLM,  # its network is changed; whoever needs the float32 weights loads them anew
+    precision: str,  # of PRECISIONS
+) -> VLM:
+    "A model whose weights are of a type, in which it computes; single numbers stay float32"
+    numbers = {}
+    for name, weight in vlm.model.named_parameters():
+        if weight.numel() == 1:
+            numbers[name] = weight.detach().clone()
+    vlm.model.to(PRECISIONS[precision])
+    for name, weight in vlm.model.named_parameters():
+        if name in numbers:
+            weight.data = numbers[name]
+    return replace(vlm, dtype=PRECISIONS[precision])
 
 # %% ../../nbs/library/025_models_vlm.ipynb #56c8af17
 @contextmanager

@@ -109,6 +109,7 @@ from vlkd_lab.trainers.backward import (
 )
 from vlkd_lab.trainers.running import (
     check_compiler,
+    check_products,
     compiled,
     in_channels_last,
     recomputing,
@@ -124,6 +125,8 @@ from vlkd_lab.trainers.students import (
     find_start,
     find_teachers,
     first_line,
+    full_teacher,
+    hold_teachers,
     last_student,
     load_student,
     local_name,

@@ -42,7 +42,7 @@ from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike, meet_anew
 from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
-from .running import check_compiler
+from .running import check_compiler, check_products
 from .teachers import Teachers
 
 # %% auto #0
@@ -120,6 +120,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
             f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
         )
     check_compiler(options, accelerator.device)
+    check_products(options, accelerator.device)
     return accelerator
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #504011c8
@@ -144,7 +145,11 @@ FREE = (  # parameters that change no result
     "cache_dir",
     "cache_gb",
 )
-LATER = {"ema": 0.0}  # parameters of later versions -> the value that stands for runs from before
+LATER = {  # parameters of later versions -> the value that stands for runs from before
+    "ema": 0.0,
+    "teacher_precision": "job",
+    "loss_precision": "fp32",
+}
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
     "data": "data.fingerprint",
@@ -161,7 +166,7 @@ def out_folder(options: FitParameters) -> Path:
         return data.project_root() / options.out
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     for name, before in LATER.items():
-        if kept[name] == before:
+        if kept.get(name) == before:
             del kept[name]
     for name in kept.keys() & FORMER_WORDS.keys():  # a run is found where an earlier version has put it
         first = {today: former for former, today in FORMER_WORDS[name].items()}

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..features import Batch, Ensemble, Features, gather
-from ..losses import Objective, gradient_share, objective_parameters
+from ..losses import Objective, gradient_share, objective_parameters, products_in
 from ..models import VLM, evaluating
 from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
@@ -255,7 +255,7 @@ def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
     rows = torch.eye(2, features.image.shape[1], device=features.image.device)
     return Features(rows, rows, rows.new_ones(()))
 
-
+# %% ../../nbs/library/074_trainers_learner.ipynb #lr0nprs1
 def learn_from_pairs(
     loop: Loop,
     batch: Batch,
@@ -268,7 +268,8 @@ def learn_from_pairs(
     features: list[Features] = []
 
     def loss(student: Features) -> Tensor:
-        computed = loop.objective(student, teacher)
+        with products_in(loop.options.loss_precision):
+            computed = loop.objective(student, teacher)
         features.append(student.detach())
         terms.update(computed.values)
         return computed.total

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data import shipped
-from ..losses import LOSSES
+from ..losses import LOSSES, PRODUCT_TYPES
 from ..trackers import named_trackers
 
 # %% auto #0
@@ -217,6 +217,9 @@ class FitParameters(_CommonParameters):
     compile: bool = parameter(False, "compile the student's towers, by torch.compile")
     compile_backend: str = parameter("inductor", "what compiles them")
     channels_last: bool = parameter(False, "store pictures and filters pixel by pixel, for convolutions")
+    loss_precision: str = parameter(
+        "fp32", "type in which the losses multiply features; sums are in fp32", **one_of(*PRODUCT_TYPES)
+    )
     checkpoint_activations: bool = parameter(
         False, "forget the activations of the student's blocks and make them again: less memory, more time"
     )
@@ -225,10 +228,10 @@ class FitParameters(_CommonParameters):
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"
         return {}
 
-# %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
+# %% ../../nbs/library/065_trainers_options.ipynb #op000002
 @dataclass(frozen=True)
-class Distillation(FitParameters):
-    "What every distillation takes besides"
+class _TeachingParameters(FitParameters):
+    "Who teaches a student, and what"
 
     teacher: str = parameter(
         "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
@@ -240,10 +243,20 @@ class Distillation(FitParameters):
     teacher_features: str = parameter(
         "online", "computed at every step, or read from the store", **one_of("online", "stored")
     )
+    teacher_precision: str = parameter(
+        "job",
+        "type of the teacher's weights, in which it computes; job: fp32, computed as `precision` says",
+        **one_of("job", "fp32", "bf16", "fp16"),
+    )
     features: str = parameter("", "folder of the feature store; empty: beside the shards")
     augmentations: int = parameter(
         0, "numbered crops of a picture, for a store; 0: new ones in every epoch", **at_least(0)
     )
+
+# %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
+@dataclass(frozen=True)
+class Distillation(_TeachingParameters):
+    "What every distillation takes besides"
 
     def check_stored(self) -> None:
         "ValueError if stored features could not stand for the teacher"

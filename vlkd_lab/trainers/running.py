@@ -15,7 +15,7 @@ from ..models import text_part
 from .options import FitParameters
 
 # %% auto #0
-__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'running_as']
+__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'check_products', 'running_as']
 
 # %% ../../nbs/library/073_trainers_running.ipynb #rurun005
 _SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # of open_clip and timm, of transformers
@@ -99,6 +99,24 @@ def compiled(network: nn.Module, backend: str) -> Iterator[None]:
     finally:
         for tower in towers:
             tower._compiled_call_impl = None
+
+# %% ../../nbs/library/073_trainers_running.ipynb #rurunpr1
+def check_products(
+    options: FitParameters,
+    device: torch.device,  # on which the job will train
+) -> None:
+    "ValueError if the options multiply in TF32 and the device cannot"
+    if options.loss_precision != "tf32":
+        return
+    name = "a CPU"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return
+        name = torch.cuda.get_device_name(device)
+    raise ValueError(
+        f"loss_precision='tf32' is not valid on {name}: TF32 is of NVIDIA's GPUs from Ampere on, and would "
+        "change nothing here; choose fp32, or bf16, which every device computes"
+    )
 
 # %% ../../nbs/library/073_trainers_running.ipynb #rurun014
 @contextmanager
