@@ -111,6 +111,14 @@ def test_a_teacher_of_its_own_type_does_not_hear_the_jobs(job_precision, given):
         assert (rows * asked[1]).sum(1).min() > 0.999
 
 
+def test_a_blip_teacher_does_not_hear_it_either(given):
+    first = {}
+    for precision in ("job", "fp32", "bf16"):
+        job = run_of("Dlip", given("Dlip", precision, teacher_precision=precision, precision="bf16"))
+        first[precision] = totals(job.run.folder)[0]
+    assert len(set(first.values())) == 3 and first["bf16"] == pytest.approx(first["fp32"], rel=1e-2)
+
+
 @pytest.mark.parametrize("method", ["TinyCLIP", "Distil", "ClipCid", "DimeFm"])
 def test_a_store_knows_which_type_filled_it(method, given, tmp_path):
     places = {}
@@ -206,6 +214,18 @@ def test_products_of_bf16_are_close_and_those_of_fp32_are_as_ever(name):
     assert torch.equal(rounded[1], plain[1]) != has_products, "and they are rounded"
 
 
+@pytest.mark.parametrize("tile", [7, 64])
+@pytest.mark.parametrize("name", ["contrastive", "affinity"])
+def test_tiles_of_bf16_are_the_whole_matrix_of_bf16(name, tile):
+    losses = {"contrastive": lambda s, t, tile: contrastive(s, tile=tile), "affinity": lambda s, t, tile: affinity_mimicking(s, t, tile=tile)}
+    student, teacher = unit_pairs(64, 64, 40.0, 0), unit_pairs(64, 64, 50.0, 1)
+    with products_in("bf16"):
+        plain, tiled = (gradients(lambda s, t, side=side: losses[name](s, t, side), student, teacher) for side in (0, tile))
+    torch.testing.assert_close(tiled[0], plain[0], rtol=1e-5, atol=1e-6)
+    assert (tiled[1] - plain[1]).norm() < 3e-4 * plain[1].norm(), "slopes are rounded in the same way"
+    assert (tiled[2] - plain[2]).norm() < 1e-2 * plain[2].norm(), "images before they are scaled, or after"
+
+
 def test_blips_contrast_has_the_type_too():
     student, momentum, ids = unit_pairs(12, 32, 10.0, 0), unit_pairs(12, 32, 10.0, 1), torch.arange(12)
     exact = blip_losses.queued_contrast(student, momentum, ids)
@@ -224,13 +244,14 @@ def test_the_switch_of_a_gpu_is_used_for_each_product_and_afterwards_as_it_was(m
 
     monkeypatch.setattr(torch, "mm", watched)
     before = switch.fp32_precision
-    for loss in (affinity_mimicking, lambda s, t: affinity_mimicking(s, t, tile=10)):
+    for tile in (0, 10):
+        leaves = Features(*(part.clone().requires_grad_() for part in vars(student).values()))
         with products_in("tf32"):
-            got = gradients(loss, student, teacher)
+            value = affinity_mimicking(leaves, teacher, tile=tile)
+        torch.autograd.grad(value, (leaves.image, leaves.text))  # outside, and as it was begun
         assert len(seen) > 3 and set(seen) == {"tf32"} and switch.fp32_precision == before
-        for one, other in zip(got, gradients(loss, student, teacher), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)  # a CPU has no TF32
-        assert before in seen or loss is affinity_mimicking, "and by default it is not touched"
+        gradients(lambda s, t, tile=tile: affinity_mimicking(s, t, tile=tile), student, teacher)
+        assert set(seen) <= {"tf32", before}
         seen.clear()
 
     def fails(*_, **__):

@@ -43,6 +43,10 @@ class Distil(Distillation):
         names = [name for name in super().terms() if not LOSSES[name].centers]
         return names if self.teacher else [name for name in names if not LOSSES[name].needs_teacher]
 
+    def cannot_shard(self) -> str:
+        "Nothing is in the way"
+        return ""
+
     def check_alone(self) -> None:
         "ValueError for what a student without a teacher cannot have"
         if not (self.student or self.start_from):
@@ -114,9 +118,7 @@ def open_distil(options: Distil) -> DistilJob:
         student = _lone_student(options)
         inherited = ("image", "text") if options.start_from else ()
         trainers.check_locks(options, inherited, student.config["model_cfg"]["vision_cfg"])
-        check_student(
-            student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
-        )
+        _check_student(options, student, accelerator.num_processes)
         about["model"] = student.config["model_cfg"]
         return trainers.open_run(options, student, accelerator, about, DistilJob)
     teachers = trainers.find_teachers(options, accelerator.device)
@@ -127,9 +129,7 @@ def open_distil(options: Distil) -> DistilJob:
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
         student = trainers.smaller_student(options, teacher, start, shapes)
-        check_student(
-            student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
-        )
+        _check_student(options, student, accelerator.num_processes)
     about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
     teacher, *further = trainers.hold_teachers(options, teachers)
@@ -137,8 +137,12 @@ def open_distil(options: Distil) -> DistilJob:
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 
-def _fewest_images(options: Distillation, world: int) -> int:
-    return trainers.fewest_rows(options.batch_size // world, options.micro_batch)
+def _check_student(options: Distil, student: VLM, world: int) -> None:
+    "ValueError for a student through which no batch goes, or that cannot be spread where it is to be"
+    fewest = trainers.fewest_rows(options.batch_size // world, options.micro_batch)
+    check_student(student, f"student={options.student!r}", fewest)
+    if options.fsdp:
+        trainers.blocks_of(student.model)
 
 
 register(

@@ -108,12 +108,20 @@ from vlkd_lab.trainers.backward import (
     plain_backward,
 )
 from vlkd_lab.trainers.running import (
+    Shards,
+    blocks_of,
     check_compiler,
     check_products,
+    check_sharding,
+    clip_shards,
     compiled,
+    cut_average,
     in_channels_last,
+    load_optimizer,
+    load_shards,
     recomputing,
     running_as,
+    whole_optimizer,
 )
 from vlkd_lab.trainers.students import (
     check_teacher,

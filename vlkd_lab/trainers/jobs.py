@@ -42,7 +42,7 @@ from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike, meet_anew
 from .options import FORMER_WORDS, Distillation, FitParameters, all_processes
-from .running import check_compiler, check_products
+from .running import check_compiler, check_products, check_sharding
 from .teachers import Teachers
 
 # %% auto #0
@@ -121,6 +121,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
         )
     check_compiler(options, accelerator.device)
     check_products(options, accelerator.device)
+    check_sharding(options, processes)
     return accelerator
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #504011c8
@@ -142,6 +143,7 @@ FREE = (  # parameters that change no result
     "compile_backend",
     "channels_last",
     "checkpoint_activations",
+    "fsdp",
     "cache_dir",
     "cache_gb",
 )

@@ -223,6 +223,13 @@ class FitParameters(_CommonParameters):
     checkpoint_activations: bool = parameter(
         False, "forget the activations of the student's blocks and make them again: less memory, more time"
     )
+    fsdp: bool = parameter(
+        False, "spread the student's weights, gradients and AdamW state over the processes (FSDP)"
+    )
+
+    def cannot_shard(self) -> str:  # empty: it can
+        "Why such a job cannot train with fsdp"
+        return f"a {type(self).__name__} job keeps its student whole in every process"
 
     def controls(self) -> dict[str, float]:  # name -> value at the start
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"

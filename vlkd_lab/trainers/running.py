@@ -5,17 +5,21 @@
 # %% ../../nbs/library/073_trainers_running.ipynb #rurun003
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ..models import text_part
 from .options import FitParameters
 
 # %% auto #0
-__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'check_products', 'running_as']
+__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'check_products', 'check_sharding', 'blocks_of',
+           'Shards', 'load_shards', 'cut_average', 'whole_optimizer', 'load_optimizer', 'clip_shards', 'running_as']
 
 # %% ../../nbs/library/073_trainers_running.ipynb #rurun005
 _SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # of open_clip and timm, of transformers
@@ -117,6 +121,211 @@ def check_products(
         f"loss_precision='tf32' is not valid on {name}: TF32 is of NVIDIA's GPUs from Ampere on, and would "
         "change nothing here; choose fp32, or bf16, which every device computes"
     )
+
+# %% ../../nbs/library/073_trainers_running.ipynb #rurunfs1
+def check_sharding(
+    options: FitParameters,
+    processes: int,  # that will train together
+) -> None:
+    "ValueError if the options spread the student over processes and the job cannot"
+    if not options.fsdp:
+        return
+    reason = options.cannot_shard()
+    if processes == 1:
+        reason = "weights are spread over processes, and there is one: choose processes=2 or start torchrun"
+    for name in ("compile", "channels_last"):
+        if getattr(options, name):
+            reason = f"{name}=True keeps weights in a form that is not spread: choose {name}=False"
+    if options.precision == "fp16":
+        reason = "precision='fp16' scales gradients that are whole: choose bf16 or fp32"
+    if reason:
+        raise ValueError(f"fsdp=True is not valid here: {reason}; or choose fsdp=False")
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    "The transformer blocks of both towers; ValueError if one has none"
+    blocks: list[nn.Module] = []
+    for name, tower in {"image": getattr(network, "visual", None), "text": text_part(network)}.items():
+        of_tower = getattr(getattr(tower, "transformer", None), "resblocks", ())
+        if not len(of_tower):
+            raise ValueError(
+                f"fsdp=True is not valid for this {name} tower, a {type(tower).__name__}: it has no "
+                "transformer blocks of open_clip's that could be spread; choose fsdp=False"
+            )
+        blocks += of_tower
+    return blocks
+
+# %% ../../nbs/library/073_trainers_running.ipynb #rurunfs2
+def _own_part(tensor: Tensor) -> Tensor:
+    "What this process has of a tensor: its shard, or all of it"
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _cut(whole: Tensor, like: Tensor) -> Tensor:
+    "What this process keeps of a tensor that all have, where `like` is spread; nothing is exchanged"
+    if not hasattr(like, "to_local"):
+        return whole.to(like.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    places = like.device_mesh, like.placements
+    return distribute_tensor(whole.to(like.device), *places, src_data_rank=None).to_local()
+
+
+def _spread(learner: nn.Module) -> list[nn.Parameter]:  # single numbers, which stay whole
+    "Spread a learner's weights over all processes, block by block"
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    numbers = [weight for weight in learner.parameters() if not weight.ndim]
+    device = next(learner.parameters()).device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    settings = dict(mesh=mesh, ignored_params=set(numbers))
+    for block in blocks_of(learner.model):
+        fully_shard(block, **settings)
+    fully_shard(learner, **settings)
+    return numbers
+
+
+def _joined(part: Tensor, like: Tensor) -> Tensor:
+    "The whole of a tensor of which each process has the part that it has of `like`; all must ask"
+    if not hasattr(like, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    sizes = dict(shape=like.shape, stride=like.stride())
+    places = like.device_mesh, like.placements
+    return DTensor.from_local(part, *places, run_check=False, **sizes).full_tensor()
+
+# %% ../../nbs/library/073_trainers_running.ipynb #rurunfs3
+class Shards:
+    "A learner whose weights are spread over the processes, in the place of one that has them whole"
+
+    def __init__(self, whole: nn.Module):  # a learner on its device; its weights are taken, and given back
+        blocks_of(whole.model)
+        self.whole = whole
+        self.is_whole = False  # whether the whole learner has weights now
+        self.learner = deepcopy(whole)
+        self._empty()
+        self.numbers = _spread(self.learner)
+
+    def _empty(self) -> None:
+        self.is_whole = False
+        for weight in self.whole.parameters():
+            weight.data = weight.data.new_empty(0)
+
+    def state_dict(self, prefix: str = "model.") -> dict[str, Tensor]:  # what `Average` follows
+        "What this process has of the network's weights and statistics"
+        state = self.learner.state_dict()
+        return {name.removeprefix(prefix): _own_part(tensor) for name, tensor in state.items()}
+
+    def gathered(self, average: Mapping[str, Tensor] | None = None, keep: bool = True) -> dict[str, Tensor]:
+        "The learner's whole state on the host, of an average if one is given; all must ask, and some keep it"
+        state = {}
+        for name, tensor in self.learner.state_dict().items():
+            part = _own_part(tensor) if average is None else average[name.removeprefix("model.")]
+            joined = _joined(part, tensor).detach()
+            if keep:
+                state[name] = joined.cpu()
+        return state
+
+    def fill(self, average: Mapping[str, Tensor] | None = None, keep: bool = True) -> None:
+        "Give the whole learner its weights, in the processes that keep them; all must ask"
+        state = self.gathered(average, keep)
+        if not keep:
+            return
+        own = dict(self.whole.named_parameters())
+        for name, weight in own.items():
+            weight.data = state[name].to(weight.device)
+        for name, tensor in self.whole.named_buffers():
+            if name in state:
+                tensor.copy_(state[name])
+        self.is_whole = True
+
+    @contextmanager
+    def lent(self, average: Mapping[str, Tensor] | None, keep: bool) -> Iterator[None]:
+        "The whole learner with its weights, as long as somebody looks"
+        self.fill(average, keep)
+        try:
+            yield
+        finally:
+            self._empty()
+
+# %% ../../nbs/library/073_trainers_running.ipynb #rurunfs4
+@torch.no_grad()
+def load_shards(shards: Shards, state: Mapping[str, Tensor]) -> None:
+    "Give a spread learner the weights of a checkpoint, of which each process takes its part"
+    for name, tensor in shards.learner.state_dict().items():
+        _own_part(tensor).copy_(_cut(state[name], tensor))
+
+
+def cut_average(shards: Shards, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "What this process keeps of an average of the network's weights, of which all have the whole"
+    state = shards.learner.state_dict()
+    return {name: _cut(whole, state[f"model.{name}"]) for name, whole in average.items()}
+
+
+def _weights_of(optimizer: Any) -> list[nn.Parameter]:
+    "An optimizer's weights in the order of its state"
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def _each_state(
+    state: Mapping[str, Any],  # an optimizer's `state_dict`
+    weights: Sequence[nn.Parameter],
+    change: Callable[[Tensor, Tensor], Tensor],  # an entry as large as its weight, and the weight
+) -> dict[str, Any]:
+    "An optimizer's state with every entry that is as large as its weight changed"
+    changed = {}
+    for number, entries in state["state"].items():
+        weight = weights[number]
+        changed[number] = {}
+        for name, entry in entries.items():
+            is_spread = hasattr(weight, "to_local") and isinstance(entry, Tensor) and entry.ndim
+            changed[number][name] = change(entry, weight) if is_spread else entry
+    return {"state": changed, "param_groups": state["param_groups"]}
+
+
+def whole_optimizer(optimizer: Any, keep: bool = True) -> dict[str, Any]:
+    "The state of an optimizer of spread weights, put together on the host; all must ask, and some keep it"
+
+    def join(entry: Tensor, weight: Tensor) -> Tensor:
+        joined = entry.full_tensor()
+        return joined.cpu() if keep else joined.new_empty(0)
+
+    return _each_state(optimizer.state_dict(), _weights_of(optimizer), join)
+
+
+def load_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
+    "Give an optimizer of spread weights a checkpoint's state"
+    from torch.distributed.tensor import DTensor
+
+    def cut(entry: Tensor, weight: Tensor) -> Tensor:
+        sizes = dict(shape=weight.shape, stride=weight.stride())
+        places = weight.device_mesh, weight.placements
+        return DTensor.from_local(_cut(entry, weight), *places, run_check=False, **sizes)
+
+    optimizer.load_state_dict(_each_state(state, _weights_of(optimizer), cut))
+
+# %% ../../nbs/library/073_trainers_running.ipynb #rurunfs9
+@torch.no_grad()
+def clip_shards(
+    weights: Sequence[nn.Parameter],  # spread ones, and whole ones that are alike everywhere
+    most: float,  # largest norm of the whole gradient
+) -> Tensor:  # () norm before
+    "`clip_grad_norm_` where gradients are spread"
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    spread = [gradient.to_local() for gradient in gradients if hasattr(gradient, "to_local")]
+    alike = [gradient for gradient in gradients if not hasattr(gradient, "to_local")]
+    squares = torch.zeros(2, device=weights[0].device)  # of the parts here, and of what is alike everywhere
+    for place, parts in enumerate((spread, alike)):
+        for part in parts:
+            squares[place] += part.float().square().sum()
+    dist.all_reduce(squares[0])
+    norm = squares.sum().sqrt()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in (*spread, *alike):
+        gradient.mul_(factor)
+    return norm
 
 # %% ../../nbs/library/073_trainers_running.ipynb #rurun014
 @contextmanager
