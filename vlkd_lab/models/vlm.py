@@ -42,7 +42,7 @@ class VLM:
     config: dict = field(repr=False)
     name: str = ""  # where it came from
     # of its weights, in which it computes; None: float32, and it computes as its caller does
-    dtype: torch.dtype | None = field(default=None, kw_only=True)
+    dtype: torch.dtype | None = field(default=None, kw_only=True, repr=False)
     fused: ClassVar[bool] = False  # whether it can read an image and a text together
 
     def encode(self, batch: Batch) -> Features:
