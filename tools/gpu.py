@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from vlkd_lab import data, trainers
 from vlkd_lab.features import Features
-from vlkd_lab.losses import affinity_mimicking
+from vlkd_lab.losses import PRODUCT_TYPES, affinity_mimicking, products_in
 from vlkd_lab.models import load_model
 from vlkd_lab.pixels import as_floats
 from vlkd_lab.runs import Run, watch
@@ -29,6 +29,7 @@ from vlkd_lab.waits import count_waits
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 PAIRS = (8192, 16384, 32768, 65536) if HAS_GPU else (256, 2304)
+TILE = None if HAS_GPU else 128  # of the check of products; None: as it is chosen
 PLAIN_UP_TO = 16384  # pairs whose plain form is tried: three matrices of 1 GB
 JOB = dict(data="scenes:4096", steps=60, batch_size=512) if HAS_GPU else dict(data="scenes:200", steps=4, batch_size=16)
 LIMIT = 540  # seconds, after which no further check begins
@@ -109,6 +110,27 @@ def check_losses():
         row(f"loss of {count:,} pairs: seconds and memory, tiled / plain", ratio)
 
 
+MOST_OFF = {"fp32": 1e-4, "tf32": 5e-3, "bf16": 3e-2}  # of the length of a gradient
+
+
+def check_products():
+    """What the types of products cost and save: gradients against float64 in the plain form, seconds against fp32's."""
+    count, times = PAIRS[0], {}
+    student, teacher = pairs_of(count, 5.0, 0), pairs_of(count, 4.0, 1)
+    exact = [Features(*(part.detach().double() for part in vars(model).values())) for model in (student, teacher)]
+    exact[0] = Features(*(part.requires_grad_() for part in vars(exact[0]).values()))
+    _, wanted, *_ = pass_of(*exact, 0)
+    for name in PRODUCT_TYPES:
+        with products_in(name):
+            pass_of(student, teacher, TILE)  # what is made once
+            _, got, times[name], _, found = pass_of(student, teacher, TILE)
+        off = max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got[:2], wanted[:2], strict=True))
+        place = f"loss of {count:,} pairs, products in {name}"
+        holds = off <= MOST_OFF[name] and not found
+        row(f"{place}: gradients off float64's by at most, waits", f"{off:.1e}, {found}", f"{MOST_OFF[name]:.0e}, 0", holds)
+        row(f"{place}: seconds, and over fp32's", f"{times[name]:.4f}, {times[name] / times['fp32']:.2f}")
+
+
 def job(folder, **changes):
     """A job's totals, its median seconds a step, and its last validation's mean recall."""
     given = dict(teacher="data_samples/teacher", inheritance="manual", compare_scratch=False, warmup=5, probe_pairs=64)
@@ -123,6 +145,8 @@ def job(folder, **changes):
 VARIANTS = {
     "bf16": (dict(precision="bf16"), 0.05),
     "fp16": (dict(precision="fp16"), 0.05),
+    "a bf16 teacher": (dict(teacher_precision="bf16"), 0.02),
+    "losses in bf16": (dict(loss_precision="bf16"), 0.01),
     "channels_last": (dict(channels_last=True), 0.01),
     "checkpoint_activations": (dict(checkpoint_activations=True), 0.01),
     "micro_batch of a quarter": (dict(micro_batch=JOB["batch_size"] // 4), 0.01),
@@ -208,7 +232,7 @@ def main(arguments):
     print(f"{name}, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        checks = [check_losses, check_travel, lambda: check_steps(place), lambda: check_ranks(place), lambda: check_views(place)]
+        checks = [check_losses, check_products, check_travel, lambda: check_steps(place), lambda: check_ranks(place), lambda: check_views(place)]
         for check in checks:
             if time.monotonic() - start > LIMIT:
                 row("a check that was left out: the time was up", "")

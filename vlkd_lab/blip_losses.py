@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .features import Features
+from .losses import row_products
 from .rank_rows import mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
@@ -108,9 +109,9 @@ def queued_contrast(
         (own_rows(image), momentum.image[own], texts),
         (own_rows(text), momentum.text[own], images),
     ):
-        believed = (scale.detach() * momentum_queries.float() @ candidates.T).softmax(dim=1)
+        believed = row_products(scale.detach() * momentum_queries.float(), candidates).softmax(dim=1)
         target = alpha * believed + (1 - alpha) * same
-        total = total + F.cross_entropy(scale * queries.float() @ candidates.T, target)
+        total = total + F.cross_entropy(row_products(scale * queries.float(), candidates), target)
     return mean_of_ranks(total / 2, ranks)
 
 # %% ../nbs/library/041_blip_losses.ipynb #5db57c37

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .pixels import Pixels, as_floats
@@ -88,6 +89,10 @@ class LayerOutputs:
         "The same run, through which no gradient flows"
         return self._each(Tensor.detach)
 
+    def single(self) -> LayerOutputs:
+        "The same run in single precision; what are no fractions stay as they are"
+        return self._each(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> LayerOutputs:
         "The same run with every tensor changed"
         changed = {}
@@ -127,6 +132,16 @@ class FusedFeatures(Features):
             text=plain.text,
             scale=plain.scale,
             passes={name: one.detach() for name, one in self.passes.items()},
+        )
+
+    def single(self) -> FusedFeatures:
+        "The same features in single precision, of unit length in it"
+        return replace(
+            self,
+            image=F.normalize(self.image.float(), dim=1),
+            text=F.normalize(self.text.float(), dim=1),
+            scale=self.scale.float(),
+            passes={name: one.single() for name, one in self.passes.items()},
         )
 
 # %% ../nbs/library/005_features.ipynb #116411c3

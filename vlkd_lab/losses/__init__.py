@@ -31,9 +31,12 @@ from vlkd_lab.losses.terms import (
 )
 from vlkd_lab.losses.tiles import (
     LARGEST_TILE,
+    PRODUCT_TYPES,
     TILE,
     TILE_SHARE,
     TILED_ABOVE,
+    products_in,
+    row_products,
     tile_size,
     tile_that_fits,
     tiled_cross_entropy,

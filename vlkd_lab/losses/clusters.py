@@ -22,6 +22,7 @@ from vlkd_lab.losses.pairs import (
 
 from ..features import Features
 from ..rank_rows import mean_of_ranks, own_rows, shared_rows
+from .tiles import row_products
 
 # %% auto #0
 __all__ = ['sample_classes', 'cluster_classification', 'cluster_distribution', 'instance_discrimination']
@@ -69,7 +70,7 @@ def cluster_classification(
         if classes is not None:
             centers = centers[classes]
             assignment = torch.searchsorted(classes, assignment)
-        cosine = image @ centers.T
+        cosine = row_products(image, centers)
         if margin:
             own = assignment[:, None]
             angle = cosine.gather(1, own).clamp(-1 + 1e-6, 1 - 1e-6).acos()
@@ -93,7 +94,8 @@ def cluster_distribution(
         student, teacher, centers = _wide(own_rows(student), own_rows(teacher).detach(), centers.detach())
         if classes is not None:
             centers = centers[classes]
-        part = _row_divergence(scale * student @ centers.T, teacher_scale * teacher @ centers.T)
+        logits = row_products(scale * student, centers)
+        part = _row_divergence(logits, row_products(teacher_scale * teacher, centers))
         return mean_of_ranks(part, ranks)
 
 # %% ../../nbs/library/035_losses_clusters.ipynb #ddeeae5c

@@ -24,7 +24,7 @@ from vlkd_lab.rank_rows import (
 )
 
 from ..features import Features
-from .tiles import tile_size, tiled_cross_entropy
+from .tiles import row_products, tile_size, tiled_cross_entropy
 
 # %% auto #0
 __all__ = ['contrastive', 'affinity_mimicking', 'relational', 'Projection', 'feature_mimicking', 'interactive_contrastive']
@@ -96,7 +96,7 @@ def _on_features(loss: Callable) -> Callable:
 # %% ../../nbs/library/034_losses_pairs.ipynb #ranks001
 def _own_logits(features: Features) -> Tensor:  # (b, B)
     "Affinities of this rank's images with all texts"
-    return features.scale * own_rows(features.image) @ features.text.T
+    return row_products(features.scale * own_rows(features.image), features.text)
 
 
 def _own_columns(rows: Tensor, ranks: Ranks | None) -> Tensor:  # (b, …) of this rank -> (b,)
@@ -229,7 +229,7 @@ def feature_mimicking(
 def _find_own(queries: Tensor, candidates: Tensor, scale: float | Tensor) -> Tensor:
     "Cross-entropy of each query's finding the candidate in its own row"
     ranks, _ = shared_rows(queries, candidates)
-    logits = scale * own_rows(queries) @ candidates.T
+    logits = row_products(scale * own_rows(queries), candidates)
     return mean_of_ranks(F.cross_entropy(logits, _own_columns(logits, ranks)), ranks)
 
 

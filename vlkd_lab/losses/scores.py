@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..rank_rows import each_rows, mean_of_ranks, own_rows, shared_rows
 from .pairs import _both_divergences, _row_divergence, _wide
+from .tiles import row_products
 
 # %% auto #0
 __all__ = ['vision_language_score', 'pseudo_vision_language_score', 'unimodal_distance']
@@ -75,8 +76,8 @@ def vision_language_score(
         ranks, shared = shared_rows(image, text, target_image, target_text)
         image, text, target_image, target_text = shared
         factor = scale / temperature
-        student = factor * own_rows(image) @ text.T  # (B, M); of a rank its rows
-        teacher = factor * own_rows(target_image) @ target_text.T
+        student = row_products(factor * own_rows(image), text)  # (B, M); of a rank its rows
+        teacher = row_products(factor * own_rows(target_image), target_text)
         return _both_divergences(student, teacher, ranks)
 
 # %% ../../nbs/library/036_losses_scores.ipynb #99a2bb11
@@ -95,7 +96,7 @@ def pseudo_vision_language_score(
         _check_same_width(name, "student_image", "teacher_image", image, target)
         factor = scale / temperature
         ranks, (image, target) = shared_rows(image, target)
-        own = factor * own_rows(image) @ target.T, factor * own_rows(target) @ target.T
+        own = row_products(factor * own_rows(image), target), row_products(factor * own_rows(target), target)
         return mean_of_ranks(2 * _row_divergence(*own), ranks)
 
 
@@ -113,5 +114,5 @@ def unimodal_distance(
         _check_rows(name, "student_image", "teacher_image", image, target)
         factor = scale / temperature
         ranks, (image, target) = shared_rows(image, target)
-        own = factor * own_rows(image) @ image.T, factor * own_rows(target) @ target.T
+        own = row_products(factor * own_rows(image), image), row_products(factor * own_rows(target), target)
         return mean_of_ranks(2 * _row_divergence(*own), ranks)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -15,7 +17,88 @@ from ..features import Features
 from ..rank_rows import Ranks, mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
-__all__ = ['TILED_ABOVE', 'TILE', 'TILE_SHARE', 'LARGEST_TILE', 'tile_size', 'tile_that_fits', 'tiled_cross_entropy']
+__all__ = ['PRODUCT_TYPES', 'TILED_ABOVE', 'TILE', 'TILE_SHARE', 'LARGEST_TILE', 'products_in', 'row_products', 'tile_size',
+           'tile_that_fits', 'tiled_cross_entropy']
+
+# %% ../../nbs/library/033_losses_tiles.ipynb #tlprod01
+PRODUCT_TYPES = ("fp32", "tf32", "bf16")
+_PRODUCT_TYPE: ContextVar[str] = ContextVar("product type", default="fp32")
+
+
+@contextmanager
+def products_in(
+    precision: str,  # of PRODUCT_TYPES
+) -> Iterator[None]:
+    "Let the losses of a block multiply rows in a type; ValueError for one that there is not"
+    if precision not in PRODUCT_TYPES:
+        raise ValueError(f"no product of type {precision!r}: there are {', '.join(PRODUCT_TYPES)}")
+    former = _PRODUCT_TYPE.set(precision)
+    try:
+        yield
+    finally:
+        _PRODUCT_TYPE.reset(former)
+
+
+@contextmanager
+def _tf32_allowed() -> Iterator[None]:
+    "PyTorch's switch for products on a GPU, and afterwards as it was"
+    former = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = former
+
+
+def _factor(rows: Tensor, precision: str) -> Tensor:
+    "Rows as a product takes them: rounded, and for tensor cores in the rounded type"
+    if precision != "bf16":
+        return rows
+    rounded = rows.bfloat16()
+    return rounded if rows.is_cuda and rows.dtype == torch.float32 else rounded.to(rows.dtype)
+
+
+def _multiply(a: Tensor, b: Tensor, precision: str, out: Tensor | None = None) -> Tensor:
+    "The product of two factors, with sums in single precision"
+    if a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if precision != "tf32":
+        return torch.mm(a, b, out=out)
+    with _tf32_allowed():
+        return torch.mm(a, b, out=out)
+
+# %% ../../nbs/library/033_losses_tiles.ipynb #tlprod03
+class _RowProducts(torch.autograd.Function):
+    "Products of rows in another type, forward and backward"
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, columns: Tensor, precision: str) -> Tensor:
+        rows = _factor(rows, precision)
+        columns = _factor(columns, precision)
+        ctx.save_for_backward(rows, columns)
+        ctx.precision = precision
+        return _multiply(rows, columns.T, precision)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor):
+        rows, columns = ctx.saved_tensors
+        slope = _factor(slope, ctx.precision)
+        wanted = ctx.needs_input_grad
+        of_rows = _multiply(slope, columns, ctx.precision) if wanted[0] else None
+        of_columns = _multiply(slope.T, rows, ctx.precision) if wanted[1] else None
+        return of_rows, of_columns, None
+
+
+def row_products(
+    rows: Tensor,  # (N, D)
+    columns: Tensor,  # (M, D), of the same dtype
+) -> Tensor:  # (N, M)
+    "Every row times every column, in the type of `products_in`"
+    precision = _PRODUCT_TYPE.get()
+    if precision == "fp32":
+        return rows @ columns.T
+    return _RowProducts.apply(rows, columns, precision)
 
 # %% ../../nbs/library/033_losses_tiles.ipynb #6d06cd72
 TILED_ABOVE = 2048  # pairs; up to here the plain form's matrices are small (16 MB each in float32)
@@ -64,16 +147,20 @@ def _blocks(count: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
 
 
-def _tiles(features: Features, tile: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _tiles(
+    features: Features, tile: int, precision: str = "fp32"
+) -> Iterator[tuple[slice, slice, Tensor]]:
     "Image rows, text rows and their logits, tile by tile, in one reused buffer"
     scaled = features.image * features.scale
+    images = _factor(scaled, precision)
+    texts = _factor(features.text, precision)
     buffer = scaled.new_empty(tile * tile)
     for rows in _blocks(len(scaled), tile):
         for columns in _blocks(len(features.text), tile):
             height = rows.stop - rows.start
             width = columns.stop - columns.start
             logits = buffer[: height * width].view(height, width)
-            yield rows, columns, torch.mm(scaled[rows], features.text[columns].T, out=logits)
+            yield rows, columns, _multiply(images[rows], texts[columns].T, precision, out=logits)
 
 # %% ../../nbs/library/033_losses_tiles.ipynb #f1d3bdad
 class _Running:
@@ -145,23 +232,33 @@ def _both_softmaxes(
     return logits.sub_(lse[1][columns]).exp_().add_(spare)
 
 # %% ../../nbs/library/033_losses_tiles.ipynb #fa9e5b24
+def _matched(student: Features, own: slice, precision: str) -> Tensor:  # (b,)
+    "The logits of the pairs themselves, as the tiles have them"
+    if precision != "bf16":
+        return student.scale * (student.image * student.text[own]).sum(1)
+    image = (student.image * student.scale).bfloat16().to(student.image.dtype)
+    text = student.text[own].bfloat16().to(student.text.dtype)
+    return (image * text).sum(1)
+
+
 def _first_pass(
     student: Features,  # (b, D) images and (B, D) texts
     teacher: Features | None,  # None: the targets are the identity
     tile: int,
     own: slice,  # the texts of the images
     ranks: Ranks | None = None,  # those that have the other images
+    precision: str = "fp32",  # of the products
 ):
     "The loss of the images and of their texts, and log-sum-exps of rows and columns of student and teacher"
     spare = student.image.new_empty(tile * tile)
     student_sums = (_Running(student.image), _Running(student.text))
     teacher_sums = None
     if teacher is None:
-        for rows, columns, logits in _tiles(student, tile):
+        for rows, columns, logits in _tiles(student, tile, precision):
             _absorb(logits, rows, columns, student_sums, spare)
     else:
         teacher_sums = (_Running(student.image), _Running(student.text))
-        both = zip(_tiles(student, tile), _tiles(teacher, tile), strict=True)
+        both = zip(_tiles(student, tile, precision), _tiles(teacher, tile, precision), strict=True)
         for (rows, columns, logits), (_, _, target) in both:
             _absorb(target, rows, columns, teacher_sums, spare, values=logits)
             _absorb(logits, rows, columns, student_sums, spare)
@@ -169,8 +266,7 @@ def _first_pass(
         for sums in filter(None, (student_sums, teacher_sums)):
             sums[1].join(ranks)
     if teacher_sums is None:
-        matched = student.scale * (student.image * student.text[own]).sum(1)
-        matched = [matched, matched]
+        matched = [_matched(student, own, precision)] * 2
     else:
         matched = [teacher_sums[0].mean(), teacher_sums[1].mean()[own]]
     student_lse = [running.lse() for running in student_sums]
@@ -180,15 +276,31 @@ def _first_pass(
     return (of_images.sum() + of_texts.sum()) / (2 * len(student)), student_lse, teacher_lse
 
 # %% ../../nbs/library/033_losses_tiles.ipynb #14242cb1
+def _add_product(total: Tensor, a: Tensor, b: Tensor, precision: str) -> None:
+    "Add the product of a tile with rows to sums, which stay in their type"
+    if precision == "fp32":
+        total.addmm_(a, b)
+    else:
+        total.add_(_multiply(_factor(a, precision), b, precision))
+
+
 def _second_pass(
-    student: Features, teacher: Features | None, tile: int, own: slice, student_lse, teacher_lse
+    student: Features,
+    teacher: Features | None,
+    tile: int,
+    own: slice,
+    student_lse,
+    teacher_lse,
+    precision: str = "fp32",  # of the products
 ) -> tuple[Tensor, Tensor]:
     "2b·(dL/ds)·text and 2b·(dL/ds)ᵀ·image, as large as the images and the texts"
     pull_image = torch.zeros_like(student.image)
     pull_text = torch.zeros_like(student.text)
     spare = student.image.new_empty(tile * tile)
-    targets = None if teacher is None else _tiles(teacher, tile)
-    for rows, columns, logits in _tiles(student, tile):
+    images = _factor(student.image, precision)
+    texts = _factor(student.text, precision)
+    targets = None if teacher is None else _tiles(teacher, tile, precision)
+    for rows, columns, logits in _tiles(student, tile, precision):
         slope = _both_softmaxes(logits, rows, columns, student_lse, spare)
         if targets is not None:
             _, _, target = next(targets)
@@ -197,8 +309,8 @@ def _second_pass(
             offset = own.start + rows.start - columns.start
             if -len(slope) < offset < slope.shape[1]:  # the identity's 1 for the row and 1 for the column
                 slope.diagonal(offset).sub_(2)
-        pull_image[rows].addmm_(slope, student.text[columns])
-        pull_text[columns].addmm_(slope.T, student.image[rows])
+        _add_product(pull_image[rows], slope, texts[columns], precision)
+        _add_product(pull_text[columns], slope.T, images[rows], precision)
     return pull_image, pull_text
 
 # %% ../../nbs/library/033_losses_tiles.ipynb #66078445
@@ -217,7 +329,10 @@ class _TiledCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         student = Features(image, text, scale)
         ctx.own = slice(0, len(text)) if ranks is None else ranks.rows(len(image))
-        loss, ctx.student_lse, ctx.teacher_lse = _first_pass(student, teacher, tile, ctx.own, ranks)
+        ctx.precision = _PRODUCT_TYPE.get()
+        loss, ctx.student_lse, ctx.teacher_lse = _first_pass(
+            student, teacher, tile, ctx.own, ranks, ctx.precision
+        )
         ctx.save_for_backward(image, text, scale)
         ctx.teacher = teacher
         ctx.tile = tile
@@ -229,7 +344,7 @@ class _TiledCrossEntropy(torch.autograd.Function):
         image, text, scale = ctx.saved_tensors
         student = Features(image, text, scale)
         pull_image, pull_text = _second_pass(
-            student, ctx.teacher, ctx.tile, ctx.own, ctx.student_lse, ctx.teacher_lse
+            student, ctx.teacher, ctx.tile, ctx.own, ctx.student_lse, ctx.teacher_lse, ctx.precision
         )
         share = gradient / (2 * len(image))
         scale_gradient = (pull_image * image).sum() * share

@@ -18,7 +18,8 @@ from .. import trainers
 from ..blip_losses import Queue
 from ..features import Batch, Features, FusedFeatures, MomentumOutputs, gather
 from ..fusion import TASKS, Blip, FusedBatch, forward_batch, fused_batch
-from ..losses import Objective
+from ..losses import Objective, products_in
+from ..models import own_arithmetic
 from ..trainers import FitParameters, Learner, Loop, at_least, parameter, seed_of, within
 
 # %% auto #0
@@ -267,8 +268,10 @@ def _both(
     if image is not None:
         part = replace(part, image=image)
     negatives = student.negatives
-    with torch.no_grad(), loop.accelerator.autocast():
+    with torch.no_grad(), loop.accelerator.autocast(), own_arithmetic(loop.teacher):
         teacher = forward_batch(loop.teacher.model, part, words, tasks, negatives=negatives, maps=maps)
+    if loop.teacher.dtype not in (None, torch.float32):
+        teacher = teacher.single()
     return gather(student), gather(teacher)
 
 # %% ../../nbs/library/112_methods_blip_learner.ipynb #6b65e7d8
@@ -321,7 +324,8 @@ def _weighted(
     sums: dict[str, Tensor],  # values of the whole batch; the part's are added
 ) -> Tensor:
     "The part's share of every term, added up"
-    values = loop.objective(student, teacher)
+    with products_in(loop.options.loss_precision):
+        values = loop.objective(student, teacher)
     total = 0.0
     for term in loop.objective.terms:
         if term.weight:

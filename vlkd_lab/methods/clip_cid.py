@@ -106,8 +106,6 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     is_copied = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
     report = data.inspect_shards(trainers.find_data(options.data))
-    key = store_key(teacher)
-    FeatureStore(report, key, trainers.store_folder(options, key))
     if options.clusters > report.total:
         raise ValueError(f"clusters={options.clusters} is not valid: there are {report.total} images")
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
@@ -120,6 +118,9 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
         "teacher_sha256": trainers.teachers_digest(options, teachers),
         "model": teacher.config["model_cfg"],
     }
+    teacher, *further = trainers.hold_teachers(options, teachers)
+    key = store_key(teacher)
+    FeatureStore(report, key, trainers.store_folder(options, key))  # an error if the folder is another's
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 

@@ -153,12 +153,15 @@ def _student_of(
     student = new_model(config, like=_with_preprocessing(options, teacher), towers=towers, seed=options.seed)
     if not inherited:
         return student
+    keeps_text = options.text_tower == "teacher"
+    if options.inheritance == "manual" or keeps_text:
+        teacher = trainers.full_teacher(options, teacher)
     if options.inheritance == "manual":
         weights, _ = trainers.copy_manually(teacher, student)
         student.model.load_state_dict(weights)
     if options.start_from:
         _copy_image_tower(student, options)
-    if options.text_tower == "teacher":
+    if keeps_text:
         _copy_text_tower(student, teacher)
     return student
 
@@ -408,13 +411,11 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     _check_start(options, teacher)
     student_config(options, teacher)  # an error if there is none
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
-    key = store_key(teacher)
     parts = trainers.find_data(options.sentences, data.find_sentences)
     sentences = data.inspect_shards(parts, progress=False)
     images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
     _check_sources(options, images, sentences)
     _check_student(options, teacher, shapes, world)
-    FeatureStore(images, key, trainers.store_folder(options, key))
     if not (options.grounded or options.class_names):
         _check_sentences(sentences, options, world)
     about = {
@@ -426,6 +427,9 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     }
     if options.start_from:
         about["start_sha256"] = state_digest(trainers.find_start(options).model)
+    teacher, *further = trainers.hold_teachers(options, teachers)
+    key = store_key(teacher)
+    FeatureStore(images, key, trainers.store_folder(options, key))  # an error if the folder is another's
     job = trainers.open_run(options, teacher, accelerator, about, DimeFmJob, images)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 

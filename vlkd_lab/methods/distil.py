@@ -46,13 +46,17 @@ class Distil(Distillation):
         is_taught = self.teacher or self.teacher_features == "shards"
         return names if is_taught else [name for name in names if not LOSSES[name].needs_teacher]
 
+    def cannot_shard(self) -> str:
+        "Nothing is in the way"
+        return ""
+
     def check_alone(self) -> None:
         "ValueError for what a student without a teacher cannot have"
         if not (self.student or self.start_from):
             raise ValueError(
                 "teacher='' needs a student: name an architecture as student, or a model as start_from"
             )
-        needed = dict(inheritance="none")
+        needed = dict(inheritance="none", teacher_precision="job")
         if self.teacher_features != "shards":
             needed |= dict(teacher_features="online", compare_scratch=False)
         for name, value in needed.items():
@@ -134,13 +138,12 @@ def open_distil(options: Distil) -> DistilJob:
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
         student = trainers.smaller_student(options, teacher, start, shapes)
-        check_student(
-            student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes)
-        )
+        _check_student(options, student, accelerator.num_processes)
     about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
     report = data.inspect_shards(trainers.find_data(options.data))
     about |= _about_rows(options, report, teachers)
+    teacher, *further = trainers.hold_teachers(options, teachers)
     job = trainers.open_run(options, teacher, accelerator, about, DistilJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
@@ -150,8 +153,12 @@ def _about_rows(options: Distil, report: data.DataReport, teachers: Sequence[VLM
     return trainers.inspect_rows(options, report, teachers) if options.teacher_features == "shards" else {}
 
 
-def _fewest_images(options: Distillation, world: int) -> int:
-    return trainers.fewest_rows(options.batch_size // world, options.micro_batch)
+def _check_student(options: Distil, student: VLM, world: int) -> None:
+    "ValueError for a student through which no batch goes, or that cannot be spread where it is to be"
+    fewest = trainers.fewest_rows(options.batch_size // world, options.micro_batch)
+    check_student(student, f"student={options.student!r}", fewest)
+    if options.fsdp:
+        trainers.blocks_of(student.model)
 
 # %% ../../nbs/library/109_methods_distil.ipynb #re1nf121
 def _open_alone(options: Distil, accelerator: Accelerator, about: dict) -> DistilJob:
@@ -160,7 +167,7 @@ def _open_alone(options: Distil, accelerator: Accelerator, about: dict) -> Disti
     student = _lone_student(options)
     inherited = ("image", "text") if options.start_from else ()
     trainers.check_locks(options, inherited, student.config["model_cfg"]["vision_cfg"])
-    check_student(student, f"student={options.student!r}", _fewest_images(options, accelerator.num_processes))
+    _check_student(options, student, accelerator.num_processes)
     about["model"] = student.config["model_cfg"]
     report = data.inspect_shards(trainers.find_data(options.data))
     about |= _about_rows(options, report, ())

@@ -148,8 +148,9 @@ def make_student(
     modules = INHERITED[options.inheritance]
     plan = None
     if inherited and modules:
-        plan = fusion.plan_blip(teacher, student, towers=modules)
-        fusion.inherit_blip(teacher, student, plan)
+        source = trainers.full_teacher(options, teacher, find_blip)
+        plan = fusion.plan_blip(source, student, towers=modules)
+        fusion.inherit_blip(source, student, plan)
     if inherited and options.start_from:
         _start_from(student, options)
     student.model.to(job.accelerator.device)
@@ -250,6 +251,7 @@ def open_dlip(options: Dlip) -> DlipJob:
     }
     if options.start_from:
         about["start_sha256"] = state_digest(trainers.find_start(options, load=find_blip).model)
+    (teacher,) = trainers.hold_teachers(options, [teacher])
     return trainers.open_run(options, teacher, accelerator, about, DlipJob, report)
 
 

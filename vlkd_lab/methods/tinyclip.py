@@ -90,6 +90,11 @@ class TinyCLIP(Distillation):
         "Sparsity at the end of each stage; the stages take equal shares"
         return [self.target_sparsity * (k + 1) / self.stages for k in range(self.stages)]
 
+    def cannot_shard(self) -> str:
+        "Gates are learned on a network that runs with other weights than its own"
+        whole = f"inheritance={self.inheritance!r} learns gates on a whole network"
+        return f"{whole}: choose inheritance='manual' or 'none'" if self.is_automatic else ""
+
     @property
     def is_automatic(self) -> bool:
         "Whether gates decide what is inherited"
@@ -421,6 +426,7 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     report = data.inspect_shards(trainers.find_data(options.data))
     if options.teacher_features == "shards":
         about |= _about_rows(options, report, teachers)
+    teacher, *further = trainers.hold_teachers(options, teachers)
     job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
@@ -508,6 +514,8 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
         raise ValueError(
             f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture"
         ) from error
+    if options.fsdp:
+        trainers.blocks_of(student.model)
     if options.inheritance == "manual":
         try:
             trainers.plan_copy(teacher, student)

@@ -6,6 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/library/029_models.ipynb #2282bd34
+from vlkd_lab.models.vlm import (
+    PRECISIONS,
+    VLM,
+    encode_texts,
+    evaluating,
+    in_precision,
+    load_model,
+    own_arithmetic,
+    save_model,
+)
+
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .configs import TINYCLIP_CONFIGS, copied_config, model_config, two_towers
 from .cost import Cost, count_cost, count_macs, measure_latency, shape_cost
@@ -14,6 +25,5 @@ from .kinds import ModelKind, Packing
 from .pictures import preprocessing
 from .students import at_size, check_student, new_model, send_pair
 from .towers import SlimAttention, resize_towers, text_part
-from .vlm import VLM, encode_texts, evaluating, load_model, save_model
 from .weights import state_digest
 from .words import train_tokenizer

@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
 from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
-__all__ = ['encode_texts', 'VLM', 'evaluating', 'save_model', 'load_model']
+__all__ = ['PRECISIONS', 'encode_texts', 'VLM', 'own_arithmetic', 'in_precision', 'evaluating', 'save_model', 'load_model']
 
 # %% ../../nbs/library/025_models_vlm.ipynb #short002
 def _reads_to_its_end(model: nn.Module) -> bool:
@@ -44,7 +45,7 @@ def _reads_to_its_end(model: nn.Module) -> bool:
     return pools == "argmax" and getattr(tower, "attn_mask", None) is not None and not reads_all
 
 
-def _encode_short(model: nn.Module, ids: Tensor) -> Tensor:  # (B, L) -> (B, D) unit rows
+def _encode_short(model: nn.Module, ids: Tensor) -> Tensor:  # (B, L) -> (B, D) rows of any length
     "Features of texts that reach no further than these places, which may be fewer than the tower has"
     tower = getattr(model, "text", model)
     places = ids.shape[1]
@@ -56,7 +57,7 @@ def _encode_short(model: nn.Module, ids: Tensor) -> Tensor:  # (B, L) -> (B, D) 
     projection = tower.text_projection
     if projection is not None:
         rows = projection(rows) if isinstance(projection, nn.Module) else rows @ projection
-    return F.normalize(rows, dim=-1)
+    return rows
 
 # %% ../../nbs/library/025_models_vlm.ipynb #short003
 _MOST_PARTS = 4
@@ -67,12 +68,13 @@ _STEP = {"cpu": 1}  # places by which a part grows; elsewhere 8, as tensor cores
 def encode_texts(
     model: nn.Module,  # as open_clip makes them, perhaps with slim towers
     texts: Texts | Tensor,  # B texts; those that come as bare ids are computed whole
-) -> Tensor:  # (B, D) unit rows
+    normalize: bool = True,  # to unit length
+) -> Tensor:  # (B, D) rows
     "What `model.encode_text` says of texts, computed no further than they reach"
     ids = texts.ids if isinstance(texts, Texts) else texts
     is_bare = ids is texts or not len(ids)
     if is_bare or torch.compiler.is_compiling() or not _reads_to_its_end(model):
-        return model.encode_text(ids, normalize=True)
+        return model.encode_text(ids, normalize=normalize)
     kind = ids.device.type
     count = min(_MOST_PARTS, max(1, len(ids) // _FEWEST_ROWS.get(kind, 64)))
     ends = np.array(texts.ends)
@@ -82,12 +84,13 @@ def encode_texts(
     step = _STEP.get(kind, 8)
     parts = []
     start = 0
-    for rows in np.array_split(order, count):
-        stop = start + len(rows)
-        places = -(-int(ends[rows[-1]]) // step) * step  # of its longest text, rounded up
+    for part in np.array_split(order, count):
+        stop = start + len(part)
+        places = -(-int(ends[part[-1]]) // step) * step  # of its longest text, rounded up
         parts.append(_encode_short(model, ids[sorted_rows[start:stop], :places]))
         start = stop
-    return torch.cat(parts)[original_rows]
+    rows = torch.cat(parts)[original_rows]
+    return F.normalize(rows, dim=-1) if normalize else rows
 
 # %% ../../nbs/library/025_models_vlm.ipynb #90023bbb
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class VLM:
     # "model_cfg", "preprocess_cfg" as open_clip writes them; "towers" when slim
     config: dict = field(repr=False)
     name: str = ""  # where it came from
+    # of its weights, in which it computes; None: float32, and it computes as its caller does
+    dtype: torch.dtype | None = field(default=None, kw_only=True, repr=False)
     fused: ClassVar[bool] = False  # whether it can read an image and a text together
 
     def encode(self, batch: Batch) -> Features:
@@ -107,10 +112,10 @@ class VLM:
         return Features(self.encode_image(batch.image), self.encode_text(batch.texts), self.scale)
 
     def encode_image(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D) unit rows
-        return self.model.encode_image(image, normalize=True)
+        return _unit_rows(self, self.model.encode_image, image)
 
     def encode_text(self, text: Tensor | Texts) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
-        return encode_texts(self.model, text)
+        return _unit_rows(self, partial(encode_texts, self.model), text)
 
     def traced_text(self, text: Tensor) -> Tensor:  # (B, L) token ids -> (B, D) unit rows
         "The same by steps that depend on no number of the text, so that it can be traced"
@@ -149,6 +154,41 @@ def _same_words(one: VLM, other: VLM) -> bool:
     "Whether two tokenizers have the same settings, and hold the same where the settings do not say it"
     settings = [_words_of(vlm.config["model_cfg"].get("text_cfg", {})) for vlm in (one, other)]
     return settings[0] == settings[1] and _contents(one.tokenizer) == _contents(other.tokenizer)
+
+# %% ../../nbs/library/025_models_vlm.ipynb #vlmprec3
+def own_arithmetic(vlm: VLM) -> AbstractContextManager:
+    "What a model computes in: its own type where it has one, else what its caller has switched on"
+    return nullcontext() if vlm.dtype is None else torch.autocast(vlm.device.type, enabled=False)
+
+
+def _unit_rows(vlm: VLM, encode: Callable[..., Tensor], side: Tensor | Texts) -> Tensor:  # (B, D) unit rows
+    "Features of images or of texts; float32 where the model has a type of its own"
+    if vlm.dtype is None:
+        return encode(side, normalize=True)
+    if isinstance(side, Tensor) and side.is_floating_point():
+        side = side.to(vlm.dtype)
+    with own_arithmetic(vlm):
+        rows = encode(side, normalize=False)
+    return F.normalize(rows.float(), dim=1)
+
+# %% ../../nbs/library/025_models_vlm.ipynb #vlmprec1
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def in_precision(
+    vlm: VLM,  # its network is changed; whoever needs the float32 weights loads them anew
+    precision: str,  # of PRECISIONS
+) -> VLM:
+    "A model whose weights are of a type, in which it computes; single numbers stay float32"
+    numbers = {}
+    for name, weight in vlm.model.named_parameters():
+        if weight.numel() == 1:
+            numbers[name] = weight.detach().clone()
+    vlm.model.to(PRECISIONS[precision])
+    for name, weight in vlm.model.named_parameters():
+        if name in numbers:
+            weight.data = numbers[name]
+    return replace(vlm, dtype=PRECISIONS[precision])
 
 # %% ../../nbs/library/025_models_vlm.ipynb #56c8af17
 @contextmanager

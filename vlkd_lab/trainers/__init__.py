@@ -115,11 +115,20 @@ from vlkd_lab.trainers.backward import (
     plain_backward,
 )
 from vlkd_lab.trainers.running import (
+    Shards,
+    blocks_of,
     check_compiler,
+    check_products,
+    check_sharding,
+    clip_shards,
     compiled,
+    cut_average,
     in_channels_last,
+    load_optimizer,
+    load_shards,
     recomputing,
     running_as,
+    whole_optimizer,
 )
 from vlkd_lab.trainers.students import (
     check_teacher,
@@ -131,6 +140,8 @@ from vlkd_lab.trainers.students import (
     find_start,
     find_teachers,
     first_line,
+    full_teacher,
+    hold_teachers,
     last_student,
     load_student,
     local_name,

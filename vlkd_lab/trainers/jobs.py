@@ -50,7 +50,7 @@ from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
 from .machines import check_alike, meet_anew
-from .running import check_compiler
+from .running import check_compiler, check_products, check_sharding
 from .teachers import RowTeacher, Teachers, row_teachers
 
 # %% auto #0
@@ -128,6 +128,8 @@ def make_accelerator(options: FitParameters) -> Accelerator:
             f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
         )
     check_compiler(options, accelerator.device)
+    check_products(options, accelerator.device)
+    check_sharding(options, processes)
     return accelerator
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #504011c8
@@ -149,6 +151,7 @@ FREE = (  # parameters that change no result
     "compile_backend",
     "channels_last",
     "checkpoint_activations",
+    "fsdp",
     "cache_dir",
     "cache_gb",
 )
@@ -157,6 +160,8 @@ LATER = {  # parameters of later versions -> the value that stands for runs from
     "teacher_widths": "",
     "teacher_scales": "",
     "synthetic_share": 0.5,
+    "teacher_precision": "job",
+    "loss_precision": "fp32",
 }
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..features import Batch, Ensemble, Features, Texts, gather
-from ..losses import Objective, gradient_share, objective_parameters
+from ..losses import Objective, gradient_share, objective_parameters, products_in
 from ..models import VLM, encode_texts, evaluating
 from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
@@ -26,6 +26,7 @@ from .backward import cached_backward, plain_backward
 from .locks import lock_towers
 from .numbers import LateLine
 from .options import FitParameters, seed_of
+from .running import Shards
 from .teachers import RowTeacher, Teachers, ask
 
 # %% auto #0
@@ -180,9 +181,12 @@ def parameter_groups(
     return [group | dict(peak=group["lr"]) for group in groups]
 
 
-def _new_optimizer(groups: Sequence[dict], device: torch.device) -> torch.optim.AdamW:
+def _new_optimizer(
+    groups: Sequence[dict],
+    device: torch.device | None,  # None: they are spread over several
+) -> torch.optim.AdamW:
     "TinyCLIP's AdamW; on a GPU one operation a group, elsewhere weight by weight, bit for bit as ever"
-    fused = True if device.type == "cuda" else None
+    fused = True if device is not None and device.type == "cuda" else None
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
 # %% ../../nbs/library/074_trainers_learner.ipynb #65a5756c
@@ -216,13 +220,16 @@ class Loop:
     def __post_init__(self):
         if not self.phase.fixed:
             self.learner.lock(self.options)
+        self.shards = Shards(self.learner) if self.options.fsdp else None
+        self.learner = self.shards.learner if self.shards else self.learner
         self.trainable = [weight for weight in self.learner.model.parameters() if weight.requires_grad]
         self.extra = objective_parameters(self.objective, self.accelerator.device)
         groups = parameter_groups(self.learner, self.options, self.extra)
-        self.optimizer = self.accelerator.prepare(_new_optimizer(groups, self.accelerator.device))
+        device = None if self.shards else self.accelerator.device
+        self.optimizer = self.accelerator.prepare(_new_optimizer(groups, device))
         self.average: Average | None = None
         if self.options.ema and not self.learner.swaps_weights:
-            self.average = Average(self.learner.model, self.options.ema)
+            self.average = Average(self.shards or self.learner.model, self.options.ema)
         self.controls = self.options.controls()  # of the method, as they stand
         # the last request for a checkpoint that was met
         self.answered = self.run.status().get("checkpoint", 0)
@@ -232,12 +239,24 @@ class Loop:
     @cached_property
     def prepared(self) -> nn.Module:
         "The learner in the job's precision, over all its processes; made anew when other weights are trained"
-        return self.accelerator.prepare_model(self.learner)
+        return _prepared(self)
 
     @property
     def global_step(self) -> int:
         "Steps that this student's line has taken, earlier stages included"
         return self.phase.first_step + self.phase.before + self.step
+
+# %% ../../nbs/library/074_trainers_learner.ipynb #lr0nprs2
+def _prepared(loop: Loop) -> nn.Module:
+    "A learner over all processes; one that is spread sees to its gradients itself"
+    if loop.shards is None:
+        return loop.accelerator.prepare_model(loop.learner)
+    return loop.accelerator.prepare_model(loop.learner, device_placement=False, evaluation_mode=True)
+
+
+def _apart(loop: Loop) -> list[nn.Parameter]:
+    "Weights whose gradients are averaged over processes beside those of the network"
+    return [*loop.extra, *(loop.shards.numbers if loop.shards else ())]
 
 # %% ../../nbs/library/074_trainers_learner.ipynb #ef578dae
 def held_scale(loop: Loop) -> Tensor | None:  # () multiplier; None: the student learns its own
@@ -266,7 +285,7 @@ def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
     rows = torch.eye(2, features.image.shape[1], device=features.image.device)
     return Features(rows, rows, rows.new_ones(()))
 
-
+# %% ../../nbs/library/074_trainers_learner.ipynb #lr0nprs1
 def learn_from_pairs(
     loop: Loop,
     batch: Batch,
@@ -279,7 +298,8 @@ def learn_from_pairs(
     features: list[Features] = []
 
     def loss(student: Features) -> Tensor:
-        computed = loop.objective(student, teacher)
+        with products_in(loop.options.loss_precision):
+            computed = loop.objective(student, teacher)
         features.append(student.detach())
         terms.update(computed.values)
         return computed.total
@@ -288,9 +308,9 @@ def learn_from_pairs(
     arguments = (loop.prepared, batch, loss, loop.accelerator, draw, loop.learner.penalty(loop.step))
     micro_batch = loop.options.micro_batch
     if 0 < micro_batch < max(len(batch), len(batch.text)):
-        total = cached_backward(*arguments, micro_batch, loop.extra)
+        total = cached_backward(*arguments, micro_batch, _apart(loop))
     else:
-        total = plain_backward(*arguments, loop.extra)
+        total = plain_backward(*arguments, _apart(loop))
     student = features[0]
     if loop.example is None:
         loop.example = _one_hot(student), _one_hot(student if teacher is None else teacher)
@@ -299,6 +319,9 @@ def learn_from_pairs(
 # %% ../../nbs/library/074_trainers_learner.ipynb #959db56b
 def train_what_is_reached(loop: Loop, batch: Batch) -> None:
     "Train, and let processes wait for, only the weights that the objective's gradient reaches"
+    if loop.shards is not None:  # whose processes wait for nothing that has no gradient
+        loop.reached = loop.objective
+        return
     before = [weight.requires_grad for weight in loop.trainable]
     for weight in loop.trainable:
         weight.requires_grad_(True)

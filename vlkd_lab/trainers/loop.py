@@ -20,6 +20,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vlkd_lab.trainers.running import (
+    clip_shards,
+    cut_average,
+    load_optimizer,
+    load_shards,
+    running_as,
+    whole_optimizer,
+)
+
 from .. import data, runs
 from ..features import Batch, Ensemble, Features
 from ..losses import Objective
@@ -29,7 +38,6 @@ from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features
 from .numbers import LateLine, LateNumbers
 from .options import FitParameters, seed_of
-from .running import running_as
 from .teachers import RowTeacher, Teachers
 
 # %% auto #0
@@ -49,12 +57,13 @@ def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features
     with torch.no_grad():
         terms.update(loop.learner.metrics(loop.step))
     weights = [*loop.learner.model.parameters(), *loop.extra]
-    terms["gradient_norm"] = loop.accelerator.clip_grad_norm_(weights, loop.options.clip_norm)
+    clip = clip_shards if loop.shards else loop.accelerator.clip_grad_norm_
+    terms["gradient_norm"] = clip(weights, loop.options.clip_norm)
     loop.optimizer.step()
     fixed = held_scale(loop)
     loop.learner.constrain(None if fixed is None else fixed.log())
     if loop.average is not None:
-        loop.average.follow(loop.learner.model)
+        loop.average.follow(loop.shards or loop.learner.model)
     terms["learning_rate"] = rate * loop.options.learning_rate
     return LateNumbers(terms | _call(loop)), student, teacher
 
@@ -71,25 +80,42 @@ def _call(loop: Loop) -> dict[str, Tensor]:
 # %% ../../nbs/library/075_trainers_loop.ipynb #av000002
 def averaged(loop: Loop) -> AbstractContextManager:
     "The student as it would be saved now: with the average's weights, where there is one"
+    if loop.shards is not None:  # every process must ask, and the first has it whole
+        average = None if loop.average is None else loop.average.state
+        return loop.shards.lent(average, keep=loop.accelerator.is_main_process)
     return nullcontext() if loop.average is None else loop.average.in_place(loop.learner.model)
 
 # %% ../../nbs/library/075_trainers_loop.ipynb #a314d20a
 def _save_fit(loop: Loop) -> None:
     "Write the phase's checkpoint"
-    if not loop.accelerator.is_main_process:
+    is_first = loop.accelerator.is_main_process
+    if not (is_first or loop.shards):
         return
     _settle(loop)
     scaler = loop.accelerator.scaler  # of fp16's gradients
+    if loop.shards:  # which all processes put together
+        learner = loop.shards.gathered(keep=is_first)
+        optimizer = whole_optimizer(loop.optimizer, keep=is_first)
+    else:
+        learner = loop.learner.state_dict()
+        optimizer = loop.optimizer.state_dict()
     state = {
         "step": loop.step,
-        "learner": loop.learner.state_dict(),
-        "optimizer": loop.optimizer.state_dict(),
+        "learner": learner,
+        "optimizer": optimizer,
         "objective": [weight.detach() for weight in loop.extra],
         "scaler": scaler.state_dict() if scaler else {},
     }
     if loop.average is not None:
-        state["average"] = loop.average.state
-    save_checkpoint(loop.run, loop.phase.folder, state)
+        state["average"] = _whole_average(loop) if loop.shards else loop.average.state
+    if is_first:
+        save_checkpoint(loop.run, loop.phase.folder, state)
+
+
+def _whole_average(loop: Loop) -> dict[str, Tensor]:
+    "The average of a student that is spread over the processes"
+    state = loop.shards.gathered(loop.average.state, keep=loop.accelerator.is_main_process)
+    return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
 def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
@@ -98,12 +124,17 @@ def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
     if state is None:
         return False
     loop.step = state["step"]
-    loop.learner.load_state_dict(state["learner"])
-    loop.optimizer.load_state_dict(state["optimizer"])
+    if loop.shards is not None:
+        load_shards(loop.shards, state["learner"])
+        load_optimizer(loop.optimizer, state["optimizer"])
+    else:
+        loop.learner.load_state_dict(state["learner"])
+        loop.optimizer.load_state_dict(state["optimizer"])
     if loop.accelerator.scaler and state.get("scaler"):
         loop.accelerator.scaler.load_state_dict(state["scaler"])
     if loop.average is not None:
-        loop.average.load(state["average"])
+        average = state["average"]
+        loop.average.load(cut_average(loop.shards, average) if loop.shards else average)
     with torch.no_grad():
         for weight, saved in zip(loop.extra, state.get("objective", ()), strict=True):
             weight.copy_(saved)
@@ -209,13 +240,16 @@ def _is_called(loop: Loop) -> bool:
         return loop.run.requested() != loop.request
     return loop.is_called
 
-
+# %% ../../nbs/library/075_trainers_loop.ipynb #wa1torst
 def _wait_or_stop(loop: Loop) -> Mapping[str, Any]:  # control.json, once training goes on
     "Save when that is asked for, wait while the run is paused; RunStopped where it is to stop"
     was_paused = False
     while True:
         request = agree(loop.accelerator, loop.run.requested)
-        if request.get("stop") or request.get("checkpoint", 0) > loop.answered:
+        is_wanted = bool(request.get("stop")) or request.get("checkpoint", 0) > loop.answered
+        if loop.shards:  # which all processes put together, or none
+            is_wanted = agree(loop.accelerator, lambda wanted=is_wanted: wanted)
+        if is_wanted:
             _save_fit(loop)
             loop.answered = request.get("checkpoint", loop.answered)
             _note(loop, checkpoint=loop.answered)
@@ -296,7 +330,9 @@ def fit(
             raise
         finally:
             accelerator.free_memory()  # it keeps a network and an optimizer of every phase otherwise
-    if loop.average is not None:
+    if loop.shards is not None:
+        loop.shards.fill(None if loop.average is None else loop.average.state)
+    elif loop.average is not None:
         learner.model.load_state_dict(loop.average.state)
 
 # %% ../../nbs/library/075_trainers_loop.ipynb #833c15ad
@@ -327,13 +363,22 @@ def _train(
             _one_step(loop, stream, guard)
             if loop.step % options.validate_every == 0 or loop.step == steps:
                 _validate(loop, validate)
-            if loop.step == steps or time.monotonic() - saved >= options.checkpoint_seconds:
+            if loop.step == steps or _is_due(loop, saved):
                 _save_fit(loop)
                 saved = time.monotonic()
             if loop.newest:
                 bar.set_postfix(total=f"{loop.newest['total']:.3f}", refresh=False)
             bar.update()
     loop.snapshots.write_arrived(wait=True)
+
+# %% ../../nbs/library/075_trainers_loop.ipynb #isdue001
+def _is_due(loop: Loop, saved: float) -> bool:
+    "Whether a checkpoint is to be written, by this process's clock; of shards by the first one's"
+
+    def is_late() -> bool:
+        return time.monotonic() - saved >= loop.options.checkpoint_seconds
+
+    return agree(loop.accelerator, is_late) if loop.shards else is_late()
 
 
 def _warn_of_batch_norms(loop: Loop) -> None:
@@ -431,6 +476,8 @@ def _show(loop: Loop, features: Sequence[Features | None] | None) -> None:
     }
     if features is not None and features[1] is not None:
         _show_shares(loop, *features)
+    if loop.shards is not None and not loop.shards.is_whole:
+        return
     keep = loop.options.keep_snapshots
     is_kept = keep and (loop.step % max(1, loop.phase.steps // keep) == 0 or loop.step == loop.phase.steps)
     if is_kept:
@@ -454,8 +501,9 @@ def _arrays(loop: Loop) -> dict[str, Tensor]:
     "The probe's cosines under the student as it is, its scale, and what learner and method have to show"
     arrays = {}
     if loop.probe is not None and loop.learner.compares:
-        with averaged(loop), loop.accelerator.autocast():
-            student = probe_features(loop.learner, loop.probe)
+        learner = loop.shards.whole if loop.shards else loop.learner
+        with nullcontext() if loop.shards else averaged(loop), loop.accelerator.autocast():
+            student = probe_features(learner, loop.probe)
         arrays["student"] = (student.image @ student.text.T).half()
         arrays["student_scale"] = student.scale.reshape(1)
     arrays.update(loop.learner.snapshot())
@@ -466,11 +514,14 @@ def _arrays(loop: Loop) -> dict[str, Tensor]:
 # %% ../../nbs/library/075_trainers_loop.ipynb #dd82a79e
 def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> None:
     "Log the scores of the student as it is"
+    is_first = loop.accelerator.is_main_process
     _settle(loop)
-    if validate is None or not loop.accelerator.is_main_process or not loop.learner.validates:
+    if validate is None or not (is_first or loop.shards) or not loop.learner.validates:
         return
     with averaged(loop):
-        scores = validate()
+        scores = validate() if is_first else {}
+        if loop.shards:
+            _show(loop, None)
     labels = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
     _record(loop, {"event": "validation", **labels, **scores})
 

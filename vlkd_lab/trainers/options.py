@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..data import shipped
-from ..losses import LOSSES
+from ..losses import LOSSES, PRODUCT_TYPES
 from ..trackers import named_trackers
 
 # %% auto #0
@@ -235,23 +235,45 @@ class FitParameters(_CommonParameters):
     compile: bool = parameter(False, "compile the student's towers, by torch.compile")
     compile_backend: str = parameter("inductor", "what compiles them")
     channels_last: bool = parameter(False, "store pictures and filters pixel by pixel, for convolutions")
+    loss_precision: str = parameter(
+        "fp32", "type in which the losses multiply features; sums are in fp32", **one_of(*PRODUCT_TYPES)
+    )
     checkpoint_activations: bool = parameter(
         False, "forget the activations of the student's blocks and make them again: less memory, more time"
     )
+    fsdp: bool = parameter(
+        False, "spread the student's weights, gradients and AdamW state over the processes (FSDP)"
+    )
+
+    def cannot_shard(self) -> str:  # empty: it can
+        "Why such a job cannot train with fsdp"
+        return f"a {type(self).__name__} job keeps its student whole in every process"
 
     def controls(self) -> dict[str, float]:  # name -> value at the start
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"
         return {}
 
-# %% ../../nbs/library/065_trainers_options.ipynb #re1nf0f3
+# %% ../../nbs/library/065_trainers_options.ipynb #op000002
 @dataclass(frozen=True)
-class _FeatureSource(FitParameters):
-    "Where what the teachers say comes from"
+class _TeachingParameters(FitParameters):
+    "Who teaches a student, and what"
 
+    teacher: str = parameter(
+        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
+    )
+    losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
+    hold_scale: float = parameter(
+        0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
+    )
     teacher_features: str = parameter(
         "online",
         "computed at every step, read from the store, or from rows that lie in the training shards",
         **one_of("online", "stored", "shards"),
+    )
+    teacher_precision: str = parameter(
+        "job",
+        "type of the teacher's weights, in which it computes; job: fp32, computed as `precision` says",
+        **one_of("job", "fp32", "bf16", "fp16"),
     )
     features: str = parameter("", "folder of the feature store; empty: beside the shards")
     augmentations: int = parameter(
@@ -266,6 +288,11 @@ class _FeatureSource(FitParameters):
     synthetic_share: float = parameter(
         0.5, "share of the epochs in which such a picture shows a synthetic caption", **share()
     )
+
+# %% ../../nbs/library/065_trainers_options.ipynb #re1nf0f3
+@dataclass(frozen=True)
+class _CheckedTeaching(_TeachingParameters):
+    "What these parameters cannot say together"
 
     def check_stored(self) -> None:
         "ValueError if stored features could not stand for the teacher"
@@ -289,25 +316,16 @@ class _FeatureSource(FitParameters):
     def check_no_rows(self) -> None:
         "ValueError for parameters of rows in the shards, where none are read"
         for name in ("teacher_widths", "teacher_scales", "synthetic_share"):
-            if getattr(self, name) != getattr(_FeatureSource, name):
+            if getattr(self, name) != getattr(_TeachingParameters, name):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not valid with teacher_features="
                     f"{self.teacher_features!r}: it is about rows in the shards, teacher_features='shards'"
                 )
 
-
 # %% ../../nbs/library/065_trainers_options.ipynb #77f080d8
 @dataclass(frozen=True)
-class Distillation(_FeatureSource):
+class Distillation(_CheckedTeaching):
     "What every distillation takes besides"
-
-    teacher: str = parameter(
-        "data_samples/teacher", "folder, file, hf-hub:ID, NAME/TAG, or a published TinyCLIP; A=2, B=1: a set"
-    )
-    losses: str = parameter("affinity_mimicking=1", "terms and their weights, separated by commas")
-    hold_scale: float = parameter(
-        0.0, "the student's logit scale is held here; 0: as the method has it", **at_least(0.0)
-    )
 
     def teachers(self) -> dict[str, float]:  # name -> share of the set, in their order; they add up to 1
         "The teachers by name; the first is what students copy, and whose view and tokenizer they take"

@@ -25,8 +25,9 @@ from .options import Distillation, FitParameters
 
 # %% auto #0
 __all__ = ['local_name', 'find_model', 'load_student', 'find_teachers', 'check_teacher', 'check_teachers', 'first_line',
-           'find_start', 'last_student', 'manual_shapes', 'transformer_shapes', 'copy_manually', 'shared_numbers',
-           'plan_copy', 'find_smaller_start', 'smaller_student', 'current_student', 'part_of']
+           'hold_teachers', 'full_teacher', 'find_start', 'last_student', 'manual_shapes', 'transformer_shapes',
+           'copy_manually', 'shared_numbers', 'plan_copy', 'find_smaller_start', 'smaller_student', 'current_student',
+           'part_of']
 
 # %% ../../nbs/library/076_trainers_students.ipynb #6c950591
 def local_name(name: str | Path) -> str:
@@ -92,6 +93,34 @@ def check_teachers(
 def first_line(error: Exception) -> str:
     "What an error says first; its kind where it says nothing"
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+# %% ../../nbs/library/076_trainers_students.ipynb #teachprec2
+def hold_teachers(
+    options: Distillation,
+    teachers: Sequence[VLM],  # as the options name them, freshly loaded; their networks are changed
+) -> tuple[VLM, ...]:
+    "The teachers with weights of the options' type; ValueError if one cannot compute in it"
+    if options.teacher_precision == "job":
+        return tuple(teachers)
+    held = tuple(models.in_precision(teacher, options.teacher_precision) for teacher in teachers)
+    try:
+        for teacher in held:
+            models.send_pair(teacher)
+    except Exception as error:  # a foreign network may raise anything
+        raise ValueError(
+            f"teacher_precision={options.teacher_precision!r} is not valid for {teacher.name}: no picture "
+            f"and caption go through it: {first_line(error)}; choose bf16, fp32 or job"
+        ) from error
+    return held
+
+
+def full_teacher(
+    options: Distillation,
+    teacher: VLM,  # the first one, as the job holds it
+    load: Callable[[str], VLM] = find_model,
+) -> VLM:
+    "The first teacher with float32 weights, for who copies them; loaded anew where the job holds others"
+    return teacher if teacher.dtype in (None, torch.float32) else load(options.first_teacher)
 
 # %% ../../nbs/library/076_trainers_students.ipynb #9b2e5ab7
 def find_start(
@@ -258,7 +287,7 @@ def smaller_student(
         config = models.copied_config(config, teacher.config["model_cfg"])
     student = models.new_model(config, like=teacher, towers=towers, seed=options.seed)
     if inherited and options.inheritance == "manual":
-        student.model.load_state_dict(copy_manually(teacher, student)[0])
+        student.model.load_state_dict(copy_manually(full_teacher(options, teacher), student)[0])
     return student
 
 # %% ../../nbs/library/076_trainers_students.ipynb #abcb43ec
