@@ -466,6 +466,15 @@ def longer_than_its_storage():
     return gzip.compress(out.getvalue())
 
 
+def big_endian():
+    "A file of torch.save that says that its bytes are the other way round"
+    torch.save({"image_emb": torch.ones(4, 40), "text_emb": torch.ones(3, 40)}, plain := io.BytesIO())
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out := io.BytesIO(), "w") as target:
+        for one in source.infolist():
+            target.writestr(one.filename, b"big" if one.filename.endswith("byteorder") else source.read(one))
+    return gzip.compress(out.getvalue())
+
+
 def paug(value):
     return lambda fields: fields | {"paug.json": value if isinstance(value, bytes) else json.dumps({"param_aug": value}).encode()}
 
@@ -501,6 +510,8 @@ FAULTS = {  # reason -> what is done to a sample
     "augmentation 0 has steps that": paug([[[0, 0, 8, 8], [[1, float("nan")], [0, 0.0]]]] * 4),
     "Posterize of RandAugment cannot have": paug([[[0, 0, 8, 8], [[10, 1000.0], [0, 0.0]]]] * 4),
     "param_aug is no JSON": paug("[" * 100_000),
+    "param_aug is no JSON: JSON": paug("[\ud800]"),
+    "of another byte order": in_torch(big_endian()),
     "syn_text in syn.json is no list of texts": lambda fields: fields | {"syn.json": b'{"syn_text": ["one", 2]}'},
     "text_emb has rows for 1 captions, and the picture has 0": lambda fields: {name: value for name, value in fields.items() if name != "txt"},
 }

@@ -367,7 +367,8 @@ def _augmentations(fields: Mapping[str, bytes]) -> tuple[Augmentation, ...]:
     "What a sample's paug.json lists"
     listed = _json_content(fields, "paug.json").get("param_aug")
     if isinstance(listed, str):
-        listed = _json_content({"param_aug": b'{"list": ' + listed.encode() + b"}"}, "param_aug").get("list")
+        text = listed.encode("utf-8", "replace")
+        listed = _json_content({"param_aug": b'{"list": ' + text + b"}"}, "param_aug").get("list")
     if not isinstance(listed, list) or not listed:
         raise BadSample("paug.json lists no augmentations in param_aug")
     return tuple(_augmentation(entry, number) for number, entry in enumerate(listed))
@@ -475,10 +476,12 @@ def _torch_sizes(plain: bytes) -> set[int]:  # bytes of each member
     try:
         with zipfile.ZipFile(io.BytesIO(plain)) as archive:
             members = archive.infolist()
-            orders = [archive.read(one) for one in members if one.filename.endswith("/byteorder")]
+            is_packed = any(one.compress_type != zipfile.ZIP_STORED for one in members)
+            named = [one for one in members if one.filename.endswith("/byteorder") and not is_packed]
+            orders = [archive.read(one) for one in named]
     except Exception as error:
         raise BadSample(f"pth.gz is no file of torch.save: {error}") from error
-    if any(one.compress_type != zipfile.ZIP_STORED for one in members) or orders not in ([], [b"little"]):
+    if is_packed or orders not in ([], [b"little"]):
         raise BadSample("pth.gz is no file of torch.save: it is packed twice, or of another byte order")
     return {one.file_size for one in members}
 
