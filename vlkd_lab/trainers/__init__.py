@@ -130,6 +130,9 @@ from vlkd_lab.trainers.running import (
     running_as,
     whole_optimizer,
 )
+
+# %% ../../nbs/library/079_trainers.ipynb #facestud1
+# isort: split
 from vlkd_lab.trainers.students import (
     check_teacher,
     check_teachers,
