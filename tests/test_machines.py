@@ -136,9 +136,11 @@ def test_two_machines_train_what_one_process_trains(words, alone, tmp_path, proc
 
 
 def test_machines_that_were_given_different_parameters_are_refused(words, tmp_path):
+    "No process of this test is a fork"
     run = str(tmp_path / "run")
-    commands = [[*host, "-m", "vlkd_lab.trainers", run, *words, f"seed={seed}"] for seed, host in enumerate(two_hosts())]
-    codes, errors = run_to_the_end(run, *commands)
+    ends = [["-m", "vlkd_lab.trainers", run, *words, f"seed={seed}"] for seed in (0, 1)]
+    commands = [[sys.executable, *host[1:], *end] for host, end in zip(two_hosts(), ends, strict=True)]
+    codes, errors = run_to_the_end(run, *commands, environment={"PYTHON_EXEC": sys.executable})
     assert 0 not in codes
     for error in errors:
         assert "rank 1 of 2" in error and "cannot take part: seed is 1, and 0 on the first" in error
@@ -184,15 +186,15 @@ def once_more(test):
     return tried
 
 
-def in_mid_training(run, running, rank=None):
-    "The process of a rank, where it is forked, once the run has taken some steps"
+def in_mid_training(run, running, rank=0):
+    "The process of a rank, which is a fork, once the run has taken some steps"
     end = time.monotonic() + PATIENCE
     while sum("total" in line for line in Run(run).metrics()) < 8:
         if any(process.poll() is not None for process in running) and "exitcode: -11" in Path(f"{run}.errors-0").read_text():
             raise CrashedAtStart(Path(f"{run}.errors-0").read_text())
         assert time.monotonic() < end and all(process.poll() is None for process in running)
         time.sleep(0.02)
-    return None if rank is None else int(Path(f"{run}.ranks", str(rank)).read_text())
+    return int(Path(f"{run}.ranks", str(rank)).read_text())
 
 
 LONG = ["steps=60", "validate_every=30", "checkpoint_seconds=0.5"]
@@ -260,10 +262,8 @@ def test_a_first_machine_that_is_lost_is_named_by_the_second(words, tmp_path, im
 
 @once_more
 def test_what_slurm_and_kubernetes_send_before_the_end_stops_the_run_with_a_checkpoint(words, tmp_path):
-    "No process of this test is a fork"
     run = str(tmp_path / "run")
-    command = [sys.executable, *ONE_HOST[1:], "-m", "vlkd_lab.trainers", run, *words, "steps=100000", "checkpoint_seconds=1000"]
-    with started(run, command, environment={"PYTHON_EXEC": sys.executable}) as running:
+    with started(run, [*ONE_HOST, "-m", "vlkd_lab.trainers", run, *words, "steps=100000", "checkpoint_seconds=1000"]) as running:
         in_mid_training(run, running)
         running[0].terminate()
         running[0].wait(MINUTE)

@@ -248,36 +248,22 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: int) -> Iterator[None]:
+def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: Tensor) -> Iterator[None]:
     "A LayerNorm with statistics over the `count` channels of `kept`; its input is zero elsewhere"
+    stretch = (len(kept) / count).sqrt()
 
     def fill_with_mean(_, inputs):
         (x,) = inputs
-        return (torch.where(kept, x, (x.sum(-1, keepdim=True) / count).to(x.dtype)),)
+        mean = x.sum(-1, keepdim=True) / count
+        return (torch.where(kept, x, mean.to(x.dtype)) * stretch,)
 
     hook = norm.register_forward_pre_hook(fill_with_mean)
-    eps = norm.eps
     try:
-        norm.eps = eps * count / len(kept)
         yield
     finally:
-        norm.eps = eps
         hook.remove()
 
 # %% ../nbs/library/044_gates.ipynb #6b38101c
-def _narrowed(values: GateValues) -> dict[str, tuple[Tensor, int]]:  # tower -> (W,) bool, how many are open
-    "The towers in which some hidden channel is closed"
-    masks = {}
-    for tower, gates in values.items():
-        if gates.hidden is None:
-            continue
-        kept = gates.hidden.detach() > 0
-        count = max(int(kept.sum()), 1)
-        if count < len(kept):
-            masks[tower] = (kept, count)
-    return masks
-
-
 @contextmanager
 def gated(
     model: nn.Module,  # the bare CLIP, not wrapped for data-parallel training
@@ -286,14 +272,15 @@ def gated(
 ) -> Iterator[nn.Module]:
     "The model under gates: inside, `encode_image` and `encode_text` carry gradients to parameters and gates"
     tensors = gate_state(dict(model.named_parameters()), values, shapes)
-    masks = _narrowed(values)
+    hidden = {tower: gates.hidden for tower, gates in values.items() if gates.hidden is not None}
     with ExitStack() as stack:
         for name, norm in model.named_modules():
             tower = "image" if name.startswith("visual.") else "text"
-            if not isinstance(norm, nn.LayerNorm) or tower not in masks:
+            if not isinstance(norm, nn.LayerNorm) or tower not in hidden:
                 continue
-            kept, count = masks[tower]
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * kept * (count / len(kept)) ** 0.5
+            kept = hidden[tower].detach() > 0
+            count = kept.sum().clamp(min=1).to(norm.weight.dtype)
+            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * kept * (count / len(kept)).sqrt()
             tensors[f"{name}.bias"] = tensors[f"{name}.bias"] * kept
             stack.enter_context(_normalised_over(norm, kept, count))
         stack.enter_context(_swapped(model, tensors))
