@@ -447,32 +447,28 @@ def claimed(shape, content=b"", kind="<f4"):
     return out.getvalue() + content
 
 
+def repacked(change=lambda name, content: content, shape=(4, 40), **zipped):
+    "A file of torch.save whose parts were changed, or packed in another way"
+    torch.save({"image_emb": torch.ones(shape), "text_emb": torch.ones(3, shape[1])}, plain := io.BytesIO())
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out := io.BytesIO(), "w", **zipped) as target:
+        for one in source.infolist():
+            target.writestr(one.filename, change(one.filename, source.read(one)))
+    return gzip.compress(out.getvalue())
+
+
 def packed_twice(shape):
     "A file of torch.save whose zip packs what is in it"
-    torch.save({"image_emb": torch.zeros(shape), "text_emb": torch.zeros(shape)}, plain := io.BytesIO())
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as target:
-        for one in source.infolist():
-            target.writestr(one.filename, source.read(one))
-    return gzip.compress(out.getvalue())
+    return repacked(shape=shape, compression=zipfile.ZIP_DEFLATED)
 
 
 def longer_than_its_storage():
     "A file of torch.save whose pickle says that a tensor has more numbers than lie in the file for it"
-    torch.save({"image_emb": torch.ones(4, 40), "text_emb": torch.ones(3, 40)}, plain := io.BytesIO())
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out := io.BytesIO(), "w") as target:
-        for one in source.infolist():
-            content = source.read(one)
-            target.writestr(one.filename, content[:64] if one.filename.endswith("data/0") else content)
-    return gzip.compress(out.getvalue())
+    return repacked(lambda name, content: content[:64] if name.endswith("data/0") else content)
 
 
 def big_endian():
     "A file of torch.save that says that its bytes are the other way round"
-    torch.save({"image_emb": torch.ones(4, 40), "text_emb": torch.ones(3, 40)}, plain := io.BytesIO())
-    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(out := io.BytesIO(), "w") as target:
-        for one in source.infolist():
-            target.writestr(one.filename, b"big" if one.filename.endswith("byteorder") else source.read(one))
-    return gzip.compress(out.getvalue())
+    return repacked(lambda name, content: b"big" if name.endswith("byteorder") else content)
 
 
 def paug(value):
