@@ -34,16 +34,30 @@ TWO_TOWERS = {
     "DimeFm": dict(sentence_batch=12),
     "Contrastive": dict(image_size=32, vocabulary=300, context_length=24),
 }
+SHAPE = dict(image_size=32, context_length=24, head_width=16, joint_width=8, queue=16)
+BLIPS = {
+    "BlipTraining": SHAPE | dict(sizes="image:1x32, text:1x32, fusion:1, decoder:1"),
+    "Dlip": dict(student="image:1x16, text:1x16", queue=16),
+}
 
 
 @pytest.fixture
-def given(scenes, tiny_teacher, tmp_path):
-    return lambda method, **changes: tiny_job(scenes, tiny_teacher, tmp_path / "run", method, **TWO_TOWERS[method] | changes)
+def given(scenes, tiny_teacher, tiny_blip, tmp_path):
+    def parameters(method, **changes):
+        teacher = tiny_blip if method in BLIPS else tiny_teacher
+        job = tiny_job(scenes, teacher, tmp_path / "run", method, **(TWO_TOWERS | BLIPS)[method] | changes)
+        if method == "BlipTraining":
+            del job["teacher"], job["compare_scratch"]
+        return job
+
+    return parameters
 
 
 CASES = [(method, changes) for method in TWO_TOWERS for changes in ({}, dict(micro_batch=3))]
 CASES += [(method, dict(teacher_features="stored")) for method in TWO_TOWERS if method != "Contrastive"]
 CASES += [("TinyCLIP", dict(inheritance="auto", gate_share=0.99, steps=6))]
+CASES += [(method, changes) for method in BLIPS for changes in ({}, dict(micro_batch=3))]
+CASES += [("BlipTraining", dict(tasks="captioning")), ("Dlip", dict(losses="decoder=1, answering=1"))]
 
 
 @pytest.mark.parametrize(("method", "changes"), CASES, ids=str)

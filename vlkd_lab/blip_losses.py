@@ -17,8 +17,9 @@ from .losses import row_products
 from .rank_rows import mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
-__all__ = ['counted_mean', 'Queue', 'queued_contrast', 'hard_negatives', 'matching', 'next_tokens', 'language_modelling',
-           'cosine_distance', 'logit_divergence', 'layer_partners', 'attention_divergence', 'layers_divergence']
+__all__ = ['counted_mean', 'counted_rows', 'Queue', 'queued_contrast', 'hard_negatives', 'matching', 'next_tokens',
+           'language_modelling', 'cosine_distance', 'logit_divergence', 'layer_partners', 'attention_divergence',
+           'layers_divergence']
 
 # %% ../nbs/library/041_blip_losses.ipynb #8832da87
 def counted_mean(
@@ -33,13 +34,16 @@ def counted_mean(
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def _counted(mask: Tensor | None, *both: Tensor) -> tuple[Tensor, ...]:
-    "The rows that count; whatever stands in the others leaves no trace, not even in a gradient"
+def counted_rows(
+    rows: Tensor,  # (…, D)
+    mask: Tensor | None = None,  # (…) bool, which rows count; None: all
+) -> Tensor:  # (…, D)
+    "The rows, zeros where they do not count: whatever stood there leaves no trace, not even in a gradient"
     if mask is None:
-        return both
-    if mask.shape != both[0].shape[: mask.ndim]:
-        raise ValueError(f"the mask is {tuple(mask.shape)}, the rows are {tuple(both[0].shape)}")
-    return tuple(rows[mask] for rows in both)
+        return rows
+    if mask.shape != rows.shape[:-1]:
+        raise ValueError(f"the mask is {tuple(mask.shape)}, the rows are {tuple(rows.shape)}")
+    return rows.masked_fill(~mask[..., None], 0)
 
 # %% ../nbs/library/041_blip_losses.ipynb #deddd347
 class Queue(nn.Module):
@@ -47,12 +51,13 @@ class Queue(nn.Module):
 
     def __init__(
         self,
-        length: int,  # pairs it holds; 0: none
+        length: int,  # pairs it can hold; 0: none
         width: int,  # of the rows
     ):
         super().__init__()
         if length < 0:
             raise ValueError(f"a queue of {length} pairs is not possible: give 0 or more")
+        self.count = 0  # pairs it holds; `seen` says it too, but a GPU would have to be waited for
         self.register_buffer("image", torch.zeros(length, width))
         self.register_buffer("text", torch.zeros(length, width))
         self.register_buffer("caption_ids", torch.full((length,), -1))
@@ -74,11 +79,16 @@ class Queue(nn.Module):
         for buffer, rows in sides:
             buffer[places] = rows[first:].to(buffer.dtype)
         self.seen += len(caption_ids)
+        self.count = min(self.count + len(caption_ids), length)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:  # (M, D), (M, D), (M,)
         "What is in it: images, texts, caption ids"
-        count = min(int(self.seen), len(self.caption_ids))
-        return self.image[:count], self.text[:count], self.caption_ids[:count]
+        return self.image[: self.count], self.text[: self.count], self.caption_ids[: self.count]
+
+    def _load_from_state_dict(self, *settings):
+        "Take up a checkpoint, and count what it holds"
+        super()._load_from_state_dict(*settings)
+        self.count = min(int(self.seen), len(self.caption_ids))
 
 # %% ../nbs/library/041_blip_losses.ipynb #db718f3b
 def queued_contrast(
@@ -132,8 +142,14 @@ def hard_negatives(
     for scores in (similarity, similarity.T):
         odds = scores.float().masked_fill(~wrong, -torch.inf).softmax(dim=1)
         odds = odds.nan_to_num(0.0).clamp(min=1e-12) * wrong
-        negatives.append(torch.multinomial(odds, 1, generator=generator)[:, 0])
+        negatives.append(_drawn(odds, generator))
     return negatives[0], negatives[1]
+
+
+def _drawn(odds: Tensor, generator: torch.Generator) -> Tensor:  # (B, M) 0 or more -> (B,)
+    "One column a row by its odds: each arrives after a random time, the likelier the sooner"
+    arrival = torch.empty_like(odds).exponential_(generator=generator) / odds
+    return arrival.argmin(dim=1)
 
 # %% ../nbs/library/041_blip_losses.ipynb #3117c4d3
 def matching(
@@ -172,9 +188,9 @@ def language_modelling(
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing={smoothing} is not valid: it must be from 0 to 1")
     has_target = targets != -100
-    if not has_target.any():
-        return logits.sum() * 0.0
-    return F.cross_entropy(logits[has_target].float(), targets[has_target], label_smoothing=smoothing)
+    logits = counted_rows(logits, has_target).float().flatten(0, 1)
+    total = F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing, reduction="sum")
+    return total / has_target.sum().clamp(min=1)
 
 # %% ../nbs/library/041_blip_losses.ipynb #948127c0
 def cosine_distance(
@@ -186,8 +202,9 @@ def cosine_distance(
     if student.shape != teacher.shape:
         sizes = f"the student's rows are {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
         raise ValueError(f"{sizes}: project the student's to the teacher's width")
-    student, teacher = _counted(mask, student, teacher)
-    return counted_mean(1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1))
+    student = counted_rows(student, mask).float()
+    teacher = counted_rows(teacher.detach(), mask).float()
+    return counted_mean(1 - F.cosine_similarity(student, teacher, dim=-1), mask)
 
 # %% ../nbs/library/041_blip_losses.ipynb #2c50320f
 def logit_divergence(
@@ -202,10 +219,12 @@ def logit_divergence(
         raise ValueError(f"{sizes}: they need the same tokens and vocabulary")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} is not valid: it must be above 0")
-    student, teacher = _counted(mask, student, teacher.detach())
-    s = (student.float() / temperature).log_softmax(dim=-1)
-    t = (teacher.float() / temperature).log_softmax(dim=-1)
-    return counted_mean(F.kl_div(s, t, log_target=True, reduction="none").sum(dim=-1)) * temperature**2
+    student = counted_rows(student, mask).float()
+    teacher = counted_rows(teacher.detach(), mask).float()
+    s = (student / temperature).log_softmax(dim=-1)
+    t = (teacher / temperature).log_softmax(dim=-1)
+    divergence = F.kl_div(s, t, log_target=True, reduction="none").sum(dim=-1)
+    return counted_mean(divergence, mask) * temperature**2
 
 # %% ../nbs/library/041_blip_losses.ipynb #b82c889c
 def layer_partners(
@@ -270,9 +289,10 @@ def attention_divergence(
     if s.shape != t.shape:
         shapes = f"attention of {tuple(s.shape)} cannot be compared with {tuple(t.shape)}"
         raise ValueError(f"{shapes}: both need the same tokens")
-    s, t = _counted(query_mask, s, t)
+    s = counted_rows(s, query_mask)
+    t = counted_rows(t, query_mask)
     log_ratio = t.clamp(min=1e-9).log() - s.clamp(min=1e-9).log()
-    return counted_mean((t * log_ratio).sum(dim=-1))  # a masked key has no share in either
+    return counted_mean((t * log_ratio).sum(dim=-1), query_mask)  # a masked key has no share in either
 
 
 def layers_divergence(

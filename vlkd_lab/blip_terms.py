@@ -50,8 +50,17 @@ def _passes(
 
 
 def _rows(outputs: LayerOutputs, module: str) -> Tensor:  # (N, W)
-    "What stands for a module's output: its first states, or every state from which a word was asked"
-    return outputs.states[outputs.mask] if module == "decoder" else outputs.states[:, 0]
+    "What stands for a module's output: its first states, or the decoder's at every position"
+    return outputs.states.flatten(0, 1) if module == "decoder" else outputs.states[:, 0]
+
+
+def _asked(
+    passes: Sequence[tuple[LayerOutputs, LayerOutputs]], module: str
+) -> Tensor | None:  # (N,) bool; None: all count
+    "Which rows of a module's passes count: of a decoder those from which a word was asked"
+    if module != "decoder":
+        return None
+    return torch.cat([outputs.mask.flatten() for outputs, _ in passes])
 
 # %% ../nbs/library/042_blip_terms.ipynb #d254fb03
 class ModuleFeatures(nn.Module):
@@ -75,9 +84,9 @@ class ModuleFeatures(nn.Module):
         both = _passes(student, teacher, self.module)
         rows = torch.cat([_rows(outputs, self.module) for outputs, _ in both])
         targets = torch.cat([_rows(outputs, self.module) for _, outputs in both])
-        if not len(rows):
-            return rows.sum() * 0.0
-        return blip_losses.cosine_distance(self.project(rows.float()), targets)
+        asked = _asked(both, self.module)
+        rows = self.project(blip_losses.counted_rows(rows.float(), asked))
+        return blip_losses.cosine_distance(rows, targets, asked)
 
 # %% ../nbs/library/042_blip_terms.ipynb #31f64566
 def module_logits(
@@ -87,17 +96,15 @@ def module_logits(
     temperature: float = 1.0,
 ) -> Tensor:  # () nats a pair, or a word
     "KL between what the heads of a module say"
-    logits: list[Tensor] = []
-    targets: list[Tensor] = []
+    passes = []
     for outputs, of_teacher in _passes(student, teacher, module):
-        if outputs.logits is None or of_teacher.logits is None:
-            continue
-        counts = outputs.mask if module == "decoder" else outputs.mask.new_ones(len(outputs.logits))
-        logits.append(outputs.logits[counts])
-        targets.append(of_teacher.logits[counts])
-    if not logits:
+        if outputs.logits is not None and of_teacher.logits is not None:
+            passes.append((outputs, of_teacher))
+    if not passes:
         raise ValueError(f"the module {module!r} of these models has no head that both have")
-    return blip_losses.logit_divergence(torch.cat(logits), torch.cat(targets), temperature=temperature)
+    logits = torch.cat([outputs.logits.flatten(0, -2) for outputs, _ in passes])
+    targets = torch.cat([of_teacher.logits.flatten(0, -2) for _, of_teacher in passes])
+    return blip_losses.logit_divergence(logits, targets, _asked(passes, module), temperature)
 
 
 def module_attention(

@@ -233,13 +233,21 @@ class Texts:
     "Token ids of B texts, and how far each reaches"
 
     ids: Tensor  # (B, L) int64
-    ends: tuple[int, ...]  # of each text the places up to its largest id, CLIP's end token
+    ends: tuple[int, ...]  # of each text how many places it takes
 
     @classmethod
-    def of(cls, ids: Tensor) -> Texts:  # of (B, L) token ids in memory of the host
+    def of(
+        cls,
+        ids: Tensor,  # (B, L) in memory of the host
+        pad: int | None = None,  # id of what stands behind a text; None: CLIP's end token is the largest id
+    ) -> Texts:
         "Token ids as a tokenizer gives them"
         rows = np.asarray(ids)
-        ends = rows.argmax(axis=1) + 1 if rows.shape[1] else np.zeros(len(rows), int)
+        if pad is None:
+            ends = rows.argmax(axis=1) + 1 if rows.shape[1] else np.zeros(len(rows), int)
+        else:
+            places = np.arange(1, rows.shape[1] + 1)
+            ends = np.where(rows != pad, places, 0).max(axis=1, initial=0)
         return cls(ids, tuple(ends.tolist()))
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> Texts:

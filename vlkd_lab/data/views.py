@@ -287,7 +287,7 @@ class _CachedTokenizer:
             self.rows = {}
             new = list(dict.fromkeys(captions))
         if new:
-            texts = Texts.of(self.tokenizer(new).clone())
+            texts = Texts.of(self.tokenizer(new).clone(), getattr(self.tokenizer, "pad", None))
             self.rows.update(zip(new, zip(texts.ids, texts.ends, strict=True), strict=True))
         ids, ends = zip(*(self.rows[caption] for caption in captions), strict=True)
         return Texts(torch.stack(ids), ends)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..blip_losses import hard_negatives
+from ..data import send_pinned
 from ..features import Batch, FusedFeatures, LayerOutputs
 from .model import TASKS
 from .network import BlipNetwork
@@ -31,7 +32,8 @@ class FusedBatch:
     text: Tensor  # (B, L) ids
     text_mask: Tensor  # (B, L) bool
     caption_ids: Tensor  # (B,) int64, equal for equal captions
-    asks: Tensor  # (Q,) int64, the image of each question
+    asked: tuple[int, ...]  # Q numbers that rise, the image of each question
+    asks: Tensor  # (Q,) int64, the same on the device
     question: Tensor  # (Q, L') ids
     question_mask: Tensor  # (Q, L') bool
     answer: Tensor  # (Q, L'') ids
@@ -54,15 +56,17 @@ def fused_batch(
                 rows.append(row)
                 chosen.append(random.Random(f"{seed} {key}").choice(questions))
     device = batch.image.device
-    text, text_mask = trimmed(batch.text, tokenizer.pad)
+    text, text_mask = trimmed(batch.texts, tokenizer.pad)
+    caption_ids = torch.tensor([_caption_id(caption) for caption in batch.captions])
     question, question_mask = _padded([texts[0] for texts in chosen], tokenizer, device)
     answer, answer_mask = _padded([texts[1] for texts in chosen], tokenizer, device)
     return FusedBatch(
         batch.image,
         text,
         text_mask,
-        caption_ids=torch.tensor([_caption_id(caption) for caption in batch.captions], device=device),
-        asks=torch.tensor(rows, dtype=torch.long, device=device),
+        caption_ids=send_pinned(caption_ids, device),
+        asked=tuple(rows),
+        asks=send_pinned(torch.tensor(rows, dtype=torch.long), device),
         question=question,
         question_mask=question_mask,
         answer=answer,
@@ -124,7 +128,13 @@ def _answered_questions(
         counts = torch.ones_like(word, dtype=torch.bool)
         row = batch.asks.new_zeros(1)
         batch = replace(
-            batch, asks=row, question=word, question_mask=counts, answer=word, answer_mask=counts
+            batch,
+            asked=(0,),
+            asks=row,
+            question=word,
+            question_mask=counts,
+            answer=word,
+            answer_mask=counts,
         )
     tokens = with_start_token(batch.question, tokenizer.enc)
     question = network.run_text(tokens, batch.question_mask, image.states[batch.asks], maps)

@@ -41,6 +41,20 @@ def _share(module: nn.Module, source: nn.Module) -> None:
     for part, other in zip(module.modules(), source.modules(), strict=True):
         part._parameters.update(other._parameters)
 
+
+def _mask_of_keys(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:  # (B, K) bool -> (B, 1, 1, K)
+    "What is added to scores, so that no query sees what does not count; None: all K count"
+    if mask is None:
+        return None
+    scores = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return scores.masked_fill(~mask, torch.finfo(dtype).min)[:, None, None]
+
+
+def _mask_of_words(mask: Tensor, dtype: torch.dtype) -> Tensor:  # (B, L) bool -> (B, 1, L, L)
+    "The same, and no word sees those that follow"
+    following = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).triu(1)
+    return _mask_of_keys(mask, dtype).masked_fill(following, torch.finfo(dtype).min)
+
 # %% ../../nbs/library/049_fusion_network.ipynb #71652287
 class _Parts(nn.Module):
     "The modules of a BLIP, named as Salesforce's checkpoints name them"
@@ -162,8 +176,9 @@ class BlipNetwork(_Heads):
         self, tokens: Tensor, mask: Tensor, image: Tensor | None = None, maps: bool = False
     ) -> LayerOutputs:  # (B, L), (B, L), (B, K, W)
         "The text encoder; with the states of images it looks at them"
+        keys = _mask_of_keys(mask, self.text_encoder.dtype)
         out = self.text_encoder(
-            tokens, attention_mask=mask.long(), encoder_hidden_states=image, output_attentions=maps
+            tokens, attention_mask=keys, encoder_hidden_states=image, output_attentions=maps
         )
         cross_attention = () if image is None else tuple(out.cross_attentions or ())
         return LayerOutputs(out.last_hidden_state, mask, tuple(out.attentions or ()), cross_attention)
@@ -178,13 +193,14 @@ class BlipNetwork(_Heads):
         maps: bool = False,
     ) -> LayerOutputs:
         "The decoder over a whole text: at every position the logits of the next token"
+        dtype = self.text_decoder.dtype
         out = self.text_decoder.bert(
             tokens,
             is_decoder=True,
             use_cache=False,
-            attention_mask=mask.long(),
+            attention_mask=_mask_of_words(mask, dtype),
             encoder_hidden_states=states,
-            encoder_attention_mask=None if states_mask is None else states_mask.long(),
+            encoder_attention_mask=_mask_of_keys(states_mask, dtype),
             output_attentions=maps,
         )
         targets = next_tokens(tokens, mask, prompt)

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data import send_pinned
+from ..features import Texts
+
 # %% auto #0
 __all__ = ['BlipTokenizer', 'train_wordpiece', 'trimmed', 'with_start_token']
 
@@ -93,13 +96,15 @@ def train_wordpiece(
 
 # %% ../../nbs/library/046_fusion_words.ipynb #a71e3d04
 def trimmed(
-    tokens: Tensor,  # (B, L) ids
+    tokens: Tensor | Texts,  # (B, L) ids; as Texts, whose ends the host knows, no device is waited for
     pad: int,
 ) -> tuple[Tensor, Tensor]:  # (B, L') ids and (B, L') bool
     "Without columns that only pad, and which positions count"
-    mask = tokens != pad
-    longest = int(mask.any(dim=0).nonzero().max()) + 1 if mask.any() else 1
-    return tokens[:, :longest], mask[:, :longest]
+    texts = tokens if isinstance(tokens, Texts) else Texts.of(tokens.cpu(), pad)
+    ids = texts.ids if texts is tokens else tokens
+    longest = max(texts.ends, default=1)
+    ids = ids[:, : max(longest, 1)]
+    return ids, ids != pad
 
 
 def with_start_token(tokens: Tensor, first: int) -> Tensor:
@@ -109,8 +114,8 @@ def with_start_token(tokens: Tensor, first: int) -> Tensor:
 
 def _padded(texts: Sequence[str], tokenizer: BlipTokenizer, device: torch.device) -> tuple[Tensor, Tensor]:
     "Ids and mask of some texts, which may be none"
-    tokens = torch.zeros(0, 1, dtype=torch.long)
-    mask = torch.zeros(0, 1, dtype=torch.bool)
-    if texts:
-        tokens, mask = trimmed(tokenizer(texts), tokenizer.pad)
-    return tokens.to(device), mask.to(device)
+    if not texts:
+        none = torch.zeros(0, 1, dtype=torch.long, device=device)
+        return none, none.bool()
+    known = Texts.of(tokenizer(texts), tokenizer.pad)
+    return trimmed(Texts(send_pinned(known.ids, device), known.ends), tokenizer.pad)

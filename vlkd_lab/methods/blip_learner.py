@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -241,12 +242,13 @@ def split_batch(
 
 def _part(batch: FusedBatch, start: int, stop: int) -> FusedBatch:
     "The pairs of some rows"
-    asks = (batch.asks >= start) & (batch.asks < stop)
+    asks = slice(bisect_left(batch.asked, start), bisect_left(batch.asked, stop))
     return FusedBatch(
         image=batch.image[start:stop],
         text=batch.text[start:stop],
         text_mask=batch.text_mask[start:stop],
         caption_ids=batch.caption_ids[start:stop],
+        asked=tuple(row - start for row in batch.asked[asks]),
         asks=batch.asks[asks] - start,
         question=batch.question[asks],
         question_mask=batch.question_mask[asks],
@@ -304,16 +306,24 @@ def _momentum_of(
     "What the contrast of a part is computed against: its momentum rows, the other parts', the queue"
     processes = loop.accelerator.num_processes
     each = len(batch.caption_ids) // processes
-    in_part = torch.zeros(len(batch.caption_ids), dtype=torch.bool, device=batch.caption_ids.device)
-    for rank in range(processes):
-        in_part[rank * each + rows.start : rank * each + rows.stop] = True
+    inside = []  # the part's rows in every process
+    outside = []
+    for first in range(0, processes * each, each):
+        inside.append(slice(first + rows.start, first + rows.stop))
+        outside += [slice(first, first + rows.start), slice(first + rows.stop, first + each)]
     others = learner.queue.rows()
     if is_split:
         sides = zip(batch, others, strict=True)
-        others = tuple(torch.cat([new[~in_part], queued.to(new)]) for new, queued in sides)
+        others = tuple(torch.cat([_joined(new, outside), queued.to(new)]) for new, queued in sides)
     ramp = min((loop.step + 1) / max(loop.options.warmup, 1), 1.0)
-    features = Features(batch.image[in_part], batch.text[in_part], torch.ones(()))
-    return MomentumOutputs(features, batch.caption_ids[in_part], others, learner.options.soft_share * ramp)
+    image, text, caption_ids = (_joined(column, inside) for column in batch)
+    features = Features(image, text, torch.ones(()))
+    return MomentumOutputs(features, caption_ids, others, learner.options.soft_share * ramp)
+
+
+def _joined(column: Tensor, places: Sequence[slice]) -> Tensor:
+    "The rows of several places, one after the other"
+    return torch.cat([column[place] for place in places])
 
 # %% ../../nbs/library/112_methods_blip_learner.ipynb #e5b7e0e0
 def _weighted(
@@ -356,7 +366,7 @@ def _mean_over_processes(loop: Loop, counts: Mapping[str, Tensor]) -> dict[str, 
 # %% ../../nbs/library/112_methods_blip_learner.ipynb #a1d7c3f8
 def _term_counts(loop: Loop, batch: FusedBatch, tasks: Sequence[str]) -> dict[str, Tensor]:  # () float each
     "What the mean of each weighted term is over: pairs, tokens, words or answers"
-    pairs = torch.tensor(len(batch.image), device=batch.image.device)
+    pairs = torch.full((), len(batch.image), device=batch.image.device)
     counts = _counts_by_term(batch, pairs, tasks)
     names = [term.name for term in loop.objective.terms if term.weight]
     return {name: counts.get(name, pairs).float() for name in names}
@@ -410,7 +420,11 @@ def _gradient_shares(
         if term.weight:
             value = term.weight * term.function(student, teacher)
             gradients = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
-            squares = [part.float().square().sum().item() for part in gradients if part is not None]
-            norms[term.name] = sum(squares) ** 0.5
+            squares = [part.float().square().sum() for part in gradients if part is not None]
+            norms[term.name] = torch.stack([value.new_zeros(()).float(), *squares]).sum().sqrt()
+    if not norms:
+        return {}
+    read = torch.stack(list(norms.values())).tolist()  # the device is waited for once
+    norms = dict(zip(norms, read, strict=True))
     total = sum(norms.values())
     return {name: norm / total if total else 0.0 for name, norm in norms.items()}
