@@ -17,6 +17,7 @@ BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teache
 
 # modules that register methods
 ROOMS = ("tinyclip", "contrastive", "distil", "clip_cid", "dime_fm", "blip_training", "dlip")
+CURATION = settings["curation_requirements"].split()
 METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ROOMS]
 
 
@@ -46,7 +47,7 @@ setup(
     package_data={"vlkd_lab.static": ["*.js", "*.css"]},
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"curation": CURATION, "dev": settings["dev_requirements"].split() + CURATION},
     entry_points={"nbdev": ["vlkd_lab = vlkd_lab._modidx:d"], "vlkd_lab.methods": METHODS},
     cmdclass={"build_py": BuildWithSamples},
 )
