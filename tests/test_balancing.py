@@ -162,7 +162,7 @@ def test_the_order_of_the_rows_changes_nothing(name):
 
 
 def test_a_giant_group_waits_in_bounded_memory(monkeypatch):
-    waited, sides, settle, near = [], [], B._Growing.settle, B._Products.near
+    waited, sides, settle, near = [], [], B.GrowingForest.settle, B.NearPairs.near
     monkeypatch.setattr(B, "_PAIRS", 2000)
 
     def counted(self):
@@ -173,8 +173,8 @@ def test_a_giant_group_waits_in_bounded_memory(monkeypatch):
         sides.append(max(one.stop - one.start, other.stop - other.start))
         return near(self, one, other, *more)
 
-    monkeypatch.setattr(B._Growing, "settle", counted)
-    monkeypatch.setattr(B._Products, "near", sized)
+    monkeypatch.setattr(B.GrowingForest, "settle", counted)
+    monkeypatch.setattr(B.NearPairs, "near", sized)
     tracemalloc.start()
     linkage = B.link(GIANT, most=2, finest=1e-4, memory_mb=1)
     peak = tracemalloc.get_traced_memory()[1]
@@ -189,13 +189,13 @@ def test_a_giant_group_waits_in_bounded_memory(monkeypatch):
 def test_a_coarse_partition_says_what_it_misses(probes, monkeypatch):
     rng = np.random.default_rng(6)
     rows = unit(np.repeat(rng.standard_normal((200, 24)), 10, axis=0) + 0.12 * rng.standard_normal((2000, 24)))
-    offered, offer = set(), B._Growing.offer
+    offered, offer = set(), B.GrowingForest.offer
 
     def watched(self, i, j, low):
         offered.update(zip(i.tolist(), j.tolist(), strict=True))
         offer(self, i, j, low)
 
-    monkeypatch.setattr(B._Growing, "offer", watched)
+    monkeypatch.setattr(B.GrowingForest, "offer", watched)
     monkeypatch.setattr(B._Cells.__init__, "__defaults__", (100,))  # rows a cell
     coarse = B.link(rows, most=0.8, exact_up_to=0, probes=probes)
     monkeypatch.setattr(B._recall, "__defaults__", (len(rows),))  # rows in the sample

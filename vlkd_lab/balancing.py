@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 from .project import atomic_write, write_text
 
 # %% auto #0
-__all__ = ['Linkage', 'load_linkage', 'exact_distances', 'link', 'join_linkages', 'Balance', 'balance_at', 'semantic_balance',
+__all__ = ['Linkage', 'load_linkage', 'spanning_forest', 'GrowingForest', 'exact_distances', 'NearPairs', 'distinct_rows',
+           'unit_rows', 'link', 'join_linkages', 'Balance', 'nearest_to_centre', 'balance_at', 'semantic_balance',
            'usable_threshold', 'plot_balance', 'lost_per_class', 'write_balanced', 'find_pictures', 'gallery',
            'groups_html', 'Clusters', 'default_clusters', 'nearest_center', 'cluster']
 
@@ -108,7 +109,7 @@ def _components(count: int, edges: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(first))[place]
 
 
-def _forest(count: int, edges: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def spanning_forest(count: int, edges: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "The minimum spanning forest of some edges, ascending"
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import minimum_spanning_tree
@@ -127,7 +128,7 @@ _PAIRS = 1 << 16  # pairs that are looked at in one go
 _LEVELS = 16
 
 # %% ../nbs/library/032_balancing.ipynb #8ddb3f50
-class _Growing:
+class GrowingForest:
     "A minimum spanning forest that takes in pairs, in bounded memory"
 
     def __init__(
@@ -174,7 +175,8 @@ class _Growing:
     def settle(self) -> None:
         "Reduce what waits to the forest, and remember what is connected at each level"
         edges, distances = zip((self.edges, self.distances), *self.waiting, strict=True)
-        self.edges, self.distances = _forest(len(self.rows), np.concatenate(edges), np.concatenate(distances))
+        joined = np.concatenate(edges), np.concatenate(distances)
+        self.edges, self.distances = spanning_forest(len(self.rows), *joined)
         self.waiting = []
         self.count = 0
         apart = self.distances[self.distances >= self.finest]
@@ -199,7 +201,7 @@ def exact_distances(
     return distances
 
 
-class _Products:
+class NearPairs:
     "Blocks of products that find the pairs which may be near"
 
     def __init__(self, rows: np.ndarray, most: float, device: str):
@@ -276,7 +278,7 @@ class _Cells:
         return i_asks | j_asks
 
 # %% ../nbs/library/032_balancing.ipynb #a32d3106
-def _recall(cells: _Cells, products: _Products, most: float, seed: int, sample: int = 512) -> float:
+def _recall(cells: _Cells, products: NearPairs, most: float, seed: int, sample: int = 512) -> float:
     "Share of the sampled rows' true pairs that are looked at"
     rows = products.rows.cpu().numpy()
     chosen = np.sort(np.random.default_rng(seed + 1).permutation(len(rows))[:sample])
@@ -295,7 +297,7 @@ def _recall(cells: _Cells, products: _Products, most: float, seed: int, sample: 
     return looked_at / true if true else 1.0
 
 
-def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (M,) ascending; (N - M, 2) edges
+def distinct_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (M,) ascending; (N - M, 2) edges
     "One row of those that are equal bit by bit, and the edges to the others"
     factors = np.random.default_rng(0).integers(1, 2**63, rows.shape[1], dtype=np.uint64) | np.uint64(1)
     digests = []
@@ -313,7 +315,7 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # (M,) ascend
     return np.sort(order[~twin]), edges
 
 
-def _unit_rows(embeddings: Tensor | np.ndarray) -> np.ndarray:  # (N, D) float32
+def unit_rows(embeddings: Tensor | np.ndarray) -> np.ndarray:  # (N, D) float32
     "The rows as float32, checked"
     if isinstance(embeddings, Tensor):
         embeddings = embeddings.detach().cpu().float().numpy()
@@ -349,12 +351,12 @@ def link(
     if not 0 < finest <= most <= 2:
         valid = "above 0, at most 2 (the distance of opposite unit rows)"
         raise ValueError(f"most={most:g} and finest={finest:g} are not valid: {valid}")
-    every = _unit_rows(embeddings)
-    first, copies = _distinct(every)
+    every = unit_rows(embeddings)
+    first, copies = distinct_rows(every)
     rows = every if len(first) == len(every) else every[first]
     side = int(np.clip(math.sqrt(memory_mb * 2**20 / 64), 64, 8192))
-    growing = _Growing(rows, finest, most, room=memory_mb * 2**20 // 256)
-    products = _Products(rows, most, device)
+    growing = GrowingForest(rows, finest, most, room=memory_mb * 2**20 // 256)
+    products = NearPairs(rows, most, device)
     cells = None if len(rows) <= exact_up_to else _Cells(rows, most, probes, seed)
     blocks = list(_triangle(len(rows), side)) if cells is None else list(cells.blocks(side))
     for one, other in tqdm(blocks[part[0] :: part[1]], desc="near pairs", unit="block", disable=not progress):
@@ -382,7 +384,7 @@ def join_linkages(parts: Sequence[Linkage]) -> Linkage:
         raise ValueError("these linkages are not parts of one: number of rows, finest and most must agree")
     edges = np.concatenate([part.edges for part in parts])
     distances = np.concatenate([part.distances for part in parts])
-    forest = _forest(parts[0].count, edges, distances)
+    forest = spanning_forest(parts[0].count, edges, distances)
     recall = min(part.recall for part in parts)
     return Linkage(parts[0].count, parts[0].finest, parts[0].most, *forest, recall)
 
@@ -414,7 +416,7 @@ class Balance:
         return [np.concatenate([[keeper[k]], rows[k][rows[k] != keeper[k]]]) for k in order]
 
 
-def _nearest_to_centre(rows: np.ndarray, group: np.ndarray) -> np.ndarray:  # (groups,) rows
+def nearest_to_centre(rows: np.ndarray, group: np.ndarray) -> np.ndarray:  # (groups,) rows
     "Of every group the row nearest to the mean, the first among equals"
     from scipy.sparse import csr_matrix
 
@@ -438,12 +440,12 @@ def balance_at(
     threshold: float,  # Euclidean
 ) -> Balance:
     "Groups and representatives at a threshold"
-    rows, group = _unit_rows(embeddings), linkage.groups(threshold)
+    rows, group = unit_rows(embeddings), linkage.groups(threshold)
     if len(rows) != linkage.count:
         raise ValueError(
             f"the linkage is of {linkage.count} rows, embeddings has {len(rows)}: they must be the same"
         )
-    keep = np.sort(_nearest_to_centre(rows, group))
+    keep = np.sort(nearest_to_centre(rows, group))
     return Balance(torch.from_numpy(group), torch.from_numpy(keep), float(threshold), linkage.recall)
 
 
@@ -698,12 +700,12 @@ def cluster(
     iterations: int = 30,
 ) -> Clusters:
     "Spherical k-means in which no cluster is empty"
-    rows = _unit_rows(embeddings)
+    rows = unit_rows(embeddings)
     if not 1 <= k <= len(rows):
         raise ValueError(
             f"k={k} clusters is not valid: there are {len(rows)} rows, so k must be from 1 to {len(rows)}"
         )
-    distinct, twins = _distinct(rows)
+    distinct, twins = distinct_rows(rows)
     if k > len(distinct):
         raise ValueError(
             f"k={k} clusters cannot all have a row: only {len(distinct)} of the {len(rows)} rows differ"

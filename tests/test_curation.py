@@ -1,0 +1,354 @@
+"""Curation out of core: the answers of one process that holds everything, whoever computes them and whatever dies on the way."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from vlkd_lab import curation
+from vlkd_lab.balancing import balance_at, cluster, link
+from vlkd_lab.curation import cells as C
+from vlkd_lab.curation import clusters as K
+from vlkd_lab.curation import duplicates as D
+from vlkd_lab.curation import rows as R
+from vlkd_lab.engines import Engine
+
+THRESHOLDS = (0.01, 0.05, 0.2, 0.4, 0.6)
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def hard():
+    "Near copies, a chain through many cells, a giant group, equal rows, rows alone; in half precision, as stores have them"
+    rng = np.random.default_rng(0)
+    topics = rng.standard_normal((40, 24))[rng.integers(40, size=600)] + 0.5 * rng.standard_normal((600, 24))
+    copies = topics[:300] + 0.08 * rng.standard_normal((300, 24))
+    angle = np.linspace(0, 3, 150)[:, None]
+    chain = np.cos(angle) * np.eye(24)[0] + np.sin(angle) * np.eye(24)[1]
+    giant = rng.standard_normal(24) + 0.02 * rng.standard_normal((200, 24))
+    rows = unit(np.concatenate([topics, copies, chain, giant, np.repeat(topics[:10], 15, axis=0)])).astype(np.float16)
+    return rows[rng.permutation(len(rows))]
+
+
+@pytest.fixture(scope="module")
+def whole(hard):
+    "The linkage of all pairs, in memory"
+    return link(R.unit_length(hard), most=0.6)
+
+
+def small_plan(monkeypatch, piece=113, region=60):
+    "Pieces and regions so small that everything crosses borders"
+    plan = D._plan
+    monkeypatch.setattr(D, "_plan", lambda *given, **more: replace(plan(*given, **more), piece=piece, region=region))
+
+
+def same_groups(a, b):
+    return all(np.array_equal(a.groups(t), b.groups(t)) for t in THRESHOLDS)
+
+
+OPTIONS = dict(most=0.6, per_cell=20, probes=64, progress=False)
+
+
+@pytest.mark.parametrize(("piece", "region"), [(1 << 17, 1 << 19), (113, 60), (64, 5), (1399, 100)])
+def test_every_pair_is_found_whatever_the_pieces_and_regions(hard, whole, tmp_path, monkeypatch, piece, region):
+    small_plan(monkeypatch, piece, region)
+    found = curation.near_duplicates(hard, folder=tmp_path, **OPTIONS)
+    assert same_groups(found, whole) and found.recall == 1
+    assert len(found.edges) == len(whole.edges) and (found.edges[:, 0] < found.edges[:, 1]).all()
+
+
+class Backwards(Engine):
+    "Tasks in another order"
+
+    def _run(self, function, tasks):
+        for number in sorted(tasks, key=lambda k: (k * 7919) % 101, reverse=True):
+            yield number, function(tasks[number])
+
+
+def test_the_order_of_the_tasks_changes_nothing(hard, whole, tmp_path, monkeypatch):
+    few = OPTIONS | dict(probes=3)
+    small_plan(monkeypatch)
+    one = curation.near_duplicates(hard, folder=tmp_path / "one", **few)
+    monkeypatch.setattr("vlkd_lab.engines.Engine", Backwards)
+    other = curation.near_duplicates(hard, folder=tmp_path / "other", **few)
+    assert same_groups(one, other) and one.recall == other.recall < 1 and np.array_equal(one.distances, other.distances)
+    assert np.array_equal(one.edges, other.edges)
+
+
+def test_pieces_and_regions_change_nothing_where_pairs_are_missed_either(hard, tmp_path, monkeypatch):
+    few = OPTIONS | dict(probes=2)
+    found = [curation.near_duplicates(hard, folder=tmp_path / "large", **few)]
+    for piece, region in ((113, 60), (700, 200)):
+        with monkeypatch.context() as changed:
+            small_plan(changed, piece, region)
+            found.append(curation.near_duplicates(hard, folder=tmp_path / str(piece), **few))
+    assert all(same_groups(found[0], other) and other.recall == found[0].recall for other in found[1:])
+
+
+def test_recall_is_the_share_of_true_pairs_that_meet_in_a_cell(hard, tmp_path, monkeypatch):
+    small_plan(monkeypatch)
+    found = curation.near_duplicates(hard, folder=tmp_path, sample=len(hard), **OPTIONS | dict(probes=2))
+    rows = R.unit_length(hard)
+    asked = D._asked(C.load_cells(tmp_path / "cells.safetensors"), rows, D.LinkPlan(**json.loads((tmp_path / "plan.json").read_text())))
+    i, j = np.nonzero(np.linalg.norm(rows[:, None].astype(np.float64) - rows[None], axis=2) < 0.6)
+    i, j = i[i != j], j[i != j]
+    meet = (asked[i] == asked[j, :1]).any(axis=1) | (asked[j] == asked[i, :1]).any(axis=1)
+    assert found.recall == meet.mean() and 0.9 < found.recall < 1
+
+
+def kill_a_child(folder, wanted):
+    "Kill a worker as soon as the folder has a file of some kind; whether one was killed"
+    killed = []
+
+    def watch():
+        for _ in range(3000):
+            if list(folder.glob(wanted)):
+                children = psutil.Process().children(recursive=True)
+                workers = [one for one in children if any(word in " ".join(one.cmdline()) for word in ("loky", "spawn_main"))]
+                workers = [one for one in workers if "tracker" not in " ".join(one.cmdline())]
+                if workers:
+                    workers[-1].kill()
+                    killed.append(workers[-1].pid)
+                    return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread, killed
+
+
+@pytest.mark.parametrize("engine", ["local", "dask"])
+def test_other_processes_give_the_same_also_when_one_is_killed(hard, whole, tmp_path, monkeypatch, engine):
+    small_plan(monkeypatch, piece=40)
+    thread, killed = kill_a_child(tmp_path, "piece-000003*")
+    found = curation.near_duplicates(hard, folder=tmp_path, engine=engine, workers=2, **OPTIONS)
+    thread.join()
+    assert killed and same_groups(found, whole) and found.recall == 1
+    told = json.loads((tmp_path / "progress.json").read_text())
+    assert told["phase"] == "count what was seen" and told["done"] == told["parts"] == -(-len(hard) // 40)
+    assert told["workers"] == 2 and set(told["seconds"]) == {"sort rows by cell", "link near rows", "count what was seen"}
+
+
+def test_a_linkage_that_was_cut_off_goes_on(hard, whole, tmp_path, monkeypatch):
+    small_plan(monkeypatch)
+    np.save(tmp_path / "given.npy", hard)
+    link_region, done = D._link_region, []
+
+    def dies(number, **given):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(number)
+        return link_region(number, **given)
+
+    folder = tmp_path / "linkage"
+    with monkeypatch.context() as changed:
+        changed.setattr(D, "_link_region", dies)
+        with pytest.raises(KeyboardInterrupt):
+            curation.near_duplicates(tmp_path / "given.npy", folder=folder, **OPTIONS)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    found = curation.near_duplicates(tmp_path / "given.npy", folder=folder, memory_mb=77, **OPTIONS)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
+    made_once = [name for name in before if not name.startswith("sample")]
+    assert same_groups(found, whole) and all(before[name] == after[name] for name in made_once)
+    assert sum(name.startswith("forest") for name in before) == 3
+
+
+def test_a_folder_of_other_rows_or_other_cells_is_refused(hard, tmp_path):
+    np.save(tmp_path / "a.npy", hard[:300])
+    curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS)
+    with pytest.raises(ValueError, match="was begun with probes=64, and 3 is wanted now"):
+        curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS | dict(probes=3))
+    np.save(tmp_path / "a.npy", hard[:301])
+    with pytest.raises(ValueError, match="was begun with fingerprint="):
+        curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "mine", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict(most=0), "most=0"),
+        (dict(most=2.5), "most=2.5"),
+        (dict(probes=0), "probes=0"),
+        (dict(per_cell=1), "per_cell=1"),
+        (dict(sample=-1), "sample=-1"),
+        (dict(memory_mb=3), "memory_mb=3"),
+        (dict(engine="ray"), "choose one of local, dask"),
+        (dict(workers=0), "workers=0"),
+    ],
+)
+def test_what_is_not_valid_is_refused_before_anything_is_written(hard, tmp_path, wrong, said):
+    np.save(tmp_path / "rows.npy", hard)
+    with pytest.raises(ValueError, match=said):
+        curation.near_duplicates(tmp_path / "rows.npy", folder=tmp_path / "out", **OPTIONS | wrong)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_without_a_sample_nothing_is_said_of_recall(hard, tmp_path):
+    found = curation.near_duplicates(hard, folder=tmp_path, sample=0, **OPTIONS)
+    assert found.recall == 1 and not json.loads((tmp_path / "progress.json").read_text())["phase"].startswith("count")
+
+
+@pytest.mark.parametrize("memory_mb", [64, 1024])
+@pytest.mark.parametrize("threshold", [0.02, 0.3])
+def test_who_stays_is_who_stays_in_memory(hard, whole, tmp_path, monkeypatch, memory_mb, threshold):
+    if memory_mb == 64:
+        monkeypatch.setattr(D, "_BASKET_BYTES", 1 << 18)
+    ours = curation.balance_rows(whole, hard, threshold, tmp_path, memory_mb=memory_mb, progress=False)
+    exact = balance_at(whole, R.unit_length(hard), threshold)
+    assert torch.equal(ours.group, exact.group) and torch.equal(ours.keep, exact.keep) and ours.threshold == threshold
+    assert len(list((tmp_path / f"balance-{threshold:g}").glob("baskets-*"))) > (memory_mb == 64)
+    with pytest.raises(ValueError, match="the linkage is of 1400 rows"):
+        curation.balance_rows(whole, hard[:-1], threshold, tmp_path, progress=False)
+
+
+def test_two_processes_choose_the_same_who_stays(hard, whole, tmp_path):
+    ours = curation.balance_rows(whole, hard, 0.3, tmp_path, engine="local", workers=2, progress=False)
+    assert torch.equal(ours.keep, balance_at(whole, R.unit_length(hard), 0.3).keep)
+
+
+def test_products_are_exact_up_to_the_widest_rows():
+    rng = np.random.default_rng(0)
+    for width in (2, 768, 4096):
+        spread = rng.standard_normal((6, width)) * rng.choice([1e-9, 1], (6, width), p=[0.3, 0.7])
+        rows = C.whole_numbers(unit(np.concatenate([spread, np.ones((1, width)), np.eye(1, width)])))
+        exact = rows.astype(np.int64) @ rows.astype(np.int64).T
+        assert np.abs(rows).astype(np.int64).max() <= 4000 and exact.max() < 1 << 24
+        assert np.array_equal(rows @ rows.T, exact) and np.array_equal(torch.from_numpy(rows) @ torch.from_numpy(rows).T, exact)
+    with pytest.raises(ValueError, match="products are exact up to width 4096"):
+        C.whole_numbers(np.zeros((1, 4097), np.float32))
+
+
+def test_cells_do_not_depend_on_pieces_or_workers(hard, tmp_path):
+    files = R.row_files(hard, folder=tmp_path)
+    one = C.train_cells(files, 90, tmp_path, seed=3)
+    for number, (piece, engine) in enumerate(((137, None), (1 << 16, Engine(2)))):
+        other = C.train_cells(files, 90, tmp_path / str(number), seed=3, piece=piece, engine=engine)
+        assert np.array_equal(one.centers, other.centers) and np.array_equal(one.starts, other.starts)
+    assert not np.array_equal(one.centers, C.train_cells(files, 90, tmp_path, seed=4).centers)
+    assert len(one.centers) == 90 and one.starts[-1] == 90 and len(one.groups) > 5
+
+
+def test_nearest_cells_are_those_of_all_centres_when_all_groups_are_looked_at(hard, tmp_path):
+    cells = C.train_cells(R.row_files(hard, folder=tmp_path), 90, tmp_path)
+    rows = C.whole_numbers(R.unit_length(hard))
+    found, products = cells.nearest(rows, probes=5, looked=len(cells.groups))
+    every = rows.astype(np.int64) @ cells.centers.astype(np.int64).T
+    slow = np.array([sorted(range(90), key=lambda k: (-row[k], k))[:5] for row in every])
+    assert np.array_equal(found, slow) and np.array_equal(products, np.take_along_axis(every, slow, axis=1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_clear_blobs_of_unequal_sizes_are_found_from_any_seed(seed, tmp_path):
+    rng = np.random.default_rng(5)
+    planted = np.repeat(np.arange(8), (1000, 500, 300, 200, 100, 50, 30, 20))
+    rows = unit(np.eye(8, 16)[planted] + 0.03 * rng.standard_normal((len(planted), 16)))
+    found = curation.cluster_rows(rows, 8, tmp_path, seed=seed, sampled=300, progress=False)
+    assert len({(a, b) for a, b in zip(planted.tolist(), found.assignment.tolist(), strict=True)}) == 8
+
+
+def test_clusters_are_the_same_whoever_makes_them_and_none_is_empty(hard, tmp_path):
+    one = curation.cluster_rows(hard, 120, tmp_path / "one", progress=False)
+    two = curation.cluster_rows(hard, 120, tmp_path / "two", piece=100, engine="local", workers=2, progress=False)
+    assert torch.equal(one.assignment, two.assignment) and torch.equal(one.centers, two.centers)
+    sizes = torch.bincount(one.assignment, minlength=120)
+    assert sizes.min() > 0 and sizes.sum() == len(hard) and torch.allclose(one.centers.norm(dim=1), torch.ones(120), atol=1e-3)
+    points = torch.from_numpy(R.unit_length(hard))
+    flat = cluster(points, 120)
+    close = [(points * found.centers[found.assignment]).sum(dim=1).mean() for found in (one, flat)]
+    assert close[0] > 0.97 * close[1]
+
+
+def test_a_centre_without_rows_moves_to_a_row_that_lies_far(hard, tmp_path, monkeypatch):
+    train = C.train_cells
+
+    def with_an_empty_one(*given, **more):
+        cells = train(*given, **more)
+        cells.centers[3] = -cells.centers.sum(axis=0) // len(cells.centers)  # opposite of where rows are
+        return cells
+
+    monkeypatch.setattr(K, "train_cells", with_an_empty_one)
+    found = curation.cluster_rows(hard, 40, tmp_path, progress=False)
+    assert torch.bincount(found.assignment, minlength=40).min() > 0 and (tmp_path / "cells-1.safetensors").exists()
+
+
+def test_rows_are_read_from_wherever_they_lie(hard, tmp_path):
+    np.save(tmp_path / "a.npy", hard[:100])
+    save_file({"rows": hard[100:250].astype(np.float32), "keys": hard[:1]}, tmp_path / "b.safetensors")
+    np.save(tmp_path / "c.npy", hard[:0])
+    files = R.row_files([tmp_path / "a.npy", tmp_path / "c.npy", tmp_path / "b.safetensors"])
+    assert len(files) == 250 and files.dtype == "float32"
+    chosen = np.array([0, 99, 100, 101, 249])
+    assert np.array_equal(files.take(chosen), hard[chosen].astype(np.float32))
+    assert np.array_equal(R.row_files(torch.from_numpy(hard[:7]), folder=tmp_path / "t").piece(0, 7), hard[:7])
+
+
+def broken(tmp_path, hard):
+    bad = hard.copy()
+    bad[17] = np.nan
+    yield bad, "row 17 has length nan"
+    bad = hard.copy()
+    bad[900] *= 2
+    yield bad, "row 900 has length [12]"
+    whole = tmp_path / "cut.npy"
+    np.save(whole, hard)
+    whole.write_bytes(whole.read_bytes()[:-100])
+    yield whole, "the file ends before its 1400 rows do"
+    np.save(tmp_path / "columns.npy", np.asfortranarray(hard))
+    yield tmp_path / "columns.npy", "stored by columns"
+    np.save(tmp_path / "double.npy", hard.astype(np.float64))
+    yield tmp_path / "double.npy", "half or single precision"
+    save_file({"embeddings": hard}, tmp_path / "other.safetensors")
+    yield tmp_path / "other.safetensors", "no tensor 'rows' in it; its tensors: embeddings"
+    np.save(tmp_path / "narrow.npy", hard[:, :5])
+    np.save(tmp_path / "wide.npy", hard)
+    yield [tmp_path / "narrow.npy", tmp_path / "wide.npy"], "narrow.npy 5, wide.npy 24"
+    (tmp_path / "empty").mkdir()
+    yield tmp_path / "empty", "there are no embeddings"
+    np.save(tmp_path / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    yield tmp_path / "pickled.npy", "rows are of two dimensions"
+    (tmp_path / "short.safetensors").write_bytes(b"\x00" * 5)
+    yield tmp_path / "short.safetensors", "no tensor 'rows'"
+
+
+def test_damaged_and_foreign_embeddings_are_named(hard, tmp_path):
+    for number, (source, said) in enumerate(broken(tmp_path, hard)):
+        with pytest.raises(ValueError, match=said):
+            curation.near_duplicates(source, folder=tmp_path / f"out-{number}", **OPTIONS)
+
+
+def test_memory_stays_within_the_budget(tmp_path):
+    "60,000 rows of 256 numbers are 61 MB in single precision; a process that held products of all would take 14 GB"
+    script = """
+import resource, sys
+import numpy as np
+from vlkd_lab.curation import near_duplicates
+from vlkd_lab.balancing import link
+rng = np.random.default_rng(0)
+rows = rng.standard_normal((300, 256)).astype(np.float32)[np.arange(60000) % 300] + rng.standard_normal((60000, 256), dtype=np.float32)
+rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+np.save(sys.argv[1] + "/rows.npy", rows.astype(np.float16))
+link(rows[:500], most=0.5)  # what libraries take
+del rows
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+near_duplicates(sys.argv[1] + "/rows.npy", 0.5, sys.argv[1] + "/out", memory_mb=64, sample=64, probes=4, progress=False)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 130, done.stdout
