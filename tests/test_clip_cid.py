@@ -63,6 +63,24 @@ def test_each_half_can_be_used_alone(tiny, tmp_path):
     assert other.report.total == 84, "any job takes the balanced data"
 
 
+def test_an_engine_leaves_out_what_this_process_would_and_finds_clusters(tiny, tmp_path):
+    from distributed import LocalCluster
+
+    plain = job_of(tiny)
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+        engines = dict(local=dict(engine_workers=1), dask=dict(engine_address=cluster.scheduler_address))
+        jobs = {name: job_of(tiny, engine=name, out=str(tmp_path / name), **given) for name, given in engines.items()}
+        for job in jobs.values():
+            train(job)
+            assert torch.equal(job.balance.keep, plain.balance.keep) and job.balanced.total == plain.balanced.total == 84
+            assert not list((job.run.folder / "curation").glob("piece-*")), "rows sorted by cell are not left behind"
+    found = [read_snapshot(job.run.folder / "clusters.safetensors")[0] for job in jobs.values()]
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in ("centers", "training", "sizes"))
+    assert found[0]["sizes"].sum() == 84 and found[0]["sizes"].min() > 0 and len(found[0]["sizes"]) == 6
+    whole = job_of(tiny, engine="local", removed_share=0.0, engine_workers=1, out=str(tmp_path / "whole"))
+    assert len(whole.clusters.assignment) == 120
+
+
 @pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="online", crop_scale=0.6)], ids=str)
 def test_killed_in_the_middle_it_ends_as_if_undisturbed(changes, tiny, tiny_teacher, tmp_path, ends_as_if_undisturbed):
     if changes.pop("wide", False):

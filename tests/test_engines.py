@@ -71,7 +71,7 @@ def test_one_worker_is_this_process():
 def test_workers_of_a_scheduler_that_runs_already():
     from distributed import LocalCluster
 
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None, silence_logs=50) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
         with open_engine("dask", address=cluster.scheduler_address) as engine:
             assert sorted(result for _, result in engine.each(squared, range(5))) == [0, 1, 4, 9, 16]
             workers = {worker.process.pid for worker in cluster.workers.values()}

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice, product
@@ -26,6 +27,7 @@ from vlkd_lab.data import (
     raw_samples,
     write_index,
 )
+from vlkd_lab.engines import open_engine
 from vlkd_lab.models import load_model, new_model
 
 
@@ -267,6 +269,31 @@ def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards, monkeypa
     store = store_of(teacher, shards)
     assert store.missing(["image"]) == [("a", "image"), ("c", "image")]
     assert S._main([str(shards), str(tiny_teacher)]) == 5 and not store.missing()
+
+
+@pytest.mark.parametrize("engine", [dict(engine="local", workers=2), dict(engine="dask", workers=2)], ids=str)
+def test_tasks_of_an_engine_write_what_one_process_writes(teacher, tiny_teacher, shards, tmp_path, engine):
+    plain = store_of(teacher, shards, tmp_path / "plain")
+    fill(plain, teacher)
+    index = write_index(tmp_path / "kept" / "a.kept.json", inspect_shards(shards).shards[0], ["00001", "00003"])
+    tasks = store_of(teacher, [index, shards / "b.tar.gz", shards / "c.tar"], tmp_path / "tasks")
+    with open_engine(**engine) as opened:
+        assert S.fill_by(opened, tasks, tiny_teacher, ["image"], progress=False) == 3
+        assert S.fill_by(opened, tasks, tiny_teacher, progress=False) == 3 and not tasks.missing()
+    for side in S.SIDES:
+        for name in plain.shards:
+            one, other = (S._read(store.path(name, side)) for store in (plain, tasks))
+            assert one.keys == other.keys and np.array_equal(one.rows, other.rows)
+
+
+def test_the_command_line_takes_an_engine(tiny_teacher, teacher, shards):
+    command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image", "engine=local", "workers=2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "3 files written\n", done.stderr
+    assert not store_of(teacher, shards).missing(["image"])
+    for wrong in ("engin=dask", "workers=many"):
+        with pytest.raises(ValueError, match="an engine is told by engine=local or dask, workers=NUMBER"):
+            S._main([str(shards), str(tiny_teacher), wrong])
 
 
 @pytest.mark.parametrize("change", [dict(quick_gelu=True), dict(vision_cfg=TINY["vision_cfg"] | dict(head_width=16))])

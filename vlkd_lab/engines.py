@@ -5,6 +5,9 @@
 # %% ../nbs/library/004_engines.ipynb #en9in005
 from __future__ import annotations
 
+import multiprocessing
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['ENGINES', 'Engine', 'open_engine']
+__all__ = ['ENGINES', 'Engine', 'open_engine', 'worker_number']
 
 # %% ../nbs/library/004_engines.ipynb #en9in007
 ENGINES = ("local", "dask")
@@ -116,7 +119,7 @@ def _dask(workers: int, address: str, memory_mb: int) -> Iterator[Engine]:
         with Client(address, timeout=30) as client:
             yield _Dask(client)
         return
-    options = dict(threads_per_worker=1, dashboard_address=None, silence_logs=50)
+    options = dict(threads_per_worker=1, dashboard_address=":0", silence_logs=50)
     limit = memory_mb * 2**20 or None
     with LocalCluster(n_workers=workers, memory_limit=limit, **options) as cluster, Client(cluster) as client:
         yield _Dask(client)
@@ -142,3 +145,19 @@ def open_engine(
     else:
         with _dask(workers, address, memory_mb) as opened:
             yield opened
+
+# %% ../nbs/library/004_engines.ipynb #en9in017
+def worker_number() -> int:
+    "The number of this worker among those of its engine; 0 where there is no engine"
+    if "distributed" in sys.modules:
+        from distributed import get_worker
+
+        try:
+            name = str(get_worker().name)
+        except ValueError:  # this is no worker of Dask's
+            name = ""
+    else:
+        name = multiprocessing.current_process().name  # LokyProcess-3
+    number = re.search(r"(\d+)$", name)
+    is_local = name.startswith("LokyProcess")
+    return int(number[1]) - is_local if number else 0

@@ -13,6 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,14 @@ from vlkd_lab.data import (
 )
 
 from . import data
+from .engines import Engine, open_engine, worker_number
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
 from .project import atomic_write, write_text
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
-           'shard_features', 'Stored', 'load', 'StoredTeacher']
+           'shard_features', 'Stored', 'load', 'StoredTeacher', 'fill_by']
 
 # %% ../nbs/library/031_stores.ipynb #7f1d3847
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class FeatureStore:
         self.where = where and project_root() / where
         self._open = OrderedDict()
         in_order = sorted(report.usable, key=lambda shard: shard.name)
+        self.reports = {shard.name: shard for shard in in_order}
         self.shards = {shard.name: _source(shard) for shard in in_order}
         if not self.shards:
             raise ValueError("there is no usable shard whose features could be stored")
@@ -416,25 +419,76 @@ class StoredTeacher:
             raise ValueError(f"the store has no {side} features of {place}: {reason}")
         return stored.rows[row + number]
 
+# %% ../nbs/library/031_stores.ipynb #st9re002
+def fill_by(
+    engine: Engine,
+    store: FeatureStore,
+    teacher: str | Path,  # the store's teacher as `load_model` finds it, also on the workers' machines
+    sides: Sequence[str] = SIDES,
+    batch_size: int = 256,
+    progress: bool = True,
+) -> int:  # files written
+    "Compute the features that a store lacks, a task a shard"
+    lacking = {name for name, _ in store.missing(sides)}
+    tasks = [store.reports[name] for name in store.shards if name in lacking]
+    where = str(store.where) if store.where else ""
+    given = dict(key=store.key, where=where, teacher=str(teacher), sides=tuple(sides), batch_size=batch_size)
+    label = "teacher features" if progress else ""
+    return sum(written for _, written in engine.each(partial(_fill_shard, **given), tasks, label))
+
+
+def _fill_shard(
+    shard: ShardReport, key: StoreKey, where: str, teacher: str, sides: Sequence[str], batch_size: int
+) -> int:
+    "Compute the features of one shard; files written"
+    store = FeatureStore(DataReport((shard,)), key, where)
+    return fill(store, _kept_teacher(teacher), sides, batch_size, progress=False)
+
+
+@cache
+def _kept_teacher(teacher: str) -> VLM:
+    "A teacher that stays with this worker, on a GPU of its machine if there is one"
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{worker_number() % torch.cuda.device_count()}"
+    return load_model(Path(teacher) if Path(teacher).is_dir() else teacher, device)
+
 # %% ../nbs/library/031_stores.ipynb #d8ddc7d6
+def _engine_options(given: dict[str, str]) -> dict:
+    "What the command line says of an engine"
+    unknown = set(given) - {"engine", "workers", "address"}
+    if unknown or not given.get("workers", "1").isdigit():
+        told = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{told}: an engine is told by engine=local or dask, workers=NUMBER, address=tcp://…")
+    return given | {"workers": int(given.get("workers", 1))}
+
+
 def _main(arguments: list[str]) -> int:
-    "python -m vlkd_lab.stores DATA TEACHER [image,text]: fill a store; under torchrun together"
+    "python -m vlkd_lab.stores DATA TEACHER [image,text] [engine=dask] [workers=8] [address=tcp://HOST:8786]"
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    where, name, *named = arguments
+    where, name, *more = arguments
+    options = dict(argument.split("=", 1) for argument in more if "=" in argument)
+    named = [argument for argument in more if "=" not in argument]
     sides = tuple(named[0].split(",")) if named else SIDES
     parts = {_read_as(side)[0] for side in sides}
     find = data.find_shards
     if len(parts) == 1:
         find = data.find_images if "image" in parts else data.find_sentences
     folder = data.shipped(name)
-    vlm = load_model(folder if folder.is_dir() else name, device)
+    teacher = folder if folder.is_dir() else name
+    vlm = load_model(teacher, device)
     store = FeatureStore(inspect_shards(find(where)), store_key(vlm))
+    if options:
+        with open_engine(**_engine_options(options)) as engine:
+            return fill_by(engine, store, teacher, sides)
     return fill(store, vlm, sides, rank=rank, world_size=world_size, progress=rank == 0)
 
 
 if __name__ == "__main__" and Path(sys.argv[0]).name == "stores.py":
     if len(sys.argv) < 3:
         sys.exit(_main.__doc__)
-    print(_main(sys.argv[1:]), "files written")
+    from vlkd_lab import stores  # whose functions an engine's workers know, as they do not know __main__'s
+
+    print(stores._main(sys.argv[1:]), "files written")

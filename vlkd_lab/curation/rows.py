@@ -9,7 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,16 @@ class RowFiles:
             taken[cuts[number] : cuts[number + 1]] = file.all(self.width)[places]
         return taken
 
+    def only(self, rows: np.ndarray) -> RowFiles:  # (M,) ascending
+        "Some rows as if they were all"
+        files = []
+        cuts = np.searchsorted(rows, np.concatenate([[0], self.ends]))
+        for number, file in enumerate(self.files):
+            places = rows[cuts[number] : cuts[number + 1]] - (self.ends[number] - len(file))
+            chosen = places if file.chosen is None else file.chosen[places]
+            files.append(replace(file, chosen=chosen))
+        return RowFiles(files, self.width)
+
     def piece(self, start: int, stop: int) -> np.ndarray:  # (stop - start, D), as they are stored
         "Neighbouring rows"
         return self.take(np.arange(start, stop))
@@ -103,13 +113,17 @@ _DTYPES = {"F16": "float16", "F32": "float32", "<f2": "float16", "<f4": "float32
 
 
 def row_files(
-    source: FeatureStore | str | Path | Sequence | np.ndarray | Tensor,  # store, files, folder or array
+    source: RowFiles | FeatureStore | str | Path | Sequence | np.ndarray | Tensor,  # files may be a folder
     side: str = "image",  # of a store
     folder: str | Path | None = None,  # where an array is written
+    captioned: bool = False,  # of a store only the samples whose caption can be used as well
 ) -> RowFiles:
     "Embeddings where they lie; of a store in the order of its shards' names"
+    if isinstance(source, RowFiles):
+        return source
     if isinstance(source, FeatureStore):
-        return RowFiles([_of_shard(source, name, side) for name in source.shards], source.key.width)
+        files = [_of_shard(source, name, side, captioned) for name in source.shards]
+        return RowFiles(files, source.key.width)
     if isinstance(source, Tensor | np.ndarray):
         if folder is None:
             raise ValueError("an array needs a folder in which it is written for those who read it")
@@ -179,18 +193,20 @@ def _safetensors_head(path: Path) -> tuple[int, str, tuple]:
     return 8 + length + about["data_offsets"][0], about["dtype"], tuple(about["shape"])
 
 
-def _of_shard(store: FeatureStore, name: str, side: str) -> RowFile:
+def _of_shard(store: FeatureStore, name: str, side: str, captioned: bool) -> RowFile:
     "A store's file; of an index the rows that it keeps"
     if problem := store.problem(name, side):
         raise ValueError(f"{store.path(name, side)}: {problem}; fill the store first (vlkd_lab.stores)")
     file, _ = _head(store.path(name, side))
     _, kept = store.shards[name]
-    if kept is None:
+    if kept is None and not captioned:
         return file
     with safe_open(file.path, "np") as opened:
         keys = opened.get_tensor("keys").tobytes().decode()[:-1].split("\0")
-    chosen = [row for row, key in enumerate(keys[: file.count]) if key in kept]
-    return RowFile(file.path, file.offset, file.dtype, file.count, np.array(chosen, np.int64))
+        counts = opened.get_tensor("captioned") if captioned else np.ones(file.count, bool)
+    if kept is not None:
+        counts = counts & np.array([key in kept for key in keys[: file.count]], bool)
+    return RowFile(file.path, file.offset, file.dtype, file.count, np.flatnonzero(counts))
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow014
 def write_sorted(

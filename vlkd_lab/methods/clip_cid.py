@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ from vlkd_lab.trainers import (
 
 from .. import balancing, data, runs, trainers
 from ..balancing import Balance, Clusters, Linkage, balance_at, nearest_center
+from ..curation import RowFiles, balance_rows, cluster_rows, near_duplicates, row_files
+from ..engines import ENGINES
 from ..features import Features, recall
 from ..gates import budget
 from ..losses import LOSSES, ClusterTerms, Objective, Term, instance_discrimination
@@ -91,6 +95,13 @@ class ClipCid(Distillation):
         "stored", "read from the store, or computed at every step", **one_of("stored", "online")
     )
     map_images: int = parameter(256, "validation images on the live map of clusters", **at_least(3))
+    engine: str = parameter(
+        "memory",
+        "who balances and clusters: this process in memory; with rows on disk its workers, or Dask's",
+        **one_of("memory", *ENGINES),
+    )
+    engine_workers: int = parameter(2, "processes of local or of a Dask that is started here", **at_least(1))
+    engine_address: str = parameter("", "of a Dask scheduler that runs already, tcp://HOST:8786")
     compare_scratch: bool = parameter(True, "also train the same student contrastively, without a teacher")
 
 # %% ../../nbs/library/116_methods_clip_cid.ipynb #16bc2e43
@@ -136,6 +147,22 @@ class Balancing:
         "The teacher's image features of all pairs"
         return load(self.job.store, captioned=True)
 
+    @property
+    def rows(self) -> RowFiles:
+        "The same where they lie"
+        return row_files(self.job.store, captioned=True)
+
+    @property
+    def folder(self) -> Path:
+        "What near-duplicates and clusters leave on the disk on their way"
+        return self.job.run.folder / "curation"
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        "Who does the work on the disk"
+        options = self.job.options
+        return dict(engine=options.engine, workers=options.engine_workers, address=options.engine_address)
+
     @cached_property
     def linkage(self) -> Linkage:
         "The near pairs, of which every threshold's groups follow"
@@ -145,8 +172,12 @@ class Balancing:
         device = str(job.accelerator.device)
 
         def link() -> None:
-            rows = self.stored.unit()
-            linkage = balancing.link(rows, most, device=device, progress=trainers.may_print())
+            progress = trainers.may_print()
+            if job.options.engine == "memory":
+                linkage = balancing.link(self.stored.unit(), most, device=device, progress=progress)
+            else:
+                linkage = near_duplicates(self.rows, most, self.folder, progress=progress, **self.engine)
+                shutil.rmtree(self.folder)  # which holds the rows sorted by cell, some times over
             linkage.save(path)
 
         trainers.once(job, path, ["store"], link)
@@ -161,7 +192,9 @@ class Balancing:
     @cached_property
     def balance(self) -> Balance:
         "Which images stay"
-        return balance_at(self.linkage, self.stored.unit(), self.threshold)
+        if self.job.options.engine == "memory":
+            return balance_at(self.linkage, self.stored.unit(), self.threshold)
+        return balance_rows(self.linkage, self.rows, self.threshold, self.folder, progress=False, **self.engine)
 
     @property
     def is_wanted(self) -> bool:
@@ -203,13 +236,17 @@ def _find_clusters(job: ClipCidJob) -> Clusters:
 
 def _cluster(job: ClipCidJob) -> Clusters:
     "k-means over the features of the images that stay"
-    rows = job.stored.unit()
-    if job.balances:
-        rows = rows[job.balance.keep.numpy()]
-    k = job.options.clusters or balancing.default_clusters(len(rows))
-    if k > len(rows):
-        raise ValueError(f"clusters={k} is not valid: only {len(rows)} images are left after balancing")
-    return balancing.cluster(rows, k, job.options.seed)
+    keep = job.balance.keep.numpy() if job.balances else None
+    images = len(job.balancing.rows) if keep is None else len(keep)
+    k = job.options.clusters or balancing.default_clusters(images)
+    if k > images:
+        raise ValueError(f"clusters={k} is not valid: only {images} images are left after balancing")
+    if job.options.engine == "memory":
+        rows = job.stored.unit()
+        return balancing.cluster(rows if keep is None else rows[keep], k, job.options.seed)
+    rows = job.balancing.rows if keep is None else job.balancing.rows.only(keep)
+    folder = job.balancing.folder / "clusters"
+    return cluster_rows(rows, k, folder, job.options.seed, progress=False, **job.balancing.engine)
 
 # %% ../../nbs/library/116_methods_clip_cid.ipynb #dbe5a78d
 def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
