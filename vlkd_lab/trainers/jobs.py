@@ -143,8 +143,8 @@ def _check_gpus(options: FitParameters) -> None:
     gpus = torch.cuda.device_count()
     if wanted > gpus:
         raise ValueError(
-            f"processes={wanted} is not valid here: each takes a GPU of its own, and this machine has {gpus}; "
-            "choose fewer processes, or device='cpu'"
+            f"processes={wanted} is not valid here: each takes a GPU of its own, and this machine has "
+            f"{gpus}; choose fewer processes, or device='cpu'"
         )
 
 # %% ../../nbs/library/077_trainers_jobs.ipynb #504011c8

@@ -27,7 +27,7 @@ from ..trackers import named_trackers
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
            'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'list_of_numbers',
-           'folder_path', 'read_numbers', 'all_processes', 'FitParameters', 'Distillation', 'read_teachers',
+           'read_numbers', 'folder_path', 'all_processes', 'FitParameters', 'Distillation', 'read_teachers',
            'read_loss_weights', 'seed_of']
 
 # %% ../../nbs/library/065_trainers_options.ipynb #f0e4a102
@@ -154,22 +154,6 @@ def list_of_numbers() -> dict:
     return dict(valid="numbers above 0, separated by commas", check=_are_numbers)
 
 
-def folder_path() -> dict:
-    "A parameter that is a folder, there already or still to be made; empty: none"
-    return dict(valid="a folder of this machine, or a place where one can be made", check=_can_be_folder)
-
-
-def _can_be_folder(place: str) -> bool:
-    "Whether a folder is there, or the nearest one above lets one be made"
-    if "://" in place:
-        return False
-    path = project_root() / Path(place).expanduser()
-    if os.path.isdir(path):
-        return True
-    above = next(parent for parent in path.parents if os.path.lexists(parent))
-    return not os.path.lexists(path) and os.path.isdir(above) and os.access(above, os.W_OK)
-
-
 def read_numbers(text: str) -> tuple[float, ...]:
     "The numbers of such a list"
     return tuple(float(number) for number in text.split(",")) if text.strip() else ()
@@ -186,6 +170,22 @@ def _are_trackers(report_to: str) -> bool:
     "True, or the ValueError that says which tracker is not there"
     named_trackers(report_to)
     return True
+
+# %% ../../nbs/library/065_trainers_options.ipynb #f0lderp2
+def folder_path() -> dict:
+    "A parameter that is a folder, there already or still to be made; empty: none"
+    return dict(valid="a folder of this machine, or a place where one can be made", check=_can_be_folder)
+
+
+def _can_be_folder(place: str) -> bool:
+    "Whether a folder is there, or the nearest one above lets one be made"
+    if "://" in place:
+        return False
+    path = project_root() / Path(place).expanduser()
+    if os.path.isdir(path):
+        return True
+    above = next(parent for parent in path.parents if os.path.lexists(parent))
+    return not os.path.lexists(path) and os.path.isdir(above) and os.access(above, os.W_OK)
 
 # %% ../../nbs/library/065_trainers_options.ipynb #36a7e139
 @dataclass(frozen=True)
