@@ -263,9 +263,9 @@ def test_a_first_machine_that_is_lost_is_named_by_the_second(words, tmp_path, im
 @once_more
 def test_what_slurm_and_kubernetes_send_before_the_end_stops_the_run_with_a_checkpoint(words, tmp_path):
     run = str(tmp_path / "run")
-    with started(run, [*ONE_HOST, "-m", "vlkd_lab.trainers", run, *words, "steps=100000", "checkpoint_seconds=1000"]) as running:
+    with started(run, [*ONE_HOST, "-m", "vlkd_lab.trainers", run, *words, "steps=100000", "checkpoint_seconds=1000", "workers=1"]) as running:
         in_mid_training(run, running)
-        running[0].terminate()
+        running[0].terminate()  # which torchrun hands on to every process, workers as well
         running[0].wait(MINUTE)
     assert Run(run).status()["state"] == "stopped"
     assert (Path(run) / "student" / "distil" / "checkpoint.pt").exists()

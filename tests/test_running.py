@@ -72,12 +72,33 @@ def test_gates_are_learned_as_if_nothing_were_made_again(given):
     assert same(student_of(runs[0], "stage-2"), student_of(runs[1], "stage-2"))
 
 
-def test_a_tower_that_cannot_forget_is_refused_by_name(given, resnet, tiny_blip):
-    with pytest.raises(ValueError, match="not valid for this image tower, a ModifiedResNet.*micro_batch"):
-        run_of(given(checkpoint_activations=True, **resnet))
-    blip = given("blip", "Dlip", teacher=str(tiny_blip), student="image:1x16, text:1x16", queue=16, checkpoint_activations=True)
-    with pytest.raises(ValueError, match="checkpoint_activations=True is not valid for a BlipNetwork"):
-        run_of(blip, "Dlip")
+CANNOT = [("Distil", "forget"), ("TinyCLIP", "forget"), ("DimeFm", "forget"), ("ClipCid", "forget"), ("Contrastive", "forget")]
+CANNOT += [("Dlip", "forget"), ("Dlip", "compile"), ("BlipTraining", "forget"), ("BlipTraining", "compile")]
+
+
+@pytest.mark.parametrize("method, way", CANNOT)
+def test_what_a_network_cannot_do_is_said_before_anything_is_made(method, way, scenes, tiny_teacher, tiny_blip, resnet, tmp_path):
+    changes = dict(student=resnet["student"], checkpoint_activations=True)
+    message = "checkpoint_activations=True is not valid for this image tower, a ModifiedResNet.*micro_batch"
+    if method in ("Dlip", "BlipTraining"):
+        name = "checkpoint_activations" if way == "forget" else "compile"
+        changes = {name: True, "compile_backend": "eager"}
+        message = f"{name}=True is not valid .*a BlipNetwork.*choose {name}=False"
+    if method in ("Distil", "TinyCLIP"):
+        changes["inheritance"] = "none"
+    given = tiny_job(scenes, tiny_teacher, tmp_path / "run", method, **changes)
+    if method == "Contrastive":
+        (tmp_path / "clips_words.json").write_text(json.dumps(RESNET))
+        given["architecture"] = str(tmp_path / "clips_words.json")
+        del given["student"]
+    if method == "Dlip":
+        given["teacher"] = str(tiny_blip)
+    if method == "BlipTraining":
+        del given["teacher"], given["compare_scratch"]
+        given["start_from"] = str(tiny_blip)
+    with pytest.raises(ValueError, match=message):
+        open_job(method, given)
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_convolutional_student_in_the_other_layout_learns_the_same(given, resnet):

@@ -35,10 +35,14 @@ from vlkd_lab.trainers import (
     check_parameters,
     current_student,
     find_data,
+    find_start,
     fit,
+    jobs,
     main,
+    make_accelerator,
     manual_shapes,
     notebook_parameters,
+    open_job,
     out_folder,
     plain_backward,
     probe_features,
@@ -90,6 +94,10 @@ WRONG = {
     "compare_scratch": (1, "must be bool"),
     "learning_rate": (-1.0, "above 0"),
     "batch_size": (True, "must be int"),
+    "shuffle": (2**63, "must be int of 64 bits, at least 1"),
+    "cache_gb": (1e300, "must be a finite float of 32 bits"),
+    "cache_dir": ("s3://bucket/cache", "a folder of this machine"),
+    "features": (f"{__file__}/store", "a folder of this machine"),
     "gate_kinds": ("hidden,eyes", "attention_block"),
     "losses": ("affinity=1", "affinity_mimicking"),
 }
@@ -150,6 +158,44 @@ def test_a_wrong_parameter_is_named_with_what_is_valid(name, tiny, tmp_path):
     with pytest.raises(ValueError, match=name) as error:
         job_of(tiny, **{name: value})
     assert valid in str(error.value) and not (tmp_path / "run").exists(), "nothing may be written"
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/run", __file__, f"{__file__}/run"], ids=["url", "file", "below a file"])
+def test_what_cannot_be_a_run_folder_is_said(place, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="out=.* is not valid: out must be str, a folder of this machine"):
+        open_job("TinyCLIP", tiny | dict(out=place))
+    with pytest.raises(ValueError, match="is no run folder" if "://" in place else "out=.* is not valid"):
+        main([place, "method=TinyCLIP"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder_is_the_users_and_a_file_of_weights_is_a_start(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert out_folder(TinyCLIP(out="~/run")) == tmp_path / "run"
+    weights = find_start(TinyCLIP(start_from=tiny["teacher"])).model.state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(ValueError) as error:
+        find_start(TinyCLIP(start_from=str(tmp_path / "weights.pt")))
+    assert "Not a directory" not in str(error.value)
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_more_processes_than_gpus_are_refused(gpus, monkeypatch):
+    class NextStep(Exception):
+        "The accelerator is made"
+
+    def reached(*_, **__):
+        raise NextStep
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(jobs, "Accelerator", reached)
+    message = "processes=4 is not valid here: each takes a GPU of its own, and this machine has 1;"
+    with pytest.raises(ValueError if gpus == 1 else NextStep, match=message if gpus == 1 else None):
+        make_accelerator(TinyCLIP(processes=4))
+    with pytest.raises(NextStep):
+        make_accelerator(TinyCLIP(processes=4, device="cpu"))
 
 
 def test_missing_data_teacher_and_gpu_stop_before_anything(tiny, tmp_path):

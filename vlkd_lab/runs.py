@@ -40,7 +40,7 @@ def read_json(path: str | Path, default: Any = None) -> Any:
     "The contents of a JSON file, or `default` where there is none"
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter below what is a file itself
         return default
 
 # %% ../nbs/library/068_runs.ipynb #18425d7e

@@ -5,8 +5,11 @@
 # %% ../../nbs/library/015_data_stream.ipynb #eb6412fe
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -499,6 +502,19 @@ class _Readers(IterableDataset):
         return _Reader(self.stream).batches(self.start + get_worker_info().id, self.stream.workers)
 
 
+def _end_with_parent(worker: int) -> None:
+    "In a worker: SIGTERM is not for it, unless the process that it reads for sends it"
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)
+
+
 def _loader(stream: PairStream, start: int) -> DataLoader:
     "The worker processes of one rank"
     plain = replace(stream)  # without what the reader of this process has in memory
@@ -507,6 +523,7 @@ def _loader(stream: PairStream, start: int) -> DataLoader:
     context = "fork" if sys.platform == "linux" else None
     processes = dict(num_workers=stream.workers, multiprocessing_context=context)
     processes["pin_memory"] = torch.cuda.is_available()
+    processes["worker_init_fn"] = _end_with_parent
     return DataLoader(_Readers(plain, start), batch_size=None, generator=generator, **processes)
 
 # %% ../../nbs/library/015_data_stream.ipynb #91b49550

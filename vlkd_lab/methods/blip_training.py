@@ -302,6 +302,7 @@ def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
     able = start.tasks if start else tuple(TASKS)
     tasks = find_tasks(options, able, report, accelerator.num_processes)
     model = start or _new_teacher(options, shape, shards, tasks)
+    trainers.check_network(model.model, options)
     about = {
         "model": asdict(model.shape),
         "tasks": list(tasks),

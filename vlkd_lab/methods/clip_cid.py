@@ -124,6 +124,7 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
         images = options.batch_size // accelerator.num_processes
         fewest = trainers.fewest_rows(images, options.micro_batch)
         check_student(student, f"student={options.student!r}", fewest)
+        trainers.check_network(student.model, options)
     about = {
         "objective": weights,
         "teacher_sha256": trainers.teachers_digest(options, teachers),

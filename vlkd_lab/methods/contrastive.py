@@ -83,6 +83,7 @@ def open_contrastive(options: Contrastive) -> ContrastiveJob:
         trainers.check_locks(options, ("image", "text"), start.config["model_cfg"]["vision_cfg"])
         about = {"start_sha256": state_digest(start.model)}
         model = replace(start, name="teacher")
+    trainers.check_network(model.model, options)
     about["model"] = model.config["model_cfg"]
     return trainers.open_run(options, model, accelerator, about, ContrastiveJob)
 

@@ -470,6 +470,7 @@ def _check_student(options: DimeFm, teacher: VLM, shapes: dict | None, world: in
         return
     student = _student_of(options, teacher, shapes, inherited=True)
     check_student(student, f"student={options.student!r}", _fewest_images(options, world), "image_size")
+    trainers.check_network(student.model, options)
 
 
 def _fewest_images(options: DimeFm, world: int) -> int:

@@ -154,11 +154,10 @@ def _about_rows(options: Distil, report: data.DataReport, teachers: Sequence[VLM
 
 
 def _check_student(options: Distil, student: VLM, world: int) -> None:
-    "ValueError for a student through which no batch goes, or that cannot be spread where it is to be"
+    "ValueError for a student through which no batch goes, or that cannot run as it is to"
     fewest = trainers.fewest_rows(options.batch_size // world, options.micro_batch)
     check_student(student, f"student={options.student!r}", fewest)
-    if options.fsdp:
-        trainers.blocks_of(student.model)
+    trainers.check_network(student.model, options)
 
 # %% ../../nbs/library/115_methods_distil.ipynb #re1nf121
 def _open_alone(options: Distil, accelerator: Accelerator, about: dict) -> DistilJob:

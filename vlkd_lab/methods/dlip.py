@@ -234,6 +234,7 @@ def open_dlip(options: Dlip) -> DlipJob:
     if len(options.teachers()) > 1:
         raise ValueError(f"teacher={options.teacher!r} is not valid: a DLIP student learns from one BLIP")
     teacher = find_blip(options.teacher, accelerator.device)
+    trainers.check_network(teacher.model, options)
     sizes = student_sizes(options, teacher)
     _check_student(options, teacher.shape, sizes)
     report = data.inspect_shards(trainers.find_data(options.data))

@@ -414,6 +414,8 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     _check_widths(options, teacher, start if starts_whole else None)
     trainers.check_teachers(options, teachers)
     _try_student(options, teacher)
+    if not options.student or options.is_automatic:
+        trainers.check_network((start or teacher).model, options)
     about = {
         "objective": weights,
         "terms": options.terms(),
@@ -514,8 +516,7 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
         raise ValueError(
             f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture"
         ) from error
-    if options.fsdp:
-        trainers.blocks_of(student.model)
+    trainers.check_network(student.model, options)
     if options.inheritance == "manual":
         try:
             trainers.plan_copy(teacher, student)

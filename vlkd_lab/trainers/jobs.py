@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import platform
 import threading
 import traceback
@@ -49,7 +50,7 @@ from ..trackers import named_trackers, reporting
 from .companions import ProcessLost, explained
 from .learner import Learner, Phase
 from .loop import Diverged, agree, fit
-from .machines import check_alike, meet_anew
+from .machines import check_alike, meet_anew, this_process
 from .running import check_compiler, check_products, check_sharding
 from .teachers import RowTeacher, Teachers, row_teachers
 
@@ -115,6 +116,8 @@ def make_accelerator(options: FitParameters) -> Accelerator:
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = options.precision.replace("fp32", "no")
     is_cpu = options.device == "cpu" or not has_gpu
+    if not is_cpu:
+        _check_gpus(options)
     meet_anew(not is_cpu, LONGEST_WAIT)
     patience = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     accelerator = Accelerator(mixed_precision=precision, cpu=is_cpu, kwargs_handlers=[patience])
@@ -131,6 +134,18 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     check_products(options, accelerator.device)
     check_sharding(options, processes)
     return accelerator
+
+
+def _check_gpus(options: FitParameters) -> None:
+    "ValueError if there are fewer GPUs than processes on this machine"
+    me = this_process()
+    wanted = me.local_count if me.count > 1 else options.processes
+    gpus = torch.cuda.device_count()
+    if wanted > gpus:
+        raise ValueError(
+            f"processes={wanted} is not valid here: each takes a GPU of its own, and this machine has "
+            f"{gpus}; choose fewer processes, or device='cpu'"
+        )
 
 # %% ../../nbs/library/083_trainers_jobs.ipynb #504011c8
 FREE = (  # parameters that change no result
@@ -176,7 +191,7 @@ SAME = {  # parameter -> what of config.json must be the same when it differs
 def out_folder(options: FitParameters) -> Path:
     "The run folder: `out`, or runs/METHOD-XXXXXXXX after the parameters of which the result depends"
     if options.out:
-        return data.project_root() / options.out
+        return data.project_root() / Path(options.out).expanduser()
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
     for name, before in LATER.items():
         if name in kept and kept[name] == before:
@@ -251,9 +266,10 @@ def may_print() -> bool:
 
 def store_folder(options: Distillation, key: StoreKey) -> str:  # empty: beside the shards
     "Where a teacher's features lie; each of a set has a folder of its own"
-    if not options.features or len(options.teachers()) == 1:
-        return options.features
-    return f"{options.features}/{key.name}"
+    features = os.path.expanduser(options.features)
+    if not features or len(options.teachers()) == 1:
+        return features
+    return f"{features}/{key.name}"
 
 
 def filled_store(

@@ -240,12 +240,13 @@ def main(arguments: list[str]) -> None:  # of the command line: a run folder, an
 
 
 def _check_folder(folder: str) -> None:
-    "ValueError where an option or a parameter stands in the run folder's place"
+    "ValueError where an option, a parameter or a URL stands in the run folder's place"
     names = {"method"}
     for method in METHODS.values():
         names |= {option.name for option in fields(method.parameters)}
     name, equals, _ = folder.partition("=")
-    if folder.startswith("-") or (equals and name in names):
+    is_setting = bool(equals) and name in names
+    if folder.startswith("-") or is_setting or "://" in folder:
         raise ValueError(f"{folder!r} is no run folder: write {main.__doc__.partition(': ')[0]}")
 
 

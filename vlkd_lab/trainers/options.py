@@ -8,10 +8,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +21,14 @@ from torch import Tensor
 
 from ..data import shipped
 from ..losses import LOSSES, PRODUCT_TYPES
+from ..project import project_root
 from ..trackers import named_trackers
 
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
            'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'list_of_numbers',
-           'read_numbers', 'all_processes', 'FitParameters', 'Distillation', 'read_teachers', 'read_loss_weights',
-           'seed_of']
+           'read_numbers', 'folder_path', 'all_processes', 'FitParameters', 'Distillation', 'read_teachers',
+           'read_loss_weights', 'seed_of']
 
 # %% ../../nbs/library/071_trainers_options.ipynb #f0e4a102
 FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
@@ -55,21 +58,28 @@ def parameter(default, meaning: str, valid: str = "", check: Callable[[Any], boo
 
 
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+_LARGEST = {int: 2**63 - 1, float: torch.finfo(torch.float32).max}  # what arithmetic can hold
+_SIZES = {int: "int of 64 bits", float: "a finite float of 32 bits"}
+
+
+def _is_too_large(kind: type, value: Any) -> bool:
+    "Whether a number is none that can be computed with"
+    return kind in _LARGEST and type(value) in (int, float) and not abs(value) <= _LARGEST[kind]
 
 
 def _check_value(option, value: Any) -> Any:
     "The value in the field's type, or a ValueError that names the field and what is valid"
     # a name where the module postpones annotations, else the type
     kind = _TYPES.get(option.type, option.type)
-    if kind is float and type(value) is int:
+    is_too_large = _is_too_large(kind, value)
+    if kind is float and type(value) is int and not is_too_large:
         value = float(value)
     if kind is bool and str(value).lower() in ("true", "false"):
         value = str(value).lower() == "true"  # papermill's command line knows only True and False
     check = option.metadata["check"]
-    is_infinite = kind is float and type(value) is float and not math.isfinite(value)
-    if type(value) is not kind or is_infinite or not (check is None or check(value)):
+    if type(value) is not kind or is_too_large or not (check is None or check(value)):
         valid = f", {option.metadata['valid']}" if option.metadata["valid"] else ""
-        must_be = f"must be {'a finite ' if is_infinite else ''}{kind.__name__}{valid}"
+        must_be = f"must be {_SIZES[kind] if is_too_large else kind.__name__}{valid}"
         raise ValueError(f"{option.name}={value!r} is not valid: {option.name} {must_be}")
     return value
 
@@ -161,6 +171,22 @@ def _are_trackers(report_to: str) -> bool:
     named_trackers(report_to)
     return True
 
+# %% ../../nbs/library/071_trainers_options.ipynb #f0lderp2
+def folder_path() -> dict:
+    "A parameter that is a folder, there already or still to be made; empty: none"
+    return dict(valid="a folder of this machine, or a place where one can be made", check=_can_be_folder)
+
+
+def _can_be_folder(place: str) -> bool:
+    "Whether a folder is there, or the nearest one above lets one be made"
+    if "://" in place:
+        return False
+    path = project_root() / Path(place).expanduser()
+    if os.path.isdir(path):
+        return True
+    above = next(parent for parent in path.parents if os.path.lexists(parent))
+    return not os.path.lexists(path) and os.path.isdir(above) and os.access(above, os.W_OK)
+
 # %% ../../nbs/library/071_trainers_options.ipynb #36a7e139
 @dataclass(frozen=True)
 class _CommonParameters(CurrentWords):
@@ -177,7 +203,9 @@ class _CommonParameters(CurrentWords):
     precision: str = parameter("fp32", "arithmetic of the towers", **one_of("fp32", "bf16", "fp16"))
     device: str = parameter("auto", "auto takes the GPU if there is one", **one_of("auto", "cpu", "cuda"))
     workers: int = parameter(0, "processes that read data; 0 reads in the training process", **at_least(0))
-    out: str = parameter("", "run folder; empty: runs/METHOD-XXXXXXXX, named after the parameters")
+    out: str = parameter(
+        "", "run folder; empty: runs/METHOD-XXXXXXXX, named after the parameters", **folder_path()
+    )
     weight_decay: float = parameter(0.1, "of matrices; biases, norms and scale have none", **at_least(0.0))
     warmup: int = parameter(20, "steps over which the learning rate rises", **at_least(0))
     clip_norm: float = parameter(5.0, "largest norm of the gradient (TinyCLIP's recipes: 5)", **above(0))
@@ -189,7 +217,9 @@ class _CommonParameters(CurrentWords):
     )
     max_bad_share: float = parameter(0.05, "share of unusable samples above which the run fails", **share())
     shuffle: int = parameter(4096, "samples of a window within which the order is random", **at_least(1))
-    cache_dir: str = parameter("", "folder that keeps what is fetched from URLs; empty: the cache folder")
+    cache_dir: str = parameter(
+        "", "folder that keeps what is fetched from URLs; empty: the cache folder", **folder_path()
+    )
     cache_gb: float = parameter(10.0, "10^9 bytes of it at most; 0 keeps nothing on disk", **at_least(0.0))
     validate_every: int = parameter(20, "steps between validations", **at_least(1))
     validate_pairs: int = parameter(500, "pairs among which validation retrieves", **at_least(2))
@@ -275,7 +305,7 @@ class _TeachingParameters(FitParameters):
         "type of the teacher's weights, in which it computes; job: fp32, computed as `precision` says",
         **one_of("job", "fp32", "bf16", "fp16"),
     )
-    features: str = parameter("", "folder of the feature store; empty: beside the shards")
+    features: str = parameter("", "folder of the feature store; empty: beside the shards", **folder_path())
     augmentations: int = parameter(
         0, "numbered crops of a picture, for a store; 0: new ones in every epoch", **at_least(0)
     )

@@ -19,7 +19,8 @@ from .options import FitParameters
 
 # %% auto #0
 __all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'check_products', 'check_sharding', 'blocks_of',
-           'Shards', 'load_shards', 'cut_average', 'whole_optimizer', 'load_optimizer', 'clip_shards', 'running_as']
+           'Shards', 'load_shards', 'cut_average', 'whole_optimizer', 'load_optimizer', 'clip_shards', 'running_as',
+           'check_network']
 
 # %% ../../nbs/library/079_trainers_running.ipynb #rurun005
 _SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # of open_clip and timm, of transformers
@@ -95,7 +96,10 @@ def check_compiler(
 @contextmanager
 def compiled(network: nn.Module, backend: str) -> Iterator[None]:
     "The network with both towers compiled, and afterwards as it was"
-    towers = _towers_of(network).values()
+    try:
+        towers = _towers_of(network).values()
+    except ValueError as error:
+        raise ValueError(f"compile=True is not valid here: {error}; choose compile=False") from None
     try:
         for tower in towers:
             tower.compile(backend=backend)
@@ -343,3 +347,14 @@ def running_as(
         if options.compile and not swaps_weights:
             stack.enter_context(compiled(network, options.compile_backend))
         yield
+
+
+def check_network(
+    network: nn.Module,  # such as will be trained; stays as it is
+    options: FitParameters,
+) -> None:
+    "ValueError if such a network cannot run as the options want it to"
+    if options.fsdp:
+        blocks_of(network)
+    with running_as(network, options):
+        pass
