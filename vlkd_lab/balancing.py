@@ -149,12 +149,7 @@ class GrowingForest:
         self.levels = np.array([finest])
         self.labels = np.arange(len(rows), dtype=np.int32)[None]  # (levels, N) what is connected at each
 
-    def offer(
-        self,
-        i: np.ndarray,  # (P,) rows
-        j: np.ndarray,  # (P,) rows
-        low: np.ndarray,  # (P,) what their distance is at least
-    ) -> None:
+    def offer(self, i: np.ndarray, j: np.ndarray, low: np.ndarray) -> None:  # (P,) rows, rows, least distances
         "Take in pairs that may be near"
         for start in range(0, len(i), _PAIRS):
             part = slice(start, start + _PAIRS)
@@ -175,8 +170,8 @@ class GrowingForest:
     def settle(self) -> None:
         "Reduce what waits to the forest, and remember what is connected at each level"
         edges, distances = zip((self.edges, self.distances), *self.waiting, strict=True)
-        joined = np.concatenate(edges), np.concatenate(distances)
-        self.edges, self.distances = spanning_forest(len(self.rows), *joined)
+        every = np.concatenate(edges), np.concatenate(distances)
+        self.edges, self.distances = spanning_forest(len(self.rows), *every)
         self.waiting = []
         self.count = 0
         apart = self.distances[self.distances >= self.finest]

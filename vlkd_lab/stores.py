@@ -459,7 +459,8 @@ def _engine_options(given: dict[str, str]) -> dict:
     unknown = set(given) - {"engine", "workers", "address"}
     if unknown or not given.get("workers", "1").isdigit():
         told = ", ".join(f"{name}={value}" for name, value in given.items())
-        raise ValueError(f"{told}: an engine is told by engine=local or dask, workers=NUMBER, address=tcp://…")
+        valid = "engine=local or dask, workers=NUMBER, address=tcp://HOST:8786"
+        raise ValueError(f"{told}: an engine is told by {valid}")
     return given | {"workers": int(given.get("workers", 1))}
 
 

@@ -239,7 +239,9 @@ def _sample_piece(
     return np.bincount(which, minlength=len(level))
 
 
-def _centers_of_group(task: tuple[int, int], folder: Path, pieces: int, seed: int, iterations: int) -> np.ndarray:
+def _centers_of_group(
+    task: tuple[int, int], folder: Path, pieces: int, seed: int, iterations: int
+) -> np.ndarray:
     "The centres of one group"
     number, count = task
     paths = [folder / f"sample-{k:06d}.safetensors" for k in range(pieces)]

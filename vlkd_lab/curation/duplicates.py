@@ -147,7 +147,9 @@ def _link_region(number: int, folder: Path, plan: LinkPlan, device: str) -> tupl
     pieces = [folder / f"piece-{k:06d}.safetensors" for k in range(len(plan.pieces()))]
     regions = _regions(load_cells(folder / "cells.safetensors"), plan)
     about = read_sorted(pieces, ["asked"], 2 * number, 2 * number + 2)["asked"]
-    sizes = np.bincount(np.maximum(about[:, 0] - regions[number], 0), minlength=regions[number + 1] - regions[number])
+    cells = regions[number + 1] - regions[number]
+    home = about[:, 0] - regions[number]  # guests' homes lie elsewhere
+    sizes = np.bincount(home[(home >= 0) & (home < cells)], minlength=cells)
     edges = []
     distances = []
     for first, last in _runs(sizes, 4 * plan.region):

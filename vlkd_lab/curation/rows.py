@@ -192,7 +192,7 @@ def _safetensors_head(path: Path) -> tuple[int, str, tuple]:
     about = told["rows"]
     return 8 + length + about["data_offsets"][0], about["dtype"], tuple(about["shape"])
 
-
+# %% ../../nbs/library/033_curation_rows.ipynb #cr9ow018
 def _of_shard(store: FeatureStore, name: str, side: str, captioned: bool) -> RowFile:
     "A store's file; of an index the rows that it keeps"
     if problem := store.problem(name, side):

@@ -136,17 +136,12 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     job = trainers.open_run(options, teacher, accelerator, about, ClipCidJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
-# %% ../../nbs/library/116_methods_clip_cid.ipynb #54c4d03f
-class Balancing:
-    "What a job leaves out before it trains; each step is kept where a later start finds it"
+# %% ../../nbs/library/116_methods_clip_cid.ipynb #cid0nd15
+class _OnDisk:
+    "A job's rows where they lie, and who works on them"
 
     def __init__(self, job: ClipCidJob):
         self.job = job
-
-    @cached_property
-    def stored(self) -> Stored:
-        "The teacher's image features of all pairs"
-        return load(self.job.store, captioned=True)
 
     @property
     def rows(self) -> RowFiles:
@@ -163,6 +158,15 @@ class Balancing:
         "Who does the work on the disk"
         options = self.job.options
         return dict(engine=options.engine, workers=options.engine_workers, address=options.engine_address)
+
+# %% ../../nbs/library/116_methods_clip_cid.ipynb #54c4d03f
+class Balancing(_OnDisk):
+    "What a job leaves out before it trains; each step is kept where a later start finds it"
+
+    @cached_property
+    def stored(self) -> Stored:
+        "The teacher's image features of all pairs"
+        return load(self.job.store, captioned=True)
 
     @cached_property
     def linkage(self) -> Linkage:
