@@ -245,13 +245,17 @@ def become_kernel(words: list[str]) -> None:
 
 
 def become_program(words: list[str]) -> None:
-    """Go on as `python WORDS`, words like -m MODULE or FILE; where RANKS names a folder, a rank of a job leaves its process number there."""
+    """Go on as `python WORDS`, words like -m MODULE, -c CODE or FILE; where RANKS names a folder, a rank of a job leaves its process number there."""
     if "RANKS" in os.environ and "RANK" in os.environ:
         Path(os.environ["RANKS"], os.environ["RANK"]).write_text(str(os.getpid()))
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, os.getcwd())
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))
