@@ -155,7 +155,9 @@ def serve(folder: Path, owner: int, floors: bool) -> None:
 
 def import_heavy(floors: list[str]) -> None:
     """Import what takes long; tqdm chooses its bars and matplotlib its backend at its import, and both are to choose a notebook's."""
+    gc.disable()  # imports leave no garbage, and to look for it took a third of their time
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it
+    sys.modules["rfc3987_syntax"] = None  # at its import it compiles grammars for a second, of addresses that nobody checks here
     inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
     assert widgets and inside.get_ipython() is None
     outside, inside.get_ipython = inside.get_ipython, lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
@@ -168,6 +170,7 @@ def import_heavy(floors: list[str]) -> None:
     assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
     gc.collect()
     gc.freeze()  # kernels share these objects, and need not search them
+    gc.enable()
 
 
 def is_alive(process: int) -> bool:
