@@ -215,7 +215,7 @@ def test_a_warm_kernel_would_show_a_progress_bar_that_leaves_a_widget(tmp_path):
 
 
 def test_papermill_lists_the_parameters():
-    command = [sys.executable, "-m", "papermill", "--help-notebook", str(ROOT / "nbs/train_tinyclip.ipynb")]
+    command = [forked.python(), "-m", "papermill", "--help-notebook", str(ROOT / "nbs/train_tinyclip.ipynb")]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
     names = "stages target_sparsity inheritance teacher student data val steps batch_size learning_rate seed precision device workers"
     for name in [*names.split(), "compare_scratch", "out"]:
