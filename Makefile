@@ -9,8 +9,9 @@ READY := $(VENV)/.ready
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
 
+# compiled modules are kept, also where the environment says otherwise: many processes import the same ones
 test: browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --no-loadscope-reorder
 
 # what is promised of GPUs, in at most ten minutes: a table, which results/benchmark_gpu shows; without a GPU the same checks, small
 test-gpu: $(READY)

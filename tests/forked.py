@@ -61,19 +61,18 @@ def start(*words: str, output: str = os.devnull, folder: str | None = None, **en
     return Process(words, output, environment, folder)
 
 
-def run(*words: str, processes: int = 1) -> None:
+def run(*words: str, processes: int = 1, folder: str | None = None, **environment: str) -> None:
     """`python WORDS` to its end, or as many ranks of it; AssertionError with what they wrote if one fails."""
-    environment = {}
     if processes > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    with tempfile.TemporaryDirectory() as folder:
-        files = [f"{folder}/{rank}" for rank in range(processes)]
+    with tempfile.TemporaryDirectory() as place:
+        files = [f"{place}/{rank}" for rank in range(processes)]
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-        running = [start(*words, output=file, **environment, **rank) for file, rank in zip(files, ranks, strict=True)]
+        running = [start(*words, output=file, folder=folder, **environment, **rank) for file, rank in zip(files, ranks, strict=True)]
         for process in running:
             process.join(PATIENCE)
         codes = [process.exitcode for process in running]

@@ -215,7 +215,7 @@ def test_a_warm_kernel_would_show_a_progress_bar_that_leaves_a_widget(tmp_path):
 
 
 def test_papermill_lists_the_parameters():
-    command = [sys.executable, "-m", "papermill", "--help-notebook", str(ROOT / "nbs/train_tinyclip.ipynb")]
+    command = [forked.python(), "-m", "papermill", "--help-notebook", str(ROOT / "nbs/train_tinyclip.ipynb")]
     shown = subprocess.run(command, capture_output=True, text=True).stdout
     names = "stages target_sparsity inheritance teacher student data val steps batch_size learning_rate seed precision device workers"
     for name in [*names.split(), "compare_scratch", "out"]:
@@ -261,11 +261,17 @@ def wait_for(find, papermill_process, seconds=300):
     return value
 
 
+DRAWS_OFTEN = "import vlkd_lab.widgets.bench\nvlkd_lab.widgets.bench.REDRAW_SHARE = 0.5  # of the time, and not 0.05"
+
+
 def test_a_long_job_leaves_a_notebook_that_is_readable_while_it_runs_and_after_it_died(given, tmp_path):
-    out = tmp_path / "out.ipynb"
+    out, page = tmp_path / "out.ipynb", tmp_path / "train_tinyclip.ipynb"
+    notebook = nbformat.read(ROOT / "nbs" / "train_tinyclip.ipynb", 4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(DRAWS_OFTEN))
+    nbformat.write(notebook, page)
     parameters = given | dict(steps=100_000, stages=1, checkpoint_seconds=1.0)
     words = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-    command = [forked.python(), "-m", "papermill", str(ROOT / "nbs" / "train_tinyclip.ipynb"), str(out), "--cwd", str(tmp_path)]
+    command = [forked.python(), "-m", "papermill", str(page), str(out), "--cwd", str(tmp_path)]
     command += ["--kernel", "warm", "--autosave-cell-every", "1", "--no-progress-bar", *words]
     with (tmp_path / "errors").open("w") as errors:
         process = subprocess.Popen(command, stdout=errors, stderr=errors)

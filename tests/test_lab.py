@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
+import forked
 import nbformat
 import pytest
 from conftest import IPYKERNEL6
@@ -126,7 +126,7 @@ def controls(run):
     return [m for m in run.metrics() if m.get("event") == "control"]
 
 
-@pytest.mark.parametrize("kernel", ["python3", "warm6"])
+@pytest.mark.parametrize("kernel", ["warm", "warm6"])
 def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     if kernel == "warm6" and not IPYKERNEL6.exists():
         pytest.skip(f"no ipykernel 6 in {IPYKERNEL6}: make test installs it")
@@ -214,7 +214,7 @@ def pause_resume(page, run):
 
 def test_a_second_notebook_watches_a_papermill_job(page, project):
     folder, given = project
-    command = [sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb"), "-k", "warm"]
+    command = [forked.python(), "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb"), "-k", "warm"]
     command += [part for name, value in given.items() for part in ("-p", name, str(value))]
     job = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     run = Run(given["out"])

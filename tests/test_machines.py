@@ -136,11 +136,12 @@ def test_two_machines_train_what_one_process_trains(words, alone, tmp_path, proc
 
 
 def test_machines_that_were_given_different_parameters_are_refused(words, tmp_path):
-    "No process of this test is a fork"
+    "No process of the first machine is a fork"
     run = str(tmp_path / "run")
     ends = [["-m", "vlkd_lab.trainers", run, *words, f"seed={seed}"] for seed in (0, 1)]
-    commands = [[sys.executable, *host[1:], *end] for host, end in zip(two_hosts(), ends, strict=True)]
-    codes, errors = run_to_the_end(run, *commands, environment={"PYTHON_EXEC": sys.executable})
+    first, second = ([*host, *end] for host, end in zip(two_hosts(), ends, strict=True))
+    cold = ["env", f"PYTHON_EXEC={sys.executable}", sys.executable, *first[1:]]
+    codes, errors = run_to_the_end(run, cold, second)
     assert 0 not in codes
     for error in errors:
         assert "rank 1 of 2" in error and "cannot take part: seed is 1, and 0 on the first" in error

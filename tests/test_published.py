@@ -6,10 +6,10 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import forked
 import numpy as np
 import open_clip
 import pytest
@@ -262,7 +262,7 @@ def test_the_command_of_the_refusal_converts_a_trusted_file(home):
     with pytest.raises(ValueError, match="calls for pathlib") as error:
         load_model(file, "cpu")
     command = next(line.strip() for line in str(error.value).splitlines() if line.strip().startswith("python"))
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    subprocess.run(command.replace("python", forked.python(), 1), shell=True, check=True)
     assert furthest(features_of(load_model(file.with_suffix(".safetensors"), "cpu"), "vit"), official_features("vit")) < 2e-6
 
 

@@ -1,12 +1,12 @@
 """The package without its repository: built as a wheel, installed into a folder, used from somebody else's folder."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from vlkd_lab.reference import modules_of_package
@@ -16,7 +16,9 @@ MODULES = sorted(modules_of_package(ROOT / "vlkd_lab"))
 JOB = "method=TinyCLIP stages=1 steps=2 batch_size=16 validate_pairs=16 device=cpu compare_scratch=false"
 OWN = ("data=mine/train-{000000..000002}.tar", "val=mine/val-000000.tar")
 
-VISIT = """
+NO_CACHES = "import sys\nsys.dont_write_bytecode = True\n"  # in the installation
+TRAIN = NO_CACHES + 'import runpy\nrunpy.run_module("vlkd_lab.trainers", run_name="__main__", alter_sys=True)\n'
+VISIT = NO_CACHES + f"MODULES = {MODULES}" + """
 import importlib, json
 from pathlib import Path
 modules = [importlib.import_module(f"vlkd_lab.{name}") for name in MODULES]
@@ -41,7 +43,7 @@ for call in (lambda: find_shards("data_samples/scenes/val-000009.tar"), lambda: 
         call()
     except (OSError, ValueError) as error:
         wrong.append(str(error))
-print(json.dumps(dict(
+Path(sys.argv[1]).write_text(json.dumps(dict(
     files=[module.__file__ for module in modules], version=__version__, static=sorted(path.name for path in widgets.STATIC.iterdir()),
     text=still.text, png=still.png[:8].hex(), here=here, wrong=wrong, teacher=str(shipped("data_samples/teacher")),
     generated=[str(path) for path in generated], after=sorted(path.name for path in Path().iterdir()))))
@@ -86,17 +88,19 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def visit(installed, work, scenes):
+def visit(installed, work, scenes, tmp_path_factory):
     "What a job from the command line and a session with the installed package find there"
     for shard in scenes.glob("*.tar"):
         shutil.copy(shard, work / "mine")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(work.parent / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+    programs = tmp_path_factory.mktemp("programs")
+    (programs / "train.py").write_text(TRAIN)
+    (programs / "visit.py").write_text(VISIT)
+    place = dict(folder=str(work), PYTHONPATH=str(installed), XDG_CACHE_HOME=str(work.parent / "cache"))
     before = contents(installed)
-    output_of(["-m", "vlkd_lab.trainers", "first", *OWN, *JOB.split()], cwd=work, env=environment)
-    told = json.loads(output_of(["-c", f"MODULES = {MODULES}\n{VISIT}"], cwd=work, env=environment).splitlines()[-1])
+    forked.run(str(programs / "train.py"), "first", *OWN, *JOB.split(), **place)
+    forked.run(str(programs / "visit.py"), str(programs / "told.json"), **place)
     assert contents(installed) == before, "nothing is written into the installation"
-    return told
+    return json.loads((programs / "told.json").read_text())
 
 
 def test_every_module_imports_and_is_the_installed_one(installed, visit):

@@ -155,7 +155,9 @@ def serve(folder: Path, owner: int, floors: bool) -> None:
 
 def import_heavy(floors: list[str]) -> None:
     """Import what takes long; tqdm chooses its bars and matplotlib its backend at its import, and both are to choose a notebook's."""
+    gc.disable()  # imports leave no garbage, and to look for it took a third of their time
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # as a kernel sets it
+    sys.modules["rfc3987_syntax"] = None  # at its import it compiles grammars for a second, of addresses that nobody checks here
     inside, widgets = (importlib.import_module(name) for name in ("IPython", "ipywidgets"))
     assert widgets and inside.get_ipython() is None
     outside, inside.get_ipython = inside.get_ipython, lambda: types.SimpleNamespace(config={"IPKernelApp": {}})
@@ -168,6 +170,7 @@ def import_heavy(floors: list[str]) -> None:
     assert "ipykernel" not in sys.modules, "which ipykernel it is, each kernel decides"
     gc.collect()
     gc.freeze()  # kernels share these objects, and need not search them
+    gc.enable()
 
 
 def is_alive(process: int) -> bool:
@@ -245,13 +248,17 @@ def become_kernel(words: list[str]) -> None:
 
 
 def become_program(words: list[str]) -> None:
-    """Go on as `python WORDS`, words like -m MODULE or FILE; where RANKS names a folder, a rank of a job leaves its process number there."""
+    """Go on as `python WORDS`, words like -m MODULE, -c CODE or FILE; where RANKS names a folder, a rank of a job leaves its process number there."""
     if "RANKS" in os.environ and "RANK" in os.environ:
         Path(os.environ["RANKS"], os.environ["RANK"]).write_text(str(os.getpid()))
     if words[0] == "-m":
         sys.argv = words[1:]
         sys.path.insert(0, os.getcwd())
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))
