@@ -149,8 +149,8 @@ class GrowingForest:
         self.levels = np.array([finest])
         self.labels = np.arange(len(rows), dtype=np.int32)[None]  # (levels, N) what is connected at each
 
-    def offer(self, i: np.ndarray, j: np.ndarray, low: np.ndarray) -> None:  # (P,) rows, rows, least distances
-        "Take in pairs that may be near"
+    def offer(self, i: np.ndarray, j: np.ndarray, low: np.ndarray) -> None:  # (P,) each
+        "Take in pairs that may be near: rows, rows, what their distance is at least"
         for start in range(0, len(i), _PAIRS):
             part = slice(start, start + _PAIRS)
             a = i[part]

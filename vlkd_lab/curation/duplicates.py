@@ -320,8 +320,8 @@ class _Progress:
 
     def _write(self, name: str, done: int, parts: int, speed: float, left: float) -> None:
         memory = psutil.Process(os.getpid()).memory_info().rss >> 20
-        about = dict(phase=name, done=done, parts=parts, rows_a_second=round(speed), seconds_left=round(left, 1))
-        about |= dict(workers=self.workers, memory_mb=memory, seconds=self.before)
+        about = dict(phase=name, done=done, parts=parts, rows_a_second=round(speed))
+        about.update(seconds_left=round(left, 1), memory_mb=memory, workers=self.workers, seconds=self.before)
         write_text(self.path, json.dumps(about, indent=1))
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0021

@@ -75,7 +75,7 @@ class RowFiles:
         files = []
         cuts = np.searchsorted(rows, np.concatenate([[0], self.ends]))
         for number, file in enumerate(self.files):
-            places = rows[cuts[number] : cuts[number + 1]] - (self.ends[number] - len(file))
+            places = rows[cuts[number] : cuts[number + 1]] - self.ends[number] + len(file)
             chosen = places if file.chosen is None else file.chosen[places]
             files.append(replace(file, chosen=chosen))
         return RowFiles(files, self.width)

@@ -199,7 +199,8 @@ class Balancing(_OnDisk):
         "Which images stay"
         if self.job.options.engine == "memory":
             return balance_at(self.linkage, self.stored.unit(), self.threshold)
-        return balance_rows(self.linkage, self.rows, self.threshold, self.folder, progress=False, **self.engine)
+        engine = dict(progress=False, **self.engine)
+        return balance_rows(self.linkage, self.rows, self.threshold, self.folder, **engine)
 
     @property
     def is_wanted(self) -> bool:
