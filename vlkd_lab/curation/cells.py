@@ -204,7 +204,7 @@ def train_cells(
     k: int,  # cells, fewer where fewer rows differ
     folder: str | Path,  # where the sample lies, sorted
     seed: int = 0,
-    sampled: int = 16,  # rows of each cell that are looked at, on average
+    sampled: int = 32,  # rows of each cell that are looked at, on average
     iterations: int = 12,  # at most
     groups: int = 0,  # 0: as many as cost least
     piece: int = 1 << 16,  # rows that a task looks at; changes no answer

@@ -105,7 +105,7 @@ def _regions(cells: Cells, plan: LinkPlan) -> np.ndarray:  # (R + 1,) cells at w
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0010
 def _asked(cells: Cells, rows: np.ndarray, plan: LinkPlan) -> np.ndarray:  # (N, probes) int32, home first
     "The cells that each row is compared with; -1 where there are fewer"
-    found, products = cells.nearest(whole_numbers(rows), plan.probes)
+    found, products = cells.nearest(whole_numbers(rows), plan.probes, looked=max(8, 2 * plan.probes))
     away = np.sqrt(np.maximum(2 - 2 * products.astype(np.float64) / SCALE**2, 0))
     found[away > away[:, :1] + 2 * plan.most + 2e-3] = -1
     asked = np.full((len(rows), plan.probes), -1, np.int32)
