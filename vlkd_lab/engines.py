@@ -141,10 +141,21 @@ def open_engine(
     if address and engine != "dask":
         raise ValueError(f"address={address!r} is Dask's: choose engine='dask' with it")
     if engine == "local":
-        yield Engine(workers)
+        try:
+            yield Engine(workers)
+        finally:
+            _send_home(workers)
     else:
         with _dask(workers, address, memory_mb) as opened:
             yield opened
+
+
+def _send_home(workers: int) -> None:
+    "End the processes of this machine, which would wait for more to do and keep their memory"
+    if workers > 1:
+        from joblib.externals.loky import get_reusable_executor
+
+        get_reusable_executor().shutdown(wait=True)
 
 # %% ../nbs/library/004_engines.ipynb #en9in017
 def worker_number() -> int:

@@ -214,8 +214,11 @@ def train_cells(
     engine = engine or Engine()
     folder = Path(folder)
     groups = min(groups or (round(math.sqrt(8 * k)) if k > 64 else 1), k)
-    few = _sampled_rows(rows, 0, len(rows), min(256 * groups / len(rows), 1), seed)
-    level = _in_order(one_level(few, groups, seed, iterations))
+    few = []
+    for start in range(0, len(rows), 1 << 18):
+        stop = min(start + (1 << 18), len(rows))
+        few.append(_sampled_rows(rows, start, stop, min(256 * groups / len(rows), 1), seed))
+    level = _in_order(one_level(np.concatenate(few), groups, seed, iterations))
     share = min(sampled * k / len(rows), 1)
     given = dict(folder=folder, rows=rows, piece=piece, share=share, seed=seed, level=level)
     pieces = range(-(-len(rows) // piece))
