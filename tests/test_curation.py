@@ -20,7 +20,10 @@ from vlkd_lab.curation import cells as C
 from vlkd_lab.curation import clusters as K
 from vlkd_lab.curation import duplicates as D
 from vlkd_lab.curation import rows as R
+from vlkd_lab.data import inspect_shards, write_index
 from vlkd_lab.engines import Engine
+from vlkd_lab.models import load_model
+from vlkd_lab.stores import FeatureStore, fill, load, store_key
 
 THRESHOLDS = (0.01, 0.05, 0.2, 0.4, 0.6)
 
@@ -296,6 +299,27 @@ def test_rows_are_read_from_wherever_they_lie(hard, tmp_path):
     chosen = np.array([0, 99, 100, 101, 249])
     assert np.array_equal(files.take(chosen), hard[chosen].astype(np.float32))
     assert np.array_equal(R.row_files(torch.from_numpy(hard[:7]), folder=tmp_path / "t").piece(0, 7), hard[:7])
+
+
+def test_a_store_of_indices_is_the_rows_that_they_keep(scenes, tiny_teacher, tmp_path):
+    teacher = load_model(tiny_teacher, "cpu")
+    report = inspect_shards(f"{scenes}/train-{{000000..000002}}.tar")
+    store = FeatureStore(report, store_key(teacher), tmp_path / "store")
+    fill(store, teacher, ["image"], progress=False)
+    stored = load(store, captioned=True)
+    every = R.row_files(store, captioned=True)
+    assert np.array_equal(every.piece(0, len(every)), stored.rows)
+    names = [key.split("/", 1)[1] for key in stored.keys if key.startswith("train-000001/")][::3]
+    index = write_index(tmp_path / "train-000001.kept.json", report.shards[1], names)
+    kept = FeatureStore(inspect_shards([index, report.shards[0].path], cache=False), store_key(teacher), tmp_path / "store")
+    rows = R.row_files(kept)
+    assert len(rows) == report.shards[0].count + len(names)
+    assert np.array_equal(rows.piece(0, len(rows)), load(kept).rows)
+    chosen = np.arange(0, len(rows), 7)
+    assert np.array_equal(rows.only(chosen).piece(0, len(chosen)), load(kept).rows[chosen])
+    store.path("train-000002", "image").unlink()
+    with pytest.raises(ValueError, match="missing; fill the store first"):
+        R.row_files(store)
 
 
 def broken(tmp_path, hard):
