@@ -124,7 +124,7 @@ def _kind(name: str) -> str:
         name = name.lower().removesuffix(ending)
     return next((kind for ending, kind in _KINDS.items() if name.endswith(ending)), "lines")
 
-
+# %% ../../nbs/library/curation_sentences.ipynb #cs00009b
 def damages() -> tuple[type[Exception], ...]:
     "What a file that is damaged, or cannot be had, is reported by"
     kinds = [OSError, EOFError, ValueError, zlib.error, lzma.LZMAError, csv.Error]

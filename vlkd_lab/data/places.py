@@ -278,7 +278,7 @@ _PACKINGS = ("", ".gz", ".bz2", ".xz", ".zst")  # after that
 
 
 def find_texts(
-    where: str | Path | list,  # text files, JSON lines, tables, Parquet, shards; folders of them; patterns; URLs
+    where: str | Path | list,  # text, JSON lines, tables, Parquet, shards; folders of them; patterns; URLs
 ) -> list[Path | RemoteFile]:  # in the order named, inside a folder by name
     "The files that hold the sentences that `where` names, as they lie there"
     return _files_of(_texts_of, where)
