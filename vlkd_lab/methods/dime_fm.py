@@ -5,6 +5,8 @@
 # %% ../../nbs/library/112_methods_dime_fm.ipynb #c22808c3
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,11 +48,12 @@ from vlkd_lab.trainers import (
 )
 
 from .. import corpus, data, trainers
+from ..curation.sentences import SCRIPTS, TextFile, look_at_texts
+from ..curation.similar import check_similar
 from ..features import Batch, Features, recall
 from ..gates import budget
 from ..losses import LOSSES, Objective, Projection, score_terms
 from ..project import write_text
-from ..sources import LINES, read_part
 from ..stores import FeatureStore, StoredTeacher, load, store_key
 from ..widgets.sentences import SentenceTable
 from . import Method, register
@@ -66,7 +69,9 @@ class DimeFm(Distillation):
 
     data: str = parameter("scenes:16000", "images: shards, without their captions; a folder; or scenes:N")
     sentences: str = parameter(
-        "data_samples/sentences.txt", "text files, one sentence a line; shards or scenes:N for their captions"
+        "data_samples/sentences.txt",
+        "text files, one sentence a line; shards or scenes:N for their captions; to select from, files of "
+        "any form and URLs",
     )
     steps: int = parameter(600, "optimiser steps", **at_least(1))
     learning_rate: float = parameter(8e-4, "AdamW's peak learning rate (published: 8e-4)", **above(0))
@@ -84,7 +89,20 @@ class DimeFm(Distillation):
     )
     inheritance: str = parameter("none", "how new towers get their weights", **one_of("none", "manual"))
     start_from: str = parameter("", "model whose image tower the student starts with; empty: none")
-    grounded: int = parameter(0, "sentences to keep, the most visually grounded ones; 0: all", **at_least(0))
+    grounded: int = parameter(0, "sentences to keep, by `construction`; 0: all", **at_least(0))
+    construction: str = parameter(
+        "grounded",
+        "which are kept: those nearest to the images; filtered captions; or none but prompts",
+        **one_of(*corpus.CONSTRUCTIONS),
+    )
+    sentence_column: str = parameter("", "of the sentences to select from, in tables; empty: a usual name")
+    sentence_script: str = parameter(
+        "", "of nine in ten letters of a selected sentence; empty: any", **one_of("", *SCRIPTS)
+    )
+    similar: float = parameter(
+        0.0, "share of letters from which two selected sentences count as one, from 0.3; 0: none", **within(0, 1)
+    )
+    sentence_workers: int = parameter(1, "processes that select sentences", **at_least(1))
     near: float = parameter(
         0.05, "distance below which two sentences count as one when they are selected", **within(0, 2)
     )
@@ -323,20 +341,24 @@ class Sentences:
 
     @cached_property
     def selection(self) -> corpus.Selection:
-        "The most visually grounded sentences; read from the run folder if they are there"
+        "The sentences that were selected; read from the run folder if they are there"
         options = self.job.options
         path = self.job.run.folder / "sentences.txt"
         if path.exists():
             return corpus.read_selection(path)
-        parts = data.find_sentences(options.sentences)
-        files = list(dict.fromkeys(read_part(part)["part"].source for part in parts))
         return corpus.select_sentences(
-            files,
+            trainers.find_data(options.sentences, data.find_texts),
             self.job.teacher,
-            self.judges,
+            self.judges if options.construction == "grounded" else None,
             options.grounded,
             near=options.near,
             progress=trainers.may_print(),
+            construction=options.construction,
+            column=options.sentence_column,
+            script=options.sentence_script,
+            similar=options.similar,
+            seed=options.seed,
+            workers=options.sentence_workers,
         )
 
     @cached_property
@@ -351,8 +373,11 @@ class Sentences:
         job = self.job
         if job.options.grounded:
             path = job.run.folder / "sentences.txt"
-            trainers.once(job, path, ["judges"], lambda: corpus.write_selection(self.selection, path))
+            needs = ["judges"] if job.options.construction == "grounded" else []
+            trainers.once(job, path, needs, lambda: corpus.write_selection(self.selection, path))
             parts = data.find_sentences(path)
+        elif job.options.construction == "prompts":
+            parts = []
         else:
             parts = trainers.find_data(job.options.sentences, data.find_sentences)
         report = data.inspect_shards([*parts, *_prompts(job)], progress=trainers.may_print())
@@ -364,12 +389,7 @@ def _prompts(job: Job) -> list[Path]:
     "Parts of a file of prompts, which is made from class names; none without these"
     if not job.options.class_names:
         return []
-    classes = data.shipped(job.options.class_names)
-    templates = classes.with_name("templates.txt")
-    if templates.exists():
-        prompts = corpus.class_prompts(corpus.read_lines(classes), corpus.read_lines(templates))
-    else:
-        prompts = corpus.class_prompts(corpus.read_lines(classes))
+    prompts = corpus.prompts_of(job.options.class_names)
     path = job.run.folder / "prompts.txt"
     text = "".join(f"{prompt}\n" for prompt in prompts)
     trainers.once(job, path, [], lambda: write_text(path, text))
@@ -387,6 +407,50 @@ def _check_sentences(report: data.DataReport, options: DimeFm, world: int) -> No
             "give more of them, or choose a smaller sentence_batch, at least 2"
         )
     data.check_split(report, options.workers, world, options.sentence_batch // world)
+
+# %% ../../nbs/library/112_methods_dime_fm.ipynb #d1mec0n1
+def _named_sentences(options: DimeFm) -> tuple[dict, data.DataReport | None]:
+    "What config.json says of the sentences that are named; their report, None where none of them is trained on"
+    if options.construction == "prompts":
+        prompts = corpus.prompts_of(options.class_names)
+        return {"fingerprint": _digest(prompts), "total": len(prompts)}, None
+    if options.grounded:
+        paths = trainers.find_data(options.sentences, data.find_texts)
+        files = look_at_texts(paths, options.sentence_column)
+        if not all(map(_is_plain, files)):
+            facts = [[file.path.name, file.size, file.column, *_version(file)] for file in files]
+            return {"fingerprint": _digest(facts), "files": [str(file.path) for file in files]}, None
+    parts = trainers.find_data(options.sentences, data.find_sentences)
+    report = data.inspect_shards(parts, progress=False)
+    return report.to_json(), report
+
+
+def _is_plain(file: TextFile) -> bool:
+    "Whether a file is lines of text that lie here"
+    return file.kind == "lines" and isinstance(file.path, Path) and not (file.packed or file.problem)
+
+
+def _version(file: TextFile) -> tuple[str, ...]:
+    "Another one for another content"
+    return (data.content_digest(file.path),) if isinstance(file.path, Path) else (file.path.version,)
+
+
+def _digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _check_construction(options: DimeFm) -> None:
+    "ValueError for parameters of a selection that there is not"
+    named = f"construction={options.construction!r}"
+    if options.construction == "prompts" and (options.grounded or not options.class_names):
+        raise ValueError(f"{named} trains on prompts alone: name class_names, and choose grounded=0")
+    if options.construction == "captions" and not options.grounded:
+        raise ValueError(f"{named} needs to know how many sentences to keep: choose grounded above 0")
+    for name in ("sentence_column", "sentence_script", "similar"):
+        value = getattr(options, name)
+        if value and not options.grounded:
+            raise ValueError(f"{name}={value!r} is for selected sentences: choose grounded above 0")
+    check_similar(options.similar)
 
 # %% ../../nbs/library/112_methods_dime_fm.ipynb #387b33b7
 def open_dime_fm(options: DimeFm) -> DimeFmJob:
@@ -411,17 +475,17 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     _check_start(options, teacher)
     student_config(options, teacher)  # an error if there is none
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
-    parts = trainers.find_data(options.sentences, data.find_sentences)
-    sentences = data.inspect_shards(parts, progress=False)
+    _check_construction(options)
+    about_sentences, sentences = _named_sentences(options)
     images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
-    _check_sources(options, images, sentences)
+    _check_sources(options, images)
     _check_student(options, teacher, shapes, world)
-    if not (options.grounded or options.class_names):
+    if sentences and not (options.grounded or options.class_names):
         _check_sentences(sentences, options, world)
     about = {
         "objective": weights,
         "terms": [name for name, term in LOSSES.items() if term.unpaired],
-        "sentences": sentences.to_json(),
+        "sentences": about_sentences,
         "teacher_sha256": trainers.teachers_digest(options, teachers),
         "model": teacher.config["model_cfg"],
     }
@@ -482,17 +546,12 @@ def _fewest_images(options: DimeFm, world: int) -> int:
     return min(rows.stop - rows.start for rows, _ in parts)
 
 # %% ../../nbs/library/112_methods_dime_fm.ipynb #b8170dd2
-def _check_sources(options: DimeFm, images: data.DataReport, sentences: data.DataReport) -> None:
+def _check_sources(options: DimeFm, images: data.DataReport) -> None:
     "ValueError if the options need other data"
     if 0 < options.grounded < options.sentence_batch:
         raise ValueError(
             f"grounded={options.grounded} is not valid: a step takes "
             f"sentence_batch={options.sentence_batch} of these"
-        )
-    if options.grounded and any(not shard.path.name.endswith(LINES) for shard in sentences.shards):
-        raise ValueError(
-            f"grounded={options.grounded} selects from text files, and sentences={options.sentences!r} "
-            "names shards: write their captions into a text file, or choose grounded=0"
         )
     if options.inheritance == "manual" and options.image_size:
         raise ValueError(
@@ -574,9 +633,9 @@ PER_IMAGE = 2  # sentences of the probe for each of its images
 
 # %% ../../nbs/library/112_methods_dime_fm.ipynb #ab2bab75
 def _truncation(job: DimeFmJob) -> data.Truncation | None:
-    "Sentences that the teacher's tokenizer cuts"
-    parts = trainers.find_data(job.options.sentences, data.find_sentences)
-    return data.truncated_share(data.inspect_shards(parts, progress=False), job.teacher.tokenizer)
+    "Sentences that the teacher's tokenizer cuts; None where those that are named are not what is trained on"
+    _, sentences = _named_sentences(job.options)
+    return data.truncated_share(sentences, job.teacher.tokenizer) if sentences else None
 
 
 def _chosen_sentences(job: DimeFmJob) -> tuple[str, ...]:

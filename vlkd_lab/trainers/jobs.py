@@ -154,6 +154,7 @@ FREE = (  # parameters that change no result
     "fsdp",
     "cache_dir",
     "cache_gb",
+    "sentence_workers",
 )
 LATER = {  # parameters of later versions -> the value that stands for runs from before
     "ema": 0.0,
@@ -162,6 +163,10 @@ LATER = {  # parameters of later versions -> the value that stands for runs from
     "synthetic_share": 0.5,
     "teacher_precision": "job",
     "loss_precision": "fp32",
+    "construction": "grounded",
+    "sentence_column": "",
+    "sentence_script": "",
+    "similar": 0.0,
 }
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
