@@ -878,15 +878,21 @@ def _image_features(vlm: VLM, where: str) -> Tensor:  # (M, D) unit rows
     return torch.from_numpy(load(store).unit()[:_MOST_IMAGES])
 
 
-def _main(arguments: list[str]) -> Selection:
-    "Select sentences, and write them and a report"
-    parser = argparse.ArgumentParser("python -m vlkd_lab.corpus", description=_main.__doc__)
+def _parser() -> argparse.ArgumentParser:
+    "What the command takes"
+    about = "Select sentences for a distillation without pairs, and write them and a report"
+    parser = argparse.ArgumentParser("python -m vlkd_lab.corpus", description=about)
     parser.add_argument("out", help="text file of the sentences; the report goes beside it")
     parser.add_argument("source", nargs="+", help="files, folders, patterns, URLs; of prompts classes.txt")
     parser.add_argument("--words", nargs=2, type=int, default=[3, 40], help="fewest and most of a sentence")
     for name, (default, meaning) in _ARGUMENTS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def _main(arguments: list[str]) -> Selection:
+    "Select sentences, and write them and a report"
+    options = vars(_parser().parse_args(arguments))
     out, teacher, images = (options.pop(name) for name in ("out", "teacher", "images"))
     if teacher:
         place = shipped(teacher)

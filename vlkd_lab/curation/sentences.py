@@ -191,7 +191,7 @@ def _first_line(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0].partition("; repair what is damaged")[0]
 
-
+# %% ../../nbs/library/curation_sentences.ipynb #cs00010b
 def _head_column(file: TextFile, head: bytes, column: str) -> str:
     "The column of the sentences by a file's beginning; empty where there are no columns"
     if file.kind == "lines":

@@ -62,33 +62,16 @@ from . import Method, register
 __all__ = ['MOST_JUDGES', 'PROBE_POOL', 'PER_IMAGE', 'DimeFm', 'student_config', 'UnpairedLearner', 'ImageLearner', 'Sentences',
            'open_dime_fm', 'UnpairedStreams', 'nearest_each', 'DimeFmJob', 'dime_objective']
 
-# %% ../../nbs/library/112_methods_dime_fm.ipynb #e4a9b9fb
+# %% ../../nbs/library/112_methods_dime_fm.ipynb #d1mech01
 @dataclass(frozen=True)
-class DimeFm(Distillation):
-    "Parameters of a DIME-FM distillation"
+class _SentenceChoice(Distillation):
+    "Parameters by which a job chooses its sentences"
 
-    data: str = parameter("scenes:16000", "images: shards, without their captions; a folder; or scenes:N")
     sentences: str = parameter(
         "data_samples/sentences.txt",
         "text files, one sentence a line; shards or scenes:N for their captions; to select from, files of "
         "any form and URLs",
     )
-    steps: int = parameter(600, "optimiser steps", **at_least(1))
-    learning_rate: float = parameter(8e-4, "AdamW's peak learning rate (published: 8e-4)", **above(0))
-    batch_size: int = parameter(128, "images a step, over all processes", **at_least(2))
-    sentence_batch: int = parameter(256, "sentences a step, over all processes", **at_least(2))
-    losses: str = parameter(
-        "vision_language_score:0.7, pseudo_vision_language_score:0.3",
-        "terms and weights; also unimodal_distance",
-    )
-    student: str = parameter("", "image tower: architecture or timm:NAME; empty: plain, by `student_share`")
-    student_share: float = parameter(0.5, "of the prunable weights of the teacher's tower", **within(0.03, 1))
-    image_size: int = parameter(0, "pixels on a side that the student sees; 0: as the teacher", **at_least(0))
-    text_tower: str = parameter(
-        "teacher", "the teacher's is kept, or the student's is distilled too", **one_of("teacher", "student")
-    )
-    inheritance: str = parameter("none", "how new towers get their weights", **one_of("none", "manual"))
-    start_from: str = parameter("", "model whose image tower the student starts with; empty: none")
     grounded: int = parameter(0, "sentences to keep, by `construction`; 0: all", **at_least(0))
     construction: str = parameter(
         "grounded",
@@ -109,6 +92,29 @@ class DimeFm(Distillation):
     class_names: str = parameter(
         "", "a classes.txt whose prompts join the sentences (templates.txt beside it); empty: none"
     )
+
+# %% ../../nbs/library/112_methods_dime_fm.ipynb #e4a9b9fb
+@dataclass(frozen=True)
+class DimeFm(_SentenceChoice):
+    "Parameters of a DIME-FM distillation"
+
+    data: str = parameter("scenes:16000", "images: shards, without their captions; a folder; or scenes:N")
+    steps: int = parameter(600, "optimiser steps", **at_least(1))
+    learning_rate: float = parameter(8e-4, "AdamW's peak learning rate (published: 8e-4)", **above(0))
+    batch_size: int = parameter(128, "images a step, over all processes", **at_least(2))
+    sentence_batch: int = parameter(256, "sentences a step, over all processes", **at_least(2))
+    losses: str = parameter(
+        "vision_language_score:0.7, pseudo_vision_language_score:0.3",
+        "terms and weights; also unimodal_distance",
+    )
+    student: str = parameter("", "image tower: architecture or timm:NAME; empty: plain, by `student_share`")
+    student_share: float = parameter(0.5, "of the prunable weights of the teacher's tower", **within(0.03, 1))
+    image_size: int = parameter(0, "pixels on a side that the student sees; 0: as the teacher", **at_least(0))
+    text_tower: str = parameter(
+        "teacher", "the teacher's is kept, or the student's is distilled too", **one_of("teacher", "student")
+    )
+    inheritance: str = parameter("none", "how new towers get their weights", **one_of("none", "manual"))
+    start_from: str = parameter("", "model whose image tower the student starts with; empty: none")
     score_scale: float = parameter(100.0, "multiplier of the cosines in all three terms", **above(0))
     score_temperature: float = parameter(1.0, "of the vision-language score", **above(0))
     pseudo_temperature: float = parameter(3.0, "of the pseudo vision-language score", **above(0))
