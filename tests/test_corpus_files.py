@@ -8,8 +8,10 @@ import signal
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -226,6 +228,8 @@ def test_a_teacher_that_was_changed_in_memory_is_not_loaded_by_name(folder, tiny
     torch.nn.init.normal_(changed.model.ln_final.weight)
     with pytest.raises(ValueError, match="has other weights there than in memory: save it with save_model"):
         select(folder, changed, images, workers=2)
+    with pytest.raises(ValueError, match="load the teacher by its name, and it has none"):
+        select(folder, replace(changed, name=""), images, workers=2)
 
 
 # Files
@@ -399,3 +403,30 @@ def test_a_report_of_earlier_days_is_read(tmp_path, folder, teacher, images):
     path.with_suffix(".json").write_text(json.dumps(about))
     again = C.read_selection(path)
     assert again.construction == "grounded" and again.counts["similar words"] == 0 and len(C.plot_selection(again).axes) == 2
+
+
+def test_no_block_changes_what_is_counted(tmp_path, teacher, images, monkeypatch):
+    monkeypatch.setattr(S, "_SLOTS", 1)
+    tied = ["a small red star left of a large blue house and a small red star left of a large blue house %d" % k for k in range(30)]
+    (tmp_path / "a.txt").write_text("\n".join(tied[:12] + ["a house on sand", *tied] * 4))
+    whole = select(tmp_path / "a.txt", teacher, images, 10, reserve=1, near=0)
+    assert whole.counts["duplicates"] == 4 * len(set(whole.sentences) & set(tied)) + 3 * ("a house on sand" in whole.sentences)
+    for block in (1, 7, 50):
+        assert same(select(tmp_path / "a.txt", teacher, images, 10, reserve=1, near=0, block=block), whole)
+
+
+def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
+    asked = []
+
+    def load(name, device):
+        asked.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(C, "load_model", load)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    work = C._Work(tmp_path, S.TextFilters(), 1, 1, "grounded", 0, teacher="any", device="cuda")
+    for number in (2, 3, 4):
+        monkeypatch.setattr(C, "current_process", lambda: SimpleNamespace(name=f"LokyProcess-{number}"))
+        with pytest.raises(KeyboardInterrupt):
+            C._judge_here(work)
+    assert asked == ["cuda:2", "cuda:0", "cuda:1"]

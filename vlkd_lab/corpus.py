@@ -14,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
@@ -165,8 +166,9 @@ class Selection:
             helps = "the text holds no more"
             if counts["below the cut"]:
                 helps = f"a reserve above {self.reserve:g} finds more"
-            fewer = f"fewer than the {self.wanted:,} asked for"
-            lines.append(f"{fewer}: {helps}, and so does a near below {self.near:g}")
+            if self.near:
+                helps += f", and so does a near below {self.near:g}"
+            lines.append(f"fewer than the {self.wanted:,} asked for: {helps}")
         lines += [f"damaged: {name}: {problem}" for name, problem in self.damaged]
         return "\n".join(lines)
 
@@ -409,7 +411,13 @@ def _judge_here(work: _Work) -> _Grounding | _Drawing:
 
 def _worker_number() -> int:
     "Another one for each of a machine's workers, as far as an engine numbers them"
-    digits = re.findall(r"\d+", current_process().name)
+    name = current_process().name  # LokyProcess-3
+    if "distributed" in sys.modules:
+        from distributed import get_worker
+
+        with suppress(ValueError):  # this is none of Dask's
+            name = str(get_worker().name)  # 0, 1, …, or an address with a port
+    digits = re.findall(r"\d+", name)
     return int(digits[-1]) if digits else os.getpid()
 
 # %% ../nbs/library/033_corpus.ipynb #23b10d00
@@ -511,8 +519,10 @@ def select_sentences(
     files = look_at_texts(source, column)
     parts = cut_texts(files)
     work = _Work(Path(), TextFilters(words, script), round(reserve * count), block, construction, seed)
-    work = _with_folder(_with_teacher(work, judge), parts, judge, folder)
     here = engine == "local" and workers == 1
+    if not here and construction == "grounded" and not vlm.name:
+        raise ValueError("other processes load the teacher by its name, and it has none: save it, and load it")
+    work = _with_folder(_with_teacher(work, judge), parts, judge, folder)
     with open_engine(engine, workers, address) as opened:
         _finish_parts(opened, parts, work, judge if here else None, progress)
     best, tally, problems = _merged(work, parts)
