@@ -196,7 +196,7 @@ def test_a_crash_costs_the_part_in_work(folder, teacher, images, monkeypatch, tm
     with pytest.raises(KeyboardInterrupt):
         select(folder, teacher, images)
     monkeypatch.setattr(C, "_save_part", save)
-    (folder / "a.txt").write_bytes((folder / "a.txt").read_bytes() + b"\na red star of another kind")
+    (folder / "a.txt").write_bytes(b"a red star of another kind\n" + (folder / "a.txt").read_bytes())
     assert select(folder, teacher, images).counts["read"] == one.counts["read"] + 1, "other files are begun anew"
 
 
@@ -426,7 +426,8 @@ def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     work = C._Work(tmp_path, S.TextFilters(), 1, 1, "grounded", 0, teacher="any", device="cuda")
     for number in (2, 3, 4):
-        monkeypatch.setattr(C, "current_process", lambda: SimpleNamespace(name=f"LokyProcess-{number}"))
+        process = SimpleNamespace(name=f"LokyProcess-{number}")
+        monkeypatch.setattr(C, "current_process", lambda process=process: process)
         with pytest.raises(KeyboardInterrupt):
             C._judge_here(work)
     assert asked == ["cuda:2", "cuda:0", "cuda:1"]

@@ -145,7 +145,7 @@ def look_at_texts(
     if len(bad) == len(files):
         none = "" if len(files) == 1 else f"none of {len(files)} files can be read; "
         raise ValueError(f"{none}{bad[0].path}: {bad[0].problem}")
-    if not sum(file.size for file in files) and isinstance(files[0].path, Path):
+    if not any(file.size or isinstance(file.path, RemoteFile) for file in files):
         raise ValueError(f"{files[0].path} is empty")
     return files
 
