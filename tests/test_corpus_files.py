@@ -128,49 +128,6 @@ def test_no_part_size_changes_what_is_chosen(folder, teacher, images, monkeypatc
         assert rows_of(one) == rows_of(other) and one.counts["read"] == other.counts["read"]
 
 
-def killed_once(folder, function, part):
-    "The first process that comes to the fourth part is killed in the middle of its work"
-    mark = Path(folder, "killed")
-    if part.number == 1 and part.start and not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return function(part)
-
-
-class Disturbed:
-    "An engine whose tasks come in another order, and one of whose workers is killed"
-
-    def __init__(self, engine, folder):
-        self.engine = engine
-        self.folder = folder
-
-    def each(self, function, tasks):
-        order = np.random.default_rng(3).permutation(len(tasks)).tolist()
-        disturbed = partial(killed_once, str(self.folder), function)
-        for number, result in self.engine.each(disturbed, [tasks[k] for k in order]):
-            yield order[number], result
-
-
-@pytest.mark.parametrize("engine", ["local", "dask"])
-def test_engines_workers_orders_and_deaths_change_nothing(engine, folder, teacher, images, monkeypatch, tmp_path):
-    one = select(folder, teacher, images, similar=0.8)
-    opened = C.open_engine
-
-    @contextmanager
-    def disturbed(*given):
-        with opened(*given) as engine:
-            yield Disturbed(engine, tmp_path)
-
-    monkeypatch.setattr(C, "open_engine", disturbed)
-    assert same(select(folder, teacher, images, similar=0.8, engine=engine, workers=2), one)
-    assert (tmp_path / "killed").exists()
-
-
-def test_captions_are_drawn_by_many_processes_as_by_one(folder):
-    one = select(folder, None, None, construction="captions", similar=0.7, script="Latin")
-    assert same(select(folder, None, None, construction="captions", similar=0.7, script="Latin", workers=2), one)
-
-
 def test_a_crash_costs_the_part_in_work(folder, teacher, images, monkeypatch, tmp_path):
     one = select(folder, teacher, images)
     save, saved = C._save_part, []
@@ -221,15 +178,6 @@ def test_a_part_that_broke_off_is_read_again(folder, teacher, images, monkeypatc
     monkeypatch.setitem(S.READERS, "table", broken)
     short = select(folder, teacher, images)
     assert ("e.csv", "after line 6: the line went dead") in short.damaged
-
-
-def test_a_teacher_that_was_changed_in_memory_is_not_loaded_by_name(folder, tiny_teacher, images):
-    changed = load_model(tiny_teacher, "cpu")
-    torch.nn.init.normal_(changed.model.ln_final.weight)
-    with pytest.raises(ValueError, match="has other weights there than in memory: save it with save_model"):
-        select(folder, changed, images, workers=2)
-    with pytest.raises(ValueError, match="load the teacher by its name, and it has none"):
-        select(folder, replace(changed, name=""), images, workers=2)
 
 
 # Files
@@ -431,3 +379,58 @@ def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
         with pytest.raises(KeyboardInterrupt):
             C._judge_here(work)
     assert asked == ["cuda:2", "cuda:0", "cuda:1"]
+
+
+# Processes
+
+
+def killed_once(folder, function, part):
+    "The first process that comes to the fourth part is killed in the middle of its work"
+    mark = Path(folder, "killed")
+    if part.number == 1 and part.start and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(part)
+
+
+class Disturbed:
+    "An engine whose tasks come in another order, and one of whose workers is killed"
+
+    def __init__(self, engine, folder):
+        self.engine = engine
+        self.folder = folder
+
+    def each(self, function, tasks):
+        order = np.random.default_rng(3).permutation(len(tasks)).tolist()
+        disturbed = partial(killed_once, str(self.folder), function)
+        for number, result in self.engine.each(disturbed, [tasks[k] for k in order]):
+            yield order[number], result
+
+
+@pytest.mark.parametrize("engine", ["local", "dask"])
+def test_engines_workers_orders_and_deaths_change_nothing(engine, folder, teacher, images, monkeypatch, tmp_path):
+    one = select(folder, teacher, images, similar=0.8)
+    opened = C.open_engine
+
+    @contextmanager
+    def disturbed(*given):
+        with opened(*given) as engine:
+            yield Disturbed(engine, tmp_path)
+
+    monkeypatch.setattr(C, "open_engine", disturbed)
+    assert same(select(folder, teacher, images, similar=0.8, engine=engine, workers=2), one)
+    assert (tmp_path / "killed").exists()
+
+
+def test_captions_are_drawn_by_many_processes_as_by_one(folder):
+    one = select(folder, None, None, construction="captions", similar=0.7, script="Latin")
+    assert same(select(folder, None, None, construction="captions", similar=0.7, script="Latin", workers=2), one)
+
+
+def test_a_teacher_that_was_changed_in_memory_is_not_loaded_by_name(folder, tiny_teacher, images):
+    changed = load_model(tiny_teacher, "cpu")
+    torch.nn.init.normal_(changed.model.ln_final.weight)
+    with pytest.raises(ValueError, match="has other weights there than in memory: save it with save_model"):
+        select(folder, changed, images, workers=2)
+    with pytest.raises(ValueError, match="load the teacher by its name, and it has none"):
+        select(folder, replace(changed, name=""), images, workers=2)
