@@ -521,7 +521,7 @@ def select_sentences(
     work = _Work(Path(), TextFilters(words, script), round(reserve * count), block, construction, seed)
     here = engine == "local" and workers == 1
     if not here and construction == "grounded" and not vlm.name:
-        raise ValueError("other processes load the teacher by its name, and it has none: save it, and load it")
+        raise ValueError("other processes load the teacher by its name, and it has none: save and load it")
     work = _with_folder(_with_teacher(work, judge), parts, judge, folder)
     with open_engine(engine, workers, address) as opened:
         _finish_parts(opened, parts, work, judge if here else None, progress)

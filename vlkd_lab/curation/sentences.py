@@ -314,7 +314,7 @@ def _line(content: BinaryIO) -> tuple[bytes, int]:
         size += len(piece)
     return line.rstrip(b"\r\n"), size
 
-
+# %% ../../nbs/library/curation_sentences.ipynb #cs00018b
 def _read_lines(part: TextPart) -> Iterator[Record]:
     with _unpacked(part.file.path) as (content, file):
         for number, line in enumerate(_lines_between(content, part.start, part.end), start=1):

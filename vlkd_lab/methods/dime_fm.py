@@ -83,7 +83,7 @@ class _SentenceChoice(Distillation):
         "", "of nine in ten letters of a selected sentence; empty: any", **one_of("", *SCRIPTS)
     )
     similar: float = parameter(
-        0.0, "share of letters from which two selected sentences count as one, from 0.3; 0: none", **within(0, 1)
+        0.0, "Jaccard similarity from which two selected sentences are one, from 0.3; 0: none", **within(0, 1)
     )
     sentence_workers: int = parameter(1, "processes that select sentences", **at_least(1))
     near: float = parameter(
