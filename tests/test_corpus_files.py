@@ -218,6 +218,8 @@ def test_text_that_is_none_costs_its_row(tmp_path):
     assert unreadable(rows[0][1]) and [problem for *_, problem in rows] == ["", *["no text in 'text'"] * 3, ""]
     (tmp_path / "a.tsv").write_bytes(b"key\tcaption\n1\tcaf\xe9\n2\n3\ta star\n")
     assert read_all(tmp_path / "a.tsv") == [(2, b"caf\xe9", ""), (3, b"", "no text in 'caption'"), (4, b"a star", "")]
+    found = C.select_sentences(tmp_path, count=3, construction="captions", words=(1, 9), progress=False)
+    assert found.counts["read"] == 5 + 2 + 3 and found.counts["unreadable"] == 4 + 1 + 2 and found.dropped["unreadable"][-1].file == 1
 
 
 def test_the_column_is_that_which_is_named_or_of_a_usual_name(tmp_path):

@@ -899,7 +899,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=type(default), default=default, help=meaning)
     return parser
 
-
+# %% ../nbs/library/033_corpus.ipynb #c0rpusd4
 def _main(arguments: list[str]) -> Selection:
     "Select sentences, and write them and a report"
     options = vars(_parser().parse_args(arguments))

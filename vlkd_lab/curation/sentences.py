@@ -502,7 +502,7 @@ class TextFilters:
             return "another script", f"{share:.0%} of its letters are {self.script}"
         return "", ""
 
-
+# %% ../../nbs/library/curation_sentences.ipynb #cs00026b
 def part_sentences(
     part: TextPart,
     filters: TextFilters,
@@ -518,7 +518,7 @@ def part_sentences(
             moved(at - before)
             before = at
         tally.lines = line
-        if not raw.strip():
+        if not (raw.strip() or problem):
             continue
         tally.read += 1
         if reason := problem or unreadable(raw):

@@ -416,7 +416,7 @@ def _check_sentences(report: data.DataReport, options: DimeFm, world: int) -> No
 
 # %% ../../nbs/library/112_methods_dime_fm.ipynb #d1mec0n1
 def _named_sentences(options: DimeFm) -> tuple[dict, data.DataReport | None]:
-    "What config.json says of the sentences that are named; their report, None where none of them is trained on"
+    "What config.json says of the sentences that are named; their report, if they are text or shards"
     if options.construction == "prompts":
         prompts = corpus.prompts_of(options.class_names)
         return {"fingerprint": _digest(prompts), "total": len(prompts)}, None
