@@ -194,6 +194,14 @@ def test_a_line_belongs_to_the_part_in_which_it_begins(tmp_path):
         assert [text for _, text, _ in read_all(tmp_path / "a.txt", size)] == [b"one", b"", b"x" * 50, b"two", b"last"], size
 
 
+def test_lines_are_counted_over_parts_that_end_in_blank_ones(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("a red star\n\n\n\na blue star here\n\n\na house at night\n")
+    for size in (1, 3, 12, 13, 14, 99):
+        monkeypatch.setattr(C, "cut_texts", partial(S.cut_texts, size=size))
+        found = C.select_sentences(tmp_path / "a.txt", count=3, construction="captions", progress=False)
+        assert dict(zip(found.sentences, found.lines.tolist(), strict=True)) == {"a red star": 1, "a blue star here": 5, "a house at night": 8}
+
+
 def test_an_endless_line_is_not_held(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"a red star\n" + b"x" * (3 << 20) + b"\na blue star"))
     assert [(number, len(text)) for number, text, _ in read_all(tmp_path / "a.txt.gz")] == [(1, 10), (2, 1 << 20), (3, 11)]
