@@ -154,7 +154,9 @@ def test_a_crash_costs_the_part_in_work(folder, teacher, images, monkeypatch, tm
         select(folder, teacher, images)
     monkeypatch.setattr(C, "_save_part", save)
     (folder / "a.txt").write_bytes(b"a red star of another kind\n" + (folder / "a.txt").read_bytes())
-    assert select(folder, teacher, images).counts["read"] == one.counts["read"] + 1, "other files are begun anew"
+    other = select(folder, teacher, images)
+    assert same(other, select(folder, teacher, images, folder=tmp_path / "fresh")), "other files are begun anew"
+    assert other.counts["read"] == one.counts["read"] + 1
 
 
 def test_a_part_that_broke_off_is_read_again(folder, teacher, images, monkeypatch, tmp_path):
@@ -317,6 +319,20 @@ def test_similar_ones_go_in_the_order_of_the_candidates(folder, teacher, images)
                 kept.append(text)
         assert list(strict.sentences) == kept and strict.counts["similar words"] == len(loose.sentences) - len(kept) > 20
         assert strict.dropped["similar words"][0].why.startswith("most of the letters of: ")
+
+
+def test_what_is_dropped_drops_nothing(tmp_path):
+    chain = ["one two three four five six seven", "three four five six seven eight nine", "five six seven eight nine ten eleven"]
+    assert text_similarity(chain[0], chain[1]) > 0.4 < text_similarity(chain[1], chain[2]) and text_similarity(chain[0], chain[2]) < 0.4
+    (tmp_path / "a.txt").write_text("\n".join(chain))
+    kept = set()
+    for seed in range(20):
+        given = dict(count=3, construction="captions", seed=seed, progress=False)
+        first = C.select_sentences(tmp_path / "a.txt", **given).sentences[0]
+        found = C.select_sentences(tmp_path / "a.txt", similar=0.4, **given).sentences
+        assert found == (chain[1],) if first == chain[1] else set(found) == {chain[0], chain[2]}
+        kept.add(len(found))
+    assert kept == {1, 2}
 
 
 def test_similar_texts_are_found_in_any_order():
