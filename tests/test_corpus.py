@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from vlkd_lab import corpus as C
+from vlkd_lab.curation import sentences as S
+from vlkd_lab.curation.similar import same_words
 from vlkd_lab.data import clean_caption, escaped, project_root
 from vlkd_lab.models import load_model
 from vlkd_lab.sources import unreadable
@@ -57,7 +59,7 @@ def obvious(files, teacher, images, count, near, reserve, words):
     kept = []
     for candidate in found[: round(reserve * count)]:
         if len(kept) < count and not any(
-            C._same_words(candidate[3]) == C._same_words(other[3])
+            same_words(candidate[3]) == same_words(other[3])
             or ((features[candidate[5]] - features[other[5]]) ** 2).sum() < near**2 for other in kept
         ):  # fmt: skip
             kept.append(candidate)
@@ -84,7 +86,7 @@ def select(paths, teacher, images, count, **given):
 ])  # fmt: skip
 def test_the_selection_is_that_of_the_obvious_version(tmp_path, teacher, images, monkeypatch, count, near, reserve, words, block, slots):
     files = corpus_lines(260, 1), corpus_lines(90, 2), [b"a star"]
-    monkeypatch.setattr(C, "_SLOTS", slots)
+    monkeypatch.setattr(S, "_SLOTS", slots)
     monkeypatch.setattr(C, "_IMAGES", 1 + block % 45)
     found = select(written(tmp_path, *files), teacher, images, count, near=near, reserve=reserve, words=words, block=block)
     expected = obvious(files, teacher, images, count, near, reserve, words)
@@ -109,7 +111,7 @@ def test_ties_keep_the_earlier_line_and_a_shuffle_changes_nothing_else(tmp_path,
     found = select(written(tmp_path, tied), teacher, images, 10, near=0, block=3)
     assert len(set(found.scores.tolist())) == 1 and found.lines.tolist() == list(range(1, 11))
     texts = [clean_caption(line.decode("utf-8", "ignore")) for line in corpus_lines(300, 3)]
-    lines = [text.encode() for text in {C._same_words(text): text for text in texts if len(text) < 80}.values()]
+    lines = [text.encode() for text in {same_words(text): text for text in texts if len(text) < 80}.values()]
     one = select(written(tmp_path, lines), teacher, images, 60)
     random.Random(1).shuffle(lines)
     other = select(written(tmp_path, lines), teacher, images, 60)
@@ -120,7 +122,7 @@ def test_ties_keep_the_earlier_line_and_a_shuffle_changes_nothing_else(tmp_path,
 
 
 def test_a_forgotten_twin_takes_no_other_sentences_place(tmp_path, teacher, images, monkeypatch):
-    monkeypatch.setattr(C, "_SLOTS", 1)
+    monkeypatch.setattr(S, "_SLOTS", 1)
     lines = [b"%d red stars" % (k % 20) for k in range(400)]
     found = select(written(tmp_path, lines), teacher, images, 19, near=0, reserve=1, block=9)
     assert rows_of(found) == obvious([lines], teacher, images, 19, 0, 1, (3, 40)) and len(found.sentences) == 19
@@ -190,12 +192,15 @@ def test_the_teacher_comes_back_as_it_was(tmp_path, teacher, images):
     (dict(words=(5, 3)), "words="), (dict(words=(0, 3)), "words="), (dict(block=0), "block=0"), (dict(near=float("nan")), "near=nan"),
     (dict(images=torch.ones(3)), r"\(M, 16\)"), (dict(images=torch.eye(16)[:0]), r"\(0, 16\)"), (dict(images=torch.eye(15)), r"\(15, 15\)"),
     (dict(images=torch.eye(16) * torch.arange(16)), "row 0 has length 0"), (dict(images=torch.full((2, 16), np.nan)), "length nan"),
-    (dict(source=[]), "no source"), (dict(source=["0.txt", "0.txt"]), "more than once"), (dict(source="."), "is a folder"),
-    (dict(source="none.txt"), "no such file"), (dict(source="empty.txt"), "is empty"), (dict(source="blank.txt"), "no sentence"),
-    (dict(source="utf-16.txt"), "UTF-16, not UTF-8"), (dict(source="utf-32.txt"), "UTF-32, not"), (dict(source="packed.txt"), "gunzip"),
+    (dict(construction="best"), "grounded, captions, prompts"), (dict(script="Latvian"), "Latin, Greek"), (dict(similar=0.1), "from 0.3 to 1"),
+    (dict(engine="ray"), "local, dask"), (dict(workers=0), "workers=0"), (dict(vlm=None), "needs a teacher"), 
+    (dict(source=[]), r"named by \[\]"), (dict(source=["0.txt", "0.txt"]), "more than once"), (dict(source="none"), "no file of sentences"),
+    (dict(source="none.txt"), "1 of 1 not found"), (dict(source="empty.txt"), "is empty"), (dict(source="blank.txt"), "no sentence"),
+    (dict(source="utf-16.txt"), "UTF-16, not UTF-8"), (dict(source="utf-32.txt"), "UTF-32, not"), (dict(source="packed.txt"), "packed.txt: Compressed file ended"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_refused(tmp_path, teacher, images, monkeypatch, wrong, said):
     written(tmp_path, [b"a red star"])
+    (tmp_path / "none").mkdir()
     contents = {"empty": b"", "blank": b"\n \n", "utf-16": "a".encode("utf-16"), "utf-32": "a".encode("utf-32"), "packed": b"\x1f\x8b\x08"}
     for name, content in contents.items():
         (tmp_path / f"{name}.txt").write_bytes(content)

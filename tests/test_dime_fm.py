@@ -1,5 +1,6 @@
 "DIME-FM as a job: two streams, two stores, towers of any family, and that a killed one ends as if undisturbed"
 
+import gzip
 import json
 import re
 from itertools import islice
@@ -260,8 +261,34 @@ def test_the_most_grounded_sentences_are_chosen_once(tiny, tmp_path, monkeypatch
     assert list(job.selection.sentences) == (tmp_path / "run/sentences.txt").read_text().splitlines()
     monkeypatch.setattr("vlkd_lab.corpus.select_sentences", lambda *a, **k: pytest.fail("selected again"))
     assert job_of(tiny, grounded=60).sentence_report.fingerprint == job.sentence_report.fingerprint
-    with pytest.raises(ValueError, match="selects from text files, and sentences=.* names shards"):
-        job_of(tiny, grounded=60, sentences=tiny["data"], out=str(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("construction", ["grounded", "captions"])
+def test_sentences_are_selected_from_files_of_any_form(construction, tiny, scenes, tmp_path):
+    lines = (tmp_path / "said.txt").read_text().splitlines()
+    with gzip.open(tmp_path / "said.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"words": text}) + "\n" for text in [*lines[:200], "два красных круга на песке"])
+    (tmp_path / "broken.txt.gz").write_bytes(b"\x1f\x8b no more")
+    named = f"{tmp_path}/said.jsonl.gz,{tmp_path}/broken.txt.gz,{scenes}/val-000000.tar"
+    chosen = dict(sentences=named, grounded=60, construction=construction, sentence_column="words", sentence_script="Latin", similar=0.9)
+    job = job_of(tiny, out=str(tmp_path / "one"), **chosen)
+    train(job)
+    assert job.sentence_report.total == 60 and job.selection.construction == construction
+    assert [name for name, _ in job.selection.damaged] == ["broken.txt.gz"] and set(job.selection.files.tolist()) == {0, 2}
+    assert job.selection.counts["another script"] == 1 and job.truncation is None
+    two = job_of(tiny, out=str(tmp_path / "two"), sentence_workers=2, **chosen)
+    assert two.selection.sentences == job.selection.sentences, "whoever selects"
+    job_of(tiny, out=str(tmp_path / "one"), **chosen)
+    (tmp_path / "broken.txt.gz").write_bytes(b"\x1f\x8b no more at all")
+    with pytest.raises(ValueError, match="sentences"):
+        job_of(tiny, out=str(tmp_path / "one"), **chosen)
+
+
+def test_prompts_alone_are_a_corpus(tiny, tmp_path):
+    (tmp_path / "names.txt").write_text("".join(f"thing {k}\n" for k in range(9)))
+    job = job_of(tiny, construction="prompts", class_names=str(tmp_path / "names.txt"), steps=2)
+    train(job)
+    assert job.sentence_report.total == 36 and not (job.run.folder / "sentences.txt").exists()
 
 
 def test_captions_of_shards_are_sentences(tiny, scenes):
@@ -284,6 +311,12 @@ def test_captions_of_shards_are_sentences(tiny, scenes):
         (dict(augmentations=2), "with crop_scale=1"),
         (dict(score_temperature=0.0), "above 0"),
         (dict(grounded=10), "a step takes sentence_batch=24"),
+        (dict(construction="captions"), "needs to know how many sentences to keep: choose grounded above 0"),
+        (dict(construction="prompts"), "trains on prompts alone: name class_names, and choose grounded=0"),
+        (dict(construction="best"), "one of 'grounded', 'captions', 'prompts'"),
+        (dict(similar=0.8), "similar=0.8 is for selected sentences: choose grounded above 0"),
+        (dict(sentence_script="Latvian", grounded=30), "one of '', 'Latin'"),
+        (dict(similar=0.1, grounded=30), "similar=0.1 is not valid"),
         (dict(inheritance="manual", image_size=48), "positions are inherited one by one"),
         (dict(processes=5, batch_size=20), "sentence_batch=24 cannot be split over 5 processes"),
     ],

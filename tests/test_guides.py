@@ -17,7 +17,8 @@ import pytest
 from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
 
-from vlkd_lab import stores, trackers
+from vlkd_lab import corpus, stores, trackers
+from vlkd_lab.engines import ENGINES
 from vlkd_lab.export import reinforce
 from vlkd_lab.losses import LOSSES
 from vlkd_lab.methods import METHODS, all_losses
@@ -97,6 +98,11 @@ def check_module(words):
         assert 2 <= len(rest) <= 3
         for side in rest[2].split(",") if len(rest) == 3 else ():
             stores._read_as(side)
+        return
+    if module == "vlkd_lab.corpus":
+        given = corpus._parser().parse_args(rest)
+        assert given.construction in corpus.CONSTRUCTIONS and given.engine in ENGINES and given.count
+        assert bool(given.teacher and given.images) == (given.construction == "grounded")
         return
     if module == "vlkd_lab.trackers":
         assert len(rest) == 2 and set(rest[1].split(",")) <= set(trackers.TRACKERS)

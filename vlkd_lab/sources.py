@@ -29,9 +29,9 @@ from .project import write_text
 __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'REINFORCED_FIELDS', 'REINFORCED', 'LINES', 'FILES',
            'PAIRS', 'MOST_BAD', 'TABLES', 'PICTURE_COLUMNS', 'CAPTION_COLUMNS', 'CLASS_COLUMNS', 'split_name',
            'Grouped', 'group_names', 'gathered', 'text_lines', 'unreadable', 'Part', 'read_part', 'text_parts',
-           'check_encoding', 'files_below', 'pictures_below', 'picture_parts', 'not_read', 'pairs_below',
-           'has_captions', 'pair_parts', 'Columns', 'find_columns', 'read_table', 'table_parts', 'OpenPart',
-           'part_samples', 'part_problem']
+           'other_encoding', 'check_encoding', 'files_below', 'pictures_below', 'picture_parts', 'not_read',
+           'pairs_below', 'has_captions', 'pair_parts', 'Columns', 'find_columns', 'read_table', 'table_parts',
+           'OpenPart', 'part_samples', 'part_problem']
 
 # %% ../nbs/library/008_sources.ipynb #ee7ae564
 PICTURES = (
@@ -326,10 +326,8 @@ def text_parts(
     return _write_parts(home, LINES, parts, stamp)
 
 
-def check_encoding(source: Path) -> None:
-    "ValueError for a file that begins as one of another encoding than UTF-8, or as a compressed one"
-    with open(source, "rb") as file:
-        start = file.read(4)
+def other_encoding(start: bytes) -> str:  # empty for UTF-8, as far as its first 4 bytes tell
+    "Why a file that begins so is no UTF-8, and what to do"
     marks = {
         codecs.BOM_UTF32_LE: "UTF-32",
         codecs.BOM_UTF32_BE: "UTF-32",
@@ -338,8 +336,16 @@ def check_encoding(source: Path) -> None:
     }
     for mark, encoding in marks.items():
         if start.startswith(mark):
-            command = f"iconv -f {encoding} -t UTF-8"
-            raise ValueError(f"{source} is {encoding}, not UTF-8: convert it, for example with {command}")
+            return f"is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8"
+    return ""
+
+
+def check_encoding(source: Path) -> None:
+    "ValueError for a file that begins as one of another encoding than UTF-8, or as a compressed one"
+    with open(source, "rb") as file:
+        start = file.read(4)
+    if reason := other_encoding(start):
+        raise ValueError(f"{source} {reason}")
     if start.startswith(b"\x1f\x8b"):
         raise ValueError(f"{source} is compressed: unpack it, for example with gunzip -k")
 

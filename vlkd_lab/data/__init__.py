@@ -62,6 +62,6 @@ from vlkd_lab.data.views import (
 from ..project import cache_folder, project_root
 from ..samples import shipped
 from .pairs import Pairs, load_pairs, show_batch, thumbnail
-from .places import find_images, find_sentences, find_shards, source_folder
+from .places import TEXTS, find_images, find_sentences, find_shards, find_texts, source_folder
 from .stream import BadSampleGuard, PairStream, SampleOrder, read_once
 from .travel import ahead, pinned, send_pinned

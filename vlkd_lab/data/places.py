@@ -24,7 +24,7 @@ from .archives import _INDEX, _PARTS, _some
 from .decode import shard_captions
 
 # %% auto #0
-__all__ = ['find_shards', 'find_images', 'find_sentences', 'source_folder']
+__all__ = ['TEXTS', 'find_shards', 'find_images', 'find_sentences', 'source_folder', 'find_texts']
 
 # %% ../../nbs/library/011_data_places.ipynb #769c388f
 _ENDINGS = (".tar", ".tar.gz", ".tgz", _INDEX, *_PARTS)
@@ -271,3 +271,36 @@ def source_folder(
         return shard.parent
     source = Path(read_part(shard)["part"].source)
     return source if source.is_dir() else source.parent
+
+# %% ../../nbs/library/011_data_places.ipynb #pl4cetx1
+TEXTS = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")  # how files of sentences end
+_PACKINGS = ("", ".gz", ".bz2", ".xz", ".zst")  # after that
+
+
+def find_texts(
+    where: str | Path | list,  # text, JSON lines, tables, Parquet, shards; folders of them; patterns; URLs
+) -> list[Path | RemoteFile]:  # in the order named, inside a folder by name
+    "The files that hold the sentences that `where` names, as they lie there"
+    return _files_of(_texts_of, where)
+
+
+def _texts_of(pattern: str) -> list[Path | RemoteFile]:
+    "The same of one pattern"
+    files = []
+    for path in _expand(pattern):
+        if path.is_dir():
+            files += _texts_in(path)
+        else:
+            files.append(path.resolve() if isinstance(path, Path) else path)
+    return files
+
+
+def _texts_in(folder: Path | RemoteFile) -> list[Path | RemoteFile]:
+    "The files of sentences directly inside a folder; ValueError where there is none"
+    endings = [*_ENDINGS, *(text + packing for text in TEXTS for packing in _PACKINGS)]
+    files = [path for path in folder.iterdir() if path.name.lower().endswith(tuple(endings))]
+    if not files:
+        known = f"no file of sentences ({', '.join(TEXTS)}, also compressed) and no shard in this folder"
+        there = _some(sorted(path.name for path in folder.iterdir())) or "nothing"
+        raise FileNotFoundError(f"{folder}: {known}; it holds {there}")
+    return sorted(path.resolve() if isinstance(path, Path) else path for path in files)
