@@ -115,16 +115,23 @@ def kill_a_child(folder, wanted):
     "Kill a worker as soon as the folder has a file of some kind; whether one was killed"
     killed = []
 
+    def workers():
+        found = []
+        for one in psutil.Process().children(recursive=True):
+            try:
+                words = " ".join(one.cmdline())
+            except psutil.Error:  # it has just ended
+                continue
+            if ("popen_loky" in words or "spawn_main" in words) and "tracker" not in words:
+                found.append(one)
+        return found
+
     def watch():
-        for _ in range(3000):
-            if list(folder.glob(wanted)):
-                children = psutil.Process().children(recursive=True)
-                workers = [one for one in children if any(word in " ".join(one.cmdline()) for word in ("loky", "spawn_main"))]
-                workers = [one for one in workers if "tracker" not in " ".join(one.cmdline())]
-                if workers:
-                    workers[-1].kill()
-                    killed.append(workers[-1].pid)
-                    return
+        for _ in range(6000):
+            if list(folder.glob(wanted)) and (found := workers()):
+                found[-1].kill()
+                killed.append(found[-1].pid)
+                return
             time.sleep(0.01)
 
     thread = threading.Thread(target=watch, daemon=True)

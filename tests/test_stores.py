@@ -271,7 +271,7 @@ def test_the_command_line_fills_its_part(teacher, tiny_teacher, shards, monkeypa
     assert S._main([str(shards), str(tiny_teacher)]) == 5 and not store.missing()
 
 
-@pytest.mark.parametrize("engine", [dict(engine="local", workers=2), dict(engine="dask", workers=2)], ids=str)
+@pytest.mark.parametrize("engine", [dict(engine="local", workers=2), dict(engine="dask", workers=1)], ids=str)
 def test_tasks_of_an_engine_write_what_one_process_writes(teacher, tiny_teacher, shards, tmp_path, engine):
     plain = store_of(teacher, shards, tmp_path / "plain")
     fill(plain, teacher)
@@ -287,7 +287,7 @@ def test_tasks_of_an_engine_write_what_one_process_writes(teacher, tiny_teacher,
 
 
 def test_the_command_line_takes_an_engine(tiny_teacher, teacher, shards):
-    command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image", "engine=local", "workers=2"]
+    command = [sys.executable, "-m", "vlkd_lab.stores", str(shards), str(tiny_teacher), "image", "engine=local", "workers=1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "3 files written\n", done.stderr
     assert not store_of(teacher, shards).missing(["image"])
