@@ -285,7 +285,7 @@ def _shares(
         above = several[np.argsort((wanted - counts)[several], kind="stable")]
         counts[above[: counts.sum() - k]] -= 1
     left = min(k, limits.sum()) - counts.sum()
-    while left:
+    while left > 0:
         room = np.flatnonzero(counts < limits)
         behind = room[np.argsort((counts - wanted)[room], kind="stable")]
         if left <= len(room):
