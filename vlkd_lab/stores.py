@@ -448,8 +448,8 @@ def _fill_shard(
 
 
 @lru_cache(maxsize=1)
-def _kept_teacher(teacher: str, weights: str) -> VLM:  # the weights' digest: others may come to the same folder
-    "A teacher that stays with this worker, on a GPU of its machine if there is one"
+def _kept_teacher(teacher: str, weights: str) -> VLM:
+    "A teacher that stays with this worker until another one, or one of other weights, is asked for"
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{worker_number() % torch.cuda.device_count()}"

@@ -249,7 +249,7 @@ def _centers_of_group(
     sample = read_sorted(paths, ["rows"], number, number + 1)["rows"].astype(np.float32)
     return one_level(sample, count, seed + number, iterations)
 
-
+# %% ../../nbs/library/034_curation_cells.ipynb #ce11s031
 def _all_centers(
     train: Callable, numbers: np.ndarray, sizes: np.ndarray, k: int, engine: Engine
 ) -> list[np.ndarray]:  # of each group

@@ -149,7 +149,7 @@ def row_files(
         raise ValueError(f"rows of different widths cannot be compared: {told}")
     return _with_rows(RowFiles([file for file, _ in found], widths.pop()), source)
 
-
+# %% ../../nbs/library/033_curation_rows.ipynb #cr9ow031
 def _with_rows(files: RowFiles, source: Any) -> RowFiles:
     "The same, or an error that says that there are no rows"
     if not len(files):
