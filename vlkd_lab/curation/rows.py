@@ -165,7 +165,8 @@ def _written(array: np.ndarray | Tensor, folder: Path) -> Path:
     if array.dtype not in (np.float16, np.float32):
         array = array.astype(np.float32)
     if array.ndim != 2 or not array.size:
-        raise ValueError(f"an array of shape {array.shape}: rows are of two dimensions, and there must be some")
+        needed = "rows are of two dimensions, and there must be some"
+        raise ValueError(f"an array of shape {array.shape}: {needed}")
     array = np.ascontiguousarray(array)
     digest = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())
     digest.update(array.data)
