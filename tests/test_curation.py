@@ -122,7 +122,7 @@ def kill_a_child(folder, wanted):
                 words = " ".join(one.cmdline())
             except psutil.Error:  # it has just ended
                 continue
-            if ("popen_loky" in words or "spawn_main" in words) and "tracker" not in words:
+            if ("popen_loky" in words or "spawn_main" in words) and "resource_tracker" not in words:
                 found.append(one)
         return found
 
@@ -223,6 +223,8 @@ def test_who_stays_is_who_stays_in_memory(hard, whole, tmp_path, monkeypatch, me
     exact = balance_at(whole, R.unit_length(hard), threshold)
     assert torch.equal(ours.group, exact.group) and torch.equal(ours.keep, exact.keep) and ours.threshold == threshold
     assert len(list((tmp_path / f"balance-{threshold:g}").glob("baskets-*"))) > (memory_mb == 64)
+    with pytest.raises(ValueError, match="memory_mb=63 is not valid: at least 64"):
+        curation.balance_rows(whole, hard, threshold, tmp_path, memory_mb=63, progress=False)
     with pytest.raises(ValueError, match="the linkage is of 1400 rows"):
         curation.balance_rows(whole, hard[:-1], threshold, tmp_path, progress=False)
 
@@ -295,6 +297,94 @@ def test_a_centre_without_rows_moves_to_a_row_that_lies_far(hard, tmp_path, monk
     monkeypatch.setattr(K, "train_cells", with_an_empty_one)
     found = curation.cluster_rows(hard, 40, tmp_path, progress=False)
     assert torch.bincount(found.assignment, minlength=40).min() > 0 and (tmp_path / "cells-1.safetensors").exists()
+
+
+def test_as_many_clusters_as_asked_for_however_unequal_the_groups_are(hard, tmp_path):
+    rng = np.random.default_rng(0)
+    near = np.eye(16)[0] + 0.05 * rng.standard_normal((3000, 16))
+    skewed = unit(np.concatenate([near, rng.standard_normal((60, 16))]))
+    copies = np.concatenate([np.repeat(skewed[:1], 600, axis=0), skewed[-60:], skewed[1:200]])
+    for number, (rows, k) in enumerate(((skewed, 70), (skewed, 150), (copies, 90), (copies, 255))):
+        found = curation.cluster_rows(rows, k, tmp_path / str(number), progress=False)
+        sizes = torch.bincount(found.assignment, minlength=len(found.centers))
+        assert len(sizes) == k and sizes.min() > 0
+    with pytest.raises(ValueError, match="k=300: only 260 of the rows looked at differ"):
+        curation.cluster_rows(copies, 300, tmp_path / "too many", progress=False)
+
+
+def test_centres_are_shared_out_within_what_groups_can_have():
+    sizes = np.array([5000, 3, 2, 1, 1])
+    assert C._shares(sizes, sizes, 6).tolist() == [2, 1, 1, 1, 1]
+    assert C._shares(sizes, np.array([1, 3, 2, 1, 1]), 7).tolist() == [1, 2, 2, 1, 1]
+    assert C._shares(sizes, np.array([1, 3, 2, 1, 1]), 100).tolist() == [1, 3, 2, 1, 1]
+
+
+def test_few_rows_are_looked_at_but_never_none(hard, tmp_path):
+    for seed in range(3):
+        found = curation.cluster_rows(hard, 1, tmp_path / str(seed), seed=seed, sampled=1, progress=False)
+        assert found.assignment.tolist() == [0] * len(hard)
+
+
+def test_a_group_may_lose_its_only_centre(hard):
+    rows = C.whole_numbers(R.unit_length(hard))
+    cells = C.Cells(rows[[0, 900, 5]], np.concatenate([rows[:3], -rows[900:901], rows[5:6]]), np.array([0, 3, 4, 5]))
+    named = [(0.0, 1000, 0)]
+    moved = K._refilled(cells, np.array([500, 300, 300, 0, 300]), named, Given(hard))
+    assert len(moved.centers) == 5 and (np.diff(moved.starts) > 0).all() and len(moved.groups) == len(moved.starts) - 1
+    found, _ = moved.nearest(rows, probes=2)
+    assert found.min() >= 0
+
+
+class Given:
+    "Rows in memory"
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def take(self, rows):
+        return self.rows[rows]
+
+
+def test_a_row_that_is_no_unit_row_is_named_by_its_own_number(tmp_path):
+    rows = unit(np.random.default_rng(0).standard_normal((9000, 4)))
+    rows[6000:] *= 3
+    with pytest.raises(ValueError, match="row [678][0-9]{3} has length 3"):
+        curation.near_duplicates(rows, 0.1, tmp_path, per_cell=9000, progress=False)
+
+
+def test_an_array_may_be_given_again_and_leaves_files_of_others_alone(hard, tmp_path):
+    folder = tmp_path / "out"
+    one = curation.near_duplicates(hard, folder=folder, **OPTIONS)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("forest-*")}
+    options = OPTIONS | dict(most=np.float64(0.6), probes=np.int64(64), per_cell=np.int64(20))
+    again = curation.near_duplicates(torch.from_numpy(hard), folder=folder, memory_mb=99, **options)
+    assert same_groups(one, again)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("forest-*")}
+    with pytest.raises(ValueError, match="was begun with fingerprint="):
+        curation.near_duplicates(hard[:-1], folder=folder, **OPTIONS)
+    (tmp_path / "mine").mkdir()
+    np.save(tmp_path / "mine" / "rows.npy", hard[:50])
+    with pytest.raises(ValueError, match="holds other files"):
+        curation.near_duplicates(hard, folder=tmp_path / "mine", **OPTIONS)
+    curation.cluster_rows(hard, 5, tmp_path / "mine", progress=False)
+    assert len(np.load(tmp_path / "mine" / "rows.npy")) == 50
+    with pytest.raises(ValueError, match="holds the embeddings: name another folder"):
+        curation.cluster_rows(tmp_path / "mine", 5, tmp_path / "mine", progress=False)
+
+
+def test_arrays_of_every_kind_are_rows_or_named(hard, tmp_path):
+    files = R.row_files(np.asfortranarray(hard), folder=tmp_path)
+    assert np.array_equal(files.piece(0, len(files)), hard)
+    files = R.row_files(torch.from_numpy(hard[:9]).bfloat16(), folder=tmp_path)
+    assert files.dtype == "float32" and len(files) == 9
+    for wrong, said in (
+        (hard[0], r"an array of shape \(24,\)"),
+        (hard[:0], r"an array of shape \(0, 24\)"),
+        (hard[:3].tolist(), "one array, or files"),
+        ([hard, hard], "one array, or files"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            R.row_files(wrong, folder=tmp_path)
 
 
 def test_rows_are_read_from_wherever_they_lie(hard, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
-from vlkd_lab.engines import open_engine
+from vlkd_lab.engines import open_engine, worker_number
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # processes of an engine do not know this file
 
@@ -96,3 +96,28 @@ def test_without_dask_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(ImportError, match=r'pip install "vlkd_lab\[curation\]"'), open_engine("dask"):
         pass
+
+
+class OddError(Exception):
+    "It cannot be put together again from what it says"
+
+    def __init__(self, path, number):
+        super().__init__(f"{path} has no {number}")
+
+
+def odd(number):
+    raise OddError("a.npy", number)
+
+
+def test_an_error_that_cannot_be_sent_is_told():
+    with open_engine("local", workers=2) as engine:
+        with pytest.raises(RuntimeError, match="OddError: a.npy has no 7"):
+            list(engine.each(odd, [7, 7]))
+
+
+def test_processes_of_this_machine_have_numbers_also_where_dask_is_imported(monkeypatch):
+    import distributed
+
+    assert distributed.__name__ in sys.modules and worker_number() == 0
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.name", "LokyProcess-3")
+    assert worker_number() == 2

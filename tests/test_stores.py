@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_data import members, own_cache, tar  # noqa: F401
 
 from vlkd_lab import stores as S
@@ -284,6 +286,23 @@ def test_tasks_of_an_engine_write_what_one_process_writes(teacher, tiny_teacher,
         for name in plain.shards:
             one, other = (S._read(store.path(name, side)) for store in (plain, tasks))
             assert one.keys == other.keys and np.array_equal(one.rows, other.rows)
+
+
+def test_a_folder_whose_teacher_has_changed_is_loaded_anew(tiny_teacher, teacher, shards, tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    shutil.copytree(tiny_teacher, folder)
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr(S, "load_model", lambda name, device: given.append(name) or load_model(name, device))
+    with open_engine() as opened:
+        assert S.fill_by(opened, store_of(teacher, shards, tmp_path / "one"), "teacher", ["image"], progress=False) == 3
+        other = load_model(folder, "cpu")
+        with torch.no_grad():
+            other.model.logit_scale += 1
+        save_file(other.model.state_dict(), folder / "open_clip_model.safetensors")
+        store = store_of(load_model(folder, "cpu"), shards, tmp_path / "two")
+        assert S.fill_by(opened, store, "teacher", ["image"], progress=False) == 3
+    assert given == [folder, folder], "found from any working directory"
 
 
 def test_the_command_line_takes_an_engine(tiny_teacher, teacher, shards):

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,8 +74,25 @@ class Engine:
 
 # %% ../nbs/library/004_engines.ipynb #en9in015
 def _numbered(function: Callable, number: int, task: Any) -> tuple[int, Any]:
-    "A result with the number of its task"
-    return number, function(task)
+    "A result with the number of its task; its error in a form that reaches another process"
+    try:
+        return number, function(task)
+    except Exception as error:
+        if _can_be_sent(error):
+            raise
+        told = "".join(traceback.format_exception(error))
+        raise RuntimeError(f"{type(error).__name__}: {error}\n{told}") from None
+
+
+def _can_be_sent(error: Exception) -> bool:
+    "Whether an error can be taken apart and put together again; one that cannot would break the engine"
+    from joblib.externals.loky.backend.reduction import dumps
+
+    try:
+        pickle.loads(dumps(error))
+    except Exception:  # whatever an error's own class raises
+        return False
+    return True
 
 
 def _given_up(tasks: dict[int, Any]) -> str:
@@ -160,15 +179,21 @@ def _send_home(workers: int) -> None:
 # %% ../nbs/library/004_engines.ipynb #en9in017
 def worker_number() -> int:
     "The number of this worker among those of its engine; 0 where there is no engine"
-    if "distributed" in sys.modules:
-        from distributed import get_worker
-
-        try:
-            name = str(get_worker().name)
-        except ValueError:  # this is no worker of Dask's
-            name = ""
-    else:
-        name = multiprocessing.current_process().name  # LokyProcess-3
-    number = re.search(r"(\d+)$", name)
+    name = multiprocessing.current_process().name  # LokyProcess-3
     is_local = name.startswith("LokyProcess")
+    if not is_local:
+        name = _name_in_dask()
+    number = re.search(r"(\d+)$", name)
     return int(number[1]) - is_local if number else 0
+
+
+def _name_in_dask() -> str:
+    "What Dask calls this worker; empty where this is none"
+    if "distributed" not in sys.modules:
+        return ""
+    from distributed import get_worker
+
+    try:
+        return str(get_worker().name)
+    except ValueError:
+        return ""

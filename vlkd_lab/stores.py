@@ -13,7 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +432,8 @@ def fill_by(
     lacking = {name for name, _ in store.missing(sides)}
     tasks = [store.reports[name] for name in store.shards if name in lacking]
     where = str(store.where) if store.where else ""
+    if Path(teacher).is_dir():  # a worker may run in another folder
+        teacher = Path(teacher).resolve()
     given = dict(key=store.key, where=where, teacher=str(teacher), sides=tuple(sides), batch_size=batch_size)
     label = "teacher features" if progress else ""
     return sum(written for _, written in engine.each(partial(_fill_shard, **given), tasks, label))
@@ -442,12 +444,12 @@ def _fill_shard(
 ) -> int:
     "Compute the features of one shard; files written"
     store = FeatureStore(DataReport((shard,)), key, where)
-    return fill(store, _kept_teacher(teacher), sides, batch_size, progress=False)
+    return fill(store, _kept_teacher(teacher, key.weights), sides, batch_size, progress=False)
 
 
-@cache
-def _kept_teacher(teacher: str) -> VLM:
-    "A teacher that stays with this worker, on a GPU of its machine if there is one"
+@lru_cache(maxsize=1)
+def _kept_teacher(teacher: str, weights: str) -> VLM:
+    "A teacher that stays with this worker until another one, or one of other weights, is asked for"
     device = "cpu"
     if torch.cuda.is_available():
         device = f"cuda:{worker_number() % torch.cuda.device_count()}"

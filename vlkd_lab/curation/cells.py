@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -196,7 +197,7 @@ def chosen_rows(
 def _sampled_rows(rows: RowFiles, start: int, stop: int, share: float, seed: int) -> np.ndarray:
     "The chosen rows of a piece in whole numbers"
     chosen = chosen_rows(start, stop, share, seed)
-    return whole_numbers(unit_length(rows.take(chosen), start))
+    return whole_numbers(unit_length(rows.take(chosen), chosen))
 
 # %% ../../nbs/library/034_curation_cells.ipynb #ce11s020
 def train_cells(
@@ -219,16 +220,13 @@ def train_cells(
         stop = min(start + (1 << 18), len(rows))
         few.append(_sampled_rows(rows, start, stop, min(256 * groups / len(rows), 1), seed))
     level = _in_order(one_level(np.concatenate(few), groups, seed, iterations))
-    share = min(sampled * k / len(rows), 1)
+    share = min(max(sampled * k, 256) / len(rows), 1)
     given = dict(folder=folder, rows=rows, piece=piece, share=share, seed=seed, level=level)
     pieces = range(-(-len(rows) // piece))
     sizes = sum(count for _, count in engine.each(partial(_sample_piece, **given), pieces))
-    level, sizes, numbers = level[sizes > 0], sizes[sizes > 0], np.flatnonzero(sizes)
-    tasks = list(zip(numbers.tolist(), _shares(sizes, k).tolist(), strict=True))
     train = partial(_centers_of_group, folder=folder, pieces=len(pieces), seed=seed, iterations=iterations)
-    centers = dict(engine.each(train, tasks))
-    found = [centers[number] for number in range(len(level))]
-    return Cells(level, np.concatenate(found), np.cumsum([0, *map(len, found)]))
+    found = _all_centers(train, np.flatnonzero(sizes), sizes[sizes > 0], k, engine)
+    return Cells(level[sizes > 0], np.concatenate(found), np.cumsum([0, *map(len, found)]))
 
 # %% ../../nbs/library/034_curation_cells.ipynb #ce11s021
 def _sample_piece(
@@ -251,14 +249,52 @@ def _centers_of_group(
     sample = read_sorted(paths, ["rows"], number, number + 1)["rows"].astype(np.float32)
     return one_level(sample, count, seed + number, iterations)
 
+# %% ../../nbs/library/034_curation_cells.ipynb #ce11s031
+def _all_centers(
+    train: Callable, numbers: np.ndarray, sizes: np.ndarray, k: int, engine: Engine
+) -> list[np.ndarray]:  # of each group
+    "The groups' centres; what a group of equal rows cannot take, the other groups get"
+    limits = sizes.copy()
+    asked = np.zeros(len(sizes), np.int64)
+    found = {}
+    while True:
+        counts = _shares(sizes, limits, k)
+        again = np.flatnonzero(counts != asked)
+        tasks = [(int(numbers[group]), int(counts[group])) for group in again]
+        for place, centers in engine.each(train, tasks):
+            found[int(again[place])] = centers
+        asked = counts
+        short = [group for group in again.tolist() if len(found[group]) < counts[group]]
+        for group in short:
+            limits[group] = len(found[group])
+            asked[group] = len(found[group])
+        if not short:
+            return [found[group] for group in range(len(sizes))]
 
-def _shares(sizes: np.ndarray, k: int) -> np.ndarray:
-    "How many centres each group gets: by its size, one at least, k in all where that can be"
+
+def _shares(
+    sizes: np.ndarray,  # (G,) sampled rows of each group
+    limits: np.ndarray,  # (G,) centres that each group can have
+    k: int,  # at least G
+) -> np.ndarray:  # (G,) centres
+    "How many centres each group gets: by its size, one at least, k in all where the limits allow it"
     wanted = k * sizes / sizes.sum()
-    counts = np.maximum(np.floor(wanted).astype(np.int64), 1)
-    behind = np.argsort(counts - wanted, kind="stable")
-    counts[behind[: max(k - counts.sum(), 0)]] += 1
-    return np.minimum(counts, sizes)
+    counts = np.minimum(np.maximum(np.floor(wanted).astype(np.int64), 1), limits)
+    while counts.sum() > k:  # the small groups' single centres are taken from the larger groups
+        several = np.flatnonzero(counts > 1)
+        above = several[np.argsort((wanted - counts)[several], kind="stable")]
+        counts[above[: counts.sum() - k]] -= 1
+    left = min(k, limits.sum()) - counts.sum()
+    while left > 0:
+        room = np.flatnonzero(counts < limits)
+        behind = room[np.argsort((counts - wanted)[room], kind="stable")]
+        if left <= len(room):
+            counts[behind[:left]] += 1
+        else:
+            more = np.floor(left * sizes[room] / sizes[room].sum()).astype(np.int64)
+            counts[room] = np.minimum(counts[room] + more, limits[room])
+        left = min(k, limits.sum()) - counts.sum()
+    return counts
 
 
 def _in_order(centers: np.ndarray) -> np.ndarray:

@@ -63,8 +63,9 @@ def _refilled(cells: Cells, sizes: np.ndarray, named: list[tuple], rows: RowFile
         centers[place] = vector
         group[place] = int((cells.groups @ vector).argmax())
     order = np.argsort(group, kind="stable")
-    starts = np.searchsorted(group[order], np.arange(len(cells.groups) + 1))
-    return Cells(cells.groups, centers[order], starts)
+    left = np.unique(group)  # a group may have lost its only centre
+    starts = np.append(np.searchsorted(group[order], left), len(order))
+    return Cells(cells.groups[left], centers[order], starts)
 
 # %% ../../nbs/library/035_curation_clusters.ipynb #cl9s0007
 _TURNS = 8  # of moving centres that have no rows

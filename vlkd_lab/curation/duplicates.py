@@ -69,12 +69,18 @@ def _plan(rows: RowFiles, memory_mb: int, **chosen: Any) -> LinkPlan:
     return LinkPlan(rows.fingerprint(), len(rows), rows.width, **chosen, **sizes)
 
 
+def _check_folder(folder: Path) -> None:
+    "Refuse a folder of other files, before anything is written there"
+    if (folder / "plan.json").exists() or not folder.exists():
+        return
+    if any(not path.match("rows-*.npy") for path in folder.iterdir()):  # an array that was given before
+        raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier linkage")
+
+
 def _open_plan(folder: Path, plan: LinkPlan) -> LinkPlan:
     "The plan of a folder, which must be about the same rows and cells; sizes may differ"
     path = folder / "plan.json"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()) and not (folder / "rows.npy").exists():
-            raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier linkage")
         write_text(path, json.dumps(asdict(plan), indent=1))
         return plan
     before = LinkPlan(**json.loads(path.read_text(encoding="utf-8")))
@@ -345,9 +351,11 @@ def near_duplicates(
     finest = min(finest, most)
     _check(most, finest, probes, per_cell, sample, memory_mb)
     folder = Path(folder).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_folder(folder)
     rows = row_files(source, folder=folder)
-    chosen = dict(finest=finest, most=most, probes=probes, per_cell=per_cell, seed=seed)
+    # numbers of NumPy could not be written
+    chosen = dict(finest=float(finest), most=float(most))
+    chosen.update(probes=int(probes), per_cell=int(per_cell), seed=int(seed))
     plan = _open_plan(folder, _plan(rows, memory_mb, **chosen))
     told = _Progress(folder, workers)
     with open_engine(engine, workers, address) as opened:
@@ -369,6 +377,9 @@ def near_duplicates(
     return linkage
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0022
+_LEAST_MB = 64
+
+
 def _check(most: float, finest: float, probes: int, per_cell: int, sample: int, memory_mb: int) -> None:
     "The numbers that `near_duplicates` is given"
     if not 0 < finest <= most <= 2:
@@ -378,7 +389,7 @@ def _check(most: float, finest: float, probes: int, per_cell: int, sample: int, 
         ("probes", probes, 1),
         ("per_cell", per_cell, 2),
         ("sample", sample, 0),
-        ("memory_mb", memory_mb, 64),
+        ("memory_mb", memory_mb, _LEAST_MB),
     ):
         if value < least:
             raise ValueError(f"{name}={value} is not valid: at least {least}")
@@ -399,12 +410,13 @@ def balance_rows(
     progress: bool = True,
 ) -> Balance:
     "Groups and representatives at a threshold, of rows that stay on disk"
+    if memory_mb < _LEAST_MB:
+        raise ValueError(f"memory_mb={memory_mb} is not valid: at least {_LEAST_MB}")
+    group = linkage.groups(threshold)
     folder = Path(folder).resolve() / f"balance-{threshold:g}"
-    folder.mkdir(parents=True, exist_ok=True)
     rows = row_files(source, folder=folder)
     if len(rows) != linkage.count:
         raise ValueError(f"the linkage is of {linkage.count} rows, and these are {len(rows)}")
-    group = linkage.groups(threshold)
     several = np.bincount(group)[group] > 1
     with atomic_write(folder / "groups.npy") as unfinished, open(unfinished, "wb") as file:
         np.save(file, np.where(several, group, -1))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -97,14 +98,15 @@ class RowFiles:
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow007
 def unit_length(
     stored: np.ndarray,  # (N, D) half or single precision
-    first: int = 0,  # number of the first row, for messages
+    first: int | np.ndarray = 0,  # number of the first row, or (N,) of each row, for messages
 ) -> np.ndarray:  # (N, D) float32
     "Rows of unit length up to rounding, each by itself: the same whatever stands beside it"
     rows = stored.astype(np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     wrong = np.flatnonzero(~(np.abs(norms[:, 0] - 1) < 0.01))
     if len(wrong):
-        which = f"row {first + wrong[0]} has length {norms[wrong[0], 0]:g}"
+        number = first[wrong[0]] if isinstance(first, np.ndarray) else first + wrong[0]
+        which = f"row {number} has length {norms[wrong[0], 0]:g}"
         raise ValueError(f"embeddings must be unit rows; {which}: divide each row by its length")
     return rows / norms
 
@@ -122,19 +124,21 @@ def row_files(
     if isinstance(source, RowFiles):
         return source
     if isinstance(source, FeatureStore):
-        files = [_of_shard(source, name, side, captioned) for name in source.shards]
-        return RowFiles(files, source.key.width)
+        files = RowFiles(
+            [_of_shard(source, name, side, captioned) for name in source.shards], source.key.width
+        )
+        return _with_rows(files, f"the store of {source.key.teacher}")
     if isinstance(source, Tensor | np.ndarray):
         if folder is None:
             raise ValueError("an array needs a folder in which it is written for those who read it")
-        array = source.detach().cpu().numpy() if isinstance(source, Tensor) else source
-        if array.dtype not in (np.float16, np.float32):
-            array = array.astype(np.float32)
-        source = Path(folder) / "rows.npy"
-        with atomic_write(source) as unfinished, open(unfinished, "wb") as file:
-            np.save(file, array)
-    paths = [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+        source = _written(source, Path(folder))
+    given = [source] if isinstance(source, str | Path) else list(source)
+    if not all(isinstance(path, str | Path) for path in given):
+        raise ValueError("embeddings are one array, or files: join arrays or lists of numbers to one array")
+    paths = [Path(path) for path in given]
     if len(paths) == 1 and paths[0].is_dir():
+        if folder is not None and paths[0].resolve() == Path(folder).resolve():
+            raise ValueError(f"{source} holds the embeddings: name another folder for what is written")
         paths = sorted(path for path in paths[0].iterdir() if path.suffix in (".npy", ".safetensors"))
     if not paths:
         raise ValueError(f"{source}: there are no embeddings, no .npy and no .safetensors file")
@@ -143,10 +147,34 @@ def row_files(
     if len(widths) > 1:
         told = ", ".join(f"{path.name} {width}" for path, (_, width) in zip(paths, found, strict=True))
         raise ValueError(f"rows of different widths cannot be compared: {told}")
-    files = RowFiles([file for file, _ in found], widths.pop())
+    return _with_rows(RowFiles([file for file, _ in found], widths.pop()), source)
+
+# %% ../../nbs/library/033_curation_rows.ipynb #cr9ow031
+def _with_rows(files: RowFiles, source: Any) -> RowFiles:
+    "The same, or an error that says that there are no rows"
     if not len(files):
-        raise ValueError(f"{source}: the files have no rows")
+        raise ValueError(f"{source}: there are no rows")
     return files
+
+
+def _written(array: np.ndarray | Tensor, folder: Path) -> Path:
+    "A file with an array, named by what is in it: the same rows are written once, others beside them"
+    if isinstance(array, Tensor):
+        tensor = array.detach().cpu()
+        array = (tensor if tensor.dtype == torch.float16 else tensor.float()).numpy()
+    if array.dtype not in (np.float16, np.float32):
+        array = array.astype(np.float32)
+    if array.ndim != 2 or not array.size:
+        needed = "rows are of two dimensions, and there must be some"
+        raise ValueError(f"an array of shape {array.shape}: {needed}")
+    array = np.ascontiguousarray(array)
+    digest = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())
+    digest.update(array.data)
+    path = folder / f"rows-{digest.hexdigest()[:16]}.npy"
+    if not path.exists():
+        with atomic_write(path) as unfinished, open(unfinished, "wb") as file:
+            np.save(file, array)
+    return path
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow010
 def _head(path: Path) -> tuple[RowFile, int]:  # and the width
