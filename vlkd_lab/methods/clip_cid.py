@@ -200,7 +200,9 @@ class Balancing(_OnDisk):
         if self.job.options.engine == "memory":
             return balance_at(self.linkage, self.stored.unit(), self.threshold)
         engine = dict(progress=False, **self.engine)
-        return balance_rows(self.linkage, self.rows, self.threshold, self.folder, **engine)
+        balance = balance_rows(self.linkage, self.rows, self.threshold, self.folder, **engine)
+        shutil.rmtree(self.folder)
+        return balance
 
     @property
     def is_wanted(self) -> bool:
@@ -251,8 +253,10 @@ def _cluster(job: ClipCidJob) -> Clusters:
         rows = job.stored.unit()
         return balancing.cluster(rows if keep is None else rows[keep], k, job.options.seed)
     rows = job.balancing.rows if keep is None else job.balancing.rows.only(keep)
-    folder = job.balancing.folder / "clusters"
-    return cluster_rows(rows, k, folder, job.options.seed, progress=False, **job.balancing.engine)
+    folder = job.balancing.folder
+    clusters = cluster_rows(rows, k, folder, job.options.seed, progress=False, **job.balancing.engine)
+    shutil.rmtree(folder)
+    return clusters
 
 # %% ../../nbs/library/118_methods_clip_cid.ipynb #dbe5a78d
 def _write_clusters(job: ClipCidJob, clusters: Clusters) -> None:
