@@ -81,7 +81,7 @@ class Backwards(Engine):
 
 
 def test_the_order_of_the_tasks_changes_nothing(hard, whole, tmp_path, monkeypatch):
-    few = OPTIONS | dict(probes=3)
+    few = OPTIONS | dict(probes=1)
     small_plan(monkeypatch)
     one = curation.near_duplicates(hard, folder=tmp_path / "one", **few)
     monkeypatch.setattr("vlkd_lab.engines.Engine", Backwards)
@@ -91,7 +91,7 @@ def test_the_order_of_the_tasks_changes_nothing(hard, whole, tmp_path, monkeypat
 
 
 def test_pieces_and_regions_change_nothing_where_pairs_are_missed_either(hard, tmp_path, monkeypatch):
-    few = OPTIONS | dict(probes=2)
+    few = OPTIONS | dict(probes=1)
     found = [curation.near_duplicates(hard, folder=tmp_path / "large", **few)]
     for piece, region in ((113, 60), (700, 200)):
         with monkeypatch.context() as changed:
@@ -107,7 +107,7 @@ def test_recall_is_the_share_of_true_pairs_that_meet_in_a_cell(hard, tmp_path, m
     asked = D._asked(C.load_cells(tmp_path / "cells.safetensors"), rows, D.LinkPlan(**json.loads((tmp_path / "plan.json").read_text())))
     i, j = np.nonzero(np.linalg.norm(rows[:, None].astype(np.float64) - rows[None], axis=2) < 0.6)
     i, j = i[i != j], j[i != j]
-    meet = (asked[i] == asked[j, :1]).any(axis=1) | (asked[j] == asked[i, :1]).any(axis=1)
+    meet = (asked[i][:, :, None] == asked[j][:, None, :]).any(axis=(1, 2))
     assert found.recall == meet.mean() and 0.9 < found.recall < 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -202,10 +203,17 @@ class NearPairs:
     def __init__(self, rows: np.ndarray, most: float, device: str):
         self.rows = torch.from_numpy(rows).to(device)
         self.device = device
-        halves = [(part.double() ** 2).sum(dim=1) / 2 for part in self.rows.split(1 << 16)]
-        self.half = torch.cat(halves).float()  # (N,) half of each squared length
+        self.half = torch.cat([_half_square(part) for part in self.rows.split(1 << 12)])  # (N,)
         self.slack = 3 * (rows.shape[1] + 2) * 2.0**-24
         self.cut = most**2 / 2 + self.slack
+
+    def among(self, members: np.ndarray) -> NearPairs:  # (M,) rows
+        "The same of some rows"
+        few = copy(self)
+        places = torch.from_numpy(members).to(self.device)
+        few.rows = self.rows[places]
+        few.half = self.half[places]
+        return few
 
     def near(
         self,
@@ -226,6 +234,13 @@ class NearPairs:
         i, j = hit.nonzero(as_tuple=True)
         squared = 2 * (self.half[rows][i] - gaps[i, j] - self.slack)
         return i.cpu().numpy(), j.cpu().numpy(), squared.clamp_(min=0).sqrt_().cpu().numpy()
+
+
+def _half_square(rows: Tensor) -> Tensor:  # (N,) float32
+    "Half of each row's squared length, summed in double precision"
+    squares = rows.double()
+    squares.mul_(squares)
+    return (squares.sum(dim=1) / 2).float()
 
 # %% ../nbs/library/032_balancing.ipynb #b401a227
 def _triangle(count: int, side: int) -> Iterator[tuple[slice, slice]]:

@@ -32,22 +32,23 @@ def whole_numbers(
     "Rows whose products are exact"
     if rows.shape[1] > _WIDEST:
         raise ValueError(f"rows of width {rows.shape[1]}: products are exact up to width {_WIDEST}")
-    return np.rint(rows * SCALE).astype(np.float32)
+    scaled = rows * SCALE
+    np.rint(scaled, out=scaled)
+    return scaled.astype(np.float32, copy=False)
 
 
 def _largest(
     products: np.ndarray,  # (N, K) whole numbers
-    numbers: np.ndarray,  # (N, K) or (1, K) of the centres, below 2**24
+    numbers: np.ndarray,  # (N, K) or (1, K) of the centres, from -1, below 2**24 - 1
     count: int,
-) -> np.ndarray:  # (N, count) places, the largest first
-    "Where the largest products are; among equals the smaller number comes first"
+) -> tuple[np.ndarray, np.ndarray]:  # (N, count) numbers, (N, count) float32 products
+    "The largest products, the first of all first; among equals the smaller number comes first"
     keys = products.astype(np.int64)
     keys *= -(1 << 24)
-    keys += numbers  # no two are the same, so that the smallest ones are in one order alone
-    count = min(count, keys.shape[1])
-    places = np.argpartition(keys, count - 1, axis=1)[:, :count]
-    order = np.argsort(np.take_along_axis(keys, places, axis=1), axis=1)
-    return np.take_along_axis(places, order, axis=1)
+    keys += numbers + 1  # no two are the same, so that there is one order alone
+    keys.sort(axis=1)
+    keys = keys[:, :count]
+    return (keys & ((1 << 24) - 1)) - 1, -(keys >> 24).astype(np.float32)
 
 # %% ../../nbs/library/034_curation_cells.ipynb #ce11s011
 def _starting_places(rows: np.ndarray, k: int, rng: np.random.Generator) -> np.ndarray:  # at most k
@@ -149,24 +150,23 @@ class Cells:
 
     def _nearest(self, rows: np.ndarray, probes: int, looked: int) -> tuple[np.ndarray, np.ndarray]:
         "The same of a block of rows"
-        top = _largest(rows @ self.groups.T, np.arange(len(self.groups))[None], looked)
+        top, _ = _largest(rows @ self.groups.T, np.arange(len(self.groups))[None], looked)
         looked = top.shape[1]
         width = min(probes, int(np.diff(self.starts).max()))
         cells = np.full((len(rows), looked, width), -1, np.int32)
         products = np.full((len(rows), looked, width), -(1 << 25), np.float32)
         order = np.argsort(top.ravel(), kind="stable")
-        ends = np.searchsorted(top.ravel()[order], np.arange(len(self.groups) + 1))
-        for group in np.flatnonzero(np.diff(ends)):
-            row, place = np.divmod(order[ends[group] : ends[group + 1]], looked)
-            first = int(self.starts[group])
-            found = rows[row] @ self.centers[first : self.starts[group + 1]].T
-            best = _largest(found, np.arange(found.shape[1])[None], width)
-            cells[row, place, : best.shape[1]] = best + first
-            products[row, place, : best.shape[1]] = np.take_along_axis(found, best, axis=1)
-        cells = cells.reshape(len(rows), -1)
-        products = products.reshape(len(rows), -1)
-        best = _largest(products, cells, probes)
-        return np.take_along_axis(cells, best, axis=1), np.take_along_axis(products, best, axis=1)
+        ends = np.cumsum(np.bincount(top.ravel(), minlength=len(self.groups)))
+        for group, places in enumerate(np.split(order, ends[:-1])):
+            if not len(places):
+                continue
+            row, place = np.divmod(places, looked)
+            own = np.arange(self.starts[group], self.starts[group + 1])
+            found, best = _largest(rows[row] @ self.centers[own[0] : own[-1] + 1].T, own[None], width)
+            cells[row, place, : found.shape[1]] = found
+            products[row, place, : found.shape[1]] = best
+        found, best = _largest(products.reshape(len(rows), -1), cells.reshape(len(rows), -1), probes)
+        return found.astype(np.int32), best
 
     def save(self, path: str | Path) -> None:
         "Write them as safetensors, whole"
@@ -205,7 +205,7 @@ def train_cells(
     k: int,  # cells, fewer where fewer rows differ
     folder: str | Path,  # where the sample lies, sorted
     seed: int = 0,
-    sampled: int = 32,  # rows of each cell that are looked at, on average
+    sampled: int = 64,  # rows of each cell that are looked at, on average
     iterations: int = 12,  # at most
     groups: int = 0,  # 0: as many as cost least
     piece: int = 1 << 16,  # rows that a task looks at; changes no answer

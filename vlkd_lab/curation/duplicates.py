@@ -64,7 +64,7 @@ def _plan(rows: RowFiles, memory_mb: int, **chosen: Any) -> LinkPlan:
     "Sizes that keep a worker within its budget"
     budget = memory_mb * 2**20
     piece = budget // (40 * rows.width + 800)  # stored, single precision, whole numbers, products, keys
-    region = budget // (4 * (12 * rows.width + 400))  # with three guests for a row; the forest and its levels
+    region = budget // (4 * (12 * rows.width + 400))  # a row and its three visits elsewhere; the forest and its levels
     sizes = dict(piece=int(np.clip(piece, 256, 1 << 17)), region=int(np.clip(region, 256, 1 << 19)))
     return LinkPlan(rows.fingerprint(), len(rows), rows.width, **chosen, **sizes)
 
@@ -109,13 +109,18 @@ def _regions(cells: Cells, plan: LinkPlan) -> np.ndarray:  # (R + 1,) cells at w
     return np.unique(np.append(starts, cells.starts[-1]))
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0010
+_TOGETHER = 1 << 14  # rows; changes no answer
+
+
 def _asked(cells: Cells, rows: np.ndarray, plan: LinkPlan) -> np.ndarray:  # (N, probes) int32, home first
-    "The cells that each row is compared with; -1 where there are fewer"
-    found, products = cells.nearest(whole_numbers(rows), plan.probes, looked=max(8, 2 * plan.probes))
-    away = np.sqrt(np.maximum(2 - 2 * products.astype(np.float64) / SCALE**2, 0))
-    found[away > away[:, :1] + 2 * plan.most + 2e-3] = -1
+    "The cells that each row is put into; -1 where there are fewer"
     asked = np.full((len(rows), plan.probes), -1, np.int32)
-    asked[:, : found.shape[1]] = found
+    for start in range(0, len(rows), _TOGETHER):
+        part = whole_numbers(rows[start : start + _TOGETHER])
+        found, products = cells.nearest(part, plan.probes, looked=max(16, 4 * plan.probes))
+        away = np.sqrt(np.maximum(2 - 2 * products.astype(np.float64) / SCALE**2, 0))
+        found[away > away[:, :1] + 2 * plan.most + 2e-3] = -1
+        asked[start : start + len(part), : found.shape[1]] = found
     return asked
 
 
@@ -134,14 +139,13 @@ def _sort_piece(number: int, folder: Path, rows: RowFiles, plan: LinkPlan) -> in
     first, copies = distinct_rows(unit)
     region = np.searchsorted(regions, asked[first], side="right") - 1  # -1 stays -1
     region[asked[first] < 0] = -1
-    row, place = np.nonzero((region >= 0) & (region != region[:, :1]))
-    guests = np.unique(np.stack([row, region[row, place]], axis=1), axis=0)
-    every = np.concatenate([first, first[guests[:, 0]]])
-    keys = np.concatenate([2 * region[:, 0], 2 * guests[:, 1] + 1])
+    row, place = np.nonzero(region >= 0)
+    visits = np.unique(np.stack([row, region[row, place]], axis=1), axis=0)
+    every = first[visits[:, 0]]
     columns = dict(ids=every + start, asked=asked[every], rows=stored[every])
     with atomic_write(folder / f"asked-{number:06d}.safetensors") as unfinished:
         save_file(dict(asked=asked, copies=copies + start), unfinished)
-    write_sorted(path, keys, 2 * (len(regions) - 1), **columns)
+    write_sorted(path, visits[:, 1], len(regions) - 1, **columns)
     return stop - start
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0012
@@ -152,10 +156,10 @@ def _link_region(number: int, folder: Path, plan: LinkPlan, device: str) -> tupl
         return 0, 0
     pieces = [folder / f"piece-{k:06d}.safetensors" for k in range(len(plan.pieces()))]
     regions = _regions(load_cells(folder / "cells.safetensors"), plan)
-    about = read_sorted(pieces, ["asked"], 2 * number, 2 * number + 2)["asked"]
+    asked = read_sorted(pieces, ["asked"], number, number + 1)["asked"]
     cells = regions[number + 1] - regions[number]
-    home = about[:, 0] - regions[number]  # guests' homes lie elsewhere
-    sizes = np.bincount(home[(home >= 0) & (home < cells)], minlength=cells)
+    cell = asked - regions[number]
+    sizes = np.bincount(cell[(cell >= 0) & (cell < cells)], minlength=cells)
     edges = []
     distances = []
     for first, last in _runs(sizes, 4 * plan.region):
@@ -165,7 +169,7 @@ def _link_region(number: int, folder: Path, plan: LinkPlan, device: str) -> tupl
     joined = found if len(edges) == 1 else _joined(edges, distances)
     with atomic_write(path) as unfinished:
         save_file(dict(edges=joined[0], distances=joined[1]), unfinished)
-    return len(about), len(joined[0])
+    return len(asked), len(joined[0])
 
 
 def _runs(sizes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
@@ -185,57 +189,63 @@ def _link_cells(
     pieces: Sequence[Path], region: int, first: int, last: int, plan: LinkPlan, device: str
 ) -> tuple[np.ndarray, np.ndarray]:  # (E, 2) rows, (E,) distances
     "The forest of the rows of some cells and of those that ask for these cells"
-    parts = []
-    for piece in pieces:
-        found = read_sorted([piece], ["ids", "asked", "rows"], 2 * region, 2 * region + 2)
-        wanted = ((found["asked"] >= first) & (found["asked"] < last)).any(axis=1)
-        parts.append([found[name][wanted] for name in ("ids", "asked", "rows")])
-    ids, asked, stored = (np.concatenate(column) for column in zip(*parts, strict=True))
-    rows = unit_length(stored)
+    ids, asked, rows = _rows_that_ask(pieces, region, first, last)
     single, copies = distinct_rows(rows)
     edges = [ids[copies]]
     distances = [np.zeros(len(copies))]
-    rows, ids, asked = rows[single], ids[single], asked[single]
+    if len(copies):
+        rows, ids, asked = rows[single], ids[single], asked[single]
     growing = GrowingForest(rows, plan.finest, plan.most, room=max(4 * plan.region, 1 << 16))
     products = NearPairs(rows, plan.most, device)
-    for members, askers in _meetings(asked, first, last):
-        for i, j, low in _near_rows(products, members, askers, growing.labels[0]):
-            growing.offer(np.minimum(i, j), np.maximum(i, j), low)
+    for members in _rows_of_cells(asked, first, last):
+        for i, j, low in _near_rows(products, members, growing.labels[0]):
+            growing.offer(i, j, low)
     growing.settle()
     edges.append(ids[growing.edges])
     distances.append(growing.distances)
     return np.sort(np.concatenate(edges), axis=1), np.concatenate(distances)
 
 
-def _meetings(asked: np.ndarray, first: int, last: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    "Of every cell its rows, and the rows of other cells that ask for it"
+def _rows_that_ask(
+    pieces: Sequence[Path], region: int, first: int, last: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (M,) numbers, (M, probes) cells, (M, D) unit rows
+    "The rows of a region that some of its cells hold"
+    parts = []
+    for piece in pieces:
+        found = read_sorted([piece], ["ids", "asked", "rows"], region, region + 1)
+        wanted = ((found["asked"] >= first) & (found["asked"] < last)).any(axis=1)
+        parts.append((found["ids"][wanted], found["asked"][wanted], unit_length(found["rows"][wanted])))
+    ids, asked, rows = zip(*parts, strict=True)
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(ids), np.concatenate(asked), np.concatenate(rows)
+
+
+def _rows_of_cells(asked: np.ndarray, first: int, last: int) -> Iterator[np.ndarray]:
+    "The rows of every cell, ascending"
     row, place = np.nonzero((asked >= first) & (asked < last))
-    order = np.argsort(2 * asked[row, place] + (place > 0), kind="stable")
-    row = row[order]
-    key = 2 * asked[row, place[order]] + (place[order] > 0)
-    ends = np.searchsorted(key, np.arange(2 * first, 2 * last + 1))
-    for at in range(0, 2 * (last - first), 2):
-        if ends[at] < ends[at + 1]:
-            yield row[ends[at] : ends[at + 1]], row[ends[at + 1] : ends[at + 2]]
+    cell = asked[row, place] - first
+    order = np.argsort(cell, kind="stable")
+    ends = np.cumsum(np.bincount(cell, minlength=last - first))
+    yield from np.split(row[order], ends[:-1])
 
 
-_SIDE = 4096  # rows that are compared with as many at once
+_SIDES = (256, 4096)  # rows that are compared with as many at once, in small cells and in large ones
 
 
 def _near_rows(
-    products: NearPairs, members: np.ndarray, askers: np.ndarray, joined: np.ndarray
+    products: NearPairs, members: np.ndarray, joined: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    "Pairs that may be near, of members with each other and with those that ask for them"
-    for start in range(0, len(members), _SIDE):
-        own = members[start : start + _SIDE]
-        others = np.concatenate([own, members[start + _SIDE :], askers])
-        for at in range(0, len(others), _SIDE):
-            part = others[at : at + _SIDE]
-            columns = torch.from_numpy(part).to(products.device)
-            i, j, low = products.near(torch.from_numpy(own).to(products.device), columns, joined=joined)
-            inside = at + j < len(own)  # the pair is met in both orders
-            apart = ~inside | (i < at + j)
-            yield own[i[apart]], part[j[apart]], low[apart]
+    "Pairs of a cell's rows that may be near"
+    among = products.among(members)
+    numbers = joined[members]
+    side = int(np.clip(len(members) // 4, *_SIDES))
+    for above in range(0, len(members), side):
+        for start in range(above, len(members), side):
+            rows = slice(above, above + side)
+            columns = slice(start, start + side)
+            i, j, low = among.near(rows, columns, above=start == above, joined=numbers)
+            yield members[above + i], members[start + j], low
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0015
 def _join(folder: Path, plan: LinkPlan, regions: int, most: int = 1 << 24) -> tuple[np.ndarray, np.ndarray]:
@@ -286,7 +296,8 @@ def _seen_in_piece(
         others = others[exact_distances(both, i[others], len(unit) + j[others]) < plan.most]
         mine = asked_by[i[others]]
         theirs = asked[at + j[others]]
-        looked = (mine == theirs[:, :1]).any(axis=1) | (theirs == mine[:, :1]).any(axis=1)
+        shared = (mine[:, :, None] == theirs[:, None]) & (mine >= 0)[:, :, None]
+        looked = shared.any(axis=(1, 2))
         counts += [len(others), looked.sum(), (mine[:, 0] == theirs[:, 0]).sum()]
     return tuple(counts.tolist())
 
@@ -336,7 +347,7 @@ def near_duplicates(
     most: float,  # largest threshold that will be asked for, Euclidean, above 0, at most 2
     folder: str | Path,  # of this linkage: what is finished lies there, and is not done again
     finest: float = 0.01,  # smallest threshold; rows that are closer are never told apart
-    probes: int = 8,  # cells that each row is compared with
+    probes: int = 4,  # cells that each row is put into, the nearest ones
     per_cell: int = 256,  # rows of a cell, on average
     sample: int = 512,  # rows whose true pairs are counted for the recall
     seed: int = 0,  # of the cells and the sample
