@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -389,7 +388,7 @@ def test_no_block_changes_what_is_counted(tmp_path, teacher, images, monkeypatch
         assert same(select(tmp_path / "a.txt", teacher, images, 10, reserve=1, near=0, block=block), whole)
 
 
-def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
+def test_a_worker_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
     asked = []
 
     def load(name, device):
@@ -397,14 +396,27 @@ def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(C, "load_model", load)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(C, "own_gpu", lambda: 2)
     work = C._Work(tmp_path, S.TextFilters(), 1, 1, "grounded", 0, teacher="any", device="cuda")
-    for number in (2, 3, 4):
-        process = SimpleNamespace(name=f"LokyProcess-{number}")
-        monkeypatch.setattr(C, "current_process", lambda process=process: process)
-        with pytest.raises(KeyboardInterrupt):
-            C._judge_here(work)
-    assert asked == ["cuda:2", "cuda:0", "cuda:1"]
+    with pytest.raises(KeyboardInterrupt):
+        C._judge_here(work)
+    assert asked == ["cuda:2"]
+
+
+def test_a_selection_is_made_once_at_a_time(folder, tmp_path, monkeypatch):
+    opened = C.open_engine
+    captions = partial(select, folder, None, None, construction="captions", folder=tmp_path / "parts")
+
+    def meanwhile(*given):
+        with pytest.raises(RuntimeError, match="parts/[0-9a-f]{16} is at work already: process"):
+            captions()
+        captions(seed=3)  # which is another one
+        return opened(*given)
+
+    engines = iter([meanwhile])
+    monkeypatch.setattr(C, "open_engine", lambda *given: next(engines, opened)(*given))
+    captions()
+    assert not list((tmp_path / "parts").iterdir())
 
 
 # Processes

@@ -23,6 +23,7 @@ from vlkd_lab.curation import rows as R
 from vlkd_lab.data import inspect_shards, write_index
 from vlkd_lab.engines import Engine
 from vlkd_lab.models import load_model
+from vlkd_lab.project import alone_in
 from vlkd_lab.stores import FeatureStore, fill, load, store_key
 
 THRESHOLDS = (0.01, 0.05, 0.2, 0.4, 0.6)
@@ -473,3 +474,69 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 130, done.stdout
+
+
+# Two calls at once
+
+
+HOLDS = """
+import os, sys, time
+from vlkd_lab.project import alone_in
+with alone_in(sys.argv[1], sys.argv[2]):
+    if len(sys.argv) > 3 and os.fork():  # a child that outlives it
+        os.kill(os.getpid(), 9)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def held(folder, *more, lock="at-work.lock"):
+    "A process that is at work in a folder"
+    command = [sys.executable, "-c", HOLDS, str(folder), lock, *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_call_is_refused_by_name_until_the_first_has_ended_however(hard, tmp_path):
+    process = held(tmp_path)
+    with pytest.raises(RuntimeError, match=rf"{tmp_path} is at work already: process {process.pid} on .* since 20.*; wait, or name another folder"):
+        curation.near_duplicates(hard, folder=tmp_path, **OPTIONS)
+    with pytest.raises(RuntimeError, match="is at work already"):
+        curation.cluster_rows(hard, 5, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["at-work.lock"]
+    process.kill()
+    process.wait()
+    curation.cluster_rows(hard, 5, tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_child_that_outlives_its_parent_has_no_part_in_the_lock(tmp_path):
+    process = held(tmp_path, "fork")
+    process.wait()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_who_stays_is_chosen_once_at_a_time_for_a_threshold(hard, whole, tmp_path):
+    with alone_in(tmp_path, "balance-0.3.lock"):
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()} on"):
+            curation.balance_rows(whole, hard, 0.3, tmp_path, progress=False)
+        curation.balance_rows(whole, hard, threshold=0.2, folder=tmp_path, progress=False)
+
+
+def test_a_folder_without_locks_is_worked_in_all_the_same(hard, whole, tmp_path, monkeypatch):
+    def without(handle, kind):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    assert same_groups(curation.near_duplicates(hard, folder=tmp_path, **OPTIONS), whole)
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_none_is_left_behind(hard, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/out cannot be written .*: name another folder"):
+        curation.near_duplicates(hard, folder=tmp_path / "file" / "out", **OPTIONS)
+    with pytest.raises(ValueError, match="probes=0"):
+        curation.near_duplicates(hard, folder=tmp_path / "new", **OPTIONS | dict(probes=0))
+    assert not (tmp_path / "new").exists()

@@ -5,6 +5,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from itertools import islice, product
 
@@ -286,6 +288,32 @@ def test_tasks_of_an_engine_write_what_one_process_writes(teacher, tiny_teacher,
         for name in plain.shards:
             one, other = (S._read(store.path(name, side)) for store in (plain, tasks))
             assert one.keys == other.keys and np.array_equal(one.rows, other.rows)
+
+
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_of_two_calls_that_compute_the_same_the_second_waits(teacher, tiny_teacher, shards, tmp_path, monkeypatch, capsys, by_engine):
+    store = store_of(teacher, shards, tmp_path / "out")
+    encode, threads, encoded = S.encode_shard, [], []
+
+    def again():
+        with open_engine("local") as engine:
+            given = (engine, store_of(teacher, shards, tmp_path / "out"), tiny_teacher)
+            encoded.append(S.fill_by(*given, progress=False) if by_engine else fill(store_of(teacher, shards, tmp_path / "out"), teacher))
+
+    def encode_slowly(vlm, shard, *more):
+        encoded.append(shard.name)
+        if not threads:
+            threads.append(threading.Thread(target=again))
+            threads[0].start()
+            time.sleep(0.5)
+        return encode(vlm, shard, *more)
+
+    monkeypatch.setattr(S, "encode_shard", encode_slowly)
+    assert fill(store, teacher) == 2 * len(store.shards)
+    threads[0].join()
+    assert sorted(encoded[:-1]) == sorted(store.shards) and encoded[-1] == 0
+    assert f"{tmp_path / 'out'} is at work already: process {os.getpid()}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.lock"))
 
 
 def test_a_folder_whose_teacher_has_changed_is_loaded_anew(tiny_teacher, teacher, shards, tmp_path, monkeypatch):

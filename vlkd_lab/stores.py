@@ -12,6 +12,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -39,10 +40,10 @@ from vlkd_lab.data import (
 )
 
 from . import data
-from .engines import Engine, open_engine, worker_number
+from .engines import Engine, open_engine, own_gpu
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
-from .project import atomic_write, write_text
+from .project import alone_in, atomic_write, write_text
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
@@ -274,6 +275,16 @@ def fill(
     progress: bool = True,
 ) -> int:  # files written
     "Compute the features that a store lacks, shard by shard"
+    _open_to(store, vlm)
+    names = list(store.shards)[rank::world_size]
+    if not _lacking(store, names, sides):
+        return 0
+    with _alone_with(store, names, sides):
+        return _fill_shards(store, vlm, _lacking(store, names, sides), batch_size, progress)
+
+
+def _open_to(store: FeatureStore, vlm: VLM) -> None:
+    "See that a teacher is the store's, and mark the folder as its own"
     key = store_key(vlm)
     if (key.weights, key.view) != (store.key.weights, store.key.view):
         teacher = f"{store.key.teacher} ({store.key.weights[:12]})"
@@ -281,12 +292,30 @@ def fill(
     _check_owner(store)
     if store.where and not (store.where / "store.json").exists():
         write_text(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
+
+
+# %% ../nbs/library/031_stores.ipynb #st9re004
+def _lacking(store: FeatureStore, names: Sequence[str], sides: Sequence[str]) -> dict[str, list[str]]:
+    "What some shards lack: shard -> sides"
+    lacking = {}
+    for name in names:
+        if lacks := [side for side in sides if store.problem(name, side)]:
+            lacking[name] = lacks
+    return lacking
+
+
+def _alone_with(store: FeatureStore, names: Sequence[str], sides: Sequence[str]) -> AbstractContextManager:
+    "Wait while another call computes the same; other shards and sides may be computed beside it"
+    told = json.dumps([store.key.name, list(names), list(sides)])
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    return alone_in(store.path(names[0], sides[0]).parent, f"fill-{digest}.lock", wait=True)
+
+
+def _fill_shards(
+    store: FeatureStore, vlm: VLM, todo: dict[str, list[str]], batch_size: int, progress: bool
+) -> int:
+    "Compute what some shards lack; files written"
     written = 0
-    todo = {}  # shard -> sides that it lacks
-    for name in list(store.shards)[rank::world_size]:
-        lacks = [side for side in sides if store.problem(name, side)]
-        if lacks:
-            todo[name] = lacks
     pairs = sum(store.shards[name][0].count for name in todo)
     with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
         for name, lacks in todo.items():
@@ -429,14 +458,17 @@ def fill_by(
     progress: bool = True,
 ) -> int:  # files written
     "Compute the features that a store lacks, a task a shard"
-    lacking = {name for name, _ in store.missing(sides)}
-    tasks = [store.reports[name] for name in store.shards if name in lacking]
+    names = list(store.shards)
+    if not _lacking(store, names, sides):
+        return 0
     where = str(store.where) if store.where else ""
     if Path(teacher).is_dir():  # a worker may run in another folder
         teacher = Path(teacher).resolve()
     given = dict(key=store.key, where=where, teacher=str(teacher), sides=tuple(sides), batch_size=batch_size)
     label = "teacher features" if progress else ""
-    return sum(written for _, written in engine.each(partial(_fill_shard, **given), tasks, label))
+    with _alone_with(store, names, sides):
+        tasks = [store.reports[name] for name in _lacking(store, names, sides)]
+        return sum(written for _, written in engine.each(partial(_fill_shard, **given), tasks, label))
 
 
 def _fill_shard(
@@ -444,15 +476,15 @@ def _fill_shard(
 ) -> int:
     "Compute the features of one shard; files written"
     store = FeatureStore(DataReport((shard,)), key, where)
-    return fill(store, _kept_teacher(teacher, key.weights), sides, batch_size, progress=False)
+    vlm = _kept_teacher(teacher, key.weights)
+    _open_to(store, vlm)
+    return _fill_shards(store, vlm, _lacking(store, list(store.shards), sides), batch_size, progress=False)
 
 
 @lru_cache(maxsize=1)
 def _kept_teacher(teacher: str, weights: str) -> VLM:
     "A teacher that stays with this worker until another one, or one of other weights, is asked for"
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{worker_number() % torch.cuda.device_count()}"
+    device = f"cuda:{own_gpu()}" if torch.cuda.is_available() else "cpu"
     return load_model(Path(teacher) if Path(teacher).is_dir() else teacher, device)
 
 # %% ../nbs/library/031_stores.ipynb #d8ddc7d6

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from ..balancing import Clusters
 from ..engines import open_engine
-from ..project import atomic_write
+from ..project import atomic_write, works_alone
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
 from .rows import RowFiles, row_files, unit_length
 
@@ -71,6 +71,7 @@ def _refilled(cells: Cells, sizes: np.ndarray, named: list[tuple], rows: RowFile
 _TURNS = 8  # of moving centres that have no rows
 
 
+@works_alone()
 def cluster_rows(
     source: Any,  # embeddings, as `row_files` takes them
     k: int,  # clusters, from 1 to N

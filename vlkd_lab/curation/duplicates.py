@@ -32,7 +32,7 @@ from vlkd_lab.balancing import (
 )
 
 from ..engines import Engine, open_engine
-from ..project import atomic_write, write_text
+from ..project import atomic_write, works_alone, write_text
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
 from .rows import RowFiles, read_sorted, row_files, unit_length, write_sorted
 
@@ -73,7 +73,8 @@ def _check_folder(folder: Path) -> None:
     "Refuse a folder of other files, before anything is written there"
     if (folder / "plan.json").exists() or not folder.exists():
         return
-    if any(not path.match("rows-*.npy") for path in folder.iterdir()):  # an array that was given before
+    # an array that was given before, and the lock of this call
+    if any(not (path.match("rows-*.npy") or path.match("*.lock")) for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier linkage")
 
 
@@ -331,6 +332,7 @@ class _Progress:
         write_text(self.path, json.dumps(about, indent=1))
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0021
+@works_alone()
 def near_duplicates(
     source: Any,  # embeddings, as `row_files` takes them
     most: float,  # largest threshold that will be asked for, Euclidean, above 0, at most 2
@@ -398,6 +400,7 @@ def _check(most: float, finest: float, probes: int, per_cell: int, sample: int, 
 _BASKET_BYTES = 1 << 34
 
 
+@works_alone("balance-{threshold:g}.lock")
 def balance_rows(
     linkage: Linkage,  # of `near_duplicates`
     source: Any,  # the embeddings that it was made of
