@@ -182,7 +182,7 @@ def test_a_folder_of_other_rows_or_other_cells_is_refused(hard, tmp_path):
     with pytest.raises(ValueError, match="was begun with probes=64, and 3 is wanted now"):
         curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS | dict(probes=3))
     np.save(tmp_path / "a.npy", hard[:301])
-    with pytest.raises(ValueError, match="was begun with fingerprint="):
+    with pytest.raises(ValueError, match="was begun with other rows .300 rows of width 24 then, 301 of width 24 now."):
         curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
@@ -361,7 +361,7 @@ def test_an_array_may_be_given_again_and_leaves_files_of_others_alone(hard, tmp_
     again = curation.near_duplicates(torch.from_numpy(hard), folder=folder, memory_mb=99, **options)
     assert same_groups(one, again)
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("forest-*")}
-    with pytest.raises(ValueError, match="was begun with fingerprint="):
+    with pytest.raises(ValueError, match="was begun with other rows"):
         curation.near_duplicates(hard[:-1], folder=folder, **OPTIONS)
     (tmp_path / "mine").mkdir()
     np.save(tmp_path / "mine" / "rows.npy", hard[:50])
@@ -540,3 +540,10 @@ def test_a_folder_that_cannot_be_written_is_named_and_none_is_left_behind(hard, 
     with pytest.raises(ValueError, match="probes=0"):
         curation.near_duplicates(hard, folder=tmp_path / "new", **OPTIONS | dict(probes=0))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("plan", ["{}", "no plan", '{"fingerprint": "0", "layout": 2}', "[]"])
+def test_a_plan_of_another_version_is_named(hard, tmp_path, plan):
+    (tmp_path / "plan.json").write_text(plan)
+    with pytest.raises(ValueError, match="plan.json cannot be read, or is of another version of the lab: name another folder"):
+        curation.near_duplicates(hard, folder=tmp_path, **OPTIONS)

@@ -534,3 +534,20 @@ def test_files_that_knew_one_caption_a_picture_are_computed_again(teacher, capti
     monkeypatch.undo()
     assert len(store.missing()) == 4 and store.problem("0", "text") == "unreadable, or of another version"
     assert fill(store_of(teacher, captioned), teacher) == 4
+
+
+def test_names_are_those_of_all_rows_read_shard_by_shard(teacher, captioned, shards, tmp_path, monkeypatch):
+    keep = write_index(tmp_path / "a.kept.json", inspect_shards(shards / "a.tar", progress=False).shards[0], ["00003", "00001"])
+    for data, side in ((captioned, "text"), (captioned, "image"), ([keep, shards / "c.tar"], "image")):
+        store = store_of(teacher, data)
+        fill(store, teacher)
+        for pairs in (False, True):
+            whole, names = S.load(store, side, captioned=pairs), S.StoredKeys(store, side, pairs)
+            assert tuple(names) == whole.keys and len(names) == len(whole.keys) and np.array_equal(names.labels(), whole.labels)
+            assert [names[row] for row in range(len(names))][::-1] == [names[row] for row in range(len(names))[::-1]]
+            assert [f"{shard}/{key}" for shard, keys in names.by_shard() for key in keys] == list(whole.keys)
+    with pytest.raises(IndexError, match="row -1"):
+        names[-1]
+    store.path("c", "image").unlink()
+    with pytest.raises(ValueError, match="the image features of c are missing"):
+        S.StoredKeys(store).labels()

@@ -11,10 +11,10 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,7 @@ from .project import alone_in, atomic_write, write_text
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
-           'shard_features', 'Stored', 'load', 'StoredTeacher', 'fill_by']
+           'shard_features', 'Stored', 'load', 'StoredKeys', 'StoredTeacher', 'fill_by']
 
 # %% ../nbs/library/031_stores.ipynb #7f1d3847
 @dataclass(frozen=True)
@@ -338,11 +338,7 @@ def shard_features(
     if (name, side) in store._open:
         store._open.move_to_end((name, side))
         return store._open[name, side]
-    if problem := store.problem(name, side):
-        path = store.path(name, side)
-        advice = "start the job again, which computes what is missing"
-        raise ValueError(f"{path}: the {side} features of {name} are {problem}; {advice}")
-    features = _read(store.path(name, side))
+    features = _read(_usable_path(store, name, side))
     _, kept = store.shards[name]
     if kept is not None:
         features = _chosen(features, [row for row, key in enumerate(features.keys) if key in kept])
@@ -350,6 +346,15 @@ def shard_features(
     if len(store._open) > most:
         store._open.popitem(last=False)
     return features
+
+
+def _usable_path(store: FeatureStore, name: str, side: str) -> Path:
+    "A shard's file, checked"
+    path = store.path(name, side)
+    if problem := store.problem(name, side):
+        advice = "start the job again, which computes what is missing"
+        raise ValueError(f"{path}: the {side} features of {name} are {problem}; {advice}")
+    return path
 
 
 def _chosen(shard: ShardFeatures, rows: Sequence[int]) -> ShardFeatures:
@@ -392,6 +397,72 @@ def load(
         np.concatenate([p.labels for p in parts.values()]),
         keys,
     )
+
+# %% ../nbs/library/031_stores.ipynb #st9re006
+class StoredKeys(Sequence):
+    "The names of a side's rows, in the order of `load`, of which one shard's are in memory at a time"
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        side: str = "image",
+        captioned: bool = False,  # only samples whose caption can be used as well
+    ):
+        self.store = store
+        self.side = side
+        self.captioned = captioned
+        self._names = list(store.shards)
+        self._last = ("", ())  # shard, its keys
+
+    def by_shard(self) -> Iterator[tuple[str, tuple[str, ...]]]:  # shard, keys in it
+        "The keys shard by shard"
+        for name in self._names:
+            yield name, self._keys(name)
+
+    def labels(self) -> np.ndarray:  # (N,) int64, -1 where a sample has none
+        "The classes of all rows"
+        parts = [self._read(name)[1] for name in self._names]
+        return np.concatenate(parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> str:  # "shard/key"
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row}: there are {len(self)} rows")
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        name = self._names[number]
+        keys = self._keys(name)
+        return f"{name}/{keys[row - int(self._ends[number]) + len(keys)]}"
+
+    @cached_property
+    def _ends(self) -> np.ndarray:  # (shards,) rows up to the end of each
+        return np.cumsum([len(self._keys(name)) for name in self._names])
+
+    def _keys(self, name: str) -> tuple[str, ...]:
+        if self._last[0] != name:
+            self._last = name, self._read(name)[0]
+        return self._last[1]
+
+    def _read(self, name: str) -> tuple[tuple[str, ...], np.ndarray]:  # keys, labels
+        return _names_and_labels(self.store, name, self.side, self.captioned)
+
+
+# %% ../nbs/library/031_stores.ipynb #st9re007
+def _names_and_labels(
+    store: FeatureStore, name: str, side: str, captioned: bool
+) -> tuple[tuple[str, ...], np.ndarray]:
+    "A shard's keys and classes, its rows unread"
+    with safe_open(_usable_path(store, name, side), "np") as file:
+        keys = file.get_tensor("keys").tobytes().decode()[:-1].split("\0")
+        labels = file.get_tensor("labels")
+        counts = file.get_tensor("captioned") if captioned else np.ones(len(labels), bool)
+    _, kept = store.shards[name]
+    if kept is not None:
+        counts = counts & np.array([key in kept for key in keys[: len(labels)]], bool)
+    rows = np.flatnonzero(counts)
+    return tuple(keys[row] for row in rows), labels[rows]
+
 
 # %% ../nbs/library/031_stores.ipynb #70c259a7
 def _first_rows(keys: Sequence[str]) -> dict[str, int]:

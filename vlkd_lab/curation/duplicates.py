@@ -78,14 +78,29 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier linkage")
 
 
+def _read_plan(path: Path) -> LinkPlan:
+    "A folder's plan; ValueError for what this version of the lab did not write"
+    try:
+        return LinkPlan(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        reason = f"{path} cannot be read, or is of another version of the lab"
+        raise ValueError(f"{reason}: name another folder, or delete this one to begin anew") from error
+
+
 def _open_plan(folder: Path, plan: LinkPlan) -> LinkPlan:
     "The plan of a folder, which must be about the same rows and cells; sizes may differ"
     path = folder / "plan.json"
     if not path.exists():
         write_text(path, json.dumps(asdict(plan), indent=1))
         return plan
-    before = LinkPlan(**json.loads(path.read_text(encoding="utf-8")))
-    for name in ("fingerprint", "count", "width", "finest", "most", "probes", "per_cell", "seed"):
+    before = _read_plan(path)
+    if before.fingerprint != plan.fingerprint:
+        then = f"{before.count} rows of width {before.width} then, {plan.count} of width {plan.width} now"
+        raise ValueError(
+            f"{folder} was begun with other rows ({then}): their files were written again, moved, added or "
+            "removed since; name another folder, or delete this one to begin anew"
+        )
+    for name in ("finest", "most", "probes", "per_cell", "seed"):
         was, given = getattr(before, name), getattr(plan, name)
         if was != given:
             raise ValueError(

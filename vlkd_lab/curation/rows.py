@@ -234,6 +234,8 @@ def _of_shard(store: FeatureStore, name: str, side: str, captioned: bool) -> Row
         counts = opened.get_tensor("captioned") if captioned else np.ones(file.count, bool)
     if kept is not None:
         counts = counts & np.array([key in kept for key in keys[: file.count]], bool)
+    if counts.all():
+        return file
     return RowFile(file.path, file.offset, file.dtype, file.count, np.flatnonzero(counts))
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow014
