@@ -198,6 +198,9 @@ def test_a_folder_of_other_rows_or_other_cells_is_refused(hard, tmp_path):
         (dict(probes=0), "probes=0"),
         (dict(per_cell=1), "per_cell=1"),
         (dict(sample=-1), "sample=-1"),
+        (dict(seed=-1), "seed=-1 is not valid: a whole number, at least 0"),
+        (dict(probes=2.5), "probes=2.5 is not valid: a whole number, at least 1"),
+        (dict(workers=1.5), "workers=1.5"),
         (dict(memory_mb=3), "memory_mb=3"),
         (dict(engine="ray"), "choose one of local, dask"),
         (dict(workers=0), "workers=0"),
@@ -421,6 +424,8 @@ def test_a_store_of_indices_is_the_rows_that_they_keep(scenes, tiny_teacher, tmp
 
 
 def broken(tmp_path, hard):
+    yield tmp_path / "typo", "typo: there is no such file"
+    yield None, "one array, or files"
     bad = hard.copy()
     bad[17] = np.nan
     yield bad, "row 17 has length nan"
@@ -450,8 +455,56 @@ def broken(tmp_path, hard):
 
 def test_damaged_and_foreign_embeddings_are_named(hard, tmp_path):
     for number, (source, said) in enumerate(broken(tmp_path, hard)):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
             curation.near_duplicates(source, folder=tmp_path / f"out-{number}", **OPTIONS)
+
+
+@pytest.mark.parametrize("wrong", [dict(k=0), dict(k=2.5), dict(k=1401), dict(k=9, seed=-1), dict(k=9, piece=0), dict(k=9, iterations=0.5)], ids=str)
+def test_clusters_that_cannot_be_are_refused(hard, tmp_path, wrong):
+    name, value = list(wrong.items())[-1]
+    with pytest.raises(ValueError, match=f"^{name}={value} "):
+        curation.cluster_rows(hard, folder=tmp_path / "out", **wrong, progress=False)
+
+
+def strange():
+    "Rows as strangers bring them, and how they are looked through"
+    rng = np.random.default_rng(3)
+    rows = unit(np.repeat(rng.standard_normal((30, 8)), 4, axis=0) + 0.1 * rng.standard_normal((120, 8)))
+    wide = unit(np.repeat(rng.standard_normal((10, 4096)), 3, axis=0) + 0.1 * rng.standard_normal((30, 4096)))
+    signs = np.where(rng.random(50) < 0.5, -1.0, 1.0).astype(np.float32)[:, None]
+    yield "one row", rows[:1], {}
+    yield "two rows", rows[:2], {}
+    yield "all equal", np.repeat(rows[:1], 300, axis=0), {}
+    yield "width 1", signs, dict(most=2.0)
+    yield "width 4096", wide, {}
+    yield "large cells", rows, dict(per_cell=10**9)
+    yield "more probes than cells", rows, dict(probes=10**7)
+    yield "the smallest threshold", np.concatenate([rows, rows]), dict(most=0.0001)
+    yield "the largest threshold", rows, dict(most=2.0)
+    yield "a smallest one above", rows, dict(most=0.005, finest=0.3)
+
+
+@pytest.mark.parametrize(("rows", "given"), [pytest.param(*case, id=name) for name, *case in strange()])
+def test_strange_rows_have_the_groups_of_all_pairs(rows, given, tmp_path):
+    options = OPTIONS | given
+    found = curation.near_duplicates(rows, folder=tmp_path / "out", **options)
+    exact = link(R.unit_length(rows), most=options["most"], finest=found.finest)
+    for threshold in np.linspace(exact.finest, exact.most, 4):
+        assert np.array_equal(found.groups(threshold), exact.groups(threshold))
+    stays = curation.balance_rows(found, rows, exact.most, tmp_path / "out", progress=False)
+    assert torch.equal(stays.keep, balance_at(exact, R.unit_length(rows), exact.most).keep)
+    for k in {1, len(np.unique(rows, axis=0))}:
+        sizes = torch.bincount(curation.cluster_rows(rows, k, tmp_path / "clusters", progress=False).assignment, minlength=k)
+        assert len(sizes) == k and sizes.min() > 0
+
+
+def test_files_of_one_row_and_of_none_are_read_and_hidden_ones_are_not(hard, whole, tmp_path):
+    for number, row in enumerate(hard[:200]):
+        np.save(tmp_path / f"{number:04d}.npy", row[None])
+    np.save(tmp_path / "0100-none.npy", hard[:0])
+    np.save(tmp_path / "._0000.npy", hard[5:9])
+    files = R.row_files(tmp_path)
+    assert len(files) == 200 and np.array_equal(files.piece(0, 200), hard[:200])
 
 
 def test_memory_stays_within_the_budget(tmp_path):

@@ -158,8 +158,8 @@ def open_engine(
     "An engine for as long as the block lasts"
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is not valid: choose one of {', '.join(ENGINES)}")
-    if workers < 1 or memory_mb < 0:
-        valid = "at least 1 worker, and 0 (no limit) or more MB"
+    if workers < 1 or workers != int(workers) or memory_mb < 0:
+        valid = "whole workers, at least 1, and 0 (no limit) or more MB"
         raise ValueError(f"workers={workers} and memory_mb={memory_mb} are not valid: {valid}")
     if address and engine != "dask":
         raise ValueError(f"address={address!r} is Dask's: choose engine='dask' with it")

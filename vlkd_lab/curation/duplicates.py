@@ -34,7 +34,7 @@ from vlkd_lab.balancing import (
 from ..engines import Engine, open_engine
 from ..project import atomic_write, works_alone, write_text
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
-from .rows import RowFiles, read_sorted, row_files, unit_length, write_sorted
+from .rows import RowFiles, check_counts, read_sorted, row_files, unit_length, write_sorted
 
 # %% auto #0
 __all__ = ['LinkPlan', 'near_duplicates', 'balance_rows']
@@ -127,10 +127,11 @@ def _regions(cells: Cells, plan: LinkPlan) -> np.ndarray:  # (R + 1,) cells at w
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0010
 def _asked(cells: Cells, rows: np.ndarray, plan: LinkPlan) -> np.ndarray:  # (N, probes) int32, home first
     "The cells that each row is compared with; -1 where there are fewer"
-    found, products = cells.nearest(whole_numbers(rows), plan.probes, looked=max(8, 2 * plan.probes))
+    probes = min(plan.probes, len(cells.centers))
+    found, products = cells.nearest(whole_numbers(rows), probes, looked=max(8, 2 * probes))
     away = np.sqrt(np.maximum(2 - 2 * products.astype(np.float64) / SCALE**2, 0))
     found[away > away[:, :1] + 2 * plan.most + 2e-3] = -1
-    asked = np.full((len(rows), plan.probes), -1, np.int32)
+    asked = np.full((len(rows), probes), -1, np.int32)
     asked[:, : found.shape[1]] = found
     return asked
 
@@ -366,7 +367,7 @@ def near_duplicates(
 ) -> Linkage:
     "The linkage of rows that stay on disk, by any number of workers"
     finest = min(finest, most)
-    _check(most, finest, probes, per_cell, sample, memory_mb)
+    _check(most, finest, probes, per_cell, sample, seed, memory_mb)
     folder = Path(folder).resolve()
     _check_folder(folder)
     rows = row_files(source, folder=folder)
@@ -397,19 +398,16 @@ def near_duplicates(
 _LEAST_MB = 64
 
 
-def _check(most: float, finest: float, probes: int, per_cell: int, sample: int, memory_mb: int) -> None:
+def _check(
+    most: float, finest: float, probes: int, per_cell: int, sample: int, seed: int, memory_mb: int
+) -> None:
     "The numbers that `near_duplicates` is given"
     if not 0 < finest <= most <= 2:
         valid = "above 0, at most 2 (the distance of opposite unit rows)"
         raise ValueError(f"most={most:g} and finest={finest:g} are not valid: {valid}")
-    for name, value, least in (
-        ("probes", probes, 1),
-        ("per_cell", per_cell, 2),
-        ("sample", sample, 0),
-        ("memory_mb", memory_mb, _LEAST_MB),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} is not valid: at least {least}")
+    check_counts(probes=(probes, 1), per_cell=(per_cell, 2), sample=(sample, 0), seed=(seed, 0))
+    if not memory_mb >= _LEAST_MB:
+        raise ValueError(f"memory_mb={memory_mb} is not valid: at least {_LEAST_MB}")
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0026
 _BASKET_BYTES = 1 << 34
