@@ -1,5 +1,6 @@
 """Curation out of core: the answers of one process that holds everything, whoever computes them and whatever dies on the way."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vlkd_lab import curation
@@ -600,3 +602,41 @@ def test_a_plan_of_another_version_is_named(hard, tmp_path, plan):
     (tmp_path / "plan.json").write_text(plan)
     with pytest.raises(ValueError, match="plan.json cannot be read, or is of another version of the lab: name another folder"):
         curation.near_duplicates(hard, folder=tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "full",
+    [OSError(28, "No space left on device"), OSError("4096 requested and 12 written"), SafetensorError("I/O error: Disk quota exceeded (os error 122)")],
+    ids=str,
+)
+def test_a_full_disk_is_said_with_the_file_and_what_is_finished_stays(hard, whole, tmp_path, monkeypatch, full):
+    small_plan(monkeypatch)
+    save, files = R.save_file, []
+
+    def fails(arrays, path):
+        files.append(path)
+        if len(files) == 7:
+            raise full
+        save(arrays, path)
+
+    with monkeypatch.context() as changed:
+        for module in (R, D):
+            changed.setattr(module, "save_file", fails)
+        with pytest.raises(OSError, match=f"no room is left on the disk; what is finished stays: '{tmp_path}/out/[a-z]+-0000"):
+            curation.near_duplicates(hard, folder=tmp_path / "out", **OPTIONS)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".") or path.suffix == ".lock"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("piece-*")}
+    assert same_groups(curation.near_duplicates(hard, folder=tmp_path / "out", **OPTIONS), whole)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_full_disk_keeps_nobody_out(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.open", lambda self, mode, **more: Full(self, mode.replace("b", "")))
+    with alone_in(tmp_path), pytest.raises(RuntimeError, match="is at work already: another process"), alone_in(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())

@@ -639,8 +639,9 @@ def _nothing_left(
     names = [file.path.name for file in files]
     some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     fates = ", ".join(f"{reason} {count}" for reason, count in tally.counts.items() if count)
+    fates = f" ({fates})" if fates else ""
     broken = "".join(f"; {name}: {problem}" for name, problem in damaged[:3])
-    return f"{some}: no sentence of {words[0]} to {words[1]} words among {tally.read} ({fates}){broken}"
+    return f"{some}: no sentence of {words[0]} to {words[1]} words among {tally.read}{fates}{broken}"
 
 # %% ../nbs/library/040_corpus.ipynb #c0rpusx1
 def _settled(

@@ -5,6 +5,7 @@
 # %% ../nbs/library/000_project.ipynb #42400087
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import vlkd_lab
 
@@ -57,6 +58,10 @@ def packaged(name: str | Path) -> Path | None:  # None: it is not part of this i
     return next((folder / name for folder in (package, *beside) if (folder / name).exists()), None)
 
 # %% ../nbs/library/000_project.ipynb #b1f0c2d5
+# what the system, safetensors and NumPy say where a disk or a quota is used up
+_FULL = re.compile(r"No space left on device|quota exceeded|\d+ requested and \d+ written")
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:  # where to write, beside the path and on the same disk
     "Replace a file or a folder by what the block writes, once it ends without an error"
@@ -68,6 +73,10 @@ def atomic_write(path: str | Path) -> Iterator[Path]:  # where to write, beside 
         if path.is_dir() and not path.is_symlink():  # a folder can only be renamed to where there is none
             shutil.rmtree(path)
         os.replace(unfinished, path)
+    except Exception as error:
+        if _FULL.search(str(error)):
+            raise OSError(errno.ENOSPC, "no room is left on the disk; what is finished stays", str(path)) from error
+        raise
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -152,16 +161,16 @@ def alone_in(
                     folder.rmdir()
 
 
-def _open_locked(path: Path, folder: Path, wait: bool) -> TextIO:
+def _open_locked(path: Path, folder: Path, wait: bool) -> BinaryIO:
     "A file that is locked and says by whom"
     is_told = False
     while True:
-        handle = path.open("a+", encoding="utf-8")
+        handle = path.open("a+b", buffering=0)
         is_free = try_lock(handle) is not False
         if is_free and _is_there(handle, path):
             return _signed(handle)
         handle.seek(0)
-        who = handle.read() or "another process"
+        who = handle.read().decode() or "another process"
         handle.close()
         if is_free:  # who had it before has just taken the file away
             continue
@@ -174,20 +183,20 @@ def _open_locked(path: Path, folder: Path, wait: bool) -> TextIO:
 
 
 # %% ../nbs/library/000_project.ipynb #al0ne007
-def _is_there(handle: TextIO, path: Path) -> bool:
+def _is_there(handle: BinaryIO, path: Path) -> bool:
     "Whether an open file still is what has its name"
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(handle.fileno()), path.stat())
     return False
 
 
-def _signed(handle: TextIO) -> TextIO:
+def _signed(handle: BinaryIO) -> BinaryIO:
     "A locked file, in which it now says whose it is"
     keep_locked(handle)
     began = time.strftime("%Y-%m-%d %H:%M:%S")
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {began}")
-    handle.flush()
+    with suppress(OSError):  # a full disk
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {began}".encode())
     return handle
 
 
