@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vlkd_lab import curation
+from vlkd_lab import curation, project
 from vlkd_lab.balancing import balance_at, cluster, link
 from vlkd_lab.curation import cells as C
 from vlkd_lab.curation import clusters as K
@@ -640,3 +640,20 @@ def test_a_full_disk_keeps_nobody_out(tmp_path, monkeypatch):
         pass
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_is_gone_is_taken_anew(tmp_path, monkeypatch):
+    "Whoever opened the file before its owner took it away has locked nothing"
+    take, opened = project.try_lock, []
+
+    def slowly(handle, *more):
+        opened.append(handle)
+        if len(opened) == 1:
+            (tmp_path / "at-work.lock").unlink()
+        return take(handle, *more)
+
+    monkeypatch.setattr(project, "try_lock", slowly)
+    with alone_in(tmp_path):
+        assert (tmp_path / "at-work.lock").read_text().startswith(f"process {os.getpid()} on")
+        with pytest.raises(RuntimeError, match="is at work already"), alone_in(tmp_path):
+            pass
