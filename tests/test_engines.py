@@ -82,6 +82,15 @@ def test_workers_of_a_scheduler_that_runs_already():
             assert {pid for _, pid in engine.each(process_of, range(3))} == workers
 
 
+@pytest.mark.timeout(90)
+def test_the_only_worker_is_waited_for_when_it_begins_anew_however_long_its_imports_take(tmp_path):
+    import dask
+
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "100 ms"}):  # shorter than any start
+        with open_engine("dask", workers=1) as engine:
+            assert dict(engine.each(squared_but_one_dies, [(3, str(tmp_path))])) == {0: 9}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [

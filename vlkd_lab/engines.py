@@ -135,6 +135,7 @@ class _Dask(Engine):
 def _dask(workers: int, address: str, memory_mb: int) -> Iterator[Engine]:
     "Dask's engine, for as long as it is wanted"
     try:
+        from dask import config
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise ImportError('engine="dask" needs Dask: pip install "vlkd_lab[curation]"') from error
@@ -144,8 +145,11 @@ def _dask(workers: int, address: str, memory_mb: int) -> Iterator[Engine]:
         return
     options = dict(threads_per_worker=1, dashboard_address=":0", silence_logs=50)
     limit = memory_mb * 2**20 or None
-    with LocalCluster(n_workers=workers, memory_limit=limit, **options) as cluster, Client(cluster) as client:
-        yield _Dask(client)
+    # a worker that died is started anew; one that takes longer than this to begin is given up for good
+    patience = config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})
+    with patience, LocalCluster(n_workers=workers, memory_limit=limit, **options) as cluster:
+        with Client(cluster) as client:
+            yield _Dask(client)
 
 # %% ../nbs/library/004_engines.ipynb #en9in012
 @contextmanager
