@@ -75,7 +75,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:  # where to write, beside 
         os.replace(unfinished, path)
     except Exception as error:
         if _FULL.search(str(error)):
-            raise OSError(errno.ENOSPC, "no room is left on the disk; what is finished stays", str(path)) from error
+            full = "no room is left on the disk; what is finished stays"
+            raise OSError(errno.ENOSPC, full, str(path)) from error
         raise
     finally:
         if unfinished.is_dir():

@@ -77,7 +77,7 @@ def _check_folder(folder: Path) -> None:
     if any(not (path.match("rows-*.npy") or path.match("*.lock")) for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier linkage")
 
-
+# %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0032
 def _read_plan(path: Path) -> LinkPlan:
     "A folder's plan; ValueError for what this version of the lab did not write"
     try:

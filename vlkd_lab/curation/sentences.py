@@ -76,7 +76,7 @@ class _ZstdFile(io.RawIOBase):
 
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x28\xb5\x2f\xfd": _ZstdFile}
 
-
+# %% ../../nbs/library/037_curation_sentences.ipynb #cs00000b
 class _UpToDamage(io.RawIOBase):
     "What is unpacked, as it comes: an error stands where the damage is, and not a buffer before it"
 
