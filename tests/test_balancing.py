@@ -14,6 +14,8 @@ from test_data import members, own_cache, picture, tar  # noqa: F401
 
 from vlkd_lab import balancing as B
 from vlkd_lab.data import DataReport, inspect_shards, load_pairs, raw_samples
+from vlkd_lab.models import load_model
+from vlkd_lab.stores import FeatureStore, StoredKeys, fill, load, store_key
 
 
 def unit(rows):
@@ -468,3 +470,34 @@ def test_a_folder_that_is_written_again_holds_the_later_balance(shards, tmp_path
     for groups in (np.arange(19), np.zeros(19, dtype=int)):
         B.write_balanced(shards, keys, balance_of(groups), tmp_path / "out", progress=False)
     assert inspect_shards(tmp_path / "out", progress=False).total == 1
+
+
+@pytest.fixture
+def store(shards, tiny_teacher, tmp_path):
+    teacher = load_model(tiny_teacher, "cpu")
+    store = FeatureStore(shards, store_key(teacher), tmp_path / "store")
+    fill(store, teacher, ["image"], progress=False)
+    return store
+
+
+@pytest.mark.parametrize("form", ["index", "shards"])
+@pytest.mark.parametrize("groups", [np.arange(19) // 3, np.arange(19) // 12, np.arange(19)])
+def test_names_read_shard_by_shard_leave_the_same_bytes(store, shards, tmp_path, form, groups):
+    stored, balance = load(store), balance_of(groups)
+    files = {}
+    for name, keys in (("list", stored.keys), ("names", StoredKeys(store))):
+        written = B.write_balanced(shards, keys, balance, tmp_path / name, form, progress=False)
+        assert written == sorted(written) and all(path.exists() for path in written)
+        files[name] = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+    assert files["list"] == files["names"] and len(files["list"]) > 1
+
+
+def test_a_store_of_other_rows_or_shards_leaves_nothing(store, shards, tmp_path):
+    with pytest.raises(ValueError, match="the balance is of 20 rows, and the store has 19"):
+        B.write_balanced(shards, StoredKeys(store), balance_of(np.arange(20)), tmp_path / "out", progress=False)
+    fewer = DataReport(shards.shards[:2])
+    with pytest.raises(ValueError, match="c/00012 is of none of these shards: a, b"):
+        B.write_balanced(fewer, StoredKeys(store), balance_of(np.arange(19)), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    pictures = B.gallery(shards, StoredKeys(store), balance_of(np.arange(19) // 10), groups=2)
+    assert pictures.data.count("<img") == 16

@@ -1,6 +1,7 @@
 """CLIP-CID as a job: what it prepares, what it refuses, and that a killed one ends as if undisturbed."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -79,6 +80,30 @@ def test_an_engine_leaves_out_what_this_process_would_and_finds_clusters(tiny, t
     assert found[0]["sizes"].sum() == 84 and found[0]["sizes"].min() > 0 and len(found[0]["sizes"]) == 6
     whole = job_of(tiny, engine="local", removed_share=0.0, engine_workers=1, out=str(tmp_path / "whole"))
     assert len(whole.clusters.assignment) == 120
+
+
+def test_what_a_killed_engine_left_of_features_that_were_written_again_is_made_anew(tiny, tmp_path, monkeypatch):
+    given = dict(engine="local", engine_workers=1, out=str(tmp_path / "out"), features=str(tmp_path / "features"))
+
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    def begun():
+        with monkeypatch.context() as changed:
+            changed.setattr("vlkd_lab.curation.duplicates._join", killed)
+            with pytest.raises(KeyboardInterrupt):
+                _ = job_of(tiny, **given).linkage
+
+    begun()
+    job = job_of(tiny, **given)
+    forests = {path: path.stat().st_mtime_ns for path in job.balancing.folder.glob("forest-*")}
+    begun()
+    assert forests == {path: path.stat().st_mtime_ns for path in job.balancing.folder.glob("forest-*")}, "nothing was lost"
+    for path in (tmp_path / "features").glob("*.safetensors"):
+        os.utime(path)
+    groups = job.linkage.groups(0.5)
+    assert np.array_equal(groups, job_of(tiny).linkage.groups(0.5)) and "written again since" in (job.run.folder / "status.json").read_text()
+    assert not job.balancing.folder.exists()
 
 
 @pytest.mark.parametrize("changes", [dict(class_share=0.4), dict(wide=True), dict(teacher_features="online", crop_scale=0.6)], ids=str)

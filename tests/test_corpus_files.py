@@ -3,7 +3,9 @@
 import csv
 import gzip
 import json
+import lzma
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -11,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -240,6 +241,62 @@ def test_the_column_is_that_which_is_named_or_of_a_usual_name(tmp_path):
         read_all(tmp_path / "a.csv", column="alt")
 
 
+GOOD = [f"a small red star number {k} left of a blue house" for k in range(30)]
+TABLE = "caption,url\n" + "\n".join(f"{text},u" for text in GOOD)
+RECORDS = "\n".join(json.dumps({"caption": text}) for text in GOOD)
+
+
+def parquet(values, cut=None):
+    file = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"caption": values}), file)
+    return file.getvalue().to_pybytes()[:cut]
+
+
+STRANGE = {  # name of a file, what is in it -> sentences, unreadable lines, how the damage is told
+    "empty.txt": (b"", 0, 0, None),
+    "blank.txt": (b"\n\n\n", 0, 0, None),
+    "mark.txt": (b"\xef\xbb\xbf" + "\n".join(GOOD).encode(), 30, 0, None),
+    "bad.txt": ("\n".join(GOOD).encode() + b"\n\xff\xfe is a bad line of text\n", 30, 1, None),
+    "zeros.txt": (b"\0" * 1000, 0, 1, None),
+    "other.txt": ("\n".join(GOOD).encode("utf-16"), 0, 0, "is UTF-16"),
+    "cut.txt.gz": (gzip.compress("\n".join(GOOD * 300).encode())[:1800], 30, 0, "after line [0-9]{4}: Compressed file ended"),
+    "junk.txt.gz": (gzip.compress(("\n".join(GOOD) + "\n").encode()) + b"junk", 30, 0, "after line 30: Not a gzipped file"),
+    "none.txt.gz": (gzip.compress(b""), 0, 0, None),
+    "cut.txt.xz": (lzma.compress("\n".join([*GOOD, ""]).encode())[:-20], 30, 0, "after line 30: Compressed file ended"),
+    "cut.txt.zst": (zstandard.compress("\n".join([*GOOD, ""]).encode()) + zstandard.compress(b"a cut line of text")[:-3], 30, 0, "after line 30: the file ends"),
+    "none.parquet": (parquet(pyarrow.array([], pyarrow.string())), 0, 0, None),
+    "zero.parquet": (b"", 0, 0, "size is 0 bytes"),
+    "cut.parquet": (parquet(GOOD, -30), 0, 0, "magic bytes not found"),
+    "numbers.parquet": (parquet(list(range(7))), 0, 7, None),
+    "holes.parquet": (parquet([None, *GOOD, None]), 30, 0, None),
+    "mark.csv": (b"\xef\xbb\xbf" + TABLE.encode(), 30, 0, None),
+    "empty.csv": (b"", 0, 0, None),
+    "header.csv": (b"caption,url\n", 0, 0, None),
+    "other.csv": (TABLE.replace("caption", "zzz", 1).encode(), 0, 0, "no column of a usual name; name the one of the sentences: zzz, url"),
+    "long.csv": (("caption,url\n" + "x" * 200_000 + ",u\n" + TABLE.partition("\n")[2]).encode(), 30, 0, None),
+    "short.csv": ((TABLE + "\n,,,,\nonly one\n").encode(), 30, 0, None),
+    "some.jsonl": ((RECORDS + '\n{"url": "x"}\n[1]\nnull\n{"caption": 3').encode(), 30, 4, None),
+    "other.jsonl": (RECORDS.replace("caption", "zzz").encode(), 0, 0, "no column of a usual name; name the one of the sentences: zzz"),
+    "zero.tar": (b"", 0, 0, "empty file"),
+    "junk.tar": (b"junk" * 300, 0, 0, "unreadable after 0 samples"),
+}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_files_give_what_is_in_them_and_their_damage_is_named(name, tmp_path):
+    content, sentences, bad, damage = STRANGE[name]
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / name).write_bytes(content)
+    (tmp_path / "files" / "good.txt").write_text("a yellow moon over the sea\n")
+    found = C.select_sentences(tmp_path / "files", count=100, construction="captions", progress=False, folder=tmp_path / "parts")
+    assert sorted(found.sentences) == sorted([*GOOD[:sentences], "a yellow moon over the sea"])
+    assert found.counts["unreadable"] == bad and len(found.damaged) == bool(damage)
+    assert not damage or (found.damaged[0][0] == name and re.search(damage, found.damaged[0][1]))
+    if not sentences:
+        with pytest.raises(ValueError, match=name):
+            C.select_sentences(tmp_path / "files" / name, count=9, construction="captions", progress=False, folder=tmp_path / "parts")
+
+
 @pytest.mark.parametrize("package, name", [("zstandard", "a.txt.zst"), ("pyarrow", "a.parquet")])
 def test_what_is_not_installed_is_named(package, name, tmp_path, monkeypatch):
     (tmp_path / "a.txt.zst").write_bytes(zstandard.compress(b"a star"))
@@ -389,7 +446,7 @@ def test_no_block_changes_what_is_counted(tmp_path, teacher, images, monkeypatch
         assert same(select(tmp_path / "a.txt", teacher, images, 10, reserve=1, near=0, block=block), whole)
 
 
-def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
+def test_a_worker_takes_a_gpu_of_its_own(monkeypatch, tmp_path):
     asked = []
 
     def load(name, device):
@@ -397,14 +454,27 @@ def test_workers_go_round_the_gpus(monkeypatch, tmp_path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(C, "load_model", load)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(C, "own_gpu", lambda: 2)
     work = C._Work(tmp_path, S.TextFilters(), 1, 1, "grounded", 0, teacher="any", device="cuda")
-    for number in (2, 3, 4):
-        process = SimpleNamespace(name=f"LokyProcess-{number}")
-        monkeypatch.setattr(C, "current_process", lambda process=process: process)
-        with pytest.raises(KeyboardInterrupt):
-            C._judge_here(work)
-    assert asked == ["cuda:2", "cuda:0", "cuda:1"]
+    with pytest.raises(KeyboardInterrupt):
+        C._judge_here(work)
+    assert asked == ["cuda:2"]
+
+
+def test_a_selection_is_made_once_at_a_time(folder, tmp_path, monkeypatch):
+    opened = C.open_engine
+    captions = partial(select, folder, None, None, construction="captions", folder=tmp_path / "parts")
+
+    def meanwhile(*given):
+        with pytest.raises(RuntimeError, match="parts/[0-9a-f]{16} is at work already: process"):
+            captions()
+        captions(seed=3)  # which is another one
+        return opened(*given)
+
+    engines = iter([meanwhile])
+    monkeypatch.setattr(C, "open_engine", lambda *given: next(engines, opened)(*given))
+    captions()
+    assert not list((tmp_path / "parts").iterdir())
 
 
 # Processes

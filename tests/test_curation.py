@@ -1,5 +1,6 @@
 """Curation out of core: the answers of one process that holds everything, whoever computes them and whatever dies on the way."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,9 +13,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from vlkd_lab import curation
+from vlkd_lab import curation, project
 from vlkd_lab.balancing import balance_at, cluster, link
 from vlkd_lab.curation import cells as C
 from vlkd_lab.curation import clusters as K
@@ -23,6 +25,7 @@ from vlkd_lab.curation import rows as R
 from vlkd_lab.data import inspect_shards, write_index
 from vlkd_lab.engines import Engine
 from vlkd_lab.models import load_model
+from vlkd_lab.project import alone_in
 from vlkd_lab.stores import FeatureStore, fill, load, store_key
 
 THRESHOLDS = (0.01, 0.05, 0.2, 0.4, 0.6)
@@ -181,7 +184,7 @@ def test_a_folder_of_other_rows_or_other_cells_is_refused(hard, tmp_path):
     with pytest.raises(ValueError, match="was begun with probes=64, and 3 is wanted now"):
         curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS | dict(probes=3))
     np.save(tmp_path / "a.npy", hard[:301])
-    with pytest.raises(ValueError, match="was begun with fingerprint="):
+    with pytest.raises(ValueError, match="was begun with other rows .300 rows of width 24 then, 301 of width 24 now."):
         curation.near_duplicates(tmp_path / "a.npy", folder=tmp_path / "out", **OPTIONS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
@@ -197,6 +200,9 @@ def test_a_folder_of_other_rows_or_other_cells_is_refused(hard, tmp_path):
         (dict(probes=0), "probes=0"),
         (dict(per_cell=1), "per_cell=1"),
         (dict(sample=-1), "sample=-1"),
+        (dict(seed=-1), "seed=-1 is not valid: a whole number, at least 0"),
+        (dict(probes=2.5), "probes=2.5 is not valid: a whole number, at least 1"),
+        (dict(workers=1.5), "workers=1.5"),
         (dict(memory_mb=3), "memory_mb=3"),
         (dict(engine="ray"), "choose one of local, dask"),
         (dict(workers=0), "workers=0"),
@@ -360,7 +366,7 @@ def test_an_array_may_be_given_again_and_leaves_files_of_others_alone(hard, tmp_
     again = curation.near_duplicates(torch.from_numpy(hard), folder=folder, memory_mb=99, **options)
     assert same_groups(one, again)
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("forest-*")}
-    with pytest.raises(ValueError, match="was begun with fingerprint="):
+    with pytest.raises(ValueError, match="was begun with other rows"):
         curation.near_duplicates(hard[:-1], folder=folder, **OPTIONS)
     (tmp_path / "mine").mkdir()
     np.save(tmp_path / "mine" / "rows.npy", hard[:50])
@@ -420,6 +426,8 @@ def test_a_store_of_indices_is_the_rows_that_they_keep(scenes, tiny_teacher, tmp
 
 
 def broken(tmp_path, hard):
+    yield tmp_path / "typo", "typo: there is no such file"
+    yield None, "one array, or files"
     bad = hard.copy()
     bad[17] = np.nan
     yield bad, "row 17 has length nan"
@@ -449,8 +457,56 @@ def broken(tmp_path, hard):
 
 def test_damaged_and_foreign_embeddings_are_named(hard, tmp_path):
     for number, (source, said) in enumerate(broken(tmp_path, hard)):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
             curation.near_duplicates(source, folder=tmp_path / f"out-{number}", **OPTIONS)
+
+
+@pytest.mark.parametrize("wrong", [dict(k=0), dict(k=2.5), dict(k=1401), dict(k=9, seed=-1), dict(k=9, piece=0), dict(k=9, iterations=0.5)], ids=str)
+def test_clusters_that_cannot_be_are_refused(hard, tmp_path, wrong):
+    name, value = list(wrong.items())[-1]
+    with pytest.raises(ValueError, match=f"^{name}={value} "):
+        curation.cluster_rows(hard, folder=tmp_path / "out", **wrong, progress=False)
+
+
+def strange():
+    "Rows as strangers bring them, and how they are looked through"
+    rng = np.random.default_rng(3)
+    rows = unit(np.repeat(rng.standard_normal((30, 8)), 4, axis=0) + 0.1 * rng.standard_normal((120, 8)))
+    wide = unit(np.repeat(rng.standard_normal((10, 4096)), 3, axis=0) + 0.1 * rng.standard_normal((30, 4096)))
+    signs = np.where(rng.random(50) < 0.5, -1.0, 1.0).astype(np.float32)[:, None]
+    yield "one row", rows[:1], {}
+    yield "two rows", rows[:2], {}
+    yield "all equal", np.repeat(rows[:1], 300, axis=0), {}
+    yield "width 1", signs, dict(most=2.0)
+    yield "width 4096", wide, {}
+    yield "large cells", rows, dict(per_cell=10**9)
+    yield "more probes than cells", rows, dict(probes=10**7)
+    yield "the smallest threshold", np.concatenate([rows, rows]), dict(most=0.0001)
+    yield "the largest threshold", rows, dict(most=2.0)
+    yield "a smallest one above", rows, dict(most=0.005, finest=0.3)
+
+
+@pytest.mark.parametrize(("rows", "given"), [pytest.param(*case, id=name) for name, *case in strange()])
+def test_strange_rows_have_the_groups_of_all_pairs(rows, given, tmp_path):
+    options = OPTIONS | given
+    found = curation.near_duplicates(rows, folder=tmp_path / "out", **options)
+    exact = link(R.unit_length(rows), most=options["most"], finest=found.finest)
+    for threshold in np.linspace(exact.finest, exact.most, 4):
+        assert np.array_equal(found.groups(threshold), exact.groups(threshold))
+    stays = curation.balance_rows(found, rows, exact.most, tmp_path / "out", progress=False)
+    assert torch.equal(stays.keep, balance_at(exact, R.unit_length(rows), exact.most).keep)
+    for k in {1, len(np.unique(rows, axis=0))}:
+        sizes = torch.bincount(curation.cluster_rows(rows, k, tmp_path / "clusters", progress=False).assignment, minlength=k)
+        assert len(sizes) == k and sizes.min() > 0
+
+
+def test_files_of_one_row_and_of_none_are_read_and_hidden_ones_are_not(hard, whole, tmp_path):
+    for number, row in enumerate(hard[:200]):
+        np.save(tmp_path / f"{number:04d}.npy", row[None])
+    np.save(tmp_path / "0100-none.npy", hard[:0])
+    np.save(tmp_path / "._0000.npy", hard[5:9])
+    files = R.row_files(tmp_path)
+    assert len(files) == 200 and np.array_equal(files.piece(0, 200), hard[:200])
 
 
 def test_memory_stays_within_the_budget(tmp_path):
@@ -473,3 +529,131 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 130, done.stdout
+
+
+# Two calls at once
+
+
+HOLDS = """
+import os, sys, time
+from vlkd_lab.project import alone_in
+with alone_in(sys.argv[1], sys.argv[2]):
+    if len(sys.argv) > 3 and os.fork():  # a child that outlives it
+        os.kill(os.getpid(), 9)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def held(folder, *more, lock="at-work.lock"):
+    "A process that is at work in a folder"
+    command = [sys.executable, "-c", HOLDS, str(folder), lock, *more]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_call_is_refused_by_name_until_the_first_has_ended_however(hard, tmp_path):
+    process = held(tmp_path)
+    with pytest.raises(RuntimeError, match=rf"{tmp_path} is at work already: process {process.pid} on .* since 20.*; wait, or name another folder"):
+        curation.near_duplicates(hard, folder=tmp_path, **OPTIONS)
+    with pytest.raises(RuntimeError, match="is at work already"):
+        curation.cluster_rows(hard, 5, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["at-work.lock"]
+    process.kill()
+    process.wait()
+    curation.cluster_rows(hard, 5, tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_child_that_outlives_its_parent_has_no_part_in_the_lock(tmp_path):
+    process = held(tmp_path, "fork")
+    process.wait()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_who_stays_is_chosen_once_at_a_time_for_a_threshold(hard, whole, tmp_path):
+    with alone_in(tmp_path, "balance-0.3.lock"):
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()} on"):
+            curation.balance_rows(whole, hard, 0.3, tmp_path, progress=False)
+        curation.balance_rows(whole, hard, threshold=0.2, folder=tmp_path, progress=False)
+
+
+def test_a_folder_without_locks_is_worked_in_all_the_same(hard, whole, tmp_path, monkeypatch):
+    def without(handle, kind):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", without)
+    assert same_groups(curation.near_duplicates(hard, folder=tmp_path, **OPTIONS), whole)
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_none_is_left_behind(hard, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file/out cannot be written .*: name another folder"):
+        curation.near_duplicates(hard, folder=tmp_path / "file" / "out", **OPTIONS)
+    with pytest.raises(ValueError, match="probes=0"):
+        curation.near_duplicates(hard, folder=tmp_path / "new", **OPTIONS | dict(probes=0))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("plan", ["{}", "no plan", '{"fingerprint": "0", "layout": 2}', "[]"])
+def test_a_plan_of_another_version_is_named(hard, tmp_path, plan):
+    (tmp_path / "plan.json").write_text(plan)
+    with pytest.raises(ValueError, match="plan.json cannot be read, or is of another version of the lab: name another folder"):
+        curation.near_duplicates(hard, folder=tmp_path, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "full",
+    [OSError(28, "No space left on device"), OSError("4096 requested and 12 written"), SafetensorError("I/O error: Disk quota exceeded (os error 122)")],
+    ids=str,
+)
+def test_a_full_disk_is_said_with_the_file_and_what_is_finished_stays(hard, whole, tmp_path, monkeypatch, full):
+    small_plan(monkeypatch)
+    save, files = R.save_file, []
+
+    def fails(arrays, path):
+        files.append(path)
+        if len(files) == 7:
+            raise full
+        save(arrays, path)
+
+    with monkeypatch.context() as changed:
+        for module in (R, D):
+            changed.setattr(module, "save_file", fails)
+        with pytest.raises(OSError, match=f"no room is left on the disk; what is finished stays: '{tmp_path}/out/[a-z]+-0000"):
+            curation.near_duplicates(hard, folder=tmp_path / "out", **OPTIONS)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".") or path.suffix == ".lock"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("piece-*")}
+    assert same_groups(curation.near_duplicates(hard, folder=tmp_path / "out", **OPTIONS), whole)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_full_disk_keeps_nobody_out(tmp_path, monkeypatch):
+    class Full(io.FileIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.open", lambda self, mode, **more: Full(self, mode.replace("b", "")))
+    with alone_in(tmp_path), pytest.raises(RuntimeError, match="is at work already: another process"), alone_in(tmp_path):
+        pass
+    monkeypatch.undo()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_whose_file_is_gone_is_taken_anew(tmp_path, monkeypatch):
+    "Whoever opened the file before its owner took it away has locked nothing"
+    take, opened = project.try_lock, []
+
+    def slowly(handle, *more):
+        opened.append(handle)
+        if len(opened) == 1:
+            (tmp_path / "at-work.lock").unlink()
+        return take(handle, *more)
+
+    monkeypatch.setattr(project, "try_lock", slowly)
+    with alone_in(tmp_path):
+        assert (tmp_path / "at-work.lock").read_text().startswith(f"process {os.getpid()} on")
+        with pytest.raises(RuntimeError, match="is at work already"), alone_in(tmp_path):
+            pass

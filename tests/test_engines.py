@@ -2,13 +2,17 @@
 
 import os
 import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cloudpickle
 import pytest
 
-from vlkd_lab.engines import open_engine, worker_number
+from vlkd_lab import engines as E
+from vlkd_lab.engines import open_engine
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # processes of an engine do not know this file
 
@@ -78,6 +82,15 @@ def test_workers_of_a_scheduler_that_runs_already():
             assert {pid for _, pid in engine.each(process_of, range(3))} == workers
 
 
+@pytest.mark.timeout(90)
+def test_the_only_worker_is_waited_for_when_it_begins_anew_however_long_its_imports_take(tmp_path):
+    import dask
+
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "100 ms"}):  # shorter than any start
+        with open_engine("dask", workers=1) as engine:
+            assert dict(engine.each(squared_but_one_dies, [(3, str(tmp_path))])) == {0: 9}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -115,9 +128,65 @@ def test_an_error_that_cannot_be_sent_is_told():
             list(engine.each(odd, [7, 7]))
 
 
-def test_processes_of_this_machine_have_numbers_also_where_dask_is_imported(monkeypatch):
-    import distributed
+def gpu_of(task):
+    "The GPU that a process takes, of the machine's names that it is told"
+    names, folder = task
+    E._visible_gpus = lambda: names
+    E.tempfile.gettempdir = lambda: folder
+    gpu = E.own_gpu()
+    Path(folder, f"process-{os.getpid()}").touch()
+    deadline = time.monotonic() + 20
+    while len(list(Path(folder).glob("process-*"))) < 2 and time.monotonic() < deadline:  # each worker has a task
+        time.sleep(0.01)
+    return os.getpid(), gpu
 
-    assert distributed.__name__ in sys.modules and worker_number() == 0
-    monkeypatch.setattr("multiprocessing.process.BaseProcess.name", "LokyProcess-3")
-    assert worker_number() == 2
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a"], ["a", "b", "c"]])
+def test_workers_of_a_machine_take_its_gpus_in_turn(engine, names, tmp_path):
+    taken = dict(result for _, result in engine.each(gpu_of, [(names, str(tmp_path))] * 8))
+    assert sorted(taken.values()) == ([0, 0] if len(names) == 1 else [0, 1])
+
+
+CLAIMS = """
+import sys, time
+from vlkd_lab import engines
+engines._visible_gpus = lambda: sys.argv[2].split(",")
+engines.tempfile.gettempdir = lambda: sys.argv[1]
+print(engines.own_gpu(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_gpu_is_taken_by_its_own_name_and_free_when_its_worker_is_killed(tmp_path):
+    "Five workers, of which two see other GPUs of the same machine in another order"
+    started = []
+
+    def claim(names):
+        process = subprocess.Popen([sys.executable, "-c", CLAIMS, str(tmp_path), names], stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        return int(process.stdout.readline())
+
+    try:
+        assert [claim(names) for names in ("a,b,c", "c,b", "a,b,c", "a,b,c", "b,a")] == [0, 0, 1, 0, 0]
+        started[2].kill()  # that had b
+        started[2].wait()
+        assert claim("a,b,c") == 1
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_without_locks_chance_says_which_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(E, "_visible_gpus", lambda: list("abc"))
+    monkeypatch.setattr(E, "try_lock", lambda handle: None)
+    monkeypatch.setattr(E.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert [E._claimed_gpu.__wrapped__(process) for process in (3, 4, 5)] == [0, 1, 2]
+
+
+def test_gpus_are_known_by_what_never_changes(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda k: SimpleNamespace(uuid=f"GPU-{7 - k}"))
+    assert E._visible_gpus() == ["GPU-7", "GPU-6"]

@@ -5,6 +5,8 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from itertools import islice, product
 
@@ -288,6 +290,32 @@ def test_tasks_of_an_engine_write_what_one_process_writes(teacher, tiny_teacher,
             assert one.keys == other.keys and np.array_equal(one.rows, other.rows)
 
 
+@pytest.mark.parametrize("by_engine", [False, True])
+def test_of_two_calls_that_compute_the_same_the_second_waits(teacher, tiny_teacher, shards, tmp_path, monkeypatch, capsys, by_engine):
+    store = store_of(teacher, shards, tmp_path / "out")
+    encode, threads, encoded = S.encode_shard, [], []
+
+    def again():
+        with open_engine("local") as engine:
+            given = (engine, store_of(teacher, shards, tmp_path / "out"), tiny_teacher)
+            encoded.append(S.fill_by(*given, progress=False) if by_engine else fill(store_of(teacher, shards, tmp_path / "out"), teacher))
+
+    def encode_slowly(vlm, shard, *more):
+        encoded.append(shard.name)
+        if not threads:
+            threads.append(threading.Thread(target=again))
+            threads[0].start()
+            time.sleep(0.5)
+        return encode(vlm, shard, *more)
+
+    monkeypatch.setattr(S, "encode_shard", encode_slowly)
+    assert fill(store, teacher) == 2 * len(store.shards)
+    threads[0].join()
+    assert sorted(encoded[:-1]) == sorted(store.shards) and encoded[-1] == 0
+    assert f"{tmp_path / 'out'} is at work already: process {os.getpid()}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.lock"))
+
+
 def test_a_folder_whose_teacher_has_changed_is_loaded_anew(tiny_teacher, teacher, shards, tmp_path, monkeypatch):
     folder = tmp_path / "teacher"
     shutil.copytree(tiny_teacher, folder)
@@ -506,3 +534,20 @@ def test_files_that_knew_one_caption_a_picture_are_computed_again(teacher, capti
     monkeypatch.undo()
     assert len(store.missing()) == 4 and store.problem("0", "text") == "unreadable, or of another version"
     assert fill(store_of(teacher, captioned), teacher) == 4
+
+
+def test_names_are_those_of_all_rows_read_shard_by_shard(teacher, captioned, shards, tmp_path, monkeypatch):
+    keep = write_index(tmp_path / "a.kept.json", inspect_shards(shards / "a.tar", progress=False).shards[0], ["00003", "00001"])
+    for data, side in ((captioned, "text"), (captioned, "image"), ([keep, shards / "c.tar"], "image")):
+        store = store_of(teacher, data)
+        fill(store, teacher)
+        for pairs in (False, True):
+            whole, names = S.load(store, side, captioned=pairs), S.StoredKeys(store, side, pairs)
+            assert tuple(names) == whole.keys and len(names) == len(whole.keys) and np.array_equal(names.labels(), whole.labels)
+            assert [names[row] for row in range(len(names))][::-1] == [names[row] for row in range(len(names))[::-1]]
+            assert [f"{shard}/{key}" for shard, keys in names.by_shard() for key in keys] == list(whole.keys)
+    with pytest.raises(IndexError, match="row -1"):
+        names[-1]
+    store.path("c", "image").unlink()
+    with pytest.raises(ValueError, match="the image features of c are missing"):
+        S.StoredKeys(store).labels()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 from .project import atomic_write, write_text
+from .stores import StoredKeys
 
 # %% auto #0
 __all__ = ['Linkage', 'load_linkage', 'spanning_forest', 'GrowingForest', 'exact_distances', 'NearPairs', 'distinct_rows',
@@ -544,7 +545,7 @@ def lost_per_class(
 # %% ../nbs/library/032_balancing.ipynb #05d73b34
 def write_balanced(
     report: DataReport,  # of the shards
-    keys: Sequence[str],  # N names "shard/key", as a store gives them
+    keys: Sequence[str] | StoredKeys,  # N names "shard/key", or those of a store, read shard by shard
     balance: Balance,  # of those N
     folder: str | Path,
     form: str = "index",  # index, or shards: a copy of what stays
@@ -553,14 +554,9 @@ def write_balanced(
     "What a balance leaves, as data that every job reads; samples without features go too"
     folder = Path(folder).resolve()
     by_name = {shard.name: shard for shard in report.usable}
-    kept = {}
     if form not in ("index", "shards"):
         raise ValueError(f"form={form!r} is not valid: choose 'index' or 'shards'")
-    for row in balance.keep.tolist():
-        shard = next((name for name in shards_in_name(keys[row]) if name in by_name), None)
-        if shard is None:
-            raise ValueError(f"{keys[row]} is of none of these shards: {', '.join(list(by_name)[:4])}, …")
-        kept.setdefault(shard, []).append(keys[row][len(shard) + 1 :])
+    shards = _kept_keys(keys, balance, by_name)
     if folder.exists() and any(folder.iterdir()) and not (folder / "balance.json").exists():
         raise ValueError(
             f"{folder} holds other files: name a new folder, or one of an earlier balance, which is replaced"
@@ -573,15 +569,62 @@ def write_balanced(
         "fingerprint": report.fingerprint,
     }
     ending = ".kept.json" if form == "index" else ".tar"
+    written = []
     # what is unfinished lies in the same depth: an index names its shard from where it lies
     with atomic_write(folder) as unfinished:
-        for name in tqdm(sorted(kept), desc="balanced shards", disable=not progress):
+        for name, kept in tqdm(shards, desc="balanced shards", disable=not progress):
             if form == "index":
-                write_index(unfinished / f"{name}{ending}", by_name[name], kept[name])
+                write_index(unfinished / f"{name}{ending}", by_name[name], kept)
             else:
-                copy_samples(unfinished / f"{name}{ending}", by_name[name].path, set(kept[name]))
+                copy_samples(unfinished / f"{name}{ending}", by_name[name].path, set(kept))
+            written.append(folder / f"{name}{ending}")
         write_text(unfinished / "balance.json", json.dumps(about, indent=1))
-    return [folder / f"{name}{ending}" for name in sorted(kept)]
+    return written
+
+
+# %% ../nbs/library/032_balancing.ipynb #cur8a003
+def _kept_keys(
+    keys: Sequence[str] | StoredKeys, balance: Balance, shards: Collection[str]
+) -> Iterator[tuple[str, list[str]]]:  # shard, keys in it that stay; shards in the order of their names
+    "What stays of each shard"
+    if isinstance(keys, StoredKeys):
+        return _stored_keys(keys, balance, shards)
+    return iter(sorted(_listed_keys(keys, balance, shards).items()))
+
+
+def _stored_keys(
+    keys: StoredKeys, balance: Balance, shards: Collection[str]
+) -> Iterator[tuple[str, list[str]]]:
+    "The same of a store, a shard at a time"
+    stays = np.zeros(len(balance.group), bool)
+    stays[balance.keep.numpy()] = True
+    start = 0
+    for shard, in_shard in keys.by_shard():
+        stop = start + len(in_shard)
+        kept = [in_shard[row] for row in np.flatnonzero(stays[start:stop])]
+        start = stop
+        if kept and shard not in shards:
+            raise ValueError(_foreign(f"{shard}/{kept[0]}", shards))
+        if kept:
+            yield shard, kept
+    if start != len(stays):
+        raise ValueError(f"the balance is of {len(stays)} rows, and the store has {start}")
+
+
+def _listed_keys(keys: Sequence[str], balance: Balance, shards: Collection[str]) -> dict[str, list[str]]:
+    "The same of a list of names"
+    kept = {}
+    for row in balance.keep.tolist():
+        shard = next((name for name in shards_in_name(keys[row]) if name in shards), None)
+        if shard is None:
+            raise ValueError(_foreign(keys[row], shards))
+        kept.setdefault(shard, []).append(keys[row][len(shard) + 1 :])
+    return kept
+
+
+def _foreign(key: str, shards: Collection[str]) -> str:
+    return f"{key} is of none of these shards: {', '.join(list(shards)[:4])}, …"
+
 
 # %% ../nbs/library/032_balancing.ipynb #3971a94f
 def find_pictures(

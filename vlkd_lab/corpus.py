@@ -8,18 +8,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
 from itertools import islice
-from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +43,9 @@ from vlkd_lab.curation.sentences import (
 
 from .curation.similar import SimilarTexts, check_similar, same_words
 from .data import Pairs, escaped, find_images, inspect_shards, project_root, shipped, thumbnail
-from .engines import Engine, open_engine
+from .engines import Engine, open_engine, own_gpu
 from .models import PRECISIONS, VLM, evaluating, in_precision, load_model, state_digest
-from .project import atomic_write, cache_folder, write_text
+from .project import alone_in, atomic_write, cache_folder, write_text
 from .remote import RemoteFile
 from .sources import text_lines, unreadable
 from .stores import FeatureStore, fill, load, store_key
@@ -397,9 +393,7 @@ def _judge_here(work: _Work) -> _Grounding | _Drawing:
     torch.set_num_threads(1)  # as many as there are workers would share the cores
     if work.construction != "grounded":
         return _Drawing(work.seed)
-    device = work.device
-    if device == "cuda":
-        device = f"cuda:{_worker_number() % torch.cuda.device_count()}"
+    device = f"cuda:{own_gpu()}" if work.device == "cuda" else work.device
     vlm = load_model(work.teacher, device)
     if work.precision:
         vlm = in_precision(vlm, work.precision)
@@ -408,17 +402,6 @@ def _judge_here(work: _Work) -> _Grounding | _Drawing:
         raise ValueError(f"the teacher {work.teacher} has other weights there than in memory: {advice}")
     return _Grounding(vlm, torch.from_numpy(load_file(work.folder / _IMAGE_FILE)["images"]))
 
-
-def _worker_number() -> int:
-    "Another one for each of a machine's workers, as far as an engine numbers them"
-    name = current_process().name  # LokyProcess-3
-    if "distributed" in sys.modules:
-        from distributed import get_worker
-
-        with suppress(ValueError):  # this is none of Dask's
-            name = str(get_worker().name)  # 0, 1, …, or an address with a port
-    digits = re.findall(r"\d+", name)
-    return int(digits[-1]) if digits else os.getpid()
 
 # %% ../nbs/library/040_corpus.ipynb #23b10d00
 def _squares(
@@ -523,10 +506,12 @@ def select_sentences(
     if not here and construction == "grounded" and not vlm.name:
         raise ValueError("other processes load the teacher by its name, and it has none: save and load it")
     work = _with_folder(_with_teacher(work, judge), parts, judge, folder)
-    with open_engine(engine, workers, address) as opened:
-        _finish_parts(opened, parts, work, judge if here else None, progress)
-    best, tally, problems = _merged(work, parts)
-    shutil.rmtree(work.folder)
+    with alone_in(work.folder, work.folder.with_suffix(".lock")):  # beside the folder, which goes at the end
+        _save_images(work, judge)
+        with open_engine(engine, workers, address) as opened:
+            _finish_parts(opened, parts, work, judge if here else None, progress)
+        best, tally, problems = _merged(work, parts)
+        shutil.rmtree(work.folder)
     damaged = _damaged(files, problems)
     if not best.texts:
         raise ValueError(_nothing_left(files, words, tally, damaged))
@@ -597,12 +582,15 @@ def _with_folder(
         images = judge.images.cpu().numpy().tobytes()
     key = sha256(repr((1, stamps, replace(work, folder=Path()))).encode() + images).hexdigest()[:16]
     place = Path(folder).resolve() if str(folder) else cache_folder() / "corpus"
-    work = replace(work, folder=place / key)
+    return replace(work, folder=place / key)
+
+
+def _save_images(work: _Work, judge: _Grounding | _Drawing) -> None:
+    "The images' features, where other processes find them"
     work.folder.mkdir(parents=True, exist_ok=True)
-    if images:
+    if isinstance(judge, _Grounding):
         with atomic_write(work.folder / _IMAGE_FILE) as unfinished:
             save_file({"images": judge.images.float().cpu().numpy()}, unfinished)
-    return work
 
 
 def _stamp(file: TextFile) -> tuple:
@@ -651,8 +639,9 @@ def _nothing_left(
     names = [file.path.name for file in files]
     some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
     fates = ", ".join(f"{reason} {count}" for reason, count in tally.counts.items() if count)
+    fates = f" ({fates})" if fates else ""
     broken = "".join(f"; {name}: {problem}" for name, problem in damaged[:3])
-    return f"{some}: no sentence of {words[0]} to {words[1]} words among {tally.read} ({fates}){broken}"
+    return f"{some}: no sentence of {words[0]} to {words[1]} words among {tally.read}{fates}{broken}"
 
 # %% ../nbs/library/040_corpus.ipynb #c0rpusx1
 def _settled(

@@ -5,19 +5,23 @@
 # %% ../nbs/library/004_engines.ipynb #en9in005
 from __future__ import annotations
 
-import multiprocessing
+import os
 import pickle
-import re
-import sys
+import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from .project import keep_locked, try_lock
+
 # %% auto #0
-__all__ = ['ENGINES', 'Engine', 'open_engine', 'worker_number']
+__all__ = ['ENGINES', 'Engine', 'open_engine', 'own_gpu']
 
 # %% ../nbs/library/004_engines.ipynb #en9in007
 ENGINES = ("local", "dask")
@@ -131,6 +135,7 @@ class _Dask(Engine):
 def _dask(workers: int, address: str, memory_mb: int) -> Iterator[Engine]:
     "Dask's engine, for as long as it is wanted"
     try:
+        from dask import config
         from distributed import Client, LocalCluster
     except ImportError as error:
         raise ImportError('engine="dask" needs Dask: pip install "vlkd_lab[curation]"') from error
@@ -140,8 +145,11 @@ def _dask(workers: int, address: str, memory_mb: int) -> Iterator[Engine]:
         return
     options = dict(threads_per_worker=1, dashboard_address=":0", silence_logs=50)
     limit = memory_mb * 2**20 or None
-    with LocalCluster(n_workers=workers, memory_limit=limit, **options) as cluster, Client(cluster) as client:
-        yield _Dask(client)
+    # a worker that died is started anew; one that takes longer than this to begin is given up for good
+    patience = config.set({"distributed.deploy.lost-worker-timeout": "1 hour"})
+    with patience, LocalCluster(n_workers=workers, memory_limit=limit, **options) as cluster:
+        with Client(cluster) as client:
+            yield _Dask(client)
 
 # %% ../nbs/library/004_engines.ipynb #en9in012
 @contextmanager
@@ -154,8 +162,8 @@ def open_engine(
     "An engine for as long as the block lasts"
     if engine not in ENGINES:
         raise ValueError(f"engine={engine!r} is not valid: choose one of {', '.join(ENGINES)}")
-    if workers < 1 or memory_mb < 0:
-        valid = "at least 1 worker, and 0 (no limit) or more MB"
+    if workers < 1 or workers != int(workers) or memory_mb < 0:
+        valid = "whole workers, at least 1, and 0 (no limit) or more MB"
         raise ValueError(f"workers={workers} and memory_mb={memory_mb} are not valid: {valid}")
     if address and engine != "dask":
         raise ValueError(f"address={address!r} is Dask's: choose engine='dask' with it")
@@ -177,23 +185,38 @@ def _send_home(workers: int) -> None:
         get_reusable_executor().shutdown(wait=True)
 
 # %% ../nbs/library/004_engines.ipynb #en9in017
-def worker_number() -> int:
-    "The number of this worker among those of its engine; 0 where there is no engine"
-    name = multiprocessing.current_process().name  # LokyProcess-3
-    is_local = name.startswith("LokyProcess")
-    if not is_local:
-        name = _name_in_dask()
-    number = re.search(r"(\d+)$", name)
-    return int(number[1]) - is_local if number else 0
+def own_gpu() -> int:  # of the visible ones, from 0
+    "The GPU that this process takes for its life, one that few others of its machine have taken"
+    return _claimed_gpu(os.getpid())  # a forked process takes another one
 
 
-def _name_in_dask() -> str:
-    "What Dask calls this worker; empty where this is none"
-    if "distributed" not in sys.modules:
-        return ""
-    from distributed import get_worker
+@lru_cache(maxsize=1)
+def _claimed_gpu(process: int) -> int:
+    "The first GPU with the fewest workers"
+    names = _visible_gpus()
+    if len(names) < 2:
+        return 0
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    folder = Path(tempfile.gettempdir(), f"vlkd_lab-gpus-{user}-{socket.gethostname()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    turn = 0
+    while True:
+        for number, name in enumerate(names):
+            handle = open(folder / f"{name}-{turn}", "a")
+            is_free = try_lock(handle)
+            if is_free:
+                keep_locked(handle)
+                return number
+            handle.close()
+            if is_free is None:  # no locks here: as chance has it
+                return process % len(names)
+        turn += 1
 
-    try:
-        return str(get_worker().name)
-    except ValueError:
-        return ""
+
+def _visible_gpus() -> list[str]:
+    "Names of the GPUs that this process sees, the same in every process of the machine"
+    import torch
+
+    properties = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
+    return [str(getattr(gpu, "uuid", number)) for number, gpu in enumerate(properties)]
+

@@ -5,21 +5,27 @@
 # %% ../nbs/library/000_project.ipynb #42400087
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import socket
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import wraps
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import vlkd_lab
 
 # %% auto #0
-__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'former_names']
+__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'try_lock', 'keep_locked',
+           'alone_in', 'works_alone', 'former_names']
 
 # %% ../nbs/library/000_project.ipynb #5507879b
 def is_working_copy(folder: Path) -> bool:
@@ -52,6 +58,10 @@ def packaged(name: str | Path) -> Path | None:  # None: it is not part of this i
     return next((folder / name for folder in (package, *beside) if (folder / name).exists()), None)
 
 # %% ../nbs/library/000_project.ipynb #b1f0c2d5
+# what the system, safetensors and NumPy say where a disk or a quota is used up
+_FULL = re.compile(r"No space left on device|quota exceeded|\d+ requested and \d+ written")
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:  # where to write, beside the path and on the same disk
     "Replace a file or a folder by what the block writes, once it ends without an error"
@@ -63,6 +73,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:  # where to write, beside 
         if path.is_dir() and not path.is_symlink():  # a folder can only be renamed to where there is none
             shutil.rmtree(path)
         os.replace(unfinished, path)
+    except Exception as error:
+        if _FULL.search(str(error)):
+            full = "no room is left on the disk; what is finished stays"
+            raise OSError(errno.ENOSPC, full, str(path)) from error
+        raise
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -74,6 +89,135 @@ def write_text(path: str | Path, text: str) -> None:
     "Replace a text file; folders on the way are made"
     with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+# %% ../nbs/library/000_project.ipynb #al0ne002
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there nothing is locked
+    fcntl = None
+
+
+def try_lock(
+    handle: Any,  # an open file
+    shared: bool = False,  # with others that share it
+) -> bool | None:  # None: there are no locks here
+    "Whether a file's lock could be taken; it lasts until the file is closed or its process ends"
+    if fcntl is None:
+        return None
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # somebody else has it
+        return False
+    except OSError:  # a network folder without locks
+        return None
+    return True
+
+
+_locked_files = set()  # of this process
+
+
+def keep_locked(handle: Any) -> None:
+    "Hold a locked file until it is closed; a process that is forked has no part in it"
+    _locked_files.add(handle)
+
+
+def _close_in_child() -> None:
+    "A lock lives as long as anybody has its file open, and a child may outlive its parent"
+    for handle in _locked_files:
+        handle.close()
+    _locked_files.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+# %% ../nbs/library/000_project.ipynb #al0ne003
+@contextmanager
+def alone_in(
+    folder: str | Path,  # in which the block works; made where it is not there
+    lock: str | Path = "at-work.lock",  # file in it, or elsewhere if the block deletes the folder
+    wait: bool = False,  # until whoever is at work there has ended; False: an error says who it is
+) -> Iterator[None]:
+    "Keep other calls out of a folder while the block lasts; RuntimeError where one is at work already"
+    folder = Path(folder)
+    path = folder / lock
+    is_new = not folder.exists()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _open_locked(path, folder, wait)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{folder} cannot be written ({reason}): name another folder") from error
+    try:
+        yield
+    finally:
+        if not handle.closed:  # as it is in a forked process
+            path.unlink(missing_ok=True)
+            _locked_files.discard(handle)
+            handle.close()
+            if is_new:
+                with suppress(OSError):  # there is something in it
+                    folder.rmdir()
+
+
+def _open_locked(path: Path, folder: Path, wait: bool) -> BinaryIO:
+    "A file that is locked and says by whom"
+    is_told = False
+    while True:
+        handle = path.open("a+b", buffering=0)
+        is_free = try_lock(handle) is not False
+        if is_free and _is_there(handle, path):
+            return _signed(handle)
+        handle.seek(0)
+        who = handle.read().decode() or "another process"
+        handle.close()
+        if is_free:  # who had it before has just taken the file away
+            continue
+        if not wait:
+            raise RuntimeError(f"{folder} is at work already: {who}; wait, or name another folder")
+        if not is_told:
+            print(f"{folder} is at work already: {who}; this waits for it", file=sys.stderr)
+            is_told = True
+        time.sleep(0.2)
+
+
+# %% ../nbs/library/000_project.ipynb #al0ne007
+def _is_there(handle: BinaryIO, path: Path) -> bool:
+    "Whether an open file still is what has its name"
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle.fileno()), path.stat())
+    return False
+
+
+def _signed(handle: BinaryIO) -> BinaryIO:
+    "A locked file, in which it now says whose it is"
+    keep_locked(handle)
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    with suppress(OSError):  # a full disk
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()} since {began}".encode())
+    return handle
+
+
+# %% ../nbs/library/000_project.ipynb #al0ne005
+def works_alone(
+    lock: str = "at-work.lock",  # file in the folder; {NAME} stands for a parameter of the function
+) -> Callable:  # a decorator
+    "Let only one call of a function work in its parameter `folder`"
+
+    def kept_alone(function: Callable) -> Callable:
+        @wraps(function)
+        def called(*given: Any, **named: Any) -> Any:
+            arguments = signature(function).bind(*given, **named).arguments
+            with alone_in(arguments["folder"], lock.format(**arguments)):
+                return function(*given, **named)
+
+        return called
+
+    return kept_alone
+
 
 # %% ../nbs/library/000_project.ipynb #f0rm3r02
 def former_names(

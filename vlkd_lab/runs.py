@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .data import project_root
 from .methods import all_losses
-from .project import atomic_write, former_names, write_text
+from .project import atomic_write, former_names, try_lock, write_text
 
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
@@ -57,27 +57,10 @@ def to_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 # %% ../nbs/library/070_runs.ipynb #263cb2ab
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there a second writer is not noticed
-    fcntl = None
-
-
-def _try_lock(handle, shared: bool = False) -> bool:
-    "Whether the lock could be taken"
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _take_lock(handle, seconds: float) -> bool:
     "Try for a while: somebody may be looking at this moment"
     deadline = time.monotonic() + seconds
-    while not _try_lock(handle):
+    while try_lock(handle) is False:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.01)
@@ -210,7 +193,7 @@ def is_written(run: Run) -> bool:
     if not path.exists():
         return False
     with path.open("a") as handle:
-        return not _try_lock(handle, shared=True)
+        return try_lock(handle, shared=True) is False
 
 
 class RunStopped(Exception):

@@ -11,9 +11,10 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -39,14 +40,14 @@ from vlkd_lab.data import (
 )
 
 from . import data
-from .engines import Engine, open_engine, worker_number
+from .engines import Engine, open_engine, own_gpu
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
-from .project import atomic_write, write_text
+from .project import alone_in, atomic_write, write_text
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
-           'shard_features', 'Stored', 'load', 'StoredTeacher', 'fill_by']
+           'shard_features', 'Stored', 'load', 'StoredKeys', 'StoredTeacher', 'fill_by']
 
 # %% ../nbs/library/031_stores.ipynb #7f1d3847
 @dataclass(frozen=True)
@@ -274,6 +275,16 @@ def fill(
     progress: bool = True,
 ) -> int:  # files written
     "Compute the features that a store lacks, shard by shard"
+    _open_to(store, vlm)
+    names = list(store.shards)[rank::world_size]
+    if not _lacking(store, names, sides):
+        return 0
+    with _alone_with(store, names, sides):
+        return _fill_shards(store, vlm, _lacking(store, names, sides), batch_size, progress)
+
+
+def _open_to(store: FeatureStore, vlm: VLM) -> None:
+    "See that a teacher is the store's, and mark the folder as its own"
     key = store_key(vlm)
     if (key.weights, key.view) != (store.key.weights, store.key.view):
         teacher = f"{store.key.teacher} ({store.key.weights[:12]})"
@@ -281,12 +292,30 @@ def fill(
     _check_owner(store)
     if store.where and not (store.where / "store.json").exists():
         write_text(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
+
+
+# %% ../nbs/library/031_stores.ipynb #st9re004
+def _lacking(store: FeatureStore, names: Sequence[str], sides: Sequence[str]) -> dict[str, list[str]]:
+    "What some shards lack: shard -> sides"
+    lacking = {}
+    for name in names:
+        if lacks := [side for side in sides if store.problem(name, side)]:
+            lacking[name] = lacks
+    return lacking
+
+
+def _alone_with(store: FeatureStore, names: Sequence[str], sides: Sequence[str]) -> AbstractContextManager:
+    "Wait while another call computes the same; other shards and sides may be computed beside it"
+    told = json.dumps([store.key.name, list(names), list(sides)])
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
+    return alone_in(store.path(names[0], sides[0]).parent, f"fill-{digest}.lock", wait=True)
+
+
+def _fill_shards(
+    store: FeatureStore, vlm: VLM, todo: dict[str, list[str]], batch_size: int, progress: bool
+) -> int:
+    "Compute what some shards lack; files written"
     written = 0
-    todo = {}  # shard -> sides that it lacks
-    for name in list(store.shards)[rank::world_size]:
-        lacks = [side for side in sides if store.problem(name, side)]
-        if lacks:
-            todo[name] = lacks
     pairs = sum(store.shards[name][0].count for name in todo)
     with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
         for name, lacks in todo.items():
@@ -309,11 +338,7 @@ def shard_features(
     if (name, side) in store._open:
         store._open.move_to_end((name, side))
         return store._open[name, side]
-    if problem := store.problem(name, side):
-        path = store.path(name, side)
-        advice = "start the job again, which computes what is missing"
-        raise ValueError(f"{path}: the {side} features of {name} are {problem}; {advice}")
-    features = _read(store.path(name, side))
+    features = _read(_usable_path(store, name, side))
     _, kept = store.shards[name]
     if kept is not None:
         features = _chosen(features, [row for row, key in enumerate(features.keys) if key in kept])
@@ -321,6 +346,15 @@ def shard_features(
     if len(store._open) > most:
         store._open.popitem(last=False)
     return features
+
+
+def _usable_path(store: FeatureStore, name: str, side: str) -> Path:
+    "A shard's file, checked"
+    path = store.path(name, side)
+    if problem := store.problem(name, side):
+        advice = "start the job again, which computes what is missing"
+        raise ValueError(f"{path}: the {side} features of {name} are {problem}; {advice}")
+    return path
 
 
 def _chosen(shard: ShardFeatures, rows: Sequence[int]) -> ShardFeatures:
@@ -363,6 +397,72 @@ def load(
         np.concatenate([p.labels for p in parts.values()]),
         keys,
     )
+
+# %% ../nbs/library/031_stores.ipynb #st9re006
+class StoredKeys(Sequence):
+    "The names of a side's rows, in the order of `load`, of which one shard's are in memory at a time"
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        side: str = "image",
+        captioned: bool = False,  # only samples whose caption can be used as well
+    ):
+        self.store = store
+        self.side = side
+        self.captioned = captioned
+        self._names = list(store.shards)
+        self._last = ("", ())  # shard, its keys
+
+    def by_shard(self) -> Iterator[tuple[str, tuple[str, ...]]]:  # shard, keys in it
+        "The keys shard by shard"
+        for name in self._names:
+            yield name, self._keys(name)
+
+    def labels(self) -> np.ndarray:  # (N,) int64, -1 where a sample has none
+        "The classes of all rows"
+        parts = [self._read(name)[1] for name in self._names]
+        return np.concatenate(parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, row: int) -> str:  # "shard/key"
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row}: there are {len(self)} rows")
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        name = self._names[number]
+        keys = self._keys(name)
+        return f"{name}/{keys[row - int(self._ends[number]) + len(keys)]}"
+
+    @cached_property
+    def _ends(self) -> np.ndarray:  # (shards,) rows up to the end of each
+        return np.cumsum([len(self._keys(name)) for name in self._names])
+
+    def _keys(self, name: str) -> tuple[str, ...]:
+        if self._last[0] != name:
+            self._last = name, self._read(name)[0]
+        return self._last[1]
+
+    def _read(self, name: str) -> tuple[tuple[str, ...], np.ndarray]:  # keys, labels
+        return _names_and_labels(self.store, name, self.side, self.captioned)
+
+
+# %% ../nbs/library/031_stores.ipynb #st9re007
+def _names_and_labels(
+    store: FeatureStore, name: str, side: str, captioned: bool
+) -> tuple[tuple[str, ...], np.ndarray]:
+    "A shard's keys and classes, its rows unread"
+    with safe_open(_usable_path(store, name, side), "np") as file:
+        keys = file.get_tensor("keys").tobytes().decode()[:-1].split("\0")
+        labels = file.get_tensor("labels")
+        counts = file.get_tensor("captioned") if captioned else np.ones(len(labels), bool)
+    _, kept = store.shards[name]
+    if kept is not None:
+        counts = counts & np.array([key in kept for key in keys[: len(labels)]], bool)
+    rows = np.flatnonzero(counts)
+    return tuple(keys[row] for row in rows), labels[rows]
+
 
 # %% ../nbs/library/031_stores.ipynb #70c259a7
 def _first_rows(keys: Sequence[str]) -> dict[str, int]:
@@ -429,14 +529,17 @@ def fill_by(
     progress: bool = True,
 ) -> int:  # files written
     "Compute the features that a store lacks, a task a shard"
-    lacking = {name for name, _ in store.missing(sides)}
-    tasks = [store.reports[name] for name in store.shards if name in lacking]
+    names = list(store.shards)
+    if not _lacking(store, names, sides):
+        return 0
     where = str(store.where) if store.where else ""
     if Path(teacher).is_dir():  # a worker may run in another folder
         teacher = Path(teacher).resolve()
     given = dict(key=store.key, where=where, teacher=str(teacher), sides=tuple(sides), batch_size=batch_size)
     label = "teacher features" if progress else ""
-    return sum(written for _, written in engine.each(partial(_fill_shard, **given), tasks, label))
+    with _alone_with(store, names, sides):
+        tasks = [store.reports[name] for name in _lacking(store, names, sides)]
+        return sum(written for _, written in engine.each(partial(_fill_shard, **given), tasks, label))
 
 
 def _fill_shard(
@@ -444,15 +547,15 @@ def _fill_shard(
 ) -> int:
     "Compute the features of one shard; files written"
     store = FeatureStore(DataReport((shard,)), key, where)
-    return fill(store, _kept_teacher(teacher, key.weights), sides, batch_size, progress=False)
+    vlm = _kept_teacher(teacher, key.weights)
+    _open_to(store, vlm)
+    return _fill_shards(store, vlm, _lacking(store, list(store.shards), sides), batch_size, progress=False)
 
 
 @lru_cache(maxsize=1)
 def _kept_teacher(teacher: str, weights: str) -> VLM:
     "A teacher that stays with this worker until another one, or one of other weights, is asked for"
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = f"cuda:{worker_number() % torch.cuda.device_count()}"
+    device = f"cuda:{own_gpu()}" if torch.cuda.is_available() else "cpu"
     return load_model(Path(teacher) if Path(teacher).is_dir() else teacher, device)
 
 # %% ../nbs/library/031_stores.ipynb #d8ddc7d6

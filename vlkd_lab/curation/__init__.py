@@ -18,6 +18,7 @@ from vlkd_lab.curation.cells import (
 from vlkd_lab.curation.rows import (
     RowFile,
     RowFiles,
+    check_counts,
     read_sorted,
     row_files,
     unit_length,

@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 
 from ..balancing import Clusters
 from ..engines import open_engine
-from ..project import atomic_write
+from ..project import atomic_write, works_alone
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
-from .rows import RowFiles, row_files, unit_length
+from .rows import RowFiles, check_counts, row_files, unit_length
 
 # %% auto #0
 __all__ = ['cluster_rows']
@@ -71,6 +71,7 @@ def _refilled(cells: Cells, sizes: np.ndarray, named: list[tuple], rows: RowFile
 _TURNS = 8  # of moving centres that have no rows
 
 
+@works_alone()
 def cluster_rows(
     source: Any,  # embeddings, as `row_files` takes them
     k: int,  # clusters, from 1 to N
@@ -88,10 +89,8 @@ def cluster_rows(
     folder = Path(folder).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     rows = row_files(source, folder=folder)
-    for name, value in (("sampled", sampled), ("iterations", iterations), ("piece", piece)):
-        if value < 1:
-            raise ValueError(f"{name}={value} is not valid: at least 1")
-    if not 1 <= k <= len(rows):
+    check_counts(sampled=(sampled, 1), iterations=(iterations, 1), piece=(piece, 1), seed=(seed, 0), k=(k, 1))
+    if k > len(rows):
         raise ValueError(f"k={k} clusters is not valid: of {len(rows)} rows k must be from 1 to {len(rows)}")
     pieces = range(-(-len(rows) // piece))
     with open_engine(engine, workers, address) as opened:

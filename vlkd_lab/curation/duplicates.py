@@ -32,9 +32,9 @@ from vlkd_lab.balancing import (
 )
 
 from ..engines import Engine, open_engine
-from ..project import atomic_write, write_text
+from ..project import atomic_write, works_alone, write_text
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
-from .rows import RowFiles, read_sorted, row_files, unit_length, write_sorted
+from .rows import RowFiles, check_counts, read_sorted, row_files, unit_length, write_sorted
 
 # %% auto #0
 __all__ = ['LinkPlan', 'near_duplicates', 'balance_rows']
@@ -73,8 +73,18 @@ def _check_folder(folder: Path) -> None:
     "Refuse a folder of other files, before anything is written there"
     if (folder / "plan.json").exists() or not folder.exists():
         return
-    if any(not path.match("rows-*.npy") for path in folder.iterdir()):  # an array that was given before
+    # an array that was given before, and the lock of this call
+    if any(not (path.match("rows-*.npy") or path.match("*.lock")) for path in folder.iterdir()):
         raise ValueError(f"{folder} holds other files: name a new folder, or one of an earlier linkage")
+
+# %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0032
+def _read_plan(path: Path) -> LinkPlan:
+    "A folder's plan; ValueError for what this version of the lab did not write"
+    try:
+        return LinkPlan(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        reason = f"{path} cannot be read, or is of another version of the lab"
+        raise ValueError(f"{reason}: name another folder, or delete this one to begin anew") from error
 
 
 def _open_plan(folder: Path, plan: LinkPlan) -> LinkPlan:
@@ -83,8 +93,14 @@ def _open_plan(folder: Path, plan: LinkPlan) -> LinkPlan:
     if not path.exists():
         write_text(path, json.dumps(asdict(plan), indent=1))
         return plan
-    before = LinkPlan(**json.loads(path.read_text(encoding="utf-8")))
-    for name in ("fingerprint", "count", "width", "finest", "most", "probes", "per_cell", "seed"):
+    before = _read_plan(path)
+    if before.fingerprint != plan.fingerprint:
+        then = f"{before.count} rows of width {before.width} then, {plan.count} of width {plan.width} now"
+        raise ValueError(
+            f"{folder} was begun with other rows ({then}): their files were written again, moved, added or "
+            "removed since; name another folder, or delete this one to begin anew"
+        )
+    for name in ("finest", "most", "probes", "per_cell", "seed"):
         was, given = getattr(before, name), getattr(plan, name)
         if was != given:
             raise ValueError(
@@ -114,10 +130,11 @@ _TOGETHER = 1 << 14  # rows; changes no answer
 
 def _asked(cells: Cells, rows: np.ndarray, plan: LinkPlan) -> np.ndarray:  # (N, probes) int32, home first
     "The cells that each row is put into; -1 where there are fewer"
-    asked = np.full((len(rows), plan.probes), -1, np.int32)
+    probes = min(plan.probes, len(cells.centers))
+    asked = np.full((len(rows), probes), -1, np.int32)
     for start in range(0, len(rows), _TOGETHER):
         part = whole_numbers(rows[start : start + _TOGETHER])
-        found, products = cells.nearest(part, plan.probes, looked=max(16, 4 * plan.probes))
+        found, products = cells.nearest(part, probes, looked=max(16, 4 * probes))
         away = np.sqrt(np.maximum(2 - 2 * products.astype(np.float64) / SCALE**2, 0))
         found[away > away[:, :1] + 2 * plan.most + 2e-3] = -1
         asked[start : start + len(part), : found.shape[1]] = found
@@ -342,6 +359,7 @@ class _Progress:
         write_text(self.path, json.dumps(about, indent=1))
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0021
+@works_alone()
 def near_duplicates(
     source: Any,  # embeddings, as `row_files` takes them
     most: float,  # largest threshold that will be asked for, Euclidean, above 0, at most 2
@@ -360,7 +378,7 @@ def near_duplicates(
 ) -> Linkage:
     "The linkage of rows that stay on disk, by any number of workers"
     finest = min(finest, most)
-    _check(most, finest, probes, per_cell, sample, memory_mb)
+    _check(most, finest, probes, per_cell, sample, seed, memory_mb)
     folder = Path(folder).resolve()
     _check_folder(folder)
     rows = row_files(source, folder=folder)
@@ -391,24 +409,22 @@ def near_duplicates(
 _LEAST_MB = 64
 
 
-def _check(most: float, finest: float, probes: int, per_cell: int, sample: int, memory_mb: int) -> None:
+def _check(
+    most: float, finest: float, probes: int, per_cell: int, sample: int, seed: int, memory_mb: int
+) -> None:
     "The numbers that `near_duplicates` is given"
     if not 0 < finest <= most <= 2:
         valid = "above 0, at most 2 (the distance of opposite unit rows)"
         raise ValueError(f"most={most:g} and finest={finest:g} are not valid: {valid}")
-    for name, value, least in (
-        ("probes", probes, 1),
-        ("per_cell", per_cell, 2),
-        ("sample", sample, 0),
-        ("memory_mb", memory_mb, _LEAST_MB),
-    ):
-        if value < least:
-            raise ValueError(f"{name}={value} is not valid: at least {least}")
+    check_counts(probes=(probes, 1), per_cell=(per_cell, 2), sample=(sample, 0), seed=(seed, 0))
+    if not memory_mb >= _LEAST_MB:
+        raise ValueError(f"memory_mb={memory_mb} is not valid: at least {_LEAST_MB}")
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0026
 _BASKET_BYTES = 1 << 34
 
 
+@works_alone("balance-{threshold:g}.lock")
 def balance_rows(
     linkage: Linkage,  # of `near_duplicates`
     source: Any,  # the embeddings that it was made of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..project import atomic_write
 from ..stores import FeatureStore
 
 # %% auto #0
-__all__ = ['RowFile', 'RowFiles', 'unit_length', 'row_files', 'write_sorted', 'read_sorted']
+__all__ = ['RowFile', 'RowFiles', 'unit_length', 'row_files', 'check_counts', 'write_sorted', 'read_sorted']
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow006
 @dataclass(frozen=True, eq=False)
@@ -139,14 +139,15 @@ def row_files(
         if folder is None:
             raise ValueError("an array needs a folder in which it is written for those who read it")
         source = _written(source, Path(folder))
-    given = [source] if isinstance(source, str | Path) else list(source)
+    is_one = isinstance(source, str | Path) or not isinstance(source, Iterable)
+    given = [source] if is_one else list(source)
     if not all(isinstance(path, str | Path) for path in given):
         raise ValueError("embeddings are one array, or files: join arrays or lists of numbers to one array")
     paths = [Path(path) for path in given]
     if len(paths) == 1 and paths[0].is_dir():
         if folder is not None and paths[0].resolve() == Path(folder).resolve():
             raise ValueError(f"{source} holds the embeddings: name another folder for what is written")
-        paths = sorted(path for path in paths[0].iterdir() if path.suffix in (".npy", ".safetensors"))
+        paths = sorted(path for path in paths[0].iterdir() if _is_embeddings(path))
     if not paths:
         raise ValueError(f"{source}: there are no embeddings, no .npy and no .safetensors file")
     found = [_head(path) for path in paths]
@@ -157,6 +158,11 @@ def row_files(
     return _with_rows(RowFiles([file for file, _ in found], widths.pop()), source)
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow031
+def _is_embeddings(path: Path) -> bool:
+    "Whether a file of a folder is read; what is hidden is another program's"
+    return path.suffix in (".npy", ".safetensors") and not path.name.startswith(".")
+
+
 def _with_rows(files: RowFiles, source: Any) -> RowFiles:
     "The same, or an error that says that there are no rows"
     if not len(files):
@@ -186,11 +192,11 @@ def _written(array: np.ndarray | Tensor, folder: Path) -> Path:
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow010
 def _head(path: Path) -> tuple[RowFile, int]:  # and the width
     "What a file of embeddings says of itself"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
     kind = {".npy": _npy_head, ".safetensors": _safetensors_head}.get(path.suffix)
     if kind is None:
         raise ValueError(f"{path}: embeddings are read from .npy and .safetensors files")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file")
     offset, dtype, shape = kind(path)
     if dtype not in _DTYPES or len(shape) != 2 or not shape[1]:
         needed = "two dimensions in half or single precision"
@@ -241,7 +247,19 @@ def _of_shard(store: FeatureStore, name: str, side: str, captioned: bool) -> Row
         counts = opened.get_tensor("captioned") if captioned else np.ones(file.count, bool)
     if kept is not None:
         counts = counts & np.array([key in kept for key in keys[: file.count]], bool)
+    if counts.all():
+        return file
     return RowFile(file.path, file.offset, file.dtype, file.count, np.flatnonzero(counts))
+
+# %% ../../nbs/library/033_curation_rows.ipynb #cr9ow033
+def check_counts(
+    **counts: tuple[int, int],  # name of a parameter: its value, and the least that is valid
+) -> None:
+    "ValueError for what is no whole number, or too small"
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name}={value} is not valid: a whole number, at least {least}")
+
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow014
 def write_sorted(

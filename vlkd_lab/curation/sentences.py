@@ -76,6 +76,23 @@ class _ZstdFile(io.RawIOBase):
 
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x28\xb5\x2f\xfd": _ZstdFile}
 
+# %% ../../nbs/library/037_curation_sentences.ipynb #cs00000b
+class _UpToDamage(io.RawIOBase):
+    "What is unpacked, as it comes: an error stands where the damage is, and not a buffer before it"
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:
+        if isinstance(self.file, _ZstdFile):
+            return self.file.readinto(buffer)
+        piece = self.file.read1(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
 
 @contextmanager
 def _unpacked(path: Path | RemoteFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
@@ -83,7 +100,7 @@ def _unpacked(path: Path | RemoteFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     with path.open("rb", buffering=0) as file:
         unpack = _packing(file.read(6))
         file.seek(0)
-        yield io.BufferedReader(unpack(file) if unpack else file, 1 << 18), file
+        yield io.BufferedReader(_UpToDamage(unpack(file)) if unpack else file, 1 << 18), file
 
 
 def _packing(start: bytes) -> Callable[[BinaryIO], Any] | None:
@@ -349,6 +366,9 @@ def _read_table(part: TextPart) -> Iterator[Record]:
     with _unpacked(part.file.path) as (content, file):
         text = io.TextIOWrapper(content, "utf-8-sig", "surrogateescape", newline="")
         header = text.readline()
+        if not header:  # an empty file
+            return
+        csv.field_size_limit(max(csv.field_size_limit(), _LONGEST))
         delimiter = _delimiter(part.file.path, header)
         place = next(csv.reader([header], delimiter=delimiter)).index(part.file.column)
         rows = csv.reader(text, delimiter=delimiter)

@@ -40,7 +40,7 @@ from ..gates import budget
 from ..losses import LOSSES, ClusterTerms, Objective, Term, instance_discrimination
 from ..models import VLM, check_student, evaluating
 from ..project import write_text
-from ..stores import FeatureStore, Stored, load, store_key
+from ..stores import FeatureStore, Stored, StoredKeys, load, store_key
 from ..widgets.clusters import StudentMap
 from . import Method, register
 
@@ -149,9 +149,23 @@ class _OnDisk:
         return row_files(self.job.store, captioned=True)
 
     @property
+    def keys(self) -> StoredKeys:
+        "Their names, read shard by shard"
+        return StoredKeys(self.job.store, captioned=True)
+
+    @property
     def folder(self) -> Path:
         "What near-duplicates and clusters leave on the disk on their way"
         return self.job.run.folder / "curation"
+
+    def clear(self) -> None:
+        "Delete what a killed job left of features that were written again since"
+        if not self.folder.exists():
+            return
+        before = runs.read_json(self.folder / "plan.json", {})
+        if before.get("fingerprint") != self.rows.fingerprint():
+            self.job.run.warn("the features were written again since: near-duplicates are looked for anew")
+            shutil.rmtree(self.folder)
 
     @property
     def engine(self) -> dict[str, Any]:
@@ -181,6 +195,7 @@ class Balancing(_OnDisk):
             if job.options.engine == "memory":
                 linkage = balancing.link(self.stored.unit(), most, device=device, progress=progress)
             else:
+                self.clear()
                 linkage = near_duplicates(self.rows, most, self.folder, progress=progress, **self.engine)
                 shutil.rmtree(self.folder)  # which holds the rows sorted by cell, some times over
             linkage.save(path)
@@ -221,7 +236,7 @@ def _write_balanced(balancing_of: Balancing) -> data.DataReport:
     folder = job.run.folder / "balanced"
 
     def write() -> None:
-        keys = balancing_of.stored.keys
+        keys = balancing_of.keys
         balancing.write_balanced(job.report, keys, balancing_of.balance, folder, progress=False)
 
     trainers.once(job, folder / "balance.json", ["store", "linkage"], write)
