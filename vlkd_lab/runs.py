@@ -13,7 +13,7 @@ import traceback
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .project import atomic_write, former_names, write_text
 
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
-           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
+           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
            'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run']
@@ -149,6 +149,19 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         merged["weights"] = weights
     return merged
 
+
+def _understood(requests: Any) -> dict[str, Any]:
+    "Requests without those by which a job could not go; values that change in mid-run are tried by the job"
+    if not isinstance(requests, Mapping):
+        return {}
+    kept = {}
+    for name, value in requests.items():
+        is_tried = name in IN_MID_RUN or name not in CONTROLS
+        if is_tried or CONTROLS[name][1](value):
+            kept[name] = value
+    return kept
+
+
 # %% ../nbs/library/070_runs.ipynb #fcb0f1b4
 WORKING = ("running", "paused")  # states in which a process holds the folder
 
@@ -195,8 +208,11 @@ class Run:
         return requests
 
     def requested(self) -> dict:
-        "What control.json asks for at this moment"
-        return read_json(self.folder / "control.json", {})
+        "What control.json asks for at this moment; what cannot be read, as of a slip of the hand, asks nothing"
+        try:
+            return _understood(read_json(self.folder / "control.json", {}))
+        except (OSError, ValueError):  # no JSON, or a disk that does not answer now
+            return {}
 
     def asked(self) -> dict:
         "The former name of `requested`"
@@ -270,6 +286,23 @@ class RunWriter(Run):
             handle.write("".join(json.dumps(to_json(record)) + "\n" for record in records))
         if time.monotonic() - self._heartbeat > 1:
             self.set_status(memory_bytes=memory_in_use())
+
+# %% ../nbs/library/070_runs.ipynb #v1ewers2
+@contextmanager
+def for_viewers(
+    run: Run,  # one that can warn is told of a failure
+    failure: str,  # what a failure means, such as "no snapshot could be taken"
+) -> Iterator[None]:
+    "Do what is done for viewers: its failure ends no training, and stands once in the run's warnings"
+    try:
+        yield
+    except Exception as error:  # whatever drawing, a disk, a server or a device may raise
+        if not hasattr(run, "warn"):  # of another process than the first
+            return
+        with suppress(OSError, ValueError):  # where not even that can be written
+            told = read_json(run.folder / "status.json", {}).get("warnings", [])
+            if not any(warning.startswith(f"{failure}: ") for warning in told):
+                run.warn(f"{failure}: {type(error).__name__}: {error}")
 
 # %% ../nbs/library/070_runs.ipynb #36afcae1
 def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:
@@ -632,10 +665,12 @@ class Snapshots:
         start = time.monotonic()
         names = ["newest", f"kept/{keep}"] if keep else ["newest"]
         paths = [self.run.folder / "snapshots" / f"{name}.safetensors" for name in names]
-        self._pending.append((paths, *to_host(make()), labels | {"time": time.time()}))
-        self.write_arrived()
-        now = time.monotonic()
-        self._next = now + max(SNAPSHOT_SECONDS, (now - start) / SNAPSHOT_SHARE)
+        try:
+            self._pending.append((paths, *to_host(make()), labels | {"time": time.time()}))
+            self.write_arrived()
+        finally:  # one that fails has cost its time too
+            now = time.monotonic()
+            self._next = now + max(SNAPSHOT_SECONDS, (now - start) / SNAPSHOT_SHARE)
 
     def offer(self, make: Callable[[], Mapping[str, Tensor]], **labels) -> None:
         "Take one if it is due and the one before has been written; `make` is not called otherwise"

@@ -834,7 +834,8 @@ def _announce(job: Job) -> None:
     job.run.set_status(plan=job.plan, freed_bytes=None)
     for warning in filter(None, (job.truncation, trained_on(job.run))):
         job.run.warn(str(warning))
-    write_probe(job)
+    with runs.for_viewers(job.run, "the pairs that the views draw could not be prepared"):
+        write_probe(job)
 
 # %% ../../nbs/library/085_trainers_jobs.ipynb #wr1tepr0
 @torch.no_grad()
