@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .project import atomic_write, write_text
 from vlkd_lab.runs import (
     Curves,
     Run,
@@ -31,6 +30,8 @@ from vlkd_lab.runs import (
     read_snapshot,
     watch,
 )
+
+from .project import atomic_write, write_text
 
 # %% auto #0
 __all__ = ['PROJECT', 'PICTURE_SECONDS', 'TRACKERS', 'REPORT_SECONDS', 'LAST_SECONDS', 'named_trackers', 'tracked_values',
