@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -28,12 +28,16 @@ from .data import project_root
 from .methods import all_losses
 from .project import atomic_write, former_names, write_text
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
            'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run']
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run',
+           'run_table', 'lacks_student']
 
 # %% ../nbs/library/070_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -688,22 +692,88 @@ class Snapshots:
 
 # %% ../nbs/library/070_runs.ipynb #33990e62
 def find_run(
-    folder: str | Path = "",  # a run folder; empty: the newest under `runs`
+    folder: str | Path = "",  # a run folder; empty: the newest under `runs` that lacks nothing
     runs: str | Path = "runs",  # where run folders lie
+    lacks: Callable[[Run], str] | None = None,  # what a run has not that is wanted; empty: it has all
 ) -> Run:
-    "The run of a folder that holds one"
+    "The run of a folder that holds one; an error says what it lacks, and which runs have it"
     if folder and not (Path(folder) / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
+        others = _others(_suiting(runs, lacks))
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json{others}")
     if folder:
+        lack = lacks(Run(folder)) if lacks else ""
+        if lack:
+            raise ValueError(f"{folder} does not suit: {lack}{_others(_suiting(runs, lacks))}")
         return Run(folder)
-    folders = [path.parent for path in Path(runs).glob("*/config.json")]
-    if not folders:
-        raise FileNotFoundError(
-            f"there is no run under {runs} yet: train_tinyclip.ipynb makes one, or name a folder"
-        )
-    return Run(max(folders, key=_last_change))
+    suiting = _suiting(runs, lacks)
+    if not suiting:
+        raise FileNotFoundError(_none_suits(runs, lacks))
+    return suiting[0]
+
+
+def _suiting(folder: str | Path, lacks: Callable[[Run], str] | None) -> list[Run]:
+    "The run folders of a folder that lack nothing, the newest first"
+    return [run for run in _runs_under(folder) if not _lack_of(run, lacks)]
+
+
+def _runs_under(folder: str | Path) -> list[Run]:
+    "The run folders of a folder, the one that was written last before the others"
+    folders = [path.parent for path in Path(folder).glob("*/config.json")]
+    return [Run(path) for path in sorted(folders, key=_last_change, reverse=True)]
 
 
 def _last_change(folder: Path) -> float:
     "When any of a run's JSON files was written last, in seconds since 1970"
     return max(file.stat().st_mtime for file in folder.glob("*.json*"))
+
+# %% ../nbs/library/070_runs.ipynb #33990e63
+def _lack_of(run: Run, lacks: Callable[[Run], str] | None) -> str:
+    "What a run lacks, or why it cannot be read"
+    try:
+        run.config()
+        run.status()
+        return lacks(run) if lacks else ""
+    except Exception as error:  # a folder that somebody else has written, or half of one
+        return f"it cannot be read ({type(error).__name__}: {error})"
+
+
+def _others(suiting: Sequence[Run], most: int = 5) -> str:
+    "Which runs there are to choose from, as the end of an error"
+    names = [run.folder.name for run in suiting[:most]]
+    more = ", …" if len(suiting) > most else ""
+    return f"; there are {', '.join(names)}{more}" if names else ""
+
+
+def _none_suits(folder: str | Path, lacks: Callable[[Run], str] | None) -> str:
+    "That there is no run, or what each of the newest lacks"
+    here = _runs_under(folder)
+    if not here:
+        return f"there is no run under {folder} yet: train_tinyclip.ipynb makes one, or name a folder"
+    reasons = [f"{run.folder.name}: {_lack_of(run, lacks)}" for run in here[:5]]
+    return f"no run under {folder} suits ({'; '.join(reasons)}): train one, or name a folder elsewhere"
+
+
+def run_table(
+    runs: str | Path = "runs",  # where run folders lie
+    lacks: Callable[[Run], str] | None = None,  # as `find_run` takes it
+) -> pd.DataFrame:  # a row a run, the newest that suits first
+    "The runs to choose from: method, state, when they changed, and what they lack"
+    import pandas as pd
+
+    rows: dict[str, dict[str, str]] = {}
+    for run in _runs_under(runs):
+        lack = _lack_of(run, lacks)
+        is_read = not lack.startswith("it cannot be read")
+        method = run.config().get("method", "") if is_read else ""
+        state = run.status()["state"] if is_read else ""
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(_last_change(run.folder)))
+        name = str(Path(Path(runs).name, run.folder.name))
+        rows[name] = {"method": method, "state": state, "changed": changed, "lacks": lack}
+    columns = ["method", "state", "changed", "lacks"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("run_folder")
+    return table.sort_values("lacks", key=lambda lack: lack != "", kind="stable")
+
+
+def lacks_student(run: Run) -> str:  # for `find_run`
+    "What a run lacks to be taken away or compared: a student that is finished"
+    return "" if finished_students(run) else "none of its students is finished"
