@@ -55,12 +55,12 @@ readme: $(READY)
 	$(BIN)/python tools/readme.py > README.md
 
 export: $(READY)
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/pages.py export
 
 # the library's notebooks, numbered in the order in which _quarto.yml lists them
 floors: $(READY)
 	$(BIN)/python tools/floors.py
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/pages.py export
 	$(BIN)/python tools/readme.py > README.md
 
 lint: $(READY)
