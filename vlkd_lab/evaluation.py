@@ -23,7 +23,7 @@ from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thu
 from .features import Features, Texts, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, count_cost, evaluating, measure_latency
+from .models import VLM, Latency, count_cost, evaluating, latencies
 from .project import former_names, write_text
 from .runs import Run, loss_terms, read_json, role_of, to_json
 from .shapes import TOWERS
@@ -385,7 +385,7 @@ def _kept(job: Job, vlm: VLM) -> float:
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
 
 # %% ../nbs/library/089_evaluation.ipynb #c0f1e602
-def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, float], scratch: float) -> dict:
+def _row(job: Job, name: str, vlm: VLM, latency: Latency, scores: Mapping[str, float], scratch: float) -> dict:
     "One model's line of the table"
     cost = count_cost(vlm)
     reached = None
@@ -396,7 +396,9 @@ def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, flo
         "parameters": cost.parameters,
         "kept": _kept(job, vlm),
         "macs": cost.macs,
-        "latency_ms": latency,
+        "latency_ms": latency.median,
+        "latency_low_ms": latency.low,
+        "latency_high_ms": latency.high,
         "steps": _steps_of(job, name),
         **scores,
         "steps_to_scratch": own_steps,
@@ -416,7 +418,7 @@ def compare(
     models = job_models(job)
     pairs = pairs or job.val
     classes = classes or find_classes(job.options.val)
-    latency = measure_latency(models)
+    latency = latencies(models)
     captions, right = caption_counts(pairs)
     if classes:
         _warn_of_other_classes(job, pairs, classes)
@@ -488,6 +490,10 @@ def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
         if name in table:
             values = [value / unit for value in table[name]]
             shown[title] = ["—" if math.isnan(value) else form.format(value) for value in values]
+    if "latency_low_ms" in table:
+        title = _COLUMNS["latency_ms"][0]
+        spread = zip(shown[title], table["latency_low_ms"], table["latency_high_ms"], strict=True)
+        shown[title] = [f"{median} ({low:.2f}–{high:.2f})" for median, low, high in spread]
     alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escape(w)}</p>" for w in warnings)
     return HTML(alarm + pd.DataFrame(shown, index=table.index).T.to_html(border=0))
 
