@@ -37,7 +37,7 @@ browser: $(READY)
 	  || echo "ipykernel 6 could not be installed: the browser tests run under the newest alone"
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/getting_started.ipynb
 
 # the website, in _docs/; where Quarto is installed, nbdev_docs makes it with Quarto from the same pages and the same _quarto.yml
 docs: $(READY)

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 __all__ = ['INVERSE_REGULARISATION', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
            'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts',
            'alarms', 'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve',
-           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference',
-           'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
+           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'Headline',
+           'save_reference', 'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/library/089_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -481,8 +482,6 @@ _COLUMNS = {  # name -> title, how a value is written, what it is counted in
 
 def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
     "The comparison with readable units; displays in a notebook and in an exported page"
-    from html import escape
-
     from IPython.display import HTML
 
     shown = {}
@@ -496,6 +495,36 @@ def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
         shown[title] = [f"{median} ({low:.2f}–{high:.2f})" for median, low, high in spread]
     alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escape(w)}</p>" for w in warnings)
     return HTML(alarm + pd.DataFrame(shown, index=table.index).T.to_html(border=0))
+
+# %% ../nbs/library/089_evaluation.ipynb #headlin2
+class Headline:
+    "A place at the top of a notebook for what comes out at its end"
+
+    def __init__(self):
+        self._handle = None
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        waiting = "no result yet: the last cells fill this in"
+        bundle = {"text/plain": waiting, "text/html": f"<p><i>{waiting}</i></p>"}
+        self._handle = display(bundle, raw=True, display_id=True)
+
+    def show(
+        self,
+        result: Any,  # anything that a notebook can show
+        run: Run | None = None,  # where it lies
+    ) -> None:
+        "Put the result there; nothing happens where the place was not shown"
+        from IPython.core.formatters import DisplayFormatter
+
+        if self._handle is None:
+            return
+        bundle, about = DisplayFormatter().format(result)
+        if run is not None and "text/html" in bundle:
+            state = run.status()["state"]
+            bundle["text/html"] = f"<p>{escape(str(run.folder))}: {state}</p>{bundle['text/html']}"
+        self._handle.update(bundle, metadata=about, raw=True)
 
 # %% ../nbs/library/089_evaluation.ipynb #073b92fe
 REFERENCE = "data_samples/reference_tinyclip.json"  # from the project's root

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 import traceback
 import warnings
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
-           'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
+           'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
            'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run',
            'run_table', 'lacks_student']
@@ -193,9 +194,10 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def status(self) -> dict:
-        "State of the job: new, running, paused, waiting (for a cell), stopped, failed, finished or lost"
+        "State: new, preparing, running, paused, waiting (for a cell), stopped, failed, finished or lost"
         status = read_json(self.folder / "status.json", {"state": "new"})
-        if status["state"] in WORKING and not is_written(self):
+        is_gone = status["state"] in WORKING and not is_written(self)
+        if is_gone or (status["state"] == "preparing" and _has_ended(status)):
             status["state"] = "lost"
         return status
 
@@ -235,6 +237,13 @@ def is_written(run: Run) -> bool:
 
 class RunStopped(Exception):
     "The run was asked to stop through control.json; its checkpoint is written"
+
+
+def _has_ended(status: Mapping[str, Any]) -> bool:
+    "Whether the process that wrote a status is known to be gone; of another machine's nothing is known"
+    if status.get("host") != socket.gethostname():
+        return False
+    return not psutil.pid_exists(status.get("process", 0))
 
 # %% ../nbs/library/070_runs.ipynb #87de7140
 def memory_in_use() -> int:  # bytes
@@ -307,6 +316,37 @@ def for_viewers(
             told = read_json(run.folder / "status.json", {}).get("warnings", [])
             if not any(warning.startswith(f"{failure}: ") for warning in told):
                 run.warn(f"{failure}: {type(error).__name__}: {error}")
+
+# %% ../nbs/library/070_runs.ipynb #prepar02
+@contextmanager
+def preparing(
+    run: Run,  # one that another process writes, or of another process than the first, is left alone
+    what: str,  # such as "the teacher's features"
+) -> Iterator[Callable[[float | None], None]]:  # told the share that is done, or None; at once with the first
+    "Say what is being prepared, and how far; nothing is said before the function that it gives is called"
+    before = read_json(run.folder / "status.json", {"state": "new"})
+    is_at_work = before["state"] in WORKING and before.get("process") == os.getpid()
+    is_ours = hasattr(run, "set_status") and (is_at_work or not is_written(run))
+    told = [-math.inf]  # when something was said last
+
+    def tell(share: float | None = None) -> None:
+        now = time.monotonic()
+        if not is_ours or now - told[0] < 1:
+            return
+        told[0] = now
+        about = dict(stage=what, phase=None if share is None else f"{share:.0%}")
+        if not is_at_work:
+            about |= dict(state="preparing", process=os.getpid(), host=socket.gethostname())
+        with for_viewers(run, "what is being prepared could not be told"):
+            run.set_status(**about)
+
+    try:
+        yield tell
+    finally:
+        if told[0] > -math.inf:
+            names = ("stage", "phase") if is_at_work else ("state", "stage", "phase")
+            with for_viewers(run, "what is being prepared could not be told"):
+                run.set_status(**{name: before.get(name) for name in names})
 
 # %% ../nbs/library/070_runs.ipynb #36afcae1
 def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:

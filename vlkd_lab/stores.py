@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -272,6 +272,7 @@ def fill(
     rank: int = 0,  # this process takes every world_size-th shard
     world_size: int = 1,
     progress: bool = True,
+    tell: Callable[[float], None] | None = None,  # called with the share of this process's part that is done
 ) -> int:  # files written
     "Compute the features that a store lacks, shard by shard"
     key = store_key(vlm)
@@ -282,6 +283,7 @@ def fill(
     if store.where and not (store.where / "store.json").exists():
         write_text(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
     written = 0
+    done = 0  # pairs
     todo = {}  # shard -> sides that it lacks
     for name in list(store.shards)[rank::world_size]:
         lacks = [side for side in sides if store.problem(name, side)]
@@ -290,12 +292,15 @@ def fill(
     pairs = sum(store.shards[name][0].count for name in todo)
     with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
         for name, lacks in todo.items():
+            if tell is not None:
+                tell(done / max(pairs, 1))
             shard = store.shards[name][0]
             about = {"format": _FORMAT, "digest": shard.digest, "count": shard.count, **asdict(store.key)}
             for side, features in encode_shard(vlm, shard, lacks, batch_size).items():
                 _write(store.path(name, side), features, about)
                 written += 1
             bar.update(shard.count)
+            done += shard.count
     return written
 
 # %% ../nbs/library/031_stores.ipynb #b8c784d5

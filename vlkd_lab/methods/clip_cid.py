@@ -185,7 +185,12 @@ class Balancing(_OnDisk):
                 shutil.rmtree(self.folder)  # which holds the rows sorted by cell, some times over
             linkage.save(path)
 
-        trainers.once(job, path, ["store"], link)
+        def link_and_tell() -> None:
+            with runs.preparing(job.run, "near pairs of images") as tell:
+                tell(None)
+                link()
+
+        trainers.once(job, path, ["store"], link_and_tell)
         return balancing.load_linkage(path)
 
     @cached_property
@@ -235,7 +240,13 @@ def _find_clusters(job: ClipCidJob) -> Clusters:
     "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
     path = job.run.folder / "clusters.safetensors"
     needs = ["store", "linkage"] if job.balances else ["store"]
-    trainers.once(job, path, needs, lambda: _write_clusters(job, _cluster(job)))
+
+    def write() -> None:
+        with runs.preparing(job.run, "clusters of the teacher's features") as tell:
+            tell(None)
+            _write_clusters(job, _cluster(job))
+
+    trainers.once(job, path, needs, write)
     arrays, _ = runs.read_snapshot(path)
     centers = torch.from_numpy(arrays["centers"])
     assignment = torch.from_numpy(arrays["training"]).long()

@@ -289,7 +289,8 @@ def filled_store(
     store = FeatureStore(report, key, store_folder(job.options, key))
     rank = job.accelerator.process_index
     world = job.accelerator.num_processes
-    fill(store, teacher, sides, rank=rank, world_size=world, progress=may_print())
+    with runs.preparing(job.run, f"the teacher's features of {report.total:,} samples") as tell:
+        fill(store, teacher, sides, rank=rank, world_size=world, progress=may_print(), tell=tell)
     job.accelerator.wait_for_everyone()
     return store
 
