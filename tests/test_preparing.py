@@ -98,7 +98,7 @@ def test_a_run_that_others_write_is_left_alone(tmp_path, monkeypatch):
         held.set_status(process=os.getpid() + 1, stage="student")
         with preparing(RunWriter(held.folder), "clusters") as tell:
             tell(0.5)
-        assert held.status()["stage"] == "student" and held.status()["state"] == "running"
+            assert held.status()["stage"] == "student" and held.status()["state"] == "running"
     with preparing(Run(held.folder), "clusters") as tell:
         tell(0.5)
     assert held.status()["state"] == "waiting"
