@@ -386,7 +386,9 @@ def _kept(job: Job, vlm: VLM) -> float:
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
 
 # %% ../nbs/library/089_evaluation.ipynb #c0f1e602
-def _row(job: Job, name: str, vlm: VLM, latency: Latency, scores: Mapping[str, float], scratch: float) -> dict:
+def _row(
+    job: Job, name: str, vlm: VLM, latency: Latency, scores: Mapping[str, float], scratch: float
+) -> dict:
     "One model's line of the table"
     cost = count_cost(vlm)
     reached = None

@@ -95,7 +95,7 @@ def copy_notebooks(
     "Copy the notebooks to where somebody works"
     notebooks = user_notebooks()
     if not notebooks:
-        raise FileNotFoundError("this installation of vlkd_lab has no notebooks: take them from its repository")
+        raise FileNotFoundError("this installation has no notebooks: take them from vlkd_lab's repository")
     written: list[Path] = []
     kept: list[Path] = []
     for notebook in notebooks:

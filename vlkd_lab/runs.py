@@ -214,7 +214,7 @@ class Run:
         return requests
 
     def requested(self) -> dict:
-        "What control.json asks for at this moment; what cannot be read, as of a slip of the hand, asks nothing"
+        "What control.json asks for at this moment; what cannot be read asks for nothing"
         try:
             return _understood(read_json(self.folder / "control.json", {}))
         except (OSError, ValueError):  # no JSON, or a disk that does not answer now

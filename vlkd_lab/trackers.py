@@ -284,7 +284,7 @@ def _follow(run: Run, names: Sequence[str], seconds: float, ended: threading.Eve
             reporter.show(time.monotonic(), patience=0)
         reporter.close()
 
-
+# %% ../nbs/library/071_trackers.ipynb #trackers2t
 def tell(arguments: Sequence[str]) -> int:  # exit status
     "python -m vlkd_lab.trackers RUN_FOLDER TRACKER[,TRACKER]: tell trackers of a run, live until it ends"
     if len(arguments) != 2:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -185,12 +185,7 @@ class Balancing(_OnDisk):
                 shutil.rmtree(self.folder)  # which holds the rows sorted by cell, some times over
             linkage.save(path)
 
-        def link_and_tell() -> None:
-            with runs.preparing(job.run, "near pairs of images") as tell:
-                tell(None)
-                link()
-
-        trainers.once(job, path, ["store"], link_and_tell)
+        trainers.once(job, path, ["store"], lambda: _told(job, "near pairs of images", link))
         return balancing.load_linkage(path)
 
     @cached_property
@@ -242,15 +237,20 @@ def _find_clusters(job: ClipCidJob) -> Clusters:
     needs = ["store", "linkage"] if job.balances else ["store"]
 
     def write() -> None:
-        with runs.preparing(job.run, "clusters of the teacher's features") as tell:
-            tell(None)
-            _write_clusters(job, _cluster(job))
+        _write_clusters(job, _cluster(job))
 
-    trainers.once(job, path, needs, write)
+    trainers.once(job, path, needs, lambda: _told(job, "clusters of the teacher's features", write))
     arrays, _ = runs.read_snapshot(path)
     centers = torch.from_numpy(arrays["centers"])
     assignment = torch.from_numpy(arrays["training"]).long()
     return Clusters(centers, assignment)
+
+
+def _told(job: ClipCidJob, what: str, work: Callable[[], None]) -> None:
+    "Do what takes long before the training, and say so in the run's status"
+    with runs.preparing(job.run, what) as tell:
+        tell(None)
+        work()
 
 
 def _cluster(job: ClipCidJob) -> Clusters:

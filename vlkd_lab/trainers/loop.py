@@ -41,7 +41,7 @@ from .options import FitParameters, seed_of
 from .teachers import RowTeacher, Teachers
 
 # %% auto #0
-__all__ = ['NO_SNAPSHOT', 'take_step', 'averaged', 'agree', 'change', 'fit', 'ProgressLine', 'Diverged']
+__all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'ProgressLine', 'Diverged']
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #093b5eb2
 def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features | Ensemble | None]:
@@ -369,7 +369,7 @@ def _train(
             if loop.newest:
                 bar.set_postfix(total=f"{loop.newest['total']:.3f}", refresh=False)
             bar.update()
-    with runs.for_viewers(loop.run, NO_SNAPSHOT):
+    with runs.for_viewers(loop.run, _NO_SNAPSHOT):
         loop.snapshots.write_arrived(wait=True)
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #isdue001
@@ -490,7 +490,7 @@ def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -
     _show(loop, features)
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #4d9b0b25
-NO_SNAPSHOT = "no snapshot could be taken"  # as the run is told
+_NO_SNAPSHOT = "no snapshot could be taken"  # as the run is told
 
 
 def _show(loop: Loop, features: Sequence[Features | None] | None) -> None:
@@ -501,7 +501,7 @@ def _show(loop: Loop, features: Sequence[Features | None] | None) -> None:
         with runs.for_viewers(loop.run, "the terms' shares of the gradient could not be computed"):
             _show_shares(loop, *features)
     if loop.shards is None or loop.shards.is_whole:
-        with runs.for_viewers(loop.run, NO_SNAPSHOT):
+        with runs.for_viewers(loop.run, _NO_SNAPSHOT):
             _take_snapshot(loop)
 
 
