@@ -37,7 +37,7 @@ browser: $(READY)
 	  || echo "ipykernel 6 could not be installed: the browser tests run under the newest alone"
 
 lab: $(READY)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/getting_started.ipynb
 
 # the website, in _docs/; where Quarto is installed, nbdev_docs makes it with Quarto from the same pages and the same _quarto.yml
 docs: $(READY)
@@ -55,12 +55,12 @@ readme: $(READY)
 	$(BIN)/python tools/readme.py > README.md
 
 export: $(READY)
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/pages.py export
 
 # the library's notebooks, numbered in the order in which _quarto.yml lists them
 floors: $(READY)
 	$(BIN)/python tools/floors.py
-	$(BIN)/nbdev_export
+	$(BIN)/python tools/pages.py export
 	$(BIN)/python tools/readme.py > README.md
 
 lint: $(READY)

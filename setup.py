@@ -1,4 +1,5 @@
 """Package metadata, read from settings.ini: requirements are written there and nowhere else."""
+import re
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -21,13 +22,22 @@ CURATION = settings["curation_requirements"].split()
 METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ROOMS]
 
 
+def user_notebooks() -> list[Path]:
+    """What a person opens, without what somebody has put beside it; `vlkd-lab notebooks` copies it."""
+    sidebar = here / "_quarto.yml"
+    listed = sidebar.read_text(encoding="utf-8") if sidebar.exists() else ""
+    names = re.findall(r"^ *- (?:href: )?(\w+\.ipynb) *$", listed, re.MULTILINE)
+    return [here / "nbs" / name for name in names if (here / "nbs" / name).exists()]
+
+
 class BuildWithSamples(build_py):
-    """The modules, and beside them the teacher, the BLIP and the stored numbers; a working copy has them already."""
+    """The modules, and beside them teacher, BLIP, stored numbers and notebooks; a working copy has them already."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            for path in (path for pattern in BROUGHT for path in sorted(here.glob(pattern))):
+            brought = [path for pattern in BROUGHT for path in sorted(here.glob(pattern))]
+            for path in [*brought, *user_notebooks()]:
                 target = Path(self.build_lib) / settings["lib_name"] / path.relative_to(here)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
@@ -48,6 +58,10 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"curation": CURATION, "dev": settings["dev_requirements"].split() + CURATION},
-    entry_points={"nbdev": ["vlkd_lab = vlkd_lab._modidx:d"], "vlkd_lab.methods": METHODS},
+    entry_points={
+        "nbdev": ["vlkd_lab = vlkd_lab._modidx:d"],
+        "vlkd_lab.methods": METHODS,
+        "console_scripts": [settings["console_scripts"]],
+    },
     cmdclass={"build_py": BuildWithSamples},
 )

@@ -29,6 +29,7 @@ else:
     import tomli as tomllib  # pytest brings it to Python 3.10
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "tools"))  # where pytest finds them too
 FILES = sorted((ROOT / "tests" / "faults").glob("*.toml"))
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".cache", "_docs", "_proc", "runs", "__pycache__", "*.egg-info")
 NOTICED = ("page", "test", "nothing")
@@ -65,7 +66,9 @@ def module_files(name: str, root: Path = ROOT) -> list[Path]:
 
 def page_file(stem: str, root: Path = ROOT) -> Path:
     """The notebook of a stem, wherever it stands and whatever its number is."""
-    matches = [path for path in (root / "nbs").rglob("*.ipynb") if re.sub(r"^\d+_", "", path.stem) == stem]
+    from pages import listed_pages
+
+    matches = [path for path in listed_pages(root) if re.sub(r"^\d+_", "", path.stem) == stem]
     if len(matches) != 1:
         raise ValueError(f"{len(matches)} notebooks are called {stem}")
     return matches[0]
@@ -96,7 +99,9 @@ def exporting_page(text: str, root: Path, module: str) -> tuple[Path, dict]:
 @cache
 def exported_code(root: Path) -> dict[Path, str]:
     """What each notebook of a project exports, as text; read before anything is planted."""
-    pages = sorted((root / "nbs").rglob("*.ipynb"))
+    from pages import listed_pages
+
+    pages = sorted(listed_pages(root))
     notebooks = {page: json.loads(page.read_text(encoding="utf-8")) for page in pages}
     return {page: "\n\n".join(map(source, exported_cells(notebook))) for page, notebook in notebooks.items()}
 

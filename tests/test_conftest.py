@@ -8,6 +8,7 @@ from pathlib import Path
 
 import conftest
 import pytest
+from pages import listed_pages
 
 
 @pytest.mark.parametrize("number", range(8))
@@ -36,7 +37,7 @@ def test_what_is_handed_out_first_and_last_is_there():
     folder = Path(__file__).parent
     files = {path.stem for path in folder.glob("test_*.py")}
     assert {*conftest.LONGEST, *conftest.TEST_BY_TEST} <= files and not {*conftest.LONGEST} & {*conftest.TEST_BY_TEST}
-    pages = {path.stem.partition("_")[2] for path in (folder.parent / "nbs" / "library").glob("*.ipynb")}
+    pages = {path.stem.partition("_")[2] for path in listed_pages(folder.parent, "library/")}
     assert set(conftest.LONGEST_PAGES) <= pages
 
 

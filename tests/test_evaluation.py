@@ -28,7 +28,7 @@ from vlkd_lab.evaluation import (
 )
 from vlkd_lab.features import Features, recall
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
-from vlkd_lab.models import load_model
+from vlkd_lab.models import latencies, load_model
 from vlkd_lab.runs import Run, RunWriter
 from vlkd_lab.trainers import check_parameters, train
 
@@ -148,3 +148,44 @@ def test_the_table_of_a_job(scenes, tiny_teacher, tmp_path):
     assert not any("beyond" in warning or "trained on" in warning for warning in run.status()["warnings"])
     compare(job, job.val[:6], Classes(("thing 0",)))
     assert any("have a class beyond classes.txt" in warning for warning in run.status()["warnings"])
+
+
+class OnAClock:
+    "A model that takes as long as it is told"
+
+    model = torch.nn.Linear(1, 1)
+    device = torch.device("cpu")
+    image_shape = (4, 4)
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, iter(seconds)
+
+    def tokenizer(self, captions):
+        return torch.zeros(len(captions), 2)
+
+    def encode(self, batch):
+        assert torch.get_num_threads() == 1, "several threads wait for each other where the machine is shared"
+        self.clock[0] += next(self.seconds)
+
+
+def test_noise_that_comes_and_goes_gives_two_equal_students_one_latency(monkeypatch):
+    "Some rounds are disturbed for who happens to run then: medians agree, and the spread says that there was noise"
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    noisy = {"student": [9, 1, 1, 4, 1, 1, 1, 3, 1, 1, 1, 5], "scratch": [1, 1, 1, 1, 6, 1, 7, 1, 1, 1, 2, 1]}
+    torch.set_num_threads(2)
+    timed = latencies({name: OnAClock(clock, seconds) for name, seconds in noisy.items()}, batch_size=10)
+    assert torch.get_num_threads() == 2
+    assert timed["student"].median == timed["scratch"].median == pytest.approx(100)
+    assert (timed["student"].low, timed["student"].high) == pytest.approx((100, 300)) and timed["scratch"].high == pytest.approx(200)
+    clock[0] = 0.0
+    drifting = [1.0 + round_ for round_ in range(12) for _ in range(2)]  # a machine that becomes slower and slower
+    in_turn = iter(drifting)
+    both = latencies({name: OnAClock(clock, in_turn) for name in ("student", "scratch")}, batch_size=10)
+    assert both["student"] == both["scratch"]
+
+
+def test_the_table_says_the_spread(monkeypatch):
+    table = pd.DataFrame({"teacher": dict(latency_ms=0.5, latency_low_ms=0.41, latency_high_ms=0.77)}).T
+    assert "0.50 (0.41–0.77)" in show_table(table).data and "latency, ms a pair" in show_table(table).data
+    assert "0.50" in show_table(table[["latency_ms"]]).data, "of a run from before"

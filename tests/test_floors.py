@@ -25,7 +25,8 @@ def project(tmp_path):
     (tmp_path / "data_samples" / "README.md").write_text("nbs/library/01_runs.ipynb\n")
     pages = [f"library/{name}.ipynb" for name in ("00_nouns", "methods", "01_runs")]
     section = {"section": "Library", "contents": pages}
-    sidebar = {"contents": ["index.ipynb", section]}
+    notebook(tmp_path / "nbs" / "index.ipynb", "the beginning")
+    sidebar = {"contents": ["index.ipynb", "guides/a.ipynb", section]}
     (tmp_path / "_quarto.yml").write_text(json.dumps({"website": {"sidebar": sidebar}}))
     return tmp_path
 
@@ -65,3 +66,14 @@ def test_a_page_that_is_not_listed_is_refused_before_anything_moves(project):
     with pytest.raises(ValueError, match="differ by 03_extra.ipynb"):
         renumber(project)
     assert (project / "nbs" / "library" / "methods.ipynb").exists()
+
+
+def test_somebodys_own_notebook_is_left_out_and_named(project, capsys):
+    mine = project / "nbs" / "library" / "Untitled.ipynb"
+    mine.write_text("")
+    (project / "nbs" / "half.ipynb").write_text('{"cells": [')
+    assert renumber(project) == {"methods": "01_methods", "01_runs": "02_runs"}
+    told = capsys.readouterr().out
+    for path in ("nbs/half.ipynb", "nbs/library/Untitled.ipynb"):
+        assert f"left out: {path}, which _quarto.yml does not list" in told
+    assert mine.read_text() == ""

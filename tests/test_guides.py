@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import open_clip
 import pandas as pd
 import pytest
+from pages import listed_pages
 from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
 
@@ -33,7 +34,7 @@ from vlkd_lab.published import find_releases
 from vlkd_lab.trainers import check_parameters, read_value
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.stem: path for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for path in (ROOT / "nbs").glob(pattern)}
+PAGES = {path.stem: path for path in listed_pages()}
 METHOD_GUIDES = ["guide_tinyclip", "guide_clip_cid", "guide_dime_fm", "guide_dlip"]
 GUIDES = ["getting_started", *METHOD_GUIDES, "bench", "run_folder", "full_scale", "add_a_loss", "add_a_method", "vocabulary"]
 KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=DimeFm, dlip=Dlip, blip=BlipTraining)

@@ -299,3 +299,53 @@ def test_a_long_job_leaves_a_notebook_that_is_readable_while_it_runs_and_after_i
     lines = [output for output in training if output.output_type == "display_data"]
     assert len(lines) <= 2 and len(json.dumps(training)) < 20_000, "progress replaces itself"
     assert out.stat().st_size < 600_000
+
+
+def cell_with(notebook, text):
+    "Place of the only cell of code with a text"
+    places = [k for k, c in enumerate(notebook.cells) if c.cell_type == "code" and text in c.source]
+    assert len(places) == 1, text
+    return places[0]
+
+
+@pytest.fixture(scope="module")
+def clip_cid_notebook(scenes, tiny_teacher, tmp_path_factory):
+    "The executed notebook of a small CLIP-CID job"
+    folder = tmp_path_factory.mktemp("clip_cid")
+    given = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=str(tiny_teacher), features="features")
+    given |= dict(steps=4, batch_size=16, removed_share=0.3, clusters=6, map_images=20, out=str(folder / "run"))
+    return execute("train_clip_cid", folder / "out.ipynb", **given)
+
+
+def test_an_executed_notebook_opens_with_its_result(clip_cid_notebook):
+    place = cell_with(clip_cid_notebook, "headline = Headline()")
+    assert place <= 5 and place < cell_with(clip_cid_notebook, "notebook_parameters(")
+    (output,) = clip_cid_notebook.cells[place].outputs
+    page = output.data["text/html"]
+    assert "finished" in page and "latency, ms a pair" in page and "R@10" in page and "no result yet" not in page
+
+
+def test_the_bench_stands_before_what_takes_long(clip_cid_notebook):
+    bench = cell_with(clip_cid_notebook, "bench = attach(")
+    for later in ("job.store, job.linkage", "job.clusters", "start(job)"):
+        assert bench < cell_with(clip_cid_notebook, later), later
+    for page, later in (("train_dime_fm", "job.source"), ("train_tinyclip", "show_batch("), ("train_dlip", "make_student("), ("train_method", "show_batch(")):
+        notebook = nbformat.read(ROOT / "nbs" / f"{page}.ipynb", 4)
+        cells = [k for k, c in enumerate(notebook.cells) if c.cell_type == "code" and later in c.source and "import" not in c.source]
+        assert cell_with(notebook, "bench = attach(") < min(cells), page
+
+
+def test_options_are_a_table_in_an_executed_notebook(clip_cid_notebook):
+    (output,) = clip_cid_notebook.cells[cell_with(clip_cid_notebook, "notebook_parameters(")].outputs
+    above, _, folded = output.data["text/html"].partition("<details>")
+    assert "removed_share" in above and "0.3" in above and "cluster_margin" not in above and "cluster_margin" in folded
+
+
+@pytest.mark.parametrize("page", ["train_tinyclip", "train_dime_fm", "train_clip_cid", "train_dlip", "train_method", "train_teacher", "train_blip"])
+def test_every_job_notebook_has_a_place_for_its_result_and_fills_it(page):
+    notebook = nbformat.read(ROOT / "nbs" / f"{page}.ipynb", 4)
+    assert cell_with(notebook, "headline = Headline()") <= 5 and cell_with(notebook, "headline.show(") > cell_with(notebook, "training.done()")
+
+
+def test_make_lab_opens_getting_started():
+    assert re.search(r"^lab:.*\n\t.*jupyter lab nbs/getting_started\.ipynb$", (ROOT / "Makefile").read_text(), re.M)

@@ -14,13 +14,14 @@ import forked
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from pages import listed_pages
 
 ROOT = Path(__file__).parent.parent
 SHELL = Path(__file__).parent / "page_shell.py"
 SECONDS = 900  # for a cell
 ASKS_A_KERNEL = re.compile(r"\b(get_ipython|ipywidgets|anywidget|asyncio|await)\b")
 REFUSAL = re.compile(r"^ *except [^\n]*:\s*print\(", flags=re.M)
-LESSONS = sorted((ROOT / "nbs" / "library").glob("*.ipynb"))
+LESSONS = sorted(listed_pages(folder="library/"))
 
 
 @pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)

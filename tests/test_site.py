@@ -21,13 +21,14 @@ from build_site import Rewriter, _Page, faults, figure, mathml, page_name, secti
 from fastcore.docments import docments
 from filelock import FileLock
 from jupyter_page import CHROMIUM_ARGUMENTS, find_chromium
+from pages import listed_pages
 from playwright.sync_api import expect, sync_playwright
 
 from vlkd_lab.reference import anchor_of, library_entries, modules_of_package, page_of_module
 
 ROOT = Path(__file__).parent.parent
 NBS = ROOT / "nbs"
-NOTEBOOKS = {page_name(p.relative_to(NBS).as_posix()): p for pattern in ("*.ipynb", "[a-z]*/*.ipynb") for p in sorted(NBS.glob(pattern))}
+NOTEBOOKS = {page_name(page.relative_to(NBS).as_posix()): page for page in sorted(listed_pages())}
 MODULES = modules_of_package(ROOT / "vlkd_lab")
 expect.set_options(timeout=120_000)  # milliseconds; test processes share the cores
 
@@ -36,7 +37,7 @@ def copy_of_the_project(folder: Path) -> Path:
     "What a website is made of"
     for name in ("nbs", "vlkd_lab"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for name in ("settings.ini", "_quarto.yml", "README.md", "LICENSE", "data_samples/README.md", "tools/build_site.py"):
+    for name in ("settings.ini", "_quarto.yml", "README.md", "LICENSE", "data_samples/README.md", "tools/build_site.py", "tools/pages.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     shutil.copytree(ROOT / "tools" / "site_look", folder / "tools" / "site_look")

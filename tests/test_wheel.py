@@ -8,6 +8,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from pages import listed_pages
 
 from vlkd_lab.reference import modules_of_package
 
@@ -50,6 +51,23 @@ Path(sys.argv[1]).write_text(json.dumps(dict(
 """
 
 
+RUN_COPIED = """
+import json
+from pathlib import Path
+import vlkd_lab
+from vlkd_lab.runs import RunWriter, run_table
+with RunWriter(Path("runs/first")) as run:
+    (run.folder / "config.json").write_text('{{"method": "TinyCLIP", "parameters": {{}}}}')
+    run.log({{"stage": "stage-1", "step": 1, "total": 1.0}})
+names = {{}}
+for cell in json.loads(Path("{notebook}").read_text())["cells"]:
+    if cell["cell_type"] == "code":
+        exec("".join(cell["source"]), names)
+told = dict(library=vlkd_lab.__file__, state=names["watched"].status()["state"], runs=list(run_table().index))
+Path("{told}").write_text(json.dumps(told))
+"""
+
+
 def output_of(command, **options):
     "What a command printed; it must succeed"
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=500, **options)
@@ -68,8 +86,12 @@ def installed(tmp_path_factory):
     unneeded = shutil.ignore_patterns("scenes", "sentences.txt", "features", "__pycache__")
     for name in ("vlkd_lab", "data_samples"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=unneeded)
-    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "_quarto.yml"):
         shutil.copy(ROOT / name, folder / "source")
+    (folder / "source" / "nbs").mkdir()
+    for notebook in (ROOT / "nbs").glob("*.ipynb"):
+        shutil.copy(notebook, folder / "source" / "nbs")
+    (folder / "source" / "nbs" / "Untitled.ipynb").write_text("{")  # somebody's own
     output_of(["-m", "build", "--no-isolation", "--outdir", str(folder), str(folder / "source")])
     wheel = next(folder.glob("*.whl"))
     assert wheel.stat().st_size < 20e6
@@ -133,3 +155,17 @@ def test_a_wrong_name_is_said_in_one_line(visit):
 def test_the_working_folder_gets_what_was_asked_for_and_nothing_else(work, visit):
     assert visit["here"] == visit["after"] == ["first", "mine", "student"]
     assert {path.name for path in work.parent.iterdir()} == {"settings.ini", "work", "cache"}
+
+
+def test_the_command_copies_notebooks_that_run_where_somebody_works(installed, work):
+    scripts = (installed / "bin" / "vlkd-lab").read_text()
+    assert "from vlkd_lab.project import command" in scripts
+    place = dict(folder=str(work), PYTHONPATH=str(installed), XDG_CACHE_HOME=str(work.parent / "cache"))
+    forked.run("-c", NO_CACHES + "from vlkd_lab.project import command; sys.exit(command(['notebooks', 'lab']))", **place)
+    pages = {path.name for path in (ROOT / "nbs").glob("*.ipynb") if path in listed_pages()}
+    assert {path.name for path in (work / "lab").iterdir()} == pages - {"index.ipynb"}
+    told = work / "lab" / "told.json"
+    run = NO_CACHES + RUN_COPIED.format(notebook="watch_run.ipynb", told=str(told))
+    forked.run("-c", run, **place | dict(folder=str(work / "lab")))
+    said = json.loads(told.read_text())
+    assert said["library"].startswith(str(installed)) and "running" not in said["state"] and said["runs"] == ["runs/first"]

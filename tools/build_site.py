@@ -24,6 +24,7 @@ import yaml
 from docutils import nodes
 from fontTools.ttLib import TTFont
 from latex2mathml.converter import convert
+from pages import only_listed_pages, sections
 from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -78,19 +79,6 @@ def page_name(notebook: str) -> str:
     return page_of(notebook).removesuffix(".html")
 
 
-def sections(root: Path) -> list[tuple[str, list[str]]]:
-    "Title and notebooks of each section of the sidebar; pages above the first section have the title `Start`"
-    found: list[tuple[str, list[str]]] = []
-    for item in yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]:
-        if isinstance(item, dict) and "section" in item:
-            found.append((item["section"], [one["href"] if isinstance(one, dict) else one for one in item["contents"]]))
-        else:
-            if not found:
-                found.append(("Start", []))
-            found[-1][1].append(item["href"] if isinstance(item, dict) else item)
-    return found
-
-
 def processed(root: Path) -> dict[str, nbformat.NotebookNode]:
     "Every notebook as nbdev processes it for a website, by its path; `nbdev_docs` hands the same ones to Quarto"
     from nbdev.serve import proc_nbs
@@ -98,7 +86,8 @@ def processed(root: Path) -> dict[str, nbformat.NotebookNode]:
     where = Path.cwd()
     try:
         os.chdir(root)  # nbdev reads the settings that it finds there
-        cache = Path(proc_nbs(force=True, n_workers=0))
+        with only_listed_pages(root):
+            cache = Path(proc_nbs(force=True, n_workers=0))
     finally:
         os.chdir(where)
     return {path.relative_to(cache).as_posix(): nbformat.read(path, 4) for path in sorted(cache.rglob("*.ipynb"))}

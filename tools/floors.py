@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
+from pages import left_out, listed_pages, unlisted_notebooks
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,16 +60,22 @@ def renumber(root: Path) -> dict[str, str]:
     sections = [item for item in website["sidebar"]["contents"] if isinstance(item, dict)]
     listed = next(item["contents"] for item in sections if item["section"] == "Library")
     library = root / "nbs" / "library"
-    if differ := {Path(page).name for page in listed} ^ {path.name for path in library.glob("*.ipynb")}:
-        names = ", ".join(sorted(differ))
+    wrong = {Path(page).name for page in listed if not (root / "nbs" / page).exists() or listed.count(page) > 1}
+    strangers = unlisted_notebooks(root)
+    wrong |= {path.name for path in strangers if path.parent == library and _has_number(path.stem)}
+    if wrong:
+        names = ", ".join(sorted(wrong))
         raise ValueError(f"_quarto.yml and nbs/library/ differ by {names}: every notebook is listed once")
+    print("".join(f"{line}\n" for line in left_out(root)), end="")
     stems = {old: new for old, new in new_stems(listed).items() if old != new}
     for old in stems:  # out of the way first: a new name may be another's old one
         (library / f"{old}.ipynb").rename(library / f"{old}.moved")
     for old, new in stems.items():
         (library / f"{old}.moved").rename(library / f"{new}.ipynb")
     if stems:
-        for path in sorted((root / "nbs").glob("**/[!.]*.ipynb")):
+        pages = [page for page in listed_pages(root) if page.parent != library]
+        pages += [library / f"{stems.get(Path(page).stem, Path(page).stem)}.ipynb" for page in listed]
+        for path in pages:
             follow_in_notebook(path, stems)
         for path in (root / "_quarto.yml", root / "settings.ini", root / "data_samples" / "README.md"):
             path.write_text(follow(path.read_text(encoding="utf-8"), stems), encoding="utf-8")

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thu
 from .features import Features, Texts, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
-from .models import VLM, count_cost, evaluating, measure_latency
+from .models import VLM, Latency, count_cost, evaluating, latencies
 from .project import former_names, write_text
 from .runs import Run, loss_terms, read_json, role_of, to_json
 from .shapes import TOWERS
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 __all__ = ['INVERSE_REGULARISATION', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
            'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts',
            'alarms', 'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve',
-           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'save_reference',
-           'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
+           'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'Headline',
+           'save_reference', 'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/library/089_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -385,7 +386,9 @@ def _kept(job: Job, vlm: VLM) -> float:
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
 
 # %% ../nbs/library/089_evaluation.ipynb #c0f1e602
-def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, float], scratch: float) -> dict:
+def _row(
+    job: Job, name: str, vlm: VLM, latency: Latency, scores: Mapping[str, float], scratch: float
+) -> dict:
     "One model's line of the table"
     cost = count_cost(vlm)
     reached = None
@@ -396,7 +399,9 @@ def _row(job: Job, name: str, vlm: VLM, latency: float, scores: Mapping[str, flo
         "parameters": cost.parameters,
         "kept": _kept(job, vlm),
         "macs": cost.macs,
-        "latency_ms": latency,
+        "latency_ms": latency.median,
+        "latency_low_ms": latency.low,
+        "latency_high_ms": latency.high,
         "steps": _steps_of(job, name),
         **scores,
         "steps_to_scratch": own_steps,
@@ -416,7 +421,7 @@ def compare(
     models = job_models(job)
     pairs = pairs or job.val
     classes = classes or find_classes(job.options.val)
-    latency = measure_latency(models)
+    latency = latencies(models)
     captions, right = caption_counts(pairs)
     if classes:
         _warn_of_other_classes(job, pairs, classes)
@@ -479,8 +484,6 @@ _COLUMNS = {  # name -> title, how a value is written, what it is counted in
 
 def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
     "The comparison with readable units; displays in a notebook and in an exported page"
-    from html import escape
-
     from IPython.display import HTML
 
     shown = {}
@@ -488,8 +491,42 @@ def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
         if name in table:
             values = [value / unit for value in table[name]]
             shown[title] = ["—" if math.isnan(value) else form.format(value) for value in values]
+    if "latency_low_ms" in table:
+        title = _COLUMNS["latency_ms"][0]
+        spread = zip(shown[title], table["latency_low_ms"], table["latency_high_ms"], strict=True)
+        shown[title] = [f"{median} ({low:.2f}–{high:.2f})" for median, low, high in spread]
     alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escape(w)}</p>" for w in warnings)
     return HTML(alarm + pd.DataFrame(shown, index=table.index).T.to_html(border=0))
+
+# %% ../nbs/library/089_evaluation.ipynb #headlin2
+class Headline:
+    "A place at the top of a notebook for what comes out at its end"
+
+    def __init__(self):
+        self._handle = None
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        waiting = "no result yet: the last cells fill this in"
+        bundle = {"text/plain": waiting, "text/html": f"<p><i>{waiting}</i></p>"}
+        self._handle = display(bundle, raw=True, display_id=True)
+
+    def show(
+        self,
+        result: Any,  # anything that a notebook can show
+        run: Run | None = None,  # where it lies
+    ) -> None:
+        "Put the result there; nothing happens where the place was not shown"
+        from IPython.core.formatters import DisplayFormatter
+
+        if self._handle is None:
+            return
+        bundle, about = DisplayFormatter().format(result)
+        if run is not None and "text/html" in bundle:
+            state = run.status()["state"]
+            bundle["text/html"] = f"<p>{escape(str(run.folder))}: {state}</p>{bundle['text/html']}"
+        self._handle.update(bundle, metadata=about, raw=True)
 
 # %% ../nbs/library/089_evaluation.ipynb #073b92fe
 REFERENCE = "data_samples/reference_tinyclip.json"  # from the project's root

@@ -40,7 +40,7 @@ from .data import Pairs, thumbnail
 from .features import Features
 from .gates import Gates, cuts_at, gates_from_arrays
 from .models import shape_cost
-from .runs import Run, kept_snapshots, read_snapshot
+from .runs import Run, finished_students, kept_snapshots, read_snapshot
 from .stages import full_shapes, new_gates
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ORDERS', 'MANY_GROUPS', 'MANY_POINTS', 'disagreement', 'Affinities', 'cell_html', 'AffinityExplorer', 'most_disputed',
            'nearest', 'confusions', 'confusion_html', 'GateHistory', 'GateExplorer', 'Umap', 'ClusterState',
-           'ClusterMap', 'purity', 'run_clusters', 'cluster_table', 'show']
+           'ClusterMap', 'purity', 'run_clusters', 'cluster_table', 'show', 'lacks_affinities', 'lacks_gates',
+           'lacks_clusters']
 
 # %% ../nbs/library/124_explorers.ipynb #11ca0310
 def disagreement(
@@ -794,3 +795,31 @@ def show(view: Live) -> Live:
     if view.live:
         view.keep()
     return view
+
+# %% ../nbs/library/124_explorers.ipynb #wh1chrn2
+def lacks_affinities(run: Run) -> str:  # empty: nothing
+    "What a run lacks for affinities of teacher and student to be compared"
+    if not run.config().get("parameters", {}).get("teacher"):
+        return "it has no teacher that can be asked"
+    if not finished_students(run):
+        return "none of its students is finished"
+    probe = run.folder / "probe.safetensors"
+    if probe.exists() and "teacher" not in read_snapshot(probe)[0]:
+        return "its models have no space that images and texts share"
+    return ""
+
+
+def lacks_gates(run: Run) -> str:  # empty: nothing
+    "What a run lacks for its gates to be stepped through"
+    if any(labels["phase"] == "gates" for _, labels in kept_snapshots(run)):
+        return ""
+    return "it keeps no snapshot of gates: it learns none, has not learned any yet, or keep_snapshots was 0"
+
+
+def lacks_clusters(run: Run) -> str:  # empty: nothing
+    "What a run lacks for a map of its clusters"
+    if not (run.folder / "clusters.safetensors").exists():
+        return "it holds no clusters: only a run that distils with clusters writes them"
+    if not widgets.kept_students(run):
+        return "it keeps no snapshot of its student yet, or keep_snapshots was 0"
+    return ""

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
 from inspect import signature
@@ -24,8 +24,8 @@ from typing import Any, BinaryIO
 import vlkd_lab
 
 # %% auto #0
-__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'try_lock', 'keep_locked',
-           'alone_in', 'works_alone', 'former_names']
+__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'user_notebooks',
+           'copy_notebooks', 'command', 'try_lock', 'keep_locked', 'alone_in', 'works_alone', 'former_names']
 
 # %% ../nbs/library/000_project.ipynb #5507879b
 def is_working_copy(folder: Path) -> bool:
@@ -89,6 +89,55 @@ def write_text(path: str | Path, text: str) -> None:
     "Replace a text file; folders on the way are made"
     with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+# %% ../nbs/library/000_project.ipynb #notebks2
+def user_notebooks() -> list[Path]:  # empty: this installation has none
+    "The notebooks that a person opens, as they lie in or beside the package; a working copy's own ones alone"
+    folder = packaged("nbs")
+    if folder is None:
+        return []
+    sidebar = packaged("_quarto.yml")
+    listed = sidebar.read_text(encoding="utf-8") if sidebar else ""
+    names = re.findall(r"^ *- (?:href: )?(\w+\.ipynb) *$", listed, re.MULTILINE)
+    notebooks = sorted(folder.glob("*.ipynb"))
+    return [path for path in notebooks if path.name != "index.ipynb" and (not names or path.name in names)]
+
+
+def copy_notebooks(
+    folder: str | Path,  # made if it is not there
+) -> tuple[list[Path], list[Path]]:  # what was written, and what was there already and stays
+    "Copy the notebooks to where somebody works"
+    notebooks = user_notebooks()
+    if not notebooks:
+        raise FileNotFoundError("this installation has no notebooks: take them from vlkd_lab's repository")
+    written: list[Path] = []
+    kept: list[Path] = []
+    for notebook in notebooks:
+        copy = Path(folder) / notebook.name
+        if copy.exists():
+            kept.append(copy)
+            continue
+        with atomic_write(copy) as unfinished:
+            shutil.copyfile(notebook, unfinished)
+        written.append(copy)
+    return written, kept
+
+
+def command(arguments: Sequence[str] | None = None) -> int:  # exit status
+    "vlkd-lab notebooks DIR: copy the lab's notebooks to a folder in which one works"
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if len(words) != 2 or words[0] != "notebooks" or words[1].startswith("-"):
+        print(command.__doc__, file=sys.stderr)
+        return 0 if set(words) & {"-h", "--help"} else 2
+    try:
+        written, kept = copy_notebooks(Path(words[1]).expanduser())
+    except OSError as error:
+        print(f"vlkd-lab: {error}", file=sys.stderr)
+        return 1
+    for path in kept:
+        print(f"kept: {path} is there already")
+    print(f"{len(written)} notebooks are in {words[1]}: jupyter lab {words[1]}")
+    return 0
 
 # %% ../nbs/library/000_project.ipynb #al0ne002
 try:

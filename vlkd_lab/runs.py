@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 import traceback
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -28,12 +29,17 @@ from .data import project_root
 from .methods import all_losses
 from .project import atomic_write, former_names, try_lock, write_text
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
-           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
-           'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
+           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
+           'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run']
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run',
+           'run_table', 'lacks_student']
 
 # %% ../nbs/library/070_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -132,6 +138,19 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         merged["weights"] = weights
     return merged
 
+
+def _understood(requests: Any) -> dict[str, Any]:
+    "Requests without those by which a job could not go; values that change in mid-run are tried by the job"
+    if not isinstance(requests, Mapping):
+        return {}
+    kept = {}
+    for name, value in requests.items():
+        is_tried = name in IN_MID_RUN or name not in CONTROLS
+        if is_tried or CONTROLS[name][1](value):
+            kept[name] = value
+    return kept
+
+
 # %% ../nbs/library/070_runs.ipynb #fcb0f1b4
 WORKING = ("running", "paused")  # states in which a process holds the folder
 
@@ -159,9 +178,10 @@ class Run:
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def status(self) -> dict:
-        "State of the job: new, running, paused, waiting (for a cell), stopped, failed, finished or lost"
+        "State: new, preparing, running, paused, waiting (for a cell), stopped, failed, finished or lost"
         status = read_json(self.folder / "status.json", {"state": "new"})
-        if status["state"] in WORKING and not is_written(self):
+        is_gone = status["state"] in WORKING and not is_written(self)
+        if is_gone or (status["state"] == "preparing" and _has_ended(status)):
             status["state"] = "lost"
         return status
 
@@ -178,8 +198,11 @@ class Run:
         return requests
 
     def requested(self) -> dict:
-        "What control.json asks for at this moment"
-        return read_json(self.folder / "control.json", {})
+        "What control.json asks for at this moment; what cannot be read asks for nothing"
+        try:
+            return _understood(read_json(self.folder / "control.json", {}))
+        except (OSError, ValueError):  # no JSON, or a disk that does not answer now
+            return {}
 
     def asked(self) -> dict:
         "The former name of `requested`"
@@ -198,6 +221,13 @@ def is_written(run: Run) -> bool:
 
 class RunStopped(Exception):
     "The run was asked to stop through control.json; its checkpoint is written"
+
+
+def _has_ended(status: Mapping[str, Any]) -> bool:
+    "Whether the process that wrote a status is known to be gone; of another machine's nothing is known"
+    if status.get("host") != socket.gethostname():
+        return False
+    return not psutil.pid_exists(status.get("process", 0))
 
 # %% ../nbs/library/070_runs.ipynb #87de7140
 def memory_in_use() -> int:  # bytes
@@ -253,6 +283,54 @@ class RunWriter(Run):
             handle.write("".join(json.dumps(to_json(record)) + "\n" for record in records))
         if time.monotonic() - self._heartbeat > 1:
             self.set_status(memory_bytes=memory_in_use())
+
+# %% ../nbs/library/070_runs.ipynb #v1ewers2
+@contextmanager
+def for_viewers(
+    run: Run,  # one that can warn is told of a failure
+    failure: str,  # what a failure means, such as "no snapshot could be taken"
+) -> Iterator[None]:
+    "Do what is done for viewers: its failure ends no training, and stands once in the run's warnings"
+    try:
+        yield
+    except Exception as error:  # whatever drawing, a disk, a server or a device may raise
+        if not hasattr(run, "warn"):  # of another process than the first
+            return
+        with suppress(OSError, ValueError):  # where not even that can be written
+            told = read_json(run.folder / "status.json", {}).get("warnings", [])
+            if not any(warning.startswith(f"{failure}: ") for warning in told):
+                run.warn(f"{failure}: {type(error).__name__}: {error}")
+
+# %% ../nbs/library/070_runs.ipynb #prepar02
+@contextmanager
+def preparing(
+    run: Run,  # one that another process writes, or of another process than the first, is left alone
+    what: str,  # such as "the teacher's features"
+) -> Iterator[Callable[[float | None], None]]:  # told the share that is done, or None; at once with the first
+    "Say what is being prepared, and how far; nothing is said before the function that it gives is called"
+    before = read_json(run.folder / "status.json", {"state": "new"})
+    is_at_work = before["state"] in WORKING and before.get("process") == os.getpid()
+    is_ours = hasattr(run, "set_status") and (is_at_work or not is_written(run))
+    told = [-math.inf]  # when something was said last
+
+    def tell(share: float | None = None) -> None:
+        now = time.monotonic()
+        if not is_ours or now - told[0] < 1:
+            return
+        told[0] = now
+        about = dict(stage=what, phase=None if share is None else f"{share:.0%}")
+        if not is_at_work:
+            about |= dict(state="preparing", process=os.getpid(), host=socket.gethostname())
+        with for_viewers(run, "what is being prepared could not be told"):
+            run.set_status(**about)
+
+    try:
+        yield tell
+    finally:
+        if told[0] > -math.inf:
+            names = ("stage", "phase") if is_at_work else ("state", "stage", "phase")
+            with for_viewers(run, "what is being prepared could not be told"):
+                run.set_status(**{name: before.get(name) for name in names})
 
 # %% ../nbs/library/070_runs.ipynb #36afcae1
 def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:
@@ -615,10 +693,12 @@ class Snapshots:
         start = time.monotonic()
         names = ["newest", f"kept/{keep}"] if keep else ["newest"]
         paths = [self.run.folder / "snapshots" / f"{name}.safetensors" for name in names]
-        self._pending.append((paths, *to_host(make()), labels | {"time": time.time()}))
-        self.write_arrived()
-        now = time.monotonic()
-        self._next = now + max(SNAPSHOT_SECONDS, (now - start) / SNAPSHOT_SHARE)
+        try:
+            self._pending.append((paths, *to_host(make()), labels | {"time": time.time()}))
+            self.write_arrived()
+        finally:  # one that fails has cost its time too
+            now = time.monotonic()
+            self._next = now + max(SNAPSHOT_SECONDS, (now - start) / SNAPSHOT_SHARE)
 
     def offer(self, make: Callable[[], Mapping[str, Tensor]], **labels) -> None:
         "Take one if it is due and the one before has been written; `make` is not called otherwise"
@@ -636,22 +716,88 @@ class Snapshots:
 
 # %% ../nbs/library/070_runs.ipynb #33990e62
 def find_run(
-    folder: str | Path = "",  # a run folder; empty: the newest under `runs`
+    folder: str | Path = "",  # a run folder; empty: the newest under `runs` that lacks nothing
     runs: str | Path = "runs",  # where run folders lie
+    lacks: Callable[[Run], str] | None = None,  # what a run has not that is wanted; empty: it has all
 ) -> Run:
-    "The run of a folder that holds one"
+    "The run of a folder that holds one; an error says what it lacks, and which runs have it"
     if folder and not (Path(folder) / "config.json").exists():
-        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json")
+        others = _others(_suiting(runs, lacks))
+        raise FileNotFoundError(f"{folder} is no run folder: it has no config.json{others}")
     if folder:
+        lack = lacks(Run(folder)) if lacks else ""
+        if lack:
+            raise ValueError(f"{folder} does not suit: {lack}{_others(_suiting(runs, lacks))}")
         return Run(folder)
-    folders = [path.parent for path in Path(runs).glob("*/config.json")]
-    if not folders:
-        raise FileNotFoundError(
-            f"there is no run under {runs} yet: train_tinyclip.ipynb makes one, or name a folder"
-        )
-    return Run(max(folders, key=_last_change))
+    suiting = _suiting(runs, lacks)
+    if not suiting:
+        raise FileNotFoundError(_none_suits(runs, lacks))
+    return suiting[0]
+
+
+def _suiting(folder: str | Path, lacks: Callable[[Run], str] | None) -> list[Run]:
+    "The run folders of a folder that lack nothing, the newest first"
+    return [run for run in _runs_under(folder) if not _lack_of(run, lacks)]
+
+
+def _runs_under(folder: str | Path) -> list[Run]:
+    "The run folders of a folder, the one that was written last before the others"
+    folders = [path.parent for path in Path(folder).glob("*/config.json")]
+    return [Run(path) for path in sorted(folders, key=_last_change, reverse=True)]
 
 
 def _last_change(folder: Path) -> float:
     "When any of a run's JSON files was written last, in seconds since 1970"
     return max(file.stat().st_mtime for file in folder.glob("*.json*"))
+
+# %% ../nbs/library/070_runs.ipynb #33990e63
+def _lack_of(run: Run, lacks: Callable[[Run], str] | None) -> str:
+    "What a run lacks, or why it cannot be read"
+    try:
+        run.config()
+        run.status()
+        return lacks(run) if lacks else ""
+    except Exception as error:  # a folder that somebody else has written, or half of one
+        return f"it cannot be read ({type(error).__name__}: {error})"
+
+
+def _others(suiting: Sequence[Run], most: int = 5) -> str:
+    "Which runs there are to choose from, as the end of an error"
+    names = [run.folder.name for run in suiting[:most]]
+    more = ", …" if len(suiting) > most else ""
+    return f"; there are {', '.join(names)}{more}" if names else ""
+
+
+def _none_suits(folder: str | Path, lacks: Callable[[Run], str] | None) -> str:
+    "That there is no run, or what each of the newest lacks"
+    here = _runs_under(folder)
+    if not here:
+        return f"there is no run under {folder} yet: train_tinyclip.ipynb makes one, or name a folder"
+    reasons = [f"{run.folder.name}: {_lack_of(run, lacks)}" for run in here[:5]]
+    return f"no run under {folder} suits ({'; '.join(reasons)}): train one, or name a folder elsewhere"
+
+
+def run_table(
+    runs: str | Path = "runs",  # where run folders lie
+    lacks: Callable[[Run], str] | None = None,  # as `find_run` takes it
+) -> pd.DataFrame:  # a row a run, the newest that suits first
+    "The runs to choose from: method, state, when they changed, and what they lack"
+    import pandas as pd
+
+    rows: dict[str, dict[str, str]] = {}
+    for run in _runs_under(runs):
+        lack = _lack_of(run, lacks)
+        is_read = not lack.startswith("it cannot be read")
+        method = run.config().get("method", "") if is_read else ""
+        state = run.status()["state"] if is_read else ""
+        changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(_last_change(run.folder)))
+        name = str(Path(Path(runs).name, run.folder.name))
+        rows[name] = {"method": method, "state": state, "changed": changed, "lacks": lack}
+    columns = ["method", "state", "changed", "lacks"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("run_folder")
+    return table.sort_values("lacks", key=lambda lack: lack != "", kind="stable")
+
+
+def lacks_student(run: Run) -> str:  # for `find_run`
+    "What a run lacks to be taken away or compared: a student that is finished"
+    return "" if finished_students(run) else "none of its students is finished"

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
@@ -273,6 +273,7 @@ def fill(
     rank: int = 0,  # this process takes every world_size-th shard
     world_size: int = 1,
     progress: bool = True,
+    tell: Callable[[float], None] | None = None,  # called with the share of this process's part that is done
 ) -> int:  # files written
     "Compute the features that a store lacks, shard by shard"
     _open_to(store, vlm)
@@ -280,7 +281,7 @@ def fill(
     if not _lacking(store, names, sides):
         return 0
     with _alone_with(store, names, sides):
-        return _fill_shards(store, vlm, _lacking(store, names, sides), batch_size, progress)
+        return _fill_shards(store, vlm, _lacking(store, names, sides), batch_size, progress, tell)
 
 
 def _open_to(store: FeatureStore, vlm: VLM) -> None:
@@ -292,7 +293,6 @@ def _open_to(store: FeatureStore, vlm: VLM) -> None:
     _check_owner(store)
     if store.where and not (store.where / "store.json").exists():
         write_text(store.where / "store.json", json.dumps(asdict(store.key), indent=1))
-
 
 # %% ../nbs/library/031_stores.ipynb #st9re004
 def _lacking(store: FeatureStore, names: Sequence[str], sides: Sequence[str]) -> dict[str, list[str]]:
@@ -312,19 +312,28 @@ def _alone_with(store: FeatureStore, names: Sequence[str], sides: Sequence[str])
 
 
 def _fill_shards(
-    store: FeatureStore, vlm: VLM, todo: dict[str, list[str]], batch_size: int, progress: bool
+    store: FeatureStore,
+    vlm: VLM,
+    todo: dict[str, list[str]],
+    batch_size: int,
+    progress: bool,
+    tell: Callable[[float], None] | None = None,
 ) -> int:
     "Compute what some shards lack; files written"
     written = 0
+    done = 0  # pairs
     pairs = sum(store.shards[name][0].count for name in todo)
     with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
         for name, lacks in todo.items():
+            if tell is not None:
+                tell(done / max(pairs, 1))
             shard = store.shards[name][0]
             about = {"format": _FORMAT, "digest": shard.digest, "count": shard.count, **asdict(store.key)}
             for side, features in encode_shard(vlm, shard, lacks, batch_size).items():
                 _write(store.path(name, side), features, about)
                 written += 1
             bar.update(shard.count)
+            done += shard.count
     return written
 
 # %% ../nbs/library/031_stores.ipynb #b8c784d5

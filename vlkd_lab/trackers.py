@@ -19,12 +19,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vlkd_lab.runs import (
+    Curves,
+    Run,
+    find_run,
+    for_viewers,
+    is_written,
+    newest_snapshot,
+    read_json,
+    read_snapshot,
+    watch,
+)
+
 from .project import atomic_write, write_text
-from .runs import Curves, Run, find_run, is_written, newest_snapshot, read_json, read_snapshot, watch
 
 # %% auto #0
-__all__ = ['PROJECT', 'PICTURE_SECONDS', 'TRACKERS', 'REPORT_SECONDS', 'named_trackers', 'tracked_values', 'affinity_picture',
-           'Reporter', 'reporting', 'tell']
+__all__ = ['PROJECT', 'PICTURE_SECONDS', 'TRACKERS', 'REPORT_SECONDS', 'LAST_SECONDS', 'named_trackers', 'tracked_values',
+           'affinity_picture', 'Reporter', 'reporting', 'tell']
 
 # %% ../nbs/library/071_trackers.ipynb #trackers06
 PROJECT = "vlkd_lab"  # what runs are filed under, where a tracker has such a thing
@@ -232,6 +243,7 @@ def _show(tracker: Any, name: str, image: np.ndarray, step: int, folder: Path) -
 
 # %% ../nbs/library/071_trackers.ipynb #trackers20
 REPORT_SECONDS = 2.0  # between two looks at the folder
+LAST_SECONDS = 120.0  # for what a tracker has not taken yet when the training ends
 
 
 @contextmanager
@@ -252,22 +264,27 @@ def reporting(
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(LAST_SECONDS)
+        if thread.is_alive():
+            late = f"{', '.join(names)} have not taken everything within {LAST_SECONDS:.0f} s of the end"
+            run.warn(f"{late}: python -m vlkd_lab.trackers tells them the rest")
 
 
 def _follow(run: Run, names: Sequence[str], seconds: float, ended: threading.Event) -> None:
     "Report until the end, and once more; a failure is told to the run"
-    try:
+    trackers = ", ".join(names)
+    no_picture = f"a picture could not be told to {trackers}"
+    with for_viewers(run, f"{trackers} are told no more"):
         reporter = Reporter(run, names)
         while not ended.wait(seconds):
             reporter.report()
-            reporter.show(time.monotonic())
-        reporter.show(time.monotonic(), patience=0)
+            with for_viewers(run, no_picture):
+                reporter.show(time.monotonic())
+        with for_viewers(run, no_picture):
+            reporter.show(time.monotonic(), patience=0)
         reporter.close()
-    except Exception as error:  # whatever a server or its client may raise: training goes on
-        run.warn(f"{', '.join(names)} are told no more: {type(error).__name__}: {error}")
 
-
+# %% ../nbs/library/071_trackers.ipynb #trackers2t
 def tell(arguments: Sequence[str]) -> int:  # exit status
     "python -m vlkd_lab.trackers RUN_FOLDER TRACKER[,TRACKER]: tell trackers of a run, live until it ends"
     if len(arguments) != 2:

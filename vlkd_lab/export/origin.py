@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,10 @@ def newest_student(runs: str | Path = "runs") -> Path | None:  # a run folder; N
     newest = None
     newest_time = -math.inf
     for folder in {path.parent.parent for path in Path(runs).glob("*/*/done.json")}:
-        for stage in finished_students(Run(folder)):
+        stages: list[str] = []
+        with suppress(ValueError):  # a neighbour whose config.json cannot be read
+            stages = finished_students(Run(folder))
+        for stage in stages:
             time = (folder / stage / "done.json").stat().st_mtime
             if time > newest_time:
                 newest = folder

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -200,7 +200,7 @@ class Balancing(_OnDisk):
                 shutil.rmtree(self.folder)  # which holds the rows sorted by cell, some times over
             linkage.save(path)
 
-        trainers.once(job, path, ["store"], link)
+        trainers.once(job, path, ["store"], lambda: _told(job, "near pairs of images", link))
         return balancing.load_linkage(path)
 
     @cached_property
@@ -250,11 +250,22 @@ def _find_clusters(job: ClipCidJob) -> Clusters:
     "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
     path = job.run.folder / "clusters.safetensors"
     needs = ["store", "linkage"] if job.balances else ["store"]
-    trainers.once(job, path, needs, lambda: _write_clusters(job, _cluster(job)))
+
+    def write() -> None:
+        _write_clusters(job, _cluster(job))
+
+    trainers.once(job, path, needs, lambda: _told(job, "clusters of the teacher's features", write))
     arrays, _ = runs.read_snapshot(path)
     centers = torch.from_numpy(arrays["centers"])
     assignment = torch.from_numpy(arrays["training"]).long()
     return Clusters(centers, assignment)
+
+
+def _told(job: ClipCidJob, what: str, work: Callable[[], None]) -> None:
+    "Do what takes long before the training, and say so in the run's status"
+    with runs.preparing(job.run, what) as tell:
+        tell(None)
+        work()
 
 
 def _cluster(job: ClipCidJob) -> Clusters:

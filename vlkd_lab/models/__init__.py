@@ -19,7 +19,7 @@ from vlkd_lab.models.vlm import (
 
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .configs import TINYCLIP_CONFIGS, copied_config, model_config, two_towers
-from .cost import Cost, count_cost, count_macs, measure_latency, shape_cost
+from .cost import Cost, Latency, count_cost, count_macs, latencies, measure_latency, shape_cost
 from .image_towers import image_tower
 from .kinds import ModelKind, Packing
 from .pictures import preprocessing

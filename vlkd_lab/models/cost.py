@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from .pictures import _both_sides
 from .vlm import VLM, evaluating
 
 # %% auto #0
-__all__ = ['count_macs', 'Cost', 'count_cost', 'shape_cost', 'measure_latency']
+__all__ = ['count_macs', 'Cost', 'count_cost', 'shape_cost', 'Latency', 'latencies', 'measure_latency']
 
 # %% ../../nbs/library/029_models_cost.ipynb #2f47a3e1
 def count_macs(
@@ -177,21 +177,57 @@ def shape_cost(
     return Cost(image + text + scalars, image, text, image_macs + text_macs)
 
 # %% ../../nbs/library/029_models_cost.ipynb #5e76386a
+@dataclass(frozen=True)
+class Latency:
+    "Milliseconds for one pair, over the rounds of a measurement"
+
+    median: float
+    low: float  # lower quartile of the rounds
+    high: float  # upper quartile
+
+
+def latencies(
+    models: Mapping[str, VLM],  # name -> model
+    batch_size: int = 32,  # pairs encoded at once
+    repeats: int = 11,  # rounds that count; the first one warms up
+) -> dict[str, Latency]:
+    "Time to encode images and texts, the models in turn; on a CPU by one thread"
+    batches = {name: _blank_batch(vlm, batch_size) for name, vlm in models.items()}
+    rounds: dict[str, list[float]] = {name: [] for name in models}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for number in range(repeats + 1):
+            order = list(models) if number % 2 == 0 else list(models)[::-1]
+            for name in order:
+                seconds = _encoding_seconds(models[name], batches[name])
+                if number:
+                    rounds[name].append(1000 * seconds / batch_size)
+    finally:
+        torch.set_num_threads(threads)
+    return {name: Latency(*_quartiles(values)) for name, values in rounds.items()}
+
+
+def _encoding_seconds(vlm: VLM, batch: Batch) -> float:
+    "What one batch takes, until its features are there"
+    start = time.perf_counter()
+    with evaluating(vlm.model), torch.inference_mode():
+        vlm.encode(batch)
+    if vlm.device.type == "cuda":
+        torch.cuda.synchronize(vlm.device)
+    return time.perf_counter() - start
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:  # median, lower, upper
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[len(ordered) // 2], ordered[last // 4], ordered[last - last // 4]
+
+
 def measure_latency(
     models: Mapping[str, VLM],  # name -> model
     batch_size: int = 32,  # pairs encoded at once
-    repeats: int = 7,  # rounds; the models take turns in each, so that a noisy machine is noisy for all
-) -> dict[str, float]:  # name -> milliseconds for one pair, median over rounds
-    "Time to encode images and texts, the models interleaved; compare within one call only"
-    batches = {name: _blank_batch(vlm, batch_size) for name, vlm in models.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for round_ in range(repeats + 1):
-        for name, vlm in models.items():
-            start = time.perf_counter()
-            with evaluating(vlm.model), torch.inference_mode():
-                vlm.encode(batches[name])
-            if vlm.device.type == "cuda":
-                torch.cuda.synchronize(vlm.device)
-            if round_:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * sorted(s)[len(s) // 2] / batch_size for name, s in seconds.items()}
+    repeats: int = 11,  # rounds that count
+) -> dict[str, float]:  # name -> milliseconds for one pair
+    "The medians of `latencies`; compare within one call only"
+    return {name: latency.median for name, latency in latencies(models, batch_size, repeats).items()}

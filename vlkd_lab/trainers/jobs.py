@@ -289,7 +289,8 @@ def filled_store(
     store = FeatureStore(report, key, store_folder(job.options, key))
     rank = job.accelerator.process_index
     world = job.accelerator.num_processes
-    fill(store, teacher, sides, rank=rank, world_size=world, progress=may_print())
+    with runs.preparing(job.run, f"the teacher's features of {report.total:,} samples") as tell:
+        fill(store, teacher, sides, rank=rank, world_size=world, progress=may_print(), tell=tell)
     job.accelerator.wait_for_everyone()
     return store
 
@@ -834,7 +835,8 @@ def _announce(job: Job) -> None:
     job.run.set_status(plan=job.plan, freed_bytes=None)
     for warning in filter(None, (job.truncation, trained_on(job.run))):
         job.run.warn(str(warning))
-    write_probe(job)
+    with runs.for_viewers(job.run, "the pairs that the views draw could not be prepared"):
+        write_probe(job)
 
 # %% ../../nbs/library/085_trainers_jobs.ipynb #wr1tepr0
 @torch.no_grad()

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -369,7 +369,8 @@ def _train(
             if loop.newest:
                 bar.set_postfix(total=f"{loop.newest['total']:.3f}", refresh=False)
             bar.update()
-    loop.snapshots.write_arrived(wait=True)
+    with runs.for_viewers(loop.run, _NO_SNAPSHOT):
+        loop.snapshots.write_arrived(wait=True)
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #isdue001
 def _is_due(loop: Loop, saved: float) -> bool:
@@ -414,11 +415,15 @@ class ProgressLine:
         return getattr(shell, "kernel", None) is not None
 
     def write(self, text: str) -> None:
+        "Show the newest line, if it can be shown"
+        line = {"text/plain": text.strip()}
+        if line["text/plain"]:
+            with suppress(Exception):  # a page that has gone away ends nothing
+                self._show(line)
+
+    def _show(self, line: dict[str, str]) -> None:
         from IPython.display import display
 
-        line = {"text/plain": text.strip()}
-        if not line["text/plain"]:
-            return
         if self._handle is None:
             self._handle = display(line, raw=True, display_id=True)
         else:
@@ -429,18 +434,39 @@ class ProgressLine:
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #6811a91d
 class Diverged(ArithmeticError):
-    "The loss is no longer a finite number"
+    "The loss, its gradient or a weight is no longer a finite number"
 
 
 def _check_finite(loop: Loop, line: Mapping[str, Any]) -> None:
-    "Diverged, with the step and the terms, if a step's loss is no finite number"
+    "Diverged, with the step and the terms, if a step's loss or its gradient is no finite number"
     total = line["total"]
-    if math.isfinite(total):
+    norm = line.get("gradient_norm", 0.0)
+    if loop.accelerator.scaler is not None:  # fp16: a gradient that overflows is left out, and scaled less
+        norm = 0.0
+    if math.isfinite(total) and math.isfinite(norm):
         return
     lost = [name for name in loop.objective.weights if not math.isfinite(line.get(name, 0.0))]
     which = f"not finite: {', '.join(lost)}; " if lost else ""
+    what = f"the norm of the gradient became {norm}" if math.isfinite(total) else f"the loss became {total}"
     at = f"at step {line['step']} ({loop.phase.folder})"
-    raise Diverged(f"the loss became {total} {at}: {which}try a smaller learning_rate")
+    raise Diverged(f"{what} {at}: {which}try a smaller learning_rate")
+
+
+def _check_weights(loop: Loop) -> None:
+    "Diverged if a weight is no finite number: scores would say nothing, and what is cut would be chance"
+    numbers = []
+    for weight in loop.learner.parameters():
+        part = weight.to_local() if hasattr(weight, "to_local") else weight
+        numbers.append(part.detach().isfinite().all())
+    are_finite = torch.stack(numbers).to(torch.uint8)
+    if loop.shards is not None:  # of which each process sees its own part
+        dist.all_reduce(are_finite, op=dist.ReduceOp.MIN)
+    if are_finite.all():
+        return
+    names = [name for name, _ in loop.learner.named_parameters()]
+    lost = names[int(are_finite.argmin())].removeprefix("model.")
+    at = f"at step {loop.global_step} ({loop.phase.folder})"
+    raise Diverged(f"weights became infinite or no numbers {at}: {lost}; try a smaller learning_rate")
 
 
 def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -> None:
@@ -464,20 +490,29 @@ def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -
     _show(loop, features)
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #4d9b0b25
+_NO_SNAPSHOT = "no snapshot could be taken"  # as the run is told
+
+
 def _show(loop: Loop, features: Sequence[Features | None] | None) -> None:
-    "Snapshots for the views, from the first process: for watchers when due, and those that are kept"
+    "Snapshots and shares of the gradient, from the first process; a failure ends no training"
     if not loop.accelerator.is_main_process:
         return
+    if features is not None and features[1] is not None:
+        with runs.for_viewers(loop.run, "the terms' shares of the gradient could not be computed"):
+            _show_shares(loop, *features)
+    if loop.shards is None or loop.shards.is_whole:
+        with runs.for_viewers(loop.run, _NO_SNAPSHOT):
+            _take_snapshot(loop)
+
+
+def _take_snapshot(loop: Loop) -> None:
+    "For watchers when it is due, and those that are kept"
     labels = {
         "stage": loop.phase.stage,
         "phase": loop.phase.name,
         "step": loop.global_step,
         "phase_step": loop.step,
     }
-    if features is not None and features[1] is not None:
-        _show_shares(loop, *features)
-    if loop.shards is not None and not loop.shards.is_whole:
-        return
     keep = loop.options.keep_snapshots
     is_kept = keep and (loop.step % max(1, loop.phase.steps // keep) == 0 or loop.step == loop.phase.steps)
     if is_kept:
@@ -516,6 +551,7 @@ def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> No
     "Log the scores of the student as it is"
     is_first = loop.accelerator.is_main_process
     _settle(loop)
+    _check_weights(loop)
     if validate is None or not (is_first or loop.shards) or not loop.learner.validates:
         return
     with averaged(loop):

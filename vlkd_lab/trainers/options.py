@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -282,6 +283,30 @@ class FitParameters(_CommonParameters):
     def controls(self) -> dict[str, float]:  # name -> value at the start
         "What the method lets people change in mid-run, beside the learning rate and the weights of the terms"
         return {}
+
+    def _repr_html_(self) -> str:
+        return _options_html(self)
+
+
+def _options_html(options: FitParameters) -> str:
+    "A table of what differs from the defaults, and folded away below it all the rest"
+    changed: list[str] = []
+    others: list[str] = []
+    for option in fields(options):
+        value = getattr(options, option.name)
+        meaning = option.metadata.get("meaning", "")
+        cells = "".join(f"<td style='text-align:left'>{escape(str(cell))}</td>" for cell in (value, meaning))
+        row = f"<tr><th style='text-align:left'>{option.name}</th>{cells}</tr>"
+        (others if value == option.default else changed).append(row)
+    head = "<tr><th></th><th style='text-align:left'>value</th><th style='text-align:left'>meaning</th></tr>"
+    rest = f"<table>{head}{''.join(others)}</table>"
+    count = f"{len(others)} options have their defaults"
+    folded = f"<details><summary>{count}</summary>{rest}</details>"
+    kind = type(options).__name__
+    if not changed:
+        return f"<p>{kind}: every option has its default</p>{folded}"
+    table = f"<table>{head}{''.join(changed)}</table>"
+    return f"<p>{kind}: {len(changed)} options differ from their defaults</p>{table}{folded}"
 
 # %% ../../nbs/library/073_trainers_options.ipynb #op000002
 @dataclass(frozen=True)

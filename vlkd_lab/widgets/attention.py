@@ -97,7 +97,8 @@ def _laid_over(pixels: np.ndarray, shares: np.ndarray, densest: float) -> np.nda
     "A map (g, g) over a grey picture (S, S, 3): patches glow with more than an even spread, as in cross.js"
     side = shares.shape[-1]
     patch_of = np.arange(len(pixels)) * side // len(pixels)
-    glow = np.clip((shares * side**2 - 1) / (densest - 1), 0, 1)[np.ix_(patch_of, patch_of)]
+    known = np.nan_to_num(shares)  # a model that has diverged looks nowhere
+    glow = np.clip((known * side**2 - 1) / (densest - 1), 0, 1)[np.ix_(patch_of, patch_of)]
     table = np.frombuffer(palette(HEAT), dtype=np.uint8).reshape(-1, 3)
     colours = table[(120 + 134 * glow).round().astype(int)] / 255
     grey = 0.85 * pixels @ _GREY_OF_RGB
