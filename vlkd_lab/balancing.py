@@ -197,7 +197,7 @@ def exact_distances(
         distances[part] = np.sqrt(np.multiply(gap, gap, out=gap).sum(axis=1))
     return distances
 
-
+# %% ../nbs/library/032_balancing.ipynb #near9airs
 class NearPairs:
     "Blocks of products that find the pairs which may be near"
 

@@ -64,7 +64,7 @@ def _plan(rows: RowFiles, memory_mb: int, **chosen: Any) -> LinkPlan:
     "Sizes that keep a worker within its budget"
     budget = memory_mb * 2**20
     piece = budget // (40 * rows.width + 800)  # stored, single precision, whole numbers, products, keys
-    region = budget // (4 * (12 * rows.width + 400))  # a row and its three visits elsewhere; the forest and its levels
+    region = budget // (4 * (12 * rows.width + 400))  # a row and three visits; the forest
     sizes = dict(piece=int(np.clip(piece, 256, 1 << 17)), region=int(np.clip(region, 256, 1 << 19)))
     return LinkPlan(rows.fingerprint(), len(rows), rows.width, **chosen, **sizes)
 
