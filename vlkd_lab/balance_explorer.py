@@ -5,42 +5,120 @@
 # %% ../nbs/library/127_balance_explorer.ipynb #58be94c2
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import numpy as np
 
+from vlkd_lab.balance_report import (
+    GroupsAt,
+    LinkedGroups,
+    StoreRows,
+    about_recall,
+    about_sample,
+    removed_curve,
+    shown_groups,
+    shown_html,
+)
+
 from . import widgets
-from .balancing import Balance, Linkage, balance_at, find_pictures, groups_html
+from .balancing import Balance, Linkage, balance_at, find_pictures, link, load_linkage
+from .curation import balance_rows, near_duplicates
 from .data import DataReport, escaped
-from .project import former_names
-from .stores import Stored
+from .engines import ENGINES
+from .project import former_names, write_text
 from .widgets import LINE_COLOURS, WIDTH, Live, Panel, picture
 
 # %% auto #0
-__all__ = ['REMOVED_SHARE', 'balance_json', 'BalanceExplorer', 'StaticBalance']
+__all__ = ['MOST_GROUPS', 'MOST_OF_GROUP', 'REMOVED_SHARE', 'Linking', 'balance_json', 'BalanceExplorer', 'StaticBalance']
+
+# %% ../nbs/library/127_balance_explorer.ipynb #ln000001
+@dataclass(frozen=True)
+class Linking:
+    "Who links the rows, who looks for those that stay, and where both leave what they have"
+
+    engine: str = "memory"  # memory, or an engine that leaves rows on disk: local or dask
+    workers: int = 1
+    address: str = ""  # of a Dask scheduler that runs already
+    folder: str | Path = ""  # of the linkage; empty: it is not kept
+    progress: bool = field(default=True, compare=False)
+
+    def __post_init__(self):
+        valid = ("memory", *ENGINES)
+        if self.engine not in valid:
+            raise ValueError(f"engine={self.engine!r} is not valid: choose one of {', '.join(valid)}")
+        if self.engine != "memory" and not str(self.folder):
+            raise ValueError(f"engine={self.engine!r} works on the disk: name a folder for the linkage")
+        if self.address and self.engine != "dask":
+            raise ValueError(f"address={self.address!r} is Dask's: choose engine='dask' with it")
+
+    @property
+    def path(self) -> Path | None:
+        "Of the finished linkage"
+        return Path(self.folder) / "linkage.safetensors" if str(self.folder) else None
+
+    def linkage(self, rows: StoreRows, most: float) -> Linkage:
+        "The linkage of rows up to a threshold; a finished one is opened"
+        if self.path is not None and self.path.exists():
+            return _opened(self.path, rows)
+        if self.engine == "memory":
+            linkage = link(rows.take(np.arange(len(rows))), most, progress=self.progress)
+            if self.path is not None:
+                linkage.save(self.path)
+                about = {"fingerprint": rows.files.fingerprint()}
+                write_text(self.path.with_name("plan-in-memory.json"), json.dumps(about))
+            return linkage
+        options = dict(engine=self.engine, workers=self.workers, address=self.address)
+        return near_duplicates(rows.files, most, self.folder, progress=self.progress, **options)
+
+    def balance(self, linkage: Linkage, rows: StoreRows, threshold: float) -> Balance:
+        "Who stays at a threshold, of every group"
+        if self.engine == "memory":
+            return balance_at(linkage, rows.take(np.arange(len(rows))), threshold)
+        options = dict(engine=self.engine, workers=self.workers, address=self.address)
+        return balance_rows(linkage, rows.files, threshold, self.folder, progress=False, **options)
+
+# %% ../nbs/library/127_balance_explorer.ipynb #ln000002
+def _opened(path: Path, rows: StoreRows) -> Linkage:
+    "A finished linkage of just these rows"
+    linkage = load_linkage(path)
+    if linkage.count != len(rows):
+        of = about_sample(len(rows), rows.total).partition(":")[0]
+        raise ValueError(f"{path} is of {linkage.count:,} images, and {of} are to be looked at: name another folder")
+    for name in ("plan.json", "plan-in-memory.json"):
+        plan = path.with_name(name)
+        if plan.exists() and json.loads(plan.read_text(encoding="utf-8"))["fingerprint"] != rows.files.fingerprint():
+            raise ValueError(f"{path} is of other images, or their features were written anew: name another folder")
+    return linkage
 
 # %% ../nbs/library/127_balance_explorer.ipynb #ad36508d
-def balance_json(linkage: Linkage, threshold: float, width: int = WIDTH, height: int = 240) -> dict:
+def balance_json(
+    linkage: Linkage,
+    groups: GroupsAt | float,  # at the chosen threshold, or the threshold
+    width: int = WIDTH,
+    height: int = 240,
+    of: str = "images",  # what the numbers are of
+) -> dict:
     "Plotly JSON of what goes by threshold, with the chosen one marked, and the sizes of the groups at it"
+    if not isinstance(groups, GroupsAt):
+        groups = LinkedGroups(linkage).at(groups)
     layout = widgets.plain_layout(width, height)
     layout |= {"margin": {"l": 55, "r": 10, "t": 24, "b": 40}, "showlegend": False}
-    layout |= widgets.panel_layout(1, "threshold, Euclidean", "images removed, %", [0, 0.44])
-    layout |= widgets.panel_layout(2, "group, by size", "images in it", [0.56, 1])
+    layout |= widgets.panel_layout(1, "threshold, Euclidean", f"{of} removed, %", [0, 0.44])
+    layout |= widgets.panel_layout(2, "group, by size", f"{of} in it", [0.56, 1])
     layout["yaxis1"]["rangemode"] = "tozero"
     for axis in ("xaxis2", "yaxis2"):
         layout[axis] |= {"type": "log", "exponentformat": "power"}
-    layout["shapes"] = [_threshold_mark(threshold)]
+    layout["shapes"] = [_threshold_mark(groups.threshold)]
     layout["annotations"] = []
     style = widgets.curve_style(LINE_COLOURS[0])
-    places = _spread(len(linkage.distances), most=300)
-    removed = 100 * (places + 1) / linkage.count
-    sizes = -np.sort(-np.bincount(linkage.groups(threshold)))
-    ranks = np.unique(np.geomspace(1, len(sizes), 200).astype(int))
     lines = [
-        widgets.curve(linkage.distances[places], removed, "removed", 1, line=style),
-        widgets.curve(ranks, sizes[ranks - 1], "sizes", 2, line=style),
+        widgets.curve(*removed_curve(linkage), "removed", 1, line=style),
+        widgets.curve(*groups.size_curve(), "sizes", 2, line=style),
     ]
     return {"data": lines, "layout": layout}
 
@@ -51,45 +129,56 @@ def _threshold_mark(threshold: float) -> dict:
     return {"type": "line", **place, "line": {"color": "#D55E00", "dash": "dot", "width": 1}}
 
 
-def _spread(count: int, most: int) -> np.ndarray:
-    "At most so many places from the first to the last of `count`"
-    if not count:
-        return np.zeros(0, int)
-    return np.unique(np.linspace(0, count - 1, most).astype(int))
-
 # %% ../nbs/library/127_balance_explorer.ipynb #5ac83d75
+MOST_GROUPS = 4  # in pictures
+MOST_OF_GROUP = 8  # pictures of each
+
+
 class BalanceExplorer(Live):
     "A slider for the threshold; what goes, in numbers and pictures"
 
     def __init__(
         self,
         linkage: Linkage,
-        stored: Stored,  # the features that it was made of
-        report: DataReport,  # of their shards
+        rows: StoreRows,  # that it is of
         threshold: float = 0.0,  # where to begin; 0: where 44 % go, or else as many as can
         live: bool | None = None,
+        linking: Linking | None = None,  # who looks for those that stay; None: this process
     ):
         super().__init__(live)
+        if len(rows) != linkage.count:
+            raise ValueError(f"the linkage is of {linkage.count} rows, and these are {len(rows)}")
         self.linkage = linkage
-        self.stored = stored
-        self.report = report
-        self._pictures: dict[str, str] = {}  # key -> what was read
+        self.rows = rows
+        self.linking = linking or Linking()
+        self.linked = LinkedGroups(linkage)
+        self._pictures: dict[str, tuple[str, str]] = {}  # key -> what was read
         self.threshold = self._within(threshold or _initial_threshold(linkage))
         if self.live:
             self.panel = Panel()
-            self.figure = widgets.live_figure(balance_json(linkage, self.threshold))
-            self.groups = ipywidgets.HTML()
+            self.figure = widgets.live_figure(balance_json(linkage, self.groups, of=self.of))
+            self.shown = ipywidgets.HTML()
             self.panel.on_choice.append(self.ask)
-            self.box = ipywidgets.VBox([self.panel, self.figure, self.groups])
+            self.box = ipywidgets.VBox([self.panel, self.figure, self.shown])
             _draw_balance(self)
 
     def _within(self, threshold: float) -> float:
         return min(max(threshold, self.linkage.finest), self.linkage.most)
 
     @property
+    def groups(self) -> GroupsAt:
+        "The groups at the present threshold"
+        return self.linked.at(self.threshold)
+
+    @property
     def balance(self) -> Balance:
-        "Groups and what stays at the present threshold"
-        return balance_at(self.linkage, self.stored.unit(), self.threshold)
+        "Groups and who stays at the present threshold, of all rows of the linkage"
+        return self.linking.balance(self.linkage, self.rows, self.threshold)
+
+    @property
+    def of(self) -> str:
+        "What the numbers are of"
+        return "images" if len(self.rows) == self.rows.total else "images of the sample"
 
     def ask(self, requests: Mapping[str, Any]) -> None:
         "Another threshold"
@@ -97,12 +186,15 @@ class BalanceExplorer(Live):
         if self.live:
             _draw_balance(self)
 
-    def shown(self, balance: Balance) -> str:
+    def pictures(self, groups: GroupsAt) -> str:
         "The largest groups in pictures; a picture is read once"
-        keys = [self.stored.keys[row] for rows in balance.largest(4) for row in rows[:8]]
+        largest = range(min(MOST_GROUPS, len(groups.sizes)))
+        shown = shown_groups(groups, self.rows, largest, MOST_OF_GROUP)
+        keys = [key for group in shown for key in group.keys]
+        report = DataReport(tuple(self.rows.store.reports.values()))
         unread = [key for key in keys if key not in self._pictures]
-        self._pictures |= find_pictures(self.report, unread, side=44)
-        return groups_html(balance, self.stored.keys, self._pictures)
+        self._pictures |= find_pictures(report, unread, side=44)
+        return shown_html(shown, self._pictures) + _about_pictures(groups, len(shown))
 
     def static(self) -> StaticBalance:
         "The same as a picture and a table"
@@ -118,46 +210,66 @@ def _initial_threshold(linkage: Linkage) -> float:
     return linkage.threshold_for(removed / linkage.count) if removed else linkage.most
 
 
-def _status_bar(explorer: BalanceExplorer, balance: Balance) -> list[list[str]]:  # [name, value] each
+def _about_pictures(groups: GroupsAt, shown: int) -> str:
+    "Of how many groups the pictures are"
+    several = f"{shown} of {len(groups.sizes):,} groups, the largest; of each up to {MOST_OF_GROUP} images"
+    return f"<p><small>Pictures: {several}, the one that stays framed.</small></p>" if shown else ""
+
+
+def _status_bar(explorer: BalanceExplorer, groups: GroupsAt) -> list[list[str]]:  # [name, value] each
     "The threshold and what it does, in numbers"
-    sizes = balance.sizes()
+    rows = explorer.rows
+    of = f"all {rows.total:,}" if len(rows) == rows.total else f"sample, {len(rows):,} of {rows.total:,}"
     return [
-        ["threshold", f"{explorer.threshold:.3f}"],
-        ["removed", f"{balance.removed_share:.1%}"],
-        ["stay", f"{len(balance.keep):,} of {len(balance.group):,}"],
-        ["groups of more than one", f"{int((sizes > 1).sum()):,}"],
-        ["largest", f"{sizes[0]:,}"],
+        ["images", of],
+        ["threshold", f"{groups.threshold:.3f}"],
+        ["removed", f"{groups.removed_share:.1%}"],
+        ["stay", f"{groups.count - groups.removed:,} of {groups.count:,}"],
+        ["groups of more than one", f"{len(groups.sizes):,}"],
+        ["largest", f"{groups.sizes[0]:,}" if len(groups.sizes) else "1"],
+        ["recall", f"{explorer.linkage.recall:.1%}"],
     ]
+
+
+def _cautions(explorer: BalanceExplorer) -> list[str]:
+    "What the numbers do not say"
+    rows = explorer.rows
+    cautions = [] if len(rows) == rows.total else [about_sample(len(rows), rows.total)]
+    if explorer.linkage.recall < 1:
+        cautions.append(about_recall(explorer.linkage))
+    return cautions
 
 
 def _draw_balance(explorer: BalanceExplorer) -> None:
     "Show the present threshold"
     linkage = explorer.linkage
     panel = explorer.panel
-    balance = explorer.balance
+    groups = explorer.groups
     help = "images closer than this are joined"
     panel.sliders = [
         widgets.slider("threshold", "threshold", linkage.finest, linkage.most, help, 0.005)
     ]
     panel.values = {"threshold": explorer.threshold}
-    panel.head = _status_bar(explorer, balance)
-    widgets.sync_figure(explorer.figure, balance_json(linkage, explorer.threshold))
-    explorer.groups.value = explorer.shown(balance)
+    panel.head = _status_bar(explorer, groups)
+    panel.messages = [widgets.message("note", text) for text in _cautions(explorer)]
+    widgets.sync_figure(explorer.figure, balance_json(linkage, groups, of=explorer.of))
+    explorer.shown.value = explorer.pictures(groups)
 
 # %% ../nbs/library/127_balance_explorer.ipynb #2abc4001
 class StaticBalance:
     "Curve, sizes and pictures at one threshold"
 
     def __init__(self, explorer: BalanceExplorer):
-        balance = explorer.balance
-        self.text = ", ".join(f"{name}: {value}" for name, value in _status_bar(explorer, balance))
-        self.png = picture(balance_json(explorer.linkage, explorer.threshold))
-        self.groups = explorer.shown(balance)
+        groups = explorer.groups
+        numbers = ", ".join(f"{name}: {value}" for name, value in _status_bar(explorer, groups))
+        self.text = "\n".join([numbers, *_cautions(explorer)])
+        self.png = picture(balance_json(explorer.linkage, groups, of=explorer.of))
+        self.groups = explorer.pictures(groups)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         image = widgets.png_html(self.png, "what goes by threshold, sizes of the groups")
-        page = f"<p>{escaped(self.text)}</p>{image}{self.groups}"
-        return {"text/html": page, "text/plain": self.text}
+        lines = "".join(f"<p>{escaped(line)}</p>" for line in self.text.splitlines())
+        return {"text/html": f"{lines}{image}{self.groups}", "text/plain": self.text}
 
 
 __getattr__ = former_names(__name__, BalanceStill="StaticBalance")

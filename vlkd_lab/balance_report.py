@@ -104,7 +104,7 @@ def about_sample(
     pairs = 100 * count * (count - 1) / (total * (total - 1))
     return (
         f"a random sample of {count:,} of {total:,} images: {pairs:.3g} % of all pairs are in it, so the share "
-        f"that goes of all {total:,} is larger"
+        f"that goes of all {total:,} is larger, up to chance"
     )
 
 # %% ../nbs/library/116_balance_report.ipynb #br000011
@@ -286,7 +286,7 @@ def _chart(
     words: tuple[str, str],  # below, and at the side
     high: tuple[float, float],  # the largest numbers of the axes
     log: bool = False,
-    mark: float | None = None,  # an x at which a line stands
+    mark: tuple[float, str] | None = None,  # an x at which a line stands, and what is written there
 ) -> str:  # SVG
     "A line, its axes and a mark"
     axes = _Axes(*high, log)
@@ -299,8 +299,11 @@ def _chart(
         parts.append(f'<line class="rule" x1="{_LEFT}" x2="{_WIDE - _EDGE}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{tick:,.6g}</text>')
     if mark is not None:
-        at = axes.x(mark)
+        at = axes.x(mark[0])
         parts.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{_EDGE}" y2="{_HIGH - _BELOW}"/>')
+        is_left = at < (_LEFT + _WIDE) / 2
+        side = f'x="{at + 6:.1f}"' if is_left else f'x="{at - 6:.1f}" text-anchor="end"'
+        parts.append(f'<text {side} y="{_EDGE + 10}">{mark[1]}</text>')
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(axes.x(x), axes.y(y), strict=True))
     parts.append(f'<polyline class="line" points="{points}"/>')
     middle = (_LEFT + _WIDE - _EDGE) / 2
@@ -317,7 +320,8 @@ def balance_charts(linkage: Linkage, groups: GroupsAt) -> str:  # two drawings i
     at = np.concatenate([[linkage.finest], at, [linkage.most]])
     removed = np.concatenate([[0], removed, removed[-1:] if len(removed) else [0]])
     words = ("threshold, Euclidean", "images removed, %")
-    curve = _chart(at, removed, words, (linkage.most, removed[-1]), mark=groups.threshold)
+    mark = (groups.threshold, f"{groups.threshold:.3f}: {groups.removed_share:.1%}")
+    curve = _chart(at, removed, words, (linkage.most, removed[-1]), mark=mark)
     ranks, sizes = groups.size_curve()
     words = ("group, by size", "images in it")
     return curve + _chart(ranks, sizes, words, (ranks[-1], sizes[0]), log=True)
@@ -337,7 +341,7 @@ svg text { font-size: 12px; fill: currentColor; } .rule { stroke: var(--rule); }
 .mark { stroke: var(--mark); stroke-width: 2; stroke-dasharray: 4 4; }
 table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem .8rem .2rem 0; }
 td { vertical-align: top; overflow-wrap: anywhere; border-top: 1px solid var(--rule); }
-.number { text-align: right; } .quiet { color: var(--quiet); }
+td.number, th.number { text-align: right; } .quiet { color: var(--quiet); }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, no script runs
 
@@ -346,7 +350,8 @@ def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
     "A table of text; what stands after the first column of one with a head are numbers"
     lines = []
     if head:
-        lines.append("<tr>" + "".join(f"<th>{escaped(name)}</th>" for name in head) + "</tr>")
+        names = "".join(f"<th class='number'>{escaped(name)}</th>" for name in head[1:])
+        lines.append(f"<tr><th>{escaped(head[0])}</th>{names}</tr>")
     kind = " class='number'" if head else ""
     for first, *others in rows:
         cells = "".join(f"<td{kind}>{escaped(value)}</td>" for value in others)

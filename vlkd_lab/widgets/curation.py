@@ -53,7 +53,7 @@ def curation_status(told: Mapping[str, Any]) -> list[list[str]]:  # [name, value
     state = visible(told.get("state", NO_VALUE))
     is_working = state == "working"
     parts = f"{_as_words(told.get('done'), '{:,.0f}')} of {_as_words(told.get('parts'), '{:,.0f}')}"
-    pairs = _as_words(told.get("true_pairs"), " of {:,.0f} true pairs") if "recall" in told else ""
+    pairs = _as_words(told.get("true_pairs"), " of {:,.0f} true pairs") if "true_pairs" in told else ""
     recall = "recall so far" if is_working else "recall"
     bar = [
         ["job", visible(told.get("job", NO_VALUE))],
@@ -104,7 +104,8 @@ def curation_json(jobs: Sequence[Mapping[str, Any]], width: int = WIDTH) -> dict
     places = [-k for k in range(len(bars))]
     layout["yaxis1"] |= {"tickvals": places, "ticktext": [escaped(name) for name, _, _ in bars]}
     layout["yaxis1"]["showgrid"] = False
-    traces = []
+    room = {"color": "#ffffff", "width": 0.1, "dash": "solid"}
+    traces = [curve([0, 0], [0.6, places[-1] - 0.6], "room", line=room, hoverinfo="skip")]
     notes = []
     for place, (name, words, share) in zip(places, bars, strict=True):
         for colour, to in (("#E3E6EA", 100), ("#56B4E9", 100 * share)):
