@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 import numpy as np
+import torch
 
 from vlkd_lab.widgets import (
     LINE_COLOURS,
@@ -36,7 +38,11 @@ from vlkd_lab.widgets import (
 )
 
 from . import widgets
-from .data import Pairs, thumbnail
+from .balance_report import StoreRows, store_rows
+from .balancing import Clusters, cluster, load_clusters
+from .curation import cluster_rows
+from .data import Pairs, inspect_shards, load_pairs, thumbnail, write_index
+from .engines import ENGINES
 from .features import Features
 from .gates import Gates, cuts_at, gates_from_arrays
 from .models import shape_cost
@@ -50,7 +56,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ORDERS', 'MANY_GROUPS', 'MANY_POINTS', 'disagreement', 'Affinities', 'cell_html', 'AffinityExplorer', 'most_disputed',
            'nearest', 'confusions', 'confusion_html', 'GateHistory', 'GateExplorer', 'Umap', 'ClusterState',
-           'ClusterMap', 'purity', 'run_clusters', 'cluster_table', 'show']
+           'ClusterMap', 'purity', 'find_clusters', 'pairs_of_rows', 'clusters_of_all', 'run_clusters', 'cluster_table',
+           'show']
 
 # %% ../nbs/library/126_explorers.ipynb #11ca0310
 def disagreement(
@@ -464,6 +471,8 @@ class ClusterState:
         predicted=None,  # classes
         seed: int = 0,
         wanted=None,  # the clusters that the samples should be in
+        total: int | None = None,  # images of which these are a random sample; None: these are all
+        all_sizes=None,  # (k,) images of all in each cluster; None: only the sample is clustered
     ):
         self.features = _array("features", features)
         rows = len(self.features)
@@ -475,6 +484,8 @@ class ClusterState:
         self.labels = np.full(rows, -1) if pairs is None else _array("pairs", pairs.labels, rows).astype(int)
         self.predicted = None if predicted is None else _array("predicted", predicted, rows).astype(int)
         self.wanted = None if wanted is None else _array("wanted", wanted, rows).astype(int)
+        self.total = rows if total is None else total
+        self.all_sizes = None if all_sizes is None else np.asarray(all_sizes)
         self.umap: Umap | None = None
         self.layout = "PCA"
         self.colour_by = "cluster"
@@ -496,8 +507,16 @@ class ClusterState:
         "Where every sample lies in the present layout"
         return self.umap.coordinates if self.layout == "UMAP" else self.plane.project(self.features)
 
+    @property
+    def of(self) -> str:
+        "How many of how many images are on the map; empty where it has all"
+        count = len(self.features)
+        return f"{count:,} of {self.total:,} images" if count < self.total else ""
+
     def sizes(self) -> np.ndarray:  # descending
-        "Samples in each cluster"
+        "Images in each cluster: of all where that is known, else of the map"
+        if self.all_sizes is not None:
+            return -np.sort(-self.all_sizes[self.all_sizes > 0])
         _, counts = np.unique(self.assignment[self.assignment >= 0], return_counts=True)
         return -np.sort(-counts)
 
@@ -601,15 +620,25 @@ def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -
     titles = [f"PCA {k} ({share:.0%} of the variance)" for k, share in enumerate(state.plane.shares, start=1)]
     if state.layout == "UMAP":
         titles = [f"UMAP {k} (seed {state.seed})" for k in (1, 2)]
+    if state.of:
+        titles[0] += f"; a random sample: {state.of}"
     layout = widgets.plain_layout(width, height, legend_at=1.02)
     layout["margin"] = {"l": 60, "r": 10, "t": 50, "b": 40}
     layout |= widgets.panel_layout(1, *titles, [0, 0.58])
-    layout |= widgets.panel_layout(2, "cluster, by size", "samples", [0.72, 1])
+    layout |= widgets.panel_layout(2, "cluster, by size", _sizes_of(state), [0.72, 1])
     layout["yaxis2"]["rangemode"] = "tozero"
     sizes = state.sizes()
     style = dict(line=widgets.curve_style(LINE_COLOURS[0]), mode="lines+markers", marker={"size": 4})
     by_size = widgets.curve(np.arange(1, len(sizes) + 1), sizes, "sizes", 2, showlegend=False, **style)
     return {"data": [*_map_traces(state), by_size], "layout": layout}
+
+
+def _sizes_of(state: ClusterState) -> str:
+    "What the curve of sizes counts"
+    if state.all_sizes is not None:
+        return f"images, of all {state.total:,}"
+    return "images of the sample" if state.of else "samples"
+
 
 # %% ../nbs/library/126_explorers.ipynb #de941848
 class ClusterMap(Live):
@@ -683,6 +712,7 @@ def _draw_clusters(view: ClusterMap) -> None:
             buttons.append({"name": name, "label": label + value, "value": value, "pressed": pressed})
     view.panel.buttons = buttons
     view.panel.messages = _umap_messages(state)
+    view.panel.head = [["map", state.of or f"all {state.total:,} images"], ["sizes", _sizes_of(state)]]
 
 
 def _umap_messages(state: ClusterState) -> list[dict]:
@@ -714,9 +744,10 @@ class _StaticClusters:
             state.choose(layout="PCA")
         self.png = widgets.stacked(pictures)
         self.problem = state.umap.problem if state.umap else ""
+        self.of = f"clusters of {state.of}" if state.of else "clusters"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        text = f"clusters; no UMAP: {self.problem}" if self.problem else "clusters"
+        text = f"{self.of}; no UMAP: {self.problem}" if self.problem else self.of
         return {"image/png": base64.b64encode(self.png).decode(), "text/plain": text}
 
 # %% ../nbs/library/126_explorers.ipynb #90440971
@@ -729,7 +760,7 @@ def _most_frequent(values: np.ndarray) -> tuple[int, float]:
 
 
 def purity(state: ClusterState) -> pd.DataFrame:  # a row a cluster, the largest first
-    "Of every cluster the size, the most frequent class and its share; of a run also the teacher's cluster"
+    "Of every cluster on the map the size, the most frequent class and its share; more where more is known"
     import pandas as pd
 
     rows = {}
@@ -738,11 +769,80 @@ def purity(state: ClusterState) -> pd.DataFrame:  # a row a cluster, the largest
         label, share = _most_frequent(state.labels[inside])
         name = "" if label < 0 else widgets.visible(_class_name(state, label))
         row = {"samples": int(inside.sum()), "class": name, "share": share}
+        if state.all_sizes is not None:
+            row["of all"] = int(state.all_sizes[k])
         if state.wanted is not None:
             row["teacher's cluster"], row["its share"] = _most_frequent(state.wanted[inside])
         rows[int(k)] = row
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("cluster")
     return table.sort_values("samples", ascending=False)
+
+# %% ../nbs/library/126_explorers.ipynb #all0cl02
+def find_clusters(
+    rows: StoreRows,
+    k: int,  # clusters, where none are saved
+    folder: str | Path,  # of saved clusters: they are opened, whatever their number; else they are made and saved
+    seed: int = 0,
+    engine: str = "memory",  # memory, or with rows on disk local or dask
+    workers: int = 1,
+    address: str = "",  # of a Dask scheduler that runs already
+    progress: bool = True,
+) -> Clusters:
+    "Clusters of all rows of a store"
+    if engine not in ("memory", *ENGINES):
+        raise ValueError(f"engine={engine!r} is not valid: choose one of memory, {', '.join(ENGINES)}")
+    if not str(folder):
+        raise ValueError("clusters of all images are kept: name a folder for them")
+    path = Path(folder) / "clusters.safetensors"
+    fingerprint = rows.files.fingerprint()
+    if path.exists():
+        return load_clusters(path, fingerprint)
+    if engine == "memory":
+        clusters = cluster(rows.take(np.arange(len(rows))), k, seed)
+        clusters.save(path, fingerprint)
+        return clusters
+    options = dict(engine=engine, workers=workers, address=address, progress=progress)
+    return cluster_rows(rows.files, k, folder, seed, **options)
+
+
+def pairs_of_rows(rows: StoreRows) -> Pairs:
+    "The pairs that some rows of a store belong to, in the order of the rows"
+    keys = rows.keys(range(len(rows)))
+    by_shard = {}
+    for key in keys:
+        name = next(name for name in rows.store.shards if key.startswith(f"{name}/"))
+        by_shard.setdefault(name, []).append(key[len(name) + 1 :])
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, (name, chosen) in enumerate(by_shard.items()):
+            path = Path(folder, f"{number:06d}.kept.json")  # of other names than the shards have
+            paths.append(write_index(path, rows.store.reports[name], chosen))
+        pairs = load_pairs(inspect_shards(paths, cache=False, progress=False))
+    names = [key.partition("/")[2] for key in pairs.keys]
+    if not all(key.endswith(f"/{name}") for key, name in zip(keys, names, strict=True)):
+        raise ValueError("the shards were changed since their features were stored: fill the store again")
+    return replace(pairs, keys=tuple(keys))
+
+# %% ../nbs/library/126_explorers.ipynb #all0cl03
+def clusters_of_all(
+    rows: StoreRows,  # all of a store
+    clusters: Clusters,  # of these
+    count: int,  # images on the map, drawn at random
+    seed: int = 0,  # of the draw and of UMAP
+    names: Sequence[str] = (),  # of the classes
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None,  # image features -> predicted classes
+) -> ClusterState:
+    "A random sample of the images with their clusters, and the sizes of all clusters"
+    if len(clusters.assignment) != len(rows):
+        raise ValueError(f"the clusters are of {len(clusters.assignment)} rows, and these are {len(rows)}")
+    some = store_rows(rows.store, min(count, len(rows)), seed, rows.captioned)
+    chosen = np.arange(len(rows)) if some.chosen is None else some.chosen
+    assignment = clusters.assignment.numpy()
+    sizes = np.bincount(assignment, minlength=len(clusters.centers))
+    features = some.take(np.arange(len(some)))
+    predicted = None if classify is None else classify(torch.from_numpy(features))
+    known = dict(total=len(rows), all_sizes=sizes)
+    return ClusterState(features, assignment[chosen], pairs_of_rows(some), names, predicted, seed, **known)
 
 # %% ../nbs/library/126_explorers.ipynb #61688893
 def _kept_clusters(run: Run) -> tuple[RunClusters, list[tuple[Path, dict]]]:
