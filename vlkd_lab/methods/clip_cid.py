@@ -32,9 +32,11 @@ from vlkd_lab.trainers import (
 )
 
 from .. import balancing, data, runs, trainers
+from ..balance_report import store_rows, write_balance_report
 from ..balancing import Balance, Clusters, Linkage, balance_at, nearest_center
 from ..curation import RowFiles, balance_rows, cluster_rows, near_duplicates, row_files
-from ..engines import ENGINES
+from ..engines import ENGINES, KEPT_PROGRESS, keep_progress
+from ..evaluation import find_classes
 from ..features import Features, recall
 from ..gates import budget
 from ..losses import LOSSES, ClusterTerms, Objective, Term, instance_discrimination
@@ -159,6 +161,12 @@ class _OnDisk:
         options = self.job.options
         return dict(engine=options.engine, workers=options.engine_workers, address=options.engine_address)
 
+    def clear(self) -> None:
+        "Remove the folder, which holds rows sorted some times over; how long it took stays in the run folder"
+        keep_progress(self.folder, self.job.run.folder / KEPT_PROGRESS)
+        shutil.rmtree(self.folder)
+
+
 # %% ../../nbs/library/120_methods_clip_cid.ipynb #54c4d03f
 class Balancing(_OnDisk):
     "What a job leaves out before it trains; each step is kept where a later start finds it"
@@ -182,7 +190,7 @@ class Balancing(_OnDisk):
                 linkage = balancing.link(self.stored.unit(), most, device=device, progress=progress)
             else:
                 linkage = near_duplicates(self.rows, most, self.folder, progress=progress, **self.engine)
-                shutil.rmtree(self.folder)  # which holds the rows sorted by cell, some times over
+                self.clear()
             linkage.save(path)
 
         trainers.once(job, path, ["store"], link)
@@ -201,7 +209,7 @@ class Balancing(_OnDisk):
             return balance_at(self.linkage, self.stored.unit(), self.threshold)
         engine = dict(progress=False, **self.engine)
         balance = balance_rows(self.linkage, self.rows, self.threshold, self.folder, **engine)
-        shutil.rmtree(self.folder)
+        self.clear()
         return balance
 
     @property
@@ -216,11 +224,12 @@ class Balancing(_OnDisk):
 
 # %% ../../nbs/library/120_methods_clip_cid.ipynb #3fa3ff45
 def _write_balanced(balancing_of: Balancing) -> data.DataReport:
-    "The indices of what stays, written once, and whether every process has enough of them"
+    "The indices of what stays and a report of what goes, written once, and whether there is enough for all"
     job = balancing_of.job
     folder = job.run.folder / "balanced"
 
     def write() -> None:
+        _write_report(balancing_of)
         keys = balancing_of.stored.keys
         balancing.write_balanced(job.report, keys, balancing_of.balance, folder, progress=False)
 
@@ -229,6 +238,19 @@ def _write_balanced(balancing_of: Balancing) -> data.DataReport:
     world = job.accelerator.num_processes
     data.check_split(report, job.options.workers, world, job.options.batch_size // world)
     return report
+
+
+def _write_report(balancing_of: Balancing) -> None:
+    "What the threshold throws away, as a page in the run folder"
+    job = balancing_of.job
+    options = job.options
+    classes = find_classes(options.val)
+    settings = dict(data=options.data, engine=options.engine, run=job.run.folder)
+    rows = store_rows(job.store, captioned=True)
+    path = job.run.folder / "balance.html"
+    names = classes.names if classes else ()
+    balance = balancing_of.balance
+    write_balance_report(job.linkage, rows, balancing_of.threshold, path, balance, names, settings)
 
 
 def _find_clusters(job: ClipCidJob) -> Clusters:
@@ -255,7 +277,7 @@ def _cluster(job: ClipCidJob) -> Clusters:
     rows = job.balancing.rows if keep is None else job.balancing.rows.only(keep)
     folder = job.balancing.folder
     clusters = cluster_rows(rows, k, folder, job.options.seed, progress=False, **job.balancing.engine)
-    shutil.rmtree(folder)
+    job.balancing.clear()
     return clusters
 
 # %% ../../nbs/library/120_methods_clip_cid.ipynb #dbe5a78d

@@ -44,8 +44,9 @@ def _memory(told: Mapping[str, Any]) -> str:
     megabytes = [value for value in megabytes if not math.isnan(value)]
     if not megabytes:
         return _as_words(told.get("memory_mb"), "{:,.0f} MB")
-    count = f"{len(megabytes)} worker{'s' if len(megabytes) > 1 else ''}"
-    return f"{count}, {sum(megabytes):,.0f} MB; the largest {max(megabytes):,.0f} MB"
+    if len(megabytes) == 1:
+        return f"1 worker, {megabytes[0]:,.0f} MB"
+    return f"{len(megabytes)} workers, {sum(megabytes):,.0f} MB; the largest {max(megabytes):,.0f} MB"
 
 
 def curation_status(told: Mapping[str, Any]) -> list[list[str]]:  # [name, value] each
@@ -162,6 +163,8 @@ def _messages(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict]:
     messages = []
     for told in jobs:
         name = visible(told.get("job", NO_VALUE))
+        if "recall" in told and told is not jobs[-1]:
+            messages.append(message("note", f"{name}: recall {_as_words(told['recall'], '{:.1%}')}"))
         if told.get("state") == "failed":
             messages.append(message("error", f"{name}: {visible(told.get('error', 'failed'))}"))
         if told.get("state") == "lost":
