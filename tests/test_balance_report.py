@@ -25,7 +25,7 @@ from vlkd_lab.balance_report import (
 from vlkd_lab.balancing import Linkage, balance_at, find_pictures, link, load_clusters, spanning_forest
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.engines import PROGRESS, TaskProgress, job_progress, open_engine
-from vlkd_lab.explorers import ClusterMap, clusters_of_all, find_clusters
+from vlkd_lab.explorers import ClusterMap, clusters_of_all, find_clusters, map_of
 from vlkd_lab.models import load_model
 from vlkd_lab.stores import FeatureStore, fill, load, store_key
 from vlkd_lab.widgets import CurationView, curation_json, curation_status, watch_curation
@@ -321,7 +321,7 @@ def test_a_map_of_many_shows_a_sample_and_the_sizes_of_all(store, tmp_path, monk
     assert torch.equal(opened.assignment, made.assignment) and torch.equal(opened.centers, made.centers)
     state = clusters_of_all(rows, made, 25, seed=3, names=[MARKUP] * 4, classify=lambda unit: unit.argmax(dim=1) % 4)
     counted = [made.assignment.tolist().count(k) for k in range(4)]
-    assert state.sizes().tolist() == sorted((n for n in counted if n), reverse=True) and state.of == "25 of 60 images"
+    assert state.sizes().tolist() == sorted((n for n in counted if n), reverse=True) and map_of(state) == "25 of 60 images"
     place = {key: row for row, key in enumerate(rows.keys(range(60)))}
     assert state.assignment.tolist() == [made.assignment[place[key]] for key in state.pairs.keys]
     assert state.labels.tolist() == [rows.labels()[place[key]] for key in state.pairs.keys]

@@ -88,11 +88,14 @@ def _opened(path: Path, rows: StoreRows) -> Linkage:
     linkage = load_linkage(path)
     if linkage.count != len(rows):
         of = about_sample(len(rows), rows.total).partition(":")[0]
-        raise ValueError(f"{path} is of {linkage.count:,} images, and {of} are to be looked at: name another folder")
+        wanted = f"{of} are to be looked at"
+        raise ValueError(f"{path} is of {linkage.count:,} images, and {wanted}: name another folder")
+    fingerprint = rows.files.fingerprint()
     for name in ("plan.json", "plan-in-memory.json"):
         plan = path.with_name(name)
-        if plan.exists() and json.loads(plan.read_text(encoding="utf-8"))["fingerprint"] != rows.files.fingerprint():
-            raise ValueError(f"{path} is of other images, or their features were written anew: name another folder")
+        if plan.exists() and json.loads(plan.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            other = "is of other images, or their features were written anew"
+            raise ValueError(f"{path} {other}: name another folder")
     return linkage
 
 # %% ../nbs/library/127_balance_explorer.ipynb #ad36508d
@@ -130,10 +133,6 @@ def _threshold_mark(threshold: float) -> dict:
 
 
 # %% ../nbs/library/127_balance_explorer.ipynb #5ac83d75
-MOST_GROUPS = 4  # in pictures
-MOST_OF_GROUP = 8  # pictures of each
-
-
 class BalanceExplorer(Live):
     "A slider for the threshold; what goes, in numbers and pictures"
 
@@ -152,7 +151,7 @@ class BalanceExplorer(Live):
         self.rows = rows
         self.linking = linking or Linking()
         self.linked = LinkedGroups(linkage)
-        self._pictures: dict[str, tuple[str, str]] = {}  # key -> what was read
+        self.pictures: dict[str, tuple[str, str]] = {}  # key -> what was read
         self.threshold = self._within(threshold or _initial_threshold(linkage))
         if self.live:
             self.panel = Panel()
@@ -186,19 +185,31 @@ class BalanceExplorer(Live):
         if self.live:
             _draw_balance(self)
 
-    def pictures(self, groups: GroupsAt) -> str:
-        "The largest groups in pictures; a picture is read once"
-        largest = range(min(MOST_GROUPS, len(groups.sizes)))
-        shown = shown_groups(groups, self.rows, largest, MOST_OF_GROUP)
-        keys = [key for group in shown for key in group.keys]
-        report = DataReport(tuple(self.rows.store.reports.values()))
-        unread = [key for key in keys if key not in self._pictures]
-        self._pictures |= find_pictures(report, unread, side=44)
-        return shown_html(shown, self._pictures) + _about_pictures(groups, len(shown))
-
     def static(self) -> StaticBalance:
         "The same as a picture and a table"
         return StaticBalance(self)
+
+# %% ../nbs/library/127_balance_explorer.ipynb #balpics001
+MOST_GROUPS = 4  # in pictures
+MOST_OF_GROUP = 8  # pictures of each
+
+
+def _pictures_html(explorer: BalanceExplorer, groups: GroupsAt) -> str:
+    "The largest groups in pictures; a picture is read once"
+    rows = explorer.rows
+    largest = range(min(MOST_GROUPS, len(groups.sizes)))
+    shown = shown_groups(groups, rows, largest, MOST_OF_GROUP)
+    keys = [key for group in shown for key in group.keys]
+    unread = [key for key in keys if key not in explorer.pictures]
+    explorer.pictures |= find_pictures(DataReport(tuple(rows.store.reports.values())), unread, side=44)
+    return shown_html(shown, explorer.pictures) + _about_pictures(groups, len(shown))
+
+
+def _about_pictures(groups: GroupsAt, shown: int) -> str:
+    "Of how many groups the pictures are"
+    several = f"{shown} of {len(groups.sizes):,} groups, the largest; of each up to {MOST_OF_GROUP} images"
+    return f"<p><small>Pictures: {several}, the one that stays framed.</small></p>" if shown else ""
+
 
 # %% ../nbs/library/127_balance_explorer.ipynb #a4db7fed
 REMOVED_SHARE = 0.437  # of the images of LAION, which CLIP-CID removes
@@ -208,12 +219,6 @@ def _initial_threshold(linkage: Linkage) -> float:
     "Where as large a share goes as in the paper, if it does"
     removed = min(round(REMOVED_SHARE * linkage.count), len(linkage.distances))
     return linkage.threshold_for(removed / linkage.count) if removed else linkage.most
-
-
-def _about_pictures(groups: GroupsAt, shown: int) -> str:
-    "Of how many groups the pictures are"
-    several = f"{shown} of {len(groups.sizes):,} groups, the largest; of each up to {MOST_OF_GROUP} images"
-    return f"<p><small>Pictures: {several}, the one that stays framed.</small></p>" if shown else ""
 
 
 def _status_bar(explorer: BalanceExplorer, groups: GroupsAt) -> list[list[str]]:  # [name, value] each
@@ -253,7 +258,7 @@ def _draw_balance(explorer: BalanceExplorer) -> None:
     panel.head = _status_bar(explorer, groups)
     panel.messages = [widgets.message("note", text) for text in _cautions(explorer)]
     widgets.sync_figure(explorer.figure, balance_json(linkage, groups, of=explorer.of))
-    explorer.shown.value = explorer.pictures(groups)
+    explorer.shown.value = _pictures_html(explorer, groups)
 
 # %% ../nbs/library/127_balance_explorer.ipynb #2abc4001
 class StaticBalance:
@@ -264,7 +269,7 @@ class StaticBalance:
         numbers = ", ".join(f"{name}: {value}" for name, value in _status_bar(explorer, groups))
         self.text = "\n".join([numbers, *_cautions(explorer)])
         self.png = picture(balance_json(explorer.linkage, groups, of=explorer.of))
-        self.groups = explorer.pictures(groups)
+        self.groups = _pictures_html(explorer, groups)
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         image = widgets.png_html(self.png, "what goes by threshold, sizes of the groups")

@@ -103,8 +103,8 @@ def about_sample(
         return f"all {total:,} images"
     pairs = 100 * count * (count - 1) / (total * (total - 1))
     return (
-        f"a random sample of {count:,} of {total:,} images: {pairs:.3g} % of all pairs are in it, so the share "
-        f"that goes of all {total:,} is larger, up to chance"
+        f"a random sample of {count:,} of {total:,} images: {pairs:.3g} % of all pairs are in it, "
+        f"so the share that goes of all {total:,} is larger, up to chance"
     )
 
 # %% ../nbs/library/116_balance_report.ipynb #br000011
@@ -220,6 +220,7 @@ def smallest_groups(groups: GroupsAt, count: int, seed: int = 0) -> list[int]:  
     return np.sort(chosen).tolist()
 
 
+# %% ../nbs/library/116_balance_report.ipynb #br000015b
 def shown_html(
     shown: Sequence[ShownGroup],
     pictures: Mapping[str, tuple[str, str]],  # key -> picture as a data URI, caption
@@ -234,7 +235,9 @@ def shown_html(
             words = f"alt='{escaped(caption)}' title='{escaped(caption)} ({escaped(key)})'"
             cells.append(f"<img {words} style='width:52px;margin:3px{frame}' src='{escaped(source)}'>")
         lines.append(f"<tr><td>{group.size:,} images</td><td>{''.join(cells)}</td></tr>")
-    return f"<table>{''.join(lines)}</table>" if lines else "<p>No two images are joined at this threshold.</p>"
+    if not lines:
+        return "<p>No two images are joined at this threshold.</p>"
+    return f"<table>{''.join(lines)}</table>"
 
 # %% ../nbs/library/116_balance_report.ipynb #br000018
 _WIDE = 420  # of a drawing, pixels
@@ -405,8 +408,8 @@ def _pictures_html(rows: StoreRows | None, groups: GroupsAt, most: int, each: in
         parts[title] = shown_groups(groups, rows, places, each)
     keys = [key for shown in parts.values() for group in shown for key in group.keys]
     pictures = find_pictures(DataReport(tuple(rows.store.reports.values())), keys, side=64)
-    note = f"<p class='quiet'>{len(largest) + len(small)} of {len(groups.sizes):,} groups, up to {each} images"
-    html = [f"{note} of each; the framed one stays.</p>"]
+    several = f"{len(largest) + len(small)} of {len(groups.sizes):,} groups, up to {each} images of each"
+    html = [f"<p class='quiet'>{several}; the framed one stays.</p>"]
     for title, shown in parts.items():
         if shown or title == "The largest":
             html.append(f"<h3>{title}</h3>{shown_html(shown, pictures)}")
@@ -417,7 +420,8 @@ def _classes_html(rows: StoreRows | None, balance: Balance | None, names: Sequen
     "What each class loses, those that lose the largest share first"
     if rows is None or balance is None:
         return "<p>It was not counted who stays of each group, so nothing is known of classes.</p>"
-    table = lost_per_class(balance, rows.labels(), names).sort_values("removed", ascending=False, kind="stable")
+    table = lost_per_class(balance, rows.labels(), names)
+    table = table.sort_values("removed", ascending=False, kind="stable")
     if not len(table):
         return "<p>No image has a class.</p>"
     lines = []

@@ -593,6 +593,7 @@ def find_pictures(
     return pictures
 
 
+# %% ../nbs/library/032_balancing.ipynb #gallery001
 def gallery(
     report: DataReport,
     keys: Sequence[str],  # N names

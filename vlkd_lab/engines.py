@@ -211,8 +211,6 @@ def _name_in_dask() -> str:
         return ""
 
 # %% ../nbs/library/004_engines.ipynb #pr0gress01
-PROGRESS = "progress.json"
-_WRITE_SECONDS = 0.25  # between two writings at least
 _RECENT = 32  # parts whose speed is told: those that were there from before go by at once
 
 
@@ -255,7 +253,25 @@ class _Phase:
         about = dict(name=self.name, done=self.done, parts=self.parts)
         return about | dict(seconds=round(self.seconds, 3))
 
+
+def _pace(phase: _Phase | None) -> dict[str, Any]:
+    "The present phase, how fast it is, and how long it will take"
+    if phase is None:
+        return {}
+    speed = phase.speed()
+    told = dict(phase=phase.name, done=phase.done, parts=phase.parts)
+    if phase.amount and speed:
+        told["a_second"] = round(speed * phase.amount / phase.parts)
+    if speed:
+        told["seconds_left"] = round((phase.parts - phase.done) / speed, 1)
+    return told
+
+
 # %% ../nbs/library/004_engines.ipynb #pr0gress02
+PROGRESS = "progress.json"
+_WRITE_SECONDS = 0.25  # between two writings at least
+
+
 class _ProgressFile:
     "What is told of a job, and the file in which it stands"
 
@@ -293,18 +309,19 @@ class _ProgressFile:
         about.update(_pace(self._phase))
         write_text(self.path, json.dumps(about, indent=1))
 
+    def finish(self, **more: Any) -> None:
+        "The job has ended well"
+        self.about.update(more, state="finished")
+        self._write(at_once=True)
 
-def _pace(phase: _Phase | None) -> dict[str, Any]:
-    "The present phase, how fast it is, and how long it will take"
-    if phase is None:
-        return {}
-    speed = phase.speed()
-    told = dict(phase=phase.name, done=phase.done, parts=phase.parts)
-    if phase.amount and speed:
-        told["a_second"] = round(speed * phase.amount / phase.parts)
-    if speed:
-        told["seconds_left"] = round((phase.parts - phase.done) / speed, 1)
-    return told
+    def __enter__(self) -> _ProgressFile:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None:
+            self.about.update(state="failed", error=f"{kind.__name__}: {error}"[:500])
+            self._write(at_once=True)
+
 
 # %% ../nbs/library/004_engines.ipynb #pr0gress03
 class TaskProgress(_ProgressFile):
@@ -356,18 +373,6 @@ class TaskProgress(_ProgressFile):
         phase.another()
         self._write(at_once=True)
 
-    def finish(self, **more: Any) -> None:
-        "The job has ended well"
-        self.about.update(more, state="finished")
-        self._write(at_once=True)
-
-    def __enter__(self) -> TaskProgress:
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if error is not None:
-            self.about.update(state="failed", error=f"{kind.__name__}: {error}"[:500])
-            self._write(at_once=True)
 
 # %% ../nbs/library/004_engines.ipynb #pr0gress05
 KEPT_PROGRESS = "curation.json"  # what jobs told whose folders are gone

@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ORDERS', 'MANY_GROUPS', 'MANY_POINTS', 'disagreement', 'Affinities', 'cell_html', 'AffinityExplorer', 'most_disputed',
            'nearest', 'confusions', 'confusion_html', 'GateHistory', 'GateExplorer', 'Umap', 'ClusterState',
-           'ClusterMap', 'purity', 'find_clusters', 'pairs_of_rows', 'clusters_of_all', 'run_clusters', 'cluster_table',
-           'show']
+           'SampledClusters', 'map_of', 'ClusterMap', 'purity', 'find_clusters', 'pairs_of_rows', 'clusters_of_all',
+           'run_clusters', 'cluster_table', 'show']
 
 # %% ../nbs/library/126_explorers.ipynb #11ca0310
 def disagreement(
@@ -471,8 +471,6 @@ class ClusterState:
         predicted=None,  # classes
         seed: int = 0,
         wanted=None,  # the clusters that the samples should be in
-        total: int | None = None,  # images of which these are a random sample; None: these are all
-        all_sizes=None,  # (k,) images of all in each cluster; None: only the sample is clustered
     ):
         self.features = _array("features", features)
         rows = len(self.features)
@@ -484,8 +482,6 @@ class ClusterState:
         self.labels = np.full(rows, -1) if pairs is None else _array("pairs", pairs.labels, rows).astype(int)
         self.predicted = None if predicted is None else _array("predicted", predicted, rows).astype(int)
         self.wanted = None if wanted is None else _array("wanted", wanted, rows).astype(int)
-        self.total = rows if total is None else total
-        self.all_sizes = None if all_sizes is None else np.asarray(all_sizes)
         self.umap: Umap | None = None
         self.layout = "PCA"
         self.colour_by = "cluster"
@@ -507,16 +503,8 @@ class ClusterState:
         "Where every sample lies in the present layout"
         return self.umap.coordinates if self.layout == "UMAP" else self.plane.project(self.features)
 
-    @property
-    def of(self) -> str:
-        "How many of how many images are on the map; empty where it has all"
-        count = len(self.features)
-        return f"{count:,} of {self.total:,} images" if count < self.total else ""
-
     def sizes(self) -> np.ndarray:  # descending
-        "Images in each cluster: of all where that is known, else of the map"
-        if self.all_sizes is not None:
-            return -np.sort(-self.all_sizes[self.all_sizes > 0])
+        "Samples in each cluster"
         _, counts = np.unique(self.assignment[self.assignment >= 0], return_counts=True)
         return -np.sort(-counts)
 
@@ -540,6 +528,45 @@ def _colourings(state: ClusterState) -> tuple[str, ...]:
 
 def _layouts(state: ClusterState) -> tuple[str, ...]:
     return ("PCA", "UMAP") if state.umap is not None and state.umap.ready() else ("PCA",)
+
+# %% ../nbs/library/126_explorers.ipynb #samp0001
+class SampledClusters(ClusterState):
+    "A map of a random sample of the images; the clusters may be of all of them"
+
+    def __init__(
+        self,
+        features,
+        assignment,
+        pairs: Pairs,
+        total: int,  # images of which these are a sample
+        all_sizes=None,  # (k,) images of all in each cluster; None: only the sample is clustered
+        names: Sequence[str] = (),
+        predicted=None,  # classes
+        seed: int = 0,
+    ):
+        super().__init__(features, assignment, pairs, names, predicted, seed)
+        self.total = total
+        self.all_sizes = None if all_sizes is None else np.asarray(all_sizes)
+
+    def sizes(self) -> np.ndarray:  # descending
+        "Images in each cluster: of all where that is known, else of the map"
+        if self.all_sizes is None:
+            return super().sizes()
+        return -np.sort(-self.all_sizes[self.all_sizes > 0])
+
+
+def map_of(state: ClusterState) -> str:
+    "Which images are on the map: all, or how many of how many"
+    count = len(state.features)
+    total = getattr(state, "total", count)
+    return f"{count:,} of {total:,} images" if count < total else f"all {count:,} images"
+
+
+def _sizes_of(state: ClusterState) -> str:
+    "What the curve of sizes counts"
+    if getattr(state, "all_sizes", None) is not None:
+        return f"images, of all {state.total:,}"
+    return "samples" if map_of(state).startswith("all") else "images of the sample"
 
 # %% ../nbs/library/126_explorers.ipynb #bd62d7ed
 MANY_GROUPS = 8  # more share one colour scale
@@ -620,8 +647,8 @@ def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -
     titles = [f"PCA {k} ({share:.0%} of the variance)" for k, share in enumerate(state.plane.shares, start=1)]
     if state.layout == "UMAP":
         titles = [f"UMAP {k} (seed {state.seed})" for k in (1, 2)]
-    if state.of:
-        titles[0] += f"; a random sample: {state.of}"
+    if not map_of(state).startswith("all"):
+        titles[0] += f"; a random sample: {map_of(state)}"
     layout = widgets.plain_layout(width, height, legend_at=1.02)
     layout["margin"] = {"l": 60, "r": 10, "t": 50, "b": 40}
     layout |= widgets.panel_layout(1, *titles, [0, 0.58])
@@ -631,13 +658,6 @@ def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -
     style = dict(line=widgets.curve_style(LINE_COLOURS[0]), mode="lines+markers", marker={"size": 4})
     by_size = widgets.curve(np.arange(1, len(sizes) + 1), sizes, "sizes", 2, showlegend=False, **style)
     return {"data": [*_map_traces(state), by_size], "layout": layout}
-
-
-def _sizes_of(state: ClusterState) -> str:
-    "What the curve of sizes counts"
-    if state.all_sizes is not None:
-        return f"images, of all {state.total:,}"
-    return "images of the sample" if state.of else "samples"
 
 
 # %% ../nbs/library/126_explorers.ipynb #de941848
@@ -712,7 +732,7 @@ def _draw_clusters(view: ClusterMap) -> None:
             buttons.append({"name": name, "label": label + value, "value": value, "pressed": pressed})
     view.panel.buttons = buttons
     view.panel.messages = _umap_messages(state)
-    view.panel.head = [["map", state.of or f"all {state.total:,} images"], ["sizes", _sizes_of(state)]]
+    view.panel.head = [["map", map_of(state)], ["sizes", _sizes_of(state)]]
 
 
 def _umap_messages(state: ClusterState) -> list[dict]:
@@ -744,7 +764,7 @@ class _StaticClusters:
             state.choose(layout="PCA")
         self.png = widgets.stacked(pictures)
         self.problem = state.umap.problem if state.umap else ""
-        self.of = f"clusters of {state.of}" if state.of else "clusters"
+        self.of = f"clusters of {map_of(state)}"
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         text = f"{self.of}; no UMAP: {self.problem}" if self.problem else self.of
@@ -769,7 +789,7 @@ def purity(state: ClusterState) -> pd.DataFrame:  # a row a cluster, the largest
         label, share = _most_frequent(state.labels[inside])
         name = "" if label < 0 else widgets.visible(_class_name(state, label))
         row = {"samples": int(inside.sum()), "class": name, "share": share}
-        if state.all_sizes is not None:
+        if getattr(state, "all_sizes", None) is not None:
             row["of all"] = int(state.all_sizes[k])
         if state.wanted is not None:
             row["teacher's cluster"], row["its share"] = _most_frequent(state.wanted[inside])
@@ -781,7 +801,7 @@ def purity(state: ClusterState) -> pd.DataFrame:  # a row a cluster, the largest
 def find_clusters(
     rows: StoreRows,
     k: int,  # clusters, where none are saved
-    folder: str | Path,  # of saved clusters: they are opened, whatever their number; else they are made and saved
+    folder: str | Path,  # of clusters: saved ones are opened, whatever their number; else they are made
     seed: int = 0,
     engine: str = "memory",  # memory, or with rows on disk local or dask
     workers: int = 1,
@@ -831,7 +851,7 @@ def clusters_of_all(
     seed: int = 0,  # of the draw and of UMAP
     names: Sequence[str] = (),  # of the classes
     classify: Callable[[torch.Tensor], torch.Tensor] | None = None,  # image features -> predicted classes
-) -> ClusterState:
+) -> SampledClusters:
     "A random sample of the images with their clusters, and the sizes of all clusters"
     if len(clusters.assignment) != len(rows):
         raise ValueError(f"the clusters are of {len(clusters.assignment)} rows, and these are {len(rows)}")
@@ -841,8 +861,8 @@ def clusters_of_all(
     sizes = np.bincount(assignment, minlength=len(clusters.centers))
     features = some.take(np.arange(len(some)))
     predicted = None if classify is None else classify(torch.from_numpy(features))
-    known = dict(total=len(rows), all_sizes=sizes)
-    return ClusterState(features, assignment[chosen], pairs_of_rows(some), names, predicted, seed, **known)
+    pairs = pairs_of_rows(some)
+    return SampledClusters(features, assignment[chosen], pairs, len(rows), sizes, names, predicted, seed)
 
 # %% ../nbs/library/126_explorers.ipynb #61688893
 def _kept_clusters(run: Run) -> tuple[RunClusters, list[tuple[Path, dict]]]:

@@ -119,6 +119,7 @@ def cluster_rows(
     return found
 
 
+# %% ../../nbs/library/035_curation_clusters.ipynb #assigned01
 def _assignment(folder: Path, pieces: range) -> torch.Tensor:  # (N,) int64
     "What the pieces say"
     parts = []

@@ -253,6 +253,7 @@ def _write_report(balancing_of: Balancing) -> None:
     write_balance_report(job.linkage, rows, balancing_of.threshold, path, balance, names, settings)
 
 
+# %% ../../nbs/library/120_methods_clip_cid.ipynb #findclus01
 def _find_clusters(job: ClipCidJob) -> Clusters:
     "k-means over the teacher's features of the images that stay; kept in clusters.safetensors"
     path = job.run.folder / "clusters.safetensors"

@@ -156,10 +156,12 @@ class CurationView(Live):
         return StaticCuration(self.folder)
 
 
+# %% ../../nbs/library/114_widgets_curation.ipynb #wc000011
 def _messages(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict]:
     "What has gone wrong, or that there is nothing yet"
     if not jobs:
-        return [message("note", visible(f"nothing is told in {folder} yet; a job that is over may have cleared it away"))]
+        told = f"nothing is told in {folder} yet; a job that is over may have cleared it away"
+        return [message("note", visible(told))]
     messages = []
     for told in jobs:
         name = visible(told.get("job", NO_VALUE))
@@ -168,11 +170,11 @@ def _messages(folder: Path, jobs: Sequence[Mapping[str, Any]]) -> list[dict]:
         if told.get("state") == "failed":
             messages.append(message("error", f"{name}: {visible(told.get('error', 'failed'))}"))
         if told.get("state") == "lost":
-            text = f"{name}: the job's process is gone; started again, it goes on with the parts that are not done"
+            text = f"{name}: its process is gone; started again, it goes on with the parts that are not done"
             messages.append(message("error", text))
     return messages
 
-# %% ../../nbs/library/114_widgets_curation.ipynb #wc000011
+
 class StaticCuration:
     "How far the jobs of a folder are, as a table and a picture"
 
@@ -180,7 +182,8 @@ class StaticCuration:
         self.jobs = job_progress(folder)
         said = [message["text"] for message in _messages(Path(folder), self.jobs)]
         bar = curation_status(self.jobs[-1]) if self.jobs else []
-        self.text = "\n".join([", ".join(f"{name}: {value}" for name, value in bar if value != NO_VALUE), *said]).strip()
+        known = [f"{name}: {value}" for name, value in bar if value != NO_VALUE]
+        self.text = "\n".join([", ".join(known), *said]).strip()
         drawn = curation_json(self.jobs)
         self.png = picture(drawn) if drawn else None
 
