@@ -10,6 +10,7 @@ from conftest import TINY, in_two_processes, lines_of
 
 from vlkd_lab.balancing import nearest_center
 from vlkd_lab.data import inspect_shards, load_pairs
+from vlkd_lab.engines import job_progress
 from vlkd_lab.evaluation import compare, finish, probe_table
 from vlkd_lab.methods import tinyclip
 from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, open_clip_cid
@@ -52,6 +53,7 @@ def test_what_the_job_prepares_is_what_it_trains_on(tiny):
 def test_each_half_can_be_used_alone(tiny, tmp_path):
     whole = job_of(tiny, removed_share=0.0)
     assert whole.balanced.total == 120 and not (whole.run.folder / "balanced").exists()
+    assert not (whole.run.folder / "balance.html").exists(), "nothing goes"
     job = job_of(tiny, out=str(tmp_path / "half"))
     assert job.balanced.total == 84
     pairs = load_pairs(inspect_shards(job.run.folder / "balanced"))
@@ -75,6 +77,12 @@ def test_an_engine_leaves_out_what_this_process_would_and_finds_clusters(tiny, t
             train(job)
             assert torch.equal(job.balance.keep, plain.balance.keep) and job.balanced.total == plain.balanced.total == 84
             assert not (job.run.folder / "curation").exists(), "rows that were sorted anew are not left behind"
+            told = job_progress(job.run.folder)
+            assert [each["job"].split(" at ")[0] for each in told] == ["near-duplicates", "who stays", "6 clusters"]
+            assert {each["state"] for each in told} == {"finished"} and told[0]["recall"] == 1
+            page = (job.run.folder / "balance.html").read_text(encoding="utf-8")
+            assert "30.0% of 120 images go" in page and "all 120 images" in page and "data:image/jpeg" in page
+            assert f"<td>engine</td><td>{job.options.engine}</td>" in page
     found = [read_snapshot(job.run.folder / "clusters.safetensors")[0] for job in jobs.values()]
     assert all(np.array_equal(found[0][name], found[1][name]) for name in ("centers", "training", "sizes"))
     assert found[0]["sizes"].sum() == 84 and found[0]["sizes"].min() > 0 and len(found[0]["sizes"]) == 6

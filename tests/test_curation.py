@@ -23,7 +23,7 @@ from vlkd_lab.curation import clusters as K
 from vlkd_lab.curation import duplicates as D
 from vlkd_lab.curation import rows as R
 from vlkd_lab.data import inspect_shards, write_index
-from vlkd_lab.engines import Engine
+from vlkd_lab.engines import Engine, job_progress
 from vlkd_lab.models import load_model
 from vlkd_lab.project import alone_in
 from vlkd_lab.stores import FeatureStore, fill, load, store_key
@@ -149,9 +149,29 @@ def test_other_processes_give_the_same_also_when_one_is_killed(hard, whole, tmp_
     found = curation.near_duplicates(hard, folder=tmp_path, engine=engine, workers=2, **OPTIONS)
     thread.join()
     assert killed and same_groups(found, whole) and found.recall == 1
-    told = json.loads((tmp_path / "progress.json").read_text())
-    assert told["phase"] == "count what was seen" and told["done"] == told["parts"] == -(-len(hard) // 40)
-    assert told["workers"] == 2 and set(told["seconds"]) == {"sort rows by cell", "link near rows", "count what was seen"}
+    (told,) = job_progress(tmp_path)
+    pieces = -(-len(hard) // 40)
+    done = {phase["name"]: phase["done"] for phase in told["phases"]}
+    assert told["state"] == "finished" and told["phase"] == "join the forests" and told["recall"] == 1 and told["true_pairs"] > 1000
+    assert list(done) == ["find cells", "sort rows by cell", "link near rows", "count what was seen", "join the forests"]
+    assert done["find cells"] == done["join the forests"] == 1 and done["sort rows by cell"] == done["count what was seen"] == pieces
+    assert told["workers"] == 2 == len(told["worker_mb"]) and all(megabytes > 20 for megabytes in told["worker_mb"].values())
+
+
+def test_recall_so_far_is_told_while_it_is_counted(hard, tmp_path, monkeypatch):
+    small_plan(monkeypatch, piece=200)
+    seen_in_piece, told = D._seen_in_piece, []
+
+    def looks(number, **given):
+        told.extend(job_progress(tmp_path))
+        return seen_in_piece(number, **given)
+
+    monkeypatch.setattr(D, "_seen_in_piece", looks)
+    found = curation.near_duplicates(hard, folder=tmp_path, **OPTIONS | dict(probes=2))
+    counting = [each for each in told if each["phase"] == "count what was seen"]
+    assert [each["done"] for each in counting][:2] == [0, 1] and "recall" not in counting[0] and 0 < counting[1]["recall"] <= 1
+    (over,) = job_progress(tmp_path)
+    assert over["recall"] == pytest.approx(found.recall) and over["true_pairs"] >= counting[-1]["true_pairs"]
 
 
 def test_a_linkage_that_was_cut_off_goes_on(hard, whole, tmp_path, monkeypatch):
@@ -217,7 +237,8 @@ def test_what_is_not_valid_is_refused_before_anything_is_written(hard, tmp_path,
 
 def test_without_a_sample_nothing_is_said_of_recall(hard, tmp_path):
     found = curation.near_duplicates(hard, folder=tmp_path, sample=0, **OPTIONS)
-    assert found.recall == 1 and not json.loads((tmp_path / "progress.json").read_text())["phase"].startswith("count")
+    (told,) = job_progress(tmp_path)
+    assert found.recall == 1 and "recall" not in told and not any(phase["name"].startswith("count") for phase in told["phases"])
 
 
 @pytest.mark.parametrize("memory_mb", [64, 1024])

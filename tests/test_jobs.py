@@ -19,6 +19,7 @@ from nbformat.reader import NotJSONError
 from papermill.exceptions import PapermillExecutionError
 from PIL import Image
 
+from vlkd_lab.balancing import load_clusters
 from vlkd_lab.data import load_pairs
 from vlkd_lab.fusion import TASKS, load_blip
 from vlkd_lab.runs import Run
@@ -113,6 +114,9 @@ def test_the_clip_cid_job_tells_its_story_and_its_clusters_can_be_explored(given
     assert len(re.findall('"image/png"', shown)) >= 4 and "data:image/jpeg" in shown, "pictures that need no kernel"
     run = Run(tmp_path / "run")
     assert run.status()["state"] == "finished" and set(run.result()["models"]) == {"teacher", "student", "scratch"}
+    assert str(run.folder / "balance.html") in shown and (run.folder / "balance.html").exists()
+    watched = execute("watch_run", tmp_path / "watch.ipynb", run_folder=given["out"])
+    assert "nothing was prepared by an engine" in outputs(watched)
     clusters = execute("explore_clusters", tmp_path / "clusters.ipynb", run_folder=given["out"])
     assert "agreement" in outputs(clusters) and '"image/png"' in outputs(clusters)
     chosen = dict(data=given["data"], teacher=given["teacher"], threshold=0.05, write=str(tmp_path / "chosen"))
@@ -122,6 +126,63 @@ def test_the_clip_cid_job_tells_its_story_and_its_clusters_can_be_explored(given
         assert "widget-view" not in outputs(each) and "widgets" not in each.metadata
     with pytest.raises(PapermillExecutionError, match="would remove everything"):
         execute("train_clip_cid", tmp_path / "wrong.ipynb", **kept | dict(out=str(tmp_path / "wrong"), threshold=1.9, clusters=6))
+
+
+def test_a_threshold_is_chosen_of_any_number_of_rows(given, tmp_path):
+    from distributed import LocalCluster
+
+    common = dict(data=given["data"], teacher=given["teacher"], features=str(tmp_path / "features"), largest_threshold=0.5)
+    options = dict(linkage=str(tmp_path / "linkage"), report=str(tmp_path / "report.html"), write=str(tmp_path / "chosen"), threshold=0.05)
+    first = execute("explore_balance", tmp_path / "local.ipynb", **common, **options, engine="local", engine_workers=1)
+    assert (tmp_path / "features" / "store.json").exists() and (tmp_path / "linkage" / "progress.json").exists()
+    said = outputs(first)
+    assert "all 120 images" in said and "counted over all 120 images" in said and "as a page" in said
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    kept = json.loads((tmp_path / "chosen" / "balance.json").read_text())["kept"]
+    assert f"{1 - kept / 120:.1%} of 120 images go at 0.050" in page and "<td>engine</td><td>local</td>" in page
+    stamp = (tmp_path / "linkage" / "linkage.safetensors").stat().st_mtime_ns
+    again = execute("explore_balance", tmp_path / "again.ipynb", **common | dict(linkage=options["linkage"], threshold=0.05))
+    assert (tmp_path / "linkage" / "linkage.safetensors").stat().st_mtime_ns == stamp, "opened, not made again"
+    assert f"stay: {kept} of 120" in outputs(again)
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+        dask = dict(engine="dask", engine_address=cluster.scheduler_address, linkage=str(tmp_path / "dask"), threshold=0.05)
+        assert f"stay: {kept} of 120" in outputs(execute("explore_balance", tmp_path / "dask.ipynb", **common | dask))
+    drawn = [execute("explore_balance", tmp_path / f"s{seed}.ipynb", **common, sample=40, seed=seed, threshold=0.05) for seed in (1, 2)]
+    share = 100 * 40 * 39 / (120 * 119)
+    for notebook in drawn:
+        assert f"a random sample of 40 of 120 images: {share:.3g} % of all pairs" in outputs(notebook) and "all 120 images" not in outputs(notebook)
+    figures = [re.search("data:image.png;base64,([A-Za-z0-9+/]+)", outputs(notebook))[1] for notebook in drawn]
+    assert figures[0] != figures[1], "another seed draws others"
+    for wrong, message in (
+        (dict(sample=40, write=str(tmp_path / "lost")), "images that were not drawn would be lost"),
+        (dict(engine="local"), "name a folder for the linkage"),
+        (dict(engine="ray"), "choose one of memory, local, dask"),
+    ):
+        with pytest.raises(PapermillExecutionError, match=message):
+            execute("explore_balance", tmp_path / "wrong.ipynb", **common | wrong)
+    assert not (tmp_path / "lost").exists()
+
+
+def test_clusters_of_all_images_are_shown_by_a_sample(given, tmp_path):
+    from distributed import LocalCluster
+
+    common = dict(val=given["data"], teacher=given["teacher"], pairs=30, clusters=4)
+    of_sample = execute("explore_clusters", tmp_path / "sample.ipynb", **common)
+    assert "on the map: 30 of 120 images" in outputs(of_sample) and "clusters of all" not in outputs(of_sample)
+    stored = common | dict(features=str(tmp_path / "features"), clustering=str(tmp_path / "local"))
+    made = execute("explore_clusters", tmp_path / "made.ipynb", **stored, engine="local", engine_workers=1)
+    assert "4 clusters of all 120 images" in outputs(made) and "on the map: 30 of 120 images" in outputs(made) and "of all" in outputs(made)
+    path = tmp_path / "local" / "clusters.safetensors"
+    stamp = path.stat().st_mtime_ns
+    again = execute("explore_clusters", tmp_path / "again.ipynb", **stored | dict(clusters=9, seed=1))
+    assert "4 clusters of all 120 images" in outputs(again) and path.stat().st_mtime_ns == stamp
+    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+        dask = stored | dict(clustering=str(tmp_path / "dask"), engine="dask", engine_address=cluster.scheduler_address)
+        execute("explore_clusters", tmp_path / "dask.ipynb", **dask)
+    found = [load_clusters(tmp_path / name / "clusters.safetensors") for name in ("local", "dask")]
+    assert found[0].assignment.tolist() == found[1].assignment.tolist() and len(found[0].assignment) == 120
+    with pytest.raises(PapermillExecutionError, match="name a folder for them as clustering"):
+        execute("explore_clusters", tmp_path / "wrong.ipynb", **common, engine="local")
 
 
 def test_the_dime_fm_job_tells_its_story_with_and_without_captions(given, tmp_path):

@@ -42,7 +42,7 @@ from .stores import StoredKeys
 __all__ = ['Linkage', 'load_linkage', 'spanning_forest', 'GrowingForest', 'exact_distances', 'NearPairs', 'distinct_rows',
            'unit_rows', 'link', 'join_linkages', 'Balance', 'nearest_to_centre', 'balance_at', 'semantic_balance',
            'usable_threshold', 'plot_balance', 'lost_per_class', 'write_balanced', 'find_pictures', 'gallery',
-           'groups_html', 'Clusters', 'default_clusters', 'nearest_center', 'cluster']
+           'groups_html', 'Clusters', 'load_clusters', 'default_clusters', 'nearest_center', 'cluster']
 
 # %% ../nbs/library/032_balancing.ipynb #3a7cba1b
 @dataclass(frozen=True)
@@ -633,20 +633,25 @@ def find_pictures(
     side: int = 64,  # pixels
 ) -> dict[str, tuple[str, str]]:  # name -> (thumbnail as a data URI, caption)
     "Pictures and captions of some samples; only their shards are read"
-    chosen = set(keys)
-    names = {name for key in keys for name in shards_in_name(key)}
+    chosen = {}  # shard -> names of its samples that are not found yet
+    for key in keys:
+        for name in shards_in_name(key):
+            chosen.setdefault(name, set()).add(key)
     pictures = {}
     for shard in report.usable:
-        if shard.name not in names:
-            continue
-        for sample in raw_samples(shard.path):
+        wanted = chosen.get(shard.name, set())
+        for sample in raw_samples(shard.path) if wanted else ():
             key = f"{shard.name}/{sample['__key__']}"
-            if key in chosen:
+            if key in wanted:
                 image, caption, _ = decode_sample(sample)
                 pictures[key] = thumbnail(image, side), caption
+                wanted.remove(key)
+            if not wanted:
+                break  # what lies behind need not be read
     return pictures
 
 
+# %% ../nbs/library/032_balancing.ipynb #gallery001
 def gallery(
     report: DataReport,
     keys: Sequence[str],  # N names
@@ -690,6 +695,31 @@ class Clusters:
 
     centers: Tensor  # (k, D) unit rows
     assignment: Tensor  # (N,) int64, the centre with the largest cosine
+
+    def sizes(self) -> np.ndarray:  # (k,) descending
+        "Rows in each cluster"
+        return -np.sort(-torch.bincount(self.assignment, minlength=len(self.centers)).numpy())
+
+    def save(self, path: str | Path, fingerprint: str = "") -> None:
+        "Write them as safetensors, whole, with what tells which rows they are of"
+        arrays = {"centers": self.centers.float().numpy(), "assignment": self.assignment.int().numpy()}
+        with atomic_write(path) as unfinished:
+            save_file(arrays, unfinished, metadata={"rows": fingerprint})
+
+
+def load_clusters(
+    path: str | Path,
+    fingerprint: str = "",  # of the rows that they should be of; empty: of any
+) -> Clusters:
+    "Saved clusters; an error where they are of other rows"
+    with safe_open(path, "pt") as file:
+        if missing := {"centers", "assignment"} - set(file.keys()):
+            raise ValueError(f"{path} holds no saved clusters: it has no {', '.join(sorted(missing))}")
+        rows = (file.metadata() or {}).get("rows", "")
+        clusters = Clusters(file.get_tensor("centers"), file.get_tensor("assignment").long())
+    if fingerprint and rows != fingerprint:
+        raise ValueError(f"{path} holds clusters of other rows: name another place, or remove it")
+    return clusters
 
 
 def default_clusters(images: int) -> int:

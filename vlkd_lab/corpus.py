@@ -43,7 +43,7 @@ from vlkd_lab.curation.sentences import (
 
 from .curation.similar import SimilarTexts, check_similar, same_words
 from .data import Pairs, escaped, find_images, inspect_shards, project_root, shipped, thumbnail
-from .engines import Engine, open_engine, own_gpu
+from .engines import Engine, TaskProgress, open_engine, own_gpu
 from .models import PRECISIONS, VLM, evaluating, in_precision, load_model, state_digest
 from .project import alone_in, atomic_write, cache_folder, write_text
 from .remote import RemoteFile
@@ -618,9 +618,10 @@ def _finish_parts(
             task = partial(_score_part, work=work, judge=judge, moved=bar.update)
         else:
             task = partial(_score_part, work=work)
-        for number, _ in engine.each(task, parts):
-            if not judge:
-                bar.update(parts[number].size)
+        with TaskProgress(work.folder, "sentences", ["read and judge"], unit="bytes") as told:
+            for number, _ in told.each(engine, "read and judge", task, parts, size):
+                if not judge:
+                    bar.update(parts[number].size)
 
 
 def _damaged(files: Sequence[TextFile], problems: Mapping[int, str]) -> tuple[tuple[str, str], ...]:

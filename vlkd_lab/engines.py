@@ -5,23 +5,30 @@
 # %% ../nbs/library/004_engines.ipynb #en9in005
 from __future__ import annotations
 
+import json
+import math
 import os
 import pickle
+import platform
 import socket
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from tqdm import tqdm
 
-from .project import keep_locked, try_lock
+from .project import keep_locked, try_lock, write_text
 
 # %% auto #0
-__all__ = ['ENGINES', 'Engine', 'open_engine', 'own_gpu']
+__all__ = ['ENGINES', 'PROGRESS', 'KEPT_PROGRESS', 'Engine', 'open_engine', 'own_gpu', 'TaskProgress', 'job_progress',
+           'keep_progress']
 
 # %% ../nbs/library/004_engines.ipynb #en9in007
 ENGINES = ("local", "dask")
@@ -220,3 +227,203 @@ def _visible_gpus() -> list[str]:
     properties = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
     return [str(getattr(gpu, "uuid", number)) for number, gpu in enumerate(properties)]
 
+
+# %% ../nbs/library/004_engines.ipynb #pr0gress01
+_RECENT = 32  # parts whose speed is told: those that were there from before go by at once
+
+
+def _weighed(function: Callable[[Any], Any], task: Any) -> tuple[Any, str, int]:
+    "A task's result, which process made it, and the megabytes that this process holds"
+    result = function(task)
+    process = psutil.Process()
+    return result, f"{platform.node()}/{process.pid}", process.memory_info().rss >> 20
+
+
+class _Phase:
+    "What is told of a phase"
+
+    def __init__(self, name: str):
+        self.name = name
+        self.begin(parts=0)  # their number is not known yet
+
+    def begin(self, parts: int, amount: float = 0) -> None:
+        "The first part is given out; a phase may be gone through again"
+        self.parts = parts
+        self.done = 0
+        self.amount = amount  # of rows or bytes, in all parts together
+        self.seconds = 0.0  # that it took so far
+        self.recent = deque([(0.0, 0)], maxlen=_RECENT)  # seconds and parts done then
+        self._began = time.monotonic()
+
+    def another(self) -> None:
+        "A part has ended"
+        self.done += 1
+        self.seconds = time.monotonic() - self._began
+        self.recent.append((self.seconds, self.done))
+
+    def speed(self) -> float:  # parts a second; 0 before the first
+        "How fast the last parts were"
+        seconds, done = self.recent[0]
+        return (self.done - done) / max(self.seconds - seconds, 1e-9)
+
+    def told(self) -> dict[str, Any]:
+        "As progress.json has it"
+        about = dict(name=self.name, done=self.done, parts=self.parts)
+        return about | dict(seconds=round(self.seconds, 3))
+
+
+def _pace(phase: _Phase | None) -> dict[str, Any]:
+    "The present phase, how fast it is, and how long it will take"
+    if phase is None:
+        return {}
+    speed = phase.speed()
+    told = dict(phase=phase.name, done=phase.done, parts=phase.parts)
+    if phase.amount and speed:
+        told["a_second"] = round(speed * phase.amount / phase.parts)
+    if speed:
+        told["seconds_left"] = round((phase.parts - phase.done) / speed, 1)
+    return told
+
+
+# %% ../nbs/library/004_engines.ipynb #pr0gress02
+PROGRESS = "progress.json"
+_WRITE_SECONDS = 0.25  # between two writings at least
+
+
+class _ProgressFile:
+    "What is told of a job, and the file in which it stands"
+
+    def __init__(
+        self,
+        folder: str | Path,
+        job: str,  # what is done, in a few words
+        phases: Sequence[str],  # that it goes through, in their order
+        unit: str = "rows",  # what a part has many of
+    ):
+        self.path = Path(folder) / PROGRESS
+        self.phases = {name: _Phase(name) for name in phases}
+        self.about = dict(job=job, state="working", unit=unit, began=time.time())
+        self.about.update(process=os.getpid(), machine=platform.node(), workers=1)
+        self.megabytes = {}  # "machine/process" -> what it held when it told last; the latest at the end
+        self._phase = None  # the present one
+        self._written = -math.inf
+
+    def _begin(self, name: str, parts: int, amount: float = 0) -> _Phase:
+        self._phase = self.phases.setdefault(name, _Phase(name))
+        self._phase.begin(parts, amount)
+        self._write(at_once=True)
+        return self._phase
+
+    def _write(self, at_once: bool = False) -> None:
+        "Replace the file, unless that was done a moment ago"
+        now = time.monotonic()
+        if not at_once and now - self._written < _WRITE_SECONDS:
+            return
+        self._written = now
+        latest = list(self.megabytes.items())[-self.about["workers"] :]  # who died is not counted
+        about = self.about | dict(told=time.time(), worker_mb=dict(latest))
+        about["memory_mb"] = psutil.Process().memory_info().rss >> 20
+        about["phases"] = [phase.told() for phase in self.phases.values()]
+        about.update(_pace(self._phase))
+        write_text(self.path, json.dumps(about, indent=1))
+
+    def finish(self, **more: Any) -> None:
+        "The job has ended well"
+        self.about.update(more, state="finished")
+        self._write(at_once=True)
+
+    def __enter__(self) -> _ProgressFile:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is not None:
+            self.about.update(state="failed", error=f"{kind.__name__}: {error}"[:500])
+            self._write(at_once=True)
+
+
+# %% ../nbs/library/004_engines.ipynb #pr0gress03
+class TaskProgress(_ProgressFile):
+    "Tells in a folder's progress.json how far a job of many tasks is"
+
+    def each(
+        self,
+        engine: Engine,
+        name: str,  # of the phase
+        function: Callable[[Any], Any],
+        tasks: Sequence,
+        amount: float,  # of rows or bytes in all tasks together
+        label: str = "",  # of a progress bar; empty: none
+        measure: Callable[[Iterable], Mapping[str, Any]] | None = None,  # of the results so far: more to tell
+    ) -> Iterator[tuple[int, Any]]:  # as `Engine.each` gives them
+        "Run a phase's tasks"
+        self.about["workers"] = engine.workers
+        phase = self._begin(name, len(tasks), amount)
+        results = []
+        for number, (result, worker, megabytes) in engine.each(partial(_weighed, function), tasks, label):
+            self.megabytes.pop(worker, None)
+            self.megabytes[worker] = megabytes
+            phase.another()
+            if measure is not None:
+                results.append(result)
+                self.about.update(measure(results))
+            self._write(at_once=phase.done in (1, phase.parts))
+            yield number, result
+
+    def phase(
+        self,
+        engine: Engine,
+        name: str,
+        function: Callable[[int], Any],
+        parts: int,
+        amount: float,
+        progress: bool = False,
+        measure: Callable[[Iterable], Mapping[str, Any]] | None = None,
+    ) -> dict[int, Any]:
+        "Run a phase whose tasks are the numbers of its parts; what each of them gave"
+        label = name if progress else ""
+        return dict(self.each(engine, name, function, range(parts), amount, label, measure))
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        "A phase of one part, which the block does"
+        phase = self._begin(name, 1)
+        yield
+        phase.another()
+        self._write(at_once=True)
+
+
+# %% ../nbs/library/004_engines.ipynb #pr0gress05
+KEPT_PROGRESS = "curation.json"  # what jobs told whose folders are gone
+
+
+def job_progress(folder: str | Path) -> list[dict[str, Any]]:  # as progress.json has it, the oldest first
+    "How far the jobs are that tell it in a folder, in those of its steps, and those that told it before"
+    folder = Path(folder)
+    told = _read(folder / KEPT_PROGRESS, [])
+    found = [each for each in told if isinstance(each, dict)] if isinstance(told, list) else []
+    for pattern in (PROGRESS, f"*/{PROGRESS}", f"*/*/{PROGRESS}"):
+        for path in folder.glob(pattern):
+            told = _read(path, None)
+            if isinstance(told, dict):
+                found.append(told | dict(state="lost") if _is_lost(told) else told)
+    return sorted(found, key=lambda told: float(told.get("began", 0)))
+
+
+def keep_progress(folder: str | Path, path: str | Path) -> None:
+    "Add what the jobs of a folder have told to a file, before the folder goes"
+    told = [*_read(Path(path), []), *job_progress(folder)]
+    write_text(path, json.dumps(told, indent=1))
+
+
+def _read(path: Path, default: Any) -> Any:
+    "A JSON file; the default where it is not there or not whole"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
+def _is_lost(told: Mapping[str, Any]) -> bool:
+    "Whether a job says that it works, and its process is not there"
+    is_here = told.get("machine") == platform.node()
+    return told.get("state") == "working" and is_here and not psutil.pid_exists(int(told.get("process", 0)))

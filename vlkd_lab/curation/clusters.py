@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from ..balancing import Clusters
-from ..engines import open_engine
+from ..engines import TaskProgress, open_engine
 from ..project import atomic_write, works_alone
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
 from .rows import RowFiles, check_counts, row_files, unit_length
@@ -93,15 +93,17 @@ def cluster_rows(
     if k > len(rows):
         raise ValueError(f"k={k} clusters is not valid: of {len(rows)} rows k must be from 1 to {len(rows)}")
     pieces = range(-(-len(rows) // piece))
-    with open_engine(engine, workers, address) as opened:
-        cells = train_cells(rows, k, folder, seed, sampled, iterations, piece=piece, engine=opened)
+    told = TaskProgress(folder, f"{k} clusters", ["find centres", "nearest centres"])
+    with open_engine(engine, workers, address) as opened, told:
+        with told.step("find centres"):
+            cells = train_cells(rows, k, folder, seed, sampled, iterations, piece=piece, engine=opened)
         if len(cells.centers) < k:
             advice = "ask for fewer clusters, or look at more rows (`sampled`)"
             raise ValueError(f"k={k}: only {len(cells.centers)} of the rows looked at differ; {advice}")
         for turn in range(_TURNS):
             cells.save(folder / f"cells-{turn}.safetensors")
             assign = partial(_assign_piece, folder=folder, rows=rows, piece=piece, turn=turn)
-            said = dict(opened.each(assign, pieces, "clusters" if progress else ""))
+            said = told.phase(opened, "nearest centres", assign, len(pieces), len(rows), progress)
             sizes = sum(said[number][0] for number in pieces)
             if sizes.all():
                 break
@@ -110,9 +112,13 @@ def cluster_rows(
     if not sizes.all():
         raise ValueError(f"k={k}: {(sizes == 0).sum()} clusters have no row: the rows are too much alike")
     centers = torch.from_numpy(cells.centers / SCALE)
-    return Clusters(torch.nn.functional.normalize(centers, dim=1), _assignment(folder, pieces))
+    found = Clusters(torch.nn.functional.normalize(centers, dim=1), _assignment(folder, pieces))
+    found.save(folder / "clusters.safetensors", rows.fingerprint())
+    told.finish()
+    return found
 
 
+# %% ../../nbs/library/035_curation_clusters.ipynb #assigned01
 def _assignment(folder: Path, pieces: range) -> torch.Tensor:  # (N,) int64
     "What the pieces say"
     parts = []

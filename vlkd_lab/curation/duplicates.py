@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -31,7 +28,7 @@ from vlkd_lab.balancing import (
     spanning_forest,
 )
 
-from ..engines import Engine, open_engine
+from ..engines import Engine, TaskProgress, open_engine
 from ..project import atomic_write, works_alone, write_text
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
 from .rows import RowFiles, check_counts, read_sorted, row_files, unit_length, write_sorted
@@ -328,35 +325,14 @@ def _asked_by(folder: Path, plan: LinkPlan, chosen: np.ndarray) -> np.ndarray:  
             parts.append(file.get_tensor("asked")[inside])
     return np.concatenate(parts)
 
-# %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0019
-class _Progress:
-    "What is written while a phase goes on"
+# %% ../../nbs/library/036_curation_duplicates.ipynb #pr0gress10
+_PHASES = ("find cells", "sort rows by cell", "link near rows", "count what was seen", "join the forests")
 
-    def __init__(self, folder: Path, workers: int):
-        self.path = folder / "progress.json"
-        self.workers = workers
-        self.before = {}  # phase -> seconds that it took
 
-    def phase(
-        self, engine: Engine, name: str, function: Callable, parts: int, rows: int, progress: bool
-    ) -> dict[int, Any]:
-        "Run a phase's tasks; what each of them said"
-        began = time.monotonic()
-        said = {}
-        for number, result in engine.each(function, range(parts), name if progress else ""):
-            said[number] = result
-            seconds = time.monotonic() - began
-            left = seconds * (parts - len(said)) / len(said)
-            if len(said) == parts:
-                self.before[name] = round(seconds, 3)
-            self._write(name, len(said), parts, rows * len(said) / parts / max(seconds, 1e-9), left)
-        return said
-
-    def _write(self, name: str, done: int, parts: int, speed: float, left: float) -> None:
-        memory = psutil.Process(os.getpid()).memory_info().rss >> 20
-        about = dict(phase=name, done=done, parts=parts, rows_a_second=round(speed))
-        about.update(seconds_left=round(left, 1), memory_mb=memory, workers=self.workers, seconds=self.before)
-        write_text(self.path, json.dumps(about, indent=1))
+def _recall_so_far(counts: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    "What the pieces that were counted say of the recall; nothing before they have a true pair"
+    true, looked, _ = np.sum(list(counts), axis=0).tolist()
+    return dict(recall=looked / true, true_pairs=true) if true else {}
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0021
 @works_alone()
@@ -386,9 +362,11 @@ def near_duplicates(
     chosen = dict(finest=float(finest), most=float(most))
     chosen.update(probes=int(probes), per_cell=int(per_cell), seed=int(seed))
     plan = _open_plan(folder, _plan(rows, memory_mb, **chosen))
-    told = _Progress(folder, workers)
-    with open_engine(engine, workers, address) as opened:
-        cells = _cells(folder, rows, plan, opened)
+    phases = _PHASES if sample else [name for name in _PHASES if not name.startswith("count")]
+    told = TaskProgress(folder, "near-duplicates", phases)
+    with open_engine(engine, workers, address) as opened, told:
+        with told.step("find cells"):
+            cells = _cells(folder, rows, plan, opened)
         regions = len(_regions(cells, plan)) - 1
         pieces = len(plan.pieces())
         common = dict(folder=folder, plan=plan)
@@ -398,11 +376,16 @@ def near_duplicates(
         told.phase(opened, "link near rows", link, regions, len(rows), progress)
         some = np.sort(np.random.default_rng(seed + 1).permutation(len(rows))[:sample])
         count = partial(_seen_in_piece, rows=rows, chosen=some, device=device, **common)
-        seen = told.phase(opened, "count what was seen", count, pieces if sample else 0, len(rows), progress)
+        seen = {}
+        if sample:
+            measured = dict(progress=progress, measure=_recall_so_far)
+            seen = told.phase(opened, "count what was seen", count, pieces, len(rows), **measured)
     true, looked, _ = np.sum(list(seen.values()), axis=0) if seen else (0, 0, 0)
-    edges, distances = _join(folder, plan, regions)
+    with told, told.step("join the forests"):
+        edges, distances = _join(folder, plan, regions)
     linkage = Linkage(len(rows), finest, most, edges, distances, looked / true if true else 1.0)
     linkage.save(folder / "linkage.safetensors")
+    told.finish()
     return linkage
 
 # %% ../../nbs/library/036_curation_duplicates.ipynb #du9l0022
@@ -452,12 +435,13 @@ def balance_rows(
     piece = int(np.clip(budget, 256, 1 << 17))
     pieces = -(-len(rows) // piece)
     common = dict(folder=folder, baskets=baskets)
-    told = _Progress(folder, workers)
-    with open_engine(engine, workers, address) as opened:
+    told = TaskProgress(folder, f"who stays at {threshold:.4g}", ["sort rows by group", "choose who stays"])
+    with open_engine(engine, workers, address) as opened, told:
         fill = partial(_fill_baskets, rows=rows, piece=piece, **common)
         told.phase(opened, "sort rows by group", fill, pieces, len(rows), progress)
         choose = partial(_choose_in_basket, pieces=pieces, **common)
         chosen = told.phase(opened, "choose who stays", choose, baskets, int(several.sum()), progress)
+    told.finish()
     keep = np.sort(np.concatenate([np.flatnonzero(~several), *chosen.values()]))
     return Balance(torch.from_numpy(group), torch.from_numpy(keep), float(threshold), linkage.recall)
 

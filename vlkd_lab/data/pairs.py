@@ -114,14 +114,15 @@ def _pairs_batch(
 # %% ../../nbs/library/016_data_pairs.ipynb #1a869446
 def load_pairs(
     data: DataReport | str | Path | list,  # from `inspect_shards`, or what it takes
-    limit: int | None = None,  # samples read at most, good or bad: the first ones
+    limit: int | None = None,  # samples read at most, good or bad
     max_pixels: int = 50_000_000,  # as in `decode_image`
+    seed: int | None = None,  # by which `limit` samples are drawn from all; None: the first ones
 ) -> Pairs:
     "An evaluation set, decoded"
     rows = []  # image, caption, label, name
     samples = []  # raw fields of the same
     skipped = []
-    for _, item in _in_order(_as_report(data), limit):
+    for _, item in _in_order(_as_report(data), limit, seed):
         try:
             image, caption, label = decode_sample(item.fields, max_pixels)
         except BadSample as reason:

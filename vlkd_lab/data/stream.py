@@ -603,11 +603,16 @@ class BadSampleGuard:
         )
 
 # %% ../../nbs/library/015_data_stream.ipynb #d46ac1db
-def _in_order(report: DataReport, limit: int | None) -> Iterator[tuple[int, _Item]]:
-    "(0, sample) for the first `limit` samples in the order of the shards"
+def _in_order(
+    report: DataReport, limit: int | None, seed: int | None = None
+) -> Iterator[tuple[int, _Item]]:
+    "(0, sample) for `limit` samples in the order of the shards: the first, or with a seed drawn from all"
     cache = _SampleCache(report.usable, budget=0)
     counts = (range(shard.count) for shard in report.usable)
     places = ((index, number) for index, numbers in enumerate(counts) for number in numbers)
+    if seed is not None and limit is not None and limit < report.total:
+        drawn = set(np.random.default_rng(seed).choice(report.total, limit, replace=False).tolist())
+        places = (place for number, place in enumerate(places) if number in drawn)
     return ((0, *cache.read([place])) for place in islice(places, limit))
 
 
