@@ -202,7 +202,7 @@ def _runs(sizes: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
 def _link_cells(
     pieces: Sequence[Path], region: int, first: int, last: int, plan: LinkPlan, device: str
 ) -> tuple[np.ndarray, np.ndarray]:  # (E, 2) rows, (E,) distances
-    "The forest of the rows of some cells and of those that ask for these cells"
+    "The forest of the rows of some cells"
     ids, asked, rows = _rows_that_ask(pieces, region, first, last)
     single, copies = distinct_rows(rows)
     edges = [ids[copies]]
@@ -229,12 +229,12 @@ def _rows_that_ask(
         found = read_sorted([piece], ["ids", "asked", "rows"], region, region + 1)
         wanted = ((found["asked"] >= first) & (found["asked"] < last)).any(axis=1)
         parts.append((found["ids"][wanted], found["asked"][wanted], unit_length(found["rows"][wanted])))
-    ids, asked, rows = zip(*parts, strict=True)
     if len(parts) == 1:
         return parts[0]
+    ids, asked, rows = zip(*parts, strict=True)
     return np.concatenate(ids), np.concatenate(asked), np.concatenate(rows)
 
-
+# %% ../../nbs/library/036_curation_duplicates.ipynb #du9lpa1r
 def _rows_of_cells(asked: np.ndarray, first: int, last: int) -> Iterator[np.ndarray]:
     "The rows of every cell, ascending"
     row, place = np.nonzero((asked >= first) & (asked < last))
