@@ -494,9 +494,10 @@ class Disturbed:
 
     def __init__(self, engine, folder):
         self.engine = engine
+        self.workers = engine.workers
         self.folder = folder
 
-    def each(self, function, tasks):
+    def each(self, function, tasks, label=""):
         order = np.random.default_rng(3).permutation(len(tasks)).tolist()
         disturbed = partial(killed_once, str(self.folder), function)
         for number, result in self.engine.each(disturbed, [tasks[k] for k in order]):
