@@ -625,6 +625,7 @@ class ClusterMap(Live):
             self.panel = Panel()
             self.detail = ipywidgets.HTML("<i>Click a point.</i>")
             self.figure = widgets.live_figure({})
+            self.figure.on_choice.append(self._clicked)
             self.panel.on_choice.append(self.ask)
             self.box = ipywidgets.VBox([self.panel, self.figure, self.detail])
             _draw_clusters(self)
@@ -640,6 +641,11 @@ class ClusterMap(Live):
         self._is_chosen = self._is_chosen or "layout" in requests
         self.state.choose(**requests)
         _draw_clusters(self)
+
+    def _clicked(self, point: Sequence[int]) -> None:  # number of its trace, place in it
+        trace = self.figure.drawn["data"][point[0]]
+        if "customdata" in trace:  # a point of the map, and not of the sizes
+            self.select(trace["customdata"][point[1]])
 
     def select(self, row: int) -> None:
         "Show a sample beside the map"
@@ -665,17 +671,7 @@ def _draw_clusters(view: ClusterMap) -> None:
     state = view.state
     drawn = _clusters_json(state)
     view._offered = state.choices()
-    with view.figure.batch_update():
-        view.figure.data = []
-        view.figure.layout = drawn["layout"]
-        view.figure.add_traces(drawn["data"])
-
-    def select(trace, points, _) -> None:
-        for k in points.point_inds[:1]:
-            view.select(trace.customdata[k])
-
-    for trace in view.figure.data[:-1]:
-        trace.on_click(select)
+    widgets.sync_figure(view.figure, drawn)
     buttons = []
     for name, label in (("colour_by", "colour: "), ("layout", "")):
         for value in view._offered[name]:

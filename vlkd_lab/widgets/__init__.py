@@ -71,7 +71,9 @@ from vlkd_lab.widgets.curves import (
     CHANGED,
     DECADES,
     MODULE_NAMES,
+    SPARSITY,
     TABLE_KINDS,
+    TERM_COLOURS,
     LossCurves,
     TermCurves,
     compared_kind,
@@ -79,6 +81,8 @@ from vlkd_lab.widgets.curves import (
     module_curves,
     module_table,
     modules_of,
+    teacher_line,
+    term_colours,
     term_curves,
     validation_lines,
     validation_scores_of,
@@ -88,25 +92,35 @@ from vlkd_lab.widgets.curves import (
 # isort: split
 from vlkd_lab.widgets.drawing import (
     DIVERGING,
+    FIRST_ROW,
     GREY,
+    INK,
     LINE_COLOURS,
+    MID_TONE,
+    NEXT_ROW,
+    PANEL_GAP,
     PIXELS_PER_INCH,
+    ROW_GAP,
     SEQUENTIAL,
     WIDTH,
     Matrices,
     StaticFigure,
     axis_name,
     blank_page,
+    contrast,
     curve,
     curve_style,
     heatmap,
     heatmaps_json,
     note_on_paper,
+    on_both,
     page_png,
     palette,
+    panel_grid,
     panel_layout,
     picture,
     plain_layout,
+    plain_text,
     png_html,
     stacked,
     symmetric_limit,
@@ -157,7 +171,8 @@ from vlkd_lab.widgets.watched import (
 from ..data import escaped, visible
 from ..project import former_names
 from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
-from .several import RunsView, StaticRuns, differences, overlay, overlay_json
+from .plots import ABOVE, MOST_POINTS, PlotView, plot_value, plot_words
+from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json
 
 # %% ../../nbs/library/114_widgets.ipynb #31df8e84
 __getattr__ = former_names(

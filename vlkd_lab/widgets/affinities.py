@@ -93,7 +93,8 @@ class LiveAffinities(LivePart):
 
     def __init__(self):
         self.views = affinity_views()
-        self.widget = ipywidgets.HBox(list(self.views.values()))
+        in_rows = ipywidgets.Layout(flex_flow="row wrap")  # where the page is narrow
+        self.widget = ipywidgets.HBox(list(self.views.values()), layout=in_rows)
         self._choice = None
 
     def update(self, watched: Watched) -> None:

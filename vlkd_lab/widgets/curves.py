@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,16 @@ import numpy as np
 from ..data import escaped
 from ..losses import MODULES, TERM_KINDS
 from ..methods import all_losses
-from ..runs import CONTROLS, loss_terms, thinned
+from ..runs import CONTROLS, loss_terms, read_json, thinned
 from . import drawing
-from .drawing import GREY, LINE_COLOURS, SEQUENTIAL, WIDTH, axis_name, curve, curve_style
+from .drawing import GREY, INK, LINE_COLOURS, SEQUENTIAL, WIDTH, axis_name, curve, curve_style
 from .parts import LiveFigure, RunPart
 from .watched import Watched, is_baseline
 
 # %% auto #0
-__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'CHANGED', 'DECADES', 'term_curves', 'modules_of',
-           'compared_kind', 'module_curves', 'module_table', 'validation_lines', 'curves_json', 'validation_scores_of',
-           'LossCurves']
+__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'TERM_COLOURS', 'SPARSITY', 'CHANGED', 'DECADES',
+           'term_curves', 'modules_of', 'compared_kind', 'module_curves', 'module_table', 'term_colours',
+           'validation_lines', 'teacher_line', 'curves_json', 'validation_scores_of', 'LossCurves']
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #75a63b29
 BASELINE = " (baseline)"  # behind the name of a curve
@@ -131,6 +132,35 @@ def module_table(
     return values, shares
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #4b715efc
+TERM_COLOURS = LINE_COLOURS[:7]  # without the ink, which is the scores'
+
+
+def term_colours(terms: Iterable[str]) -> dict[str, str]:  # name of a term -> colour
+    "One colour a term, the same in every panel and run; those of a run differ while there are enough"
+    losses = list(all_losses())
+    colours: dict[str, str] = {}
+    for term in dict.fromkeys(terms):
+        place = losses.index(term) if term in losses else len(losses)
+        wheel = [TERM_COLOURS[(place + k) % len(TERM_COLOURS)] for k in range(len(TERM_COLOURS))]
+        free = [colour for colour in wheel if colour not in colours.values()]
+        colours[term] = (free or wheel)[0]
+    return colours
+
+
+def _terms_of(watched: Watched) -> list[str]:
+    "The terms of a run: those it began with first, and then whatever else it logged"
+    logged = [name for columns in watched.curves.columns.values() for name in columns]
+    shared = [name for event in watched.curves.events for name in event.get("shares", ())]
+    return list(dict.fromkeys([*watched.objective, *loss_terms(logged), *shared]))
+
+
+def _terms_title(watched: Watched) -> str:
+    "What the first panel shows; in nats where each of its terms is"
+    losses = all_losses()
+    units = {losses[term].unit if term in losses else "" for term in _terms_of(watched)}
+    return "weighted term, nats" if units == {"nats"} else "weighted term, each in its unit"
+
+
 def _visible_from(curves: TermCurves, decades: int) -> float:
     "Where a logarithmic axis ends below"
     largest = max((np.nanmax(values, initial=0) for _, values in curves.values()), default=0)
@@ -138,19 +168,19 @@ def _visible_from(curves: TermCurves, decades: int) -> float:
 
 
 def _term_lines(watched: Watched) -> list[dict]:
+    "What each term adds to the loss; those of the baseline dotted"
     if modules_of(watched):
         return _module_lines(watched)
     curves = term_curves(watched)
+    colours = {name.replace("_", " "): colour for name, colour in term_colours(_terms_of(watched)).items()}
     least = _visible_from(curves, decades=3)
     lines = []
-    for k, (name, (steps, values)) in enumerate(curves.items()):
-        style = curve_style(LINE_COLOURS[k % len(LINE_COLOURS)])
-        if name.endswith(BASELINE):
-            style = curve_style(GREY, "dot")
+    for name, (steps, values) in curves.items():
+        style = curve_style(colours[name.removesuffix(BASELINE)], "dot" if name.endswith(BASELINE) else "solid")
         lines.append(curve(steps, np.where(values > least, values, np.nan), name, line=style))
     return lines
 
-
+# %% ../../nbs/library/105_widgets_curves.ipynb #cv000001
 def _points_of(name: str, points: Sequence[tuple], panel: int, style: dict, size: int, **more) -> dict:
     "A line through measured points"
     steps, values = zip(*points, strict=True)
@@ -169,12 +199,23 @@ def validation_lines(watched: Watched) -> list[dict]:
             mean = (float(event["image_to_text_r1"]) + float(event["text_to_image_r1"])) / 2
             points.setdefault(event["stage"], []).append((event["step"], mean))
     lines = []
-    for k, (stage, measured) in enumerate(points.items()):
-        style = curve_style(LINE_COLOURS[k % len(LINE_COLOURS)])
-        if is_baseline(watched, stage):
-            style = curve_style(GREY, "dot")
+    for stage, measured in points.items():
+        style = curve_style(GREY, "dot") if is_baseline(watched, stage) else curve_style(INK)
         lines.append(_points_of(stage, measured, 2, style, size=4, showlegend=False))
     return lines
+
+
+def teacher_line(watched: Watched) -> list[dict]:
+    "The teacher's score over the steps, once it is in result.json; empty before"
+    scores = read_json(watched.run.folder / "result.json", {}).get("models", {}).get("teacher", {})
+    steps = [watched.curves.column(stage, "step") for stage in watched.curves.columns]
+    if "image_to_text_r1" not in scores or not steps or modules_of(watched):
+        return []
+    mean = (float(scores["image_to_text_r1"]) + float(scores["text_to_image_r1"])) / 2
+    if not math.isfinite(mean):
+        return []
+    ends = [min(column[0] for column in steps), max(column[-1] for column in steps)]
+    return [curve(ends, [mean, mean], "teacher", 2, line=curve_style(INK, "dash"))]
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #8fc62e8e
 def _joined(watched: Watched, stages: Sequence[str], column: str) -> np.ndarray:
@@ -182,45 +223,64 @@ def _joined(watched: Watched, stages: Sequence[str], column: str) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(watched.curves.column(stage, column) for stage in stages)])
 
 
-def _budget_lines(watched: Watched) -> list[dict]:
-    "Sparsity, shares of the gradient, and agreement of clusters"
-    stages = _stages(watched, baseline=False)
-    steps = thinned(_joined(watched, stages, "step"))
+def _column_lines(watched: Watched, panel: int, columns: Mapping[str, str]) -> list[dict]:
+    "Columns of the metrics as lines, each with its dash; the baseline's in grey"
     lines = []
-    for column, dash in (("expected_sparsity", "solid"), ("target_sparsity", "dash")):
-        values = _joined(watched, stages, column)
-        if np.isfinite(values).any():
-            style = curve_style("#000000", dash)
-            lines.append(curve(steps, thinned(values), column.replace("_", " "), 3, line=style))
-    shares = {}
+    for baseline in (False, True):
+        stages = _stages(watched, baseline)
+        steps = thinned(_joined(watched, stages, "step"))
+        for column, dash in columns.items():
+            values = thinned(_joined(watched, stages, column))
+            if np.isfinite(values).any():
+                style = curve_style(GREY, "dot") if baseline else curve_style(INK, dash)
+                name = column.replace("_", " ") + (BASELINE if baseline else "")
+                lines.append(curve(steps, values, name, panel, line=style, showlegend=len(columns) > 1))
+    return lines
+
+
+def _share_lines(watched: Watched, panel: int) -> list[dict]:
+    "Each term's share of the gradient, in the term's colour; the legend has the term already"
+    points = {}
     for event in watched.curves.events:
         for term, share in event.get("shares", {}).items():
-            shares.setdefault(term, []).append((event["step"], share))
-    for k, (term, points) in enumerate(shares.items()):
-        style = curve_style(LINE_COLOURS[k % len(LINE_COLOURS)], "dashdot")
-        lines.append(_points_of(f"gradient: {term.replace('_', ' ')}", points, 3, style, size=3))
-    return lines + _agreement_lines(watched.curves.events)
+            points.setdefault(term, []).append((event["step"], share))
+    colours = term_colours(_terms_of(watched))
+    lines = []
+    for term, measured in points.items():
+        style = curve_style(colours[term])
+        lines.append(_points_of(term.replace("_", " "), measured, panel, style, size=3, showlegend=False))
+    return lines
 
 
-def _agreement_lines(events: Iterable[Mapping[str, Any]]) -> list[dict]:
+def _agreement_lines(watched: Watched, panel: int) -> list[dict]:
     "The share of validation images that are nearest to the teacher's centre, of a run that has clusters"
     key = "cluster_agreement"
-    points = [(event["step"], float(event[key])) for event in events if key in event]
-    style = curve_style(LINE_COLOURS[2])
-    return [_points_of("cluster agreement", points, 3, style, size=4)] if points else []
+    events = [event for event in watched.curves.events if key in event]
+    points = [(event["step"], float(event[key])) for event in events]
+    style = curve_style(INK)
+    return [_points_of("cluster agreement", points, panel, style, size=4, showlegend=False)] if points else []
+
+# %% ../../nbs/library/105_widgets_curves.ipynb #cv000002
+SPARSITY = {"expected_sparsity": "solid", "target_sparsity": "dash"}  # column -> dash of its line
 
 
-def _budget_title(watched: Watched, lines: Sequence[Mapping[str, Any]]) -> str:
-    "What the third panel shows, in words"
-    names = {line["name"] for line in lines}
-    words = []
-    if "expected sparsity" in names or "target_sparsity" in watched.config.get("parameters", ()):
-        words.append("sparsity")
-    if "cluster agreement" in names:
-        words += ["cluster agreement", "gradient"]
-    else:
-        words.append("share of the gradient")
-    return "; ".join(words)
+def _further_panels(watched: Watched, first: int) -> dict[str, list[dict]]:  # title -> lines
+    "Panels below or beside the losses and scores, those for which the run has something"
+    candidates = {
+        "sparsity": partial(_column_lines, columns=SPARSITY),
+        "share of the gradient": _share_lines,
+        "cluster agreement": _agreement_lines,
+        "learning rate": partial(_column_lines, columns={"learning_rate": "solid"}),
+        "gradient norm": partial(_column_lines, columns={"gradient_norm": "solid"}),
+    }
+    if modules_of(watched):  # the table has the shares
+        del candidates["share of the gradient"]
+    panels: dict[str, list[dict]] = {}
+    for title, draw in candidates.items():
+        lines = draw(watched, first + len(panels))
+        if lines:
+            panels[title] = lines
+    return panels
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #44fc7287
 CHANGED = "#D55E00"  # the colour of what a hand has changed
@@ -233,8 +293,8 @@ def _changes_in_words(event: Mapping[str, Any]) -> str:
     return f"step {event['step']}: " + ", ".join(f"{escaped(k)} = {value:g}" for k, value in changes.items())
 
 
-def _marks(watched: Watched) -> tuple[list[dict], list[dict]]:  # shapes, annotations
-    "Where stages begin, and where something was changed"
+def _marks(watched: Watched, panels: Sequence[int]) -> tuple[list[dict], list[dict]]:  # shapes, annotations
+    "Where stages begin, in every panel that has steps, and where something was changed"
     shapes = []
     notes = []
     for k, (stage, columns) in enumerate(watched.curves.columns.items()):
@@ -243,7 +303,7 @@ def _marks(watched: Watched) -> tuple[list[dict], list[dict]]:  # shapes, annota
         start = columns["step"][0]
         notes.append(_note(start, 2, stage, xanchor="left"))
         if k:
-            shapes += [_vertical(start, panel, "#bbbbbb", "dot") for panel in (1, 2, 3)]
+            shapes += [_vertical(start, panel, "#bbbbbb", "dot") for panel in panels]
     for event in watched.curves.events:
         if event.get("event") == "control":
             shapes.append(_vertical(event["step"], 1, CHANGED, "solid"))
@@ -267,20 +327,24 @@ def _vertical(x: float, panel: int, colour: str, dash: str) -> dict:
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #6f6f9ab6
 def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict:  # Plotly JSON: data, layout
-    "Losses, validation and budget of a run; where terms are of modules, by module"
-    shapes, notes = _marks(watched)
-    budget = _budget_lines(watched)
-    layout = drawing.plain_layout(width, height)
-    layout |= {"shapes": shapes, "annotations": notes}
-    layout |= drawing.panel_layout(1, "step", "weighted term, nats", [0, 0.29])
-    layout |= drawing.panel_layout(2, "step", "R@1, mean of both directions", [0.38, 0.63])
-    layout |= drawing.panel_layout(3, "step", _budget_title(watched, budget), [0.73, 1])
-    layout["yaxis1"] |= {"type": "log", "exponentformat": "power"}
+    "Losses, scores and the rest of a run, a panel an idea; where terms are of modules, by module and in a table"
+    by_module = bool(modules_of(watched))
+    first = 4 if by_module else 3
+    further = _further_panels(watched, first)
+    titles = [_terms_title(watched), "R@1, mean of both directions", *[""] * (first - 3), *further]
+    layout = drawing.panel_grid(titles, width=width, height=height)
+    with_steps = [1, 2, *range(first, first + len(further))]
+    shapes, notes = _marks(watched, with_steps)
+    layout |= {"shapes": shapes, "annotations": notes, "meta": {"smoothing": True}}
+    layout["yaxis1"]["type"] = "log"
     layout["yaxis2"]["rangemode"] = "tozero"
-    layout["yaxis3"]["rangemode"] = "tozero"
-    if modules_of(watched):
-        budget = _show_modules(watched, layout)
-    return {"data": [*_term_lines(watched), *validation_lines(watched), *budget], "layout": layout}
+    for number, title in enumerate(further, start=first):
+        scale = {"type": "log"} if title == "gradient norm" else {"rangemode": "tozero"}
+        layout[f"yaxis{number}"] |= scale
+    lines = [*_term_lines(watched), *validation_lines(watched), *teacher_line(watched)]
+    for panel_lines in further.values():
+        lines += panel_lines
+    return {"data": [*lines, *(_show_modules(watched, layout) if by_module else [])], "layout": layout}
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #eb84948e
 def _module_lines(watched: Watched) -> list[dict]:

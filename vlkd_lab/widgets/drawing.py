@@ -19,9 +19,11 @@ import numpy as np
 from ..data import escaped
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'GREY', 'WIDTH', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
-           'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'heatmap',
-           'note_on_paper', 'heatmaps_json', 'blank_page', 'page_png', 'picture', 'png_html', 'stacked', 'StaticFigure']
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW', 'ROW_GAP',
+           'PANEL_GAP', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes', 'symmetric_limit', 'axis_name',
+           'curve_style', 'curve', 'plain_layout', 'panel_layout', 'panel_grid', 'heatmap', 'note_on_paper',
+           'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page', 'page_png', 'picture', 'png_html',
+           'stacked', 'StaticFigure']
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
@@ -29,6 +31,8 @@ DIVERGING = "RdBu"
 # Okabe and Ito's, for colour-blind eyes
 LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
 GREY = "#999999"
+INK = "#000000"  # drawn in the colour of the page's text; in a picture in MID_TONE
+MID_TONE = "#797979"  # of a picture's words and axes: as legible on white (4.3 to 1) as on a dark page
 WIDTH = 830  # pixels: what JupyterLab leaves of a window of 1280
 
 
@@ -105,6 +109,36 @@ def panel_layout(
     below = {"domain": list(across), "anchor": axis_name("y", panel), "title": {"text": x}, "zeroline": False}
     side = {"anchor": axis_name("x", panel), "title": {"text": y, "standoff": 4}, "zeroline": False}
     return {f"xaxis{panel}": below, f"yaxis{panel}": side}
+
+# %% ../../nbs/library/101_widgets_drawing.ipynb #pg000001
+FIRST_ROW = 182  # pixels: height of the panels of the first row, and of those below
+NEXT_ROW = 130
+ROW_GAP = 64  # pixels between two rows: a name below, and notes above
+PANEL_GAP = 66  # pixels between two panels of a row: numbers and a name at the side
+
+
+def panel_grid(
+    titles: Sequence[str],  # what stands at the side of each panel
+    x: str = "step",  # what stands below
+    columns: int = 3,
+    width: int = WIDTH,
+    height: int = FIRST_ROW + 98,  # of the first row, with what stands above and below it
+) -> dict:  # a Plotly layout
+    "Panels with one idea each, row by row, over the same steps"
+    first = height - 98
+    rows = max(-(-len(titles) // columns), 1)
+    inner = first + (rows - 1) * (NEXT_ROW + ROW_GAP)
+    gap = PANEL_GAP / (width - 65)
+    across = (1 - (columns - 1) * gap) / columns
+    layout = plain_layout(width, inner + 98, legend_at=1 + 9 / inner)
+    for number, title in enumerate(titles, start=1):
+        row, column = divmod(number - 1, columns)
+        top = row and first + ROW_GAP + (row - 1) * (NEXT_ROW + ROW_GAP)
+        bottom = top + (NEXT_ROW if row else first)
+        left = column * (across + gap)
+        layout |= panel_layout(number, x, title, [left, left + across])
+        layout[f"yaxis{number}"]["domain"] = [1 - bottom / inner, 1 - top / inner]
+    return layout
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #98b7b7ec
 Matrices = Mapping[str, tuple[np.ndarray, float, float]]  # title -> matrix, low and high end of the colours
@@ -190,7 +224,7 @@ _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 PIXELS_PER_INCH = 96
 
 
-def _plain_text(text: Any) -> str:
+def plain_text(text: Any) -> str:
     "Plotly's text without its markup"
     with_breaks = re.sub(r"<br ?/?>", "\n", str(text))
     return html.unescape(re.sub(r"</?[a-z][^<>]*>", "", with_breaks))
@@ -200,39 +234,94 @@ def _colour_map(name: str):
     from matplotlib.colors import ListedColormap
 
     table = np.frombuffer(palette(name), dtype=np.uint8).reshape(-1, 3)[:255] / 255
-    return ListedColormap(table).with_extremes(bad="#dddddd")
+    return ListedColormap(table).with_extremes(bad=(0.5, 0.5, 0.5, 0.25))
+
+# %% ../../nbs/library/101_widgets_drawing.ipynb #pt000002
+_PAGES = ("#ffffff", "#111111")  # JupyterLab's, light and dark
+_LEAST_CONTRAST = 2.9  # of a line, on both
+
+
+def _luminance(colour: Any) -> float:  # 0 to 1
+    "How bright a colour is, as WCAG 2 defines it"
+    from matplotlib.colors import to_rgb
+
+    shares = np.array(to_rgb(colour))
+    linear = np.where(shares <= 0.03928, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: Any, other: Any) -> float:  # 1 to 21
+    "How much two colours differ in brightness, as WCAG 2 defines it"
+    dark, light = sorted([_luminance(one), _luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+def on_both(colour: Any) -> str:  # "#rrggbb"
+    "The colour, or as little nearer to the middle tone as makes it stand out from a light page and a dark one"
+    from matplotlib.colors import to_hex, to_rgb
+
+    if to_hex(colour) == INK:
+        return MID_TONE
+    own, middle = np.array(to_rgb(colour)), np.array(to_rgb(MID_TONE))
+    for share in np.arange(0, 1, 0.05):
+        nearer = own + (middle - own) * share
+        if min(contrast(nearer, page) for page in _PAGES) >= _LEAST_CONTRAST:
+            return to_hex(nearer)
+    return MID_TONE
+
+# %% ../../nbs/library/101_widgets_drawing.ipynb #pt000003
+_ON_COLOUR = "on colour"  # words inside a cell keep their colour
 
 
 def blank_page(width: int, height: int):  # pixels; a matplotlib Figure
-    "A white page that needs no window"
+    "A page without paper that needs no window"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     inches = (width / PIXELS_PER_INCH, height / PIXELS_PER_INCH)
-    page = Figure(figsize=inches, dpi=PIXELS_PER_INCH, facecolor="white")
+    page = Figure(figsize=inches, dpi=PIXELS_PER_INCH, facecolor="none")
     FigureCanvasAgg(page)
     return page
 
 
+def _tone(page) -> None:
+    "Words, axes and lines of a page in tones that a light and a dark page let stand out"
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    for axes in page.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(which="both", color=MID_TONE, labelcolor=MID_TONE)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(MID_TONE)
+    for text in page.findobj(Text):
+        if text.get_gid() != _ON_COLOUR:
+            text.set_color(on_both(text.get_color()))
+    for line in page.findobj(Line2D):
+        line.set_color(on_both(line.get_color()))
+
+
 def page_png(page) -> bytes:  # PNG
     "A page with a palette of its own"
+    _tone(page)
     buffer = io.BytesIO()
-    page.savefig(buffer, format="png")
+    page.savefig(buffer, format="png", facecolor="none")
     return stacked([buffer.getvalue()])
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #c7cd03cc
 def _style_axis(panel, name: str, axis: Mapping[str, Any]) -> None:
     "Scale and ticks of an axis"
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     side = getattr(panel, f"{name}axis")
     if axis.get("type") == "log":
         getattr(panel, f"set_{name}scale")("log")
+        side.set_major_formatter(StrMethodFormatter("{x:g}"))  # 0.01, and not a power of ten
         side.set_minor_formatter(NullFormatter())
     if axis.get("showticklabels") is False:
         side.set_ticks([])
     if "ticktext" in axis:
-        side.set_ticks(axis["tickvals"], [_plain_text(text) for text in axis["ticktext"]], fontsize=6.5)
+        side.set_ticks(axis["tickvals"], [plain_text(text) for text in axis["ticktext"]], fontsize=6.5)
 
 
 def _panels(page, layout: Mapping[str, Any]) -> dict[str, Any]:  # "x", "x2", â€¦ -> matplotlib axes
@@ -251,8 +340,8 @@ def _panels(page, layout: Mapping[str, Any]) -> dict[str, Any]:  # "x", "x2", â€
         corner = (margin["l"] / width + left * across, margin["b"] / height + low * up)
         panel = page.add_axes((*corner, (right - left) * across, (high - low) * up))
         panel.tick_params(which="both", labelsize=7.5, width=0.5, length=2)
-        panel.set_xlabel(_plain_text(axes["x"].get("title", {}).get("text", "")), fontsize=8, labelpad=2)
-        panel.set_ylabel(_plain_text(axes["y"].get("title", {}).get("text", "")), fontsize=8, labelpad=2)
+        panel.set_xlabel(plain_text(axes["x"].get("title", {}).get("text", "")), fontsize=8, labelpad=2)
+        panel.set_ylabel(plain_text(axes["y"].get("title", {}).get("text", "")), fontsize=8, labelpad=2)
         for letter, axis in axes.items():
             _style_axis(panel, letter, axis)
         panels[axis_name("x", number)] = panel
@@ -263,7 +352,7 @@ def _draw_scatter(page, panel, trace: Mapping[str, Any]) -> None:
     "A scatter trace: a line, points or both"
     x = np.array(trace["x"], dtype=float)
     y = np.array(trace["y"], dtype=float)
-    label = _plain_text(trace.get("name", "")) if trace.get("showlegend", True) else None
+    label = plain_text(trace.get("name", "")) if trace.get("showlegend", True) else None
     if "lines" in trace.get("mode", "lines"):
         _draw_line(panel, x, y, trace, label)
     else:
@@ -285,10 +374,14 @@ def _draw_line(panel, x: np.ndarray, y: np.ndarray, trace: Mapping[str, Any], la
 
 
 def _draw_points(page, panel, x: np.ndarray, y: np.ndarray, marker: Mapping, label: str | None) -> None:
-    style = {"color": marker.get("color")}
+    colours = marker.get("color", INK)
     if "colorscale" in marker:
         limits = {"vmin": marker.get("cmin"), "vmax": marker.get("cmax")}
-        style = {"c": marker.get("color"), "cmap": _colour_map(marker["colorscale"]), **limits}
+        style = {"c": colours, "cmap": _colour_map(marker["colorscale"]), **limits}
+    elif isinstance(colours, str):
+        style = {"color": on_both(colours)}
+    else:
+        style = {"color": [on_both(colour) for colour in colours]}
     shape = {"x": "x", "diamond": "D"}.get(marker.get("symbol"), "o")
     area = (marker.get("size", 6) * 0.6) ** 2
     drawn = panel.scatter(x, y, s=area, marker=shape, label=label, linewidths=0.9, **style)
@@ -308,7 +401,7 @@ def _draw_bar(page, panel, drawn, spec: Mapping[str, Any]) -> None:
     "A colour bar at the right side of a panel"
     box = panel.get_position()
     bar = page.colorbar(drawn, cax=page.add_axes((box.x1 + 0.006, box.y0, 0.009, box.height)))
-    bar.set_label(_plain_text(spec["title"]["text"]), fontsize=7)
+    bar.set_label(plain_text(spec["title"]["text"]), fontsize=7)
     bar.ax.tick_params(labelsize=6.5, width=0.4, length=2)
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #6f296a1f
@@ -325,7 +418,7 @@ def _draw_marks(panels: Mapping[str, Any], layout: Mapping[str, Any]) -> None:
 def _draw_note(panels: Mapping[str, Any], note: Mapping[str, Any]) -> None:
     "Words in a panel, above a panel, or above the panel whose corner is nearest"
     panel = panels.get(note.get("xref"))
-    words = dict(s=_plain_text(note["text"]), parse_math=False)
+    words = dict(s=plain_text(note["text"]), parse_math=False)
     words["color"] = note.get("font", {}).get("color", "black")
     if panel is None:
         boxes = [each.get_position() for each in panels.values()]
@@ -333,7 +426,8 @@ def _draw_note(panels: Mapping[str, Any], note: Mapping[str, Any]) -> None:
         page = next(iter(panels.values())).figure
         page.text(box.x0, box.y1 + 0.01, ha="left", va="bottom", fontsize=8, fontweight="bold", **words)
     elif note["yref"] == axis_name("y", note["xref"][1:]):
-        panel.text(note["x"], note["y"], ha="center", va="center", fontsize=6, **words)
+        gid = _ON_COLOUR if words["color"] in ("black", "white") else None
+        panel.text(note["x"], note["y"], ha="center", va="center", fontsize=6, gid=gid, **words)
     else:
         across = panel.get_xaxis_transform()
         side = dict(ha=note.get("xanchor", "center"), va="bottom", fontsize=7)
@@ -383,21 +477,47 @@ def png_html(png: bytes, alt: str) -> str:
     "A picture inside the page"
     return f'<img alt="{escaped(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
+# %% ../../nbs/library/101_widgets_drawing.ipynb #pt000005
+_FAINT_COLOURS = 56  # of a palette, for the edges of lines and letters, which are half transparent
+
 
 def stacked(pictures: Sequence[bytes], colours: int = 256) -> bytes:  # PNG
-    "PNG pictures one below the other, with a palette of so many colours"
+    "PNG pictures one below the other, with a palette of so many colours; what has no paper stays without"
     from PIL import Image
 
-    images = [Image.open(io.BytesIO(png)).convert("RGB") for png in pictures]
-    whole = Image.new("RGB", (max(image.width for image in images), sum(i.height for i in images)), "white")
+    images = [Image.open(io.BytesIO(png)).convert("RGBA") for png in pictures]
+    size = (max(image.width for image in images), sum(image.height for image in images))
+    whole = Image.new("RGBA", size, (255, 255, 255, 0))
     top = 0
     for image in images:
         whole.paste(image, (0, top))
         top += image.height
-    few_colours = whole.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    few_colours.save(buffer, "PNG", optimize=True)
+    few_colours, opacities = _with_palette(np.asarray(whole), colours)
+    few_colours.save(buffer, "PNG", optimize=True, transparency=opacities)
     return buffer.getvalue()
+
+
+def _with_palette(pixels: np.ndarray, colours: int) -> tuple[Any, bytes]:  # picture, opacity of each colour
+    "A picture of few colours: those without and those with some transparency are chosen apart"
+    from PIL import Image
+
+    solid = pixels[..., 3] == 255
+    places = np.zeros(solid.shape, np.uint8)
+    faint = Image.fromarray(pixels[~solid][None]) if not solid.all() else Image.new("RGBA", (1, 1))
+    faint = faint.quantize(_FAINT_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    table = np.frombuffer(faint.palette.getdata()[1], np.uint8).reshape(-1, 4)
+    places[~solid] = np.asarray(faint)[0] if not solid.all() else 0
+    rest = colours - len(table)
+    if solid.any():
+        opaque = Image.fromarray(pixels[solid][None, :, :3])
+        opaque = opaque.quantize(rest, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        solid_table = np.array(opaque.getpalette(), np.uint8).reshape(-1, 3)
+        table = np.concatenate([table, np.insert(solid_table, 3, 255, axis=1)])[:colours]
+        places[solid] = np.asarray(opaque)[0] + (colours - rest)
+    picture = Image.fromarray(places, "P")
+    picture.putpalette(table[:, :3].tobytes())
+    return picture, table[:, 3].tobytes()
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #b0458206
 class StaticFigure:
@@ -410,5 +530,7 @@ class StaticFigure:
         import plotly.graph_objects as go
 
         figure = json.loads(go.Figure(self.drawn).to_json())
+        figure["layout"] |= {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
+        figure["layout"].setdefault("font", {})["color"] = MID_TONE
         image = base64.b64encode(picture(self.drawn)).decode()
         return {"application/vnd.plotly.v1+json": figure, "image/png": image, "text/plain": "a figure"}

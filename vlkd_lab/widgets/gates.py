@@ -78,8 +78,8 @@ def gate_views(titles: Iterable[str]) -> dict[str, MatrixView]:
 
 
 def gate_grid(views: Mapping[str, MatrixView]) -> ipywidgets.GridBox:
-    "Three canvases a row"
-    layout = {"grid_template_columns": "repeat(3, 274px)", "grid_gap": "0 8px"}
+    "Three canvases a row, fewer where the page is narrow"
+    layout = {"grid_template_columns": "repeat(auto-fill, 274px)", "grid_gap": "0 8px", "max_width": "838px"}
     return ipywidgets.GridBox(list(views.values()), layout=layout)
 
 

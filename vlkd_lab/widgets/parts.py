@@ -9,16 +9,14 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ipywidgets
 
 from ..methods import METHODS
 from .drawing import WIDTH, picture
+from .plots import PlotView
 from .watched import Watched
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['RunPart', 'LivePart', 'part_figure', 'live_figure', 'sync_figure', 'LiveFigure', 'method_parts', 'may_fail']
@@ -46,7 +44,7 @@ class RunPart(ABC):
 class LivePart(ABC):
     "A part in a frontend"
 
-    is_plot = False  # drawn by Plotly, which is dear: the bench draws it at most once a second
+    is_plot = False  # its value travels whole: the bench sends it at most once a second
     widget: ipywidgets.Widget | None = None  # None while there is nothing to see
 
     @abstractmethod
@@ -67,32 +65,18 @@ def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JS
     return {**drawn, "layout": {**usual, **drawn.get("layout", {})}}
 
 # %% ../../nbs/library/104_widgets_parts.ipynb #bc7479b6
-def live_figure(drawn: Mapping[str, Any]) -> go.FigureWidget:
-    "A figure that can be brought up to date in place"
-    import plotly.graph_objects as go
-
-    return go.FigureWidget(drawn)
+def live_figure(drawn: Mapping[str, Any]) -> PlotView:
+    "A figure that can be brought up to date in place; Plotly JSON, empty for one that comes later"
+    return PlotView(drawn)
 
 
-def sync_figure(live: go.FigureWidget, drawn: Mapping[str, Any]) -> None:
+def sync_figure(live: PlotView, drawn: Mapping[str, Any]) -> None:
     "Bring a live figure up to date in place"
-    layout = drawn["layout"]
-    with live.batch_update():
-        if [trace.name for trace in live.data] != [line.get("name") for line in drawn["data"]]:
-            live.data = []
-            live.add_traces(drawn["data"])
-            live.layout.update({name: axis for name, axis in layout.items() if name[1:].startswith("axis")})
-        for trace, line in zip(live.data, drawn["data"], strict=True):
-            changing = ("x", "y", "z", "hovertext", "marker")
-            trace.update({field: line[field] for field in changing if field in line})
-        live.layout.shapes = layout.get("shapes", ())
-        live.layout.annotations = layout.get("annotations", ())
-        for name in [name for name in layout if name.startswith("yaxis")]:
-            live.layout[name].title.text = layout[name].get("title", {}).get("text", "")
+    live.show(drawn)
 
 
 class LiveFigure(LivePart):
-    "A Plotly figure in a frontend"
+    "A figure in a frontend"
 
     is_plot = True
 
@@ -105,6 +89,7 @@ class LiveFigure(LivePart):
             self.widget = live_figure(drawn)
         elif drawn:
             sync_figure(self.widget, drawn)
+
 
 # %% ../../nbs/library/104_widgets_parts.ipynb #3faae789
 def method_parts(watched: Watched) -> list[RunPart]:

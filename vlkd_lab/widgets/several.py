@@ -16,13 +16,13 @@ from ..data import escaped, project_root, visible
 from ..runs import Run, current_values, thinned
 from .bench import CURVE_SECONDS, Live
 from .controls import Panel
-from .curves import curves_json, validation_lines
-from .drawing import LINE_COLOURS, WIDTH, curve, picture, png_html
+from .curves import validation_lines
+from .drawing import LINE_COLOURS, WIDTH, curve, curve_style, panel_grid, picture, png_html
 from .parts import live_figure, sync_figure
 from .watched import Watched, is_baseline, status_bar
 
 # %% auto #0
-__all__ = ['differences', 'overlay_json', 'RunsView', 'StaticRuns', 'overlay']
+__all__ = ['OVERLAID', 'differences', 'overlay_json', 'RunsView', 'StaticRuns', 'overlay']
 
 # %% ../../nbs/library/113_widgets_several.ipynb #f91381d2
 def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a parameter, a column a run
@@ -43,32 +43,58 @@ def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a 
             rows[key] = row
     return pd.DataFrame.from_dict(rows, orient="index", columns=list(configs)).map(visible)
 
+# %% ../../nbs/library/113_widgets_several.ipynb #sv000001
+# Panels of several runs besides the score: what stands at the side -> column of the metrics
+OVERLAID = {
+    "total loss, weighted": "total",
+    "expected sparsity": "expected_sparsity",
+    "learning rate": "learning_rate",
+    "gradient norm": "gradient_norm",
+}
+
 
 def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int = 300) -> dict:
-    "Plotly JSON of total loss, validation and sparsity; a colour a run, a baseline dotted"
-    drawn = curves_json(next(iter(several.values())), width, height)
-    drawn["layout"] |= {"shapes": [], "annotations": []}
-    drawn["layout"]["yaxis1"]["title"]["text"] = "total loss, nats"
-    drawn["layout"]["yaxis3"]["title"]["text"] = "expected sparsity"
-    drawn["data"] = []
+    "Plotly JSON of total loss, validation and what else the runs log; a colour a run, a baseline dotted"
+    kept = {title: column for title, column in OVERLAID.items() if column == "total" or _is_logged(several, column)}
+    titles = [*kept]
+    titles.insert(1, "R@1, mean of both directions")
+    layout = panel_grid(titles, width=width, height=height)
+    layout |= {"shapes": [], "annotations": [], "meta": {"smoothing": True}}
+    for number, title in enumerate(titles, start=1):
+        is_log = kept.get(title) in ("total", "gradient_norm")
+        layout[f"yaxis{number}"] |= {"type": "log"} if is_log else {"rangemode": "tozero"}
+    places = {column: titles.index(title) + 1 for title, column in kept.items()}
+    lines = []
     for k, (name, watched) in enumerate(several.items()):
-        drawn["data"] += _run_lines(watched, escaped(name), LINE_COLOURS[k % len(LINE_COLOURS)], group=str(k))
-    return drawn
+        lines += _run_lines(watched, escaped(name), LINE_COLOURS[k % len(LINE_COLOURS)], str(k), places)
+    return {"data": lines, "layout": layout}
 
 
-def _run_lines(watched: Watched, name: str, colour: str, group: str) -> list[dict]:
+def _is_logged(several: Mapping[str, Watched], column: str) -> bool:
+    "Whether one of the runs has such a column"
+    return any(column in columns for watched in several.values() for columns in watched.curves.columns.values())
+
+
+def _run_lines(
+    watched: Watched,
+    name: str,
+    colour: str,
+    group: str,  # of the lines that a click in the legend hides together
+    places: Mapping[str, int],  # column -> its panel
+) -> list[dict]:
     "The lines of one run; its name stands once in the legend"
     lines = []
     for k, stage in enumerate(watched.curves.columns):
         dash = "dot" if is_baseline(watched, stage) else "solid"
-        style = {"color": colour, "width": 1.5, "dash": dash}
+        style = curve_style(colour, dash)
         steps = thinned(watched.curves.column(stage, "step"))
-        for panel, column in ((1, "total"), (3, "expected_sparsity")):
+        for column, panel in places.items():
             values = thinned(watched.curves.column(stage, column))
             legend = dict(showlegend=k == 0 and panel == 1, legendgroup=group)
             lines.append(curve(steps, values, name, panel, line=style, **legend))
     for line in validation_lines(watched):
-        lines.append({**line, "name": name, "line": {**line["line"], "color": colour}})
+        style = {**line["line"], "color": colour}
+        lines.append({**line, "name": name, "line": style, "legendgroup": group, "showlegend": False})
     return lines
 
 # %% ../../nbs/library/113_widgets_several.ipynb #6fcfc1e8
