@@ -468,6 +468,7 @@ class Plot {
     this.drawing.style.height = `${this.size.height}px`;
     this.drawing.setAttribute("aria-label", figure.words ?? "");
     this.box.dataset.points = this.drawLines();
+    this.box.dataset.zoomed = Object.keys({ ...this.zoom.x, ...this.zoom.y }).length > 0;
     this.drawWords();
     this.drawLegend();
     this.drawCross();
