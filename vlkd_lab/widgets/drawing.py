@@ -504,17 +504,20 @@ def _with_palette(pixels: np.ndarray, colours: int) -> tuple[Any, bytes]:  # pic
 
     solid = pixels[..., 3] == 255
     places = np.zeros(solid.shape, np.uint8)
-    faint = Image.fromarray(pixels[~solid][None]) if not solid.all() else Image.new("RGBA", (1, 1))
-    faint = faint.quantize(_FAINT_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    table = np.frombuffer(faint.palette.getdata()[1], np.uint8).reshape(-1, 4)
-    places[~solid] = np.asarray(faint)[0] if not solid.all() else 0
-    rest = colours - len(table)
+    table = np.zeros((0, 4), np.uint8)  # red, green, blue, opacity
+    plain = dict(dither=Image.Dither.NONE)
+    if not solid.all():
+        count = min(_FAINT_COLOURS, colours // 4)
+        faint = Image.fromarray(pixels[~solid][None])
+        faint = faint.quantize(count, method=Image.Quantize.FASTOCTREE, **plain)
+        table = np.frombuffer(faint.palette.getdata()[1], np.uint8).reshape(-1, 4)
+        places[~solid] = np.asarray(faint)[0]
     if solid.any():
         opaque = Image.fromarray(pixels[solid][None, :, :3])
-        opaque = opaque.quantize(rest, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        opaque = opaque.quantize(colours - len(table), method=Image.Quantize.MAXCOVERAGE, **plain)
+        places[solid] = np.asarray(opaque)[0] + len(table)
         solid_table = np.array(opaque.getpalette(), np.uint8).reshape(-1, 3)
         table = np.concatenate([table, np.insert(solid_table, 3, 255, axis=1)])[:colours]
-        places[solid] = np.asarray(opaque)[0] + (colours - rest)
     picture = Image.fromarray(places, "P")
     picture.putpalette(table[:, :3].tobytes())
     return picture, table[:, 3].tobytes()
