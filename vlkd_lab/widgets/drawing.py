@@ -238,7 +238,8 @@ def _colour_map(name: str):
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #pt000002
 _PAGES = ("#ffffff", "#111111")  # JupyterLab's, light and dark
-_LEAST_CONTRAST = 2.9  # of a line, on both
+_OF_LINES = 2.9  # least contrast with both pages
+_OF_WORDS = 4.0
 
 
 def _luminance(colour: Any) -> float:  # 0 to 1
@@ -256,7 +257,7 @@ def contrast(one: Any, other: Any) -> float:  # 1 to 21
     return (light + 0.05) / (dark + 0.05)
 
 
-def on_both(colour: Any) -> str:  # "#rrggbb"
+def on_both(colour: Any, least: float = _OF_LINES) -> str:  # "#rrggbb"
     "The colour, or as little nearer to the middle tone as makes it stand out from a light page and a dark one"
     from matplotlib.colors import to_hex, to_rgb
 
@@ -265,7 +266,7 @@ def on_both(colour: Any) -> str:  # "#rrggbb"
     own, middle = np.array(to_rgb(colour)), np.array(to_rgb(MID_TONE))
     for share in np.arange(0, 1, 0.05):
         nearer = own + (middle - own) * share
-        if min(contrast(nearer, page) for page in _PAGES) >= _LEAST_CONTRAST:
+        if min(contrast(nearer, page) for page in _PAGES) >= least:
             return to_hex(nearer)
     return MID_TONE
 
@@ -296,7 +297,7 @@ def _tone(page) -> None:
             spine.set_edgecolor(MID_TONE)
     for text in page.findobj(Text):
         if text.get_gid() != _ON_COLOUR:
-            text.set_color(on_both(text.get_color()))
+            text.set_color(on_both(text.get_color(), _OF_WORDS))
     for line in page.findobj(Line2D):
         line.set_color(on_both(line.get_color()))
 
@@ -311,11 +312,12 @@ def page_png(page) -> bytes:  # PNG
 # %% ../../nbs/library/101_widgets_drawing.ipynb #c7cd03cc
 def _style_axis(panel, name: str, axis: Mapping[str, Any]) -> None:
     "Scale and ticks of an axis"
-    from matplotlib.ticker import NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     side = getattr(panel, f"{name}axis")
     if axis.get("type") == "log":
         getattr(panel, f"set_{name}scale")("log")
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
         side.set_major_formatter(StrMethodFormatter("{x:g}"))  # 0.01, and not a power of ten
         side.set_minor_formatter(NullFormatter())
     if axis.get("showticklabels") is False:
