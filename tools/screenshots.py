@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jupyter_page import JupyterServer, open_page
 from test_lab import notebook, run_until, until
+from warm_kernel import offer_forks
 
 from vlkd_lab.runs import Run
 from vlkd_lab.verdicts import overall, plot_overall, stored_results
@@ -144,7 +145,9 @@ PARTS = bench, explorers, clip_cid, dime_fm, dlip, claims
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        folder = project(Path(temporary))
+        (folder := Path(temporary) / "project").mkdir()
+        project(folder)
+        offer_forks(Path(temporary))  # the kernel that the tests' notebooks name
         with JupyterServer(folder) as server, open_page(server) as page:
             for part in PARTS if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
                 part(folder, page, folder / "run")

@@ -37,7 +37,7 @@ __all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'REDRAW_SECONDS', 'REDRAW_
 
 # %% ../../nbs/library/112_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
-CURVE_SECONDS = 1.0  # between two drawings by Plotly, which is dearer than a canvas
+CURVE_SECONDS = 1.0  # between two values of curves and maps, which travel whole
 
 # %% ../../nbs/library/112_widgets_bench.ipynb #a23f3966
 class Live(ABC):
@@ -146,8 +146,8 @@ class RunWidgets:
             for name, value in state.items():
                 setattr(self.panel, name, value)
 
-    def show_parts(self, watched: Watched, new: set[str], plots: bool) -> bool:  # whether Plotly has drawn
-        "Draw the parts that read what is new; those of Plotly when it is their time"
+    def show_parts(self, watched: Watched, new: set[str], plots: bool) -> bool:  # whether curves or maps were sent
+        "Draw the parts that read what is new; curves and maps when it is their time"
         self._due |= {part for part in self.parts if part.reads & new}
         drawn = [part for part in self._due if plots or not self.parts[part].is_plot]
         for part in [part for part in self.parts if part in drawn]:
@@ -173,7 +173,7 @@ class RunView(Live):
         self.refused = ""  # why a request was refused
         self._due = {"snapshot", "curves"}  # what is new and not shown yet
         self._touched = -math.inf  # when the trainer was told that somebody watches
-        self._drawn = -math.inf  # when Plotly drew
+        self._drawn = -math.inf  # when curves and maps were sent
         self._was_working = False
         self.watched.look()
         self.pictures = Pictures(self)
