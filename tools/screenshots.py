@@ -33,8 +33,8 @@ def keep(png: bytes, name: str) -> None:
 
 def project(folder: Path) -> Path:
     "A project of its own, so that no run is disturbed"
+    (folder / "nbs").mkdir(parents=True)
     shutil.copy(ROOT / "settings.ini", folder)
-    (folder / "nbs").mkdir()
     for name in ("data_samples", ".cache"):
         (ROOT / name).mkdir(exist_ok=True)
         (folder / name).symlink_to(ROOT / name)
@@ -145,8 +145,7 @@ PARTS = bench, explorers, clip_cid, dime_fm, dlip, claims
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        (folder := Path(temporary) / "project").mkdir()
-        project(folder)
+        folder = project(Path(temporary) / "project")
         offer_forks(Path(temporary))  # the kernel that the tests' notebooks name
         with JupyterServer(folder) as server, open_page(server) as page:
             for part in PARTS if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
