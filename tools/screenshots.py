@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 from jupyter_page import JupyterServer, open_page
+from PIL import Image
 from test_lab import notebook, run_until, until
 from warm_kernel import offer_forks
 
 from vlkd_lab.runs import Run
 from vlkd_lab.verdicts import overall, plot_overall, stored_results
-from vlkd_lab.widgets import stacked
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "nbs" / "images"
@@ -26,8 +26,10 @@ def save(element, name: str) -> None:
 
 
 def keep(png: bytes, name: str) -> None:
-    "A picture for the pages, small"
-    (IMAGES / f"{name}.png").write_bytes(stacked([png]))
+    "A picture for the pages, small: the palette is moved to where the colours are, so that greys stay grey"
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    few = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    few.save(IMAGES / f"{name}.png", optimize=True)
     print(name, (IMAGES / f"{name}.png").stat().st_size)
 
 

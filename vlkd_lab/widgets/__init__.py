@@ -126,6 +126,9 @@ from vlkd_lab.widgets.drawing import (
     symmetric_limit,
     to_bytes,
 )
+
+# %% ../../nbs/library/114_widgets.ipynb #wf000001
+# isort: split
 from vlkd_lab.widgets.gates import (
     MOST_COLUMNS,
     GateMatrices,

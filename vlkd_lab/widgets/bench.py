@@ -146,7 +146,7 @@ class RunWidgets:
             for name, value in state.items():
                 setattr(self.panel, name, value)
 
-    def show_parts(self, watched: Watched, new: set[str], plots: bool) -> bool:  # whether curves or maps were sent
+    def show_parts(self, watched: Watched, new: set[str], plots: bool) -> bool:  # whether plots were sent
         "Draw the parts that read what is new; curves and maps when it is their time"
         self._due |= {part for part in self.parts if part.reads & new}
         drawn = [part for part in self._due if plots or not self.parts[part].is_plot]

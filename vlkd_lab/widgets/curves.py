@@ -176,7 +176,8 @@ def _term_lines(watched: Watched) -> list[dict]:
     least = _visible_from(curves, decades=3)
     lines = []
     for name, (steps, values) in curves.items():
-        style = curve_style(colours[name.removesuffix(BASELINE)], "dot" if name.endswith(BASELINE) else "solid")
+        dash = "dot" if name.endswith(BASELINE) else "solid"
+        style = curve_style(colours[name.removesuffix(BASELINE)], dash)
         lines.append(curve(steps, np.where(values > least, values, np.nan), name, line=style))
     return lines
 
@@ -223,7 +224,12 @@ def _joined(watched: Watched, stages: Sequence[str], column: str) -> np.ndarray:
     return np.concatenate([np.zeros(0), *(watched.curves.column(stage, column) for stage in stages)])
 
 
-def _column_lines(watched: Watched, panel: int, columns: Mapping[str, str]) -> list[dict]:
+def _column_lines(
+    watched: Watched,
+    panel: int,
+    columns: Mapping[str, str],  # name -> dash of its line
+    decades: float = math.inf,  # below the largest value that are shown
+) -> list[dict]:
     "Columns of the metrics as lines, each with its dash; the baseline's in grey"
     lines = []
     for baseline in (False, True):
@@ -232,6 +238,7 @@ def _column_lines(watched: Watched, panel: int, columns: Mapping[str, str]) -> l
         for column, dash in columns.items():
             values = thinned(_joined(watched, stages, column))
             if np.isfinite(values).any():
+                values = np.where(values >= np.nanmax(values) / 10**decades, values, np.nan)
                 style = curve_style(GREY, "dot") if baseline else curve_style(INK, dash)
                 name = column.replace("_", " ") + (BASELINE if baseline else "")
                 lines.append(curve(steps, values, name, panel, line=style, showlegend=len(columns) > 1))
@@ -271,7 +278,7 @@ def _further_panels(watched: Watched, first: int) -> dict[str, list[dict]]:  # t
         "share of the gradient": _share_lines,
         "cluster agreement": _agreement_lines,
         "learning rate": partial(_column_lines, columns={"learning_rate": "solid"}),
-        "gradient norm": partial(_column_lines, columns={"gradient_norm": "solid"}),
+        "gradient norm": partial(_column_lines, columns={"gradient_norm": "solid"}, decades=3),
     }
     if modules_of(watched):  # the table has the shares
         del candidates["share of the gradient"]

@@ -258,7 +258,7 @@ def contrast(one: Any, other: Any) -> float:  # 1 to 21
 
 
 def on_both(colour: Any, least: float = _OF_LINES) -> str:  # "#rrggbb"
-    "The colour, or as little nearer to the middle tone as makes it stand out from a light page and a dark one"
+    "The colour, or as little nearer to the middle tone as makes it stand out from light and dark pages"
     from matplotlib.colors import to_hex, to_rgb
 
     if to_hex(colour) == INK:

@@ -53,7 +53,7 @@ def _as_drawn(trace: Mapping[str, Any]) -> tuple[Sequence, Sequence]:
 
 # %% ../../nbs/library/widgets_plots.ipynb #pl000008
 def _axis(spec: Mapping[str, Any]) -> dict:
-    "One axis: its title, whether it is logarithmic, begins at zero, is turned round, or has names instead of numbers"
+    "One axis: its title, its scale and direction, and names where it has some instead of numbers"
     axis: dict[str, Any] = {"title": plain_text(spec.get("title", {}).get("text", ""))}
     if spec.get("type") == "log":
         axis["log"] = True

@@ -55,8 +55,11 @@ OVERLAID = {
 
 def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int = 300) -> dict:
     "Plotly JSON of total loss, validation and what else the runs log; a colour a run, a baseline dotted"
-    kept = {title: column for title, column in OVERLAID.items() if column == "total" or _is_logged(several, column)}
-    titles = [*kept]
+    kept = {}
+    for title, column in OVERLAID.items():
+        if column == "total" or _is_logged(several, column):
+            kept[title] = column
+    titles = list(kept)
     titles.insert(1, "R@1, mean of both directions")
     layout = panel_grid(titles, width=width, height=height)
     layout |= {"shapes": [], "annotations": [], "meta": {"smoothing": True}}
@@ -66,13 +69,17 @@ def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int
     places = {column: titles.index(title) + 1 for title, column in kept.items()}
     lines = []
     for k, (name, watched) in enumerate(several.items()):
-        lines += _run_lines(watched, escaped(name), LINE_COLOURS[k % len(LINE_COLOURS)], str(k), places)
+        colour = LINE_COLOURS[k % len(LINE_COLOURS)]
+        lines += _run_lines(watched, escaped(name), colour, str(k), places)
     return {"data": lines, "layout": layout}
 
 
 def _is_logged(several: Mapping[str, Watched], column: str) -> bool:
     "Whether one of the runs has such a column"
-    return any(column in columns for watched in several.values() for columns in watched.curves.columns.values())
+    for watched in several.values():
+        if any(column in columns for columns in watched.curves.columns.values()):
+            return True
+    return False
 
 
 def _run_lines(
