@@ -328,6 +328,23 @@ def test_what_a_page_holds_does_not_grow(run):
     view.close()
 
 
+def test_what_a_page_is_given_when_it_opens_late_is_what_is_shown_now(run):
+    "A page that is loaded again asks for the state: it must be the present one, and no larger than what it draws"
+    view = RunView(run.folder, live=True)
+    curves = view.widgets.part(LossCurves).widget
+    for step in range(31, 1500):
+        run.log({"stage": "stage-2", "phase": "distil", "step": step, "affinity_mimicking": 1.0, "total": 1.0, "seconds": 1.0})
+    view.always, view._drawn = True, -1e9
+    view.update()
+    state = curves.get_state()
+    arrays = [np.frombuffer(part, np.float32) for part in state["value"]["arrays"]]
+    assert max(array[-1] for array in arrays) > 1490 and max(map(len, arrays)) <= 301
+    assert sum(map(len, state["value"]["arrays"])) < 30_000, "bytes of numbers"
+    curves.set_state({"chosen": {"smoothing": 0.5, "hidden": ["affinity mimicking"]}})  # as a page sends it
+    assert curves.get_state()["chosen"]["hidden"] == ["affinity mimicking"], "also for the page that comes next"
+    view.close()
+
+
 def test_several_runs_are_laid_over_each_other(run, tmp_path):
     with RunWriter(tmp_path / "other") as other:
         (other.folder / "config.json").write_text(json.dumps({"parameters": {"batch_size": 20, "target_sparsity": 0.75, "name": HOSTILE}}))

@@ -334,7 +334,7 @@ def _vertical(x: float, panel: int, colour: str, dash: str) -> dict:
 
 # %% ../../nbs/library/105_widgets_curves.ipynb #6f6f9ab6
 def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict:  # Plotly JSON: data, layout
-    "Losses, scores and the rest of a run, a panel an idea; where terms are of modules, by module and in a table"
+    "Losses, scores and the rest of a run, a panel an idea; terms of modules by module and in a table"
     by_module = bool(modules_of(watched))
     first = 4 if by_module else 3
     further = _further_panels(watched, first)

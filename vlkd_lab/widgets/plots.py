@@ -145,7 +145,8 @@ def _mark(shape: Mapping[str, Any], panels: Sequence[str]) -> dict:
     "A vertical line"
     line = shape["line"]
     panel = panels.index(shape["xref"])
-    return {"panel": panel, "x": float(shape["x0"]), "colour": line["color"], "dash": line.get("dash", "solid")}
+    style = {"colour": line["color"], "dash": line.get("dash", "solid")}
+    return {"panel": panel, "x": float(shape["x0"]), **style}
 
 
 def _note(note: Mapping[str, Any], panels: Sequence[str], places: Mapping[str, dict]) -> dict:

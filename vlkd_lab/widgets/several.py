@@ -81,7 +81,7 @@ def _is_logged(several: Mapping[str, Watched], column: str) -> bool:
             return True
     return False
 
-
+# %% ../../nbs/library/113_widgets_several.ipynb #sv000002
 def _run_lines(
     watched: Watched,
     name: str,
