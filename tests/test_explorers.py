@@ -199,6 +199,8 @@ def test_many_groups_share_a_scale_and_many_points_are_drawn_by_webgl():
     many = ClusterState(np.random.default_rng(0).normal(size=(5001, 3)), np.arange(5001) % 40)
     points = explorers._clusters_json(many)["data"][0]
     assert points["type"] == "scattergl" and points["marker"]["colorscale"] and len(points["x"]) == 5001
+    drawn = widgets.PlotView(explorers._clusters_json(many)).value["traces"][0]
+    assert len(drawn["which"]) == 5001 and (drawn["low"], drawn["high"], drawn["bar"]) == (0, 39, "cluster"), "a byte a point, and its scale"
 
 
 @pytest.mark.parametrize(

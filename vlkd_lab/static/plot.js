@@ -495,7 +495,7 @@ class Plot {
         else if (trace.kind === "points") count += points(pen, panel, trace, theme);
         else count += line(pen, panel, trace, theme, figure.smooth ? this.chosen.smoothing : 0);
       pen.restore();
-      const barred = traces.find((trace) => trace.bar);
+      const barred = traces.find((trace) => trace.bar !== undefined);
       if (barred) colourBar(pen, panel, barred);
     }
     return count;
@@ -521,7 +521,7 @@ class Plot {
     svg.replaceChildren();
     for (const panel of panels) {
       axisWords(svg, panel);
-      const barred = figure.traces.find((trace) => trace.panel === panel.number && trace.bar && !this.isHidden(trace));
+      const barred = figure.traces.find((trace) => trace.panel === panel.number && trace.bar !== undefined && !this.isHidden(trace));
       if (barred) barWords(svg, panel, barred);
     }
     for (const each of figure.notes) note(svg, panels, each, theme);

@@ -98,15 +98,20 @@ def _points(trace: Mapping[str, Any]) -> dict:
     drawn: dict[str, Any] = {"kind": "points", "size": marker.get("size", 6)}
     drawn |= {"symbol": marker.get("symbol", "circle"), "colour": "#808080"}
     if "colorscale" in marker:
-        low, high = float(marker["cmin"]), float(marker["cmax"])
-        drawn |= {"which": to_bytes(np.asarray(colour), low, high), "low": low, "high": high}
+        values = np.asarray(colour, dtype=np.float32)
+        known = values[np.isfinite(values)]
+        low = float(marker.get("cmin", known.min() if len(known) else 0))
+        high = float(marker.get("cmax", known.max() if len(known) else 1))
+        drawn |= {"which": to_bytes(values, low, high), "low": low, "high": high}
         drawn["scale"] = palette(marker["colorscale"])
         if "colorbar" in marker:
-            drawn["bar"] = plain_text(marker["colorbar"]["title"]["text"])
+            drawn["bar"] = plain_text(marker["colorbar"].get("title", {}).get("text", ""))
     elif isinstance(colour, str):
         drawn["colour"] = colour
     else:
         few = list(dict.fromkeys(colour))
+        if len(few) > 256:
+            raise ValueError(f"points of {len(few)} colours: give numbers and a colorscale for more than 256")
         drawn |= {"colours": few, "which": bytes(few.index(each) for each in colour)}
     if "hovertext" in trace:
         drawn["words"] = [plain_text(text) for text in trace["hovertext"]]
