@@ -264,6 +264,8 @@ def test_curves_outlive_a_reload_and_take_the_colours_of_the_page(page, project)
 
     plot.locator('button[data-name="feature mimicking"]').click()  # hidden, and still so after a reload
     shown = until(lambda: points_drawn(page)[0] < 500 and points_drawn(page)[0])
+    chosen = f"from vlkd_lab.widgets import LossCurves\nprint(attach({str(run.folder)!r}).widgets.part(LossCurves).widget.chosen)"
+    until(lambda: "feature mimicking" in page.kernel_eval(chosen))  # the kernel has heard of it
     page.save()
     page.reload()
     until(lambda: (points := points_drawn(page))[:1] == [shown] and points[1:] and points[1] > 250)  # and no cell was run again
@@ -276,12 +278,16 @@ def test_curves_outlive_a_reload_and_take_the_colours_of_the_page(page, project)
     look.keyboard.press("ArrowLeft")
     said = plot.locator(".vlkd-unseen").inner_text()
     assert said.startswith("step 119: ") and "affinity mimicking" in said and drawing.get_attribute("aria-label")
-    box = drawing.bounding_box()
-    look.mouse.move(box["x"] + 120, box["y"] + 100)
-    look.mouse.down()
-    look.mouse.move(box["x"] + 180, box["y"] + 105, steps=3)
-    look.mouse.up()
-    until(lambda: plot.get_attribute("data-zoomed") == "true")
+
+    def drag():
+        box = drawing.bounding_box()
+        look.mouse.move(box["x"] + 120, box["y"] + 100)
+        look.mouse.down()
+        look.mouse.move(box["x"] + 180, box["y"] + 105, steps=3)
+        look.mouse.up()
+        return plot.get_attribute("data-zoomed") == "true"
+
+    until(drag)  # what is drawn late above it may move it
     drawing.dblclick(position={"x": 150, "y": 100})
     until(lambda: plot.get_attribute("data-zoomed") == "false")
 
