@@ -572,8 +572,10 @@ class Drawing:
     png: bytes
     words: tuple[tuple, ...]  # (text, left, top, right, bottom) in pixels
 
-    def pixels(self) -> np.ndarray:  # (H, W, 3) uint8
-        return np.asarray(Image.open(io.BytesIO(self.png)).convert("RGB"))
+    def pixels(self) -> np.ndarray:  # (H, W, 3) uint8, as on a white page
+        drawn = Image.open(io.BytesIO(self.png)).convert("RGBA")
+        page = Image.new("RGBA", drawn.size, "white")
+        return np.asarray(Image.alpha_composite(page, drawn).convert("RGB"))
 
     def save(self, path: Path) -> None:
         "As a PNG with a palette, which takes a third of the room; the words stand in its text"

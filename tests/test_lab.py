@@ -14,10 +14,12 @@ import forked
 import nbformat
 import pytest
 from conftest import IPYKERNEL6
+from figures import write_gates, write_probe, write_run
 
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.runs import Run
 from vlkd_lab.trainers import train
+from vlkd_lab.widgets import STATIC
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'> \"quotes\" \u202eright to left"
@@ -110,6 +112,11 @@ def frames(page):
     return page.browser_page.locator(".vlkd-matrix canvas").evaluate_all("all => all.map(c => +c.dataset.frame)")
 
 
+def points_drawn(page):
+    "How many points each plot of the page shows"
+    return page.browser_page.locator(".vlkd-plot").evaluate_all("all => all.map(e => +(e.dataset.points ?? 0))")
+
+
 def head(page, name):
     return page.browser_page.locator(f'.vlkd-head [data-name="{name}"] b').first.inner_text()
 
@@ -143,7 +150,7 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     until(lambda: frames(page)[0] > first + 2)
     assert page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()") != before, "the picture changed"
     assert len(frames(page)) == 9, "three affinities, and six canvases of gates"
-    assert page.browser_page.locator(".js-plotly-plot .scatterlayer .trace").count() >= 2
+    until(lambda: points_drawn(page)[:1] and points_drawn(page)[0] > 4)
     fits_and_shows_captions_as_text(page)
     trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
     assert page.run_cell(trying) and page.output(trying).locator("img").count() >= 4, "the kernel is free"
@@ -212,6 +219,87 @@ def pause_resume(page, run):
     until(lambda: steps(run) > count)
 
 
+LOOK_AT_PLOT = """plot => {
+    const share = (text) => text.match(/[0-9.]+/g).slice(0, 3).map(Number)
+        .map(byte => byte / 255).map(s => s <= 0.03928 ? s / 12.92 : ((s + 0.055) / 1.055) ** 2.4);
+    const light = (text) => share(text).reduce((sum, s, k) => sum + s * [0.2126, 0.7152, 0.0722][k], 0.05);
+    let node = plot, paper = 'rgba(0, 0, 0, 0)';
+    while (paper.endsWith(' 0)')) { paper = getComputedStyle(node).backgroundColor; node = node.parentElement; }
+    const words = [...plot.querySelectorAll('.vlkd-tick, .vlkd-axis')].map(text => light(getComputedStyle(text).fill));
+    const canvas = plot.querySelector('canvas'), bytes = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+    let drawn = 0;
+    for (let k = 3; k < bytes.length; k += 4) drawn += bytes[k] > 128;
+    const contrasts = words.map(l => Math.max(l, light(paper)) / Math.min(l, light(paper)));
+    return {paper: light(paper), contrast: Math.min(...contrasts), words: words.length, drawn}; }"""
+OPENED_BYTES = 300_000  # at most, beside the scripts and styles once
+
+
+def test_curves_outlive_a_reload_and_take_the_colours_of_the_page(page, project):
+    "A bench of a run that is over: what it sends, what is there after a reload and a change of theme, and what keys and pointer do"
+    folder, _ = project
+    write_gates(run := write_run(folder / "run"), **write_probe(run))
+    cells = ["from vlkd_lab.widgets import attach, overlay", f"attach({str(run.folder)!r})", f"overlay([{str(run.folder)!r}])"]
+    jupyter_page.write_notebook(folder / "look.ipynb", cells, "warm")
+    look, received = page.browser_page, []
+
+    def listen(socket):
+        socket.on("framereceived", lambda frame: received.append(len(frame)))
+
+    look.on("websocket", listen)
+    page.open(f"{folder.name}/look.ipynb")
+    assert page.run_cell(0)
+    received.clear()
+    assert page.run_cell(1)
+    plot = page.output(1).locator(".vlkd-plot")
+    until(lambda: points_drawn(page)[:1] and points_drawn(page)[0] > 400)
+    until(lambda: len(frames(page)) == 9 and min(frames(page)) > 0)
+    time.sleep(0.5)
+    once = sum(path.stat().st_size for path in STATIC.iterdir())
+    print(f"a bench opens with {sum(received):,} bytes; the scripts and styles, each once, are {once:,}")
+    assert sum(received) - once < OPENED_BYTES
+    assert page.run_cell(2)
+    until(lambda: len(points_drawn(page)) == 2)
+    before = plot.evaluate(LOOK_AT_PLOT)
+    assert before["contrast"] >= 4.5 and before["drawn"] > 3000 and before["words"] > 20
+
+    plot.locator('button[data-name="feature mimicking"]').click()  # hidden, and still so after a reload
+    shown = until(lambda: points_drawn(page)[0] < 500 and points_drawn(page)[0])
+    chosen = f"from vlkd_lab.widgets import LossCurves\nprint(attach({str(run.folder)!r}).widgets.part(LossCurves).widget.chosen)"
+    until(lambda: "feature mimicking" in page.kernel_eval(chosen))  # the kernel has heard of it
+    page.save()
+    page.reload()
+    until(lambda: (points := points_drawn(page))[:1] == [shown] and points[1:] and points[1] > 250)  # and no cell was run again
+    after = plot.evaluate(LOOK_AT_PLOT)
+    assert abs(after["drawn"] / before["drawn"] - 1) < 0.2 and plot.locator('button[aria-pressed="false"]').count() == 1
+
+    drawing = plot.locator(".vlkd-drawing")
+    drawing.focus()
+    look.keyboard.press("End")
+    look.keyboard.press("ArrowLeft")
+    said = plot.locator(".vlkd-unseen").inner_text()
+    assert said.startswith("step 119: ") and "affinity mimicking" in said and drawing.get_attribute("aria-label")
+
+    def drag():
+        box = drawing.bounding_box()
+        look.mouse.move(box["x"] + 120, box["y"] + 100)
+        look.mouse.down()
+        look.mouse.move(box["x"] + 180, box["y"] + 105, steps=3)
+        look.mouse.up()
+        return plot.get_attribute("data-zoomed") == "true"
+
+    until(drag)  # what is drawn late above it may move it
+    drawing.dblclick(position={"x": 150, "y": 100})
+    until(lambda: plot.get_attribute("data-zoomed") == "false")
+
+    switch = "theme => jupyterapp.commands.execute('apputils:change-theme', {theme})"
+    look.evaluate(switch, "JupyterLab Dark")
+    dark = until(lambda: (now := plot.evaluate(LOOK_AT_PLOT))["paper"] < 0.1 and now["contrast"] >= 4.5 and now)
+    assert abs(dark["drawn"] / after["drawn"] - 1) < 0.2
+    look.evaluate(switch, "JupyterLab Light")
+    until(lambda: (now := plot.evaluate(LOOK_AT_PLOT))["paper"] > 0.9 and now["contrast"] >= 4.5)
+    assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+
+
 def test_a_second_notebook_watches_a_papermill_job(page, project):
     folder, given = project
     command = [forked.python(), "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb"), "-k", "warm"]
@@ -230,7 +318,7 @@ def test_a_second_notebook_watches_a_papermill_job(page, project):
         press(page, "stop")
         until(lambda: run.status()["state"] == "stopped")
         until(lambda: head(page, "state") == "stopped")
-        assert page.output(cells["overlay(folders)"]).locator(".js-plotly-plot").count() == 1
+        assert page.output(cells["overlay(folders)"]).locator(".vlkd-plot").count() == 1
         page.browser_page.goto("about:blank")
         time.sleep(0.5)
         assert job.wait(jupyter_page.PATIENCE) != 0, "a job that was stopped is no success"
@@ -285,9 +373,13 @@ def test_explorers_answer_clicks_and_sliders(page, project):
             until(lambda cell=cell: "target 0.00" in cell.inner_text())
         if name == "explore_clusters":
             until(lambda cell=cell: "UMAP 1 (seed 0)" in cell.inner_text())
-            cell.locator(".scatterlayer .point").nth(5).scroll_into_view_if_needed()
-            point = cell.locator(".scatterlayer .point").nth(5).bounding_box()
-            look.mouse.click(point["x"] + point["width"] / 2, point["y"] + point["height"] / 2)
+            plot = cell.locator(".vlkd-drawing")
+            plot.focus()
+            for _ in range(6):
+                look.keyboard.press("ArrowRight")  # from point to point
+            assert "cluster" in cell.locator(".vlkd-plot .vlkd-unseen").inner_text()
+            ring = plot.locator("circle").evaluate("c => [+c.getAttribute('cx'), +c.getAttribute('cy')]")
+            plot.click(position={"x": ring[0], "y": ring[1]})
             cell.locator("img").wait_for()
             assert "<script>window.hacked=1</script>" in cell.inner_text()
     assert look.evaluate("window.hacked") is None
@@ -316,11 +408,11 @@ def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(page, project):
     run = Run(given["out"])
     page.open(f"{folder.name}/nbs/train_clip_cid.ipynb")
     bench = run_until(page, cells, "training") and page.output(cells["bench"])
-    map_of = bench.locator(".js-plotly-plot").nth(1)
-    bench.locator(".js-plotly-plot").nth(1).wait_for()
+    map_of = bench.locator(".vlkd-plot").nth(1)
+    map_of.wait_for()
     said = until(lambda: next((line for line in map_of.inner_text().split("\n") if "have the teacher's centre; purity" in line), ""))
     until(lambda: "purity" in map_of.inner_text() and said not in map_of.inner_text())  # a later step
-    assert map_of.locator(".scatterlayer .point").count() >= 24
+    assert int(map_of.get_attribute("data-points")) >= 24
     slider = bench.locator('input[type=number][data-name="weights.cluster_distribution"]')
     slider.fill("0.5")
     slider.press("Enter")

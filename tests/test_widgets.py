@@ -176,9 +176,11 @@ def test_curves_are_valid_plotly_and_mark_what_was_changed(run):
     watched.look()
     drawn = curves_json(watched)
     figure = go.Figure(drawn)
-    assert {trace.name for trace in figure.data} >= {"affinity mimicking", "stage-1", "expected sparsity", "gradient: affinity mimicking"}
+    assert {trace.name for trace in figure.data} >= {"affinity mimicking", "stage-1", "expected sparsity"}
+    shares = [trace for trace in figure.data if trace.xaxis == "x4"]
+    assert [trace.name for trace in shares] == ["affinity mimicking"] and shares[0].line.color == figure.data[0].line.color, "one colour a term"
     assert [note.hovertext for note in figure.layout.annotations if note.text == "▼"] == ["step 10: feature_mimicking = 100"]
-    assert all(drawn["layout"][f"{a}axis{k}"]["title"]["text"] for a in "xy" for k in (1, 2, 3))
+    assert all(drawn["layout"][f"{a}axis{k}"]["title"]["text"] for a in "xy" for k in (1, 2, 3, 4))
     assert drawn["layout"]["width"] <= 850, "fits what JupyterLab leaves of 1280 pixels"
 
 
@@ -187,7 +189,7 @@ def test_a_still_carries_its_own_picture(run):
     watched.look()
     shown = StaticFigure(curves_json(watched))._repr_mimebundle_()
     image = Image.open(io.BytesIO(base64.b64decode(shown["image/png"])))
-    assert image.size == (830, 280) and len(image.convert("RGB").getcolors(100_000)) > 20
+    assert image.size == (830, 474) and len(image.convert("RGB").getcolors(100_000)) > 20
     assert "application/vnd.plotly.v1+json" in shown
     assert picture(curves_json(watched))[:4] == b"\x89PNG"
 
@@ -321,7 +323,25 @@ def test_what_a_page_holds_does_not_grow(run):
         view.always, view._drawn = True, -1e9
         view.update()
     assert len(_instances) == held and issubclass(MatrixView, Widget)
-    assert all(len(trace.x) <= 301 for trace in view.widgets.part(LossCurves).widget.data)
+    curves = view.widgets.part(LossCurves).widget
+    assert all(len(curves.points(name)[0]) <= 301 for name in curves.names)
+    view.close()
+
+
+def test_what_a_page_is_given_when_it_opens_late_is_what_is_shown_now(run):
+    "A page that is loaded again asks for the state: it must be the present one, and no larger than what it draws"
+    view = RunView(run.folder, live=True)
+    curves = view.widgets.part(LossCurves).widget
+    for step in range(31, 1500):
+        run.log({"stage": "stage-2", "phase": "distil", "step": step, "affinity_mimicking": 1.0, "total": 1.0, "seconds": 1.0})
+    view.always, view._drawn = True, -1e9
+    view.update()
+    state = curves.get_state()
+    arrays = [np.frombuffer(part, np.float32) for part in state["value"]["arrays"]]
+    assert max(array[-1] for array in arrays) > 1490 and max(map(len, arrays)) <= 301
+    assert sum(map(len, state["value"]["arrays"])) < 30_000, "bytes of numbers"
+    curves.set_state({"chosen": {"smoothing": 0.5, "hidden": ["affinity mimicking"]}})  # as a page sends it
+    assert curves.get_state()["chosen"]["hidden"] == ["affinity mimicking"], "also for the page that comes next"
     view.close()
 
 
@@ -415,18 +435,20 @@ def test_the_map_of_a_bench_is_updated_in_place(run):
     view = RunView(run.folder, live=True)
     figure, held = view.widgets.part(StudentMap).widget, len(_instances)
     assert figure in view.box.children and view.box.children.index(figure) == 3
-    traces, title = figure.data, view.widgets.part(LossCurves).widget.layout.yaxis3.title.text
+    panels = [panel["y"]["title"] for panel in view.widgets.part(LossCurves).widget.value["panels"]]
+    assert panels[2:] == ["sparsity", "share of the gradient"]
     clusters_snapshot(run, [0, 0, 1, 1, 2, 0], step=2)
     recalls = {"image_to_text_r1": 0.2, "text_to_image_r1": 0.4}
     run.log({"event": "validation", "stage": "student", "step": 30, **recalls, "cluster_agreement": 0.75, "cluster_purity": 0.8})
     view.always, view._drawn = True, -1e9
     view.update()
-    assert view.widgets.part(StudentMap).widget is figure and all(new is old for new, old in zip(figure.data, traces, strict=True))
-    assert len(_instances) == held and len(traces[0].x) == 5 and len(traces[1].marker.color) == len(traces[1].hovertext) == 1
-    assert "step 2: 83%" in figure.layout.annotations[0].text and list(traces[4].y) == [3, 2, 1]
-    line = next(line for line in view.widgets.part(LossCurves).widget.data if line.name == "cluster agreement")
-    assert list(line.y) == [0.75] and title == "sparsity; share of the gradient"
-    assert view.widgets.part(LossCurves).widget.layout.yaxis3.title.text == "sparsity; cluster agreement; gradient"
+    moved = figure.value["traces"][1]
+    assert view.widgets.part(StudentMap).widget is figure and len(_instances) == held
+    assert len(figure.points("centre of the teacher")[0]) == 5 and len(moved["which"]) == len(moved["words"]) == 1
+    assert "step 2: 83%" in figure.value["notes"][0]["text"] and list(figure.points("by the student")[1]) == [3, 2, 1]
+    curves = view.widgets.part(LossCurves).widget
+    assert list(curves.points("cluster agreement")[1]) == [0.75]
+    assert [panel["y"]["title"] for panel in curves.value["panels"]][2:] == ["sparsity", "share of the gradient", "cluster agreement"]
     view.close()
 
 

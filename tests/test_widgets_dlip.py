@@ -217,7 +217,7 @@ def test_what_a_page_holds_does_not_grow(run):
         view.update()
     assert len(_instances) == held and view.widgets.part(CrossMaps).widget.pictures is pictures, "pictures travel once"
     figure = view.widgets.part(LossCurves).widget
-    assert figure.data[-1].name == "weighted terms" and "0.5" in {note.text for note in figure.layout.annotations}
+    assert figure.names[-1] == "weighted terms" and "0.5" in {note["text"] for note in figure.value["notes"]}
     view.close()
 
 
@@ -234,7 +234,8 @@ def test_a_bench_that_was_there_before_its_run_gets_the_maps_and_the_table(tmp_p
     assert [panel["title"] for panel in cross.panels] == ["writing (decoder): teacher", "writing (decoder): student"]
     assert view.box.children[1:] == (curves, affinities, cross)
     assert len(affinities.children) == 3, "this one has a joint space"
-    assert tuple(curves.layout.xaxis3.ticktext)[0] == "base" and curves.layout.yaxis3.autorange == "reversed"
+    table = curves.value["panels"][2]
+    assert table["x"]["ticks"][0] == "base" and table["y"]["reversed"]
     view.close()
 
 

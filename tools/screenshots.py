@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 from jupyter_page import JupyterServer, open_page
+from PIL import Image
 from test_lab import notebook, run_until, until
+from warm_kernel import offer_forks
 
 from vlkd_lab.runs import Run
 from vlkd_lab.verdicts import overall, plot_overall, stored_results
-from vlkd_lab.widgets import stacked
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "nbs" / "images"
@@ -25,15 +26,17 @@ def save(element, name: str) -> None:
 
 
 def keep(png: bytes, name: str) -> None:
-    "A picture for the pages, small"
-    (IMAGES / f"{name}.png").write_bytes(stacked([png]))
+    "A picture for the pages, small: the palette is moved to where the colours are, so that greys stay grey"
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    few = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+    few.save(IMAGES / f"{name}.png", optimize=True)
     print(name, (IMAGES / f"{name}.png").stat().st_size)
 
 
 def project(folder: Path) -> Path:
     "A project of its own, so that no run is disturbed"
+    (folder / "nbs").mkdir(parents=True)
     shutil.copy(ROOT / "settings.ini", folder)
-    (folder / "nbs").mkdir()
     for name in ("data_samples", ".cache"):
         (ROOT / name).mkdir(exist_ok=True)
         (folder / name).symlink_to(ROOT / name)
@@ -144,7 +147,8 @@ PARTS = bench, explorers, clip_cid, dime_fm, dlip, claims
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        folder = project(Path(temporary))
+        folder = project(Path(temporary) / "project")
+        offer_forks(Path(temporary))  # the kernel that the tests' notebooks name
         with JupyterServer(folder) as server, open_page(server) as page:
             for part in PARTS if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
                 part(folder, page, folder / "run")

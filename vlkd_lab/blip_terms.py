@@ -193,12 +193,12 @@ def distillation_terms(
     widths = widths or {}
     terms = []
 
-    def add(name: str, function: Callable, formula: str, module: str) -> None:
-        terms.append(Term(name, function, formula=formula, module=module))
+    def add(name: str, function: Callable, formula: str, module: str, unit: str = "nats") -> None:
+        terms.append(Term(name, function, formula=formula, module=module, unit=unit))
 
     for module in ("image", "text", "fusion", "decoder"):
         function = ModuleFeatures(module, widths.get("image" if module == "image" else "text"), seed)
-        add(f"{module}_features", function, "mean 1 − cos(student, teacher)", module)
+        add(f"{module}_features", function, "mean 1 − cos(student, teacher)", module, unit="")
     add("similarities", relational, "½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]", "both")
     for module in ("fusion", "decoder"):
         function = _between(module_logits, module, temperature)

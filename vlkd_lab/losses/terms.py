@@ -52,6 +52,7 @@ class Term:
     needs_teacher: bool = True
     module: str = ""  # of MODULES, the part of a fused model that it is about; empty: any two towers will do
     centers: bool = False  # needs the centres of a run that has clustered
+    unit: str = "nats"  # of its value, before the weight; empty: a plain number
 
 # %% ../../nbs/library/045_losses_terms.ipynb #c0f1e5e1
 def score_terms(
@@ -119,7 +120,7 @@ _PAIR_TERMS = (
     Term("relational", relational, formula="½[KL(s·ITᵀ ‖ t·VUᵀ) + KL(s·TIᵀ ‖ t·UVᵀ)]"),
 )
 _ROW_TERMS = (  # these compare rows of the student with rows of the teacher, or with centres of its space
-    Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²"),
+    Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", unit=""),
     Term("interactive_contrastive", _interactive, formula="½[CE(t·IUᵀ, 1) + CE(t·TVᵀ, 1)]"),
     Term(
         "instance_discrimination",

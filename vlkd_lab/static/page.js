@@ -1,4 +1,4 @@
-// What every widget's script begins with: elements, and a view that says when it is seen and what it has drawn.
+// What every widget's script begins with: elements, the page's colours, and a view that says when it is seen and what it has drawn.
 
 const PULSE_MS = 2000; // how often a visible view says that it is seen
 
@@ -12,24 +12,130 @@ function visible(el) {
   return document.visibilityState === "visible" && el.isConnected && el.getClientRects().length > 0;
 }
 
+// ---- the page's colours: a theme may come late, from JupyterLab, VS Code, Colab or the system
+
+const THEME_MS = [0, 150, 600, 1500]; // when to look again after a switch: a theme's style sheet may come after its name
+
+function channels(colour) {
+  // Red, green, blue and opacity of a CSS colour, 0 to 255 and 0 to 1.
+  const pen = channels.pen ?? (channels.pen = document.createElement("canvas").getContext("2d", { willReadFrequently: true }));
+  pen.clearRect(0, 0, 1, 1);
+  pen.fillStyle = "#000000";
+  pen.fillStyle = colour;
+  pen.fillRect(0, 0, 1, 1);
+  const [red, green, blue, opacity] = pen.getImageData(0, 0, 1, 1).data;
+  return [red, green, blue, opacity / 255];
+}
+
+function luminance(colour) {
+  const linear = channels(colour).slice(0, 3).map((byte) => {
+    const share = byte / 255;
+    return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
+  });
+  return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+}
+
+function contrast(one, other) {
+  // From 1 (the same) to 21, as WCAG 2 defines it.
+  const [dark, light] = [luminance(one), luminance(other)].sort((a, b) => a - b);
+  return (light + 0.05) / (dark + 0.05);
+}
+
+function paperOf(el) {
+  // The colour behind an element: of the first ancestor that has one, or the browser's own.
+  for (let node = el; node instanceof Element; node = node.parentElement ?? node.getRootNode().host) {
+    const colour = getComputedStyle(node).backgroundColor;
+    if (channels(colour)[3] > 0.9) return colour;
+  }
+  const scheme = getComputedStyle(document.documentElement).colorScheme;
+  const isDark = scheme.includes("dark") && (!scheme.includes("light") || matchMedia("(prefers-color-scheme: dark)").matches);
+  return isDark ? "rgb(18, 18, 18)" : "rgb(255, 255, 255)";
+}
+
+function mixed(colour, other, share) {
+  const [from, to] = [channels(colour), channels(other)];
+  return `rgb(${[0, 1, 2].map((k) => Math.round(from[k] + (to[k] - from[k]) * share)).join(", ")})`;
+}
+
+const legibles = new Map(); // what was found for a colour, a paper and a contrast
+
+function legible(colour, theme, least) {
+  const key = [colour, theme.paper, theme.ink, least].join();
+  if (!legibles.has(key)) legibles.set(key, nearerToInk(colour, theme, least));
+  return legibles.get(key);
+}
+
+function nearerToInk(colour, theme, least) {
+  // The colour, or as little nearer to the ink as makes it stand out from the paper; black stands for the ink itself.
+  if (channels(colour).slice(0, 3).every((byte) => byte === 0)) return theme.ink;
+  for (let share = 0; share < 1; share += 0.1) {
+    const nearer = mixed(colour, theme.ink, share);
+    if (contrast(nearer, theme.paper) >= least) return nearer;
+  }
+  return theme.ink;
+}
+
+function themeOf(el) {
+  // Paper and ink where an element stands; the page's own ink where it can be read on that paper.
+  const paper = paperOf(el);
+  const own = getComputedStyle(el).getPropertyValue("--jp-ui-font-color1") || getComputedStyle(el.parentElement ?? el).color;
+  const plain = luminance(paper) > 0.18 ? "rgb(34, 34, 34)" : "rgb(224, 224, 224)";
+  const ink = channels(own)[3] > 0.5 && contrast(mixed(own, paper, 1 - channels(own)[3]), paper) >= 7 ? own : plain;
+  return { paper, ink: mixed(ink, paper, 0), faint: mixed(paper, ink, 0.16), dim: mixed(ink, paper, 0.25) };
+}
+
+function onTheme(call) {
+  // Call when the page may have another theme.
+  let waiting = [];
+  const soon = () => {
+    waiting.forEach(clearTimeout);
+    waiting = THEME_MS.map((after) => setTimeout(call, after));
+  };
+  const observer = new MutationObserver(soon);
+  for (const element of [document.documentElement, document.body])
+    observer.observe(element, { attributeFilter: ["class", "style", "theme", "data-theme", "data-jp-theme-name", "data-jp-theme-light"] });
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  system.addEventListener("change", soon);
+  return () => {
+    waiting.forEach(clearTimeout);
+    observer.disconnect();
+    system.removeEventListener("change", soon);
+  };
+}
+
+function setTheme(el) {
+  // Tell an element's style sheet what its page looks like.
+  const theme = themeOf(el);
+  el.style.setProperty("--vlkd-ink", theme.ink);
+  el.style.setProperty("--vlkd-paper", theme.paper);
+  el.style.setProperty("--vlkd-error", legible("#b00020", theme, 4.5));
+  el.style.setProperty("--vlkd-warning", legible("#9a5b00", theme, 4.5));
+  return theme;
+}
+
+// ---- a view
+
 function follow(model, el, draw) {
-  // Draw whenever the model changes, and say which frame was drawn. However many changes arrive, one picture a frame of the screen.
+  // Draw whenever the model or the theme changes, and say which frame was drawn. However many changes arrive, one picture a frame of the screen.
   let asked = 0;
   const seen = () => visible(el) && model.send({ drawn: model.get("number") });
   const soon = () => {
     if (asked) return;
     asked = requestAnimationFrame(() => {
       asked = 0;
+      setTheme(el);
       draw();
       seen();
     });
   };
   model.on("change", soon);
   const pulse = setInterval(seen, PULSE_MS);
+  const themed = onTheme(soon);
   soon();
   const stop = () => {
     clearInterval(pulse);
     cancelAnimationFrame(asked);
+    themed();
     model.off("change", soon);
   };
   return { soon, stop };

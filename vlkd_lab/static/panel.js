@@ -121,9 +121,14 @@ function render({ model, el }) {
     draw();
   }
   const pulse = setInterval(seen, PULSE_MS);
-  requestAnimationFrame(seen);
+  const themed = onTheme(() => setTheme(section));
+  requestAnimationFrame(() => {
+    setTheme(section);
+    seen();
+  });
   return () => {
     clearInterval(pulse);
+    themed();
     for (const [events, draw] of listeners) model.off(events, draw);
   };
 }
