@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from vlkd_lab import curation, project
-from vlkd_lab.balancing import balance_at, cluster, link
+from vlkd_lab.balance_report import about_recall
+from vlkd_lab.balancing import balance_at, cluster, link, load_linkage
 from vlkd_lab.curation import cells as C
 from vlkd_lab.curation import clusters as K
 from vlkd_lab.curation import duplicates as D
@@ -238,7 +239,9 @@ def test_what_is_not_valid_is_refused_before_anything_is_written(hard, tmp_path,
 def test_without_a_sample_nothing_is_said_of_recall(hard, tmp_path):
     found = curation.near_duplicates(hard, folder=tmp_path, sample=0, **OPTIONS)
     (told,) = job_progress(tmp_path)
-    assert found.recall == 1 and "recall" not in told and not any(phase["name"].startswith("count") for phase in told["phases"])
+    assert np.isnan(found.recall) and np.isnan(load_linkage(tmp_path / "linkage.safetensors").recall)
+    assert about_recall(found).startswith("not measured")
+    assert "recall" not in told and not any(phase["name"].startswith("count") for phase in told["phases"])
 
 
 @pytest.mark.parametrize("memory_mb", [64, 1024])

@@ -224,6 +224,7 @@ def _initial_threshold(linkage: Linkage) -> float:
 def _status_bar(explorer: BalanceExplorer, groups: GroupsAt) -> list[list[str]]:  # [name, value] each
     "The threshold and what it does, in numbers"
     rows = explorer.rows
+    recall = explorer.linkage.recall
     of = f"all {rows.total:,}" if len(rows) == rows.total else f"sample, {len(rows):,} of {rows.total:,}"
     return [
         ["images", of],
@@ -232,7 +233,7 @@ def _status_bar(explorer: BalanceExplorer, groups: GroupsAt) -> list[list[str]]:
         ["stay", f"{groups.count - groups.removed:,} of {groups.count:,}"],
         ["groups of more than one", f"{len(groups.sizes):,}"],
         ["largest", f"{groups.sizes[0]:,}" if len(groups.sizes) else "1"],
-        ["recall", f"{explorer.linkage.recall:.1%}"],
+        ["recall", "not measured" if np.isnan(recall) else f"{recall:.1%}"],
     ]
 
 
@@ -240,7 +241,7 @@ def _cautions(explorer: BalanceExplorer) -> list[str]:
     "What the numbers do not say"
     rows = explorer.rows
     cautions = [] if len(rows) == rows.total else [about_sample(len(rows), rows.total)]
-    if explorer.linkage.recall < 1:
+    if explorer.linkage.recall != 1:
         cautions.append(about_recall(explorer.linkage))
     return cautions
 

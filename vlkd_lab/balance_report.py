@@ -364,6 +364,8 @@ def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
 # %% ../nbs/library/117_balance_report.ipynb #br000023
 def about_recall(linkage: Linkage) -> str:
     "What the recall says of the numbers"
+    if np.isnan(linkage.recall):
+        return "not measured: at least this goes"
     if linkage.recall == 1:
         return "no near pair was missed among those that were counted"
     return f"{linkage.recall:.1%} of the near pairs were looked at, measured on a sample: at least this goes"

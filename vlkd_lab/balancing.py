@@ -54,7 +54,7 @@ class Linkage:
     most: float  # largest threshold that can be asked for, Euclidean
     edges: np.ndarray  # (E, 2) int64 rows, E < N
     distances: np.ndarray  # (E,) float64, ascending, all below `most`
-    recall: float = 1.0  # share of the true pairs that were looked at, measured on a sample; 1 when all were
+    recall: float = 1.0  # share of the true pairs that were looked at, measured on a sample; NaN: it was not
 
     def removed(self, threshold: float) -> int:
         "Rows that go when one of every group stays: each edge joins two groups into one"
@@ -565,7 +565,7 @@ def write_balanced(
         "threshold": balance.threshold,
         "images": len(balance.group),
         "kept": len(balance.keep),
-        "recall": balance.recall,
+        "recall": None if math.isnan(balance.recall) else balance.recall,
         "fingerprint": report.fingerprint,
     }
     ending = ".kept.json" if form == "index" else ".tar"

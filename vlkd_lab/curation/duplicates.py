@@ -343,7 +343,7 @@ def near_duplicates(
     finest: float = 0.01,  # smallest threshold; rows that are closer are never told apart
     probes: int = 4,  # cells that each row is put into, the nearest ones
     per_cell: int = 256,  # rows of a cell, on average
-    sample: int = 512,  # rows whose true pairs are counted for the recall
+    sample: int = 512,  # rows whose true pairs are counted for the recall; 0: it is not measured
     seed: int = 0,  # of the cells and the sample
     memory_mb: int = 1024,  # of a worker, beside what libraries take
     engine: str = "local",  # local or dask
@@ -383,7 +383,8 @@ def near_duplicates(
     true, looked, _ = np.sum(list(seen.values()), axis=0) if seen else (0, 0, 0)
     with told, told.step("join the forests"):
         edges, distances = _join(folder, plan, regions)
-    linkage = Linkage(len(rows), finest, most, edges, distances, looked / true if true else 1.0)
+    recall = looked / true if true else 1.0 if sample else np.nan
+    linkage = Linkage(len(rows), finest, most, edges, distances, recall)
     linkage.save(folder / "linkage.safetensors")
     told.finish()
     return linkage
