@@ -378,14 +378,25 @@ def explored_many_clusters(folder):
 @figure
 def explored_balance(folder):
     from vlkd_lab.balance_explorer import BalanceExplorer
-    from vlkd_lab.balancing import link
-    from vlkd_lab.stores import Stored
+    from vlkd_lab.balance_report import StoreRows
+    from vlkd_lab.balancing import link, unit_rows
 
     write_shards(folder / "scenes", 60, per_shard=60, size=16)
     rows, _, _ = clustered_features(60, 0.15)
-    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
-    stored = Stored(rows, np.full(60, -1), load_pairs(folder / "scenes").keys)
-    explorer = BalanceExplorer(link(stored.unit(), most=0.5), stored, inspect_shards(folder / "scenes"), 0.06, live=False)
+    rows = unit_rows((rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16).astype(np.float32))
+    report = inspect_shards(folder / "scenes")
+
+    class Given(StoreRows):
+        "Rows that no store holds"
+
+        def take(self, places):
+            return rows[places]
+
+        def keys(self, places):
+            return [load_pairs(report).keys[place] for place in places]
+
+    store = SimpleNamespace(reports={shard.name: shard for shard in report.shards})
+    explorer = BalanceExplorer(link(rows, most=0.5), Given(store, rows), 0.06, live=False)
     return shown(explorer.static())
 
 

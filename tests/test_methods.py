@@ -157,7 +157,7 @@ def test_a_method_of_another_package_is_trained_watched_scored_and_exported(stra
     with_part = height_of(attach(run.folder).static())
     live = RunView(run.folder, live=True)
     (shown,) = [part for part in live.widgets.parts if type(part).__name__ == "Sharpness"]
-    assert list(live.widgets.parts[shown].widget.data[0].y) == totals
+    assert live.widgets.parts[shown].widget.points("sharp")[1].tolist() == pytest.approx(totals)
     live.close()
     for wrong in (Failing, Undrawable):
         monkeypatch.setattr("vlkd_lab.widgets.bench.method_parts", lambda watched, wrong=wrong: [wrong()])

@@ -48,7 +48,7 @@ def test_what_is_prepared_before_training_is_told_and_taken_back(method, wanted,
         assert job.source
     stages = [stage for _, stage, _ in told if stage]
     assert list(dict.fromkeys(stages)) == wanted and told[0] == ("preparing", wanted[0], "0%")
-    assert job.run.status()["state"] == "new" and job.run.status()["stage"] is None
+    assert job.run.status()["state"] == "new" and job.run.status()["stage"] == ""
     told.clear()
     again = job_of(method)
     assert (again.store if method == "ClipCid" else again.source) and not told, "nothing had to be done"

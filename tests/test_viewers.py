@@ -3,6 +3,7 @@
 import json
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import forked
 import pytest
@@ -119,7 +120,7 @@ def test_a_folder_into_which_no_view_can_be_written_ends_nothing(method, process
     status = Run(folder).status()
     assert status["state"] == "waiting"
     for start in ("no snapshot could be taken: ", "tensorboard are told no more: "):
-        assert sum(warning.startswith(start) for warning in status["warnings"]) == 1, status["warnings"]
+        assert sum(start in warning for warning in status["warnings"]) == 1, status["warnings"]
 
 
 def test_two_processes_that_diverge_say_so(parameters, tmp_path):
@@ -224,3 +225,10 @@ def test_last_snapshots_that_cannot_be_written_end_nothing(parameters, monkeypat
     job = open_job("Distil", parameters("Distil", "run"))
     train(job)
     assert "no snapshot could be taken: OSError: no space left on device" in job.run.status()["warnings"]
+
+
+def test_warnings_of_several_threads_are_all_kept(tmp_path):
+    with RunWriter(tmp_path / "run") as run:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(run.warn, map(str, range(64))))
+        assert sorted(map(int, run.status()["warnings"])) == list(range(64))

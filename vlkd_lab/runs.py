@@ -9,6 +9,7 @@ import json
 import math
 import os
 import socket
+import threading
 import time
 import traceback
 import warnings
@@ -237,6 +238,9 @@ def memory_in_use() -> int:  # bytes
     return psutil.Process().memory_info().rss
 
 # %% ../nbs/library/070_runs.ipynb #3ad6287d
+_one_at_a_time = threading.RLock()  # a tracker's thread and the training both change status.json
+
+
 class RunWriter(Run):
     "The job's own hold on its folder: `with RunWriter(folder) as run:`"
 
@@ -267,15 +271,18 @@ class RunWriter(Run):
 
     def set_status(self, **changes) -> None:
         "Change some entries of status.json; the heartbeat is always now"
-        status = read_json(self.folder / "status.json", {}) | to_json(changes) | {"heartbeat": time.time()}
-        write_text(self.folder / "status.json", json.dumps(status, indent=1))
-        self._heartbeat = time.monotonic()
+        with _one_at_a_time:
+            status = read_json(self.folder / "status.json", {})
+            status |= to_json(changes) | {"heartbeat": time.time()}
+            write_text(self.folder / "status.json", json.dumps(status, indent=1))
+            self._heartbeat = time.monotonic()
 
     def warn(self, warning: str) -> None:
         "Add a line to the warnings in status.json, once"
-        warnings = read_json(self.folder / "status.json", {}).get("warnings", [])
-        if warning not in warnings:
-            self.set_status(warnings=[*warnings, warning])
+        with _one_at_a_time:
+            warnings = read_json(self.folder / "status.json", {}).get("warnings", [])
+            if warning not in warnings:
+                self.set_status(warnings=[*warnings, warning])
 
     def log(self, *records: Mapping[str, Any], file: str = "metrics.jsonl") -> None:
         "Append lines to metrics.jsonl, or to another file; the heartbeat follows at most once a second"
@@ -330,7 +337,7 @@ def preparing(
         if told[0] > -math.inf:
             names = ("stage", "phase") if is_at_work else ("state", "stage", "phase")
             with for_viewers(run, "what is being prepared could not be told"):
-                run.set_status(**{name: before.get(name) for name in names})
+                run.set_status(**{name: before.get(name) or "" for name in names})
 
 # %% ../nbs/library/070_runs.ipynb #36afcae1
 def save_checkpoint(run: Run, stage: str, state: Mapping[str, Any]) -> None:

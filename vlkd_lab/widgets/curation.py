@@ -102,11 +102,11 @@ def curation_json(jobs: Sequence[Mapping[str, Any]], width: int = WIDTH) -> dict
     layout = drawing.plain_layout(width, 70 + 24 * len(bars))
     layout |= {"margin": {"l": 250, "r": 20, "t": 10, "b": 40}, "showlegend": False}
     layout |= drawing.panel_layout(1, "% of its parts", "", [0, 1])
-    places = [-k for k in range(len(bars))]
+    places = list(range(len(bars)))
     layout["yaxis1"] |= {"tickvals": places, "ticktext": [escaped(name) for name, _, _ in bars]}
-    layout["yaxis1"]["showgrid"] = False
+    layout["yaxis1"] |= {"showgrid": False, "autorange": "reversed"}
     room = {"color": "#ffffff", "width": 0.1, "dash": "solid"}
-    traces = [curve([0, 0], [0.6, places[-1] - 0.6], "room", line=room, hoverinfo="skip")]
+    traces = [curve([0, 0], [-0.6, places[-1] + 0.6], "room", line=room, hoverinfo="skip")]
     notes = []
     for place, (name, words, share) in zip(places, bars, strict=True):
         for colour, to in (("#E3E6EA", 100), ("#56B4E9", 100 * share)):
@@ -145,7 +145,7 @@ class CurationView(Live):
         done, parts = _number(latest.get("done")), _number(latest.get("parts"))
         self.panel.share = done / parts if parts > 0 and done >= 0 else 0.0
         drawn = curation_json(self.jobs)
-        if drawn and (self.figure is None or self.figure.layout.height != drawn["layout"]["height"]):
+        if drawn and self.figure is None:
             self.figure = live_figure(drawn)
             self.box.children = (self.panel, self.figure)
         elif drawn:
