@@ -22,11 +22,10 @@ from vlkd_lab.balance_report import (
     about_sample,
     removed_curve,
     shown_groups,
-    shown_html,
 )
 
 from . import widgets
-from .balancing import Balance, Linkage, balance_at, find_pictures, link, load_linkage
+from .balancing import Balance, Linkage, balance_at, find_pictures, link, load_linkage, shown_html
 from .curation import balance_rows, near_duplicates
 from .data import DataReport, escaped
 from .engines import ENGINES

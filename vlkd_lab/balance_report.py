@@ -8,21 +8,32 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vlkd_lab.balancing import (
+    Balance,
+    Linkage,
+    ShownGroup,
+    connected_groups,
+    find_pictures,
+    lost_per_class,
+    nearest_to_centre,
+    shown_html,
+)
+
 from . import __version__
-from .balancing import Balance, Linkage, find_pictures, lost_per_class, nearest_to_centre
 from .curation import RowFiles, row_files, unit_length
 from .data import DataReport, escaped
 from .project import write_text
-from .stores import FeatureStore, shard_features
+from .stores import FeatureStore, StoredKeys
 
 # %% auto #0
-__all__ = ['MOST_FRAMED', 'StoreRows', 'store_rows', 'about_sample', 'GroupsAt', 'LinkedGroups', 'removed_curve', 'ShownGroup',
-           'shown_groups', 'smallest_groups', 'shown_html', 'balance_charts', 'about_recall', 'write_balance_report']
+__all__ = ['MOST_FRAMED', 'StoreRows', 'store_rows', 'about_sample', 'GroupsAt', 'LinkedGroups', 'removed_curve', 'shown_groups',
+           'smallest_groups', 'balance_charts', 'about_recall', 'write_balance_report']
 
 # %% ../nbs/library/117_balance_report.ipynb #br000005
 @dataclass(frozen=True, eq=False)
@@ -56,26 +67,16 @@ class StoreRows:
         "Names of some rows, shard/key"
         rows = np.asarray(rows, dtype=np.int64)
         places = rows if self.chosen is None else self.chosen[rows]
-        names = list(self.store.shards)
-        starts = np.concatenate([[0], self.every.ends])
-        keys = []
-        for place in places:
-            number = int(np.searchsorted(self.every.ends, place, side="right"))
-            of_shard, _ = self._shard(names[number])
-            keys.append(f"{names[number]}/{of_shard[place - starts[number]]}")
-        return keys
+        return [self._names[place] for place in places]
 
     def labels(self) -> np.ndarray:  # (n,) int64, -1 where a sample has none
         "Classes of the rows"
-        labels = np.concatenate([self._shard(name)[1] for name in self.store.shards])
+        labels = self._names.labels()
         return labels if self.chosen is None else labels[self.chosen]
 
-    def _shard(self, name: str) -> tuple[Sequence[str], np.ndarray]:  # keys and labels
-        found = shard_features(self.store, name, "image", most=4)
-        if not self.captioned:
-            return found.keys, found.labels
-        rows = np.flatnonzero(found.captioned)
-        return [found.keys[row] for row in rows], found.labels[rows]
+    @cached_property
+    def _names(self) -> StoredKeys:
+        return StoredKeys(self.store, captioned=self.captioned)
 
 # %% ../nbs/library/117_balance_report.ipynb #br000006
 def store_rows(
@@ -149,26 +150,12 @@ class LinkedGroups:
     def at(self, threshold: float) -> GroupsAt:
         "The groups at a threshold"
         removed = self.linkage.removed(threshold)
-        label = _connected(len(self.rows), self.edges[:removed])
+        label = connected_groups(len(self.rows), self.edges[:removed])
         sizes = np.bincount(label)
-        first = np.zeros(len(sizes), dtype=np.int64)
-        first[label[::-1]] = np.arange(len(label))[::-1]  # the last that is written is the first row
-        order = np.lexsort((first, -sizes))
-        order = order[: int((sizes > 1).sum())]
+        order = np.argsort(-sizes, kind="stable")[: int((sizes > 1).sum())]  # of equal ones the first row's
         return GroupsAt(threshold, self.linkage.count, removed, sizes[order], self.rows, label, order)
 
 # %% ../nbs/library/117_balance_report.ipynb #br000012
-def _connected(count: int, edges: np.ndarray) -> np.ndarray:  # (count,) which component each is in
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    if not count:
-        return np.zeros(0, dtype=np.int64)
-    ones = np.ones(len(edges), dtype=np.int8)
-    graph = coo_matrix((ones, (edges[:, 0], edges[:, 1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1]
-
-
 def removed_curve(
     linkage: Linkage,
     points: int = 300,  # at most
@@ -181,15 +168,6 @@ def removed_curve(
 
 # %% ../nbs/library/117_balance_report.ipynb #br000015
 MOST_FRAMED = 20_000  # rows of a group whose centre is looked for
-
-
-@dataclass(frozen=True)
-class ShownGroup:
-    "Some images of a group, to be shown"
-
-    size: int  # of the whole group
-    keys: tuple[str, ...]
-    is_framed: bool  # whether the first is the one that stays
 
 
 def shown_groups(
@@ -219,25 +197,6 @@ def smallest_groups(groups: GroupsAt, count: int, seed: int = 0) -> list[int]:  
     chosen = np.random.default_rng(seed).permutation(smallest)[:count]
     return np.sort(chosen).tolist()
 
-
-# %% ../nbs/library/117_balance_report.ipynb #br000015b
-def shown_html(
-    shown: Sequence[ShownGroup],
-    pictures: Mapping[str, tuple[str, str]],  # key -> picture as a data URI, caption
-) -> str:
-    "Groups in pictures, a row a group; captions are text"
-    lines = []
-    for group in shown:
-        cells = []
-        for place, key in enumerate(group.keys):
-            source, caption = pictures[key]
-            frame = ";outline:3px solid #0072B2" if place == 0 and group.is_framed else ""
-            words = f"alt='{escaped(caption)}' title='{escaped(caption)} ({escaped(key)})'"
-            cells.append(f"<img {words} style='width:52px;margin:3px{frame}' src='{escaped(source)}'>")
-        lines.append(f"<tr><td>{group.size:,} images</td><td>{''.join(cells)}</td></tr>")
-    if not lines:
-        return "<p>No two images are joined at this threshold.</p>"
-    return f"<table>{''.join(lines)}</table>"
 
 # %% ../nbs/library/117_balance_report.ipynb #br000018
 _WIDE = 420  # of a drawing, pixels

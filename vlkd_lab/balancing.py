@@ -39,10 +39,11 @@ from .project import atomic_write, write_text
 from .stores import StoredKeys
 
 # %% auto #0
-__all__ = ['Linkage', 'load_linkage', 'spanning_forest', 'GrowingForest', 'exact_distances', 'NearPairs', 'distinct_rows',
-           'unit_rows', 'link', 'join_linkages', 'Balance', 'nearest_to_centre', 'balance_at', 'semantic_balance',
-           'usable_threshold', 'plot_balance', 'lost_per_class', 'write_balanced', 'find_pictures', 'gallery',
-           'groups_html', 'Clusters', 'load_clusters', 'default_clusters', 'nearest_center', 'cluster']
+__all__ = ['Linkage', 'load_linkage', 'connected_groups', 'spanning_forest', 'GrowingForest', 'exact_distances', 'NearPairs',
+           'distinct_rows', 'unit_rows', 'link', 'join_linkages', 'Balance', 'nearest_to_centre', 'balance_at',
+           'semantic_balance', 'usable_threshold', 'plot_balance', 'lost_per_class', 'write_balanced', 'find_pictures',
+           'ShownGroup', 'shown_html', 'gallery', 'groups_html', 'Clusters', 'load_clusters', 'default_clusters',
+           'nearest_center', 'cluster']
 
 # %% ../nbs/library/032_balancing.ipynb #3a7cba1b
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Linkage:
 
     def groups(self, threshold: float) -> np.ndarray:  # (N,) int64, numbered in the order of their first rows
         "The connected groups of rows closer than a threshold"
-        return _components(self.count, self.edges[: self.removed(threshold)])
+        return connected_groups(self.count, self.edges[: self.removed(threshold)])
 
     def threshold_for(self, share: float) -> float:
         "The threshold that removes a share of the rows, as nearly as it can be had"
@@ -99,12 +100,17 @@ def load_linkage(path: str | Path) -> Linkage:
         arrays = file.get_tensor("edges"), file.get_tensor("distances")
     return Linkage(int(about["count"]), about["finest"], about["most"], *arrays, about["recall"])
 
-
-def _components(count: int, edges: np.ndarray) -> np.ndarray:
-    "Connected components, numbered in the order of their first members"
+# %% ../nbs/library/032_balancing.ipynb #c0mp0nents
+def connected_groups(
+    count: int,
+    edges: np.ndarray,  # (E, 2) of rows below `count`
+) -> np.ndarray:  # (count,) int64, numbered in the order of their first rows
+    "Which rows are connected by some edges"
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
+    if not count:
+        return np.zeros(0, np.int64)
     graph = coo_matrix((np.ones(len(edges), dtype=np.int8), (edges[:, 0], edges[:, 1])), shape=(count, count))
     component = connected_components(graph, directed=False)[1].astype(np.int64)
     _, first, place = np.unique(component, return_index=True, return_inverse=True)
@@ -180,7 +186,7 @@ class GrowingForest:
         spread = np.quantile(apart, np.linspace(0, 1, _LEVELS)) if len(apart) else np.zeros(0)
         self.levels = np.unique(np.concatenate([[self.finest], np.nextafter(spread, np.inf)]))
         parts = (self.edges[: np.searchsorted(self.distances, level)] for level in self.levels)
-        self.labels = np.stack([_components(len(self.rows), part).astype(np.int32) for part in parts])
+        self.labels = np.stack([connected_groups(len(self.rows), part).astype(np.int32) for part in parts])
 
 # %% ../nbs/library/032_balancing.ipynb #c92e5978
 def exact_distances(
@@ -651,6 +657,34 @@ def find_pictures(
     return pictures
 
 
+# %% ../nbs/library/032_balancing.ipynb #sh0wngr0
+@dataclass(frozen=True)
+class ShownGroup:
+    "Some images of a group, to be shown"
+
+    size: int  # of the whole group
+    keys: tuple[str, ...]
+    is_framed: bool = True  # whether the first is the one that stays
+
+
+def shown_html(
+    shown: Sequence[ShownGroup],
+    pictures: Mapping[str, tuple[str, str]],  # key -> picture as a data URI, caption
+) -> str:
+    "Groups in pictures, a row a group; captions are text"
+    lines = []
+    for group in shown:
+        cells = []
+        for place, key in enumerate(group.keys):
+            source, caption = pictures[key]
+            frame = ";outline:3px solid #0072B2" if place == 0 and group.is_framed else ""
+            words = f"alt='{escaped(caption)}' title='{escaped(caption)} ({escaped(key)})'"
+            cells.append(f"<img {words} style='width:52px;margin:3px{frame}' src='{escaped(source)}'>")
+        lines.append(f"<tr><td>{group.size:,} images</td><td>{''.join(cells)}</td></tr>")
+    if not lines:
+        return "<p>No two images are joined at this threshold.</p>"
+    return f"<table>{''.join(lines)}</table>"
+
 # %% ../nbs/library/032_balancing.ipynb #gallery001
 def gallery(
     report: DataReport,
@@ -674,19 +708,10 @@ def groups_html(
     each: int = 8,
 ) -> str:
     "The largest groups in pictures, the image that stays first and framed"
-    lines = []
+    shown = []
     for rows in balance.largest(groups):
-        cells = []
-        for k, (source, caption) in enumerate(pictures[keys[row]] for row in rows[:each]):
-            frame = "outline:3px solid #0072B2;" if k == 0 else ""
-            cells.append(
-                f"<img alt='{escaped(caption)}' title='{escaped(caption)}' "
-                f"style='width:52px;margin:3px;{frame}' src='{source}'>"
-            )
-        lines.append(f"<tr><td>{len(rows)} images</td><td>{''.join(cells)}</td></tr>")
-    return (
-        f"<table>{''.join(lines)}</table>" if lines else "<p>No two images are joined at this threshold.</p>"
-    )
+        shown.append(ShownGroup(len(rows), tuple(keys[row] for row in rows[:each])))
+    return shown_html(shown, pictures)
 
 # %% ../nbs/library/032_balancing.ipynb #226f2a1f
 @dataclass(frozen=True)

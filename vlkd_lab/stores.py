@@ -11,11 +11,12 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ from .project import alone_in, atomic_write, write_text
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
-           'shard_features', 'Stored', 'load', 'StoredKeys', 'StoredTeacher', 'fill_by']
+           'shard_features', 'Stored', 'load', 'rows_that_count', 'StoredKeys', 'StoredTeacher', 'fill_by']
 
 # %% ../nbs/library/031_stores.ipynb #7f1d3847
 @dataclass(frozen=True)
@@ -139,9 +140,17 @@ def _about(path: Path) -> dict:
 # %% ../nbs/library/031_stores.ipynb #7d839a29
 def _read(path: Path) -> ShardFeatures:
     with safe_open(path, "np") as file:
-        keys = file.get_tensor("keys").tobytes().decode()[:-1]
         arrays = (file.get_tensor(name) for name in ("labels", "rows", "captioned"))
-        return ShardFeatures(tuple(keys.split("\0")) if keys else (), *arrays)
+        return ShardFeatures(_keys_in(file), *arrays)
+
+
+def _keys_in(file: Any) -> tuple[str, ...]:
+    keys = file.get_tensor("keys").tobytes().decode()[:-1]
+    return tuple(keys.split("\0")) if keys else ()
+
+
+def _labels_in(file: Any) -> np.ndarray:
+    return file.get_tensor("labels")
 
 # %% ../nbs/library/031_stores.ipynb #63850e65
 def encode_shard(
@@ -407,6 +416,22 @@ def load(
         keys,
     )
 
+# %% ../nbs/library/031_stores.ipynb #st9re007
+def rows_that_count(
+    file: Any,  # a shard's features, opened by safe_open
+    kept: Collection[str] | None,  # keys that an index keeps; None: all
+    captioned: bool,  # only samples whose caption can be used as well
+) -> np.ndarray | None:  # ascending; None: all of them
+    "The rows of a shard's file that count; only names and marks are read"
+    if kept is None and not captioned:
+        return None
+    counts = np.ones(len(_labels_in(file)), bool)
+    if captioned:
+        counts &= file.get_tensor("captioned")
+    if kept is not None:
+        counts &= np.array([key in kept for key in _keys_in(file)], bool)
+    return None if counts.all() else np.flatnonzero(counts)
+
 # %% ../nbs/library/031_stores.ipynb #st9re006
 class StoredKeys(Sequence):
     "The names of a side's rows, in the order of `load`, of which one shard's are in memory at a time"
@@ -430,8 +455,7 @@ class StoredKeys(Sequence):
 
     def labels(self) -> np.ndarray:  # (N,) int64, -1 where a sample has none
         "The classes of all rows"
-        parts = [self._read(name)[1] for name in self._names]
-        return np.concatenate(parts)
+        return np.concatenate([self._of(name, _labels_in) for name in self._names])
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -446,32 +470,21 @@ class StoredKeys(Sequence):
 
     @cached_property
     def _ends(self) -> np.ndarray:  # (shards,) rows up to the end of each
-        return np.cumsum([len(self._keys(name)) for name in self._names])
+        return np.cumsum([len(self._of(name, _labels_in)) for name in self._names])
 
     def _keys(self, name: str) -> tuple[str, ...]:
         if self._last[0] != name:
-            self._last = name, self._read(name)[0]
+            self._last = name, tuple(self._of(name, _keys_in))
         return self._last[1]
 
-    def _read(self, name: str) -> tuple[tuple[str, ...], np.ndarray]:  # keys, labels
-        return _names_and_labels(self.store, name, self.side, self.captioned)
-
-
-# %% ../nbs/library/031_stores.ipynb #st9re007
-def _names_and_labels(
-    store: FeatureStore, name: str, side: str, captioned: bool
-) -> tuple[tuple[str, ...], np.ndarray]:
-    "A shard's keys and classes, its rows unread"
-    with safe_open(_usable_path(store, name, side), "np") as file:
-        keys = file.get_tensor("keys").tobytes().decode()[:-1].split("\0")
-        labels = file.get_tensor("labels")
-        counts = file.get_tensor("captioned") if captioned else np.ones(len(labels), bool)
-    _, kept = store.shards[name]
-    if kept is not None:
-        counts = counts & np.array([key in kept for key in keys[: len(labels)]], bool)
-    rows = np.flatnonzero(counts)
-    return tuple(keys[row] for row in rows), labels[rows]
-
+    def _of(self, name: str, read: Callable[[Any], Sequence]) -> Sequence:
+        "What a shard's file has of the rows that count"
+        with safe_open(_usable_path(self.store, name, self.side), "np") as file:
+            values = read(file)
+            rows = rows_that_count(file, self.store.shards[name][1], self.captioned)
+        if rows is None:
+            return values
+        return values[rows] if isinstance(values, np.ndarray) else [values[row] for row in rows]
 
 # %% ../nbs/library/031_stores.ipynb #70c259a7
 def _first_rows(keys: Sequence[str]) -> dict[str, int]:

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from ..project import atomic_write
-from ..stores import FeatureStore
+from ..stores import FeatureStore, rows_that_count
 
 # %% auto #0
 __all__ = ['RowFile', 'RowFiles', 'unit_length', 'row_files', 'check_counts', 'write_sorted', 'read_sorted']
@@ -240,16 +240,8 @@ def _of_shard(store: FeatureStore, name: str, side: str, captioned: bool) -> Row
         raise ValueError(f"{store.path(name, side)}: {problem}; fill the store first (vlkd_lab.stores)")
     file, _ = _head(store.path(name, side))
     _, kept = store.shards[name]
-    if kept is None and not captioned:
-        return file
     with safe_open(file.path, "np") as opened:
-        keys = opened.get_tensor("keys").tobytes().decode()[:-1].split("\0")
-        counts = opened.get_tensor("captioned") if captioned else np.ones(file.count, bool)
-    if kept is not None:
-        counts = counts & np.array([key in kept for key in keys[: file.count]], bool)
-    if counts.all():
-        return file
-    return RowFile(file.path, file.offset, file.dtype, file.count, np.flatnonzero(counts))
+        return replace(file, chosen=rows_that_count(opened, kept, captioned))
 
 # %% ../../nbs/library/033_curation_rows.ipynb #cr9ow033
 def check_counts(
