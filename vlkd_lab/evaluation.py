@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -495,7 +494,7 @@ def show_table(table: pd.DataFrame, warnings: Sequence[str] = ()):
         title = _COLUMNS["latency_ms"][0]
         spread = zip(shown[title], table["latency_low_ms"], table["latency_high_ms"], strict=True)
         shown[title] = [f"{median} ({low:.2f}–{high:.2f})" for median, low, high in spread]
-    alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escape(w)}</p>" for w in warnings)
+    alarm = "".join(f"<p style='color:#b00;font-weight:bold'>⚠ {escaped(w)}</p>" for w in warnings)
     return HTML(alarm + pd.DataFrame(shown, index=table.index).T.to_html(border=0))
 
 # %% ../nbs/library/089_evaluation.ipynb #headlin2
@@ -525,7 +524,7 @@ class Headline:
         bundle, about = DisplayFormatter().format(result)
         if run is not None and "text/html" in bundle:
             state = run.status()["state"]
-            bundle["text/html"] = f"<p>{escape(str(run.folder))}: {state}</p>{bundle['text/html']}"
+            bundle["text/html"] = f"<p>{escaped(str(run.folder))}: {state}</p>{bundle['text/html']}"
         self._handle.update(bundle, metadata=about, raw=True)
 
 # %% ../nbs/library/089_evaluation.ipynb #073b92fe

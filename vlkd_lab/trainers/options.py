@@ -13,14 +13,13 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import shipped
+from ..data import escaped, shipped
 from ..losses import LOSSES, PRODUCT_TYPES
 from ..project import project_root
 from ..trackers import named_trackers
@@ -295,7 +294,7 @@ def _options_html(options: FitParameters) -> str:
     for option in fields(options):
         value = getattr(options, option.name)
         meaning = option.metadata.get("meaning", "")
-        cells = "".join(f"<td style='text-align:left'>{escape(str(cell))}</td>" for cell in (value, meaning))
+        cells = "".join(f"<td style='text-align:left'>{escaped(str(cell))}</td>" for cell in (value, meaning))
         row = f"<tr><th style='text-align:left'>{option.name}</th>{cells}</tr>"
         (others if value == option.default else changed).append(row)
     head = "<tr><th></th><th style='text-align:left'>value</th><th style='text-align:left'>meaning</th></tr>"
