@@ -405,7 +405,36 @@ def test_options_are_a_table_in_an_executed_notebook(clip_cid_notebook):
 @pytest.mark.parametrize("page", ["train_tinyclip", "train_dime_fm", "train_clip_cid", "train_dlip", "train_method", "train_teacher", "train_blip"])
 def test_every_job_notebook_has_a_place_for_its_result_and_fills_it(page):
     notebook = nbformat.read(ROOT / "nbs" / f"{page}.ipynb", 4)
-    assert cell_with(notebook, "headline = Headline()") <= 5 and cell_with(notebook, "headline.show(") > cell_with(notebook, "training.done()")
+    assert cell_with(notebook, "headline = Headline()") <= 5 and cell_with(notebook, "headline.show(") > cell_with(notebook, "when_trained(")
+
+
+STOPPED = """
+import time
+from vlkd_lab.trainers import Training, train
+training = Training(job, train)
+training._thread.start()
+while training.alive and not any("total" in line for line in job.run.metrics()):
+    time.sleep(0.01)
+job.run.control(stop=True)
+training._thread.join()
+assert job.run.status()["state"] == "stopped"
+"""
+
+
+@pytest.mark.parametrize("page", ["train_tinyclip", "train_teacher", "train_blip"])
+def test_a_run_that_was_stopped_at_its_first_step_can_be_evaluated(page, given, tmp_path):
+    "The button below a stopped training offers it; no stage has a plan or a student then"
+    notebook = nbformat.read(ROOT / "nbs" / f"{page}.ipynb", 4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("training = start(job)", STOPPED).replace("retrieve(current_student(job.run), job.val, queries=4)", "")
+    nbformat.write(notebook, tmp_path / f"{page}.ipynb")
+    if page != "train_tinyclip":
+        del given["stages"], given["teacher"]
+    small = {"sizes": "image:2x32, text:2x32, fusion:1, decoder:1", "warmup": 2} if page == "train_blip" else {}
+    told = papermill.execute_notebook(
+        tmp_path / f"{page}.ipynb", tmp_path / "out.ipynb", {**given, **small, "steps": 200}, kernel_name="warm", cwd=str(tmp_path), progress_bar=False
+    )
+    assert "stopped" in outputs(told) and "no result yet" not in outputs(told)
 
 
 def test_make_lab_opens_getting_started():

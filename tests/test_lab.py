@@ -154,7 +154,7 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     fits_and_shows_captions_as_text(page)
     trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
     assert page.run_cell(trying) and page.output(trying).locator("img").count() >= 4, "the kernel is free"
-    done = cells["bench.static()"]
+    done = cells["when_trained(training, bench)"]
     assert page.run_cell(done) is False and "still training" in page.output_text(done)
     sliders_reach_the_trainer(page, run)
     pause_resume(page, run)
@@ -337,7 +337,7 @@ def test_an_error_in_training_shows_in_the_bench(page, project):
     traceback = page.browser_page.locator(".vlkd-messages pre")
     page.browser_page.locator(".vlkd-messages summary").evaluate("summary => summary.click()")  # whole, also while the page draws anew
     until(lambda: "Traceback" in traceback.inner_text())
-    assert page.run_cell(cells["bench.static()"]) is False and "Diverged" in page.output_text(cells["bench.static()"])
+    assert page.run_cell(cells["when_trained(training, bench)"]) is False and "Diverged" in page.output_text(cells["when_trained(training, bench)"])
     before = traceback.element_handle()
     page.kernel_eval("bench.leave_picture()")  # as at the end of a run: the page draws the panel anew; what was unfolded stays so
     until(lambda: not before.evaluate("pre => pre.isConnected") and traceback.is_visible())
@@ -388,15 +388,24 @@ def test_explorers_answer_clicks_and_sliders(page, project):
 def test_run_all_stops_politely_where_the_end_is_needed(page, project):
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, **given)
-    run, done = Run(given["out"]), cells["bench.static()"]
+    run, done = Run(given["out"]), cells["when_trained(training, bench)"]
     page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
     page.browser_page.evaluate("jupyterapp.commands.execute('notebook:run-all-cells')")
     until(lambda: "still training" in page.output_text(done))
     trying = page.output(cells["retrieve(current_student(job.run), job.val, queries=4)"])
     assert trying.locator("img").count() >= 4, "the student was there to be tried"
     assert not any(page.output_text(number) for line, number in cells.items() if number > done)
+    until(lambda: page.output(done).locator(".vlkd-matrix canvas").count() == 9)  # Run All ends with the bench in view
+    rest = page.output(done).locator(".vlkd-rest")
+    button = rest.locator("button")
+    until(lambda: "% done, time left" in rest.inner_text() and button.is_disabled())
     press(page, "stop")
     until(lambda: run.status()["state"] == "stopped")
+    until(lambda: "evaluate below" in rest.inner_text() and button.is_enabled())
+    page.cell(0).locator(".jp-InputArea, .jp-Cell-inputWrapper").first.click()  # another cell is active: the button runs those below itself
+    button.click()
+    until(lambda: "scratch" in page.output_text(cells["scores"]) or "stage-1" in page.output_text(cells["scores"]))
+    assert page.output(done).locator("img").count() == 1 and rest.count() == 0, "what waited is a picture now"
 
 
 def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(page, project):

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import forked
 import pytest
@@ -12,6 +13,7 @@ from conftest import lines_of, tiny_job
 
 from vlkd_lab import runs, trainers
 from vlkd_lab.runs import Run, RunWriter, for_viewers
+from vlkd_lab.shown import ProgressLine
 from vlkd_lab.trainers import Diverged, Learner, open_job, take_step, train
 from vlkd_lab.widgets import attach
 
@@ -209,7 +211,7 @@ def test_a_page_that_has_gone_away_ends_no_progress(monkeypatch):
         raise RuntimeError("no page")
 
     monkeypatch.setattr("IPython.display.display", is_gone)
-    line = trainers.loop.ProgressLine()
+    line = ProgressLine()
     line.write("1/2")
     line.write("2/2")
 
@@ -232,3 +234,14 @@ def test_warnings_of_several_threads_are_all_kept(tmp_path):
         with ThreadPoolExecutor(8) as threads:
             list(threads.map(run.warn, map(str, range(64))))
         assert sorted(map(int, run.status()["warnings"])) == list(range(64))
+
+
+def test_bars_and_pictures_are_made_in_one_place():
+    "A bar of tqdm's own fills a job's notebook, and a figure of matplotlib's own has no words"
+    made = {}
+    for path in sorted(Path(runs.__file__).parent.rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        calls = [call for call in ("tqdm(", "plt.close(", "tqdm.auto") if call in text]
+        if calls:
+            made[path.name] = calls
+    assert made == {"shown.py": ["tqdm(", "plt.close("]}

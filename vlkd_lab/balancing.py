@@ -19,7 +19,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from vlkd_lab.data import (
     DataReport,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 from .project import atomic_write, write_text
+from .shown import progress_bar, with_words
 from .stores import StoredKeys
 
 # %% auto #0
@@ -376,7 +376,7 @@ def link(
     products = NearPairs(rows, most, device)
     cells = None if len(rows) <= exact_up_to else _Cells(rows, most, probes, seed)
     blocks = list(_triangle(len(rows), side)) if cells is None else list(cells.blocks(side))
-    for one, other in tqdm(blocks[part[0] :: part[1]], desc="near pairs", unit="block", disable=not progress):
+    for one, other in progress_bar(blocks[part[0] :: part[1]], not progress, desc="near pairs", unit="block"):
         if cells is None:
             i, j, low = products.near(one, other, one == other, growing.labels[0])
             growing.offer(i + one.start, j + other.start, low)
@@ -521,8 +521,8 @@ def plot_balance(linkage: Linkage, threshold: float) -> Figure:
     sizes = -np.sort(-np.bincount(linkage.groups(threshold)))
     axes[1].loglog(np.arange(1, len(sizes) + 1), sizes, drawstyle="steps-post", lw=1.5)
     axes[1].set(xlabel="group, by size", ylabel="images in it")
-    plt.close(figure)
-    return figure
+    words = f"Share of images removed over the threshold: {share:.1%} at {threshold:.3g}"
+    return with_words(figure, f"{words}; the largest group has {sizes[0]:,} images")
 
 
 def lost_per_class(
@@ -578,7 +578,7 @@ def write_balanced(
     written = []
     # what is unfinished lies in the same depth: an index names its shard from where it lies
     with atomic_write(folder) as unfinished:
-        for name, kept in tqdm(shards, desc="balanced shards", disable=not progress):
+        for name, kept in progress_bar(shards, not progress, desc="balanced shards"):
             if form == "index":
                 write_index(unfinished / f"{name}{ending}", by_name[name], kept)
             else:

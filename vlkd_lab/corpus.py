@@ -25,7 +25,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from vlkd_lab.curation.sentences import (
     EXAMPLES,
@@ -47,6 +46,7 @@ from .engines import Engine, TaskProgress, open_engine, own_gpu
 from .models import PRECISIONS, VLM, evaluating, in_precision, load_model, state_digest
 from .project import alone_in, atomic_write, cache_folder, write_text
 from .remote import RemoteFile
+from .shown import progress_bar, with_words
 from .sources import text_lines, unreadable
 from .stores import FeatureStore, fill, load, store_key
 
@@ -613,7 +613,7 @@ def _finish_parts(
         if path.exists() and _load_part(path)[2].problem:
             path.unlink()
     size = sum(part.size for part in parts)
-    with tqdm(total=size, desc="corpus", unit="B", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(silent=not progress, total=size, desc="corpus", unit="B", unit_scale=True) as bar:
         if judge:
             task = partial(_score_part, work=work, judge=judge, moved=bar.update)
         else:
@@ -786,8 +786,7 @@ def plot_selection(selection: Selection):  # matplotlib Figure
     if selection.construction != "grounded":
         figure, axis = plt.subplots(figsize=(3.8, 2.6), layout="constrained")
         _draw_counts(axis, selection)
-        plt.close(figure)
-        return figure
+        return with_words(figure, str(selection))
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 2.6), layout="constrained")
     kept = np.histogram(selection.scores.clip(-1, 1), _BINS)[0]
     for values, colour, name in (
@@ -804,8 +803,7 @@ def plot_selection(selection: Selection):  # matplotlib Figure
     )
     axes[0].legend(frameon=False, loc="upper left")
     _draw_counts(axes[1], selection)
-    plt.close(figure)
-    return figure
+    return with_words(figure, str(selection))
 
 
 def _draw_counts(axis: Any, selection: Selection) -> None:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tqdm import tqdm
 
 from .project import keep_locked, try_lock, write_text
+from .shown import progress_bar
 
 # %% auto #0
 __all__ = ['ENGINES', 'PROGRESS', 'KEPT_PROGRESS', 'Engine', 'open_engine', 'own_gpu', 'TaskProgress', 'job_progress',
@@ -50,7 +50,7 @@ class Engine:
         "Call the function with every task"
         waiting = dict(enumerate(tasks))
         failures = 0
-        with tqdm(total=len(waiting), desc=label, unit="part", disable=not label) as bar:
+        with progress_bar(silent=not label, total=len(waiting), desc=label, unit="part") as bar:
             while waiting:
                 before = len(waiting)
                 lost = None

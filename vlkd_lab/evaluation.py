@@ -27,6 +27,7 @@ from .models import VLM, Latency, count_cost, evaluating, latencies
 from .project import former_names, write_text
 from .runs import Run, loss_terms, read_json, role_of, to_json
 from .shapes import TOWERS
+from .shown import with_words
 from .trainers import Job, current_student, encode_captions, find_data, load_student
 
 if TYPE_CHECKING:
@@ -595,7 +596,7 @@ def plot_losses(run: Run) -> Figure:
             for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 shown[label] = line
         figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
-    return _closed(figure)
+    return with_words(figure, _losses_in_words(lines, terms))
 
 # %% ../nbs/library/089_evaluation.ipynb #c0f1e601
 def _plot_stage(axis, lines: Sequence[dict], colours: Mapping[str, Any]) -> None:
@@ -620,12 +621,13 @@ def _sparsity_axis(axis, steps, expected, target) -> None:
     right.legend(fontsize=7, loc="lower right")
 
 
-def _closed(figure: Figure) -> Figure:
-    "The figure, shown once by whoever displays it and not again at the end of the cell"
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
-    return figure
+def _losses_in_words(lines: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> str:
+    "The last value of every term"
+    ends = []
+    for term in terms:
+        values = [float(line[term]) for line in lines if term in line]
+        ends.append(f"{term.replace('_', ' ')} {values[-1]:.3g}")
+    return "Every term of the loss by step; at the end: " + ", ".join(ends)
 
 # %% ../nbs/library/089_evaluation.ipynb #87ba8dbf
 def plot_validation(run: Run, teacher: float | None = None) -> Figure:
@@ -645,8 +647,12 @@ def plot_validation(run: Run, teacher: float | None = None) -> Figure:
     if teacher is not None:
         axis.axhline(teacher, color="black", lw=1, ls="--", label="teacher")
     axis.set(xlabel="step", ylabel="R@1, mean of both directions", ylim=(0, None))
-    axis.legend(fontsize=8)
-    return _closed(figure)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=8)
+    ends = [f"{stage} {validation_curve(run, stage)[-1][1]:.1%}" for stage in _validated_stages(run)]
+    if teacher is not None:
+        ends.append(f"teacher {teacher:.1%}")
+    return with_words(figure, "R@1 in validation by step; at the end: " + ", ".join(ends))
 
 # %% ../nbs/library/089_evaluation.ipynb #6c5be4b3
 def plot_tradeoff(table: pd.DataFrame) -> Figure:
@@ -667,7 +673,8 @@ def plot_tradeoff(table: pd.DataFrame) -> Figure:
             axis.plot(*place, marker, color=colour, ms=8)
             axis.annotate(name, place, textcoords="offset points", xytext=(6, -10), fontsize=8)
         axis.set(xlabel="parameters, millions", ylabel=title, ylim=(0, 1), xlim=(0, 1.25 * millions.max()))
-    return _closed(figure)
+    words = [f"{name} {millions[name]:.2f} M, R@1 {_mean_r1(table)[name]:.1%}" for name in table.index]
+    return with_words(figure, "Scores against parameters: " + "; ".join(words))
 
 # %% ../nbs/library/089_evaluation.ipynb #9f39022c
 def plot_shapes(models: Mapping[str, VLM]) -> Figure:
@@ -688,4 +695,4 @@ def plot_shapes(models: Mapping[str, VLM]) -> Figure:
             axis.set(title=f"{tower} tower: {part}", xlabel="layer")
             axis.xaxis.get_major_locator().set_params(integer=True)
         row[1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _closed(figure)
+    return with_words(figure, f"Heads and neurons that each model kept, layer by layer: {', '.join(shapes)}")

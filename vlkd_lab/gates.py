@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .models import TowerShape, shape_cost
 from .shapes import BLOCKS
+from .shown import with_words
 
 # %% auto #0
 __all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 'GATE_KINDS', 'GateValues', 'Counts',
@@ -467,8 +468,8 @@ def gate_plot(gates: Gates):  # a matplotlib figure
             axis.set_yticks([])
             axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes, label="open probability")
-    plt.close(figure)
-    return figure
+    closed = f"{float(gates.expected_sparsity()):.0%} of the prunable weights are expected to go"
+    return with_words(figure, f"How probably each gate stays open, by layer, tower and kind: {closed}")
 
 # %% ../nbs/library/052_gates.ipynb #60f54f6d
 def _array_name(tower: str, kind: str) -> str:

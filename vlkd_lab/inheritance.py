@@ -17,6 +17,7 @@ from torch import Tensor
 from .gates import GateValues, TowerGates, kept_shapes, locate
 from .models import TowerShape
 from .shapes import BLOCKS
+from .shown import with_words
 
 # %% auto #0
 __all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'plan_gates', 'plan_uniform']
@@ -460,8 +461,7 @@ def _plot(plan: Plan):  # a matplotlib figure
         axis.set_title(f"{stack.tower} {title}", fontsize=9)
         axis.set_yticks(range(0, stack.of, max(1, stack.of // 6)))
         axis.xaxis.get_major_locator().set_params(integer=True)
-    plt.close(figure)
-    return figure
+    return with_words(figure, "What is kept of every block of the teacher:\n" + str(plan))
 
 # %% ../nbs/library/053_inheritance.ipynb #63014a56
 def _gate_masks(shapes: Mapping[str, TowerShape], values: GateValues) -> dict[tuple, Kept]:

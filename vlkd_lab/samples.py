@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
-from tqdm import tqdm
 
 from .project import atomic_write, cache_folder, is_working_copy, packaged, project_root, write_text
+from .shown import progress_bar, with_words
 
 # %% auto #0
 __all__ = ['VERSION', 'KINDS', 'COLOURS', 'COLOUR_WORDS', 'SIZES', 'TEXTURES', 'COUNTS', 'RELATIONS', 'OPPOSITE', 'SETTINGS',
@@ -860,10 +860,10 @@ def write_shards(
     shards = [(folder, number, part, quality, options) for number, part in enumerate(parts)]
     if workers <= 1:
         few = len(shards) < 4
-        return [_write_shard(*shard) for shard in tqdm(shards, desc=f"{split} shards", disable=few)]
+        return [_write_shard(*shard) for shard in progress_bar(shards, silent=few, desc=f"{split} shards")]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         written = pool.map(_write_shard, *zip(*shards, strict=True))
-        return list(tqdm(written, total=len(shards), desc=f"{split} shards"))
+        return list(progress_bar(written, total=len(shards), desc=f"{split} shards"))
 
 # %% ../nbs/library/007_samples.ipynb #98cd85a9
 def _made_once(folder: Path, write: Callable[[Path], object]) -> Path:  # the folder
@@ -969,5 +969,4 @@ def show_scenes(
         words = "\n".join(textwrap.wrap(sample.caption, 24))
         style = dict(fontsize=7, ha="center", va="top", parse_math=False)
         axis.text(0.5, -0.05, words, transform=axis.transAxes, **style)
-    plt.close(figure)
-    return figure
+    return with_words(figure, "Pictures: " + "; ".join(sample.caption for sample in samples))

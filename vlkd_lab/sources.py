@@ -21,9 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from .project import write_text
+from .shown import progress_bar
 
 # %% auto #0
 __all__ = ['PICTURES', 'UNREAD', 'IMAGE_FIELDS', 'TEXT_FIELDS', 'FIELDS', 'REINFORCED_FIELDS', 'REINFORCED', 'LINES', 'FILES',
@@ -366,7 +365,7 @@ def _cut_lines(source: Path, per_part: int) -> list[Part]:
     digests = []
     bad = 0
     example = ""
-    bar = tqdm(total=source.stat().st_size, desc=f"reading {source.name}", unit="B", unit_scale=True, delay=2)
+    bar = progress_bar(total=source.stat().st_size, desc=f"reading {source.name}", unit="B", unit_scale=True)
     for number, (at, line) in enumerate(text_lines(source), start=1):
         bar.update(len(line) + 1)
         if not line.strip():
@@ -432,7 +431,7 @@ def picture_parts(
         return kept
     per_part = per_part or _one_of_64(len(files), 16, 1000)
     groups = [files[k : k + per_part] for k in range(0, len(files), per_part)]
-    bar = tqdm(enumerate(groups), desc=f"looking at {source.name}", total=len(groups), delay=2)
+    bar = progress_bar(enumerate(groups), desc=f"looking at {source.name}", total=len(groups))
     parts = [_picture_part(source, f"{source.name}-{k:06d}", group) for k, group in bar]
     parts[0].ignored = dict(ignored)
     return _write_parts(home, FILES, parts, stamp)
@@ -530,7 +529,7 @@ def _row_parts(
         return kept
     per_part = per_part or _one_of_64(len(rows), 16, 1000)
     starts = range(0, len(rows), per_part)
-    bar = tqdm(starts, desc=f"looking at {source.name}", delay=2)
+    bar = progress_bar(starts, desc=f"looking at {source.name}")
     stem = source.name if source == folder else source.stem
     parts = [_pair_part(source, folder, f"{stem}-{k // per_part:06d}", rows[k : k + per_part]) for k in bar]
     parts[0].ignored = dict(ignored)

@@ -24,7 +24,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from vlkd_lab.data import (
     Crops,
@@ -45,6 +44,7 @@ from .engines import Engine, open_engine, own_gpu
 from .features import Batch, Features
 from .models import VLM, evaluating, load_model, state_digest
 from .project import alone_in, atomic_write, write_text
+from .shown import progress_bar
 
 # %% auto #0
 __all__ = ['SIDES', 'StoreKey', 'store_key', 'crop_sides', 'ShardFeatures', 'encode_shard', 'FeatureStore', 'fill',
@@ -332,7 +332,7 @@ def _fill_shards(
     written = 0
     done = 0  # pairs
     pairs = sum(store.shards[name][0].count for name in todo)
-    with tqdm(total=pairs, desc="teacher features", unit="sample", disable=not (todo and progress)) as bar:
+    with progress_bar(silent=not (todo and progress), total=pairs, desc="teacher features", unit="sample") as bar:
         for name, lacks in todo.items():
             if tell is not None:
                 tell(done / max(pairs, 1))

@@ -24,7 +24,6 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from vlkd_lab.fusion import (
     Blip,
@@ -54,6 +53,7 @@ from .methods.dlip import DlipJob
 from .models import evaluating, state_digest
 from .project import former_names, write_text
 from .runs import read_json, to_json
+from .shown import progress_bar
 
 # %% auto #0
 __all__ = ['MAIN_SCORE', 'Retrieval', 'rerank', 'caption_pairs', 'caption_scores', 'references_of', 'SceneFacts', 'scene_facts',
@@ -99,7 +99,7 @@ def _recalls(of_images: Tensor, of_texts: Tensor, right: Tensor) -> dict[str, fl
 def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
     "A progress bar once it takes longer than two seconds; silent in threads, which have no place for it"
     silent = not progress or threading.current_thread() is not threading.main_thread()
-    return tqdm(steps, desc=name, total=total, delay=2, disable=silent)
+    return progress_bar(steps, silent, desc=name, total=total)
 
 
 def _image_states(

@@ -26,6 +26,7 @@ from .evaluation import Classes, all_label_sets, find_classes, probed_sets
 from .models import VLM, evaluating
 from .runs import to_json
 from .samples import LABEL_SETS, SHIFTS
+from .shown import progress_bar, with_words
 from .trainers import Job, load_validation
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ def _bar(models: Mapping[str, VLM], sets: Mapping[str, LabelledSet], variants: i
     "Prompts and pictures that all models will see; shown once it takes longer than two seconds"
     pictures = variants * sum(map(len, _distinct_pairs(sets)))
     prompts = sum(map(_prompts, sets.values()))
-    return tqdm(total=len(models) * (prompts + pictures + further), desc="transfer", unit=" inputs", delay=2)
+    steps = len(models) * (prompts + pictures + further)
+    return progress_bar(total=steps, desc="transfer", unit=" inputs")
 
 
 def _prompts(labelled: LabelledSet) -> int:
@@ -405,5 +407,5 @@ def plot_transfer(transfer: Transfer) -> Figure:
     legend = figure.legend(marks, names, loc="outside lower center", ncols=4, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    plt.close(figure)
-    return figure
+    means = [f"{visible(name)} {transfer.zero_shot.loc[name].mean():.0%}" for name in models]
+    return with_words(figure, "Accuracy set by set and shift by shift; zero-shot, mean: " + ", ".join(means))

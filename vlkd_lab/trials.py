@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from . import __version__
 from .data import load_pairs
@@ -27,6 +26,7 @@ from .methods import kind_of
 from .models import VLM, count_cost
 from .project import is_working_copy, project_root, write_text
 from .runs import Run, read_json, to_json
+from .shown import progress_bar
 from .tasks import measure_tasks, score_tasks
 from .trainers import Job, find_data, open_job, train
 from .transfer import transfer
@@ -177,7 +177,7 @@ def run_trials(
 ) -> dict[str, dict[int, dict]]:  # trial -> seed -> what `run_trial` gives
     "Every trial with every seed"
     records: dict[str, dict[int, dict]] = {name: {} for name in trials}
-    bar = tqdm(list(product(seeds, trials)), unit="trial")
+    bar = progress_bar(list(product(seeds, trials)), unit="trial")
     for seed, name in bar:
         bar.set_description(f"{name}, seed {seed}")
         records[name][seed] = run_trial(name, trials[name], seed, folder, score)

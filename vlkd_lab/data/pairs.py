@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..features import Batch
+from ..shown import with_words
 from ..sources import TEXT_FIELDS
 from .decode import BadSample, asked_questions, captions_of, decode_sample, label_sets, visible
 from .reports import DataReport, _as_report
@@ -168,8 +169,8 @@ def show_batch(
         axis.set_title("\n".join(lines), fontsize=7, parse_math=False)
         axis.axis("off")
     figure.tight_layout()
-    plt.close(figure)
-    return figure
+    words = [visible(caption) for caption in (batch.captions or ())[: len(images)]]
+    return with_words(figure, f"{len(images)} pictures of a batch: " + "; ".join(words))
 
 
 def _displayable(

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from vlkd_lab.data.archives import (
     _INDEX,
@@ -43,6 +42,7 @@ from vlkd_lab.data.archives import (
 from .. import sources
 from ..project import write_text
 from ..remote import RemoteFile, asked, is_remote
+from ..shown import progress_bar
 from ..sources import REINFORCED, REINFORCED_FIELDS, TEXT_FIELDS, read_part
 from .decode import BadSample, Reinforcement, reinforcement_of
 from .places import find_shards
@@ -360,7 +360,7 @@ def inspect_shards(
     paths = find_shards(shards)
     names = _distinct_names(paths)
     glances = _glances_afar([path for path in paths if isinstance(path, RemoteFile)], cache)
-    for path in tqdm(paths, desc="inspecting shards", delay=2, disable=not progress):
+    for path in progress_bar(paths, not progress, desc="inspecting shards"):
         glances[path] = glances.get(path) or _glance(path, cache)
     glances = [glances[path] for path in paths]
     return DataReport(partial(_count_all, paths, names, glances, cache, progress))
@@ -380,7 +380,7 @@ def _count_all(
     "The reports of all shards, those without a count counted by several processes"
     inspect = partial(_inspect, cache=cache)
     uncounted = sum(file is not None and "count" not in facts for file, facts in glances)
-    bar = partial(tqdm, desc="counting samples", total=len(paths), delay=2, disable=not progress)
+    bar = partial(progress_bar, silent=not progress, desc="counting samples", total=len(paths))
     if any(isinstance(path, RemoteFile) for path in paths):
         with ThreadPoolExecutor(_READERS) as pool:
             return tuple(bar(pool.map(inspect, paths, names, glances)))

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from vlkd_lab.data import (
     BadSample,
@@ -39,6 +38,7 @@ from vlkd_lab.data import (
 from .. import data
 from ..models import VLM, load_model
 from ..project import atomic_write, write_text
+from ..shown import progress_bar
 from ..stores import FeatureStore, _first_rows, crop_sides, fill, shard_features, store_key
 from .words import plain_name
 
@@ -301,7 +301,7 @@ def reinforce(
         fill(store, teacher, sides, rank=rank, world_size=world_size, progress=progress)
     counts = dict(written=0, left_out=0, there=0)
     in_order = sorted(report.usable, key=lambda shard: shard.name)[rank::world_size]
-    for shard in tqdm(in_order, desc="reinforced shards", disable=not progress):
+    for shard in progress_bar(in_order, not progress, desc="reinforced shards"):
         path = Path(out) / f"{shard.name.replace('/', '-')}.tar"
         if path.exists():
             counts["there"] += 1

@@ -33,6 +33,7 @@ from ..blip_terms import BLIP_LOSSES, base_terms
 from ..features import Batch
 from ..losses import Objective, Term
 from ..models import evaluating, state_digest
+from ..shown import with_words
 from ..sources import TEXT_FIELDS
 from ..trainers import Job, Loop, Phase, at_least, finish_fit, parameter
 from ..widgets.attention import CrossMaps
@@ -424,5 +425,5 @@ def plot_progress(job: Job):  # a matplotlib figure
         axis.set(title=SCORES[name], xlabel="step", ylim=(0, None))
     if curves:
         figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    plt.close(figure)
-    return figure
+    ends = [f"{SCORES[name]} {points[-1][1]:.3g}" for name, stages in curves.items() for points in stages.values()]
+    return with_words(figure, "Validation by step; at their ends: " + ", ".join(ends))

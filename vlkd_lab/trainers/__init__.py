@@ -171,7 +171,7 @@ from ..methods import METHODS
 from ..project import former_names
 from .average import Average
 from .locks import check_locks, lock_towers
-from .loop import Diverged, ProgressLine, agree, averaged, change, fit, take_step
+from .loop import Diverged, agree, averaged, change, fit, take_step
 from .numbers import LateLine, LateNumbers, as_numbers
 
 # %% ../../nbs/library/087_trainers.ipynb #c0mpan10

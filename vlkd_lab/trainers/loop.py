@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from ..features import Batch, Ensemble, Features
 from ..losses import Objective
 from ..models import VLM
 from ..runs import IN_MID_RUN, Run, RunStopped, load_checkpoint, save_checkpoint, to_json
+from ..shown import in_notebook, progress_bar
 from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features
 from .numbers import LateLine, LateNumbers
@@ -41,7 +41,7 @@ from .options import FitParameters, seed_of
 from .teachers import RowTeacher, Teachers
 
 # %% auto #0
-__all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'ProgressLine', 'Diverged']
+__all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'Diverged']
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #093b5eb2
 def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features | Ensemble | None]:
@@ -355,7 +355,7 @@ def _train(
     if loop.step == 0:
         _validate(loop, validate)
         _show(loop, None)
-    with tqdm(total=steps, initial=loop.step, desc=loop.phase.folder, **_pace(loop)) as bar:
+    with _bar(loop) as bar:
         while loop.step < steps:
             _obey(loop)
             if stream is None:
@@ -392,45 +392,12 @@ def _warn_of_batch_norms(loop: Loop) -> None:
         loop.run.warn(f"{reason}: another value trains another student")
 
 
-def _pace(loop: Loop) -> dict[str, Any]:
-    "How a progress bar moves; it is silent beside a notebook and on all processes but the first"
+def _bar(loop: Loop) -> tqdm:
+    "A bar of the phase's steps; it is silent beside a notebook and on all processes but the first"
     is_beside = threading.current_thread() is not threading.main_thread()
     is_silent = is_beside or not loop.accelerator.is_main_process
-    pace = dict(mininterval=2 if sys.stderr.isatty() else 10, disable=is_silent)
-    if is_silent or not ProgressLine.in_notebook():
-        return pace
-    return pace | {"file": ProgressLine(), "delay": 10}
-
-# %% ../../nbs/library/083_trainers_loop.ipynb #pr0gres2
-class ProgressLine:
-    "A file for a progress bar in a notebook: each line replaces the one before, so that days take one line"
-
-    def __init__(self):
-        self._handle = None
-
-    @staticmethod
-    def in_notebook() -> bool:
-        "Whether a kernel runs this code, for a person or for papermill"
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        return getattr(shell, "kernel", None) is not None
-
-    def write(self, text: str) -> None:
-        "Show the newest line, if it can be shown"
-        line = {"text/plain": text.strip()}
-        if line["text/plain"]:
-            with suppress(Exception):  # a page that has gone away ends nothing
-                self._show(line)
-
-    def _show(self, line: dict[str, str]) -> None:
-        from IPython.display import display
-
-        if self._handle is None:
-            self._handle = display(line, raw=True, display_id=True)
-        else:
-            self._handle.update(line, raw=True)
-
-    def flush(self) -> None:
-        "Nothing waits"
+    pace = {"mininterval": 10, "delay": 10} if in_notebook() else {"delay": 0}
+    return progress_bar(silent=is_silent, total=loop.phase.steps, initial=loop.step, desc=loop.phase.folder, **pace)
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #6811a91d
 class Diverged(ArithmeticError):

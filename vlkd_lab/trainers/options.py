@@ -121,7 +121,13 @@ def notebook_values(
 def is_interactive() -> bool:
     "Whether a person's notebook page runs this kernel, and not papermill, nbconvert or a script"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return bool(getattr(getattr(shell, "kernel", None), "_allow_stdin", False))
+    kernel = getattr(shell, "kernel", None)
+    if kernel is None:
+        return False
+    request = kernel.get_parent("shell")
+    if request.get("header", {}).get("msg_type", "").startswith("comm_"):
+        return True  # somebody moved a widget
+    return bool(request.get("content", {}).get("allow_stdin"))  # whoever can be asked sits at the page
 
 # %% ../../nbs/library/073_trainers_options.ipynb #f4231c19
 def one_of(*names: str) -> dict:

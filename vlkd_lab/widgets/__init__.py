@@ -182,6 +182,7 @@ from ..data import escaped, visible
 from ..project import former_names
 from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
 from .plots import ABOVE, MOST_POINTS, PlotView, plot_value, plot_words
+from .rest import NextCells, RestOfNotebook, how_it_ended, when_trained
 from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json
 
 # %% ../../nbs/library/116_widgets.ipynb #31df8e84
