@@ -23,7 +23,6 @@ import nbformat
 import yaml
 from docutils import nodes
 from fontTools.ttLib import TTFont
-from latex2mathml.converter import convert
 from pages import only_listed_pages, sections
 from PIL import Image
 from pygments import highlight
@@ -31,6 +30,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
+
+from vlkd_lab.sent_pages import mathml
 
 ROOT = Path(__file__).parent.parent
 LOOK = Path(__file__).parent / "site_look"  # styles, script and sidebar
@@ -234,15 +235,6 @@ def write_sources(root: Path, folder: Path) -> list[tuple[str, list[tuple[str, s
 
 
 # What Sphinx is taught
-
-
-def mathml(tex: str, display: str) -> str:
-    "A formula as MathML; ValueError where a command of it is not known"
-    made = convert(tex.strip(), display=display)
-    if unknown := re.search(r"[^<>]*\\[^<>]*", made):
-        raise ValueError(f"{unknown[0]} in the formula {tex} is unknown to latex2mathml")
-    double = {"1": "𝟙", "R": "ℝ", "N": "ℕ", "E": "𝔼"}  # browsers know no variant but normal
-    return re.sub(r'<m[in] mathvariant="double-struck">(\w)</m[in]>', lambda m: f"<mi>{double[m[1]]}</mi>", made)
 
 
 def visit_math(writer, node) -> None:

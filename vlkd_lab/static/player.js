@@ -261,8 +261,9 @@ class CurvesPart {
     drawing.setAttribute("aria-label", `${title}: between ${number(low)} and ${number(high)}`);
     const up = (value) => 57 - (54 * (value - low)) / (high - low || 1);
     lines.forEach(({ x, y }, k) => {
-      const points = x.map((at, i) => (Number.isFinite(y[i]) ? `${((100 * at) / this.most).toFixed(2)},${up(y[i]).toFixed(2)}` : "")).filter(Boolean);
-      drawing.append(line("polyline", { points: points.join(" "), stroke: legible(["#0072b2", "#e69f00"][k % 2], theme, 3) }));
+      const isKnown = (i) => Number.isFinite(y[i]);
+      const points = x.map((at, i) => (isKnown(i) ? `${isKnown(i - 1) ? "L" : "M"}${((100 * at) / this.most).toFixed(2)} ${up(y[i]).toFixed(2)}` : ""));
+      drawing.append(line("path", { d: points.join(""), stroke: legible(["#0072b2", "#e69f00"][k % 2], theme, 3) }));
     });
     const cursor = line("line", { y1: 0, y2: 60, stroke: theme.ink, class: "vlkd-cursor" });
     drawing.append(cursor);
@@ -375,7 +376,8 @@ class NearestPart {
     const teachers = fixed.teacher ? ranked(rowOf(fixed.teacher, image)).slice(0, NEAREST) : [];
     const columns = lists.filter(([, matrix]) => matrix && image < matrix.rows).map(([name, matrix]) => this.list(name, rowOf(matrix, image), teachers));
     const own = make("p", { textContent: `image ${image}: ${probe.captions[image] ?? ""}`, dir: "auto" });
-    this.lists.replaceChildren(make("div", {}, ...(probe.pictures[image] ? [make("img", { src: probe.pictures[image], alt: "" })] : []), own), ...columns);
+    const seen = probe.pictures[image] ? [make("img", { src: probe.pictures[image], alt: "" })] : [];
+    this.lists.replaceChildren(make("div", {}, ...seen, own), make("div", {}, ...columns));
   }
 
   thumbnails(probe) {
@@ -445,7 +447,7 @@ class ClustersPart {
     this.canvas.setAttribute("role", "img");
     this.summary = make("p");
     this.said = make("output", { dir: "auto" });
-    this.element = part("Images on the map of the teacher's clusters: ○ its teacher's centre, × another, ◇ a centre", this.summary, this.canvas, this.said);
+    this.element = part("Images on the map of the teacher's clusters: ● the teacher's centre, × another, ◇ a centre", this.summary, this.canvas, this.said);
     this.canvas.addEventListener("mousemove", (event) => this.point(event));
     this.canvas.addEventListener("mouseleave", () => (this.said.textContent = ""));
     this.canvas.addEventListener("click", (event) => {
