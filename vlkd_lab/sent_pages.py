@@ -19,6 +19,7 @@ from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert.exporters import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 from pygments.formatters import HtmlFormatter
 
 from .data import escaped, project_root
@@ -222,6 +223,7 @@ class PageExporter(HTMLExporter):
         quiet = dict(exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
         super().__init__(template_name="basic", raw_template=_TEMPLATE, **quiet, **settings)
         self.display_data_priority = list(_SHOWN)
+        self.register_preprocessor(CoalesceStreamsPreprocessor, enabled=True)  # a progress bar is one line
         self.register_filter("first_line", _first_line)
         self.register_filter("latex_mathml", _latex_mathml)
 

@@ -891,6 +891,7 @@ function mount(el, { frames, ...values }, bytes) {
     start += sizeOf(frame);
   }
   player.take();
+  player.draw(); // at once: a frame that is scrolled out of sight gets no animation frames
   onTheme(() => player.soon());
   new ResizeObserver(() => player.soon()).observe(player.section);
 }

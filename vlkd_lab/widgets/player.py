@@ -119,10 +119,10 @@ class StaticTimeline:
         if not self.page:
             return {"text/plain": self.text}
         size = "width:100%;height:min(92vh,960px);border:0"
-        words = "<small>Nothing above this line? Trust the notebook, or open the file that write_timeline makes.</small>"
+        advice = "Nothing above this line? Trust the notebook, or open the file that write_timeline makes."
         title = escaped(self.text)
         frame = f'<iframe title="{title}" sandbox="allow-scripts" style="{size}" srcdoc="{escaped(self.page)}">'
-        return {"text/plain": self.text, "text/html": f"{frame}</iframe><br>{words}"}
+        return {"text/plain": self.text, "text/html": f'{frame}</iframe><small class="vlkd-untrusted">{advice}</small>'}
 
 
 def write_timeline(
