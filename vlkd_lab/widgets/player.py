@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import traitlets
 
 from .. import runs
@@ -193,7 +194,7 @@ class TimelineView(Live):
         self._was_working = is_working(self.line.watched)
         if self.live:
             self.panel = Player()
-            self.box = self.panel
+            self.box = ipywidgets.VBox([self.panel])
             self.panel.on_choice.append(self.answer)
             self.panel.show(self.line)
 
