@@ -63,7 +63,7 @@ PARTS = {
     "Dlip": {"student", "cross/fusion/student", "cross/decoder/student"},
 }
 HEADINGS = {
-    "TinyCLIP": {"Curves", "Affinities", "Nearest", "Gates"},
+    "TinyCLIP": {"Curves", "Affinities", "Nearest", "Gates:"},
     "ClipCid": {"Curves", "Affinities", "Nearest", "Images"},
     "DimeFm": {"Curves", "Affinities", "Nearest"},
     "Dlip": {"Curves", "Affinities", "Nearest", "Where"},

@@ -280,6 +280,13 @@ def add_parts(out: Path) -> None:
     (out / "_static" / "webpack-macros.html").unlink(missing_ok=True)  # a template of the theme
 
 
+def add_players(root: Path, out: Path) -> None:
+    "Time lines of runs, pages of their own that a guide shows in a frame"
+    (out / "images").mkdir(exist_ok=True)
+    for page in sorted((root / "nbs" / "images").glob("*.html")):
+        shutil.copy(page, out / "images")
+
+
 # The finished site, looked through
 
 
@@ -359,6 +366,7 @@ def build(out: Path, root: Path = ROOT) -> None:
             app = Sphinx(source, None, made, Path(temporary, "trees"), "html", OPTIONS | own, None, warnings)
             app.build()
         add_parts(made)
+        add_players(root, made)
         (made / ".nojekyll").touch()
         (made / ".buildinfo").unlink(missing_ok=True)
         shutil.rmtree(made / "_sources", ignore_errors=True)
