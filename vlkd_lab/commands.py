@@ -15,8 +15,10 @@ from . import project
 __all__ = ['run_command']
 
 # %% ../nbs/library/commands.ipynb #com7b881
-_USAGE = """vlkd-lab notebooks DIR                        copy the lab's notebooks to a folder in which one works
-vlkd-lab page NOTEBOOK [PAGE.html] [run=RUN]  an executed notebook as one HTML file that needs no kernel and no network"""
+_USAGE = """vlkd-lab notebooks DIR
+    copy the lab's notebooks to a folder in which one works
+vlkd-lab page NOTEBOOK [PAGE.html] [run=RUN]
+    make one HTML file of an executed notebook, which needs no kernel and no network"""
 
 
 def _make_page(words: Sequence[str]) -> int:  # exit status

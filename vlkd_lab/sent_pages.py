@@ -66,7 +66,8 @@ class _Renderer(IPythonRenderer):
         return _formula(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
 # %% ../nbs/library/sent_pages.ipynb #sen272cb
-_SHOWN = ("text/html", "image/png", "image/svg+xml", "image/jpeg", "text/markdown", "text/latex", "text/plain")
+_PICTURES = ("image/png", "image/svg+xml", "image/jpeg")
+_SHOWN = ("text/html", *_PICTURES, "text/markdown", "text/latex", "text/plain")  # the first that there is
 _PLOTLY = "application/vnd.plotly.v1+json"
 _DRAWN_KINDS = ("scatter", "scattergl", "heatmap")  # of Plotly's traces
 
@@ -102,7 +103,7 @@ def _show_without_kernel(data: dict[str, Any]) -> None:
             png = plotly_picture(data[_PLOTLY])
             if png is not None:
                 data["image/png"] = png
-    is_live = _PLOTLY in data or any("widget-view" in kind for kind in data)
+    is_live = _PLOTLY in data or any(kind.startswith("application/vnd.jupyter.") for kind in data)
     for kind in [kind for kind in data if kind not in _SHOWN]:
         del data[kind]
     if is_live and not set(data) - {"text/plain"}:

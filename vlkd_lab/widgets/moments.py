@@ -30,7 +30,7 @@ from .watched import Watched, is_baseline
 # %% auto #0
 __all__ = ['MOST_MOMENTS', 'MOST_PAIRS', 'MOST_MAPS', 'MOST_WORDS', 'MOST_SIDE', 'MOST_TERMS', 'PICTURE_SIDE', 'quantised',
            'Packed', 'every_so_many', 'pack_cosines', 'pack_gates', 'pack_maps', 'pack_places', 'pack_clusters',
-           'pack_teachers_clusters', 'run_clusters', 'stage_starts', 'place_of', 'curve_panels', 'small_picture',
+           'pack_teachers_clusters', 'clusters_of_run', 'stage_starts', 'place_of', 'curve_panels', 'small_picture',
            'probe_about', 'TimeLine', 'timeline_scene', 'timeline_about']
 
 # %% ../../nbs/library/widgets_moments.ipynb #wid6db46
@@ -144,7 +144,8 @@ def pack_clusters(packed: Packed, arrays: Mapping[str, np.ndarray], clusters: Ru
     if clusters is None or "clusters_student" not in arrays:
         return
     assignment = arrays["clusters_assignment"]
-    pack_places(packed, "clusters/student", clusters.plane.project(arrays["clusters_student"].astype(np.float32)))
+    features = arrays["clusters_student"].astype(np.float32)
+    pack_places(packed, "clusters/student", clusters.plane.project(features))
     packed.add("clusters/nearest", assignment[:, None], 0, 65534, width=2)
     compared = clusters.compared(assignment)
     packed.numbers["agreement"] = [compared["agreement"]]
@@ -154,14 +155,15 @@ def pack_clusters(packed: Packed, arrays: Mapping[str, np.ndarray], clusters: Ru
 def pack_teachers_clusters(packed: Packed, clusters: RunClusters | None) -> None:
     "What does not move on the map: the teacher's images, and the centres of the largest clusters"
     if clusters is not None:
-        largest = np.argsort(-clusters.sizes, kind="stable")[:MOST_CENTRES]
+        by_size = np.argsort(-clusters.sizes, kind="stable")
+        largest = by_size[:MOST_CENTRES]
         pack_places(packed, "clusters/teacher", clusters.plane.project(clusters.teacher))
         pack_places(packed, "clusters/centres", clusters.plane.project(clusters.centers[largest]))
         packed.add("clusters/centre_names", largest[:, None], 0, 65534, width=2)
         packed.add("clusters/teachers_nearest", clusters.assignment[:, None], 0, 65534, width=2)
 
 
-def run_clusters(run: Run) -> RunClusters | None:  # None: the run has none, or not yet
+def clusters_of_run(run: Run) -> RunClusters | None:  # None: the run has none, or not yet
     "The clusters that a run wrote at its start"
     files = [run.folder / f"clusters.{kind}" for kind in ("safetensors", "json")]
     return RunClusters(run) if all(file.exists() for file in files) else None
@@ -258,10 +260,13 @@ def _texts(texts: Sequence[Any], most: int) -> list[str]:
 def probe_about(probe: Mapping[str, Any]) -> dict[str, Any]:
     "What a player says of the probe: captions, pictures, sentences, words"
     captions = probe.get("captions", ())
-    words = [[visible(word)[:40] for word in text[:MOST_WORDS]] for text in probe.get("words", ())[:MOST_MAPS]]
+    words = []
+    for tokens in probe.get("words", ())[:MOST_MAPS]:
+        words.append([visible(token)[:40] for token in tokens[:MOST_WORDS]])
+    most_texts = 2 * MOST_PAIRS if "sentences" in probe else MOST_PAIRS
     return {
         "captions": _texts(captions, MOST_PAIRS),
-        "texts": _texts(probe.get("sentences", captions), 2 * MOST_PAIRS if "sentences" in probe else MOST_PAIRS),
+        "texts": _texts(probe.get("sentences", captions), most_texts),
         "across": "sentence" if "sentences" in probe else "text",
         "pictures": [small_picture(uri) for uri in probe.get("pictures", ())[:MOST_PAIRS]],
         "words": words,
@@ -331,7 +336,7 @@ class TimeLine:
         changed = self.watched.look()
         if self.clusters is None or not self.fixed.arrays:
             with _may_be_left_out(self.problems, "clusters"):
-                self.clusters = run_clusters(self.watched.run)
+                self.clusters = clusters_of_run(self.watched.run)
             self.fixed = _pack_fixed(self.watched, self.clusters, self.problems)
         files = _kept_files(self.watched.run, self.most)
         for path, (written, name) in list(self._names.items()):
@@ -400,10 +405,12 @@ def timeline_about(line: TimeLine) -> dict[str, Any]:  # what JSON can hold
         step = int(labels.get("step", 0))
         where = {"stage": visible(stage), "phase": visible(labels.get("phase", "")), "step": step}
         moments.append({"name": name, **where, "place": place_of(watched, starts, stage, step)})
+    folder = watched.run.folder
+    problems = [text.replace(str(folder), folder.name) for text in line.problems.values()]
     return {
-        "run": visible(watched.run.folder.name),
+        "run": visible(folder.name),
         "method": visible(watched.config.get("method", "")),
         "state": watched.status["state"],
         "moments": moments,
-        "problems": [text.replace(str(watched.run.folder), watched.run.folder.name) for text in line.problems.values()],
+        "problems": problems,
     }

@@ -122,8 +122,9 @@ class StaticTimeline:
         size = "width:100%;height:min(92vh,960px);border:0"
         advice = "Nothing above this line? Trust the notebook, or open the file that write_timeline makes."
         title = escaped(self.text)
-        frame = f'<iframe title="{title}" sandbox="allow-scripts" style="{size}" srcdoc="{escaped(self.page)}">'
-        return {"text/plain": self.text, "text/html": f'{frame}</iframe><small class="vlkd-untrusted">{advice}</small>'}
+        settings = f'title="{title}" sandbox="allow-scripts" style="{size}" srcdoc="{escaped(self.page)}"'
+        words = f'<small class="vlkd-untrusted">{advice}</small>'
+        return {"text/plain": self.text, "text/html": f"<iframe {settings}></iframe>{words}"}
 
 
 def write_timeline(
