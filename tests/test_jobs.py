@@ -23,6 +23,7 @@ from vlkd_lab.balancing import load_clusters
 from vlkd_lab.data import load_pairs
 from vlkd_lab.fusion import TASKS, load_blip
 from vlkd_lab.runs import Run
+from vlkd_lab.sent_pages import write_page
 from vlkd_lab.trainers import open_job, train
 
 ROOT = Path(__file__).parent.parent
@@ -400,6 +401,15 @@ def test_options_are_a_table_in_an_executed_notebook(clip_cid_notebook):
     (output,) = clip_cid_notebook.cells[cell_with(clip_cid_notebook, "notebook_parameters(")].outputs
     above, _, folded = output.data["text/html"].partition("<details>")
     assert "removed_share" in above and "0.3" in above and "cluster_margin" not in above and "cluster_margin" in folded
+
+
+def test_an_executed_notebook_holds_its_runs_time_line_and_becomes_a_page(clip_cid_notebook, tmp_path):
+    (output,) = clip_cid_notebook.cells[cell_with(clip_cid_notebook, "timeline(job.run.folder)")].outputs
+    assert output.data["text/plain"].startswith("time line of run, 5 moments") and "widget" not in "".join(output.data)
+    nbformat.write(clip_cid_notebook, tmp_path / "out.ipynb")
+    page = write_page(tmp_path / "out.ipynb").read_text(encoding="utf-8")
+    assert page.count("<iframe") == 1 and "clusters/student" in page and "CLIP-CID" in page
+    assert not re.search(r"<script|src=.(?!data:)|<link", page), "nothing is loaded, and nothing runs outside the frame"
 
 
 @pytest.mark.parametrize("page", ["train_tinyclip", "train_dime_fm", "train_clip_cid", "train_dlip", "train_method", "train_teacher", "train_blip"])

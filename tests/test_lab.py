@@ -490,3 +490,43 @@ def test_a_chosen_word_shows_where_teacher_and_student_look(page, project, tiny_
     press(page, "stop")
     until(lambda: run.status()["state"] == "stopped")
     assert page.browser_page.evaluate("window.hacked") is None
+
+
+def test_a_time_line_grows_with_its_run_and_outlives_a_reload(page, project):
+    folder, given = project
+    path = folder / "nbs" / "film.ipynb"
+    cells = [
+        f"from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip\nfrom vlkd_lab.trainers import start\njob = open_tinyclip(TinyCLIP(**{given | dict(probe_pairs=12, keep_snapshots=60)!r}))\ntraining = start(job)",
+        "from vlkd_lab.widgets import timeline\nview = timeline(job.run.folder)\nview",
+    ]
+    jupyter_page.write_notebook(path, cells, "warm")
+    run = Run(given["out"])
+    page.open(f"{folder.name}/nbs/film.ipynb")
+    assert page.run_cell(0), page.output_text(0)
+    until(lambda: len(list(run.folder.glob("snapshots/kept/*"))) > 2)
+    assert page.run_cell(1), page.output_text(1)
+    player = page.output(1).locator(".vlkd-player")
+    player.wait_for()
+
+    def shown(name):
+        return int(page.output(1).locator(".vlkd-player").get_attribute(f"data-{name}") or 0)
+
+    first = until(lambda: shown("count") > 2 and shown("count"))
+    until(lambda: shown("count") > first + 2 and shown("here") >= shown("count") - 2)  # new moments come, and their frames
+    until(lambda: shown("index") == shown("count") - 1)  # it goes on with the run
+    sent = json.loads(page.kernel_eval("import json; print(json.dumps([len(json.dumps(view.panel.about)), len(json.dumps(view.panel.curves))]))"))
+    assert max(sent) < 60_000, "what is sent again and again is small"
+    slider = player.locator(".vlkd-bar input")
+    slider.focus()
+    page.browser_page.keyboard.press("Home")
+    page.browser_page.keyboard.press("ArrowRight")
+    until(lambda: shown("index") == 1)
+    page.save()
+    page.reload()
+    page.output(1).locator(".vlkd-player").wait_for()
+    until(lambda: shown("index") == 1 and shown("here") >= 3)
+    assert page.browser_page.evaluate("window.hacked") is None
+    run.control(stop=True)
+    until(lambda: run.status()["state"] == "stopped")
+    until(lambda: "stopped" in page.output(1).locator(".vlkd-notes").inner_text())
+    assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]

@@ -159,9 +159,9 @@ def test_the_working_folder_gets_what_was_asked_for_and_nothing_else(work, visit
 
 def test_the_command_copies_notebooks_that_run_where_somebody_works(installed, work):
     scripts = (installed / "bin" / "vlkd-lab").read_text()
-    assert "from vlkd_lab.project import command" in scripts
+    assert "from vlkd_lab.commands import run_command" in scripts
     place = dict(folder=str(work), PYTHONPATH=str(installed), XDG_CACHE_HOME=str(work.parent / "cache"))
-    forked.run("-c", NO_CACHES + "from vlkd_lab.project import command; sys.exit(command(['notebooks', 'lab']))", **place)
+    forked.run("-c", NO_CACHES + "from vlkd_lab.commands import run_command; sys.exit(run_command(['notebooks', 'lab']))", **place)
     pages = {path.name for path in (ROOT / "nbs").glob("*.ipynb") if path in listed_pages()}
     assert {path.name for path in (work / "lab").iterdir()} == pages - {"index.ipynb"}
     told = work / "lab" / "told.json"

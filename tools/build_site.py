@@ -23,7 +23,6 @@ import nbformat
 import yaml
 from docutils import nodes
 from fontTools.ttLib import TTFont
-from latex2mathml.converter import convert
 from pages import only_listed_pages, sections
 from PIL import Image
 from pygments import highlight
@@ -31,6 +30,8 @@ from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
+
+from vlkd_lab.sent_pages import mathml
 
 ROOT = Path(__file__).parent.parent
 LOOK = Path(__file__).parent / "site_look"  # styles, script and sidebar
@@ -236,15 +237,6 @@ def write_sources(root: Path, folder: Path) -> list[tuple[str, list[tuple[str, s
 # What Sphinx is taught
 
 
-def mathml(tex: str, display: str) -> str:
-    "A formula as MathML; ValueError where a command of it is not known"
-    made = convert(tex.strip(), display=display)
-    if unknown := re.search(r"[^<>]*\\[^<>]*", made):
-        raise ValueError(f"{unknown[0]} in the formula {tex} is unknown to latex2mathml")
-    double = {"1": "𝟙", "R": "ℝ", "N": "ℕ", "E": "𝔼"}  # browsers know no variant but normal
-    return re.sub(r'<m[in] mathvariant="double-struck">(\w)</m[in]>', lambda m: f"<mi>{double[m[1]]}</mi>", made)
-
-
 def visit_math(writer, node) -> None:
     writer.body.append(f'<span class="math">{mathml(node.astext(), "inline")}</span>')
     raise nodes.SkipNode
@@ -286,6 +278,13 @@ def add_parts(out: Path) -> None:
     font.flavor = "woff"
     font.save(out / "_static" / "math.woff")
     (out / "_static" / "webpack-macros.html").unlink(missing_ok=True)  # a template of the theme
+
+
+def add_players(root: Path, out: Path) -> None:
+    "Time lines of runs, pages of their own that a guide shows in a frame"
+    (out / "images").mkdir(exist_ok=True)
+    for page in sorted((root / "nbs" / "images").glob("*.html")):
+        shutil.copy(page, out / "images")
 
 
 # The finished site, looked through
@@ -367,6 +366,7 @@ def build(out: Path, root: Path = ROOT) -> None:
             app = Sphinx(source, None, made, Path(temporary, "trees"), "html", OPTIONS | own, None, warnings)
             app.build()
         add_parts(made)
+        add_players(root, made)
         (made / ".nojekyll").touch()
         (made / ".buildinfo").unlink(missing_ok=True)
         shutil.rmtree(made / "_sources", ignore_errors=True)

@@ -39,8 +39,8 @@ __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPS
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
            'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
            'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'Snapshots', 'find_run',
-           'run_table', 'lacks_student']
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step',
+           'Snapshots', 'find_run', 'run_table', 'lacks_student']
 
 # %% ../nbs/library/070_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -681,6 +681,17 @@ def to_host(
         return event.query()
 
     return host, arrived
+
+# %% ../nbs/library/070_runs.ipynb #rk000002
+def is_kept_step(
+    step: int,  # of a phase, 0 before its training
+    steps: int,  # of the whole phase
+    keep: int,  # snapshots that stay beside that of step 0; 0: none
+) -> bool:
+    "Whether the snapshot after this step stays: evenly over the phase, and the last one in any case"
+    if keep < 1:
+        return False
+    return step == 0 or step * keep // steps > (step - 1) * keep // steps
 
 # %% ../nbs/library/070_runs.ipynb #1d0fb6fa
 class Snapshots:

@@ -480,9 +480,7 @@ def _take_snapshot(loop: Loop) -> None:
         "step": loop.global_step,
         "phase_step": loop.step,
     }
-    keep = loop.options.keep_snapshots
-    is_kept = keep and (loop.step % max(1, loop.phase.steps // keep) == 0 or loop.step == loop.phase.steps)
-    if is_kept:
+    if runs.is_kept_step(loop.step, loop.phase.steps, loop.options.keep_snapshots):
         name = f"{loop.phase.stage}-{loop.phase.name}-{loop.step:08d}"
         loop.snapshots.take(lambda: _arrays(loop), keep=name, **labels)
     else:

@@ -233,7 +233,7 @@ class _CommonParameters(CurrentWords):
         20.0, "time between checkpoints; 0: after every step", **at_least(0.0)
     )
     probe_pairs: int = parameter(64, "validation pairs whose affinities are drawn; 0: none", **at_least(0))
-    keep_snapshots: int = parameter(12, "snapshots of each phase that stay in the run folder", **at_least(0))
+    keep_snapshots: int = parameter(24, "snapshots of each phase that stay; 0: none", **at_least(0))
     report_to: str = parameter(
         "", "trackers that are told too: tensorboard, wandb, mlflow, by commas", check=_are_trackers
     )

@@ -185,6 +185,49 @@ from .plots import ABOVE, MOST_POINTS, PlotView, plot_value, plot_words
 from .rest import NextCells, RestOfNotebook, how_it_ended, when_trained
 from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json
 
+# %% ../../nbs/library/116_widgets.ipynb #t1mel1ne
+# isort: split
+from vlkd_lab.widgets.moments import (
+    MOST_MAPS,
+    MOST_MOMENTS,
+    MOST_PAIRS,
+    MOST_SIDE,
+    MOST_TERMS,
+    MOST_WORDS,
+    PICTURE_SIDE,
+    Packed,
+    TimeLine,
+    clusters_of_run,
+    curve_panels,
+    every_so_many,
+    pack_clusters,
+    pack_cosines,
+    pack_gates,
+    pack_maps,
+    pack_places,
+    pack_teachers_clusters,
+    place_of,
+    probe_about,
+    quantised,
+    small_picture,
+    stage_starts,
+    timeline_about,
+    timeline_scene,
+)
+from vlkd_lab.widgets.player import (
+    FRAMES_A_MESSAGE,
+    MOST_BYTES,
+    SENT_SECONDS,
+    Player,
+    StaticTimeline,
+    TimelineView,
+    lacks_moments,
+    script_policy,
+    timeline,
+    timeline_page,
+    write_timeline,
+)
+
 # %% ../../nbs/library/116_widgets.ipynb #31df8e84
 __getattr__ = former_names(
     __name__,
