@@ -90,7 +90,7 @@ function bodyRow(model, row, ask, tick) {
       button.addEventListener("click", () => ask("points", row.key));
       return make("th", { scope: "row" }, button);
     }
-    const isNumber = !WORDS.has(name) && typeof row.values[name] === "number";
+    const isNumber = !WORDS.has(name) && typeof row.values[name] !== "string";
     const cell = make("td", { className: isNumber ? "vlkd-number" : "", title: text, dir: "auto" });
     cell.dataset.column = name;
     if (row.sparks[name]) cell.append(spark(row.sparks[name], `course of ${title}`));

@@ -250,9 +250,9 @@ RUN_COLUMNS = {  # name -> (title, what it says)
     "run": ("run", "path below the folder"),
     "state": ("state", "what its status says now"),
     "method": ("method", "by which it is trained"),
-    "done": ("training done", "share of the planned steps"),
+    "done": ("done", "share of the planned steps"),
     "loss": ("loss", "total loss of the student, weighted: its course, and the last value"),
-    "score": ("validation", "R@1, mean of both directions, or the method's first score: its course, and the last value"),
+    "score": ("R@1", "mean of both directions, or the method's first score: its course, and the last value"),
     "best": ("best", "the best validation"),
     "weights": ("parameters", "of the student, in millions"),
     "macs": ("MMACs", "million multiply-accumulates of a pair"),
@@ -378,7 +378,8 @@ def _add_lines(
     if isinstance(row, str):
         lines.append(TreeLine(prefix, "", visible(row), "", NO_VALUE, depth))
     else:
-        words = visible(origin_in_words(row.origin)) if row.origin else ""
+        words = origin_in_words(row.origin) if row.origin else ""
+        words = visible(words.removeprefix(f"forked from {row.origin.get('name')} "))
         lines.append(TreeLine(prefix, row.key, row.key, words, column_texts(row)["score"], depth))
     forks = sorted(children.get(place, ()), key=lambda one: (one.origin.get("step", 0), one.key))
     for number, one in enumerate(forks):
