@@ -24,8 +24,9 @@ from typing import Any, BinaryIO
 import vlkd_lab
 
 # %% auto #0
-__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'user_notebooks',
-           'copy_notebooks', 'command', 'try_lock', 'keep_locked', 'alone_in', 'works_alone', 'former_names']
+__all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'link_or_copy',
+           'user_notebooks', 'copy_notebooks', 'command', 'try_lock', 'keep_locked', 'alone_in', 'works_alone',
+           'former_names']
 
 # %% ../nbs/library/000_project.ipynb #5507879b
 def is_working_copy(folder: Path) -> bool:
@@ -89,6 +90,19 @@ def write_text(path: str | Path, text: str) -> None:
     "Replace a text file; folders on the way are made"
     with atomic_write(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+# %% ../nbs/library/000_project.ipynb #l1nk0002
+def link_or_copy(
+    source: str | Path,  # a file that is only ever replaced, and not changed in place
+    target: str | Path,  # of which there is none yet
+) -> None:
+    "A second name for a file, or a copy of it where the file system has no such links"
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # another disk, or one that knows one name a file
+        shutil.copy2(source, target)
 
 # %% ../nbs/library/000_project.ipynb #notebks2
 def user_notebooks() -> list[Path]:  # empty: this installation has none

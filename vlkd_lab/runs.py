@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 import traceback
+import uuid
 import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from .data import project_root
 from .methods import all_losses
-from .project import atomic_write, former_names, try_lock, write_text
+from .project import atomic_write, former_names, link_or_copy, try_lock, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
            'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
-           'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'begin', 'stage_roles', 'role_in', 'role_of',
-           'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step',
-           'Snapshots', 'find_run', 'run_table', 'lacks_student']
+           'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'keep_checkpoint', 'stage_files',
+           'kept_checkpoints', 'begin', 'stage_roles', 'role_in', 'role_of', 'finished_students', 'Curves',
+           'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched', 'write_snapshot', 'read_snapshot',
+           'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step', 'Snapshots', 'find_run', 'run_table',
+           'lacks_student']
 
 # %% ../nbs/library/070_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -376,7 +378,69 @@ def rewind(
     others = [line for line in later if json.loads(line).get("stage", stage) != stage]
     write_text(path, "".join(written[:lines] + others))
 
+# %% ../nbs/library/070_runs.ipynb #k3ptc002
+def keep_checkpoint(
+    run: Run,
+    stage: str,  # folder of the phase, as "stage-1/distil", whose checkpoint was written just now
+    step: int,  # of the line of students, as in the metrics
+    most: int,  # checkpoints of the phase that stay
+) -> None:
+    "Keep the newest checkpoint of a phase under its step, with what the stage's folder holds beside it"
+    folder = run.folder / stage / "kept"
+    with atomic_write(folder / f"{step:08d}.pt") as unfinished:
+        link_or_copy(run.folder / stage / "checkpoint.pt", unfinished)
+    about = {
+        "step": step,
+        "time": time.time(),
+        "metric_lines": _line_count(run.folder / "metrics.jsonl"),
+        "files": stage_files(run.folder / stage.partition("/")[0]),
+    }
+    write_text(folder / f"{step:08d}.json", json.dumps(about))
+    for path in _crowded(folder, most, newest=step):
+        path.unlink()
+        path.with_suffix(".pt").unlink(missing_ok=True)
+
+
+def stage_files(stage: Path) -> list[str]:  # names below it, in order
+    "What a stage's folder holds beside checkpoints and its finished student"
+    names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
+    return sorted(name for name in names if not _is_of_the_moment(name))
+
+
+def _is_of_the_moment(name: str) -> bool:
+    "Whether a stage's file is a checkpoint, of the finished student, or about to be renamed"
+    parts = name.split("/")
+    is_checkpoint = parts[-1] == "checkpoint.pt" or "kept" in parts[:-1]
+    return is_checkpoint or parts[0] in ("student", "done.json") or any(p.startswith(".") for p in parts)
+
+
+def _crowded(folder: Path, most: int, newest: int) -> list[Path]:
+    "Which kept checkpoints go: beyond `most`, those that stand closest behind another, never the newest"
+    paths = sorted(folder.glob("*.json"))
+    gone = []
+    while len(paths) > max(most, 1):
+        steps = [0, *(int(path.stem) for path in paths)]
+        gaps = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+        rest = [k for k, path in enumerate(paths) if int(path.stem) != newest]
+        gone.append(paths.pop(min(rest, key=lambda k: gaps[k])))
+    return gone
+
+# %% ../nbs/library/070_runs.ipynb #k3ptc003
+def kept_checkpoints(
+    run: Run,
+) -> list[tuple[Path, dict]]:  # (file, what is noted of it), the oldest first
+    "The checkpoints of a run that are kept, of all its phases"
+    kept = []
+    for path in run.folder.glob("*/*/kept/*.json"):
+        about = read_json(path)
+        if about is not None and path.with_suffix(".pt").exists():  # it may be going at this moment
+            kept.append((path.with_suffix(".pt"), about))
+    return sorted(kept, key=lambda one: one[1]["time"])
+
 # %% ../nbs/library/070_runs.ipynb #07b929ff
+_OWN = ("id", "origin", "continued")  # entries of config.json that belong to the folder, and not to the job
+
+
 def begin(
     run: Run,
     config: Mapping[str, Any],  # what goes into config.json
@@ -391,25 +455,43 @@ def begin(
     config = to_json(config)
     old = run.config()
     if not old:
-        write_text(run.folder / "config.json", json.dumps(config, indent=1))
+        named = config | {"id": uuid.uuid4().hex}
+        write_text(run.folder / "config.json", json.dumps(named, indent=1))
         return False
     before = to_json(defaults) | _flat(old)
     for name, words in former.items():
         if before.get(name) in words:
             before[name] = words[before[name]]
-    changes = _differences(before, _flat(config), free=("continued",))
+    changes = _differences(before, _flat(config), free=_OWN)
     refused = [name for name in changes if not _may_change(name, changes, free, grows, same)]
     if refused:
         raise ValueError(f"{run.folder} holds another run {_refusal(refused, changes, grows)}")
-    if changes:
+    forked = _forked(old)
+    if changes or forked:
         if on_change is not None:
-            on_change(changes)
-        history = old.get("continued", [])
-        parameters = {name: pair for name, pair in changes.items() if name.startswith("parameters.")}
-        if parameters:
-            history = [*history, {"time": time.time(), "changes": parameters}]
-        write_text(run.folder / "config.json", json.dumps(config | {"continued": history}, indent=1))
+            on_change(forked | changes)
+        write_text(run.folder / "config.json", json.dumps(config | _kept_entries(old, changes), indent=1))
     return True
+
+# %% ../nbs/library/070_runs.ipynb #f0rkbgn1
+def _forked(config: Mapping[str, Any]) -> dict[str, list]:  # name -> [old, new]
+    "What a fork that has not begun has otherwise than the run that it comes from"
+    origin = config.get("origin", {})
+    if origin.get("begun", True):
+        return {}
+    return {f"parameters.{name}": pair for name, pair in origin["changes"].items()}
+
+
+def _kept_entries(config: Mapping[str, Any], changes: Mapping[str, list]) -> dict[str, Any]:
+    "What stays of a config.json that is written anew, with a note of what has changed"
+    kept = {name: config[name] for name in _OWN if name in config}
+    if "origin" in kept:
+        kept["origin"] = kept["origin"] | {"begun": True}
+    parameters = {name: pair for name, pair in changes.items() if name.startswith("parameters.")}
+    history = kept.get("continued", [])
+    if parameters:
+        history = [*history, {"time": time.time(), "changes": parameters}]
+    return kept | {"continued": history}
 
 
 def _refusal(refused: Sequence[str], changes: Mapping[str, list], grows: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult
 
 from ..methods import METHODS
 from ..runs import role_of
-from ..trainers import read_teachers, rows_in_words
+from ..trainers import origin_in_words, read_teachers, rows_in_words
 from .origin import Origin
 from .words import UNKNOWN, as_markdown, in_millions, markdown_table, plain_name
 
@@ -106,8 +106,10 @@ def training_rows(
     terms = [f"{as_markdown(name)} {weight:g}" for name, weight in (config.get("objective") or {}).items()]
     packages = config.get("versions", {}).items()
     versions = [f"{as_markdown(name)} {as_markdown(version)}" for name, version in packages]
+    fork = config.get("origin")
     return [
         ("method", how_made(origin)),
+        *([("origin", as_markdown(origin_in_words(fork)))] if fork else []),
         *_teacher_rows(origin, config),
         ("data", _data(config)),
         ("objective", ", ".join(terms) or UNKNOWN),

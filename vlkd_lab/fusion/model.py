@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..models import VLM, preprocessing
+from ..project import atomic_write
 from .network import BlipNetwork
 from .shapes import BlipShape, blip_config
 from .words import BlipTokenizer
@@ -155,7 +156,8 @@ def save_blip(
 
 def _write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     state = {name: weight.detach().contiguous().cpu().clone() for name, weight in weights}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with atomic_write(folder / "model.safetensors") as unfinished:
+        save_file(state, unfinished, metadata={"format": "pt"})
 
 
 def _write_settings(blip: Blip, folder: Path, more: Mapping[str, Any]) -> None:

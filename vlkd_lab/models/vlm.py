@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import published
 from ..data.travel import send_pinned
 from ..features import Batch, Features, Texts
+from ..project import atomic_write
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
 from .towers import _build
@@ -224,7 +225,8 @@ def save_model(
         config["towers"] = {tower: asdict(shape) for tower, shape in towers.items()}
     name = "open_clip" if plain else "vlkd_lab"
     state = {k: v.detach().contiguous().cpu().clone() for k, v in vlm.model.state_dict().items()}
-    save_file(state, folder / f"{name}_model.safetensors", metadata={"format": "pt"})
+    with atomic_write(folder / f"{name}_model.safetensors") as unfinished:
+        save_file(state, unfinished, metadata={"format": "pt"})
     (folder / f"{name}_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 

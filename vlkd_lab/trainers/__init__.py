@@ -7,6 +7,25 @@ from __future__ import annotations
 
 import sys
 
+from vlkd_lab.trainers.forks import (
+    NEWEST,
+    SLIDERS,
+    STEERED,
+    ForkPoint,
+    find_point,
+    fork,
+    fork_command,
+    fork_points,
+    forked_controls,
+    forked_parameters,
+    origin_in_words,
+)
+
+# %% auto #0
+__all__ = []
+
+# %% ../../nbs/library/087_trainers.ipynb #f0rkface
+# isort: split
 from vlkd_lab.trainers.jobs import (
     FREE,
     GROWS,
@@ -47,9 +66,6 @@ from vlkd_lab.trainers.jobs import (
     write_probe,
 )
 
-# %% auto #0
-__all__ = []
-
 # %% ../../nbs/library/087_trainers.ipynb #re1nf152
 # isort: split
 from vlkd_lab.trainers.launch import (
@@ -63,6 +79,7 @@ from vlkd_lab.trainers.launch import (
     read_settings,
     read_value,
     start,
+    start_apart,
     torchrun,
     train,
 )

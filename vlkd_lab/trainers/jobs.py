@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import threading
 import traceback
 from abc import ABC, abstractmethod
@@ -157,6 +158,7 @@ FREE = (  # parameters that change no result
     "validate_every",
     "checkpoint_seconds",
     "keep_snapshots",
+    "keep_checkpoints",
     "max_bad_share",
     "micro_batch",
     "features",
@@ -753,6 +755,7 @@ def finish_fit(
     )
     model.eval()
     if job.accelerator.is_main_process:
+        shutil.rmtree(folder / "student", ignore_errors=True)  # of fewer steps; a fork may share its files
         student.save(folder / "student")
         steps = phase.first_step + phase.before + phase.steps
         write_text(folder / "done.json", json.dumps({"steps": steps}))

@@ -27,6 +27,7 @@ from torch.distributed import is_torchelastic_launched
 
 from .. import runs
 from ..methods import DEFAULT_METHOD, METHODS, find_method
+from ..project import project_root
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .companions import Companions
 from .jobs import Job, at_work, may_print
@@ -34,7 +35,7 @@ from .options import all_processes, check_parameters, is_interactive, notebook_v
 
 # %% auto #0
 __all__ = ['open_job', 'train', 'torchrun', 'in_slurm', 'others_to_start', 'Training', 'StillTraining', 'start', 'main',
-           'read_settings', 'read_value', 'notebook_job']
+           'read_settings', 'read_value', 'start_apart', 'notebook_job']
 
 # %% ../../nbs/library/086_trainers_launch.ipynb #64490dc9
 def open_job(method: str, parameters: Mapping[str, Any]) -> Job:
@@ -271,6 +272,23 @@ def read_value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+# %% ../../nbs/library/086_trainers_launch.ipynb #st4rtap2
+def start_apart(run: Run) -> subprocess.Popen:  # already at work
+    "Let a run go on in a process of its own, which outlives this one; RuntimeError where one is at work"
+    if runs.is_written(run):
+        raise RuntimeError(f"{run.folder} is at work already")
+    package = sys.modules[Job.__module__].__package__
+    command = [sys.executable, "-m", package, str(run.folder.resolve())]
+    with (run.folder / "output.log").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=project_root(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 # %% ../../nbs/library/086_trainers_launch.ipynb #160f2516
 def notebook_job(namespace: Mapping[str, Any]) -> Job:

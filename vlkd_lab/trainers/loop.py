@@ -32,7 +32,7 @@ from .. import data, runs
 from ..features import Batch, Ensemble, Features
 from ..losses import Objective
 from ..models import VLM
-from ..runs import IN_MID_RUN, Run, RunStopped, load_checkpoint, save_checkpoint, to_json
+from ..runs import IN_MID_RUN, Run, RunStopped, keep_checkpoint, load_checkpoint, save_checkpoint, to_json
 from ..shown import in_notebook, progress_bar
 from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features
@@ -101,6 +101,7 @@ def _save_fit(loop: Loop) -> None:
         optimizer = loop.optimizer.state_dict()
     state = {
         "step": loop.step,
+        "line_step": loop.global_step,
         "learner": learner,
         "optimizer": optimizer,
         "objective": [weight.detach() for weight in loop.extra],
@@ -110,6 +111,11 @@ def _save_fit(loop: Loop) -> None:
         state["average"] = _whole_average(loop) if loop.shards else loop.average.state
     if is_first:
         save_checkpoint(loop.run, loop.phase.folder, state)
+    if is_first and _is_kept(loop):
+        with runs.for_viewers(loop.run, "a checkpoint could not be kept to be forked from"):
+            keep_checkpoint(
+                loop.run, loop.phase.folder, loop.global_step, loop.options.keep_checkpoints
+            )
 
 
 def _whole_average(loop: Loop) -> dict[str, Tensor]:
@@ -124,12 +130,16 @@ def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
     if state is None:
         return False
     loop.step = state["step"]
+    # a fork may have other ones than the run that it comes from
+    rates = [{name: group[name] for name in ("peak", "weight_decay")} for group in loop.optimizer.param_groups]
     if loop.shards is not None:
         load_shards(loop.shards, state["learner"])
         load_optimizer(loop.optimizer, state["optimizer"])
     else:
         loop.learner.load_state_dict(state["learner"])
         loop.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(loop.optimizer.param_groups, rates, strict=True):
+        group.update(own)
     if loop.accelerator.scaler and state.get("scaler"):
         loop.accelerator.scaler.load_state_dict(state["scaler"])
     if loop.average is not None:
@@ -363,7 +373,7 @@ def _train(
             _one_step(loop, stream, guard)
             if loop.step % options.validate_every == 0 or loop.step == steps:
                 _validate(loop, validate)
-            if loop.step == steps or _is_due(loop, saved):
+            if loop.step == steps or _is_kept(loop) or _is_due(loop, saved):
                 _save_fit(loop)
                 saved = time.monotonic()
             if loop.newest:
@@ -380,6 +390,13 @@ def _is_due(loop: Loop, saved: float) -> bool:
         return time.monotonic() - saved >= loop.options.checkpoint_seconds
 
     return agree(loop.accelerator, is_late) if loop.shards else is_late()
+
+
+def _is_kept(loop: Loop) -> bool:
+    "Whether this step's checkpoint stays: a few of each phase do, evenly spread; none of a baseline"
+    most = 0 if loop.phase.fixed else loop.options.keep_checkpoints
+    every = math.ceil(loop.phase.steps / (most + 1))
+    return most > 0 and 0 < loop.step < loop.phase.steps and loop.step % every == 0
 
 
 def _warn_of_batch_norms(loop: Loop) -> None:

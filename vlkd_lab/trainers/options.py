@@ -234,6 +234,9 @@ class _CommonParameters(CurrentWords):
     )
     probe_pairs: int = parameter(64, "validation pairs whose affinities are drawn; 0: none", **at_least(0))
     keep_snapshots: int = parameter(24, "snapshots of each phase that stay; 0: none", **at_least(0))
+    keep_checkpoints: int = parameter(
+        2, "checkpoints of a phase that stay, to fork from: 12 bytes a weight, 16 with ema", **at_least(0)
+    )
     report_to: str = parameter(
         "", "trackers that are told too: tensorboard, wandb, mlflow, by commas", check=_are_trackers
     )

@@ -156,6 +156,35 @@ from vlkd_lab.widgets.parts import (
     sync_figure,
 )
 
+# %% ../../nbs/library/116_widgets.ipynb #runbd0f1
+# isort: split
+from vlkd_lab.widgets.board import (
+    MOST_NAMES,
+    MOST_TICKED,
+    RunsBoard,
+    RunsTable,
+    row_state,
+    runs_board,
+)
+from vlkd_lab.widgets.rows import (
+    RUN_COLUMNS,
+    SPARK_POINTS,
+    SPARK_SIZE,
+    RunRow,
+    RunRows,
+    StaticBoard,
+    TreeLine,
+    column_texts,
+    column_values,
+    differing,
+    fork_tree,
+    read_row,
+    row_sparks,
+    run_folders,
+    runs_frame,
+    spark_points,
+)
+
 # %% ../../nbs/library/116_widgets.ipynb #31df8e82
 # isort: split
 from vlkd_lab.widgets.sentences import (
