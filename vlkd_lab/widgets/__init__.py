@@ -13,7 +13,6 @@ from vlkd_lab.widgets.affinities import (
     affinity_views,
     measured,
     probe_affinities,
-    softmax,
     with_difference,
 )
 from vlkd_lab.widgets.attention import (
@@ -144,6 +143,19 @@ from vlkd_lab.widgets.gates import (
     gate_grid,
     gate_matrices,
     gate_views,
+)
+from vlkd_lab.widgets.pair import (
+    MOST_CHANGES,
+    PairView,
+    caption_numbers,
+    cell_scores,
+    changed_confusions,
+    earlier_scores,
+    first_texts,
+    pair_facts,
+    probe_recall,
+    softmax,
+    stage_changes,
 )
 from vlkd_lab.widgets.parts import (
     LiveFigure,
