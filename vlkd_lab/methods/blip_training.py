@@ -36,6 +36,7 @@ from ..models import evaluating, state_digest
 from ..sources import TEXT_FIELDS
 from ..trainers import Job, Loop, Phase, at_least, finish_fit, parameter
 from ..widgets.attention import CrossMaps
+from ..widgets.heads import NetworkDrawing
 from . import Method, register
 from .blip_learner import BlipLearner, BlipParameters
 
@@ -369,7 +370,7 @@ register(
         parameters=BlipTraining,
         open=open_blip_training,
         losses=BLIP_LOSSES,
-        views=(CrossMaps,),
+        views=(CrossMaps, NetworkDrawing),
         models=(fusion.BLIP,),
         page="train_blip.ipynb",
     )

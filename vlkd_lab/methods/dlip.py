@@ -40,6 +40,7 @@ from ..losses import Objective
 from ..models import HEAD_PAIRS, state_digest
 from ..project import former_names, write_text
 from ..widgets.attention import CrossMaps
+from ..widgets.heads import NetworkDrawing
 from . import Method, blip_learner, blip_training, register
 from .blip_learner import BlipParameters
 
@@ -336,7 +337,7 @@ register(
         parameters=Dlip,
         open=open_dlip,
         losses=BLIP_LOSSES,
-        views=(CrossMaps,),
+        views=(CrossMaps, NetworkDrawing),
         models=(fusion.BLIP,),
         page="train_dlip.ipynb",
     )

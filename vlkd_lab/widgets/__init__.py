@@ -144,6 +144,29 @@ from vlkd_lab.widgets.gates import (
     gate_matrices,
     gate_views,
 )
+from vlkd_lab.widgets.heads import (
+    LiveNetwork,
+    NetworkDrawing,
+    NetworkView,
+    head_overlap,
+    head_shares,
+)
+from vlkd_lab.widgets.network import (
+    DrawnTower,
+    Places,
+    Standing,
+    beside,
+    drawn_towers,
+    head_places,
+    network_costs,
+    network_facts_of,
+    network_numbers,
+    network_picture,
+    standing,
+    standing_bytes,
+    standing_sizes,
+    tower_json,
+)
 from vlkd_lab.widgets.pair import (
     MOST_CHANGES,
     PairView,
