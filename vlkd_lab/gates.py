@@ -647,8 +647,11 @@ def standing_shapes(
     for tower, shape in shapes.items():
         counts = {}
         for kind in kinds:
-            groups = torch.tensor(arrays[_array_name(tower, kind)]).split(_group_sizes(shape, kind))
-            counts[kind] = [int(_open_counts(group)) for group in groups]
+            log_alpha = torch.tensor(arrays[_array_name(tower, kind)])
+            sizes = _group_sizes(shape, kind)
+            alike = len(set(sizes)) == 1  # as in a network that nobody has cut yet: counted at once
+            groups = [log_alpha.view(len(sizes), -1)] if alike else log_alpha.split(sizes)
+            counts[kind] = [int(count) for group in groups for count in _open_counts(group).view(-1)]
         standing[tower] = _left(shape, counts)
     return standing
 

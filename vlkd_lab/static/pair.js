@@ -1,9 +1,10 @@
 // Draws what stands behind a cell of the affinities, and the confusions that came and went. All of it is state in Python
 // (vlkd_lab.widgets.PairView). Captions are strangers': all text goes in as text, never as HTML.
 
-const MEASURES = [["cosine", (scores) => scores.cosine.toFixed(3)], ["P(text | image)", (scores) => percent(scores.text)], ["P(image | text)", (scores) => percent(scores.image)]];
+const MEASURES = [["cosine", (scores) => scores.cosine.toFixed(3).replace("-", "−")], ["P(text | image)", (scores) => percent(scores.text)], ["P(image | text)", (scores) => percent(scores.image)]];
 
 function percent(share) {
+  if (share > 0 && share < 0.0005) return "< 0.1 %";
   return `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 }
 

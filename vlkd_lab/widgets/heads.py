@@ -140,6 +140,7 @@ class NetworkView(Framed):
     def __init__(self, watched: Watched):
         super().__init__(palette=palette(HEAT))
         self.watched = watched
+        self._drawn: Sequence[DrawnTower] = ()
         self.on_choice.append(self.choose)
         self.show()
 
@@ -163,10 +164,12 @@ class NetworkView(Framed):
         watched = self.watched
         drawn = drawn_towers(watched)
         now = standing(watched, drawn)
+        if drawn is not self._drawn:  # the same list as long as stage and phase are the same
+            self._drawn = drawn
+            self.towers = [tower_json(tower) for tower in drawn]
         stage = watched.labels.get("stage") or watched.status.get("stage") or ""
         step = watched.labels.get("step")
         self.send_frame(
-            towers=[tower_json(tower) for tower in drawn],
             keep=standing_bytes(drawn, now),
             sizes=standing_sizes(drawn, now),
             numbers=network_numbers(watched, now),

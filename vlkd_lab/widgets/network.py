@@ -20,7 +20,7 @@ from ..gates import open_probability, standing_shapes
 from ..inheritance import Plan, even_spread, kept_heads
 from ..models import TowerShape, shape_cost, tower_shape
 from ..runs import read_json
-from ..stages import full_shapes, source_shapes
+from ..stages import source_shapes
 from .drawing import LINE_COLOURS, MID_TONE, WIDTH, blank_page, on_both, page_png
 from .pair import caption_numbers, probe_recall
 from .watched import NO_VALUE, Watched, is_baseline
@@ -143,15 +143,37 @@ def _is_gated(watched: Watched) -> bool:
 
 def network_facts_of(watched: Watched, stage: str = "") -> dict[str, Any]:  # empty: nothing is known
     "What `network.json` says of a stage's student, or of the teacher; older runs say less, elsewhere"
+    known = watched.memory.setdefault("network_facts", {})
+    if not known.get(stage):
+        known[stage] = _read_facts(watched, stage)
+    return known[stage]
+
+
+def _read_facts(watched: Watched, stage: str) -> dict[str, Any]:
+    "The same, read from the run's files; the teacher of an older run is counted from its sizes"
     facts = read_json(watched.run.folder / stage / "network.json", {})
     if facts:
         return facts
     towers = watched.config.get("towers")
     if stage:
         towers = (read_json(watched.run.folder / stage / "plan.json", {}) or {}).get("towers")
-    return {"towers": towers} if towers else {}
+    if not towers:
+        return {}
+    cost = _counted(watched, {tower: tower_shape(sizes) for tower, sizes in towers.items()})
+    return {"towers": towers, "cost": cost}
 
 
+def _counted(watched: Watched, shapes: Mapping[str, TowerShape]) -> dict[str, float]:  # empty: it cannot be
+    "What towers of these sizes cost"
+    model = watched.config.get("model", {})
+    if set(shapes) != {"image", "text"} or "vision_cfg" not in model:
+        return {}
+    try:
+        return asdict(shape_cost(model, shapes))
+    except ValueError:  # they hold more than plain transformers
+        return {}
+
+# %% ../../nbs/library/widgets_network.ipynb #n3tdr12b
 def _read_towers(watched: Watched, stage: str, is_gated: bool) -> list[DrawnTower]:
     "The same, read from the run's files"
     teacher = network_facts_of(watched).get("towers", {})
@@ -239,24 +261,12 @@ def _open(log_alpha: np.ndarray) -> np.ndarray:
 # %% ../../nbs/library/widgets_network.ipynb #n3tdr020
 def network_costs(watched: Watched, now: Standing) -> dict[str, dict[str, float]]:  # "student", "teacher"
     "Parameters and multiply-accumulates of both, of those that are known"
-    costs = {"student": network_facts_of(watched, _stage_of(watched)).get("cost")}
-    costs["teacher"] = network_facts_of(watched).get("cost")
-    if _is_gated(watched) or not costs["student"]:
+    costs = {"teacher": network_facts_of(watched).get("cost")}
+    if _is_gated(watched):
         costs["student"] = _counted(watched, now.shapes)
-    if not costs["teacher"] and watched.config.get("towers"):
-        costs["teacher"] = _counted(watched, full_shapes(watched.run))
+    else:
+        costs["student"] = network_facts_of(watched, _stage_of(watched)).get("cost")
     return {name: dict(cost) for name, cost in costs.items() if cost}
-
-
-def _counted(watched: Watched, shapes: Mapping[str, TowerShape]) -> dict[str, float]:  # empty: it cannot be
-    "What towers of these sizes cost"
-    model = watched.config.get("model", {})
-    if set(shapes) != {"image", "text"} or "vision_cfg" not in model:
-        return {}
-    try:
-        return asdict(shape_cost(model, shapes))
-    except ValueError:  # they hold more than plain transformers
-        return {}
 
 
 def _macs(cost: Mapping[str, float]) -> float:
