@@ -49,6 +49,7 @@ class Tower {
     // Outlines and places: what does not change while gates close.
     if (this.width === width) return;
     this.width = width;
+    const isFocused = this.svg.contains(document.activeElement);
     const { teacher, student, rows, places } = this.spec, height = this.rowHeight, shapes = [teacher, student].filter(Boolean);
     const room = (width - NAMES - GAP) / 2, left = NAMES, right = NAMES + room + GAP;
     const widest = Math.max(...shapes.map((one) => one.width)), most = Math.max(1, ...shapes.flatMap((one) => one.neurons));
@@ -68,8 +69,7 @@ class Tower {
     });
     this.svg.setAttribute("height", rows.length * height + 2);
     this.svg.replaceChildren(...parts);
-    if (this.cursor) this.heads.get(this.cursor)?.setAttribute("tabindex", 0);
-    else this.walk([...this.heads.keys()][0], false);
+    this.walk(this.heads.has(this.cursor) ? this.cursor : [...this.heads.keys()][0], isFocused);
   }
 
   box(name, x, y, width) {
