@@ -85,8 +85,9 @@ def _blocks(tower: nn.Module) -> Sequence[nn.Module]:
 
 def _reads_at_end(tower: nn.Module) -> bool:
     "Whether a text tower reads from left to right, and answers at the largest id"
-    pools = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
-    return pools == "argmax" and getattr(tower, "attn_mask", None) is not None
+    kind = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
+    is_causal = getattr(tower, "attn_mask", None) is not None
+    return is_causal and kind == "argmax"
 
 
 def _as_written(model: nn.Module):  # a context
