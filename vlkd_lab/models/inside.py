@@ -22,7 +22,7 @@ __all__ = ['HEAD_PAIRS', 'towers_inside', 'head_maps', 'token_words']
 
 # %% ../../nbs/library/models_inside.ipynb #in51de06
 def towers_inside(vlm: VLM) -> dict[str, dict[str, Any]]:  # "image", "text"
-    "Sizes of each tower's layers as JSON can hold them; of a tower without such layers its name and parameters"
+    "Sizes of each tower's layers for a JSON file; of a tower without such layers its name and parameters"
     state = vlm.model.state_dict()
     widths = head_widths(vlm.config["model_cfg"])
     prefixes = {"image": "visual.", "text": "text." if hasattr(vlm.model, "text") else ""}

@@ -26,18 +26,6 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
-from vlkd_lab.models import (
-    HEAD_PAIRS,
-    VLM,
-    TowerShape,
-    count_cost,
-    evaluating,
-    head_maps,
-    model_config,
-    state_digest,
-    token_words,
-    towers_inside,
-)
 from vlkd_lab.trainers.options import (
     FORMER_WORDS,
     Distillation,
@@ -47,11 +35,12 @@ from vlkd_lab.trainers.options import (
     read_numbers,
 )
 
-from .. import __version__, data, runs
+from .. import __version__, data, models, runs
 from ..features import Batch, Features, Texts, flat_captions, recall
 from ..gates import TowerCost
 from ..losses import Objective
 from ..methods import kind_of, name_of
+from ..models import VLM, TowerShape, evaluating, model_config, state_digest
 from ..project import write_text
 from ..remote import use_cache
 from ..runs import Run, RunWriter
@@ -740,7 +729,7 @@ def network_facts(vlm: VLM) -> dict[str, Any]:  # "cost": as tables count it; "t
     "What views are to know of a network: parameters, multiply-accumulates of a pair, sizes of the layers"
     kind = kind_of(vlm)
     if kind is None:
-        return {"cost": asdict(count_cost(vlm)), "towers": towers_inside(vlm)}
+        return {"cost": asdict(models.count_cost(vlm)), "towers": models.towers_inside(vlm)}
     return {"cost": dict(kind.cost(vlm)), "towers": dict(kind.towers(vlm)) if kind.towers else {}}
 
 
@@ -909,12 +898,12 @@ def write_probe(job: Job) -> None:
 # %% ../../nbs/library/085_trainers_jobs.ipynb #n3tw0rk2
 def _looked_into(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:  # arrays, entries of probe.json
     "Where the heads of the job's first teacher look in the first pairs, and the tokens of their captions"
-    pairs = job.probe.for_teacher().first(HEAD_PAIRS)
+    pairs = job.probe.for_teacher().first(models.HEAD_PAIRS)
     is_paired = job.probe_sentences is None
     arrays = {}
     if job.teaches:
-        maps = head_maps(job.teacher.model, pairs.image, pairs.text if is_paired else None)
+        maps = models.head_maps(job.teacher.model, pairs.image, pairs.text if is_paired else None)
         arrays = {f"teacher_heads_{tower}": shares.cpu() for tower, shares in maps.items()}
     if not is_paired:
         return arrays, {}
-    return arrays, {"tokens": [token_words(job.view.tokenizer, ids) for ids in pairs.text]}
+    return arrays, {"tokens": [models.token_words(job.view.tokenizer, ids) for ids in pairs.text]}

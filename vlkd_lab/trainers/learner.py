@@ -103,6 +103,7 @@ class Learner(Hooks):
     "A student of two towers that learns from pairs"
 
     takes_texts = True
+    head_maps = staticmethod(head_maps)  # network, images, texts -> where its heads look
 
     def __init__(self, model: nn.Module):  # an open_clip model, changed by training
         super().__init__()
@@ -137,7 +138,7 @@ class Learner(Hooks):
     def heads(self, image: Tensor, text: Tensor | None) -> dict[str, Tensor]:
         "Where each attention head looks, as if training ended now; towers of another kind are left out"
         with self.final() as model:
-            return head_maps(model, image, text)
+            return self.head_maps(model, image, text)
 
     def shares(self, loop: Loop, student: Features, teacher: Features | Ensemble) -> dict[str, float]:
         "How much each term pulls at the student; the shares add up to 1"
@@ -241,8 +242,7 @@ class Loop:
         if self.options.ema and not self.learner.swaps_weights:
             self.average = Average(self.shards or self.learner.model, self.options.ema)
         self.controls = self.options.controls()  # of the method, as they stand
-        # the last request for a checkpoint that was met
-        self.answered = self.run.status().get("checkpoint", 0)
+        self.answered = self.run.status().get("checkpoint", 0)  # the last request for one that was met
         self.snapshots = Snapshots(self.run)
         self.refused: str | None = None  # why the last control would not do
 

@@ -532,7 +532,7 @@ def _show_shares(loop: Loop, student: Features, teacher: Features) -> None:
     labels = {"stage": loop.phase.stage, "step": loop.global_step}
     _record(loop, {"event": "gradient_share", **labels, "shares": shares})
 
-
+# %% ../../nbs/library/083_trainers_loop.ipynb #4rr4ys01
 def _arrays(loop: Loop) -> dict[str, Tensor]:
     "The probe's cosines under the student as it is, its scale, and what learner and method have to show"
     arrays = {}

@@ -167,6 +167,9 @@ from vlkd_lab.widgets.network import (
     standing_sizes,
     tower_json,
 )
+
+# %% ../../nbs/library/116_widgets.ipynb #f4cep41r
+# isort: split
 from vlkd_lab.widgets.pair import (
     MOST_CHANGES,
     PairView,

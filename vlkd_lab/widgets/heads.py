@@ -86,7 +86,8 @@ def _panel(watched: Watched, tower: str, model: str, shares: np.ndarray, high: f
     grid = [1, len(shares)]
     if tower == "image":
         stage = "" if model == "teacher" else watched.labels.get("stage", "")
-        facts = network_facts_of(watched, stage) or network_facts_of(watched)  # under gates it is the teacher's
+        # under gates there is no student yet, and it has the teacher's grid
+        facts = network_facts_of(watched, stage) or network_facts_of(watched)
         sides = facts.get("towers", {}).get("image", {}).get("grid")
         side = math.isqrt(len(shares))
         grid = sides if sides and sides[0] * sides[1] == len(shares) else [side, len(shares) // side]

@@ -30,7 +30,7 @@ __all__ = ['Places', 'head_places', 'DrawnTower', 'beside', 'drawn_towers', 'net
            'network_costs', 'network_numbers', 'tower_json', 'standing_bytes', 'standing_sizes', 'network_picture']
 
 # %% ../../nbs/library/widgets_network.ipynb #n3tdr006
-Places = dict[str, list[tuple[int, tuple[int, ...]]]]  # tower -> of each layer: the teacher's layer, its heads
+Places = dict[str, list[tuple[int, tuple[int, ...]]]]  # tower -> of each layer the teacher's, and its heads
 
 
 def head_places(watched: Watched, stage: str, is_gated: bool) -> Places:  # empty: nothing was inherited
