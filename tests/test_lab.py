@@ -13,11 +13,14 @@ from pathlib import Path
 import forked
 import nbformat
 import pytest
+import torch
 from conftest import IPYKERNEL6
-from figures import write_gates, write_probe, write_run
+from figures import gate_values, write_gates, write_probe, write_run
+from PIL import Image
 
+from vlkd_lab.data import thumbnail
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
-from vlkd_lab.runs import Run
+from vlkd_lab.runs import Run, Snapshots, read_snapshot, write_snapshot
 from vlkd_lab.trainers import train
 from vlkd_lab.widgets import STATIC
 
@@ -297,6 +300,86 @@ def test_curves_outlive_a_reload_and_take_the_colours_of_the_page(page, project)
     assert abs(dark["drawn"] / after["drawn"] - 1) < 0.2
     look.evaluate(switch, "JupyterLab Light")
     until(lambda: (now := plot.evaluate(LOOK_AT_PLOT))["paper"] > 0.9 and now["contrast"] >= 4.5)
+    assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+
+
+def gated_run(folder):
+    "A run in its gate phase, with hostile captions, pictures, and where the heads of both models look; what takes a snapshot of it"
+    student = write_probe(run := write_run(folder))
+    heads = {"image": torch.rand(12, 3, 4, 4), "text": torch.rand(12, 2, 2, 16)}
+    maps = {f"heads_{tower}": (shares / shares.sum(-1, keepdim=True)).half() for tower, shares in heads.items()}
+    taught = {name: torch.tensor(array) for name, array in read_snapshot(folder / "probe.safetensors")[0].items()}
+    write_snapshot(folder / "probe.safetensors", taught | {f"teacher_{name}": map_ for name, map_ in maps.items()}, {})
+    picture = thumbnail(Image.new("RGB", (32, 32), "crimson"))
+    captions = [f"{k} {HOSTILE}" for k in range(12)]
+    (folder / "probe.json").write_text(json.dumps({"captions": captions, "pictures": [picture] * 12, "tokens": [["<start>", HOSTILE]] * 12}))
+    maps["heads_rows"] = torch.arange(12)
+
+    def snapshot(openness, step, cosine=None):
+        changed = student if cosine is None else student | {"student": cosine}
+        arrays = gate_values(openness) | changed | {f"student_{name}": map_ for name, map_ in maps.items()}
+        Snapshots(run).take(lambda: arrays, stage="stage-1", phase="gates", step=step)
+
+    snapshot(5.0, 30)
+    return run, snapshot
+
+
+SHRUNK = """network => ({
+    frame: +network.dataset.frame, heads: network.querySelectorAll('.vlkd-head .vlkd-kept').length,
+    room: [...network.querySelectorAll('.vlkd-kept')].reduce((sum, bar) => sum + bar.getAttribute('width') * bar.getAttribute('height'), 0),
+    numbers: [...network.querySelectorAll('.vlkd-numbers td:nth-child(2)')].map(cell => parseFloat(cell.textContent))})"""
+
+
+def test_the_network_shrinks_and_heads_and_cells_open(page, project):
+    "Gates that close shrink what is drawn; a head shows two maps, a cell its pair, which follows the training; all stays after a reload"
+    folder, _ = project
+    run, snapshot = gated_run(folder / "run")
+    jupyter_page.write_notebook(folder / "look.ipynb", ["from vlkd_lab.widgets import attach", f"attach({str(run.folder)!r})"], "warm")
+    page.open(f"{folder.name}/look.ipynb")
+    assert page.run_cell(0) and page.run_cell(1)
+    look = page.browser_page
+    network, pair = (page.output(1).locator(f".vlkd-{name}") for name in ("network", "pair"))
+
+    def drawn():
+        return network.evaluate(SHRUNK) if network.count() else {"room": 0}
+
+    before = until(lambda: (now := drawn())["room"] and now)
+    assert before["heads"] == 3 * 4 + 2 * 2 and before["numbers"][0] > 0
+    snapshot(-3.0, 60)
+    until(lambda: (now := drawn())["room"] < 0.7 * before["room"] and now["numbers"][0] < before["numbers"][0])
+
+    head = network.locator(".vlkd-head").nth(1)
+    network.locator('.vlkd-head[tabindex="0"]').first.focus()
+    look.keyboard.press("ArrowRight")
+    look.keyboard.press("Enter")
+    until(lambda: network.locator(".vlkd-heats canvas").count() == 2)
+    assert head.get_attribute("aria-label").startswith("image tower, layer 0, head 1: keep probability 0.")
+    assert head.get_attribute("aria-pressed") == "true" and "overlap of teacher and student 1.00" in network.inner_text()
+    canvas = page.output(1).locator(".vlkd-matrix canvas").first
+    canvas.focus()
+    for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):
+        look.keyboard.press(key)
+    until(lambda: pair.locator("tbody tr").count() == 2)
+    assert f"2 {HOSTILE[:30]}" in pair.inner_text() and pair.locator("img").count() >= 2
+    snapshot(-3.0, 61, cosine=torch.full((12, 12), 0.123))
+    until(lambda: pair.locator("tbody tr").nth(1).locator("td").first.inner_text() == "0.123")
+
+    page.save()
+    page.reload()
+    until(lambda: network.locator(".vlkd-heats canvas").count() == 2 and pair.locator("tbody tr").count() == 2)
+    assert pair.locator("tbody tr").nth(1).locator("td").first.inner_text() == "0.123" and head.get_attribute("aria-pressed") == "true"
+    network.locator('.vlkd-pairs button[data-name="pair-3"]').click()
+    until(lambda: network.locator('.vlkd-pairs button[aria-pressed="true"]').get_attribute("data-name") == "pair-3")
+    network.locator('.vlkd-head[aria-label^="text tower"]').first.click()
+    until(lambda: network.locator(".vlkd-tokens").count() == 2)
+    assert HOSTILE.split(" ")[0] in network.locator(".vlkd-tokens").first.inner_text()
+    look.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+    for width in (600, 900):
+        look.set_viewport_size({"width": width, "height": 900})
+        until(lambda: all(part.evaluate("e => e.scrollWidth <= e.clientWidth + 1") for part in (network, pair)), 10)
+    look.set_viewport_size({"width": 1280, "height": 900})
+    look.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
+    assert look.evaluate("window.hacked") is None
     assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
 
 

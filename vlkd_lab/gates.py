@@ -25,7 +25,8 @@ __all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 
            'closed_below', 'open_probability', 'sample_gates', 'keep_top', 'final_gates', 'Place', 'locate',
            'TowerGates', 'gate_state', 'gated', 'TowerCost', 'budget', 'sparsity', 'target_at', 'sparsity_penalty',
            'GateParameters', 'Gates', 'gate_plot', 'gate_arrays', 'gates_from_arrays', 'gate_rows', 'reduced',
-           'kept_shapes', 'open_counts', 'keep_counts', 'close_budget', 'cuts_at', 'uniform_shapes', 'uniform_gates']
+           'kept_shapes', 'open_counts', 'keep_counts', 'standing_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
+           'uniform_gates']
 
 # %% ../nbs/library/052_gates.ipynb #4f52b539
 STRETCH = (-0.1, 1.1)  # the interval that the relaxed gate is stretched to before it is clipped to [0, 1]
@@ -618,18 +619,42 @@ def keep_counts(gates: Gates, counts: Counts) -> GateValues:
     return _gate_values(kept)
 
 
+def _left(shape: TowerShape, counts: Mapping[str, Sequence[int]]) -> TowerShape:
+    "Sizes of a tower of which so many gates of each kind and group stay open"
+    sizes = {}
+    for kind, block in (("heads", "attention_block"), ("neurons", "mlp_block")):
+        layers = counts.get(kind, getattr(shape, kind))
+        blocks = counts.get(block, [1] * shape.layers)
+        sizes[kind] = tuple(n if is_open else 0 for n, is_open in zip(layers, blocks, strict=True))
+    return replace(shape, width=counts.get("hidden", [shape.width])[0], **sizes)
+
+
 def _count_sparsity(gates: Gates, counts: Counts) -> float:
     "Sparsity with these numbers open; 1 if nothing is left of a tower"
-    shapes = {}
-    for tower, shape in gates.shapes.items():
-        kinds = counts[tower]
-        sizes = {}
-        for kind, block in (("heads", "attention_block"), ("neurons", "mlp_block")):
-            layers = kinds.get(kind, getattr(shape, kind))
-            blocks = kinds.get(block, [1] * shape.layers)
-            sizes[kind] = tuple(n if is_open else 0 for n, is_open in zip(layers, blocks, strict=True))
-        shapes[tower] = replace(shape, width=kinds.get("hidden", [shape.width])[0], **sizes)
+    shapes = {tower: _left(shape, counts[tower]) for tower, shape in gates.shapes.items()}
     return sparsity(shapes, gates.costs)
+
+# %% ../nbs/library/052_gates.ipynb #st4nd002
+@torch.no_grad()
+def standing_shapes(
+    arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
+    shapes: Mapping[str, TowerShape],  # of the gated network
+) -> dict[str, TowerShape]:  # as TinyCLIP's cut leaves them, before its budget is closed; a width may be 0
+    "Sizes of what would be left if the gates of a snapshot were cut as they stand"
+    recorded = {name.rpartition("/")[2] for name in arrays if name.startswith("gates/")}
+    kinds = [kind for kind in GATE_KINDS if kind in recorded]
+    _check_arrays(arrays, shapes, kinds)
+    standing = {}
+    for tower, shape in shapes.items():
+        counts = {}
+        for kind in kinds:
+            log_alpha = torch.tensor(arrays[_array_name(tower, kind)])
+            sizes = _group_sizes(shape, kind)
+            alike = len(set(sizes)) == 1  # as in a network that nobody has cut yet: counted at once
+            groups = [log_alpha.view(len(sizes), -1)] if alike else log_alpha.split(sizes)
+            counts[kind] = [int(count) for group in groups for count in _open_counts(group).view(-1)]
+        standing[tower] = _left(shape, counts)
+    return standing
 
 # %% ../nbs/library/052_gates.ipynb #c60c43a1
 def close_budget(

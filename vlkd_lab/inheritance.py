@@ -20,7 +20,8 @@ from .shapes import BLOCKS
 from .shown import with_words
 
 # %% auto #0
-__all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'plan_gates', 'plan_uniform']
+__all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'kept_heads', 'plan_gates',
+           'plan_uniform']
 
 # %% ../nbs/library/053_inheritance.ipynb #2e3dc80d
 def _check_depth(teacher_layers: int, student_layers: int) -> None:
@@ -462,6 +463,19 @@ def _plot(plan: Plan):  # a matplotlib figure
         axis.set_yticks(range(0, stack.of, max(1, stack.of // 6)))
         axis.xaxis.get_major_locator().set_params(integer=True)
     return with_words(figure, "What is kept of every block of the teacher:\n" + str(plan))
+
+# %% ../nbs/library/053_inheritance.ipynb #k3pth002
+def kept_heads(
+    plan: Plan,
+) -> dict[str, list[tuple[int, tuple[int, ...]]]]:  # tower -> of each layer: the teacher's layer, its heads
+    "Which head of which layer of the teacher each head of a student was; towers without heads are left out"
+    places = {}
+    for stack in plan.stacks:
+        panels = _panels(plan, stack)
+        if "heads" in panels:
+            layers = [(source, tuple(mask.nonzero().flatten().tolist())) for source, mask in panels["heads"]]
+            places[stack.tower] = layers
+    return places
 
 # %% ../nbs/library/053_inheritance.ipynb #63014a56
 def _gate_masks(shapes: Mapping[str, TowerShape], values: GateValues) -> dict[tuple, Kept]:

@@ -5,7 +5,10 @@
 # %% ../../nbs/library/068_fusion_kind.ipynb #5a1f1004
 from __future__ import annotations
 
-from ..models import ModelKind
+from dataclasses import asdict
+from typing import Any
+
+from ..models import ModelKind, TowerShape
 from .checkpoints import load_blip
 from .cost import blip_cost
 from .model import Blip
@@ -27,6 +30,22 @@ def _parameters(blip: Blip) -> dict[str, int]:  # by module
     return blip_cost(blip).parameters
 
 
+def _towers(blip: Blip) -> dict[str, dict[str, Any]]:  # "image", "text", "decoder"
+    "Sizes of the layers of those modules that it has; the decoder shares most weights with the text encoder"
+    shape = blip.shape
+    side = shape.image_size // shape.patch_size
+    towers = {"image": _layers(shape.image_layers, shape.image_width, shape.image_heads, shape.image_neurons)}
+    towers["image"]["grid"] = [side, side]
+    for tower, layers in (("text", shape.text_layers), ("decoder", shape.decoder_layers)):
+        if hasattr(blip.model, "text_encoder" if tower == "text" else "text_decoder"):
+            towers[tower] = _layers(layers, shape.text_width, shape.text_heads, shape.text_neurons)
+    return towers
+
+
+def _layers(layers: int, width: int, heads: int, neurons: int) -> dict[str, Any]:
+    return asdict(TowerShape(width, width // heads, (heads,) * layers, (neurons,) * layers))
+
+
 BLIP = ModelKind(
     name="BLIP",
     type=Blip,
@@ -34,6 +53,7 @@ BLIP = ModelKind(
     load=load_blip,
     cost=_cost,
     parameters=_parameters,
+    towers=_towers,
     taken_by="train_dlip takes BLIPs",
     packing=BLIP_PACKING,
 )

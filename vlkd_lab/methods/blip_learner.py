@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import trainers
+from .. import fusion, trainers
 from ..blip_losses import Queue
 from ..features import Batch, Features, FusedFeatures, MomentumOutputs, gather
 from ..fusion import TASKS, Blip, FusedBatch, forward_batch, fused_batch
@@ -24,7 +24,7 @@ from ..models import own_arithmetic
 from ..trainers import FitParameters, Learner, Loop, at_least, parameter, seed_of, within
 
 # %% auto #0
-__all__ = ['BlipParameters', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch']
+__all__ = ['BlipParameters', 'blip_heads', 'BlipLearner', 'lock_modules', 'needed_tasks', 'split_batch']
 
 # %% ../../nbs/library/123_methods_blip_learner.ipynb #6f9f2e0b
 @dataclass(frozen=True)
@@ -56,11 +56,27 @@ class BlipParameters(FitParameters):
             )
         return names
 
+# %% ../../nbs/library/123_methods_blip_learner.ipynb #bl1phd02
+def blip_heads(
+    network: nn.Module,  # a BlipNetwork in evaluation mode
+    image: Tensor,  # (B, 3, H, W)
+    text: Tensor | None,  # (B, L) as the tokenizer gives them; None: not asked
+) -> dict[str, Tensor]:  # "image" -> (B, layers, heads, patches), "text" -> (B, layers, heads, L) float16
+    "The same as `models.head_maps`, of a BLIP"
+    attention = network.run_image(image, maps=True).attention
+    maps = {"image": torch.stack([layer[:, :, 0, 1:] for layer in attention], dim=1).half()}
+    if text is not None and hasattr(network, "text_encoder"):
+        tokens, mask = fusion.trimmed(text, network.text_encoder.config.pad_token_id)
+        attention = network.run_text(tokens, mask, maps=True).attention
+        maps["text"] = torch.stack([layer[:, :, 0] for layer in attention], dim=1).half()
+    return maps
+
 # %% ../../nbs/library/123_methods_blip_learner.ipynb #871b2ec1
 class BlipLearner(Learner):
     "A BLIP that learns, with its momentum encoder and the queue"
 
     fused = True
+    head_maps = staticmethod(blip_heads)
 
     def __init__(
         self,

@@ -37,6 +37,7 @@ from ..shown import with_words
 from ..sources import TEXT_FIELDS
 from ..trainers import Job, Loop, Phase, at_least, finish_fit, parameter
 from ..widgets.attention import CrossMaps
+from ..widgets.heads import NetworkDrawing
 from . import Method, register
 from .blip_learner import BlipLearner, BlipParameters
 
@@ -370,7 +371,7 @@ register(
         parameters=BlipTraining,
         open=open_blip_training,
         losses=BLIP_LOSSES,
-        views=(CrossMaps,),
+        views=(CrossMaps, NetworkDrawing),
         models=(fusion.BLIP,),
         page="train_blip.ipynb",
     )

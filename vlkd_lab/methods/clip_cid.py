@@ -44,6 +44,7 @@ from ..models import VLM, check_student, evaluating
 from ..project import write_text
 from ..stores import FeatureStore, Stored, StoredKeys, load, store_key
 from ..widgets.clusters import StudentMap
+from ..widgets.heads import NetworkDrawing
 from . import Method, register
 
 # %% auto #0
@@ -449,6 +450,6 @@ register(
         citation="CLIP-CID (Yang et al., 2024): balanced data, image features and clusters of the teacher",
         parameters=ClipCid,
         open=open_clip_cid,
-        views=(StudentMap,),
+        views=(StudentMap, NetworkDrawing),
     )
 )

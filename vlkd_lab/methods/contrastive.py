@@ -14,6 +14,7 @@ from .. import data, models, trainers
 from ..losses import Objective
 from ..models import VLM, new_model, state_digest
 from ..trainers import FitParameters, Phase, TeacherJob, at_least, finish_fit, parameter
+from ..widgets.heads import NetworkDrawing
 from . import Method, register
 
 # %% auto #0
@@ -107,5 +108,6 @@ register(
         citation="contrastive training from nothing",
         parameters=Contrastive,
         open=open_contrastive,
+        views=(NetworkDrawing,),
     )
 )

@@ -55,6 +55,7 @@ from ..gates import budget
 from ..losses import LOSSES, Objective, Projection, score_terms
 from ..project import write_text
 from ..stores import FeatureStore, StoredTeacher, load, store_key
+from ..widgets.heads import NetworkDrawing
 from ..widgets.sentences import SentenceTable
 from . import Method, register
 
@@ -800,6 +801,6 @@ register(
         citation="DIME-FM (Sun et al., 2023): unpaired images and sentences, scored by the teacher",
         parameters=DimeFm,
         open=open_dime_fm,
-        views=(SentenceTable,),
+        views=(SentenceTable, NetworkDrawing),
     )
 )

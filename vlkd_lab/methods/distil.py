@@ -16,6 +16,7 @@ from ..gates import budget
 from ..losses import LOSSES, Objective
 from ..models import VLM, check_student, new_model
 from ..trainers import Distillation, Phase, StudentJob, finish_fit, one_of, parameter, within
+from ..widgets.heads import NetworkDrawing
 from . import Method, register
 
 # %% auto #0
@@ -179,5 +180,6 @@ register(
         citation="distillation by named losses; the default is the recipe of CLIP-KD (Yang et al., 2024)",
         parameters=Distil,
         open=open_distil,
+        views=(NetworkDrawing,),
     )
 )

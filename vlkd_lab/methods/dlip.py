@@ -37,9 +37,10 @@ from .. import data, fusion, trainers
 from ..blip_terms import BLIP_LOSSES, GROUPS, blip_terms, spread
 from ..fusion import Blip, BlipShape, new_blip, shrunk, student_shape
 from ..losses import Objective
-from ..models import state_digest
+from ..models import HEAD_PAIRS, state_digest
 from ..project import former_names, write_text
 from ..widgets.attention import CrossMaps
+from ..widgets.heads import NetworkDrawing
 from . import Method, blip_learner, blip_training, register
 from .blip_learner import BlipParameters
 
@@ -185,7 +186,10 @@ class DlipJob(BlipJob, StudentJob):
         for row, counts in zip(tokens, mask, strict=True):
             ids = row[counts].tolist()[1:]
             words.append(["start", *tokenizer.tokenizer.convert_ids_to_tokens(ids)])
-        return {f"teacher_{name}": map_.cpu() for name, map_ in maps.items()}, {"words": words}
+        heads = blip_learner.blip_heads(self.teacher.model, pairs.image[:HEAD_PAIRS], pairs.text[:HEAD_PAIRS])
+        maps |= {f"heads_{tower}": shares for tower, shares in heads.items()}
+        arrays = {f"teacher_{name}": map_.cpu() for name, map_ in maps.items()}
+        return arrays, {"words": words, "tokens": words}
 
     @property
     def teacher_view(self) -> data.View | None:
@@ -333,7 +337,7 @@ register(
         parameters=Dlip,
         open=open_dlip,
         losses=BLIP_LOSSES,
-        views=(CrossMaps,),
+        views=(CrossMaps, NetworkDrawing),
         models=(fusion.BLIP,),
         page="train_dlip.ipynb",
     )

@@ -38,6 +38,7 @@ from ..models import VLM, TowerShape, load_model, new_model, save_model, tower_s
 from ..project import former_names, write_text
 from ..runs import Run, read_json
 from ..widgets.gates import GateMatrices
+from ..widgets.heads import NetworkDrawing
 from . import Method, register
 
 # %% auto #0
@@ -557,7 +558,7 @@ register(
         citation="TinyCLIP (Wu et al., 2023): weights inherited from the teacher, then affinity mimicking",
         parameters=TinyCLIP,
         open=open_tinyclip,
-        views=(GateMatrices,),
+        views=(NetworkDrawing, GateMatrices),
         unfinished=student_under_gates,
     )
 )

@@ -21,6 +21,7 @@ from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_s
 from .configs import TINYCLIP_CONFIGS, copied_config, model_config, two_towers
 from .cost import Cost, Latency, count_cost, count_macs, latencies, measure_latency, shape_cost
 from .image_towers import image_tower
+from .inside import HEAD_PAIRS, head_maps, token_words, towers_inside
 from .kinds import ModelKind, Packing
 from .pictures import preprocessing
 from .students import at_size, check_student, new_model, send_pair

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,6 +44,8 @@ class ModelKind:
     load: Callable[[str | Path, str | torch.device | None], VLM]  # in evaluation mode
     cost: Callable[[VLM], Mapping[str, int]]  # "parameters", and multiply-accumulates by name
     parameters: Callable[[VLM], Mapping[str, int]]  # by module, each counted once
+    # sizes of its towers' layers, as `towers_inside` gives those of two towers; None: they are not drawn
+    towers: Callable[[VLM], Mapping[str, Mapping[str, Any]]] | None = None
     taken_by: str = ""  # where one can be used, for a refusal
     packing: Packing | None = None  # None: it cannot be exported
 

@@ -48,6 +48,7 @@ from vlkd_lab.trainers.jobs import (
     load_validation,
     make_accelerator,
     may_print,
+    network_facts,
     of_part,
     once,
     open_run,
@@ -63,6 +64,7 @@ from vlkd_lab.trainers.jobs import (
     validation_features,
     validation_scores,
     who_answers,
+    write_network,
     write_probe,
 )
 

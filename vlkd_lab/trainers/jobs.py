@@ -36,11 +36,11 @@ from vlkd_lab.trainers.options import (
     read_numbers,
 )
 
-from .. import __version__, data, runs
+from .. import __version__, data, models, runs
 from ..features import Batch, Features, Texts, flat_captions, recall
 from ..gates import TowerCost
 from ..losses import Objective
-from ..methods import name_of
+from ..methods import kind_of, name_of
 from ..models import VLM, TowerShape, evaluating, model_config, state_digest
 from ..project import write_text
 from ..remote import use_cache
@@ -60,7 +60,8 @@ __all__ = ['LONGEST_WAIT', 'FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_
            'continuing', 'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store',
            'open_stream', 'Reading', 'teacher_source', 'who_answers', 'teacher_views', 'inspect_rows', 'Showing',
            'trained_on', 'rows_in_words', 'encode_captions', 'validation_features', 'validation_scores', 'of_part',
-           'Job', 'open_run', 'finish_fit', 'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
+           'Job', 'open_run', 'network_facts', 'write_network', 'finish_fit', 'train_baseline', 'TeacherJob',
+           'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/085_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -725,6 +726,22 @@ def _versions() -> dict[str, str]:
     ours = {"python": platform.python_version(), "vlkd_lab": __version__}
     return ours | {name: version(name) for name in names}
 
+# %% ../../nbs/library/085_trainers_jobs.ipynb #n3tw0rk1
+def network_facts(vlm: VLM) -> dict[str, Any]:  # "cost": as tables count it; "towers": as `towers_inside` has them
+    "What views are to know of a network: parameters, multiply-accumulates of a pair, sizes of the layers"
+    kind = kind_of(vlm)
+    if kind is None:
+        return {"cost": asdict(models.count_cost(vlm)), "towers": models.towers_inside(vlm)}
+    return {"cost": dict(kind.cost(vlm)), "towers": dict(kind.towers(vlm)) if kind.towers else {}}
+
+
+def write_network(run: Run, vlm: VLM, folder: Path) -> None:
+    "FOLDER/network.json for the views, once; a network that cannot be counted ends no job"
+    path = folder / "network.json"
+    if not path.exists():
+        with runs.for_viewers(run, f"what is inside {path.parent.name} could not be counted"):
+            write_text(path, json.dumps(network_facts(vlm)))
+
 # %% ../../nbs/library/085_trainers_jobs.ipynb #2c2b86e9
 def finish_fit(
     job: Job,
@@ -738,8 +755,10 @@ def finish_fit(
     "Fit, save the student and mark the stage as done; its last checkpoint stays, for more steps"
     model = student.model.to(job.accelerator.device).train()
     folder = job.run.folder / phase.stage
-    if job.accelerator.is_main_process and not (folder / "init").exists():
-        student.save(folder / "init")
+    if job.accelerator.is_main_process:
+        if not (folder / "init").exists():
+            student.save(folder / "init")
+        write_network(job.run, student, folder)
     fit(
         job.run,
         phase,
@@ -835,9 +854,13 @@ def _announce(job: Job) -> None:
     request = job.run.requested()
     if request.get("stop") or request.get("pause"):
         job.run.control(stop=False, pause=False)
+    if request.get("attention", -1) >= 0:
+        job.run.control(attention=-1)
     job.run.set_status(plan=job.plan, freed_bytes=None)
     for warning in filter(None, (job.truncation, trained_on(job.run))):
         job.run.warn(str(warning))
+    if job.teaches:
+        write_network(job.run, job.teacher, job.run.folder)
     with runs.for_viewers(job.run, "the pairs that the views draw could not be prepared"):
         write_probe(job)
 
@@ -856,6 +879,11 @@ def write_probe(job: Job) -> None:
         scale = features.scale if fixed is None else fixed
         arrays["teacher"] = (features.image @ features.text.T).float().cpu()
         arrays["teacher_scale"] = scale.float().cpu().reshape(1)
+    if not job.teacher.fused:
+        with runs.for_viewers(job.run, "where the teacher's heads look could not be computed"):
+            maps, tokens = _looked_into(job)
+            arrays |= maps
+            further |= tokens
     if arrays:
         runs.write_snapshot(job.run.folder / "probe.safetensors", arrays, {})
     pictures = [data.thumbnail(pairs.pil(row)) for row in range(len(pairs))]
@@ -869,3 +897,16 @@ def write_probe(job: Job) -> None:
     if job.probe_sentences is not None:
         probe["sentences"] = job.probe_sentences
     write_text(job.run.folder / "probe.json", json.dumps(probe))
+
+# %% ../../nbs/library/085_trainers_jobs.ipynb #n3tw0rk2
+def _looked_into(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:  # arrays, entries of probe.json
+    "Where the heads of the job's first teacher look in the first pairs, and the tokens of their captions"
+    pairs = job.probe.for_teacher().first(models.HEAD_PAIRS)
+    is_paired = job.probe_sentences is None
+    arrays = {}
+    if job.teaches:
+        maps = models.head_maps(job.teacher.model, pairs.image, pairs.text if is_paired else None)
+        arrays = {f"teacher_heads_{tower}": shares.cpu() for tower, shares in maps.items()}
+    if not is_paired:
+        return arrays, {}
+    return arrays, {"tokens": [models.token_words(job.view.tokenizer, ids) for ids in pairs.text]}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..features import Batch, Ensemble, Features, Texts, gather
 from ..losses import Objective, gradient_share, objective_parameters, products_in
-from ..models import VLM, encode_texts, evaluating
+from ..models import VLM, encode_texts, evaluating, head_maps
 from ..runs import Run, Snapshots
 from ..stores import StoredTeacher
 from .average import Average
@@ -85,6 +85,10 @@ class Hooks(nn.Module):
         "Further arrays for the views"
         return {}
 
+    def heads(self, image: Tensor, text: Tensor | None) -> dict[str, Tensor]:
+        "Where each attention head looks in some pairs, for the views"
+        return {}
+
     def follow(self, controls: Mapping[str, float]) -> None:
         "Take over what somebody has changed of the options' `controls`"
 
@@ -99,6 +103,7 @@ class Learner(Hooks):
     "A student of two towers that learns from pairs"
 
     takes_texts = True
+    head_maps = staticmethod(head_maps)  # network, images, texts -> where its heads look
 
     def __init__(self, model: nn.Module):  # an open_clip model, changed by training
         super().__init__()
@@ -129,6 +134,11 @@ class Learner(Hooks):
     ) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
         "Gradients of the objective on a batch; the terms by name, and the features they were computed from"
         return learn_from_pairs(loop, batch)
+
+    def heads(self, image: Tensor, text: Tensor | None) -> dict[str, Tensor]:
+        "Where each attention head looks, as if training ended now; towers of another kind are left out"
+        with self.final() as model:
+            return self.head_maps(model, image, text)
 
     def shares(self, loop: Loop, student: Features, teacher: Features | Ensemble) -> dict[str, float]:
         "How much each term pulls at the student; the shares add up to 1"
@@ -214,6 +224,7 @@ class Loop:
     late: list[LateLine] = field(default_factory=list)  # lines that are still to be written
     newest: Mapping[str, Any] = field(default_factory=dict)  # the newest step's line that was written
     request: Mapping[str, Any] | None = None  # of control.json, as all processes last heard it
+    looked_at: int = -1  # the probe's pair of which somebody wants to see where the heads look; -1: none
     is_called: bool = True  # whether all of several processes are to hear it anew, before the next step
     hears: bool = False  # what the newest numbers said of that
 
@@ -231,8 +242,7 @@ class Loop:
         if self.options.ema and not self.learner.swaps_weights:
             self.average = Average(self.shards or self.learner.model, self.options.ema)
         self.controls = self.options.controls()  # of the method, as they stand
-        # the last request for a checkpoint that was met
-        self.answered = self.run.status().get("checkpoint", 0)
+        self.answered = self.run.status().get("checkpoint", 0)  # the last request for one that was met
         self.snapshots = Snapshots(self.run)
         self.refused: str | None = None  # why the last control would not do
 

@@ -31,7 +31,7 @@ from vlkd_lab.trainers.running import (
 from .. import data, runs
 from ..features import Batch, Ensemble, Features
 from ..losses import Objective
-from ..models import VLM
+from ..models import HEAD_PAIRS, VLM
 from ..runs import IN_MID_RUN, Run, RunStopped, keep_checkpoint, load_checkpoint, save_checkpoint, to_json
 from ..shown import in_notebook, progress_bar
 from ..stores import StoredTeacher
@@ -232,6 +232,7 @@ def _obey(loop: Loop) -> None:
     loop.request = request
     loop.is_called = loop.hears = False
     loop.shares = bool(request.get("gradient_share"))
+    loop.looked_at = request.get("attention", -1)
     try:
         changes = change(loop, request)
     except ValueError as error:
@@ -513,7 +514,7 @@ def _show_shares(loop: Loop, student: Features, teacher: Features) -> None:
     labels = {"stage": loop.phase.stage, "step": loop.global_step}
     _record(loop, {"event": "gradient_share", **labels, "shares": shares})
 
-
+# %% ../../nbs/library/083_trainers_loop.ipynb #4rr4ys01
 def _arrays(loop: Loop) -> dict[str, Tensor]:
     "The probe's cosines under the student as it is, its scale, and what learner and method have to show"
     arrays = {}
@@ -524,9 +525,27 @@ def _arrays(loop: Loop) -> dict[str, Tensor]:
         arrays["student"] = (student.image @ student.text.T).half()
         arrays["student_scale"] = student.scale.reshape(1)
     arrays.update(loop.learner.snapshot())
+    with runs.for_viewers(loop.run, "where the heads look could not be computed"):
+        arrays.update(_head_arrays(loop))
     if loop.look:
         arrays.update(loop.look(loop))
     return arrays
+
+# %% ../../nbs/library/083_trainers_loop.ipynb #h34ds002
+def _head_arrays(loop: Loop) -> dict[str, Tensor]:
+    "Where the heads look in the pair that somebody has chosen; at a phase's end in the first pairs"
+    count = 0 if loop.probe is None else len(loop.probe)
+    rows = range(HEAD_PAIRS) if loop.step == loop.phase.steps else [loop.looked_at]
+    rows = [row for row in rows if 0 <= row < count]
+    if not rows:
+        return {}
+    is_paired = loop.paired and len(loop.probe.text) == count and not loop.probe.text_keys
+    text = loop.probe.text[rows] if is_paired else None
+    learner = loop.shards.whole if loop.shards else loop.learner
+    with nullcontext() if loop.shards else averaged(loop):
+        maps = learner.heads(loop.probe.image[rows], text)
+    arrays = {f"student_heads_{tower}": shares for tower, shares in maps.items()}
+    return arrays | {"student_heads_rows": torch.tensor(rows)} if maps else {}
 
 # %% ../../nbs/library/083_trainers_loop.ipynb #dd82a79e
 def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> None:

@@ -13,7 +13,6 @@ from vlkd_lab.widgets.affinities import (
     affinity_views,
     measured,
     probe_affinities,
-    softmax,
     with_difference,
 )
 from vlkd_lab.widgets.attention import (
@@ -144,6 +143,45 @@ from vlkd_lab.widgets.gates import (
     gate_grid,
     gate_matrices,
     gate_views,
+)
+from vlkd_lab.widgets.heads import (
+    LiveNetwork,
+    NetworkDrawing,
+    NetworkView,
+    head_overlap,
+    head_shares,
+)
+from vlkd_lab.widgets.network import (
+    DrawnTower,
+    Places,
+    Standing,
+    beside,
+    drawn_towers,
+    head_places,
+    network_costs,
+    network_facts_of,
+    network_numbers,
+    network_picture,
+    standing,
+    standing_bytes,
+    standing_sizes,
+    tower_json,
+)
+
+# %% ../../nbs/library/116_widgets.ipynb #f4cep41r
+# isort: split
+from vlkd_lab.widgets.pair import (
+    MOST_CHANGES,
+    PairView,
+    caption_numbers,
+    cell_scores,
+    changed_confusions,
+    earlier_scores,
+    first_texts,
+    pair_facts,
+    probe_recall,
+    softmax,
+    stage_changes,
 )
 from vlkd_lab.widgets.parts import (
     LiveFigure,

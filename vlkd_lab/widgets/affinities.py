@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ipywidgets
@@ -15,21 +15,15 @@ import numpy as np
 from ..data import visible
 from .canvas import MatrixView
 from .drawing import DIVERGING, SEQUENTIAL, Matrices, heatmaps_json, symmetric_limit
+from .pair import PairView, softmax
 from .parts import LivePart, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MEASURES', 'softmax', 'measured', 'with_difference', 'probe_affinities', 'affinity_views', 'ProbeMatrices',
-           'LiveAffinities']
+__all__ = ['MEASURES', 'measured', 'with_difference', 'probe_affinities', 'affinity_views', 'ProbeMatrices', 'LiveAffinities']
 
 # %% ../../nbs/library/107_widgets_affinities.ipynb #55065ff9
 MEASURES = {"cosine": "cosine", "image_to_text": "P(text | image)", "text_to_image": "P(image | text)"}
-
-
-def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
-    "Probabilities along an axis"
-    powers = np.exp(logits - logits.max(axis=axis, keepdims=True))
-    return powers / powers.sum(axis=axis, keepdims=True)
 
 
 def measured(cosine: np.ndarray, scale: float, measure: str) -> np.ndarray:
@@ -89,19 +83,28 @@ class ProbeMatrices(RunPart):
 
 # %% ../../nbs/library/107_widgets_affinities.ipynb #725c1e99
 class LiveAffinities(LivePart):
-    "The probe's affinities in a frontend; a click chooses an image for the other parts"
+    "The probe's affinities in a frontend; a click opens the pair behind a cell, and chooses an image"
 
     def __init__(self):
         self.views = affinity_views()
+        self.pair = PairView()
         in_rows = ipywidgets.Layout(flex_flow="row wrap")  # where the page is narrow
-        self.widget = ipywidgets.HBox(list(self.views.values()), layout=in_rows)
-        self._choice = None
+        canvases = ipywidgets.HBox(list(self.views.values()), layout=in_rows)
+        self.widget = ipywidgets.VBox([canvases, self.pair])
+        self._watched: Watched | None = None
+        for view in (*self.views.values(), self.pair):
+            view.on_choice.append(self.choose)
+
+    def choose(self, cell: Sequence[int]) -> None:
+        "Open the pair behind a cell, and take its image for the other parts"
+        self.pair.cell = (int(cell[0]), int(cell[1]))
+        for view in self.views.values():
+            view.choose(self.pair.cell)
+        self.pair.show(self._watched)
+        self._watched.choice.choose(self.pair.cell[0])
 
     def update(self, watched: Watched) -> None:
-        if self._choice is None:
-            self._choice = watched.choice
-            for view in self.views.values():
-                view.on_choice.append(lambda cell: self._choice.choose(cell[0]))
+        self._watched = watched
         matrices = probe_affinities(watched, watched.choice.measure)
         if not matrices and (watched.arrays or watched.teacher):  # there is no joint space
             self.widget.children = ()
@@ -110,6 +113,7 @@ class LiveAffinities(LivePart):
         titles = {"student": student, "difference": "student − teacher"}
         for name, (matrix, low, high) in matrices.items():
             self.views[name].show(matrix, low, high, title=titles.get(name, name), **texts)
+        self.pair.show(watched)
 
     def ready(self) -> bool:
         return all(view.ready() for view in self.views.values())
