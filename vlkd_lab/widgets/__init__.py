@@ -43,6 +43,21 @@ from vlkd_lab.widgets.bench import (
     attach,
     bench_parts,
 )
+
+# %% ../../nbs/library/116_widgets.ipynb #wc000001
+# isort: split
+from vlkd_lab.widgets.canvas import (
+    FRAME_SECONDS,
+    SEEN_SECONDS,
+    STATIC,
+    Framed,
+    MatrixView,
+    Pulsed,
+    SharedScripts,
+    matrix_grid,
+    script,
+    shared_scripts,
+)
 from vlkd_lab.widgets.clusters import (
     MOST_CENTRES,
     Plane,
@@ -65,6 +80,7 @@ from vlkd_lab.widgets.controls import (
     run_sliders,
     run_values,
     slider,
+    term_help,
 )
 from vlkd_lab.widgets.curation import (
     CurationView,
@@ -103,12 +119,14 @@ from vlkd_lab.widgets.drawing import (
     GREY,
     INK,
     LINE_COLOURS,
+    LOW_ROWS,
     MID_TONE,
     NEXT_ROW,
     PANEL_GAP,
     PIXELS_PER_INCH,
     ROW_GAP,
     SEQUENTIAL,
+    THIN_ROW,
     WIDTH,
     Matrices,
     StaticFigure,
@@ -137,6 +155,8 @@ from vlkd_lab.widgets.drawing import (
 # %% ../../nbs/library/116_widgets.ipynb #wf000001
 # isort: split
 from vlkd_lab.widgets.gates import (
+    GATE_NAMES,
+    KEEP_PROBABILITY,
     MOST_COLUMNS,
     GateMatrices,
     LiveGates,
@@ -148,6 +168,8 @@ from vlkd_lab.widgets.gates import (
 from vlkd_lab.widgets.parts import (
     LiveFigure,
     LivePart,
+    PartSection,
+    PartTitle,
     RunPart,
     live_figure,
     may_fail,
@@ -180,7 +202,6 @@ from vlkd_lab.widgets.watched import (
 
 from ..data import escaped, visible
 from ..project import former_names
-from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
 from .plots import ABOVE, MOST_POINTS, PlotView, plot_value, plot_words
 from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json
 

@@ -9,11 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import ipywidgets
 import numpy as np
 
 from ..data import visible
-from .canvas import MatrixView
+from .canvas import MatrixView, matrix_grid
 from .drawing import DIVERGING, SEQUENTIAL, Matrices, heatmaps_json, symmetric_limit
 from .parts import LivePart, RunPart
 from .watched import Watched
@@ -76,6 +75,7 @@ def affinity_views() -> dict[str, MatrixView]:
 class ProbeMatrices(RunPart):
     "The probe's affinities under teacher and student, and the difference"
 
+    title = "Affinities"
     reads = frozenset({"snapshot"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:
@@ -93,8 +93,7 @@ class LiveAffinities(LivePart):
 
     def __init__(self):
         self.views = affinity_views()
-        in_rows = ipywidgets.Layout(flex_flow="row wrap")  # where the page is narrow
-        self.widget = ipywidgets.HBox(list(self.views.values()), layout=in_rows)
+        self.widget = matrix_grid(self.views.values())
         self._choice = None
 
     def update(self, watched: Watched) -> None:

@@ -179,6 +179,7 @@ def _summary(watched: Watched, clusters: RunClusters) -> str:
 class StudentMap(RunPart):
     "The student on the map of its teacher's clusters"
 
+    title = "Clusters"
     reads = frozenset({"snapshot"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:
