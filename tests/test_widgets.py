@@ -422,12 +422,18 @@ def test_agreement_purity_and_moved_images_of_a_run_with_clusters(run):
     assert moved["hovertext"][0].endswith("class 0<br>student: cluster 1<br>teacher: cluster 0")
 
 
-def test_many_clusters_share_one_scale_also_in_the_picture(run):
+def test_of_many_clusters_the_chosen_one_is_lit_also_in_the_picture(run):
     write_clusters(run, count=300)
     clusters_snapshot(run, [0, 0, 1, 1, 2, 2], step=1)
     drawn = clusters_json(looked_at(run))
     stayed, moved, centres, *_ = drawn["data"]
-    assert all((line["marker"]["cmin"], line["marker"]["cmax"]) == (0, 299) for line in (stayed, moved))
+    assert set(stayed["marker"]["color"]) == {widgets.GREY}
+    view = RunView(run.folder, live=True)
+    figure = view.widgets.part(StudentMap).widget
+    figure._hear({"chosen": [0, 2]})
+    assert figure.drawn["data"][0]["marker"]["color"][2:4] == [widgets.CATEGORIES[0]] * 2, "its cluster, and no other"
+    assert figure.drawn["data"][0]["marker"]["color"].count(widgets.GREY) == 4
+    view.close()
     assert len(moved["x"]) == 0 and len(centres["x"]) == 200 and centres["hovertext"][0] == "cluster 299: 309 training images"
     assert Image.open(io.BytesIO(picture(drawn))).size == (830, 330)
 

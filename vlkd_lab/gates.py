@@ -466,7 +466,7 @@ def gate_plot(gates: Gates):  # a matplotlib figure
             axis.set_title(f"{tower} {kind}", fontsize=9)
             axis.set_yticks([])
             axis.xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axes, label="open probability")
+    figure.colorbar(image, ax=axes, label="keep probability")
     plt.close(figure)
     return figure
 

@@ -60,9 +60,11 @@ from vlkd_lab.widgets.canvas import (
 )
 from vlkd_lab.widgets.clusters import (
     MOST_CENTRES,
+    LiveMap,
     Plane,
     RunClusters,
     StudentMap,
+    centre_colours,
     cluster_purity,
     clusters_json,
 )
@@ -114,6 +116,7 @@ from vlkd_lab.widgets.curves import (
 # %% ../../nbs/library/116_widgets.ipynb #38a18a81
 # isort: split
 from vlkd_lab.widgets.drawing import (
+    CATEGORIES,
     DIVERGING,
     FIRST_ROW,
     GREY,

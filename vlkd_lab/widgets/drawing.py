@@ -19,17 +19,22 @@ import numpy as np
 from ..data import escaped
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW', 'ROW_GAP',
-           'PANEL_GAP', 'LOW_ROWS', 'Matrices', 'THIN_ROW', 'PIXELS_PER_INCH', 'palette', 'to_bytes', 'symmetric_limit',
-           'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'panel_grid', 'heatmap',
-           'note_on_paper', 'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page', 'page_png', 'picture',
-           'png_html', 'stacked', 'StaticFigure']
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'CATEGORIES', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW',
+           'ROW_GAP', 'PANEL_GAP', 'LOW_ROWS', 'Matrices', 'THIN_ROW', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
+           'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'panel_grid',
+           'heatmap', 'note_on_paper', 'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page', 'page_png',
+           'picture', 'png_html', 'stacked', 'StaticFigure']
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
 DIVERGING = "RdBu"
 # Okabe and Ito's, for colour-blind eyes
 LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
+# as many as can be told apart on a map: the first are those of lines, the others Tol's muted ones and three more
+CATEGORIES = LINE_COLOURS[:7] + (
+    *("#882255", "#117733", "#332288", "#AA4499", "#999933", "#44AA99", "#CC6677"),
+    *("#661100", "#6699CC", "#DDCC77", "#7F3C8D", "#F97B72", "#2E8B8B"),
+)
 GREY = "#999999"
 INK = "#000000"  # drawn in the colour of the page's text; in a picture in MID_TONE
 MID_TONE = "#797979"  # of a picture's words and axes: as legible on white (4.3 to 1) as on a dark page
