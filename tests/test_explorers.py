@@ -152,7 +152,7 @@ def test_sliders_of_the_gates_are_kept_in_range(run):
     assert look.place == len(look.history) - 1 and look.target == 0.97 and not look.ordered
     look.close()
     shown = GateExplorer(run, live=False).static()._repr_mimebundle_()["text/html"]
-    assert "data:image/png" in shown and "multiply-accumulates" in shown
+    assert "data:image/png" in shown and "MMACs per pair" in shown
 
 
 def test_a_run_without_gates_says_so(tmp_path):
@@ -195,12 +195,19 @@ def test_colours_of_clusters_classes_and_errors(state):
         state.choose(layout="UMAP")
 
 
-def test_many_groups_share_a_scale_and_many_points_are_drawn_by_webgl():
+def test_of_many_groups_the_chosen_one_is_lit_and_many_points_are_drawn_by_webgl(monkeypatch):
+    monkeypatch.setattr(explorers, "Umap", lambda *_: None)  # it takes seconds, and nothing is made of it
     many = ClusterState(np.random.default_rng(0).normal(size=(5001, 3)), np.arange(5001) % 40)
-    points = explorers._clusters_json(many)["data"][0]
-    assert points["type"] == "scattergl" and points["marker"]["colorscale"] and len(points["x"]) == 5001
-    drawn = widgets.PlotView(explorers._clusters_json(many)).value["traces"][0]
-    assert len(drawn["which"]) == 5001 and (drawn["low"], drawn["high"], drawn["bar"]) == (0, 39, "cluster"), "a byte a point, and its scale"
+    points, lit = explorers._clusters_json(many)["data"][:2]
+    assert points["type"] == "scattergl" and points["marker"]["color"] == widgets.GREY and len(points["x"]) == 5001
+    view = ClusterMap(many, live=True)
+    view.figure._hear({"chosen": [0, 47]})
+    drawn = view.figure.value["traces"]
+    assert [trace["name"] for trace in drawn[:2]] == ["40 clusters", "cluster 7"]
+    assert len(view.figure.points("cluster 7")[0]) == 125 and drawn[1]["colour"] == widgets.CATEGORIES[0]
+    view.figure._hear({"chosen": [1, 3]})
+    assert many.assignment[many.selected] == 7, "a point that is lit can be chosen too"
+    view.close()
 
 
 @pytest.mark.parametrize(

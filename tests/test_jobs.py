@@ -65,7 +65,7 @@ def test_the_tinyclip_job_tells_its_story(given, tmp_path):
         "stage-2",
         "scratch-2",
         "parameters, M",
-        "MACs, M",
+        "MMACs per pair",
         "latency",
         "R@10",
         "zero-shot",

@@ -128,6 +128,18 @@ def press(page, name):
     page.browser_page.locator(f'button[data-name="{name}"]').first.click()
 
 
+def stop(page):
+    "Stop asks once, in its place"
+    press(page, "stop")
+    press(page, "stop-yes")
+
+
+def unfold_terms(page):
+    "Show the terms that do not count yet"
+    page.browser_page.locator('button[data-name="more"]').first.click()
+    until(lambda: page.browser_page.locator('button[data-name="more"]').first.get_attribute("aria-expanded") == "true")
+
+
 def steps(run):
     return sum("total" in m for m in run.metrics())
 
@@ -166,7 +178,7 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     until(lambda: frames(page)[:1] and frames(page)[0] > 1)
     first = frames(page)[0]
     until(lambda: frames(page)[0] > first)
-    press(page, "stop")
+    stop(page)
     until(lambda: run.status()["state"] == "stopped")
     until(lambda: head(page, "state") == "stopped")
     assert page.run_cell(done) and page.output(done).locator("img").count() == 1, "evaluation is possible, the still is a picture"
@@ -202,6 +214,7 @@ def sliders_reach_the_trainer(page, run):
         if waited[-1] < 1.0:
             break
     assert waited[-1] < 1.0, waited
+    unfold_terms(page)
     exact = page.browser_page.locator('input[type=number][data-name="weights.contrastive"]')
     exact.fill("0.5")
     exact.press("Enter")
@@ -398,7 +411,7 @@ def test_a_second_notebook_watches_a_papermill_job(page, project):
         first = frames(page)[0]
         until(lambda: frames(page)[0] > first)
         pause_resume(page, run)
-        press(page, "stop")
+        stop(page)
         until(lambda: run.status()["state"] == "stopped")
         until(lambda: head(page, "state") == "stopped")
         assert page.output(cells["overlay(folders)"]).locator(".vlkd-plot").count() == 1
@@ -482,7 +495,7 @@ def test_run_all_stops_politely_where_the_end_is_needed(page, project):
     rest = page.output(done).locator(".vlkd-rest")
     button = rest.locator("button")
     until(lambda: "% done, time left" in rest.inner_text() and button.is_disabled())
-    press(page, "stop")
+    stop(page)
     until(lambda: run.status()["state"] == "stopped")
     until(lambda: "evaluate below" in rest.inner_text() and button.is_enabled())
     page.cell(0).locator(".jp-InputArea, .jp-Cell-inputWrapper").first.click()  # another cell is active: the button runs those below itself
@@ -509,7 +522,7 @@ def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(page, project):
     slider.fill("0.5")
     slider.press("Enter")
     until(lambda: any(e.get("weights") == {"cluster_distribution": 0.5} for e in controls(run)))
-    press(page, "stop")
+    stop(page)
     until(lambda: run.status()["state"] == "stopped")
     page.open(f"{folder.name}/nbs/explore_balance.ipynb")
     output = page.output(run_until(page, looking, "explorer"))
@@ -541,7 +554,7 @@ def test_a_click_shows_an_images_nearest_sentences_before_and_now(page, project)
     later = until(lambda: next((text for text in [table.locator("th").last.inner_text()] if "step 0" not in text), ""))
     until(lambda: table.locator("th").last.inner_text() != later)  # it goes on with the training
     assert not any("contrastive" in text for text in bench.locator("label").all_inner_texts()), "no slider for a term that needs pairs"
-    press(page, "stop")
+    stop(page)
     until(lambda: run.status()["state"] == "stopped")
     assert page.browser_page.evaluate("window.hacked") is None
 
@@ -570,7 +583,7 @@ def test_a_chosen_word_shows_where_teacher_and_student_look(page, project, tiny_
     frame = int(cross.get_attribute("data-frame"))
     until(lambda: int(cross.get_attribute("data-frame")) > frame + 2)  # it goes on with the training
     assert bench.locator('input[aria-label="decoder cross attention"]').count() == 1, "a slider for every term of a BLIP"
-    press(page, "stop")
+    stop(page)
     until(lambda: run.status()["state"] == "stopped")
     assert page.browser_page.evaluate("window.hacked") is None
 

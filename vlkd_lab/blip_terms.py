@@ -198,7 +198,7 @@ def distillation_terms(
 
     for module in ("image", "text", "fusion", "decoder"):
         function = ModuleFeatures(module, widths.get("image" if module == "image" else "text"), seed)
-        add(f"{module}_features", function, "mean 1 − cos(student, teacher)", module, unit="")
+        add(f"{module}_features", function, "mean 1 − cos(student, teacher)", module, unit="1 − cos")
     add("similarities", relational, "½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]", "both")
     for module in ("fusion", "decoder"):
         function = _between(module_logits, module, temperature)

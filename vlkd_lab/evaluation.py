@@ -464,7 +464,7 @@ def finish(job: Job, table: pd.DataFrame) -> dict:
 _COLUMNS = {  # name -> title, how a value is written, what it is counted in
     "parameters": ("parameters, M", "{:.2f}", 1e6),
     "kept": ("prunable weights kept", "{:.1%}", 1),
-    "macs": ("MACs, M", "{:.1f}", 1e6),
+    "macs": ("MMACs per pair", "{:.1f}", 1e6),
     "latency_ms": ("latency, ms a pair", "{:.2f}", 1),
     "zero_shot": ("zero-shot", "{:.1%}", 1),
     "image_to_text_r1": ("image→text R@1", "{:.1%}", 1),

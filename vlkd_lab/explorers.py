@@ -25,7 +25,6 @@ import torch
 from vlkd_lab.widgets import (
     LINE_COLOURS,
     MEASURES,
-    SEQUENTIAL,
     WIDTH,
     Live,
     Matrices,
@@ -303,12 +302,13 @@ def _cut_html(history: GateHistory, place: int, target: float) -> str:
     cost = shape_cost(history.config["model"], full)
     rows = [
         ("parameters, M", f"{left['parameters'] / 1e6:.2f}", f"{cost.parameters / 1e6:.2f}"),
-        ("multiply-accumulates a pair, M", f"{left['macs'] / 1e6:.1f}", f"{cost.macs / 1e6:.1f}"),
+        ("MMACs per pair", f"{left['macs'] / 1e6:.1f}", f"{cost.macs / 1e6:.1f}"),
     ]
     for tower, shape in full.items():
         whole = {"width": shape.width, "heads": sum(shape.heads), "neurons": sum(shape.neurons)}
         for part, count in whole.items():
-            rows.append((f"{tower} {part}", f"{left[f'{tower}_{part}']:.0f}", str(count)))
+            name = f"{tower} {widgets.GATE_NAMES['hidden' if part == 'width' else part]}"
+            rows.append((name, f"{left[f'{tower}_{part}']:.0f}", str(count)))
     lines = "<tr><th></th><th>left</th><th>teacher</th></tr>"
     for name, now, count in rows:
         lines += f"<tr><th style='text-align:left'>{name}</th><td>{now}</td><td>{count}</td></tr>"
@@ -324,7 +324,7 @@ def _cuts_json(table: pd.DataFrame, width: int = WIDTH, height: int = 240) -> di
     layout = widgets.plain_layout(width, height)
     layout |= {"margin": {"l": 55, "r": 10, "t": 20, "b": 40}, "showlegend": False}
     lines = []
-    panels = (("parameters", "parameters, M", [0, 0.44]), ("macs", "MACs a pair, M", [0.56, 1]))
+    panels = (("parameters", "parameters, M", [0, 0.44]), ("macs", "MMACs per pair", [0.56, 1]))
     for panel, (column, title, across) in enumerate(panels, start=1):
         style = dict(line=widgets.curve_style(LINE_COLOURS[0]), mode="lines+markers")
         lines.append(widgets.curve(table.index, table[column] / 1e6, column, panel, **style))
@@ -385,7 +385,7 @@ def _moment_json(history: GateHistory, place: int) -> dict:  # Plotly JSON
     labels = history.snapshots[place][1]
     moment = f"{labels['stage']}, step {labels['phase_step']}"
     matrices = {f"{moment}: {name}": matrix for name, matrix in history.matrices(place).items()}
-    return widgets.heatmaps_json(matrices, "open probability", ("", "layer"), height=140)
+    return widgets.heatmaps_json(matrices, widgets.KEEP_PROBABILITY, ("", "layer"), height=140)
 
 
 class _StaticGates:
@@ -569,7 +569,7 @@ def _sizes_of(state: ClusterState) -> str:
     return "samples" if map_of(state).startswith("all") else "images of the sample"
 
 # %% ../nbs/library/127_explorers.ipynb #bd62d7ed
-MANY_GROUPS = 8  # more share one colour scale
+MANY_GROUPS = 20  # more are grey, and the one that is looked at is lit
 MANY_POINTS = 5000  # more are drawn by WebGL
 
 
@@ -606,13 +606,11 @@ def _sample_words(state: ClusterState, row: int) -> str:
 
 # %% ../nbs/library/127_explorers.ipynb #ebdeeb7c
 def _map_traces(state: ClusterState) -> list[dict]:
-    "The points, a trace a group, or one on a colour scale when there are many groups"
+    "The points, a trace a group; of many groups all are grey but the one of the chosen sample"
     group, names = _groups(state)
     if len(names) > MANY_GROUPS:
-        bar = {"title": {"text": state.colour_by}, "thickness": 8, "x": 0.6}
-        marker = dict(color=group.tolist(), colorscale=SEQUENTIAL, colorbar=bar)
-        return [{**_points(state, np.arange(len(group)), state.colour_by, marker), "showlegend": False}]
-    colours = {k: LINE_COLOURS[place] for place, k in enumerate(names)}
+        return _lit_traces(state, group, names)
+    colours = {k: widgets.CATEGORIES[place] for place, k in enumerate(names)}
     symbols = {}
     if state.colour_by in ("error", "moved"):
         colours = {0: "#0072B2", 1: "#D55E00"}
@@ -622,6 +620,20 @@ def _map_traces(state: ClusterState) -> list[dict]:
         marker = dict(color=colours[k], symbol=symbols.get(k, "circle"))
         traces.append(_points(state, np.flatnonzero(group == k), name, marker))
     return traces
+
+
+def _lit_traces(state: ClusterState, group: np.ndarray, names: Mapping[int, str]) -> list[dict]:
+    "All points in grey, and those of the chosen sample's group in colour above them"
+    lit = np.zeros(len(group), bool)
+    name = "none is chosen: click a point"
+    if state.selected is not None:
+        lit = group == group[state.selected]
+        name = names[int(group[state.selected])]
+    rest = f"{len(names)} {'classes' if state.colour_by == 'class' else state.colour_by + 's'}"
+    return [
+        _points(state, np.flatnonzero(~lit), rest, dict(color=widgets.GREY)),
+        _points(state, np.flatnonzero(lit), name, dict(color=widgets.CATEGORIES[0])),
+    ]
 
 
 def _points(state: ClusterState, rows: np.ndarray, name: str, marker: Mapping[str, Any]) -> dict:
@@ -658,7 +670,6 @@ def _clusters_json(state: ClusterState, width: int = WIDTH, height: int = 400) -
     style = dict(line=widgets.curve_style(LINE_COLOURS[0]), mode="lines+markers", marker={"size": 4})
     by_size = widgets.curve(np.arange(1, len(sizes) + 1), sizes, "sizes", 2, showlegend=False, **style)
     return {"data": [*_map_traces(state), by_size], "layout": layout}
-
 
 # %% ../nbs/library/127_explorers.ipynb #de941848
 class ClusterMap(Live):
@@ -700,6 +711,8 @@ class ClusterMap(Live):
         "Show a sample beside the map"
         self.state.selected = int(row)
         self.detail.value = _sample_html(self.state)
+        if len(_groups(self.state)[1]) > MANY_GROUPS:  # its group is lit
+            _draw_clusters(self)
 
     def update(self) -> None:
         "UMAP takes the place of PCA when it is ready, unless somebody has chosen"

@@ -117,10 +117,10 @@ _PAIR_TERMS = (
         formula="½[CE(s·ITᵀ, softmax t·VUᵀ) + CE(s·TIᵀ, softmax t·UVᵀ)]",
     ),
     Term("contrastive", _contrastive, formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]", needs_teacher=False),
-    Term("relational", relational, formula="½[KL(s·ITᵀ ‖ t·VUᵀ) + KL(s·TIᵀ ‖ t·UVᵀ)]"),
+    Term("relational", relational, formula="½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]"),
 )
 _ROW_TERMS = (  # these compare rows of the student with rows of the teacher, or with centres of its space
-    Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", unit=""),
+    Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", unit="MSE"),
     Term("interactive_contrastive", _interactive, formula="½[CE(t·IUᵀ, 1) + CE(t·TVᵀ, 1)]"),
     Term(
         "instance_discrimination",

@@ -3,6 +3,9 @@
 const MISSING = 255; // the byte of an entry that is not a number
 const BAR = 12; // width of the colour bar, CSS pixels
 const TEXT = 13; // height of a line of text
+const SIDES = TEXT + 4 + BAR + 46; // left and right of the matrix: the name at the side, the colour bar and its words
+const THIN = 26; // height of a single row
+const LEAST = 160; // width of the whole, however narrow the page is
 
 function short(text, most) {
   return text.length > most ? text.slice(0, most - 1) + "…" : text;
@@ -49,6 +52,7 @@ class View {
   constructor(model, el) {
     this.model = model;
     this.cursor = null;
+    this.size = { width: 0, height: 0 };
     this.box = document.createElement("figure");
     this.box.className = "vlkd-matrix";
     this.box.dataset.lmSuppressShortcuts = "true"; // JupyterLab takes the arrow keys otherwise
@@ -67,17 +71,30 @@ class View {
     this.canvas.addEventListener("keydown", (event) => this.key(event));
   }
 
+  measure() {
+    // The whole canvas: as wide as there is room; as high as the matrix says, in its proportion where it grows both ways.
+    const { model } = this;
+    const width = Math.max(Math.floor(this.box.clientWidth) || model.get("width"), LEAST);
+    const below = TEXT + 7;
+    let inner = model.get("height") - below;
+    if (model.get("rows") === 1) inner = THIN;
+    else if (model.get("grows") === "both") inner = Math.round((inner * (width - SIDES)) / (model.get("width") - SIDES));
+    return { width, height: inner + below };
+  }
+
   get place() {
     // The rectangle of the matrix inside the canvas, in CSS pixels.
-    const left = TEXT + 4, bottom = TEXT + 5, right = BAR + 46;
-    return { x: left, y: 2, width: this.model.get("width") - left - right, height: this.model.get("height") - bottom - 2 };
+    const { width, height } = this.size;
+    return { x: TEXT + 4, y: 2, width: width - SIDES, height: height - TEXT - 7 };
   }
 
   draw() {
     const { model, canvas } = this;
-    const [width, height, ratio] = [model.get("width"), model.get("height"), window.devicePixelRatio || 1];
-    if (canvas.width !== width * ratio || canvas.height !== height * ratio) {
-      [canvas.width, canvas.height] = [width * ratio, height * ratio];
+    const { width, height } = (this.size = this.measure());
+    const ratio = window.devicePixelRatio || 1;
+    const [across, down] = [Math.round(width * ratio), Math.round(height * ratio)];
+    if (canvas.width !== across || canvas.height !== down) {
+      [canvas.width, canvas.height] = [across, down];
       [canvas.style.width, canvas.style.height] = [`${width}px`, `${height}px`];
     }
     const pen = canvas.getContext("2d");
@@ -129,11 +146,13 @@ class View {
     pen.textBaseline = "bottom";
     pen.fillText(number(low), left + BAR + 3, y + h);
     pen.save();
-    pen.translate(left + BAR + 14, y + h / 2);
+    const long = pen.measureText(this.model.get("measure")).width;
+    const numbers = Math.max(...[low, high].map((value) => pen.measureText(number(value)).width));
+    pen.translate(left + BAR + (long > h - 26 ? 10 + numbers : 14), y + h / 2); // between the two numbers, or beside them
     pen.rotate(-Math.PI / 2);
     pen.textAlign = "center";
     pen.textBaseline = "middle";
-    pen.fillText(this.model.get("measure"), 0, 0);
+    if (long <= h) pen.fillText(this.model.get("measure"), 0, 0);
     pen.restore();
   }
 
@@ -178,7 +197,14 @@ class View {
 
 function render({ model, el }) {
   const view = new View(model, el);
-  return follow(model, el, () => view.draw()).stop;
+  el.classList.add("vlkd-matrix-view");
+  const following = follow(model, el, () => view.draw());
+  const resized = new ResizeObserver(following.soon); // drawn anew from its bytes, so that it stays crisp
+  resized.observe(view.box);
+  return () => {
+    resized.disconnect();
+    following.stop();
+  };
 }
 
 export default { render };

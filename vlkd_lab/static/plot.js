@@ -4,8 +4,10 @@
 const FAINT = 0.28; // opacity of a line behind its smoothed one
 const NEAR = 14; // CSS pixels from the pointer to a point
 const DRAGGED = 5; // CSS pixels: less is a click
-const NARROW = 600; // CSS pixels: panels stand one below the other
-const MOST_WIDTH = 1240; // CSS pixels: wider curves are no clearer
+const NARROW = 560; // CSS pixels: panels stand one below the other
+const MOST_WIDTH = 1600; // CSS pixels: wider curves are no clearer
+const USUAL = 830; // CSS pixels: the width that heights are meant for
+const TALLEST = 1.7; // times as high at most, where the page is wide
 const DASHES = { solid: [], dash: [7, 4], dot: [2, 3], dashdot: [7, 3, 2, 3] };
 const MISSING = 255; // the byte of an entry that is not a number
 
@@ -163,6 +165,19 @@ function stackedPlaces(figure) {
     return { ...panel, place };
   });
   return { ...figure, panels, height: whole + top + bottom };
+}
+
+function grown(figure, width) {
+  // Higher panels where the page is wide, if the figure is one that grows.
+  const [, top, , bottom] = figure.margin ?? [0, 0, 0, 0];
+  if (!figure.grows || width <= USUAL) return figure;
+  return { ...figure, height: top + bottom + (figure.height - top - bottom) * Math.min(width / USUAL, TALLEST) };
+}
+
+function isLowest(panel, panels) {
+  // Whether no other panel stands below with the same steps, which would name them.
+  const isBelow = (other) => other.place[3] <= panel.place[2] && other.place[0] < panel.place[1] && other.place[1] > panel.place[0];
+  return !panels.some((other) => isBelow(other) && other.titles.x === panel.titles.x);
 }
 
 function panelsOf(figure, size, zoom, isHidden) {
@@ -337,7 +352,7 @@ function stroke(parent, x1, y1, x2, y2, colour) {
   parent.append(element);
 }
 
-function axisWords(svg, panel) {
+function axisWords(svg, panel, isNamed) {
   const { box } = panel;
   const below = box.y + box.height;
   stroke(svg, box.x, below + 0.5, box.x + box.width, below + 0.5, "currentColor");
@@ -353,7 +368,7 @@ function axisWords(svg, panel) {
     const lines = text.split("\n").length;
     severalLines(svg, panel.x.pixel(at), below + 13 + 5.5 * (lines - 1), text, { "text-anchor": "middle", class: "vlkd-tick" });
   }
-  words(svg, box.x + box.width / 2, below + 29, panel.titles.x, { "text-anchor": "middle", class: "vlkd-axis" });
+  if (isNamed) words(svg, box.x + box.width / 2, below + 29, panel.titles.x, { "text-anchor": "middle", class: "vlkd-axis" });
   const [x, y] = [box.x - 10 - 6 * widest, box.y + box.height / 2];
   words(svg, x, y, panel.titles.y, { "text-anchor": "middle", class: "vlkd-axis", transform: `rotate(-90 ${x} ${y})` });
 }
@@ -460,7 +475,8 @@ class Plot {
     }
     const room = this.box.clientWidth;
     if (!room) return; // not on the screen; it is drawn when it comes there
-    const figure = (this.figure = room < NARROW && this.unpacked.panels.length > 1 ? stackedPlaces(this.unpacked) : this.unpacked);
+    const isNarrow = room < NARROW && this.unpacked.panels.length > 1;
+    const figure = (this.figure = isNarrow ? stackedPlaces(this.unpacked) : grown(this.unpacked, Math.min(room, MOST_WIDTH)));
     this.theme = setTheme(this.box);
     this.size = { width: Math.min(room, MOST_WIDTH), height: figure.height ?? 0 };
     this.panels = figure.panels.length ? panelsOf(figure, this.size, this.zoom, this.isHidden) : [];
@@ -520,7 +536,7 @@ class Plot {
     svg.setAttribute("height", size.height);
     svg.replaceChildren();
     for (const panel of panels) {
-      axisWords(svg, panel);
+      axisWords(svg, panel, isLowest(panel, panels));
       const barred = figure.traces.find((trace) => trace.panel === panel.number && trace.bar !== undefined && !this.isHidden(trace));
       if (barred) barWords(svg, panel, barred);
     }

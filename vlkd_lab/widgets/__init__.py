@@ -42,11 +42,29 @@ from vlkd_lab.widgets.bench import (
     attach,
     bench_parts,
 )
+
+# %% ../../nbs/library/116_widgets.ipynb #wc000001
+# isort: split
+from vlkd_lab.widgets.canvas import (
+    FRAME_SECONDS,
+    SEEN_SECONDS,
+    STATIC,
+    Framed,
+    MatrixView,
+    Pulsed,
+    SharedScripts,
+    matrix_grid,
+    script,
+    shared_scripts,
+    whole_script,
+)
 from vlkd_lab.widgets.clusters import (
     MOST_CENTRES,
+    LiveMap,
     Plane,
     RunClusters,
     StudentMap,
+    centre_colours,
     cluster_purity,
     clusters_json,
 )
@@ -64,6 +82,7 @@ from vlkd_lab.widgets.controls import (
     run_sliders,
     run_values,
     slider,
+    term_help,
 )
 from vlkd_lab.widgets.curation import (
     CurationView,
@@ -97,17 +116,20 @@ from vlkd_lab.widgets.curves import (
 # %% ../../nbs/library/116_widgets.ipynb #38a18a81
 # isort: split
 from vlkd_lab.widgets.drawing import (
+    CATEGORIES,
     DIVERGING,
     FIRST_ROW,
     GREY,
     INK,
     LINE_COLOURS,
+    LOW_ROWS,
     MID_TONE,
     NEXT_ROW,
     PANEL_GAP,
     PIXELS_PER_INCH,
     ROW_GAP,
     SEQUENTIAL,
+    THIN_ROW,
     WIDTH,
     Matrices,
     StaticFigure,
@@ -136,6 +158,8 @@ from vlkd_lab.widgets.drawing import (
 # %% ../../nbs/library/116_widgets.ipynb #wf000001
 # isort: split
 from vlkd_lab.widgets.gates import (
+    GATE_NAMES,
+    KEEP_PROBABILITY,
     MOST_COLUMNS,
     GateMatrices,
     LiveGates,
@@ -186,6 +210,8 @@ from vlkd_lab.widgets.pair import (
 from vlkd_lab.widgets.parts import (
     LiveFigure,
     LivePart,
+    PartSection,
+    PartTitle,
     RunPart,
     live_figure,
     may_fail,
@@ -247,7 +273,6 @@ from vlkd_lab.widgets.watched import (
 
 from ..data import escaped, visible
 from ..project import former_names
-from .canvas import FRAME_SECONDS, SEEN_SECONDS, STATIC, Framed, MatrixView, Pulsed, script
 from .plots import ABOVE, MOST_POINTS, PlotView, plot_value, plot_words
 from .rest import NextCells, RestOfNotebook, how_it_ended, when_trained
 from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json

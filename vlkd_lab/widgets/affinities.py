@@ -13,7 +13,7 @@ import ipywidgets
 import numpy as np
 
 from ..data import visible
-from .canvas import MatrixView
+from .canvas import MatrixView, matrix_grid
 from .drawing import DIVERGING, SEQUENTIAL, Matrices, heatmaps_json, symmetric_limit
 from .pair import PairView, softmax
 from .parts import LivePart, RunPart
@@ -70,6 +70,7 @@ def affinity_views() -> dict[str, MatrixView]:
 class ProbeMatrices(RunPart):
     "The probe's affinities under teacher and student, and the difference"
 
+    title = "Affinities"
     reads = frozenset({"snapshot"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:
@@ -88,9 +89,7 @@ class LiveAffinities(LivePart):
     def __init__(self):
         self.views = affinity_views()
         self.pair = PairView()
-        in_rows = ipywidgets.Layout(flex_flow="row wrap")  # where the page is narrow
-        canvases = ipywidgets.HBox(list(self.views.values()), layout=in_rows)
-        self.widget = ipywidgets.VBox([canvases, self.pair])
+        self.widget = ipywidgets.VBox([matrix_grid(self.views.values()), self.pair])
         self._watched: Watched | None = None
         for view in (*self.views.values(), self.pair):
             view.on_choice.append(self.choose)

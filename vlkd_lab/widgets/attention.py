@@ -355,6 +355,7 @@ def _word_panels(modules: ModuleMaps, word: int) -> tuple[list[dict], bytes, lis
 class CrossMaps(RunPart):
     "Where teacher and student look for a chosen word"
 
+    title = "Cross-attention"
     reads = frozenset({"snapshot"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from .affinities import MEASURES, ProbeMatrices
 from .controls import Panel, panel_state, request
 from .curves import LossCurves
 from .drawing import stacked
-from .parts import LivePart, RunPart, may_fail, method_parts
+from .parts import LivePart, PartSection, RunPart, may_fail, method_parts
 from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
@@ -113,13 +113,15 @@ def bench_parts(watched: Watched) -> list[RunPart]:
 
 # %% ../../nbs/library/113_widgets_bench.ipynb #6dca421f
 class RunWidgets:
-    "The panel, and the live form of every part"
+    "The panel, and the live form of every part under its title"
 
     def __init__(self, watched: Watched):
         self.panel = Panel()
-        self.box = ipywidgets.VBox([self.panel])
+        # a box that scrolls by itself would carry the status bar away with it
+        self.box = ipywidgets.VBox([self.panel], layout={"overflow": "visible"})
+        self.box.add_class("vlkd-bench")
         self.problems: dict[str, str] = {}  # name of a part -> why it could not be drawn
-        self.parts: dict[RunPart, LivePart] = {}
+        self.sections: dict[RunPart, PartSection] = {}
         self._due: set[RunPart] = set()  # something that they read is new
         self._is_complete = False  # the parts of the run's method are known once it has a configuration
         self.take_parts(watched)
@@ -128,13 +130,22 @@ class RunWidgets:
         "Take in what the run's method brings, as soon as it is known"
         if not self._is_complete:
             self._is_complete = bool(watched.config)
-            known = {type(part): part for part in self.parts}
+            known = {type(part): part for part in self.sections}
             parts = [known.get(type(part), part) for part in bench_parts(watched)]
-            for part in [part for part in parts if part not in self.parts]:
+            for part in [part for part in parts if part not in self.sections]:
                 with may_fail(part, self.problems):
-                    self.parts[part] = part.live()
-                    self._due.add(part)
-            self.parts = {part: self.parts[part] for part in parts if part in self.parts}
+                    self._add(part)
+            self.sections = {part: self.sections[part] for part in parts if part in self.sections}
+
+    def _add(self, part: RunPart) -> None:
+        self.sections[part] = PartSection(part, part.live())
+        self.sections[part].title.observe(lambda _: self._due.add(part), "folded")
+        self._due.add(part)
+
+    @property
+    def parts(self) -> dict[RunPart, LivePart]:
+        "The live form of every part"
+        return {part: section.live for part, section in self.sections.items()}
 
     def part(self, kind: type[RunPart]) -> LivePart:
         "The live form of a kind of part; KeyError where the run has none"
@@ -146,22 +157,32 @@ class RunWidgets:
             for name, value in state.items():
                 setattr(self.panel, name, value)
 
-    def show_parts(self, watched: Watched, new: set[str], plots: bool) -> bool:  # whether plots were sent
-        "Draw the parts that read what is new; curves and maps when it is their time"
-        self._due |= {part for part in self.parts if part.reads & new}
-        drawn = [part for part in self._due if plots or not self.parts[part].is_plot]
-        for part in [part for part in self.parts if part in drawn]:
-            with may_fail(part, self.problems):
-                self.parts[part].update(watched)
-        self._due -= set(drawn)
-        shown = [live.widget for live in self.parts.values() if live.widget is not None]
-        if list(self.box.children) != [self.panel, *shown]:
-            self.box.children = (self.panel, *shown)
-        return any(self.parts[part].is_plot for part in drawn)
-
     def ready(self) -> bool:
-        "Whether the frontend has drawn what it was sent"
-        return all(live.ready() for live in self.parts.values())
+        "Whether the frontend has drawn what it was sent of the parts that it shows"
+        return all(section.live.ready() for section in self.sections.values() if not section.folded)
+
+# %% ../../nbs/library/113_widgets_bench.ipynb #6dca4220
+def _show_parts(
+    widgets: RunWidgets,
+    watched: Watched,
+    new: set[str],  # of what a look takes in
+    plots: bool,  # whether it is time for curves and maps
+) -> bool:  # whether some were sent
+    "Draw the parts that read what is new; what is folded away waits until it is unfolded"
+    sections = widgets.sections
+    widgets._due |= {part for part in sections if part.reads & new}
+    drawn = []
+    for part, section in sections.items():
+        is_time = plots or not section.live.is_plot
+        if part in widgets._due and is_time and not section.folded:
+            drawn.append(part)
+            with may_fail(part, widgets.problems):
+                section.update(watched)
+    widgets._due -= set(drawn)
+    shown = [section.box for section in sections.values() if not section.is_empty]
+    if list(widgets.box.children) != [widgets.panel, *shown]:
+        widgets.box.children = (widgets.panel, *shown)
+    return any(sections[part].live.is_plot for part in drawn)
 
 # %% ../../nbs/library/113_widgets_bench.ipynb #7eb95cdf
 class RunView(Live):
@@ -219,7 +240,6 @@ class RunView(Live):
         if not self.live and self.watched.status["state"] != "finished":
             self.pictures.start()
 
-
 # %% ../../nbs/library/113_widgets_bench.ipynb #9f6c30a6
 def _tell_that_somebody_watches(view: RunView) -> None:
     "A trainer takes snapshots only while a bench says so"
@@ -241,7 +261,7 @@ def _show(view: RunView) -> None:
     view._due -= new
     now = time.monotonic()
     plots = now - view._drawn > CURVE_SECONDS or not is_working(view.watched)
-    if widgets.show_parts(view.watched, new, plots):
+    if _show_parts(widgets, view.watched, new, plots):
         view._drawn = now
     widgets.show_panel(panel_state(view.watched, view.refused, widgets.problems.values()))
 

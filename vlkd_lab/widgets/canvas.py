@@ -5,13 +5,15 @@
 # %% ../../nbs/library/102_widgets_canvas.ipynb #34222868
 from __future__ import annotations
 
+import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import anywidget
+import ipywidgets
 import numpy as np
 import traitlets
 
@@ -19,7 +21,8 @@ from .. import runs
 from .drawing import SEQUENTIAL, palette, to_bytes
 
 # %% auto #0
-__all__ = ['STATIC', 'FRAME_SECONDS', 'SEEN_SECONDS', 'script', 'Pulsed', 'Framed', 'MatrixView']
+__all__ = ['STATIC', 'FRAME_SECONDS', 'SEEN_SECONDS', 'SharedScripts', 'shared_scripts', 'script', 'whole_script', 'Pulsed',
+           'Framed', 'MatrixView', 'matrix_grid']
 
 # %% ../../nbs/library/102_widgets_canvas.ipynb #06fd02f1
 STATIC = Path(runs.__file__).parent / "static"  # beside the modules
@@ -27,18 +30,54 @@ FRAME_SECONDS = 2.0  # a frame that no frontend has drawn after this long is giv
 SEEN_SECONDS = runs.WATCH_SECONDS  # a frontend that has sent nothing for this long is gone
 
 
+class SharedScripts(ipywidgets.Widget):
+    "The scripts and the style sheet of a kernel's widgets, as one model that a frontend is sent once"
+
+    sources = traitlets.Dict().tag(sync=True)  # file -> text
+    version = traitlets.Unicode("").tag(sync=True)  # a digest of the texts
+
+    def offer(self, names: Iterable[str]) -> None:
+        "Have these files too, and what all of them need"
+        wanted = {"page.js", "bench.css", *names}
+        if not wanted <= set(self.sources):
+            files = sorted(wanted | set(self.sources))
+            sources = {name: (STATIC / name).read_text(encoding="utf-8") for name in files}
+            digest = hashlib.sha256("\0".join(sources.values()).encode()).hexdigest()
+            with self.hold_sync():
+                self.sources = sources
+                self.version = digest[:16]
+
+
+_OFFERED: set[str] = set()  # the files of the widgets that are known
+_SHARED: list[SharedScripts] = []  # the one of this kernel, once a widget needs it
+
+
+def shared_scripts() -> SharedScripts:
+    "The one of this kernel; a new one where somebody has closed it"
+    if not _SHARED or _SHARED[0].comm is None:
+        _SHARED[:] = [SharedScripts()]
+    _SHARED[0].offer(_OFFERED)
+    return _SHARED[0]
+
+
 def script(name: str) -> str:
-    "A widget's JavaScript, behind what all of them share"
+    "What a widget has as its `_esm`: a few lines that take the file from the scripts that all share"
+    _OFFERED.add(name)
+    return (STATIC / "stub.js").read_text(encoding="utf-8").replace("SCRIPT", name)
+
+
+def whole_script(name: str) -> str:
+    "A widget's script behind what all of them need, for a page without a kernel"
     return "\n".join((STATIC / part).read_text(encoding="utf-8") for part in ("page.js", name))
 
-
+# %% ../../nbs/library/102_widgets_canvas.ipynb #34222870
 class Pulsed(anywidget.AnyWidget):
     "A widget whose frontend says that it is seen; messages may come on another thread than the cell's"
 
-    _css = STATIC / "bench.css"
+    scripts = traitlets.Instance(SharedScripts).tag(sync=True, **ipywidgets.widget_serialization)
 
     def __init__(self, **state):
-        super().__init__(**state)
+        super().__init__(scripts=shared_scripts(), **state)
         self.seen_at = -math.inf
         self.drawn = -1  # the newest frame that a frontend has drawn
         self.on_choice = []  # called with what was chosen
@@ -103,8 +142,9 @@ class MatrixView(Framed):
     column_name = traitlets.Unicode("column").tag(sync=True)
     row_texts = traitlets.List().tag(sync=True)
     column_texts = traitlets.List().tag(sync=True)
-    width = traitlets.Int(274).tag(sync=True)
-    height = traitlets.Int(240).tag(sync=True)
+    width = traitlets.Int(274).tag(sync=True)  # pixels; of the page there may be more, and it takes it
+    height = traitlets.Int(216).tag(sync=True)  # at that width
+    grows = traitlets.Unicode("both").tag(sync=True)  # "both": keeps its proportion; "width": only wider
     selected = traitlets.List().tag(sync=True)  # row and column, or empty
 
     def __init__(self, colours: str = SEQUENTIAL, **state):
@@ -123,3 +163,16 @@ class MatrixView(Framed):
         rows, columns = self.matrix.shape
         size = {"rows": rows, "columns": columns, "low": float(low), "high": float(high)}
         self.send_frame(**{"frame": to_bytes(self.matrix, low, high), **size, **state})
+
+# %% ../../nbs/library/102_widgets_canvas.ipynb #34222873
+def matrix_grid(
+    views: Iterable[MatrixView] = (),
+    most: int = 3,  # in a row, where the page is wide enough
+    least: int = 220,  # pixels of width for each
+) -> ipywidgets.GridBox:
+    "Matrices side by side that share the width of the page; in more rows where it is narrow"
+    gap = 8
+    share = f"calc((100% - {gap * (most - 1)}px) / {most})"
+    columns = f"repeat(auto-fit, minmax(max({least}px, {share}), 1fr))"
+    layout = {"grid_template_columns": columns, "grid_gap": f"2px {gap}px", "overflow": "visible"}
+    return ipywidgets.GridBox(list(views), layout=layout)

@@ -14,12 +14,12 @@ import numpy as np
 from ..data import escaped
 from ..runs import Run, read_json, read_snapshot, thinned
 from . import drawing
-from .drawing import GREY, LINE_COLOURS, SEQUENTIAL, WIDTH, curve, curve_style
-from .parts import RunPart
+from .drawing import CATEGORIES, GREY, WIDTH, curve, curve_style
+from .parts import LiveFigure, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_CENTRES', 'Plane', 'cluster_purity', 'RunClusters', 'clusters_json', 'StudentMap']
+__all__ = ['MOST_CENTRES', 'Plane', 'cluster_purity', 'RunClusters', 'centre_colours', 'clusters_json', 'StudentMap', 'LiveMap']
 
 # %% ../../nbs/library/109_widgets_clusters.ipynb #4e2657aa
 class Plane:
@@ -93,24 +93,36 @@ class RunClusters:
 MOST_CENTRES = 200  # on a map; the largest clusters of the training images
 
 
-def _image_traces(clusters: RunClusters, features: np.ndarray, assignment: np.ndarray) -> list[dict]:
+def centre_colours(
+    count: int,
+    chosen: int | None = None,  # the one to be lit where there are too many to tell apart
+) -> list[str]:
+    "A colour for each centre: up to twenty differ, of more all are grey but the chosen one"
+    if count <= len(CATEGORIES):
+        return list(CATEGORIES[:count])
+    return [CATEGORIES[0] if k == chosen else GREY for k in range(count)]
+
+
+def _image_traces(
+    clusters: RunClusters,
+    features: np.ndarray,
+    assignment: np.ndarray,
+    chosen: int | None,
+) -> list[dict]:
     "The images as the student sees them, those that stayed with the teacher's centre and those that did not"
     places = clusters.plane.project(features)
     stayed = assignment == clusters.assignment
-    circle = {"symbol": "circle"}
-    scale = {}
-    last = len(clusters.centers) - 1
-    if last >= len(LINE_COLOURS):
-        scale = {"colorscale": SEQUENTIAL, "cmin": 0, "cmax": last}
-        circle["colorbar"] = {"title": {"text": "nearest centre"}, "thickness": 8, "x": 0.58}
+    colours = centre_colours(len(clusters.centers), chosen)
     traces = []
-    shapes = {"centre of the teacher": (stayed, circle), "another centre": (~stayed, {"symbol": "x"})}
-    for name, (members, shape) in shapes.items():
+    for name, members, symbol in (
+        ("centre of the teacher", stayed, "circle"),
+        ("another centre", ~stayed, "x"),
+    ):
         rows = np.flatnonzero(members)
-        colours = assignment[rows] if scale else [LINE_COLOURS[k] for k in assignment[rows]]
-        marker = {"size": 6, "color": colours, **scale, **shape}
+        marker = {"size": 6, "color": [colours[k] for k in assignment[rows]], "symbol": symbol}
         words = [clusters.words(row, assignment[row]) for row in rows]
-        traces.append(_dots(places[rows], name, marker, words))
+        dots = _dots(places[rows], name, marker, words)
+        traces.append({**dots, "customdata": assignment[rows].tolist()})
     return traces
 
 
@@ -119,7 +131,8 @@ def _centre_trace(clusters: RunClusters) -> dict:
     rows = np.argsort(-clusters.sizes, kind="stable")[:MOST_CENTRES]
     words = [f"cluster {k}: {clusters.sizes[k]:,} training images" for k in rows]
     marker = {"size": 6, "color": "#666666", "symbol": "diamond"}
-    return _dots(clusters.plane.project(clusters.centers[rows]), "centres", marker, words)
+    dots = _dots(clusters.plane.project(clusters.centers[rows]), "centres", marker, words)
+    return {**dots, "customdata": rows.tolist()}
 
 
 def _dots(places: np.ndarray, name: str, marker: dict, words: list[str]) -> dict:
@@ -161,7 +174,7 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
     layout["yaxis2"]["rangemode"] = "tozero"
     layout |= {"shapes": [], "annotations": [drawing.note_on_paper(0, 1, _summary(watched, clusters))]}
     traces = [
-        *_image_traces(clusters, features, assignment),
+        *_image_traces(clusters, features, assignment, watched.memory.get("chosen cluster")),
         _centre_trace(clusters),
         *_size_traces(clusters, assignment),
     ]
@@ -179,7 +192,28 @@ def _summary(watched: Watched, clusters: RunClusters) -> str:
 class StudentMap(RunPart):
     "The student on the map of its teacher's clusters"
 
+    title = "Clusters"
     reads = frozenset({"snapshot"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:
         return clusters_json(watched)
+
+    def live(self) -> LiveFigure:
+        return LiveMap(clusters_json)
+
+
+class LiveMap(LiveFigure):
+    "The map in a frontend; a click on an image or a centre lights its cluster where there are many"
+
+    def update(self, watched: Watched) -> None:
+        is_new = self.widget is None
+        super().update(watched)
+        if is_new and self.widget is not None:
+            self.widget.on_choice.append(lambda point: self.choose(watched, *point))
+
+    def choose(self, watched: Watched, trace: int, place: int) -> None:
+        "Light the cluster of a point"
+        clusters = self.widget.drawn["data"][trace].get("customdata")
+        if clusters is not None:
+            watched.memory["chosen cluster"] = clusters[place]
+            self.update(watched)

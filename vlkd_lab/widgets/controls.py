@@ -21,8 +21,8 @@ from .curves import MODULE_NAMES, modules_of
 from .watched import Watched, is_baseline, is_working, progress, status_bar
 
 # %% auto #0
-__all__ = ['Panel', 'message', 'slider', 'run_sliders', 'run_values', 'run_buttons', 'measure_buttons', 'run_messages',
-           'panel_state', 'request']
+__all__ = ['Panel', 'message', 'slider', 'run_sliders', 'term_help', 'run_values', 'run_buttons', 'measure_buttons',
+           'run_messages', 'panel_state', 'request']
 
 # %% ../../nbs/library/112_widgets_controls.ipynb #e114f8fe
 class Panel(Pulsed):
@@ -37,6 +37,7 @@ class Panel(Pulsed):
     messages = traitlets.List().tag(sync=True)
     share = traitlets.Float(0.0).tag(sync=True)  # of the work that is done
     reading = traitlets.Bool(False).tag(sync=True)  # a traceback is unfolded, also when it is drawn anew
+    more = traitlets.Bool(False).tag(sync=True)  # so are the terms that do not count
 
     def fail(self, error: Exception) -> None:
         "Say it among the messages"
@@ -58,10 +59,12 @@ def slider(
     step: float = 0.01,
     scale: str = "linear",  # or "log"
     most: float = math.inf,  # of the field for exact values; infinite: `high`
+    configured: float | None = None,  # what a small button takes it back to; None: without one
 ) -> dict:
     "A slider with a field for exact values, which may go beyond it up to `most`"
     limits = {"low": low, "high": high, "step": step, "most": high if math.isinf(most) else most}
-    return {"name": name, "label": label, "help": help, "scale": scale, **limits}
+    spec = {"name": name, "label": label, "help": help, "scale": scale, **limits}
+    return spec if configured is None else spec | {"configured": configured}
 
 
 def run_sliders(watched: Watched) -> list[dict]:
@@ -69,14 +72,42 @@ def run_sliders(watched: Watched) -> list[dict]:
     sliders = []
     if "target_sparsity" in watched.current:
         help = "share of prunable weights removed at the end of the run"
-        sliders.append(slider("target_sparsity", "target sparsity", 0, 0.97, help))
+        target = watched.config["parameters"].get("target_sparsity")
+        sliders.append(slider("target_sparsity", "target sparsity", 0, 0.97, help, configured=target))
     help = "factor on the schedule; 0 holds the weights still"
-    rate = slider("learning_rate_factor", "learning rate ×", 0.01, 10, help, scale="log", most=100)
+    limits = dict(low=0.01, high=10, most=100, scale="log", configured=1.0)
+    rate = slider("learning_rate_factor", "LR multiplier", help=help, **limits)
     return [*sliders, rate, *_weight_sliders(watched)]
+
+# %% ../../nbs/library/112_widgets_controls.ipynb #e114f8ff
+_SYMBOLS = (
+    "I, T: the student's image and text features; V, U: the teacher's; C: centres of clusters; "
+    "s, t: logit scales; CE: cross-entropy, KL: Kullback–Leibler divergence, of softmaxes over rows"
+)
+
+
+def term_help(name: str) -> str:
+    "What a term is: its formula and unit from the registry; of one that says nothing, its name"
+    term = all_losses().get(name)
+    about = f"weight of {name.replace('_', ' ')} in the loss; at 0 it is not computed"
+    if term is None or not term.formula:
+        return about
+    unit = term.unit or "no unit"
+    symbols = "" if term.module else f"\n{_SYMBOLS}"
+    return f"{about}\n{term.formula}   ({unit}){symbols}"
+
+
+def _counted(watched: Watched) -> set[str]:
+    "The terms that count, or have counted in this run, or are to"
+    counted = {term for term, weight in (watched.objective or {"contrastive": 1.0}).items() if weight > 0}
+    changes = [event.get("weights", {}) for event in watched.curves.events]
+    for weights in [*changes, watched.requested.get("weights", {})]:
+        counted |= {term for term, weight in weights.items() if weight > 0}
+    return counted
 
 
 def _weight_sliders(watched: Watched) -> list[dict]:
-    "A slider for every term that the run can weight; those of modules stand by module"
+    "A slider for every term that the run can weight, those that count first; those of modules by module"
     initial = watched.objective or {"contrastive": 1.0}
     terms = list(initial)
     if "teacher" in watched.config.get("parameters", {}):
@@ -84,12 +115,16 @@ def _weight_sliders(watched: Watched) -> list[dict]:
         others = watched.config.get("terms", two_towers)
         terms += [term for term in others if term not in initial]
     modules = modules_of(watched)
+    counted = _counted(watched)
     order = {module: k for k, module in enumerate(MODULES)}
     sliders = []
-    for term in sorted(terms, key=lambda term: order.get(modules.get(term), -1)):
-        high = 4 * initial.get(term, 0.0) or 4.0
-        help = f"weight of {term} in the loss"
-        spec = slider(f"weights.{term}", term.replace("_", " "), 0, high, help, high / 80, most=1e9)
+    for term in sorted(terms, key=lambda term: (term not in counted, order.get(modules.get(term), -1))):
+        at_start = initial.get(term, 0.0)
+        high = 4 * at_start or 4.0
+        limits = dict(low=0, high=high, step=high / 80, most=1e9, configured=at_start)
+        spec = slider(f"weights.{term}", term.replace("_", " "), help=term_help(term), **limits)
+        if term not in counted:
+            spec["more"] = True
         if term in modules:
             spec["group"] = MODULE_NAMES[modules[term]]
         sliders.append(spec)
@@ -113,26 +148,25 @@ def run_buttons(watched: Watched, measure: str) -> list[dict]:
     off = not is_working(watched)
     paused = bool(watched.requested.get("pause"))
     shares = bool(watched.requested.get("gradient_share"))
-    pause = {"name": "pause", "label": "Resume" if paused else "Pause", "value": not paused, "off": off}
-    stop = {"name": "stop", "label": "Stop", "value": True, "off": off}
-    pulls = {"name": "gradient_share", "label": "Share of the gradient", "value": not shares, "off": off}
-    help = "how much of the pull at the student's features comes from each term"
-    pulls |= {"pressed": shares, "help": help}
-    return [
-        {**pause, "help": "between two steps"},
-        {**stop, "help": "writes a checkpoint; the job can go on"},
-        pulls,
-        *measure_buttons(measure),
-    ]
+    pause = {"name": "pause", "label": "Resume" if paused else "Pause", "value": not paused}
+    pause["help"] = "between two steps"
+    stop = {"name": "stop", "label": "Stop", "value": True, "confirm": "Stop the run?"}
+    stop["help"] = "writes a checkpoint; the job can go on"
+    pulls = {"name": "gradient_share", "label": "Gradient share per loss", "value": not shares}
+    pulls["help"] = "how much of the gradient at the student's features comes from each term"
+    pulls["pressed"] = shares
+    actions = [button | {"off": off, "group": "run"} for button in (pause, stop, pulls)]
+    return [*actions, *measure_buttons(measure)]
 
 
 def measure_buttons(measure: str) -> list[dict]:
     "What the matrices of affinities show"
     help = "what the matrices of affinities show"
-    return [
-        {"name": "measure", "label": text, "value": name, "pressed": name == measure, "help": help}
-        for name, text in MEASURES.items()
-    ]
+    buttons = []
+    for name, text in MEASURES.items():
+        button = {"name": "measure", "label": text, "value": name, "pressed": name == measure}
+        buttons.append(button | {"help": help, "group": "affinities"})
+    return buttons
 
 
 def run_messages(watched: Watched, refused: str = "", problems: Iterable[str] = ()) -> list[dict]:

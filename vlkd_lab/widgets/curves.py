@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -154,11 +154,14 @@ def _terms_of(watched: Watched) -> list[str]:
     return list(dict.fromkeys([*watched.objective, *loss_terms(logged), *shared]))
 
 
-def _terms_title(watched: Watched) -> str:
-    "What the first panel shows; in nats where each of its terms is"
+def _terms_by_unit(watched: Watched) -> dict[str, list[str]]:  # unit -> terms; nats first
+    "The terms of a run by the unit of their values, since units share no axis"
     losses = all_losses()
-    units = {losses[term].unit if term in losses else "" for term in _terms_of(watched)}
-    return "weighted term, nats" if units == {"nats"} else "weighted term, each in its unit"
+    by_unit: dict[str, list[str]] = {}
+    for term in _terms_of(watched):
+        unit = losses[term].unit if term in losses else ""
+        by_unit.setdefault(unit or "no unit", []).append(term)
+    return dict(sorted(by_unit.items(), key=lambda item: item[0] != "nats"))
 
 
 def _visible_from(curves: TermCurves, decades: int) -> float:
@@ -167,18 +170,18 @@ def _visible_from(curves: TermCurves, decades: int) -> float:
     return largest / 10**decades
 
 
-def _term_lines(watched: Watched) -> list[dict]:
-    "What each term adds to the loss; those of the baseline dotted"
-    if modules_of(watched):
-        return _module_lines(watched)
+def _term_lines(watched: Watched, panel: int, terms: Sequence[str]) -> list[dict]:
+    "What some terms add to the loss; those of the baseline dotted"
+    names = [term.replace("_", " ") for term in terms]
     curves = term_curves(watched)
+    curves = {name: curves[name] for name in curves if name.removesuffix(BASELINE) in names}
     colours = {name.replace("_", " "): colour for name, colour in term_colours(_terms_of(watched)).items()}
     least = _visible_from(curves, decades=3)
     lines = []
     for name, (steps, values) in curves.items():
         dash = "dot" if name.endswith(BASELINE) else "solid"
         style = curve_style(colours[name.removesuffix(BASELINE)], dash)
-        lines.append(curve(steps, np.where(values > least, values, np.nan), name, line=style))
+        lines.append(curve(steps, np.where(values > least, values, np.nan), name, panel, line=style))
     return lines
 
 # %% ../../nbs/library/106_widgets_curves.ipynb #cv000001
@@ -246,7 +249,7 @@ def _column_lines(
 
 
 def _share_lines(watched: Watched, panel: int) -> list[dict]:
-    "Each term's share of the gradient, in the term's colour; the legend has the term already"
+    "Each loss's gradient share, in the term's colour; the legend has the term already"
     points = {}
     for event in watched.curves.events:
         for term, share in event.get("shares", {}).items():
@@ -271,17 +274,24 @@ def _agreement_lines(watched: Watched, panel: int) -> list[dict]:
 SPARSITY = {"expected_sparsity": "solid", "target_sparsity": "dash"}  # column -> dash of its line
 
 
+def _unit_panels(watched: Watched) -> dict[str, Callable]:  # title -> what draws the lines
+    "The terms that are not in the first panel, since their values have another unit"
+    units = list(_terms_by_unit(watched).items())[1:]
+    return {f"weighted, {unit}": partial(_term_lines, terms=terms) for unit, terms in units}
+
+
 def _further_panels(watched: Watched, first: int) -> dict[str, list[dict]]:  # title -> lines
     "Panels below or beside the losses and scores, those for which the run has something"
-    candidates = {
+    candidates = {} if modules_of(watched) else _unit_panels(watched)
+    candidates |= {
         "sparsity": partial(_column_lines, columns=SPARSITY),
-        "share of the gradient": _share_lines,
+        "gradient share": _share_lines,
         "cluster agreement": _agreement_lines,
         "learning rate": partial(_column_lines, columns={"learning_rate": "solid"}),
         "gradient norm": partial(_column_lines, columns={"gradient_norm": "solid"}, decades=3),
     }
     if modules_of(watched):  # the table has the shares
-        del candidates["share of the gradient"]
+        del candidates["gradient share"]
     panels: dict[str, list[dict]] = {}
     for title, draw in candidates.items():
         lines = draw(watched, first + len(panels))
@@ -333,22 +343,29 @@ def _vertical(x: float, panel: int, colour: str, dash: str) -> dict:
     return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, **place, **style}
 
 # %% ../../nbs/library/106_widgets_curves.ipynb #6f6f9ab6
-def curves_json(watched: Watched, width: int = WIDTH, height: int = 280) -> dict:  # Plotly JSON: data, layout
+def curves_json(
+    watched: Watched,
+    width: int = WIDTH,  # pixels
+    height: int = 280,  # pixels, of the first row
+    low: bool = False,  # as low as can be read, so that a screen has room for what stands below
+) -> dict:  # Plotly JSON: data, layout
     "Losses, scores and the rest of a run, a panel an idea; terms of modules by module and in a table"
     by_module = bool(modules_of(watched))
     first = 4 if by_module else 3
     further = _further_panels(watched, first)
-    titles = [_terms_title(watched), "R@1, mean of both directions", *[""] * (first - 3), *further]
-    layout = drawing.panel_grid(titles, width=width, height=height)
-    with_steps = [1, 2, *range(first, first + len(further))]
-    shapes, notes = _marks(watched, with_steps)
-    layout |= {"shapes": shapes, "annotations": notes, "meta": {"smoothing": True}}
+    unit, terms = next(iter(_terms_by_unit(watched).items()), ("nats", []))
+    titles = [f"weighted, {unit}", "mean R@1", *[""] * (first - 3), *further]
+    columns = 4 if low and len(titles) > 6 and not by_module else 3
+    layout = drawing.panel_grid(titles, columns=columns, width=width, height=height, low=low)
+    shapes, notes = _marks(watched, [1, 2, *range(first, first + len(further))])
+    layout |= {"shapes": shapes, "annotations": notes, "meta": {"smoothing": True, "grows": low}}
     layout["yaxis1"]["type"] = "log"
     layout["yaxis2"]["rangemode"] = "tozero"
     for number, title in enumerate(further, start=first):
-        scale = {"type": "log"} if title == "gradient norm" else {"rangemode": "tozero"}
-        layout[f"yaxis{number}"] |= scale
-    lines = [*_term_lines(watched), *validation_lines(watched), *teacher_line(watched)]
+        is_log = title == "gradient norm" or title.startswith("weighted, ")
+        layout[f"yaxis{number}"] |= {"type": "log"} if is_log else {"rangemode": "tozero"}
+    lines = _module_lines(watched) if by_module else _term_lines(watched, 1, terms)
+    lines += [*validation_lines(watched), *teacher_line(watched)]
     for panel_lines in further.values():
         lines += panel_lines
     return {"data": [*lines, *(_show_modules(watched, layout) if by_module else [])], "layout": layout}
@@ -408,7 +425,7 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
         z = np.where(values > 0, np.clip(np.log10(values), high - DECADES, high), np.nan)
     bright = z > high - DECADES / 3
     notes = [_cell_note(place, values[place], shares[place], bright[place]) for place in _filled(values)]
-    title = "weighted terms, share of the gradient" if np.isfinite(shares).any() else "weighted terms"
+    title = "weighted terms, gradient share" if np.isfinite(shares).any() else "weighted terms"
     layout["annotations"] = [*layout["annotations"], *notes, _note(-0.5, 3, title, xanchor="left")]
     layout["shapes"] = [shape for shape in layout["shapes"] if shape["xref"] != "x3"]
     kinds = [kind.replace("similarities", "similar-<br>ities").replace(" ", "<br>") for kind in TABLE_KINDS]
@@ -449,10 +466,11 @@ def _cell_note(place: tuple[int, int], value: float, share: float, bright: bool)
 class LossCurves(RunPart):
     "Losses, validation and budget over the steps"
 
+    title = "Curves"
     reads = frozenset({"curves"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:
         return curves_json(watched) if watched.curves.columns else {}
 
     def live(self) -> LiveFigure:
-        return LiveFigure(curves_json)
+        return LiveFigure(partial(curves_json, low=True))

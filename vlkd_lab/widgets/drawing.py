@@ -19,17 +19,22 @@ import numpy as np
 from ..data import escaped
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW', 'ROW_GAP',
-           'PANEL_GAP', 'Matrices', 'PIXELS_PER_INCH', 'palette', 'to_bytes', 'symmetric_limit', 'axis_name',
-           'curve_style', 'curve', 'plain_layout', 'panel_layout', 'panel_grid', 'heatmap', 'note_on_paper',
-           'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page', 'page_png', 'picture', 'png_html',
-           'stacked', 'StaticFigure']
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'CATEGORIES', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW',
+           'ROW_GAP', 'PANEL_GAP', 'LOW_ROWS', 'Matrices', 'THIN_ROW', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
+           'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'panel_grid',
+           'heatmap', 'note_on_paper', 'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page', 'page_png',
+           'picture', 'png_html', 'stacked', 'StaticFigure']
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
 DIVERGING = "RdBu"
 # Okabe and Ito's, for colour-blind eyes
 LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
+# as many as can be told apart on a map: the first are those of lines, the others Tol's muted ones and three more
+CATEGORIES = LINE_COLOURS[:7] + (
+    *("#882255", "#117733", "#332288", "#AA4499", "#999933", "#44AA99", "#CC6677"),
+    *("#661100", "#6699CC", "#DDCC77", "#7F3C8D", "#F97B72", "#2E8B8B"),
+)
 GREY = "#999999"
 INK = "#000000"  # drawn in the colour of the page's text; in a picture in MID_TONE
 MID_TONE = "#797979"  # of a picture's words and axes: as legible on white (4.3 to 1) as on a dark page
@@ -115,6 +120,7 @@ FIRST_ROW = 182  # pixels: height of the panels of the first row, and of those b
 NEXT_ROW = 130
 ROW_GAP = 64  # pixels between two rows: a name below, and notes above
 PANEL_GAP = 66  # pixels between two panels of a row: numbers and a name at the side
+LOW_ROWS = (100, 78, 36)  # pixels: first row, those below and the gap, where other things share the screen
 
 
 def panel_grid(
@@ -123,18 +129,21 @@ def panel_grid(
     columns: int = 3,
     width: int = WIDTH,
     height: int = FIRST_ROW + 98,  # of the first row, with what stands above and below it
+    low: bool = False,  # as low as can be read, with the steps named below the last row alone
 ) -> dict:  # a Plotly layout
     "Panels with one idea each, row by row, over the same steps"
-    first = height - 98
+    first, next_row, row_gap = LOW_ROWS if low else (height - 98, NEXT_ROW, ROW_GAP)
     rows = max(-(-len(titles) // columns), 1)
-    inner = first + (rows - 1) * (NEXT_ROW + ROW_GAP)
+    inner = first + (rows - 1) * (next_row + row_gap)
     gap = PANEL_GAP / (width - 65)
     across = (1 - (columns - 1) * gap) / columns
     layout = plain_layout(width, inner + 98, legend_at=1 + 9 / inner)
+    if low:
+        layout |= {"height": inner + 92, "margin": {**layout["margin"], "b": 34}}
     for number, title in enumerate(titles, start=1):
         row, column = divmod(number - 1, columns)
-        top = row and first + ROW_GAP + (row - 1) * (NEXT_ROW + ROW_GAP)
-        bottom = top + (NEXT_ROW if row else first)
+        top = row and first + row_gap + (row - 1) * (next_row + row_gap)
+        bottom = top + (next_row if row else first)
         left = column * (across + gap)
         layout |= panel_layout(number, x, title, [left, left + across])
         layout[f"yaxis{number}"]["domain"] = [1 - bottom / inner, 1 - top / inner]
@@ -172,6 +181,7 @@ def note_on_paper(x: float, y: float, text: str) -> dict:  # shares of the figur
     return {"x": x, "y": y, **paper, "text": text}
 
 # %% ../../nbs/library/101_widgets_drawing.ipynb #98b7b7ed
+THIN_ROW = 26  # pixels: height of a matrix of one row
 _BAR_ROOM = 84  # pixels right of a matrix: its colour bar with words, and the name at the side of the next
 
 
@@ -195,6 +205,8 @@ def heatmaps_json(
         row, column = divmod(k, columns)
         x = [column / columns, column / columns + across]
         y = [1 - (row + 1 - 34 / height) / rows, 1 - row / rows]
+        if len(matrix) == 1:  # one row of cells is one thin row
+            y[0] = y[1] - THIN_ROW / (layout["height"] - 32)
         bar = _colour_bar(x, y, measure)
         colours = DIVERGING if title in diverging else SEQUENTIAL
         traces.append(heatmap(matrix, low, high, colours, k + 1, bar))

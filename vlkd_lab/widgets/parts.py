@@ -12,19 +12,23 @@ from contextlib import contextmanager
 from typing import Any
 
 import ipywidgets
+import traitlets
 
 from ..methods import METHODS
+from .canvas import Pulsed, script
 from .drawing import WIDTH, picture
 from .plots import PlotView
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['RunPart', 'LivePart', 'part_figure', 'live_figure', 'sync_figure', 'LiveFigure', 'method_parts', 'may_fail']
+__all__ = ['RunPart', 'LivePart', 'part_figure', 'live_figure', 'sync_figure', 'LiveFigure', 'PartTitle', 'PartSection',
+           'method_parts', 'may_fail']
 
 # %% ../../nbs/library/105_widgets_parts.ipynb #c146224c
 class RunPart(ABC):
     "A part of the bench"
 
+    title = ""  # above it, on a button that folds it; empty: the name of its class
     reads = frozenset({"curves", "snapshot"})  # of what a look takes in; it is drawn when that has changed
 
     @abstractmethod
@@ -90,6 +94,41 @@ class LiveFigure(LivePart):
         elif drawn:
             sync_figure(self.widget, drawn)
 
+# %% ../../nbs/library/105_widgets_parts.ipynb #fd000002
+class PartTitle(Pulsed):
+    "The title of a part, which folds it away"
+
+    _esm = script("title.js")
+    text = traitlets.Unicode("").tag(sync=True)
+    folded = traitlets.Bool(False).tag(sync=True)
+
+
+class PartSection:
+    "A part in a frontend under its title"
+
+    def __init__(self, part: RunPart, live: LivePart):
+        self.live = live
+        self.title = PartTitle(text=part.title or type(part).__name__)
+        self.box = ipywidgets.VBox([self.title], layout={"overflow": "visible"})
+        self.box.add_class("vlkd-part")
+
+    @property
+    def is_empty(self) -> bool:
+        "Whether there is nothing to see below the title"
+        widget = self.live.widget
+        return widget is None or getattr(widget, "children", None) == ()
+
+    @property
+    def folded(self) -> bool:
+        "Whether somebody has folded it away"
+        return self.title.folded
+
+    def update(self, watched: Watched) -> None:
+        "Show what is new below the title"
+        self.live.update(watched)
+        children = (self.title, *([self.live.widget] if self.live.widget is not None else []))
+        if self.box.children != children:
+            self.box.children = children
 
 # %% ../../nbs/library/105_widgets_parts.ipynb #3faae789
 def method_parts(watched: Watched) -> list[RunPart]:

@@ -22,7 +22,7 @@ from ..data import escaped, project_root
 from ..project import write_text
 from ..runs import Run, find_run
 from .bench import Live
-from .canvas import STATIC, Pulsed, script
+from .canvas import STATIC, Pulsed, script, whole_script
 from .moments import TimeLine, curve_panels, every_so_many, timeline_about, timeline_scene
 from .watched import is_working
 
@@ -86,7 +86,7 @@ def timeline_page(line: TimeLine) -> str:  # HTML
         frames.append({"name": name, "arrays": packed.arrays, "numbers": packed.numbers})
     values = {"about": about, "scene": timeline_scene(line), "curves": curve_panels(line.watched)}
     content = line.fixed.data + b"".join(line.moments[name].data for name in names)
-    program = script("player.js") + _MOUNT
+    program = whole_script("player.js") + _MOUNT
     allowed = f"script-src {script_policy(program)}; style-src 'unsafe-inline'; img-src data:"
     return _PAGE.format(
         policy=f"default-src 'none'; {allowed}",

@@ -201,6 +201,7 @@ def plot_value(drawn: Mapping[str, Any]) -> dict:
         "height": layout.get("height", 280) - max(margin["t"] - ABOVE, 0),
         "margin": [margin["l"], min(margin["t"], ABOVE), margin["r"], margin["b"]],
         "smooth": bool(meta.get("smoothing")),
+        "grows": bool(meta.get("grows")),  # in height too, where the page is wide
         "words": visible(meta.get("words", "")) or plot_words(panels, traces),
     }
 

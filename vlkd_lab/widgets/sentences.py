@@ -83,6 +83,7 @@ def _nearest(scores: np.ndarray, sentences: Sequence[str], best: int, marked: se
 class SentenceTable(RunPart):
     "The nearest sentences of the image that is chosen"
 
+    title = "Nearest sentences"
     reads = frozenset({"snapshot"})
 
     def figure(self, watched: Watched) -> Mapping[str, Any]:

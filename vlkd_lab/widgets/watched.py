@@ -143,7 +143,7 @@ def duration(seconds: float) -> str:
 
 
 def progress(watched: Watched, recent: int = 30) -> dict[str, float]:
-    "Share done, samples a second, share of the time spent waiting for data, seconds left"
+    "Share done, samples a second, share of the time that loading data takes, seconds left"
     stage = watched.status.get("stage")
     seconds = watched.curves.column(stage, "seconds")[-recent:]
     if not len(seconds):
@@ -173,12 +173,14 @@ def status_bar(watched: Watched) -> list[list[str]]:  # [name, value] each
     steps = watched.curves.column(status.get("stage"), "step")
     place = " · ".join(status[key] for key in ("stage", "phase") if status.get(key))
     memory = status.get("memory_bytes", math.nan) / 2**30
+    done = now["share"] if status.get("plan") and len(steps) else math.nan
     return [
         ["state", status["state"]],
         ["stage", place or NO_VALUE],
         ["step", f"{int(steps[-1])}" if len(steps) else NO_VALUE],
-        ["samples a second", _known(now["samples_per_second"], "{:,.0f}")],
-        ["waiting for data", _known(now["data_share"], "{:.0%}")],
+        ["samples/s", _known(now["samples_per_second"], "{:,.0f}")],
+        ["data-loading time", _known(now["data_share"], "{:.0%}")],
         ["memory", _known(memory, "{:.2f} GiB")],
+        ["training done", _known(done, "{:.0%}")],
         ["time left", duration(now["seconds_left"]) if is_working(watched) else NO_VALUE],
     ]
