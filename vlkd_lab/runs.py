@@ -121,7 +121,8 @@ CONTROLS = {  # name -> (valid values in words, or what says them; check)
     "target_sparsity": ("a number from 0 to 0.97", _number(0, 0.97)),
     "weights": (_weights_in_words, _is_weights),
     "gradient_share": _SWITCH,  # whether each term's share of the gradient is computed now and then
-    "attention": ("a picture of the probe, counted from 0, or -1 for none", _is_picture),  # see where heads look
+    # see where heads look
+    "attention": ("a picture of the probe, counted from 0, or -1 for none", _is_picture),
     "checkpoint": ("the time of asking", _number(0, math.inf)),  # a request for a checkpoint at the next step
 }
 IN_MID_RUN = ("learning_rate_factor", "target_sparsity", "weights")  # those that change what is trained

@@ -151,7 +151,7 @@ def _clean_attributes(tag: Tag) -> None:
             if not (is_link or value.startswith("#")):
                 del tag[name]
 
-
+# %% ../nbs/library/142_sent_pages.ipynb #senc0035
 def cleaned(
     body: str,  # HTML
     folder: Path,  # of the notebook, where its pictures lie

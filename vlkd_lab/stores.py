@@ -332,7 +332,8 @@ def _fill_shards(
     written = 0
     done = 0  # pairs
     pairs = sum(store.shards[name][0].count for name in todo)
-    with progress_bar(silent=not (todo and progress), total=pairs, desc="teacher features", unit="sample") as bar:
+    silent = not (todo and progress)
+    with progress_bar(silent=silent, total=pairs, desc="teacher features", unit="sample") as bar:
         for name, lacks in todo.items():
             if tell is not None:
                 tell(done / max(pairs, 1))

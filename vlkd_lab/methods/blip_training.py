@@ -426,5 +426,7 @@ def plot_progress(job: Job):  # a matplotlib figure
         axis.set(title=SCORES[name], xlabel="step", ylim=(0, None))
     if curves:
         figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
-    ends = [f"{SCORES[name]} {points[-1][1]:.3g}" for name, stages in curves.items() for points in stages.values()]
+    ends = []
+    for name, stages in curves.items():
+        ends += [f"{SCORES[name]} {points[-1][1]:.3g}" for points in stages.values()]
     return with_words(figure, "Validation by step; at their ends: " + ", ".join(ends))

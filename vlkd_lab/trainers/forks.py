@@ -116,7 +116,8 @@ def find_point(
         if point.name == at:
             return point
     if not points:
-        raise ValueError(f"{run.folder} cannot be forked yet: it has no checkpoint; let it take its first step")
+        reason = "it has no checkpoint; let it take its first step"
+        raise ValueError(f"{run.folder} cannot be forked yet: {reason}")
     names = ", ".join(point.name for point in points)
     raise ValueError(f"at={at!r} is not valid: {run.folder} can be forked at {names}")
 
@@ -357,7 +358,7 @@ def _origin(
 # %% ../../nbs/library/088_trainers_forks.ipynb #f0rk0015
 def fork_command(run: Run) -> str:
     "What starts a run in a shell, or lets it go on"
-    return shlex.join(["python", "-m", "vlkd_lab.trainers", str(run.folder)])
+    return shlex.join(["python", "-m", check_parameters.__module__.rpartition(".")[0], str(run.folder)])
 
 
 def origin_in_words(

@@ -727,7 +727,7 @@ def _versions() -> dict[str, str]:
     return ours | {name: version(name) for name in names}
 
 # %% ../../nbs/library/087_trainers_jobs.ipynb #n3tw0rk1
-def network_facts(vlm: VLM) -> dict[str, Any]:  # "cost": as tables count it; "towers": as `towers_inside` has them
+def network_facts(vlm: VLM) -> dict[str, Any]:  # "cost" as in tables; "towers" as in `towers_inside`
     "What views are to know of a network: parameters, multiply-accumulates of a pair, sizes of the layers"
     kind = kind_of(vlm)
     if kind is None:

@@ -19,6 +19,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from vlkd_lab.runs import (
+    IN_MID_RUN,
+    Run,
+    RunStopped,
+    keep_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    to_json,
+)
 from vlkd_lab.trainers.running import (
     clip_shards,
     cut_average,
@@ -32,7 +41,6 @@ from .. import data, runs
 from ..features import Batch, Ensemble, Features
 from ..losses import Objective
 from ..models import HEAD_PAIRS, VLM
-from ..runs import IN_MID_RUN, Run, RunStopped, keep_checkpoint, load_checkpoint, save_checkpoint, to_json
 from ..shown import in_notebook, progress_bar
 from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features

@@ -243,12 +243,8 @@ class _CommonParameters(CurrentWords):
     start_from: str = parameter("", "model, or run whose last student, the student starts as; empty: none")
     lock_image: bool = parameter(False, "keep the student's image tower as it is")
     lock_text: bool = parameter(False, "keep the student's text tower as it is")
-    unlocked_image_layers: int = parameter(
-        0, "last layers of a locked image tower still trained", **at_least(0)
-    )
-    unlocked_text_layers: int = parameter(
-        0, "last layers of a locked text tower still trained", **at_least(0)
-    )
+    unlocked_image_layers: int = parameter(0, "last layers of a locked image tower to train", **at_least(0))
+    unlocked_text_layers: int = parameter(0, "last layers of a locked text tower to train", **at_least(0))
     processes: int = parameter(1, "training processes a machine, one a GPU; by torchrun", **at_least(1))
     nodes: int = parameter(1, "machines that train together, on one file system", **at_least(1))
 

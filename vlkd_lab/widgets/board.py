@@ -123,7 +123,7 @@ class RunsBoard(Live):
         changed = self.rows.look()
         if changed:
             self._show(changed)
-        self._lay_over()
+        _lay_over(self)
         self._looked = time.monotonic()
 
     def static(self) -> StaticBoard:
@@ -145,21 +145,6 @@ class RunsBoard(Live):
         except (ValueError, OSError, RuntimeError) as error:
             self.panel.said = ["error", visible(error), ""]
 
-    def _lay_over(self) -> None:
-        "Curves and differences of the ticked runs"
-        keys = [key for key in self.panel.ticked if key in self.rows.rows][:MOST_TICKED]
-        for key in [key for key in self.several if key not in keys]:
-            del self.several[key]
-        for key in keys:
-            self.several.setdefault(key, Watched(Run(self.rows.rows[key].folder)))
-        self.several = {key: self.several[key] for key in keys}
-        changes = [watched.look() for watched in self.several.values()]
-        if keys and (any(changes) or keys != self._overlaid):
-            sync_figure(self.figure, overlay_json(self.several))
-            self.table.value = differences(self.several).to_html(border=0)
-        self._overlaid = keys
-        self.show_below()
-
     def show_below(self) -> None:
         "What stands under the table: curves of the ticked runs, and a bench that was opened"
         shown = (self.figure, self.table) if self._overlaid else ()
@@ -167,6 +152,22 @@ class RunsBoard(Live):
             shown = (*shown, self._bench.box)
         if self.below.children != shown:
             self.below.children = shown
+
+# %% ../../nbs/library/123_widgets_board.ipynb #runbd019
+def _lay_over(board: RunsBoard) -> None:
+    "Curves and differences of the ticked runs"
+    keys = [key for key in board.panel.ticked if key in board.rows.rows][:MOST_TICKED]
+    for key in [key for key in board.several if key not in keys]:
+        del board.several[key]
+    for key in keys:
+        board.several.setdefault(key, Watched(Run(board.rows.rows[key].folder)))
+    board.several = {key: board.several[key] for key in keys}
+    changes = [watched.look() for watched in board.several.values()]
+    if keys and (any(changes) or keys != board._overlaid):
+        sync_figure(board.figure, overlay_json(board.several))
+        board.table.value = differences(board.several).to_html(border=0)
+    board._overlaid = keys
+    board.show_below()
 
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd010
 def _row_named(board: RunsBoard, key: str) -> RunRow:

@@ -125,7 +125,7 @@ def _image_traces(
         traces.append({**dots, "customdata": assignment[rows].tolist()})
     return traces
 
-
+# %% ../../nbs/library/113_widgets_clusters.ipynb #33c703a7
 def _centre_trace(clusters: RunClusters) -> dict:
     "The centres of the largest clusters"
     rows = np.argsort(-clusters.sizes, kind="stable")[:MOST_CENTRES]

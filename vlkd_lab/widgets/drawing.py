@@ -30,7 +30,7 @@ SEQUENTIAL = "Viridis"  # of Plotly's colour scales
 DIVERGING = "RdBu"
 # Okabe and Ito's, for colour-blind eyes
 LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
-# as many as can be told apart on a map: the first are those of lines, the others Tol's muted ones and three more
+# as many as can be told apart on a map: those of lines, Tol's muted ones and three more
 CATEGORIES = LINE_COLOURS[:7] + (
     *("#882255", "#117733", "#332288", "#AA4499", "#999933", "#44AA99", "#CC6677"),
     *("#661100", "#6699CC", "#DDCC77", "#7F3C8D", "#F97B72", "#2E8B8B"),

@@ -168,15 +168,20 @@ class NetworkView(Framed):
         if drawn is not self._drawn:  # the same list as long as stage and phase are the same
             self._drawn = drawn
             self.towers = [tower_json(tower) for tower in drawn]
-        stage = watched.labels.get("stage") or watched.status.get("stage") or ""
-        step = watched.labels.get("step")
         self.send_frame(
             keep=standing_bytes(drawn, now),
             sizes=standing_sizes(drawn, now),
             numbers=network_numbers(watched, now),
-            title=visible(stage if step is None else f"{stage}, step {step}"),
+            title=_moment(watched),
             **_chosen_head(self, drawn, now.keep),
         )
+
+# %% ../../nbs/library/117_widgets_heads.ipynb #h3adv013
+def _moment(watched: Watched) -> str:
+    "Stage and step of what is drawn"
+    stage = watched.labels.get("stage") or watched.status.get("stage") or ""
+    step = watched.labels.get("step")
+    return visible(stage if step is None else f"{stage}, step {step}")
 
 # %% ../../nbs/library/117_widgets_heads.ipynb #h3adv012
 def _pair_count(watched: Watched) -> int:

@@ -221,7 +221,7 @@ def _tower(
 def _manual_places(
     watched: Watched, teacher: TowerShape, student: TowerShape
 ) -> list[tuple[int, tuple[int, ...]]] | None:
-    "Where manual inheritance takes heads from, in runs that keep no plan: the first ones of evenly spread layers"
+    "Where manual inheritance takes heads from without a plan: the first ones of evenly spread layers"
     parameters = watched.config.get("parameters", {})
     is_copied = parameters.get("inheritance") == "manual" and not parameters.get("start_from")
     if not is_copied or is_baseline(watched, _stage_of(watched)) or student.layers > teacher.layers:

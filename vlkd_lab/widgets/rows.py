@@ -54,7 +54,7 @@ class RunRow:
     id: str = ""
     origin: Mapping[str, Any] = field(default_factory=dict)  # of a fork
 
-
+# %% ../../nbs/library/122_widgets_rows.ipynb #runrw016
 def read_row(key: str, run: Run, curves: Curves) -> RunRow:
     "A run's row; what cannot be read is said in it"
     state = "cannot be read"

@@ -161,7 +161,7 @@ def progress(watched: Watched, recent: int = 30) -> dict[str, float]:
         "seconds_left": left * seconds.mean() if plan else math.nan,
     }
 
-
+# %% ../../nbs/library/107_widgets_watched.ipynb #27fabd1e
 def _known(value: float, form: str) -> str:
     return NO_VALUE if math.isnan(value) else form.format(value)
 
