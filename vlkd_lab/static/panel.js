@@ -120,6 +120,12 @@ class Buttons {
     button.dataset.name = spec.name;
     button.dataset.key = `${spec.name} ${JSON.stringify(spec.value)}`;
     if (spec.pressed !== undefined) button.setAttribute("aria-pressed", spec.pressed);
+    if (spec.command) { // JupyterLab runs the command that a clicked element names, for the cell in which it stands
+      button.classList.add("vlkd-command");
+      button.dataset.commandlinkerCommand = spec.command;
+      button.dataset.commandlinkerArgs = "{}";
+      return button;
+    }
     button.addEventListener("click", () => (spec.confirm ? this.begin(spec) : this.ask(spec.name, spec.value)));
     return button;
   }

@@ -8,7 +8,7 @@ function render({ model, el }) {
   words.setAttribute("role", "status");
   const bar = make("progress", { max: 1 });
   bar.setAttribute("aria-label", "training done");
-  const button = make("button", { textContent: "Run the cells below" });
+  const button = make("button", { type: "button", className: "vlkd-command", textContent: "Run the cells below" });
   button.dataset.commandlinkerCommand = RUN_BELOW;
   button.dataset.commandlinkerArgs = "{}";
   const section = make("section", { className: "vlkd-panel vlkd-rest" }, words, bar, make("div", { className: "vlkd-buttons" }, button));
@@ -20,7 +20,6 @@ function render({ model, el }) {
     bar.value = model.get("share");
     bar.hidden = isReady;
     button.disabled = !isReady;
-    button.hidden = !el.closest(".jp-Notebook");
   };
   const seen = () => visible(el) && model.send({ seen: true });
   const pulse = setInterval(seen, PULSE_MS);

@@ -72,6 +72,7 @@ from vlkd_lab.widgets.clusters import (
 # %% ../../nbs/library/127_widgets.ipynb #c4494596
 # isort: split
 from vlkd_lab.widgets.controls import (
+    OWN_PANEL,
     Panel,
     measure_buttons,
     message,
@@ -260,6 +261,7 @@ from vlkd_lab.widgets.sentences import (
 )
 from vlkd_lab.widgets.watched import (
     NO_VALUE,
+    TRAINED,
     Choice,
     Watched,
     duration,

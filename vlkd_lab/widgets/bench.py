@@ -9,6 +9,7 @@ import asyncio
 import base64
 import contextvars
 import math
+import sys
 import threading
 import time
 import warnings
@@ -38,6 +39,12 @@ __all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'REDRAW_SECONDS', 'REDRAW_
 # %% ../../nbs/library/119_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
 CURVE_SECONDS = 1.0  # between two values of curves and maps, which travel whole
+
+# %% ../../nbs/library/119_widgets_bench.ipynb #c0lab001
+def _allow_widgets() -> None:
+    "Colab shows widgets of others once it is asked to"
+    if "google.colab" in sys.modules:
+        sys.modules["google.colab"].output.enable_custom_widget_manager()
 
 # %% ../../nbs/library/119_widgets_bench.ipynb #a23f3966
 class Live(ABC):
@@ -83,6 +90,8 @@ class Live(ABC):
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
+        if self.live:
+            _allow_widgets()
         bundle = self.box._repr_mimebundle_() if self.live else self.static()._repr_mimebundle_()
         self._handle = display(bundle, raw=True, display_id=True)
     def leave_picture(self) -> None:

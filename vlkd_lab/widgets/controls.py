@@ -21,7 +21,7 @@ from .curves import MODULE_NAMES, modules_of
 from .watched import Watched, is_baseline, is_working, progress, status_bar
 
 # %% auto #0
-__all__ = ['Panel', 'message', 'slider', 'run_sliders', 'term_help', 'run_values', 'run_buttons', 'measure_buttons',
+__all__ = ['OWN_PANEL', 'Panel', 'message', 'slider', 'run_sliders', 'term_help', 'run_values', 'run_buttons', 'measure_buttons',
            'run_messages', 'panel_state', 'request']
 
 # %% ../../nbs/library/118_widgets_controls.ipynb #e114f8fe
@@ -143,6 +143,15 @@ def run_values(watched: Watched) -> dict[str, float]:
     return values | {f"weights.{term}": weight for term, weight in weights.items()}
 
 # %% ../../nbs/library/118_widgets_controls.ipynb #fd22e479
+OWN_PANEL = {
+    "name": "panel",
+    "label": "Own panel",
+    "help": "the same bench in a panel of JupyterLab, which stays where you drag it",
+    "command": "notebook:create-output-view",  # of JupyterLab and Jupyter Notebook; no button elsewhere
+    "group": "page",
+}
+
+
 def run_buttons(watched: Watched, measure: str) -> list[dict]:
     "Pause or resume, stop, shares of the gradient, and the measure of the affinities"
     off = not is_working(watched)
@@ -156,7 +165,7 @@ def run_buttons(watched: Watched, measure: str) -> list[dict]:
     pulls["help"] = "how much of the gradient at the student's features comes from each term"
     pulls["pressed"] = shares
     actions = [button | {"off": off, "group": "run"} for button in (pause, stop, pulls)]
-    return [*actions, *measure_buttons(measure)]
+    return [*actions, *measure_buttons(measure), OWN_PANEL]
 
 
 def measure_buttons(measure: str) -> list[dict]:

@@ -14,7 +14,7 @@ from ..data import visible
 from ..trainers import StillTraining, Training
 from .bench import Live, RunView, StaticBench
 from .canvas import Pulsed, script
-from .watched import duration, is_working, progress
+from .watched import TRAINED, duration, is_working, progress
 
 # %% auto #0
 __all__ = ['NextCells', 'how_it_ended', 'RestOfNotebook', 'when_trained']
@@ -36,7 +36,7 @@ def how_it_ended(training: Training) -> str:
         return f"the training failed, and the bench says why: {visible(training.error)}"
     if status["state"] == "stopped":
         return "stopped: run the training's cell again to go on, or evaluate below what there is"
-    return "trained: evaluate below"
+    return TRAINED
 
 
 class RestOfNotebook(Live):

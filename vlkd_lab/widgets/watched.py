@@ -17,8 +17,8 @@ from .. import runs
 from ..runs import Curves, Run, kept_snapshots, newest_snapshot, read_json, read_snapshot
 
 # %% auto #0
-__all__ = ['NO_VALUE', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'settle', 'duration', 'progress',
-           'status_bar']
+__all__ = ['NO_VALUE', 'TRAINED', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'settle', 'duration',
+           'progress', 'status_bar']
 
 # %% ../../nbs/library/107_widgets_watched.ipynb #dfbee3be
 def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) from the first to the last
@@ -129,6 +129,7 @@ def settle(watched: Watched) -> None:
 
 # %% ../../nbs/library/107_widgets_watched.ipynb #27fabd1d
 NO_VALUE = "—"
+TRAINED = "trained: evaluate below"  # what the state `waiting` means to whoever reads a notebook
 
 
 def duration(seconds: float) -> str:
@@ -175,7 +176,7 @@ def status_bar(watched: Watched) -> list[list[str]]:  # [name, value] each
     memory = status.get("memory_bytes", math.nan) / 2**30
     done = now["share"] if status.get("plan") and len(steps) else math.nan
     return [
-        ["state", status["state"]],
+        ["state", TRAINED if status["state"] == "waiting" else status["state"]],
         ["stage", place or NO_VALUE],
         ["step", f"{int(steps[-1])}" if len(steps) else NO_VALUE],
         ["samples/s", _known(now["samples_per_second"], "{:,.0f}")],
