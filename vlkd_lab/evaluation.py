@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from .data import Pairs, View, escaped, find_shards, shipped, source_folder, thu
 from .features import Features, Texts, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
+from .methods import all_losses
 from .models import VLM, Latency, count_cost, evaluating, latencies
 from .project import former_names, write_text
-from .runs import Run, loss_terms, read_json, role_of, to_json
+from .runs import Curves, Run, loss_terms, read_json, role_in, role_of, to_json
 from .shapes import TOWERS
 from .shown import with_words
 from .trainers import Job, current_student, encode_captions, find_data, load_student
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['INVERSE_REGULARISATION', 'REFERENCE', 'MOST_IN_PANEL', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
+__all__ = ['INVERSE_REGULARISATION', 'REFERENCE', 'TERM_COLOURS', 'encode_pairs', 'Classes', 'find_classes', 'classifier',
            'predict', 'accuracy', 'affinity_divergence', 'agreement', 'score', 'first_captions', 'caption_counts',
            'alarms', 'linear_probe', 'all_label_sets', 'probed_sets', 'probe_table', 'retrieve', 'validation_curve',
            'first_step', 'steps_to_reach', 'job_models', 'compare', 'finish', 'show_table', 'Headline',
-           'save_reference', 'reference_curves', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
+           'save_reference', 'reference_curves', 'term_colours', 'weights_by_step', 'objective_of', 'terms_of_run',
+           'terms_by_unit', 'plot_losses', 'plot_validation', 'plot_tradeoff', 'plot_shapes']
 
 # %% ../nbs/library/092_evaluation.ipynb #faeab0ce
 def encode_pairs(
@@ -567,67 +569,139 @@ def reference_curves(
     return reference["curves"] if reference["parameters"] == parameters else {}
 
 # %% ../nbs/library/092_evaluation.ipynb #95844fb5
-MOST_IN_PANEL = 6  # terms whose names still fit into a panel
+TERM_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00")
 
 
+def term_colours(terms: Iterable[str]) -> dict[str, str]:  # name of a term -> colour
+    "One colour a term, the same in every panel and run; those of a run differ while there are enough"
+    losses = list(all_losses())
+    colours: dict[str, str] = {}
+    for term in dict.fromkeys(terms):
+        place = losses.index(term) if term in losses else len(losses)
+        wheel = [TERM_COLOURS[(place + k) % len(TERM_COLOURS)] for k in range(len(TERM_COLOURS))]
+        free = [colour for colour in wheel if colour not in colours.values()]
+        colours[term] = (free or wheel)[0]
+    return colours
+
+
+def weights_by_step(
+    curves: Curves,
+    config: Mapping[str, Any],  # config.json of the run
+    term: str,
+) -> dict[str, np.ndarray]:  # stage -> (steps,) weight
+    "The weight of a term at every step, changes in mid-run included; 1 in a baseline"
+    weight = objective_of(config).get(term, 1.0 if term not in all_losses() else 0.0)
+    events = [event for event in curves.events if event.get("event") == "control"]
+    weights = {}
+    for stage in curves.columns:
+        steps = curves.column(stage, "step")
+        weights[stage] = np.full(len(steps), 1.0 if role_in(config, stage) == "baseline" else weight)
+        for event in events:
+            if event["stage"] == stage and term in event.get("weights", {}):
+                weight = event["weights"][term]
+                weights[stage][steps > event["step"]] = weight
+    return weights
+
+
+def objective_of(config: Mapping[str, Any]) -> dict[str, float]:
+    "Weights that a run began with; where it only names its terms, each has weight 1"
+    return config.get("objective") or dict.fromkeys(config.get("terms", ()), 1.0)
+
+# %% ../nbs/library/092_evaluation.ipynb #w31ghts1
+def terms_of_run(curves: Curves, config: Mapping[str, Any]) -> list[str]:
+    "The terms of a run: those it began with first, and then whatever else it logged"
+    logged = [name for columns in curves.columns.values() for name in columns]
+    shared = [name for event in curves.events for name in event.get("shares", ())]
+    return list(dict.fromkeys([*objective_of(config), *loss_terms(logged), *shared]))
+
+
+def terms_by_unit(terms: Iterable[str]) -> dict[str, list[str]]:  # unit -> terms; nats first
+    "Terms by the unit of their values, since units share no axis"
+    losses = all_losses()
+    by_unit: dict[str, list[str]] = {}
+    for term in terms:
+        unit = losses[term].unit if term in losses else ""
+        by_unit.setdefault(unit or "no unit", []).append(term)
+    return dict(sorted(by_unit.items(), key=lambda item: item[0] != "nats"))
+
+# %% ../nbs/library/092_evaluation.ipynb #w31ghts2
 def plot_losses(run: Run) -> Figure:
-    "Every named term by step, one panel a stage; many share a logarithmic axis; sparsity is on the right"
+    "What every term adds to the loss by step: a column a stage, a row a unit; sparsity is on the right"
     import matplotlib.pyplot as plt
 
-    lines = [m for m in run.metrics() if "total" in m]
-    stages = list(dict.fromkeys(m["stage"] for m in lines))
-    terms = loss_terms(name for line in lines for name in line)
-    many = len(terms) > MOST_IN_PANEL
-    panels = max(len(stages), 1)
-    size = (3.4 * panels, 2.8)
-    if many:
-        size = (3.4 * panels + 1.6, max(2.8, 0.4 + 0.15 * len(terms)))  # with room for every name
-    colours = dict(zip(terms, plt.get_cmap("tab20" if many else "tab10").colors * len(terms), strict=False))
-    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
+    curves = Curves(run)
+    curves.read()
+    config = run.config()
+    stages = list(curves.columns)
+    terms = terms_of_run(curves, config)
+    by_unit = {unit: _weighted(curves, config, names) for unit, names in terms_by_unit(terms).items()}
+    by_unit = {unit: lines for unit, lines in by_unit.items() if lines} or {"nats": {}}
+    heights = [max(2.2, 0.4 + 0.15 * len({term for term, _ in lines})) for lines in by_unit.values()]
+    shape = (len(by_unit), max(len(stages), 1))
+    size = (3.4 * shape[1] + 1.6, sum(heights))
+    grid = {"height_ratios": heights}
+    figure, axes = plt.subplots(*shape, figsize=size, squeeze=False, gridspec_kw=grid, layout="constrained")
+    colours = term_colours(terms)
+    for row, (unit, lines) in zip(axes, by_unit.items(), strict=True):
+        _plot_terms(row, stages, lines, colours)
+        row[0].set_ylabel(f"weighted, {unit}")
     for axis, stage in zip(axes[0], stages, strict=False):
-        _plot_stage(axis, [m for m in lines if m["stage"] == stage], colours)
-        axis.set(title=stage, xlabel="step", yscale="log" if many else "linear")
-        if not many:
-            axis.legend(fontsize=7, loc="upper right")
-    axes[0][0].set_ylabel("nats" if stages else "")
-    if many:
-        shown = {}
-        for axis in axes[0]:
-            for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                shown[label] = line
-        figure.legend(shown.values(), shown, fontsize=7, loc="outside right upper")
-    return with_words(figure, _losses_in_words(lines, terms))
+        axis.set_title(stage)
+        _sparsity_axis(axis, curves, stage)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    return with_words(figure, _losses_in_words(by_unit))
+
+
+def _weighted(
+    curves: Curves, config: Mapping[str, Any], terms: Iterable[str]
+) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:  # (term, stage) -> steps, what it adds
+    "What some terms add to the loss, where they were logged"
+    lines = {}
+    for term in terms:
+        weights = weights_by_step(curves, config, term)
+        for stage, weight in weights.items():
+            values = curves.column(stage, term) * weight
+            if np.isfinite(values).any():
+                lines[term, stage] = curves.column(stage, "step"), values
+    return lines
 
 # %% ../nbs/library/092_evaluation.ipynb #c0f1e601
-def _plot_stage(axis, lines: Sequence[dict], colours: Mapping[str, Any]) -> None:
-    "The terms of one stage, and its sparsity"
-    for term, colour in colours.items():
-        steps = [line["step"] for line in lines if term in line]
-        values = [float(line[term]) for line in lines if term in line]
-        if steps:
-            axis.plot(steps, values, label=term.replace("_", " "), lw=1, color=colour)
-    gated = [line for line in lines if "expected_sparsity" in line]
-    if gated:
-        steps = [line["step"] for line in gated]
-        expected = [line["expected_sparsity"] for line in gated]
-        _sparsity_axis(axis, steps, expected, [line["target_sparsity"] for line in gated])
+def _plot_terms(axes, stages: Sequence[str], lines: Mapping, colours: Mapping[str, str]) -> None:
+    "The terms of one unit, a panel a stage, named once at the side"
+    shown = {}
+    for axis, stage in zip(axes, stages, strict=False):
+        axis.set_yscale("log")
+        for (term, of_stage), (steps, values) in lines.items():
+            if of_stage == stage:
+                label = term.replace("_", " ")
+                positive = np.where(values > 0, values, np.nan)
+                shown[label] = axis.plot(steps, positive, lw=1, color=colours[term])[0]
+    if shown:
+        place = dict(loc="upper left", bbox_to_anchor=(1.12, 1.0), borderaxespad=0)
+        axes[-1].legend(shown.values(), shown, fontsize=7, frameon=False, **place)
 
 # %% ../nbs/library/092_evaluation.ipynb #dde6c923
-def _sparsity_axis(axis, steps, expected, target) -> None:
+def _sparsity_axis(axis, curves: Curves, stage: str) -> None:
+    "Expected and target sparsity of a stage with gates"
+    expected = curves.column(stage, "expected_sparsity")
+    if not np.isfinite(expected).any():
+        return
+    steps = curves.column(stage, "step")
     right = axis.twinx()
     right.plot(steps, expected, color="black", lw=1, label="expected sparsity")
-    right.plot(steps, target, color="black", lw=1, ls=":", label="target")
+    right.plot(steps, curves.column(stage, "target_sparsity"), color="black", lw=1, ls=":", label="target")
     right.set_ylim(0, 1)
     right.legend(fontsize=7, loc="lower right")
 
 
-def _losses_in_words(lines: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> str:
-    "The last value of every term"
-    ends = []
-    for term in terms:
-        values = [float(line[term]) for line in lines if term in line]
-        ends.append(f"{term.replace('_', ' ')} {values[-1]:.3g}")
-    return "Every term of the loss by step; at the end: " + ", ".join(ends)
+def _losses_in_words(by_unit: Mapping[str, Mapping]) -> str:
+    "What every term adds at the end"
+    ends = {}
+    for unit, lines in by_unit.items():
+        for (term, _), (_, values) in lines.items():
+            ends[term] = f"{term.replace('_', ' ')} {values[np.isfinite(values)][-1]:.3g} {unit}"
+    return "What every term adds to the loss by step; at the end: " + ", ".join(ends.values())
 
 # %% ../nbs/library/092_evaluation.ipynb #87ba8dbf
 def plot_validation(run: Run, teacher: float | None = None) -> Figure:

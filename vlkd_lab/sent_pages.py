@@ -216,7 +216,7 @@ def _first_line(source: str) -> str:
 def _latex_mathml(text: str) -> str:
     return _formula(text.strip().strip("$"), "block")
 
-
+# %% ../nbs/library/142_sent_pages.ipynb #senc0134
 class PageExporter(HTMLExporter):
     "nbconvert's HTML, with formulas as MathML and code folded"
 

@@ -283,7 +283,8 @@ def _new_folder(run: Run, out: str | Path) -> Path:  # absolute
     if folder.is_relative_to(parent):
         raise ValueError(f"out={str(out)!r} is not valid: a fork lies beside {parent}, not in it")
     if (folder / "config.json").exists():
-        raise ValueError(f"out={str(out)!r} is not valid: {folder} holds a run already; choose another folder")
+        reason = f"{folder} holds a run already; choose another folder"
+        raise ValueError(f"out={str(out)!r} is not valid: {reason}")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"out={str(out)!r} is not valid: {folder} is not empty; choose another folder")
     return folder

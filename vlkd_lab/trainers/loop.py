@@ -131,7 +131,7 @@ def _whole_average(loop: Loop) -> dict[str, Tensor]:
     state = loop.shards.gathered(loop.average.state, keep=loop.accelerator.is_main_process)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
-
+# %% ../../nbs/library/085_trainers_loop.ipynb #lp000res
 def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
     "Continue from the phase's checkpoint, metrics cut back to it; every process reads, the first one cuts"
     state = load_checkpoint(loop.run, loop.phase.folder, cut=loop.accelerator.is_main_process)
@@ -139,7 +139,8 @@ def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
         return False
     loop.step = state["step"]
     # a fork may have other ones than the run that it comes from
-    rates = [{name: group[name] for name in ("peak", "weight_decay")} for group in loop.optimizer.param_groups]
+    names = ("peak", "weight_decay")
+    rates = [{name: group[name] for name in names} for group in loop.optimizer.param_groups]
     if loop.shards is not None:
         load_shards(loop.shards, state["learner"])
         load_optimizer(loop.optimizer, state["optimizer"])
@@ -423,7 +424,8 @@ def _bar(loop: Loop) -> tqdm:
     is_beside = threading.current_thread() is not threading.main_thread()
     is_silent = is_beside or not loop.accelerator.is_main_process
     pace = {"mininterval": 10, "delay": 10} if in_notebook() else {"delay": 0}
-    return progress_bar(silent=is_silent, total=loop.phase.steps, initial=loop.step, desc=loop.phase.folder, **pace)
+    phase = loop.phase
+    return progress_bar(silent=is_silent, total=phase.steps, initial=loop.step, desc=phase.folder, **pace)
 
 # %% ../../nbs/library/085_trainers_loop.ipynb #6811a91d
 class Diverged(ArithmeticError):

@@ -90,7 +90,7 @@ def row_state(row: RunRow, names: Sequence[str]) -> dict[str, Any]:
 MOST_TICKED = 12  # runs whose curves are laid over each other
 MOST_NAMES = 8  # columns of parameters that differ
 
-
+# %% ../../nbs/library/123_widgets_board.ipynb #runbd119
 class RunsBoard(Live):
     "The runs of a folder, and what a person does with them"
 
@@ -145,14 +145,6 @@ class RunsBoard(Live):
         except (ValueError, OSError, RuntimeError) as error:
             self.panel.said = ["error", visible(error), ""]
 
-    def show_below(self) -> None:
-        "What stands under the table: curves of the ticked runs, and a bench that was opened"
-        shown = (self.figure, self.table) if self._overlaid else ()
-        if self._bench is not None:
-            shown = (*shown, self._bench.box)
-        if self.below.children != shown:
-            self.below.children = shown
-
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd019
 def _lay_over(board: RunsBoard) -> None:
     "Curves and differences of the ticked runs"
@@ -167,7 +159,16 @@ def _lay_over(board: RunsBoard) -> None:
         sync_figure(board.figure, overlay_json(board.several))
         board.table.value = differences(board.several).to_html(border=0)
     board._overlaid = keys
-    board.show_below()
+    _show_below(board)
+
+
+def _show_below(board: RunsBoard) -> None:
+    "What stands under the table: curves of the ticked runs, and a bench that was opened"
+    shown = (board.figure, board.table) if board._overlaid else ()
+    if board._bench is not None:
+        shown = (*shown, board._bench.box)
+    if board.below.children != shown:
+        board.below.children = shown
 
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd010
 def _row_named(board: RunsBoard, key: str) -> RunRow:
@@ -190,9 +191,9 @@ def _open_bench(board: RunsBoard, key: str) -> None:
     "Open a run's bench under the table; empty: close it"
     row = _row_named(board, key) if key else None
     board._bench = None if row is None else attach(row.folder, live=True)
-    board.show_below()
+    _show_below(board)
 
-
+# %% ../../nbs/library/123_widgets_board.ipynb #runbd118
 def _fork(board: RunsBoard, wanted: Mapping[str, Any]) -> None:
     "Fork a run as the page asks, and say what starts the fork"
     row = _row_named(board, str(wanted.get("key")))
@@ -216,7 +217,8 @@ def _tick(board: RunsBoard, keys: Sequence[str]) -> None:
     "Lay the curves of these runs over each other"
     board.panel.ticked = [key for key in keys if key in board.rows.rows]
     if len(board.panel.ticked) > MOST_TICKED:
-        words = f"the curves of the first {MOST_TICKED} are shown, of {len(board.panel.ticked)} that are ticked"
+        ticked = len(board.panel.ticked)
+        words = f"the curves of the first {MOST_TICKED} are shown, of {ticked} that are ticked"
         board.panel.said = ["note", words, ""]
 
 

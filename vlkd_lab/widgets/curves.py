@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from ..data import escaped
+from ..evaluation import term_colours, terms_by_unit, terms_of_run, weights_by_step
 from ..losses import MODULES, TERM_KINDS
 from ..methods import all_losses
 from ..runs import CONTROLS, loss_terms, read_json, thinned
@@ -22,9 +23,9 @@ from .parts import LiveFigure, RunPart
 from .watched import Watched, is_baseline
 
 # %% auto #0
-__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'TERM_COLOURS', 'SPARSITY', 'CHANGED', 'DECADES',
-           'term_curves', 'modules_of', 'compared_kind', 'module_curves', 'module_table', 'term_colours',
-           'validation_lines', 'teacher_line', 'curves_json', 'validation_scores_of', 'LossCurves']
+__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'SPARSITY', 'CHANGED', 'DECADES', 'term_curves', 'modules_of',
+           'compared_kind', 'module_curves', 'module_table', 'validation_lines', 'teacher_line', 'curves_json',
+           'validation_scores_of', 'LossCurves']
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #75a63b29
 BASELINE = " (baseline)"  # behind the name of a curve
@@ -36,28 +37,13 @@ def _stages(watched: Watched, baseline: bool) -> list[str]:
     return [stage for stage in watched.curves.columns if is_baseline(watched, stage) == baseline]
 
 
-def _weights_by_step(watched: Watched, term: str) -> dict[str, np.ndarray]:  # stage -> (steps,) weight
-    "The weight of a term at every step, changes in mid-run included"
-    weight = watched.objective.get(term, 1.0 if term not in all_losses() else 0.0)
-    events = [event for event in watched.curves.events if event.get("event") == "control"]
-    weights = {}
-    for stage in watched.curves.columns:
-        steps = watched.curves.column(stage, "step")
-        weights[stage] = np.full(len(steps), 1.0 if is_baseline(watched, stage) else weight)
-        for event in events:
-            if event["stage"] == stage and term in event.get("weights", {}):
-                weight = event["weights"][term]
-                weights[stage][steps > event["step"]] = weight
-    return weights
-
-
 def _weighted_terms(watched: Watched, stages: Sequence[str]) -> TermCurves:
     "What every term adds to the loss in some stages, step by step"
     columns = [name for stage in stages for name in watched.curves.columns[stage]]
     steps = [watched.curves.column(stage, "step") for stage in stages]
     curves = {}
     for term in loss_terms(columns):
-        weights = _weights_by_step(watched, term)
+        weights = weights_by_step(watched.curves, watched.config, term)
         values = [watched.curves.column(stage, term) * weights[stage] for stage in stages]
         curves[term] = np.concatenate(steps), np.concatenate(values)
     return curves
@@ -132,36 +118,9 @@ def module_table(
     return values, shares
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #4b715efc
-TERM_COLOURS = LINE_COLOURS[:7]  # without the ink, which is the scores'
-
-
-def term_colours(terms: Iterable[str]) -> dict[str, str]:  # name of a term -> colour
-    "One colour a term, the same in every panel and run; those of a run differ while there are enough"
-    losses = list(all_losses())
-    colours: dict[str, str] = {}
-    for term in dict.fromkeys(terms):
-        place = losses.index(term) if term in losses else len(losses)
-        wheel = [TERM_COLOURS[(place + k) % len(TERM_COLOURS)] for k in range(len(TERM_COLOURS))]
-        free = [colour for colour in wheel if colour not in colours.values()]
-        colours[term] = (free or wheel)[0]
-    return colours
-
-
 def _terms_of(watched: Watched) -> list[str]:
-    "The terms of a run: those it began with first, and then whatever else it logged"
-    logged = [name for columns in watched.curves.columns.values() for name in columns]
-    shared = [name for event in watched.curves.events for name in event.get("shares", ())]
-    return list(dict.fromkeys([*watched.objective, *loss_terms(logged), *shared]))
-
-
-def _terms_by_unit(watched: Watched) -> dict[str, list[str]]:  # unit -> terms; nats first
-    "The terms of a run by the unit of their values, since units share no axis"
-    losses = all_losses()
-    by_unit: dict[str, list[str]] = {}
-    for term in _terms_of(watched):
-        unit = losses[term].unit if term in losses else ""
-        by_unit.setdefault(unit or "no unit", []).append(term)
-    return dict(sorted(by_unit.items(), key=lambda item: item[0] != "nats"))
+    "The terms of a run"
+    return terms_of_run(watched.curves, watched.config)
 
 
 def _visible_from(curves: TermCurves, decades: int) -> float:
@@ -276,7 +235,7 @@ SPARSITY = {"expected_sparsity": "solid", "target_sparsity": "dash"}  # column -
 
 def _unit_panels(watched: Watched) -> dict[str, Callable]:  # title -> what draws the lines
     "The terms that are not in the first panel, since their values have another unit"
-    units = list(_terms_by_unit(watched).items())[1:]
+    units = list(terms_by_unit(_terms_of(watched)).items())[1:]
     return {f"weighted, {unit}": partial(_term_lines, terms=terms) for unit, terms in units}
 
 
@@ -353,7 +312,7 @@ def curves_json(
     by_module = bool(modules_of(watched))
     first = 4 if by_module else 3
     further = _further_panels(watched, first)
-    unit, terms = next(iter(_terms_by_unit(watched).items()), ("nats", []))
+    unit, terms = next(iter(terms_by_unit(_terms_of(watched)).items()), ("nats", []))
     titles = [f"weighted, {unit}", "mean R@1", *[""] * (first - 3), *further]
     columns = 4 if low and len(titles) > 6 and not by_module else 3
     layout = drawing.panel_grid(titles, columns=columns, width=width, height=height, low=low)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..data import escaped
+from ..evaluation import TERM_COLOURS
 
 # %% auto #0
 __all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'CATEGORIES', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW',
@@ -29,7 +30,7 @@ __all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'CATEGORIES', 'GREY', 'INK
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
 DIVERGING = "RdBu"
 # Okabe and Ito's, for colour-blind eyes
-LINE_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6D00", "#000000")
+LINE_COLOURS = (*TERM_COLOURS, "#000000")
 # as many as can be told apart on a map: those of lines, Tol's muted ones and three more
 CATEGORIES = LINE_COLOURS[:7] + (
     *("#882255", "#117733", "#332288", "#AA4499", "#999933", "#44AA99", "#CC6677"),

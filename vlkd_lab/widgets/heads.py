@@ -193,7 +193,7 @@ def _pair_count(watched: Watched) -> int:
     return max(counts, default=0)
 
 
-def _ask_for_maps(watched: Watched, pair: int) -> str:  # why it could not be asked; empty: it was, or need not be
+def _ask_for_maps(watched: Watched, pair: int) -> str:  # why it could not be; empty: asked, or no need
     "Ask the training for the maps of a pair; -1: for none"
     if not is_working(watched):
         return ""
@@ -238,7 +238,7 @@ def _chosen_head(
         "pairs": [visible(caption)[:120] for caption in probe.get("captions", ())[:count]],
     }
 
-# %% ../../nbs/library/117_widgets_heads.ipynb #h3adv013
+# %% ../../nbs/library/117_widgets_heads.ipynb #h3adv113
 def _why_not(
     watched: Watched, tower: DrawnTower, view: NetworkView, shares: Mapping[str, np.ndarray], has_head: bool
 ) -> str:

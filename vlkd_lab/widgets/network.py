@@ -441,7 +441,8 @@ def _draw_tower(page, tower: DrawnTower, now: Standing, box: tuple[float, float,
     for number, (teacher, student) in enumerate(tower.rows):
         y = top + 9 + number * row
         _words(page, left, y + row / 2, str(number), fontsize=6)
-        line = dict(fill=False, edgecolor=MID_TONE, linewidth=0.6, linestyle="-" if student is not None else ":")
+        style = "-" if student is not None else ":"
+        line = dict(fill=False, edgecolor=MID_TONE, linewidth=0.6, linestyle=style)
         if teacher is not None:
             _bar(page, left + _NAMES, y + 1, room * tower.teacher.width / widest, row - 2, **line)
             neurons = room * tower.teacher.neurons[teacher] / most

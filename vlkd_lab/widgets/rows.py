@@ -160,7 +160,7 @@ def run_folders(folder: str | Path, deep: int = _DEEPEST) -> Iterator[Path]:
         elif deep > 1:
             yield from run_folders(entry.path, deep - 1)
 
-
+# %% ../../nbs/library/122_widgets_rows.ipynb #runrw117
 class RunRows:
     "The rows of a folder's runs, which are kept up to date by looking again"
 
@@ -282,7 +282,7 @@ def column_values(row: RunRow, names: Sequence[str] = ()) -> dict[str, float | s
         values[name] = value if value is None or is_number else visible(value)
     return values
 
-
+# %% ../../nbs/library/122_widgets_rows.ipynb #runrw118
 def column_texts(row: RunRow, names: Sequence[str] = ()) -> dict[str, str]:
     "What each column shows"
     forms = {
@@ -303,7 +303,7 @@ def column_texts(row: RunRow, names: Sequence[str] = ()) -> dict[str, str]:
         texts["state"] = row.problem
     return texts
 
-# %% ../../nbs/library/122_widgets_rows.ipynb #runrw016
+# %% ../../nbs/library/122_widgets_rows.ipynb #runrw116
 SPARK_SIZE = (80, 20)  # pixels
 
 
@@ -364,7 +364,7 @@ def fork_tree(rows: Sequence[RunRow]) -> list[TreeLine]:
         _add_lines(lines, root, place, children, "", "", 0)
     return lines
 
-
+# %% ../../nbs/library/122_widgets_rows.ipynb #runrw119
 def _add_lines(
     lines: list[TreeLine],
     row: RunRow | str,
