@@ -151,7 +151,7 @@ def _clean_attributes(tag: Tag) -> None:
             if not (is_link or value.startswith("#")):
                 del tag[name]
 
-
+# %% ../nbs/library/sent_pages.ipynb #sen1902e
 def cleaned(
     body: str,  # HTML
     folder: Path,  # of the notebook, where its pictures lie
@@ -177,7 +177,7 @@ def cleaned(
             _clean_attributes(tag)
     return str(soup), allowed
 
-# %% ../nbs/library/sent_pages.ipynb #senba2a7
+# %% ../nbs/library/sent_pages.ipynb #senecac0
 _TEMPLATE = """
 {%- extends 'classic/base.html.j2' -%}
 {% block input %}
@@ -244,7 +244,7 @@ def _style() -> str:
         parts.append(f"@media (prefers-color-scheme: {scheme}) {{\n{colours}\n}}\n")
     return "".join(parts)
 
-# %% ../nbs/library/sent_pages.ipynb #sen4c928
+# %% ../nbs/library/sent_pages.ipynb #senc3984
 def _title_of(notebook: nbformat.NotebookNode, name: str) -> str:
     "The notebook's first heading, or its name"
     for cell in notebook.cells:
