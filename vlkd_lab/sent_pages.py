@@ -205,7 +205,7 @@ _FRAME = """<!doctype html>
 </html>
 """
 
-
+# %% ../nbs/library/sent_pages.ipynb #sen4c928
 def _first_line(source: str) -> str:
     "What a folded cell is known by; its text is escaped"
     lines = [line for line in source.splitlines() if line.strip()]
@@ -244,7 +244,7 @@ def _style() -> str:
         parts.append(f"@media (prefers-color-scheme: {scheme}) {{\n{colours}\n}}\n")
     return "".join(parts)
 
-# %% ../nbs/library/sent_pages.ipynb #senc3984
+# %% ../nbs/library/sent_pages.ipynb #sendd964
 def _title_of(notebook: nbformat.NotebookNode, name: str) -> str:
     "The notebook's first heading, or its name"
     for cell in notebook.cells:
