@@ -151,7 +151,7 @@ def _clean_attributes(tag: Tag) -> None:
             if not (is_link or value.startswith("#")):
                 del tag[name]
 
-# %% ../nbs/library/142_sent_pages.ipynb #senc0035
+# %% ../nbs/library/142_sent_pages.ipynb #sen1902e
 def cleaned(
     body: str,  # HTML
     folder: Path,  # of the notebook, where its pictures lie
@@ -177,7 +177,7 @@ def cleaned(
             _clean_attributes(tag)
     return str(soup), allowed
 
-# %% ../nbs/library/142_sent_pages.ipynb #senba2a7
+# %% ../nbs/library/142_sent_pages.ipynb #senecac0
 _TEMPLATE = """
 {%- extends 'classic/base.html.j2' -%}
 {% block input %}
@@ -205,7 +205,7 @@ _FRAME = """<!doctype html>
 </html>
 """
 
-
+# %% ../nbs/library/142_sent_pages.ipynb #sen4c928
 def _first_line(source: str) -> str:
     "What a folded cell is known by; its text is escaped"
     lines = [line for line in source.splitlines() if line.strip()]
@@ -216,7 +216,7 @@ def _first_line(source: str) -> str:
 def _latex_mathml(text: str) -> str:
     return _formula(text.strip().strip("$"), "block")
 
-# %% ../nbs/library/142_sent_pages.ipynb #senc0134
+
 class PageExporter(HTMLExporter):
     "nbconvert's HTML, with formulas as MathML and code folded"
 
@@ -244,7 +244,7 @@ def _style() -> str:
         parts.append(f"@media (prefers-color-scheme: {scheme}) {{\n{colours}\n}}\n")
     return "".join(parts)
 
-# %% ../nbs/library/142_sent_pages.ipynb #sen4c928
+# %% ../nbs/library/142_sent_pages.ipynb #sendd964
 def _title_of(notebook: nbformat.NotebookNode, name: str) -> str:
     "The notebook's first heading, or its name"
     for cell in notebook.cells:
