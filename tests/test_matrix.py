@@ -326,7 +326,7 @@ def test_a_phase_lets_go_of_its_network_and_optimizer(parameters, monkeypatch):
 CHANGED = [  # what a run may go on with
     dict(workers=2),
     dict(steps=5),
-    dict(steps=5, workers=1, validate_every=2, checkpoint_seconds=0.0, keep_snapshots=2, micro_batch=4, max_bad_share=0.5),
+    dict(steps=5, workers=1, validate_every=2, checkpoint_seconds=0.0, keep_snapshots=2, keep_checkpoints=1, micro_batch=4, max_bad_share=0.5),
 ]
 
 
