@@ -204,7 +204,7 @@ def fits_and_shows_captions_as_text(page):
 
 def sliders_reach_the_trainer(page, run):
     "A key on a slider is an event in the metrics; some take less than a second, also where the machine is busy"
-    slider, waited = page.browser_page.locator('input[type=range][data-name="target_sparsity"]'), []
+    slider, waited = page.browser_page.locator('input[type=range][data-name="target_sparsity"]').first, []
     for wanted in (0.74, 0.73, 0.72, 0.71, 0.70, 0.69, 0.68, 0.67):
         slider.focus()
         start = time.monotonic()
@@ -215,7 +215,7 @@ def sliders_reach_the_trainer(page, run):
             break
     assert waited[-1] < 1.0, waited
     unfold_terms(page)
-    exact = page.browser_page.locator('input[type=number][data-name="weights.contrastive"]')
+    exact = page.browser_page.locator('input[type=number][data-name="weights.contrastive"]').first
     exact.fill("0.5")
     exact.press("Enter")
     until(lambda: any(e.get("weights") == {"contrastive": 0.5} for e in controls(run)))
