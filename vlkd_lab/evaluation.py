@@ -668,18 +668,31 @@ def _weighted(
 
 # %% ../nbs/library/092_evaluation.ipynb #c0f1e601
 def _plot_terms(axes, stages: Sequence[str], lines: Mapping, colours: Mapping[str, str]) -> None:
-    "The terms of one unit, a panel a stage, named once at the side"
+    "The terms of one unit, a panel a stage, named once at the side; a stage without them has no panel"
     shown = {}
     for axis, stage in zip(axes, stages, strict=False):
-        axis.set_yscale("log")
-        for (term, of_stage), (steps, values) in lines.items():
-            if of_stage == stage:
-                label = term.replace("_", " ")
-                positive = np.where(values > 0, values, np.nan)
-                shown[label] = axis.plot(steps, positive, lw=1, color=colours[term])[0]
+        here = [(term, *line) for (term, of_stage), line in lines.items() if of_stage == stage]
+        for term, steps, values in here:
+            label = term.replace("_", " ")
+            positive = np.where(values > 0, values, np.nan)
+            shown[label] = axis.plot(steps, positive, lw=1, color=colours[term])[0]
+        if here:
+            _log_scale(axis)
+        elif lines:
+            axis.set_axis_off()
     if shown:
         place = dict(loc="upper left", bbox_to_anchor=(1.12, 1.0), borderaxespad=0)
         axes[-1].legend(shown.values(), shown, fontsize=7, frameon=False, **place)
+
+
+def _log_scale(axis) -> None:
+    "A logarithmic axis whose numbers are values and no powers of ten"
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/library/092_evaluation.ipynb #dde6c923
 def _sparsity_axis(axis, curves: Curves, stage: str) -> None:

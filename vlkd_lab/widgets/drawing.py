@@ -206,9 +206,10 @@ def heatmaps_json(
         row, column = divmod(k, columns)
         x = [column / columns, column / columns + across]
         y = [1 - (row + 1 - 34 / height) / rows, 1 - row / rows]
-        if len(matrix) == 1:  # one row of cells is one thin row
+        is_thin = len(matrix) == 1  # one row of cells is one thin row, without room for words at its bar
+        if is_thin:
             y[0] = y[1] - THIN_ROW / (layout["height"] - 32)
-        bar = _colour_bar(x, y, measure)
+        bar = _colour_bar(x, y, "" if is_thin else measure)
         colours = DIVERGING if title in diverging else SEQUENTIAL
         traces.append(heatmap(matrix, low, high, colours, k + 1, bar))
         layout |= _matrix_axes(k + 1, x, y, axes)
