@@ -79,7 +79,7 @@ def test_a_step_waits_for_nothing_and_brings_its_numbers_once_and_late(method, c
 
     monkeypatch.setattr(trainers.loop, "take_step", counted)
     monkeypatch.setattr(trainers.loop, "_settle", counting)
-    job = open_job(method, given(method, **dict(steps=5, validate_every=100, keep_snapshots=0) | changes))
+    job = open_job(method, given(method, **dict(steps=5, validate_every=100, keep_snapshots=0, keep_checkpoints=0) | changes))
     train(job)
     if "gate_share" in changes:  # five steps of gates, and one of the student that is cut out
         del launched[5:], settled[5:]
@@ -98,7 +98,7 @@ def toy_batches(start):
 
 def toy_fit(folder, objective=None, batches=toy_batches, steps=6, validate=None, **options):
     "A contrastive fit of a few steps; its run"
-    options = FitParameters(**dict(steps=steps, warmup=1, batch_size=4, keep_snapshots=0, validate_every=2) | options)
+    options = FitParameters(**dict(steps=steps, warmup=1, batch_size=4, keep_snapshots=0, keep_checkpoints=0, validate_every=2) | options)
     learner = Learner(new_model(TINY, seed=1).model)
     accelerator = Accelerator(cpu=True)
     with RunWriter(folder) as run:
@@ -258,7 +258,7 @@ open(sys.argv[2] + f"/rank-{rank}.json", "w").write(json.dumps(told))
 
 def test_two_processes_hear_of_changes_before_the_same_step_and_send_a_byte_a_step(given, tmp_path):
     (tmp_path / "job.py").write_text(HEARD)
-    job = given("Distil", steps=40, losses="affinity_mimicking=1, contrastive=1", keep_snapshots=0, validate_every=100)
+    job = given("Distil", steps=40, losses="affinity_mimicking=1, contrastive=1", keep_snapshots=0, keep_checkpoints=0, validate_every=100)
     forked.run(str(tmp_path / "job.py"), json.dumps(job), str(tmp_path), processes=2)
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first["pickled"] == second["pickled"] == 0, "no collective of pickles"
