@@ -4,6 +4,7 @@ import json
 import random
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -209,7 +210,8 @@ def test_what_cannot_be_meant_is_refused(tmp_path, teacher, images, monkeypatch,
         C.select_sentences(**dict(source="0.txt", vlm=teacher, images=images, count=3, progress=False) | wrong)
 
 
-def test_progress_is_silent_when_asked(tmp_path, teacher, images, capfd):
+def test_progress_is_silent_when_asked(tmp_path, teacher, images, capfd, monkeypatch):
+    monkeypatch.setattr(C, "progress_bar", partial(C.progress_bar, delay=0))  # what takes less than two seconds has no bar
     path = written(tmp_path, corpus_lines(30))
     select(path, teacher, images, 5)
     assert capfd.readouterr() == ("", "")

@@ -216,7 +216,7 @@ def test_the_dlip_job_tells_its_story(given, tiny_blip, tasks, tmp_path):
     kept = {k: given[k] for k in ("data", "val", "steps", "out")} | dict(teacher=str(tiny_blip), batch_size=8, tasks=tasks)
     notebook = execute("train_dlip", tmp_path / "out.ipynb", **kept, student="image:1x16, text:1x16", validate_pairs=12, probe_pairs=6)
     shown = outputs(notebook)
-    for wanted in ("multiply-accumulates", "scratch", "run folder", "parameters"):
+    for wanted in ("MMACs", "scratch", "run folder", "parameters"):
         assert wanted in shown, wanted
     special = {"CIDEr": "captioning", "decoder_cross_attention": "captioning", "R@10": "retrieval", "answer relation": "answering"}
     for wanted, task in special.items():
@@ -293,7 +293,7 @@ def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path)
     shown = outputs(watched)
     assert '"image/png"' in shown and "learning_rate" in shown and "0.002" in shown and "waiting" in shown
     gates = execute("explore_gates", tmp_path / "gates.ipynb", run_folder=given["out"])
-    assert "multiply-accumulates" in outputs(gates) and "data:image/png" in outputs(gates)
+    assert "MMACs" in outputs(gates) and "data:image/png" in outputs(gates)
     affinity = execute("explore_affinity", tmp_path / "affinity.ipynb", run_folder=given["out"], pairs=16)
     assert "mended since the cut" in outputs(affinity) and "data:image/jpeg" in outputs(affinity)
     clusters = execute("explore_clusters", tmp_path / "clusters.ipynb", val=given["val"], teacher=given["teacher"], clusters=4, pairs=24)
