@@ -215,6 +215,10 @@ def sliders_reach_the_trainer(page, run):
             break
     assert waited[-1] < 1.0, waited
     unfold_terms(page)
+    reset = page.browser_page.locator('.vlkd-slider:has(input[data-name="target_sparsity"]) button').first
+    until(reset.is_visible)
+    reset.click()
+    until(lambda: [e["target_sparsity"] for e in controls(run) if "target_sparsity" in e][-1] == run.config()["parameters"]["target_sparsity"])
     exact = page.browser_page.locator('input[type=number][data-name="weights.contrastive"]').first
     exact.fill("0.5")
     exact.press("Enter")
@@ -394,6 +398,56 @@ def test_the_network_shrinks_and_heads_and_cells_open(page, project):
     look.evaluate("jupyterapp.commands.execute('application:toggle-left-area')")
     assert look.evaluate("window.hacked") is None
     assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+
+
+def test_a_bench_fits_a_narrow_page_and_stays_as_it_was_left(page, project):
+    "600 pixels without sideways scroll, the bar on top while one scrolls, a part that stays folded, a panel of its own"
+    folder, _ = project
+    write_gates(run := write_run(folder / "run"), **write_probe(run))
+    cells = ["from vlkd_lab.widgets import attach", f"attach({str(run.folder)!r})"]
+    jupyter_page.write_notebook(folder / "look.ipynb", cells, "warm")
+    look = page.browser_page
+    before = look.viewport_size
+    try:
+        page.open(f"{folder.name}/look.ipynb")
+        look.evaluate("jupyterapp.shell.collapseLeft()")
+        assert page.run_cell(0) and page.run_cell(1)
+        until(lambda: len(frames(page)) == 9 and min(frames(page)) > 0)
+        output = page.output(1)
+        wanted = 600
+        for _ in range(3):  # the page around the bench takes some of the width
+            shown = output.evaluate("e => e.clientWidth")
+            look.set_viewport_size({"width": look.viewport_size["width"] + wanted - shown, "height": 800})
+            time.sleep(0.4)
+        assert abs(output.evaluate("e => e.clientWidth") - wanted) < 4
+        until(lambda: output.evaluate("e => [...e.querySelectorAll('*')].every(part => part.scrollWidth <= part.clientWidth + 1 || !part.matches('.jp-OutputArea-output, .widget-box'))"))
+        right = output.evaluate("e => e.getBoundingClientRect().right")
+        inside = output.evaluate("e => Math.max(...[...e.querySelectorAll('canvas, button, input')].map(part => part.getBoundingClientRect().right))")
+        assert inside <= right + 1, "nothing is drawn beside the output"
+
+        last = output.locator(".vlkd-matrix canvas").last
+        last.evaluate("canvas => canvas.scrollIntoView({block: 'end'})")
+        bar = output.locator(".vlkd-top")
+        until(lambda: bar.evaluate("bar => bar.getBoundingClientRect().top >= 0 && bar.getBoundingClientRect().bottom < innerHeight"))
+
+        fold = output.locator('button[data-name="fold"]')
+        named = fold.first.inner_text()
+        fold.first.click()
+        until(lambda: fold.first.get_attribute("aria-expanded") == "false" and not output.locator(".vlkd-plot").first.is_visible())
+        page.save()
+        page.reload()
+        until(lambda: output.locator('button[data-name="fold"]').count() >= 3)
+        first = output.locator('button[data-name="fold"]').first
+        until(lambda: first.get_attribute("aria-expanded") == "false" and first.inner_text() == named)
+        first.click()
+        until(lambda: output.locator(".vlkd-plot").first.is_visible())
+
+        panels = look.locator(".vlkd-top").count()
+        output.locator('button[data-name="panel"]').click()
+        until(lambda: look.locator(".vlkd-top").count() == panels + 1)  # the same bench in a panel of JupyterLab
+        assert look.locator('.jp-LinkedOutputView button[data-name="panel"]').count() == 0 or not look.locator('.jp-LinkedOutputView button[data-name="panel"]').is_visible()
+    finally:
+        look.set_viewport_size(before)
 
 
 def test_a_second_notebook_watches_a_papermill_job(page, project):

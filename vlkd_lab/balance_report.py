@@ -29,6 +29,7 @@ from . import __version__
 from .curation import RowFiles, row_files, unit_length
 from .data import DataReport, escaped
 from .project import write_text
+from .shown import whole_page
 from .stores import FeatureStore, StoredKeys
 
 # %% auto #0
@@ -305,7 +306,6 @@ table { border-collapse: collapse; } td, th { text-align: left; padding: .2rem .
 td { vertical-align: top; overflow-wrap: anywhere; border-top: 1px solid var(--rule); }
 td.number, th.number { text-align: right; } .quiet { color: var(--quiet); }
 """
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # nothing is fetched, no script runs
 
 
 def _table(rows: Sequence[Sequence[Any]], head: Sequence[str] = ()) -> str:
@@ -421,11 +421,5 @@ def write_balance_report(
         f"<h2>What classes lose</h2>{_classes_html(rows, balance, names)}",
         f"<h2>Of what</h2>{_table(_facts(linkage, rows, at, settings or {}))}",
     ]
-    head = (
-        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style>"
-    )
-    page = f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
-    write_text(path, page)
+    write_text(path, whole_page(title, "".join(body), _STYLE))
     return Path(path)

@@ -488,6 +488,14 @@ def gate_arrays(
     return arrays
 
 
+def _kinds_in(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, TowerShape]) -> list[str]:
+    "The kinds of gates that a snapshot holds; ValueError where they are not those of this network"
+    recorded = {name.rpartition("/")[2] for name in arrays if name.startswith("gates/")}
+    kinds = [kind for kind in GATE_KINDS if kind in recorded]
+    _check_arrays(arrays, shapes, kinds)
+    return kinds
+
+
 def _check_arrays(
     arrays: Mapping[str, np.ndarray],  # of a snapshot; those not named gates/… are of no interest
     shapes: Mapping[str, TowerShape],  # of the gated network
@@ -545,9 +553,7 @@ def gate_rows(
     ordered: bool = True,  # each row in descending order; False: as the units (or layers) stand
 ) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind the end
     "Open probabilities, a row a layer; hidden channels and each kind of block fill one row"
-    recorded = {name.rpartition("/")[2] for name in arrays if name.startswith("gates/")}
-    kinds = [kind for kind in GATE_KINDS if kind in recorded]
-    _check_arrays(arrays, shapes, kinds)
+    kinds = _kinds_in(arrays, shapes)
     rows = {}
     for tower, shape in shapes.items():
         for kind in kinds:
@@ -641,9 +647,7 @@ def standing_shapes(
     shapes: Mapping[str, TowerShape],  # of the gated network
 ) -> dict[str, TowerShape]:  # as TinyCLIP's cut leaves them, before its budget is closed; a width may be 0
     "Sizes of what would be left if the gates of a snapshot were cut as they stand"
-    recorded = {name.rpartition("/")[2] for name in arrays if name.startswith("gates/")}
-    kinds = [kind for kind in GATE_KINDS if kind in recorded]
-    _check_arrays(arrays, shapes, kinds)
+    kinds = _kinds_in(arrays, shapes)
     standing = {}
     for tower, shape in shapes.items():
         counts = {}

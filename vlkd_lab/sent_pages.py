@@ -25,6 +25,7 @@ from pygments.formatters import HtmlFormatter
 from .data import escaped, project_root
 from .project import write_text
 from .runs import Run
+from .shown import whole_page
 from .widgets import STATIC, StaticTimeline, TimeLine, picture, script_policy
 
 # %% auto #0
@@ -189,21 +190,6 @@ _TEMPLATE = """
 {% block data_javascript %}{% endblock data_javascript %}
 {% block data_widget_view %}{% endblock data_widget_view %}
 """
-_FRAME = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 # %% ../nbs/library/142_sent_pages.ipynb #sen4c928
 def _first_line(source: str) -> str:
@@ -284,7 +270,5 @@ def write_page(
         made += f"<h2>The run</h2>{shown.get('text/html', words)}"
     body, allowed = cleaned(made, notebook.parent)
     scripts = " ".join(dict.fromkeys(allowed)) or "'none'"
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {scripts}"
-    title = escaped(_title_of(content, notebook.stem))
-    write_text(path, _FRAME.format(policy=policy, title=title, style=_style(), body=body))
+    write_text(path, whole_page(_title_of(content, notebook.stem), body, _style(), scripts))
     return path

@@ -8,6 +8,14 @@ function make(name, properties = {}, ...children) {
   return element;
 }
 
+function runs(button, command) {
+  // JupyterLab and Jupyter Notebook run the command that a clicked element names, for the cell in which it stands; the style sheet hides it elsewhere.
+  button.classList.add("vlkd-command");
+  button.dataset.commandlinkerCommand = command;
+  button.dataset.commandlinkerArgs = "{}";
+  return button;
+}
+
 function visible(el) {
   return document.visibilityState === "visible" && el.isConnected && el.getClientRects().length > 0;
 }
@@ -139,4 +147,25 @@ function follow(model, el, draw) {
     model.off("change", soon);
   };
   return { soon, stop };
+}
+
+function attend(model, el, paint, jobs) {
+  // A view of parts: each is drawn when one of its values changes. It says when it is seen, and paints when the page has another theme.
+  const listeners = jobs.map(([names, draw]) => [names.split(" ").map((name) => `change:${name}`).join(" "), draw]);
+  for (const [events, draw] of listeners) {
+    model.on(events, draw);
+    draw();
+  }
+  const seen = () => visible(el) && model.send({ seen: true });
+  const pulse = setInterval(seen, PULSE_MS);
+  const themed = onTheme(paint);
+  requestAnimationFrame(() => {
+    paint();
+    seen();
+  });
+  return () => {
+    clearInterval(pulse);
+    themed();
+    for (const [events, draw] of listeners) model.off(events, draw);
+  };
 }

@@ -120,12 +120,7 @@ class Buttons {
     button.dataset.name = spec.name;
     button.dataset.key = `${spec.name} ${JSON.stringify(spec.value)}`;
     if (spec.pressed !== undefined) button.setAttribute("aria-pressed", spec.pressed);
-    if (spec.command) { // JupyterLab runs the command that a clicked element names, for the cell in which it stands
-      button.classList.add("vlkd-command");
-      button.dataset.commandlinkerCommand = spec.command;
-      button.dataset.commandlinkerArgs = "{}";
-      return button;
-    }
+    if (spec.command) return runs(button, spec.command);
     button.addEventListener("click", () => (spec.confirm ? this.begin(spec) : this.ask(spec.name, spec.value)));
     return button;
   }
@@ -252,29 +247,12 @@ function render({ model, el }) {
   el.classList.add("vlkd-panel-view");
   el.append(section);
 
-  const seen = () => visible(top) && model.send({ seen: true });
-  const jobs = [
+  return attend(model, top, () => setTheme(section), [
     ["head share", () => drawHead(model, head)],
     ["buttons", () => buttons.draw(model.get("buttons"))],
     ["sliders values off more", () => sliders.draw()],
     ["messages", () => drawMessages(model, messages)],
-  ];
-  const listeners = jobs.map(([names, draw]) => [names.split(" ").map((name) => `change:${name}`).join(" "), draw]);
-  for (const [events, draw] of listeners) {
-    model.on(events, draw);
-    draw();
-  }
-  const pulse = setInterval(seen, PULSE_MS);
-  const themed = onTheme(() => setTheme(section));
-  requestAnimationFrame(() => {
-    setTheme(section);
-    seen();
-  });
-  return () => {
-    clearInterval(pulse);
-    themed();
-    for (const [events, draw] of listeners) model.off(events, draw);
-  };
+  ]);
 }
 
 export default { render };

@@ -1,5 +1,4 @@
-// How far a training is, and a button for the cells below. JupyterLab and Jupyter Notebook run the command that a clicked element
-// names, in the cell in which it was clicked; elsewhere the text says what to do.
+// How far a training is, and a button for the cells below; where there is no button, the text says what to do.
 
 const RUN_BELOW = "notebook:run-all-below"; // runs the active cell first: here the one that waited for the end
 
@@ -8,9 +7,7 @@ function render({ model, el }) {
   words.setAttribute("role", "status");
   const bar = make("progress", { max: 1 });
   bar.setAttribute("aria-label", "training done");
-  const button = make("button", { type: "button", className: "vlkd-command", textContent: "Run the cells below" });
-  button.dataset.commandlinkerCommand = RUN_BELOW;
-  button.dataset.commandlinkerArgs = "{}";
+  const button = runs(make("button", { type: "button", textContent: "Run the cells below" }), RUN_BELOW);
   const section = make("section", { className: "vlkd-panel vlkd-rest" }, words, bar, make("div", { className: "vlkd-buttons" }, button));
   el.append(section);
 
@@ -21,20 +18,7 @@ function render({ model, el }) {
     bar.hidden = isReady;
     button.disabled = !isReady;
   };
-  const seen = () => visible(el) && model.send({ seen: true });
-  const pulse = setInterval(seen, PULSE_MS);
-  const themed = onTheme(() => setTheme(section));
-  model.on("change:text change:share change:is_ready", draw);
-  requestAnimationFrame(() => {
-    setTheme(section);
-    draw();
-    seen();
-  });
-  return () => {
-    clearInterval(pulse);
-    themed();
-    model.off("change:text change:share change:is_ready", draw);
-  };
+  return attend(model, el, () => setTheme(section), [["text share is_ready", draw]]);
 }
 
 export default { render };

@@ -206,25 +206,13 @@ function render({ model, el }) {
     drawTable();
   });
   clear.addEventListener("click", () => setTicked([]));
-  const jobs = [["rows news columns", drawTable], ["chosen", () => { drawChosen(); drawTable(); }], ["said", drawSaid], ["tree", drawTree]];
-  const listeners = jobs.map(([names, draw]) => [names.split(" ").map((name) => `change:${name}`).join(" "), draw]);
-  for (const [events, draw] of listeners) {
-    model.on(events, draw);
-    draw();
-  }
-  const seen = () => visible(el) && model.send({ seen: true });
   const paint = () => section.style.setProperty("--vlkd-faint", setTheme(section).faint);
-  const pulse = setInterval(seen, PULSE_MS);
-  const themed = onTheme(paint);
-  requestAnimationFrame(() => {
-    paint();
-    seen();
-  });
-  return () => {
-    clearInterval(pulse);
-    themed();
-    for (const [events, draw] of listeners) model.off(events, draw);
-  };
+  return attend(model, el, paint, [
+    ["rows news columns", drawTable],
+    ["chosen", () => { drawChosen(); drawTable(); }],
+    ["said", drawSaid],
+    ["tree", drawTree],
+  ]);
 }
 
 export default { render };

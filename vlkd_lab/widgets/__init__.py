@@ -41,6 +41,7 @@ from vlkd_lab.widgets.bench import (
     StaticBench,
     attach,
     bench_parts,
+    shown_again,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #wc000001

@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
 __all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'REDRAW_SECONDS', 'REDRAW_SHARE', 'Live', 'bench_parts', 'RunWidgets',
-           'RunView', 'StaticBench', 'Pictures', 'attach']
+           'RunView', 'StaticBench', 'Pictures', 'shown_again', 'attach']
 
 # %% ../../nbs/library/119_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
@@ -353,6 +353,23 @@ class Pictures:
             self.view._handle.update(bundle, raw=True)
 
 # %% ../../nbs/library/119_widgets_bench.ipynb #18bb762d
+def shown_again(
+    views: dict[Path, Live],  # live views by run folder; a new one is added
+    kind: Callable[[Path, bool | None], Live],  # makes a view
+    folder: str | Path,
+    live: bool | None,
+) -> Live:
+    "The view of a run that is there already, so that a reloaded frontend finds it again, or a new one"
+    folder = (project_root() / folder).resolve()  # an absolute path stays as it is
+    view = views.get(folder)
+    if view is None or view.closed or (live is not None and live != view.live):
+        view = kind(folder, live)
+        if view.live:
+            views[folder] = view
+            view.keep()
+    return view
+
+
 _VIEWS: dict[Path, RunView] = {}
 
 
@@ -361,11 +378,4 @@ def attach(
     live: bool | None = None,  # widgets; None: when a person's frontend runs this kernel
 ) -> RunView:
     "The bench of a run; a second call gives the same one, so a reloaded frontend finds it again"
-    folder = (project_root() / folder).resolve()  # an absolute path stays as it is
-    view = _VIEWS.get(folder)
-    if view is None or view.closed or (live is not None and live != view.live):
-        view = RunView(folder, live)
-        if view.live:
-            _VIEWS[folder] = view
-            view.keep()
-    return view
+    return shown_again(_VIEWS, RunView, folder, live)

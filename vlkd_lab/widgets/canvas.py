@@ -63,7 +63,7 @@ def shared_scripts() -> SharedScripts:
 def script(name: str) -> str:
     "What a widget has as its `_esm`: a few lines that take the file from the scripts that all share"
     _OFFERED.add(name)
-    return (STATIC / "stub.js").read_text(encoding="utf-8").replace("SCRIPT", name)
+    return (STATIC / "loader.js").read_text(encoding="utf-8").replace("SCRIPT", name)
 
 
 def whole_script(name: str) -> str:

@@ -21,7 +21,8 @@ from .. import runs
 from ..data import escaped, project_root
 from ..project import write_text
 from ..runs import Run, find_run
-from .bench import Live
+from ..shown import whole_page
+from .bench import Live, shown_again
 from .canvas import STATIC, Pulsed, script, whole_script
 from .moments import TimeLine, curve_panels, every_so_many, timeline_about, timeline_scene
 from .watched import is_working
@@ -33,26 +34,14 @@ __all__ = ['MOST_BYTES', 'FRAMES_A_MESSAGE', 'SENT_SECONDS', 'script_policy', 't
 # %% ../../nbs/library/126_widgets_player.ipynb #widd042c
 MOST_BYTES = 600_000  # of the moments of a page; in base64 a third more
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; }}
-body {{ margin: 8px; }}
-{style}</style>
-</head>
-<body>
-<div id="player"></div>
+_STYLE = """
+:root { color-scheme: light dark; }
+body { margin: 8px; }
+"""
+_BODY = """<div id="player"></div>
 <script type="application/json" id="values">{values}</script>
 <script type="text/plain" id="bytes">{content}</script>
-<script type="module">{script}</script>
-</body>
-</html>
-"""
+<script type="module">{script}</script>"""
 _MOUNT = """
 const told = (name) => document.getElementById(name).textContent;
 mount(document.getElementById("player"), JSON.parse(told("values")), bytesOf(told("bytes")));
@@ -87,15 +76,13 @@ def timeline_page(line: TimeLine) -> str:  # HTML
     values = {"about": about, "scene": timeline_scene(line), "curves": curve_panels(line.watched)}
     content = line.fixed.data + b"".join(line.moments[name].data for name in names)
     program = whole_script("player.js") + _MOUNT
-    allowed = f"script-src {script_policy(program)}; style-src 'unsafe-inline'; img-src data:"
-    return _PAGE.format(
-        policy=f"default-src 'none'; {allowed}",
-        title=escaped(f"time line of {about['run']}"),
-        style=(STATIC / "player.css").read_text(encoding="utf-8"),
+    body = _BODY.format(
         values=_json_in_html(values | {"frames": frames}),
         content=base64.b64encode(content).decode(),
         script=program,
     )
+    style = _STYLE + (STATIC / "player.css").read_text(encoding="utf-8")
+    return whole_page(f"time line of {about['run']}", body, style, script_policy(program))
 
 # %% ../../nbs/library/126_widgets_player.ipynb #wid2f7b7
 def _no_moments(run: Run) -> str:
@@ -247,11 +234,4 @@ def timeline(
     "A run as a film: a slider over its moments, which its matrices, curves and captions follow"
     if not folder:
         folder = find_run(runs=project_root() / "runs", lacks=lacks_moments).folder
-    folder = (project_root() / folder).resolve()  # an absolute path stays as it is
-    view = _TIMELINES.get(folder)
-    if view is None or view.closed or (live is not None and live != view.live):
-        view = TimelineView(folder, live)
-        if view.live:
-            _TIMELINES[folder] = view
-            view.keep()
-    return view
+    return shown_again(_TIMELINES, TimelineView, folder, live)
