@@ -12,15 +12,22 @@ from PIL import Image
 from test_lab import notebook, run_until, until
 from warm_kernel import offer_forks
 
+from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.runs import Run
+from vlkd_lab.trainers import start
 from vlkd_lab.verdicts import overall, plot_overall, stored_results
+from vlkd_lab.widgets import write_timeline
 
 ROOT = Path(__file__).parent.parent
 IMAGES = ROOT / "nbs" / "images"
 
 
 def save(element, name: str) -> None:
-    "An element of the page as a small PNG"
+    "An element of the page as a small PNG; the page grows to hold it, since a bench's bar would lie over what is scrolled"
+    page = element.page
+    height = element.bounding_box()["height"]
+    page.set_viewport_size({"width": page.viewport_size["width"], "height": max(int(height) + 300, 900)})
+    time.sleep(1)
     element.scroll_into_view_if_needed()
     keep(element.screenshot(), name)
 
@@ -47,7 +54,7 @@ def bench(folder: Path, page, out: Path) -> None:
     "The bench in the second stage of a run, after a change in mid-run"
     run, cells = Run(out), notebook("train_tinyclip", folder, stages=2, steps=120, compare_scratch=False, out=str(out))[0]
     page.open("nbs/train_tinyclip.ipynb")
-    page.browser_page.set_viewport_size({"width": 1280, "height": 1500})
+    page.browser_page.set_viewport_size({"width": 1280, "height": 1700})
     run_until(page, cells, "training")
     page.browser_page.locator('button[data-name="gradient_share"]').click()
     until(lambda: [m["step"] for m in run.metrics()[-1:]] > [60], 300)
@@ -112,7 +119,7 @@ def begun(name: str, folder: Path, page, height: int, **parameters) -> Run:
 
 def dime_fm(folder: Path, page, out: Path) -> None:
     "The bench of a DIME-FM run, with an image's nearest sentences"
-    run = begun("dime_fm", folder, page, 1500, data="scenes:4000", steps=300)
+    run = begun("dime_fm", folder, page, 1900, data="scenes:4000", steps=300)
     until(lambda: [m["step"] for m in run.metrics()[-1:]] > [200], 600)
     canvas = page.browser_page.locator(".vlkd-matrix canvas").first
     canvas.click(position={"x": 60, "y": 120})
@@ -124,7 +131,7 @@ def dime_fm(folder: Path, page, out: Path) -> None:
 
 def dlip(folder: Path, page, out: Path) -> None:
     "The bench of a DLIP run, a word chosen: where it looks, teacher and student"
-    run = begun("dlip", folder, page, 1900, data="scenes:4000", steps=200)
+    run = begun("dlip", folder, page, 2200, data="scenes:4000", steps=200)
     until(lambda: [m["step"] for m in run.metrics()[-1:]] > [60], 600)
     cross = page.browser_page.locator(".vlkd-cross").first
     cross.locator('button[data-name="image-2"]').click()
@@ -135,6 +142,14 @@ def dlip(folder: Path, page, out: Path) -> None:
     until(lambda: run.status()["state"] == "waiting", 600)
 
 
+def film(folder: Path, *_) -> None:
+    "The time line of a small TinyCLIP run, as a page of its own for the guide"
+    small = dict(data="scenes:4000", stages=2, steps=60, probe_pairs=24, keep_snapshots=8, compare_scratch=False, device="cpu")
+    job = open_tinyclip(TinyCLIP(**small, out=str(folder / "tinyclip-example")))
+    start(job, beside=False)
+    print("timeline", write_timeline(job.run.folder, IMAGES / "timeline.html").stat().st_size)
+
+
 def claims(*_) -> None:
     "The methods side by side, of the numbers that come with the project"
     stored = stored_results()
@@ -143,7 +158,7 @@ def claims(*_) -> None:
     keep(drawn.getvalue(), "claims")
 
 
-PARTS = bench, explorers, clip_cid, dime_fm, dlip, claims
+PARTS = bench, explorers, clip_cid, dime_fm, dlip, film, claims
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:

@@ -290,7 +290,7 @@ function render({ model, el }) {
       towers.replaceChildren(...parts.map((part) => part.element));
     }
     section.style.setProperty("--vlkd-student", legible("#0072b2", themeOf(section), 3));
-    title.replaceChildren("Network ", make("small", { textContent: `${model.get("title")}; the teacher's outline behind the student. Choose a head to see where it looks.` }));
+    title.replaceChildren(make("small", { textContent: `${model.get("title")}; the teacher's outline behind the student. Choose a head to see where it looks.` }));
     let start = 0;
     for (const part of parts) {
       const count = (part.spec.student?.heads ?? []).reduce((sum, heads) => sum + heads, 0);

@@ -415,7 +415,7 @@ class GatesPart {
     this.parts = {};
     this.said = make("p");
     this.grid = make("div", { className: "vlkd-gates" });
-    this.element = part("Gates: the probability that each is open, a row a layer, in descending order", this.said, this.grid);
+    this.element = part("Gates: keep probability, a row a layer, in descending order", this.said, this.grid);
   }
 
   draw(player) {
@@ -431,7 +431,8 @@ class GatesPart {
       const latest = player.latest(name);
       if (!latest) continue;
       const [open, all] = latest.numbers[name] ?? [];
-      const title = `${name.split("/").slice(1).join(" ")}` + (all ? `: ${Math.round(open).toLocaleString("en")} of ${all.toLocaleString("en")}` : "");
+      const [, tower, kind] = name.split("/");
+      const title = `${tower} ${player.scene.gate_names[kind] ?? kind}` + (all ? `: ${Math.round(open).toLocaleString("en")} of ${all.toLocaleString("en")}` : "");
       const tall = Math.min(Math.max(latest.matrix.rows * 12, 24), 130);
       this.parts[name].draw(title, latest.matrix, [0, 1], player.palettes.sequential, player, () => tall);
     }

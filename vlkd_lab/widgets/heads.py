@@ -257,6 +257,8 @@ def _why_not(
 class NetworkDrawing(RunPart):
     "The towers of student and teacher, what they cost, and where a chosen head looks"
 
+    title = "Network"
+
     def figure(self, watched: Watched) -> Mapping[str, Any]:
         return {}  # it draws a picture of its own
 

@@ -24,7 +24,7 @@ from .attention import CROSS, HEAT, on_grid
 from .clusters import MOST_CENTRES, RunClusters
 from .curves import validation_scores_of
 from .drawing import DIVERGING, SEQUENTIAL, palette
-from .gates import MOST_COLUMNS
+from .gates import GATE_NAMES, MOST_COLUMNS
 from .watched import Watched, is_baseline
 
 # %% auto #0
@@ -110,7 +110,7 @@ def pack_cosines(packed: Packed, arrays: Mapping[str, np.ndarray], model: str) -
 
 
 def pack_gates(packed: Packed, arrays: Mapping[str, np.ndarray], run: Run, stage: str) -> None:
-    "Open probabilities, a matrix for each tower and kind; how many are expected to stay, of how many"
+    "Keep probabilities, a matrix for each tower and kind; how many are expected to stay, of how many"
     if not any(name.startswith("gates/") for name in arrays):
         return
     for (tower, kind), rows in gate_rows(arrays, source_shapes(run, stage)).items():
@@ -391,6 +391,7 @@ def timeline_scene(line: TimeLine) -> dict[str, Any]:  # what JSON can hold
         "clusters": _clusters_about(line.clusters),
         "fixed": {"arrays": line.fixed.arrays, "numbers": line.fixed.numbers},
         "palettes": palettes,
+        "gate_names": GATE_NAMES,
     }
 
 
