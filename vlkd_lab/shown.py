@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['in_notebook', 'ProgressLine', 'progress_bar', 'with_words', 'whole_page']
+__all__ = ['running_kernel', 'ProgressLine', 'progress_bar', 'with_words', 'whole_page']
 
 # %% ../nbs/library/004_shown.ipynb #bar00006
-def in_notebook() -> bool:
-    "Whether a kernel runs this code, for a person or for papermill"
+def running_kernel() -> Any:  # None: a script
+    "The kernel that runs this code, for a person or for papermill"
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    return getattr(shell, "kernel", None) is not None
+    return getattr(shell, "kernel", None)
 
 
 class ProgressLine:
@@ -59,10 +59,10 @@ def progress_bar(
     silent: bool = False,  # no bar
     **settings: Any,  # tqdm's, such as desc, total, unit
 ) -> tqdm:
-    "tqdm's bar; in a notebook one line that replaces itself, and none in a thread beside it"
+    "tqdm's bar; in a notebook one line that replaces itself; none in a thread, which has no place for it"
+    silent = silent or threading.current_thread() is not threading.main_thread()
     usual: dict[str, Any] = {"delay": 2.0, "mininterval": 2.0}
-    if in_notebook():
-        silent = silent or threading.current_thread() is not threading.main_thread()
+    if running_kernel() is not None:
         usual["file"] = ProgressLine()
     elif not sys.stderr.isatty():
         usual["mininterval"] = 10.0

@@ -10,7 +10,6 @@ import json
 import math
 import random
 import re
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -96,12 +95,6 @@ def _recalls(of_images: Tensor, of_texts: Tensor, right: Tensor) -> dict[str, fl
     return dict.fromkeys(shares, math.nan)
 
 # %% ../nbs/library/137_tasks.ipynb #7b717455
-def _bar(steps: Iterable, name: str, total: int, progress: bool) -> Iterable:
-    "A progress bar once it takes longer than two seconds; silent in threads, which have no place for it"
-    silent = not progress or threading.current_thread() is not threading.main_thread()
-    return progress_bar(steps, silent, desc=name, total=total)
-
-
 def _image_states(
     blip: Blip, pairs: Pairs, batch_size: int
 ) -> Iterator[tuple[int, Tensor]]:  # number of the first, (B, K, W) states
@@ -164,7 +157,7 @@ def _cosines(
     images: list[Tensor] = []
     kept: list[tuple[int, Tensor]] = []
     parts = _moved(blip, pairs, batch_size)
-    for start, states in _bar(parts, "images", -(-len(pairs) // batch_size), progress):
+    for start, states in progress_bar(parts, not progress, desc="images", total=-(-len(pairs) // batch_size)):
         rows = F.normalize(blip.model.vision_proj(states[:, 0].to(blip.device)), dim=-1)
         images.append(rows.double().cpu())
         if hold:
@@ -185,7 +178,8 @@ def _matched(
     words = blip.tokenizer
     network = blip.model
     logits = torch.zeros(chosen.shape, dtype=torch.double)
-    for start, image in _bar(states, "reading together", -(-len(chosen) // batch_size), progress):
+    count = -(-len(chosen) // batch_size)
+    for start, image in progress_bar(states, not progress, desc="reading together", total=count):
         image = image.to(blip.device)
         places = chosen[start : start + len(image)].nonzero()
         for part in places.split(batch_size):
@@ -211,7 +205,7 @@ def caption_pairs(
     captions: list[str] = []
     batches = pairs.batches(View(blip.preprocess, None), batch_size)
     with evaluating(blip.model):
-        for batch in _bar(batches, "captions", -(-len(pairs) // batch_size), progress):
+        for batch in progress_bar(batches, not progress, desc="captions", total=-(-len(pairs) // batch_size)):
             captions += write_captions(blip, batch.image, beams, longest, prompt)
     return captions
 
@@ -487,7 +481,8 @@ def answer_all(
     written: list[str] = []
     with evaluating(blip.model):
         parts = _image_states(blip, pairs, batch_size)
-        for start, states in _bar(parts, "answers", -(-len(pairs) // batch_size), progress):
+        count = -(-len(pairs) // batch_size)
+        for start, states in progress_bar(parts, not progress, desc="answers", total=count):
             first = bisect_left(rows, start)
             last = bisect_left(rows, start + len(states))
             for k in range(first, last, batch_size):

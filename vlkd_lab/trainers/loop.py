@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +40,7 @@ from .. import data, runs
 from ..features import Batch, Ensemble, Features
 from ..losses import Objective
 from ..models import HEAD_PAIRS, VLM
-from ..shown import in_notebook, progress_bar
+from ..shown import progress_bar, running_kernel
 from ..stores import StoredTeacher
 from .learner import Learner, Loop, Phase, held_scale, probe_features
 from .numbers import LateLine, LateNumbers
@@ -420,10 +419,9 @@ def _warn_of_batch_norms(loop: Loop) -> None:
 
 
 def _bar(loop: Loop) -> tqdm:
-    "A bar of the phase's steps; it is silent beside a notebook and on all processes but the first"
-    is_beside = threading.current_thread() is not threading.main_thread()
-    is_silent = is_beside or not loop.accelerator.is_main_process
-    pace = {"mininterval": 10, "delay": 10} if in_notebook() else {"delay": 0}
+    "A bar of the phase's steps, of the first process alone"
+    is_silent = not loop.accelerator.is_main_process
+    pace = {"mininterval": 10, "delay": 10} if running_kernel() is not None else {"delay": 0}
     phase = loop.phase
     return progress_bar(silent=is_silent, total=phase.steps, initial=loop.step, desc=phase.folder, **pace)
 

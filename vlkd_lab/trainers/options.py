@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..data import escaped, shipped
 from ..losses import LOSSES, PRODUCT_TYPES
 from ..project import project_root
+from ..shown import running_kernel
 from ..trackers import named_trackers
 
 # %% auto #0
@@ -120,8 +120,7 @@ def notebook_values(
 
 def is_interactive() -> bool:
     "Whether a person's notebook page runs this kernel, and not papermill, nbconvert or a script"
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    kernel = getattr(shell, "kernel", None)
+    kernel = running_kernel()
     if kernel is None:
         return False
     request = kernel.get_parent("shell")

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .. import runs
+from ..evaluation import objective_of
 from ..runs import Curves, Run, kept_snapshots, newest_snapshot, read_json, read_snapshot
 
 # %% auto #0
@@ -99,7 +100,7 @@ class Watched(_OldNames):
     @property
     def objective(self) -> dict[str, float]:
         "Weights that the run began with; where it only names its terms, each has weight 1"
-        return self.config.get("objective") or dict.fromkeys(self.config.get("terms", ()), 1.0)
+        return objective_of(self.config)
 
     @property
     def current(self) -> dict[str, Any]:
