@@ -469,7 +469,7 @@ def gate_plot(gates: Gates):  # a matplotlib figure
             axis.set_yticks([])
             axis.xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=axes, label="keep probability")
-    closed = f"{float(gates.expected_sparsity()):.0%} of the prunable weights are expected to go"
+    closed = f"{float(gates.expected_sparsity().detach()):.0%} of the prunable weights are expected to go"
     return with_words(figure, f"How probably each gate stays open, by layer, tower and kind: {closed}")
 
 # %% ../nbs/library/054_gates.ipynb #60f54f6d
