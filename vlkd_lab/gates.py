@@ -464,7 +464,7 @@ def gate_plot(gates: Gates):  # a matplotlib figure
             picture = torch.full((len(lines), max(len(line) for line in lines) or 1), torch.nan)
             for i, line in enumerate(lines):
                 picture[i, : len(line)] = line.detach().float().cpu()
-            image = axis.imshow(picture, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+            image = axis.imshow(picture.numpy(), aspect="auto", vmin=0, vmax=1, interpolation="nearest")
             axis.set_title(f"{tower} {kind}", fontsize=9)
             axis.set_yticks([])
             axis.xaxis.get_major_locator().set_params(integer=True)
