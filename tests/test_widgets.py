@@ -104,16 +104,17 @@ def test_limits_of_a_difference_are_round(values, limit):
     assert symmetric_limit(np.array(values)) == limit
 
 
-def test_a_frame_is_sent_when_the_last_was_drawn_or_given_up(monkeypatch):
-    view = MatrixView()
-    assert view.ready()
-    view.show(np.eye(2), 0, 1)
-    assert not view.ready()
-    view._hear({"drawn": 1})
-    assert view.ready() and view.seen
-    view.show(np.eye(2), 0, 1)
-    monkeypatch.setattr(widgets.canvas, "FRAME_SECONDS", 0.0)
-    assert view.ready() and view.number == 2 and len(view.frame) == 4
+def test_an_update_is_over_when_it_was_drawn_or_given_up(monkeypatch):
+    panel = Panel()
+    assert panel.ready()
+    panel.ask_whether_drawn()
+    assert not panel.ready()
+    panel._hear({"drawn": 1})
+    assert panel.ready() and panel.seen
+    panel.ask_whether_drawn()
+    assert not panel.ready()
+    monkeypatch.setattr(widgets.controls, "UPDATE_SECONDS", 0.0)
+    assert panel.ready() and panel.number == 2
 
 
 def test_a_failing_answer_is_said_on_the_page():
@@ -215,8 +216,7 @@ def test_the_bench_shows_a_run_and_passes_wishes_on(run):
     assert "0 to 0.97" in panel.messages[-1]["text"]
     assert "\u202e" not in view.widgets.part(ProbeMatrices).views["teacher"].row_texts[0]
     panel._hear({"requested": {"measure": "image_to_text"}})
-    for matrix in view.widgets.part(ProbeMatrices).views.values():
-        matrix._hear({"drawn": matrix.number})
+    panel._hear({"drawn": panel.number})
     view.update()
     assert view.widgets.part(ProbeMatrices).views["student"].measure == "P(text | image)"
     view.close()
@@ -251,8 +251,7 @@ def test_a_page_that_draws_slowly_is_owed_one_frame(run, monkeypatch):
         Snapshots(run).take(lambda student=student: student, stage="stage-2", phase="distil", step=k)
         view.update()
     assert view.widgets.part(ProbeMatrices).views["student"].number == sent, "nothing is queued while the first frame is not drawn"
-    for matrix in view.widgets.part(ProbeMatrices).views.values():
-        matrix._hear({"drawn": matrix.number})
+    view.panel._hear({"drawn": view.panel.number})
     view.update()
     assert view.widgets.part(ProbeMatrices).views["student"].number == sent + 1 and view.widgets.part(ProbeMatrices).views["student"].matrix[0, 0] == pytest.approx(0.95)
     view.close()

@@ -91,9 +91,7 @@ def looked_at(run):
 
 def drawn_by_page(view):
     "The page says that it has drawn everything"
-    for part in (view.widgets.part(CrossMaps).widget, *view.widgets.part(ProbeMatrices).views.values()):
-        if part is not None:
-            part._hear({"drawn": part.number})
+    view.panel._hear({"drawn": view.panel.number})
 
 
 def slow_on_grid(maps, side):
@@ -133,7 +131,7 @@ def test_maps_of_a_probe_end_with_the_text(run):
 
 def test_the_chosen_word_is_sent_a_byte_a_patch(run):
     view = CrossView(looked_at(run))
-    view._hear({"drawn": view.number, "requested": {"image": 1}})
+    view._hear({"requested": {"image": 1}})
     view._hear({"requested": {"word": 2}})
     assert (view.image, view.word, view.words) == (1, 2, ["[ENC]", "two", "[SEP]"]) and len(view.frame) == 2 * (16 + 4)
     maps = cross_maps(view.watched, 1)
@@ -187,7 +185,7 @@ def test_words_and_pictures_from_strangers(run):
 
 
 def test_a_bench_is_owed_one_frame_of_maps(run, monkeypatch):
-    monkeypatch.setattr(widgets.canvas, "FRAME_SECONDS", 1e9)  # a slow machine gives no frame up
+    monkeypatch.setattr(widgets.controls, "UPDATE_SECONDS", 1e9)  # a slow machine gives no update up
     view = RunView(run.folder, live=True)
     cross, affinities = view.widgets.part(CrossMaps).widget, view.widgets.part(ProbeMatrices).widget
     sent = cross.number

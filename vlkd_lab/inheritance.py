@@ -458,7 +458,8 @@ def _plot(plan: Plan):  # a matplotlib figure
         picture = torch.zeros(stack.of, max(len(mask) for _, mask in blocks) or 1)
         for source, mask in blocks:
             picture[source, : len(mask)] = mask.float()
-        axis.imshow(picture.numpy(), aspect="auto", cmap="Blues", vmin=-0.15, vmax=1.2, interpolation="nearest")
+        shades = dict(cmap="Blues", vmin=-0.15, vmax=1.2)
+        axis.imshow(picture.numpy(), aspect="auto", interpolation="nearest", **shades)
         axis.set_title(f"{stack.tower} {title}", fontsize=9)
         axis.set_yticks(range(0, stack.of, max(1, stack.of // 6)))
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-// What every widget's script begins with: elements, the page's colours, and a view that says when it is seen and what it has drawn.
+// What every widget's script begins with: elements, the page's colours, a view that is drawn anew, and one that says when it is seen.
 
 const PULSE_MS = 2000; // how often a visible view says that it is seen
 
@@ -124,24 +124,20 @@ function setTheme(el) {
 // ---- a view
 
 function follow(model, el, draw) {
-  // Draw whenever the model or the theme changes, and say which frame was drawn. However many changes arrive, one picture a frame of the screen.
+  // Draw whenever the model or the theme changes. However many changes arrive, one picture a frame of the screen.
   let asked = 0;
-  const seen = () => visible(el) && model.send({ drawn: model.get("number") });
   const soon = () => {
     if (asked) return;
     asked = requestAnimationFrame(() => {
       asked = 0;
       setTheme(el);
       draw();
-      seen();
     });
   };
   model.on("change", soon);
-  const pulse = setInterval(seen, PULSE_MS);
   const themed = onTheme(soon);
   soon();
   const stop = () => {
-    clearInterval(pulse);
     cancelAnimationFrame(asked);
     themed();
     model.off("change", soon);
@@ -150,22 +146,32 @@ function follow(model, el, draw) {
 }
 
 function attend(model, el, paint, jobs) {
-  // A view of parts: each is drawn when one of its values changes. It says when it is seen, and paints when the page has another theme.
+  // A view of parts: each is drawn when one of its values changes. It paints when the page has another theme, and says when it is seen.
+  // Every message to a kernel makes JupyterLab work, so it says no more than it must: one answer for all that was sent up to a number,
+  // which is drawn in the same frame, and otherwise now and then that somebody looks.
   const listeners = jobs.map(([names, draw]) => [names.split(" ").map((name) => `change:${name}`).join(" "), draw]);
   for (const [events, draw] of listeners) {
     model.on(events, draw);
     draw();
   }
-  const seen = () => visible(el) && model.send({ seen: true });
-  const pulse = setInterval(seen, PULSE_MS);
+  let said = -PULSE_MS;
+  const say = (content) => {
+    if (!visible(el)) return;
+    said = performance.now();
+    model.send(content);
+  };
+  const answer = () => requestAnimationFrame(() => say({ drawn: model.get("number") }));
+  const pulse = setInterval(() => performance.now() - said > 0.9 * PULSE_MS && say({ seen: true }), PULSE_MS);
   const themed = onTheme(paint);
+  model.on("change:number", answer);
   requestAnimationFrame(() => {
     paint();
-    seen();
+    say(model.get("number") === undefined ? { seen: true } : { drawn: model.get("number") });
   });
   return () => {
     clearInterval(pulse);
     themed();
+    model.off("change:number", answer);
     for (const [events, draw] of listeners) model.off(events, draw);
   };
 }

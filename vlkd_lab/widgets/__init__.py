@@ -47,7 +47,6 @@ from vlkd_lab.widgets.bench import (
 # %% ../../nbs/library/127_widgets.ipynb #wc000001
 # isort: split
 from vlkd_lab.widgets.canvas import (
-    FRAME_SECONDS,
     SEEN_SECONDS,
     STATIC,
     Framed,
@@ -74,6 +73,7 @@ from vlkd_lab.widgets.clusters import (
 # isort: split
 from vlkd_lab.widgets.controls import (
     OWN_PANEL,
+    UPDATE_SECONDS,
     Panel,
     measure_buttons,
     message,

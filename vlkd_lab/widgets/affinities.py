@@ -114,9 +114,6 @@ class LiveAffinities(LivePart):
             self.views[name].show(matrix, low, high, title=titles.get(name, name), **texts)
         self.pair.show(watched)
 
-    def ready(self) -> bool:
-        return all(view.ready() for view in self.views.values())
-
 
 def _texts(watched: Watched) -> dict[str, Any]:
     "What stands at the rows and columns of the canvases"

@@ -376,6 +376,3 @@ class LiveMaps(LivePart):
             self.widget.show()
         elif cross_maps(watched, 0):
             self.widget = CrossView(watched)
-
-    def ready(self) -> bool:
-        return self.widget is None or self.widget.ready()

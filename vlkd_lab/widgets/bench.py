@@ -160,15 +160,17 @@ class RunWidgets:
         "The live form of a kind of part; KeyError where the run has none"
         return {type(part): live for part, live in self.parts.items()}[kind]
 
-    def show_panel(self, state: Mapping[str, Any]) -> None:
-        "Only what differs goes over the wire"
+    def show_panel(
+        self,
+        state: Mapping[str, Any],  # of the panel, by the names of its traits
+        frames: bool = False,  # whether frames of a snapshot were sent before it
+    ) -> None:
+        "Only what differs goes over the wire; with frames, the frontend is to say when they are drawn"
         with self.panel.hold_sync():
+            if frames:
+                self.panel.ask_whether_drawn()
             for name, value in state.items():
                 setattr(self.panel, name, value)
-
-    def ready(self) -> bool:
-        "Whether the frontend has drawn what it was sent of the parts that it shows"
-        return all(section.live.ready() for section in self.sections.values() if not section.folded)
 
 # %% ../../nbs/library/119_widgets_bench.ipynb #6dca4220
 def _show_parts(
@@ -176,7 +178,7 @@ def _show_parts(
     watched: Watched,
     new: set[str],  # of what a look takes in
     plots: bool,  # whether it is time for curves and maps
-) -> bool:  # whether some were sent
+) -> list[LivePart]:  # those that were sent
     "Draw the parts that read what is new; what is folded away waits until it is unfolded"
     sections = widgets.sections
     widgets._due |= {part for part in sections if part.reads & new}
@@ -191,7 +193,7 @@ def _show_parts(
     shown = [section.box for section in sections.values() if not section.is_empty]
     if list(widgets.box.children) != [widgets.panel, *shown]:
         widgets.box.children = (widgets.panel, *shown)
-    return any(sections[part].live.is_plot for part in drawn)
+    return [sections[part].live for part in drawn]
 
 # %% ../../nbs/library/119_widgets_bench.ipynb #7eb95cdf
 class RunView(Live):
@@ -265,14 +267,16 @@ def _show(view: RunView) -> None:
     widgets = view.widgets
     widgets.take_parts(view.watched)
     new = set(view._due)
-    if not (view.always or widgets.ready()):
+    if not (view.always or widgets.panel.ready()):
         new.discard("snapshot")  # the frontend is owed one frame, not a queue
     view._due -= new
     now = time.monotonic()
     plots = now - view._drawn > CURVE_SECONDS or not is_working(view.watched)
-    if _show_parts(widgets, view.watched, new, plots):
+    sent = _show_parts(widgets, view.watched, new, plots)
+    if any(part.is_plot for part in sent):
         view._drawn = now
-    widgets.show_panel(panel_state(view.watched, view.refused, widgets.problems.values()))
+    frames = "snapshot" in new and bool(sent)
+    widgets.show_panel(panel_state(view.watched, view.refused, widgets.problems.values()), frames)
 
 # %% ../../nbs/library/119_widgets_bench.ipynb #a5c841ce
 class StaticBench:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,10 +22,13 @@ from .curves import MODULE_NAMES, modules_of
 from .watched import Watched, is_baseline, is_working, progress, status_bar
 
 # %% auto #0
-__all__ = ['OWN_PANEL', 'Panel', 'message', 'slider', 'run_sliders', 'term_help', 'run_values', 'run_buttons', 'measure_buttons',
-           'run_messages', 'panel_state', 'request']
+__all__ = ['UPDATE_SECONDS', 'OWN_PANEL', 'Panel', 'message', 'slider', 'run_sliders', 'term_help', 'run_values', 'run_buttons',
+           'measure_buttons', 'run_messages', 'panel_state', 'request']
 
 # %% ../../nbs/library/118_widgets_controls.ipynb #e114f8fe
+UPDATE_SECONDS = 2.0  # an update that no frontend has drawn after this long is given up
+
+
 class Panel(Pulsed):
     "The status bar, the controls and the messages of a run"
 
@@ -38,6 +42,17 @@ class Panel(Pulsed):
     share = traitlets.Float(0.0).tag(sync=True)  # of the work that is done
     reading = traitlets.Bool(False).tag(sync=True)  # a traceback is unfolded, also when it is drawn anew
     more = traitlets.Bool(False).tag(sync=True)  # so are the terms that do not count
+    number = traitlets.Int(0).tag(sync=True)  # of the snapshot that was sent last
+    _sent_at = -math.inf
+
+    def ask_whether_drawn(self) -> None:
+        "Have the frontend say when it has drawn all that it was sent until now"
+        self._sent_at = time.monotonic()
+        self.number += 1
+
+    def ready(self) -> bool:
+        "Whether the frontend has drawn what it was sent, or has had its time"
+        return self.drawn >= self.number or time.monotonic() - self._sent_at > UPDATE_SECONDS
 
     def fail(self, error: Exception) -> None:
         "Say it among the messages"

@@ -125,9 +125,6 @@ class LiveGates(LivePart):
         for name, (matrix, low, high) in matrices.items():
             self.views[name].show(matrix, low, high)
 
-    def ready(self) -> bool:
-        return all(view.ready() for view in self.views.values())
-
 
 def gate_grid(views: Mapping[str, MatrixView]) -> ipywidgets.GridBox:
     "Three canvases a row, which share its width; fewer where the page is narrow"

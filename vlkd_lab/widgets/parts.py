@@ -55,10 +55,6 @@ class LivePart(ABC):
     def update(self, watched: Watched) -> None:
         "Show what is new, in the widget that is there already"
 
-    def ready(self) -> bool:
-        "Whether the frontend has drawn what it was sent"
-        return True
-
 
 def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty: nothing to show
     "What a part draws, with the bench's width and margins where it says nothing else"
