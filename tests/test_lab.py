@@ -140,12 +140,32 @@ def unfold_terms(page):
     until(lambda: page.browser_page.locator('button[data-name="more"]').first.get_attribute("aria-expanded") == "true")
 
 
+def messages_to_kernels(page):
+    "What widgets send to kernels of notebooks that are opened from now on, as it goes out"
+    sent = []
+
+    def listen(socket):
+        socket.on("framesent", lambda frame: b"comm_msg" in (frame if isinstance(frame, bytes) else frame.encode()) and sent.append(frame))
+
+    page.browser_page.on("websocket", listen)
+    return sent
+
+
 def steps(run):
     return sum("total" in m for m in run.metrics())
 
 
 def controls(run):
     return [m for m in run.metrics() if m.get("event") == "control"]
+
+
+def talks_little(page, sent):
+    "Each message to a kernel makes JupyterLab work: one for each snapshot, and one now and then that says that somebody looks"
+    asked, shown, began = len(sent), frames(page)[0], time.monotonic()
+    until(lambda: frames(page)[0] > shown + 3)
+    seconds = time.monotonic() - began
+    snapshots = frames(page)[0] - shown
+    assert snapshots - 1 <= len(sent) - asked <= snapshots + 2 + seconds, (snapshots, seconds)
 
 
 @pytest.mark.parametrize("kernel", ["warm", "warm6"])
@@ -155,6 +175,7 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     folder, given = project
     cells, _ = notebook("train_tinyclip", folder, kernel, **given)
     run = Run(given["out"])
+    sent = messages_to_kernels(page)
     page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
     assert page.kernel_eval("import ipykernel; print(ipykernel.version_info[0] == 6)").strip() == str(kernel == "warm6")
     bench = run_until(page, cells, "bench")
@@ -165,6 +186,7 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     until(lambda: frames(page)[0] > first + 2)
     assert page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()") != before, "the picture changed"
     assert len(frames(page)) == 9, "three affinities, and six canvases of gates"
+    talks_little(page, sent)
     until(lambda: points_drawn(page)[:1] and points_drawn(page)[0] > 4)
     fits_and_shows_captions_as_text(page)
     trying = cells["retrieve(current_student(job.run), job.val, queries=4)"]
