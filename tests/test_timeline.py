@@ -174,6 +174,15 @@ def test_a_page_of_64_pairs_and_many_moments_has_less_than_a_megabyte(tmp_path):
     assert write_timeline(wide.folder, tmp_path / "wide.html").stat().st_size < 1_200_000, "its first 64 pairs, and fewer moments"
 
 
+def test_the_time_line_of_the_guide_has_todays_player(tmp_path):
+    "It was drawn when somebody ran the script; what it embeds must be what a time line embeds now"
+    today = write_timeline(write_moments(tmp_path / "run", pairs=2, moments=2).folder, tmp_path / "run.html")
+    stored = Path(__file__).parent.parent / "nbs" / "images" / "timeline.html"
+    for begin, end in (('<script type="module">', "</script>"), ("<style>", "</style>")):
+        parts = [page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0] for page in (stored, today)]
+        assert parts[1] and parts[0] == parts[1], f"{begin} is of another day: python tools/screenshots.py film draws {stored.name} anew"
+
+
 # The page in a browser
 
 jupyter_page = pytest.importorskip("jupyter_page", reason="no Playwright: pip install playwright; the browser tests did not run")

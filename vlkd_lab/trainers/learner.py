@@ -24,7 +24,7 @@ from ..stores import StoredTeacher
 from .average import Average
 from .backward import cached_backward, plain_backward
 from .locks import lock_towers
-from .numbers import LateLine
+from .numbers import LateLine, MachineUse
 from .options import FitParameters, seed_of
 from .running import Shards
 from .teachers import RowTeacher, Teachers, ask
@@ -244,6 +244,7 @@ class Loop:
         self.controls = self.options.controls()  # of the method, as they stand
         self.answered = self.run.status().get("checkpoint", 0)  # the last request for one that was met
         self.snapshots = Snapshots(self.run)
+        self.use = MachineUse(self.accelerator.device)
         self.refused: str | None = None  # why the last control would not do
 
     @cached_property

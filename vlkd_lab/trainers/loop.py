@@ -478,6 +478,7 @@ def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -
         "samples": loop.global_step * loop.options.batch_size,
         "seconds": time.perf_counter() - start,
         "data_seconds": read - start,
+        **loop.use.numbers(),
     }
     loop.late = [LateLine(before, numbers, after)]
     _show(loop, features)

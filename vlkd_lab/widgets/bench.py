@@ -30,6 +30,7 @@ from .controls import Panel, panel_state, request
 from .curves import LossCurves
 from .drawing import stacked
 from .parts import LivePart, PartSection, RunPart, may_fail, method_parts
+from .rows import RunForks, bench_forks
 from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
@@ -113,7 +114,7 @@ async def _keep(view: Live) -> None:
 # %% ../../nbs/library/120_widgets_bench.ipynb #78d30f33
 # Parts that every run can have, above and below those that its method brings.
 # The gates stand here for methods that do not name them in `views`.
-COMMON: tuple[type[RunPart], ...] = (LossCurves, ProbeMatrices)  # parts of every run
+COMMON: tuple[type[RunPart], ...] = (RunForks, LossCurves, ProbeMatrices)  # parts of every run
 
 
 def bench_parts(watched: Watched) -> list[RunPart]:
@@ -225,8 +226,10 @@ class RunView(Live):
         if requests.get("measure") in MEASURES:
             self.watched.choice.measure = requests["measure"]
             self._due.add("snapshot")
+        if requests.get("fork"):
+            bench_forks(self.watched).ask()
         try:
-            for name in set(requests) - {"measure"}:
+            for name in set(requests) - {"measure", "fork"}:
                 request(self.watched.run, name, requests[name])
         except (ValueError, OSError) as error:
             self.refused = str(error)
@@ -234,6 +237,8 @@ class RunView(Live):
     def update(self) -> None:
         "Look, and show what is new"
         self._due |= self.watched.look()
+        if bench_forks(self.watched).look():
+            self._due.add("forks")
         _tell_that_somebody_watches(self)
         _show(self)
         if self._was_working and not is_working(self.watched):

@@ -7,26 +7,43 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import traitlets
 from safetensors import safe_open
 
+from vlkd_lab.runs import (
+    WORKING,
+    Curves,
+    Run,
+    current_values,
+    finished_students,
+    read_json,
+    role_in,
+    thinned,
+)
+
 from ..data import escaped, visible
-from ..runs import WORKING, Curves, Run, current_values, finished_students, role_in, thinned
-from ..trainers import origin_in_words
+from ..trainers import fork, fork_command, origin_in_words, start_apart
+from .canvas import Pulsed, script
 from .curves import validation_scores_of
-from .watched import NO_VALUE, duration
+from .parts import LivePart, RunPart
+from .watched import NO_VALUE, Watched, duration
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SPARK_POINTS', 'RUN_COLUMNS', 'SPARK_SIZE', 'RunRow', 'read_row', 'run_folders', 'RunRows', 'differing', 'runs_frame',
-           'column_values', 'column_texts', 'spark_points', 'row_sparks', 'TreeLine', 'fork_tree', 'StaticBoard']
+__all__ = ['SPARK_POINTS', 'RUN_COLUMNS', 'SPARK_SIZE', 'ANSWER_SECONDS', 'FAMILY_SECONDS', 'RunRow', 'read_row', 'run_folders',
+           'RunRows', 'differing', 'runs_frame', 'column_values', 'column_texts', 'spark_points', 'row_sparks',
+           'TreeLine', 'fork_tree', 'Family', 'BenchForks', 'bench_forks', 'start_cell', 'ForksView', 'fork_facts',
+           'LiveForks', 'RunForks', 'StaticBoard']
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #runrw006
 SPARK_POINTS = 40  # of a small curve
@@ -176,7 +193,7 @@ class RunRows:
         before = self.rows
         self.rows = {}
         changed = set()
-        for path in run_folders(self.folder):
+        for path in self.folders():
             key = visible(path.relative_to(self.folder).as_posix())
             stamp = tuple(_stamp(path / name) for name in _FILES)
             row = before.get(key)
@@ -189,6 +206,10 @@ class RunRows:
             if row is not None:
                 self.rows[key] = row
         return changed | (before.keys() - self.rows.keys())
+
+    def folders(self) -> Iterator[Path]:
+        "Where the runs lie"
+        return run_folders(self.folder)
 
     def _read(self, key: str, path: Path) -> RunRow | None:  # None: it is no run
         run = Run(path)
@@ -388,6 +409,220 @@ def _add_lines(
         at = str(one.folder.resolve())
         if depth < 50:  # two that name each other have no end
             _add_lines(lines, one, at, children, below + branch, below + onward, depth + 1)
+
+# %% ../../nbs/library/119_widgets_rows.ipynb #fam0cd01
+class Family(RunRows):
+    "The rows of a run, of those beside it that it was forked from, and of all that were forked from these"
+
+    def __init__(self, run: Run):
+        self.start = run.folder.resolve()
+        super().__init__(self.start.parent)
+        self._origins: dict[Path, tuple] = {}  # folder -> (stamp of its config.json, id, origin)
+
+    def folders(self) -> Iterator[Path]:
+        "Where the runs of the family lie"
+        origins = {}
+        for path in run_folders(self.folder, deep=1):
+            stamp = _stamp(path / "config.json")
+            known = self._origins.get(path)
+            origins[path] = known if known and known[0] == stamp else (stamp, *_origin_of(path))
+        self._origins = origins
+        related = _related(origins, self.start)
+        return iter([path for path in origins if str(path) in related])
+
+
+def _origin_of(folder: Path) -> tuple[str, Mapping[str, Any]]:
+    "A run's id, and the entry of its config.json that says where it comes from"
+    try:
+        config = read_json(folder / "config.json", {})
+        origin = config.get("origin", {})
+        return str(config.get("id", "")), origin if isinstance(origin, Mapping) else {}
+    except (OSError, ValueError, AttributeError):  # half of a file, or somebody else's
+        return "", {}
+
+
+def _related(origins: Mapping[Path, tuple], start: Path) -> set[str]:
+    "The places that forks lead to from one, forward and back"
+    by_id = {name: str(path) for path, (_, name, _) in origins.items() if name}
+    links: dict[str, set[str]] = {}
+    for path, (_, _, origin) in origins.items():
+        if origin:
+            parent = by_id.get(origin.get("id"), str(origin.get("run", "")))
+            links.setdefault(str(path), set()).add(parent)
+            links.setdefault(parent, set()).add(str(path))
+    related = [str(start)]
+    for place in related:  # which grows meanwhile
+        related += sorted(links.get(place, set()) - set(related))
+    return set(related)
+
+# %% ../../nbs/library/119_widgets_rows.ipynb #fork0cd1
+ANSWER_SECONDS = 30.0  # that a job has to write a checkpoint of its step
+FAMILY_SECONDS = 2.0  # between two looks at the runs beside
+
+
+class BenchForks:
+    "The forks of a run as its bench has them: the one that is being made, the last one, and the family"
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.family = Family(run)
+        self.child: Run | None = None  # the fork that was made last
+        self.note = ""  # how that went
+        self.problem = ""  # why it did not go
+        self._asked: float | None = None  # when it was asked for, as the run's controls have it; None: not
+        self._latest = math.inf  # when the newest checkpoint will do
+        self._looked = -math.inf
+        self._is_new = False
+
+    @property
+    def waits(self) -> bool:
+        "Whether a fork was asked for and is not made yet"
+        return self._asked is not None
+
+    def ask(self) -> None:
+        "Fork the run at the step that it is at; it may be asked on any thread"
+        if self.waits:
+            return
+        self.note = "a checkpoint of this step is asked for; the training goes on"
+        self.problem = ""
+        self._is_new = True
+        asked = time.time()
+        if self.run.status()["state"] in WORKING:
+            with suppress(OSError):  # somebody else's run: its newest checkpoint will do
+                self.run.control(checkpoint=asked)
+        self._latest = time.monotonic() + ANSWER_SECONDS
+        self._asked = asked
+
+    def look(self) -> bool:
+        "Make the fork that was asked for once that can be, and look at the family; whether there is news"
+        if self.waits and _can_be_made(self):
+            _make(self)
+        now = time.monotonic()
+        if self._is_new or now - self._looked > FAMILY_SECONDS:
+            self._looked = now
+            self._is_new = bool(self.family.look()) or self._is_new
+        is_new = self._is_new
+        self._is_new = False
+        return is_new
+
+# %% ../../nbs/library/119_widgets_rows.ipynb #fork0cd2
+def _can_be_made(forks: BenchForks) -> bool:
+    "Whether the checkpoint is written, or nobody is going to write one"
+    status = forks.run.status()
+    is_written = status.get("checkpoint", 0) >= forks._asked
+    return is_written or status["state"] not in WORKING or time.monotonic() > forks._latest
+
+
+def _make(forks: BenchForks) -> None:
+    "Fork the run where it can go on from; what goes wrong is said"
+    is_late = forks.run.status().get("checkpoint", 0) < forks._asked and _is_at_work(forks.run)
+    try:
+        forks.child = fork(forks.run)
+        forks.note = "made" if not is_late else "the job has not answered: this is its newest checkpoint"
+    except (ValueError, OSError, RuntimeError) as error:
+        forks.note = ""
+        forks.problem = visible(error)
+    forks._asked = None
+    forks._is_new = True
+
+
+def _is_at_work(run: Run) -> bool:
+    "Whether a job is at work on a run, as its status has it"
+    return run.status()["state"] in WORKING
+
+
+def bench_forks(watched: Watched) -> BenchForks:
+    "What a bench knows of the forks of its run; one for all its parts"
+    return watched.memory.setdefault("forks", BenchForks(watched.run))
+
+
+def start_cell(run: Run) -> str:
+    "A cell that lets a run go on in a process of its own, and shows its bench"
+    place = repr(str(run.folder))
+    lines = ["from vlkd_lab.runs import Run", "from vlkd_lab.trainers import start_apart"]
+    lines += ["from vlkd_lab.widgets import attach", f"start_apart(Run({place}))", f"attach({place})"]
+    return "\n".join(lines)
+
+# %% ../../nbs/library/119_widgets_rows.ipynb #fork0cd4
+class ForksView(Pulsed):
+    "The fork that was made last, what starts it, and the tree of the family"
+
+    _esm = script("forks.js")
+    made = traitlets.Dict().tag(sync=True)  # of `fork_facts`; empty: none was made here
+    tree = traitlets.List().tag(sync=True)  # prefix, name, score, words, state, whether it is this run
+    note = traitlets.Unicode("").tag(sync=True)
+    failure = traitlets.Unicode("").tag(sync=True)
+    waits = traitlets.Bool(False).tag(sync=True)  # for a checkpoint
+
+    def show(self, forks: BenchForks) -> None:
+        "Bring it up to date"
+        rows = forks.family.rows
+        lines = []
+        for line in fork_tree(list(rows.values())):
+            state = rows[line.key].state if line.key else ""
+            is_this = bool(line.key) and rows[line.key].folder.resolve() == forks.run.folder.resolve()
+            lines.append([line.prefix, line.name, line.score, line.words, state, is_this])
+        with self.hold_sync():
+            self.made = {} if forks.child is None else fork_facts(forks)
+            self.tree = lines
+            self.note = forks.note
+            self.failure = forks.problem
+            self.waits = forks.waits
+
+
+def fork_facts(forks: BenchForks) -> dict[str, Any]:
+    "What a page says of the fork that was made last"
+    child = forks.child
+    state = child.status()["state"]
+    return {
+        "name": visible(child.folder.name),
+        "folder": visible(child.folder),
+        "words": visible(origin_in_words(child.config().get("origin", {}))),
+        "state": state,
+        "command": visible(fork_command(child)),
+        "cell": visible(start_cell(child)),
+        "is_new": state in ("new", "stopped", "lost", "failed"),
+        "is_shared": _is_at_work(forks.run),  # the run that is forked has the machine
+    }
+
+# %% ../../nbs/library/119_widgets_rows.ipynb #fork0cd5
+class LiveForks(LivePart):
+    "Forks of the run in a frontend; nothing while there is none"
+
+    def update(self, watched: Watched) -> None:
+        forks = bench_forks(watched)
+        has_news = bool(forks.note or forks.problem or fork_tree(list(forks.family.rows.values())))
+        if self.widget is None and has_news:
+            self.widget = ForksView()
+            self.widget.on_choice.append(lambda choice: self.answer(watched, choice))
+        if self.widget is not None:
+            self.widget.show(forks)
+
+    def answer(self, watched: Watched, choice: Mapping[str, Any]) -> None:
+        "Start the fork that was made last"
+        forks = bench_forks(watched)
+        forks.problem = ""
+        if choice.get("start") and forks.child is not None:
+            try:
+                start_apart(forks.child)
+                log = visible(forks.child.folder / "output.log")
+                forks.note = f"{visible(forks.child.folder.name)} is started; what it prints is in {log}"
+            except (OSError, RuntimeError) as error:
+                forks.problem = visible(error)
+        self.update(watched)
+
+
+class RunForks(RunPart):
+    "What the run comes from, and what came of its forks"
+
+    title = "Forks"
+    reads = frozenset({"forks"})
+
+    def figure(self, watched: Watched) -> Mapping[str, Any]:
+        return {}  # it has no picture: without a frontend the table of runs has the tree
+
+    def live(self) -> LiveForks:
+        return LiveForks()
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #runrw022
 class StaticBoard:
