@@ -135,13 +135,17 @@ def _image_traces(
     return traces
 
 # %% ../../nbs/library/113_widgets_clusters.ipynb #33c703a7
-def _centre_trace(clusters: RunClusters) -> dict:
-    "The centres of the largest clusters"
+def _centre_trace(clusters: RunClusters, chosen: int | None) -> dict:
+    "The centres of the largest clusters; its name says what the colours of the map mean"
+    name = "centres"
+    if len(clusters.centers) > len(CATEGORIES):
+        lit = f"the {len(CATEGORIES)} largest clusters in colour" if chosen is None else f"cluster {chosen} lit"
+        name = f"centres ({lit})"
     rows = np.argsort(-clusters.sizes, kind="stable")[:MOST_CENTRES]
     words = [f"cluster {k}: {clusters.sizes[k]:,} training images" for k in rows]
     marker = {"size": 6, "color": "#666666", "symbol": "diamond"}
-    dots = _dots(clusters.plane.project(clusters.centers[rows]), "centres", marker, words)
-    return {**dots, "customdata": rows.tolist()}
+    dots = _dots(clusters.plane.project(clusters.centers[rows]), name, marker, words)
+    return {**dots, "legendgroup": "centres", "customdata": rows.tolist()}
 
 
 def _dots(places: np.ndarray, name: str, marker: dict, words: list[str]) -> dict:
@@ -183,9 +187,10 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
     layout["yaxis2"]["rangemode"] = "tozero"
     layout |= {"shapes": [], "annotations": [drawing.note_on_paper(0, 1, _summary(watched, clusters))]}
     layout["meta"] = {"pictures": "cluster"}
+    chosen = watched.memory.get("chosen cluster")
     traces = [
-        *_image_traces(clusters, features, assignment, watched.memory.get("chosen cluster")),
-        _centre_trace(clusters),
+        *_image_traces(clusters, features, assignment, chosen),
+        _centre_trace(clusters, chosen),
         *_size_traces(clusters, assignment),
     ]
     return {"data": traces, "layout": layout}
@@ -196,12 +201,7 @@ def _summary(watched: Watched, clusters: RunClusters) -> str:
     now = clusters.compared(watched.arrays["clusters_assignment"])
     place = f"{escaped(watched.labels.get('stage', ''))}, step {watched.labels.get('step', 0)}"
     agreement = f"{now['agreement']:.0%} of the images have the teacher's centre"
-    chosen = watched.memory.get("chosen cluster")
-    lit = ""
-    if len(clusters.centers) > len(CATEGORIES):
-        largest = f"; the {len(CATEGORIES)} largest clusters in colour"
-        lit = largest if chosen is None else f"; cluster {chosen} is lit"
-    return f"<b>{place}: {agreement}; purity {now['purity']:.0%}{lit}</b>"
+    return f"<b>{place}: {agreement}; purity {now['purity']:.0%}</b>"
 
 # %% ../../nbs/library/113_widgets_clusters.ipynb #1c7605ed
 class StudentMap(RunPart):

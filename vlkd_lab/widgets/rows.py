@@ -518,7 +518,9 @@ def _make(forks: BenchForks) -> None:
     is_late = forks.run.status().get("checkpoint", 0) < forks._asked and _is_at_work(forks.run)
     try:
         forks.child = fork(forks.run)
-        forks.note = "made" if not is_late else "the job has not answered: this is its newest checkpoint"
+        made = f"{visible(forks.child.folder.name)} is made"
+        late = f"{made}; the job has not answered, so it begins at its newest checkpoint"
+        forks.note = late if is_late else f"{made}; the run that it comes from is as it was"
     except (ValueError, OSError, RuntimeError) as error:
         forks.note = ""
         forks.problem = visible(error)
