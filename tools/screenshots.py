@@ -201,20 +201,27 @@ class Recording:
 
     def keep(self, name: str) -> None:
         "As an animated picture that plays once; as fine as it may be"
-        height = max(picture.height for picture, _ in self.frames)
-        pictures = []
-        for picture, _ in self.frames:
-            canvas = Image.new("RGB", (RECORDED_WIDTH, height), picture.getpixel((0, picture.height - 1)))
-            canvas.paste(picture)
-            pictures.append(canvas)
         durations = [milliseconds for _, milliseconds in self.frames]
-        for quality in (75, 60, 45, 30, 20):
+        for width, quality in ((900, 75), (900, 60), (900, 45), (760, 60), (760, 45), (640, 45), (640, 25)):
+            pictures = [_on_canvas(picture, width, self.height) for picture, _ in self.frames]
             written = io.BytesIO()
             pictures[0].save(written, "WEBP", save_all=True, append_images=pictures[1:], duration=durations, loop=1, quality=quality, method=5)
             if written.tell() <= MOST_BYTES:
                 break
         (IMAGES / f"{name}.webp").write_bytes(written.getvalue())
-        print(f"{name}: {len(pictures)} pictures, {sum(durations) / 1000:.0f} s, quality {quality}, {written.tell():,} bytes")
+        print(f"{name}: {len(pictures)} pictures, {sum(durations) / 1000:.0f} s, {width} pixels, quality {quality}, {written.tell():,} bytes")
+
+    @property
+    def height(self) -> int:
+        "Of the highest picture"
+        return max(picture.height for picture, _ in self.frames)
+
+
+def _on_canvas(picture: Image.Image, width: int, height: int) -> Image.Image:
+    "All pictures of a recording have one size: the page's own colour stands below one that is lower"
+    canvas = Image.new("RGB", (RECORDED_WIDTH, height), picture.getpixel((0, picture.height - 1)))
+    canvas.paste(picture)
+    return canvas.resize((width, round(height * width / RECORDED_WIDTH)), Image.Resampling.LANCZOS)
 
 
 def around(element, most: int = 1000) -> Callable[[], dict]:
@@ -243,8 +250,9 @@ def recorded_timeline(folder: Path, page, out: Path) -> None:
     film.look(1.5)
     look.locator(".vlkd-bar input").focus()
     look.keyboard.press("Home")
-    for _ in range(22):
+    for _ in range(18):
         film.look(0.5)
+        look.keyboard.press("ArrowRight")
         look.keyboard.press("ArrowRight")
         time.sleep(0.1)
     film.move_to(player.locator("canvas").nth(1), 0.4, 0.3)
@@ -258,7 +266,8 @@ def recorded_timeline(folder: Path, page, out: Path) -> None:
 def recorded_bench(folder: Path, page, out: Path) -> None:
     "A training of TinyCLIP: the bench for the README, the network that shrinks, from a cell to its pair, a fork and the table of runs"
     out = folder / "runs" / "tinyclip"
-    run, cells = Run(out), notebook("train_tinyclip", folder, stages=1, steps=240, compare_scratch=False, out=str(out))[0]
+    small = dict(data="scenes:4000", batch_size=32, steps=200, stages=1, keep_checkpoints=2, compare_scratch=False, device="cpu")
+    run, cells = Run(out), notebook("train_tinyclip", folder, **small, out=str(out))[0]
     page.open("nbs/train_tinyclip.ipynb")
     look = page.browser_page
     look.evaluate("jupyterapp.shell.collapseLeft()")
@@ -285,26 +294,28 @@ def recorded_bench(folder: Path, page, out: Path) -> None:
 
     network.evaluate("e => e.scrollIntoView({block: 'center'})")
     film = Recording(look, around(network, 800))
-    while steps() < 110:
+    until(lambda: network.locator(".vlkd-kept").count())
+    while steps() < 90:  # the gates close, and their stage ends with a cut
         film.look(0.6)
-        time.sleep(1.2)
+        time.sleep(1.0)
     film.move_to(network.locator(".vlkd-head").nth(2))
     network.locator(".vlkd-head").nth(2).click()
-    time.sleep(1.5)
-    film.look(3)
+    until(lambda: network.locator(".vlkd-heats canvas").count() == 2)  # teacher and student
+    network.evaluate("e => e.scrollIntoView({block: 'center'})")
+    film.watch(4, every=1)
     film.keep("network")
 
     canvas = bench.locator(".vlkd-matrix canvas").nth(1)
-    canvas.evaluate("e => e.scrollIntoView({block: 'center'})")
     film = Recording(look, window(look))
-    film.look(1)
     for x, y in ((0.3, 0.6), (0.55, 0.25)):
+        canvas.evaluate("e => e.scrollIntoView({block: 'center'})")
+        film.look(1.5)
         film.move_to(canvas, x, y)
         look.mouse.down()
         look.mouse.up()
         until(lambda: pair.locator("tbody tr").count())
         pair.evaluate("e => e.scrollIntoView({block: 'end'})")
-        film.watch(3, every=0.6)
+        film.watch(5, every=1)
     film.keep("pair")
 
     bench.evaluate("e => e.scrollIntoView()")
@@ -347,7 +358,7 @@ def recorded_board(folder: Path, page, film: Recording, run: Run) -> None:
 def recorded_page(folder: Path, page, out: Path) -> None:
     "A notebook that papermill has executed, sent as one page: somebody reads it, and plays its time line"
     executed = folder / "sent.ipynb"
-    given = dict(data="scenes:4000", stages=1, steps=60, compare_scratch=False, device="cpu", out=str(folder / "sent"), probe_pairs=24)
+    given = dict(data="scenes:4000", stages=1, steps=24, batch_size=32, compare_scratch=False, device="cpu", out=str(folder / "sent"), probe_pairs=24)
     words = [word for name, value in given.items() for word in ("-p", name, str(value))]
     subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(executed), "-k", "warm", *words], cwd=folder, check=True)
     sent = write_page(executed, folder / "sent.html")
@@ -357,10 +368,10 @@ def recorded_page(folder: Path, page, out: Path) -> None:
     film = Recording(look, window(look))
     film.look(1.5)
     height = look.evaluate("document.documentElement.scrollHeight")
-    for step in range(1, 25):
-        look.evaluate(f"scrollTo(0, {height} * {step} / 26)")
+    for step in range(1, 17):
+        look.evaluate(f"scrollTo(0, {height} * {step} / 18)")
         time.sleep(0.15)
-        film.look(0.6)
+        film.look(0.9)
     look.emulate_media(color_scheme="dark")
     time.sleep(0.5)
     film.look(3)
