@@ -194,7 +194,7 @@ class Recording:
 
     def move_to(self, element, x: float = 0.5, y: float = 0.5, steps: int = 4) -> None:
         "The pointer to a place of an element, as shares of its size; a picture of every step"
-        box = element.bounding_box()
+        box = until(element.bounding_box)  # a table may be drawing its rows anew
         for step in range(1, steps + 1):
             self.page.mouse.move(box["x"] + box["width"] * x * step / steps, box["y"] + box["height"] * y * step / steps)
             self.look(0.12)

@@ -215,8 +215,7 @@ class Loop:
     look: Callable[[Loop], Mapping[str, Tensor]] | None = None  # further arrays for the views
     step: int = 0  # steps of the phase that are done
     factor: float = 1.0  # of the learning rate, set through control.json
-    # two rows of student and teacher, once seen
-    example: tuple[Features, Features | Ensemble] | None = None
+    example: tuple[Features, Features | Ensemble] | None = None  # two rows of student and teacher, once seen
     paired: bool = True  # whether row i of the texts belongs to image i
     shares: bool = False  # whether somebody wants to see each term's share of the gradient
     shared: float = 0.0  # when it was last computed

@@ -226,19 +226,15 @@ class RunView(Live):
         if requests.get("measure") in MEASURES:
             self.watched.choice.measure = requests["measure"]
             self._due.add("snapshot")
-        if requests.get("fork"):
-            bench_forks(self.watched).ask()
         try:
-            for name in set(requests) - {"measure", "fork"}:
-                request(self.watched.run, name, requests[name])
+            for name in set(requests) - {"measure"}:
+                _pass_on(self.watched, name, requests[name])
         except (ValueError, OSError) as error:
             self.refused = str(error)
 
     def update(self) -> None:
         "Look, and show what is new"
         self._due |= self.watched.look()
-        if bench_forks(self.watched).look():
-            self._due.add("forks")
         _tell_that_somebody_watches(self)
         _show(self)
         if self._was_working and not is_working(self.watched):
@@ -255,6 +251,14 @@ class RunView(Live):
             self.pictures.start()
 
 # %% ../../nbs/library/120_widgets_bench.ipynb #9f6c30a6
+def _pass_on(watched: Watched, name: str, value: Any) -> None:
+    "What a control of the panel requests: a fork of the bench itself, everything else of the run"
+    if name == "fork":
+        bench_forks(watched).ask()
+    else:
+        request(watched.run, name, value)
+
+
 def _tell_that_somebody_watches(view: RunView) -> None:
     "A trainer takes snapshots only while a bench says so"
     run = view.watched.run
@@ -269,6 +273,8 @@ def _show(view: RunView) -> None:
     "Show what a bench has to show and its frontend is ready for"
     widgets = view.widgets
     widgets.take_parts(view.watched)
+    if bench_forks(view.watched).look():
+        view._due.add("forks")
     new = set(view._due)
     if not (view.always or widgets.ready()):
         new.discard("snapshot")  # the frontend is owed one frame, not a queue

@@ -98,7 +98,7 @@ def centre_colours(
     sizes: Sequence[int],  # (K,) of the clusters
     chosen: int | None = None,  # the one to be lit where there are too many to tell apart
 ) -> list[str]:
-    "A colour for each centre: up to twenty differ; of more the largest twenty do, or the chosen one is lit alone"
+    "A colour for each centre: twenty differ; of more the largest twenty do, or the chosen one is lit"
     count = len(sizes)
     if count <= len(CATEGORIES):
         return list(CATEGORIES[:count])
@@ -139,8 +139,8 @@ def _centre_trace(clusters: RunClusters, chosen: int | None) -> dict:
     "The centres of the largest clusters; its name says what the colours of the map mean"
     name = "centres"
     if len(clusters.centers) > len(CATEGORIES):
-        lit = f"the {len(CATEGORIES)} largest clusters in colour" if chosen is None else f"cluster {chosen} lit"
-        name = f"centres ({lit})"
+        largest = f"the {len(CATEGORIES)} largest clusters in colour"
+        name = f"centres ({largest if chosen is None else f'cluster {chosen} lit'})"
     rows = np.argsort(-clusters.sizes, kind="stable")[:MOST_CENTRES]
     words = [f"cluster {k}: {clusters.sizes[k]:,} training images" for k in rows]
     marker = {"size": 6, "color": "#666666", "symbol": "diamond"}

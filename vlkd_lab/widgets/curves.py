@@ -213,7 +213,7 @@ def _column_lines(
 
 
 def _memory_lines(watched: Watched, panel: int) -> list[dict]:
-    "Memory of the process, and of its GPU where there is one; nothing of a run that is older than these numbers"
+    "Memory of the process and of its GPU, of a run that has these numbers"
     known = {name for columns in watched.curves.columns.values() for name in columns}
     return _column_lines(watched, panel, {name: dash for name, dash in MEMORY.items() if name in known})
 

@@ -535,7 +535,9 @@ def _is_at_work(run: Run) -> bool:
 
 def bench_forks(watched: Watched) -> BenchForks:
     "What a bench knows of the forks of its run; one for all its parts"
-    return watched.memory.setdefault("forks", BenchForks(watched.run))
+    if "forks" not in watched.memory:
+        watched.memory["forks"] = BenchForks(watched.run)
+    return watched.memory["forks"]
 
 
 def start_cell(run: Run) -> str:
