@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from vlkd_lab import trainers
 from vlkd_lab.fusion import BlipShape, new_blip, save_blip, train_wordpiece
 from vlkd_lab.models import new_model, save_model, train_tokenizer
-from vlkd_lab.runs import Run
+from vlkd_lab.runs import MEASURED, Run
 from vlkd_lab.samples import write_shards
 
 TINY = dict(
@@ -69,7 +69,7 @@ def one_thread():
 
 def lines_of(folder):
     "A run's metrics without what a clock said"
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in Run(folder).metrics()]
 
 
 @pytest.fixture

@@ -279,7 +279,7 @@ def test_a_blip_leaves_for_transformers_task_by_task(trained, tiny_blip, scenes,
     assert all(torch.equal(a, b) for a, b in zip(student.model.parameters(), again.model.parameters(), strict=True))
     card = huggingface_hub.ModelCard.load(out / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "zero-shot-image-classification"
-    assert "| parameters, decoder |" in card.content and "multiply-accumulates, captioning" in card.content and "DLIP" in card.content
+    assert "| parameters, decoder |" in card.content and "MMACs, captioning" in card.content and "DLIP" in card.content
     files_without(out, str(tmp_path), str(tiny_blip.parent))
     picture = load_pairs(scenes / "val-000000.tar", limit=1).pil(0)
     picture.save(out / "image.jpg", quality=100, subsampling=0)

@@ -17,6 +17,7 @@ from vlkd_lab import runs, trainers
 from vlkd_lab.export import find_origin, training_rows
 from vlkd_lab.runs import Run, kept_checkpoints
 from vlkd_lab.trainers import fork, fork_points, forks, open_job, start, start_apart, train
+from vlkd_lab.widgets import BenchForks, rows
 
 GATES = dict(stages=2, inheritance="auto", steps=6, compare_scratch=True, keep_checkpoints=1, target_sparsity=0.4)
 
@@ -274,3 +275,63 @@ def test_a_fork_is_started_in_a_process_of_its_own(given, tmp_path):
     child = fork(parent, tmp_path / "fork", at="student/distil/4")
     assert start_apart(child).wait(300) == 0, (child.folder / "output.log").read_text()[-2000:]
     assert_same(child, parent)
+
+
+def test_a_bench_asks_a_job_at_work_for_a_checkpoint_and_forks_there(given):
+    "The checkpoints in between are seldom: without the request the fork would begin at step 0"
+    training = start(open_job("Distil", given("Distil", steps=400, validate_every=400, keep_checkpoints=0)), beside=True)
+    parent = training.job.run
+    try:
+        while sum("total" in line for line in parent.metrics()) < 5:
+            time.sleep(0.01)
+        parent.control(learning_rate_factor=0.25)
+        asked = BenchForks(parent)
+        asked.ask()
+        asked.ask()  # a second press while it waits is the same wish
+        at = sum("total" in line for line in parent.metrics())
+        deadline = time.monotonic() + 60
+        while asked.waits and time.monotonic() < deadline:
+            asked.look()
+            time.sleep(0.01)
+        origin = asked.child.config()["origin"]
+        assert origin["step"] >= at > 0 and origin["controls"] == {"learning_rate_factor": 0.25} and not asked.problem
+        assert sum("total" in line for line in asked.child.metrics()) == origin["step"]
+        assert training.alive and parent.status()["state"] == "running" and len(list(parent.folder.parent.glob("run-fork-*"))) == 1
+    finally:
+        parent.control(stop=True)
+        training.join()
+    assert {row.state for row in asked.family.rows.values()} == {"running", "new"} and asked.look() is False
+    asked._looked = 0
+    assert asked.look() and {row.state for row in asked.family.rows.values()} == {"stopped", "new"}
+
+
+def test_a_run_of_somebody_else_is_forked_at_its_newest_checkpoint(given, monkeypatch):
+    parent = run_of("Distil", given("Distil", steps=4))
+    monkeypatch.setattr(Run, "control", lambda *_, **__: (_ for _ in ()).throw(PermissionError("not yours")))
+    monkeypatch.setattr(Run, "status", lambda self: {"state": "running"})
+    monkeypatch.setattr(rows, "ANSWER_SECONDS", 0.0)
+    asked = BenchForks(parent)
+    asked.ask()
+    time.sleep(0.01)
+    assert asked.look() and "not answered" in asked.note and asked.child.config()["origin"]["step"] == 4
+    assert asked.look() is False, "the family is not read again at once"
+
+
+def test_a_family_is_found_whatever_else_lies_beside_it(given, tmp_path):
+    parent = run_of("Distil", given("Distil", steps=4))
+    child = fork(parent, at="newest")
+    shutil.copytree(parent.folder, tmp_path / "half" / "run")
+    (tmp_path / "half" / "config.json").write_text('{"method": "Dis')
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    for run in (parent, child):
+        family = rows.Family(run)
+        family.look()
+        assert set(family.rows) == {"run", "run-fork-1"}, run
+    read = family.read
+    family.look()
+    assert family.read == read
+    config = json.loads((child.folder / "config.json").read_text())
+    (child.folder / "config.json").write_text(json.dumps(config | {"origin": {"id": config["id"], "run": str(child.folder)}}))
+    family.look()
+    assert set(family.rows) == {"run-fork-1"}, "two that name each other have no end"

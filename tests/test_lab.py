@@ -15,12 +15,12 @@ import nbformat
 import pytest
 import torch
 from conftest import IPYKERNEL6
-from figures import gate_values, write_gates, write_probe, write_run
+from figures import gate_values, write_clusters, write_gates, write_probe, write_run
 from PIL import Image
 
 from vlkd_lab.data import thumbnail
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
-from vlkd_lab.runs import Run, Snapshots, read_snapshot, write_snapshot
+from vlkd_lab.runs import Run, RunWriter, Snapshots, read_snapshot, write_snapshot
 from vlkd_lab.trainers import train
 from vlkd_lab.widgets import STATIC
 
@@ -701,4 +701,132 @@ def test_a_time_line_grows_with_its_run_and_outlives_a_reload(page, project):
     run.control(stop=True)
     until(lambda: run.status()["state"] == "stopped")
     until(lambda: "stopped" in page.output(1).locator(".vlkd-notes").inner_text())
+    assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+
+
+def test_a_bench_forks_a_run_at_work_and_starts_the_fork_when_it_is_over(page, project):
+    "Fork from here: at the step of the moment, with the sliders as they are; the training goes on, a reload keeps it, one button starts it"
+    folder, given = project
+    cells, _ = notebook("train_tinyclip", folder, **given)
+    run, look = Run(given["out"]), page.browser_page
+    page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
+    bench = run_until(page, cells, "bench")
+    button = look.locator('button[data-name="fork"]').first
+    assert button.is_disabled(), "there is no step to begin at"
+    assert page.run_cell(cells["training"])
+    until(lambda: steps(run) > 3 and button.is_enabled())
+    unfold_terms(page)
+    exact = look.locator('input[type=number][data-name="weights.contrastive"]').first
+    exact.fill("0.5")
+    exact.press("Enter")
+    until(lambda: any(e.get("weights") == {"contrastive": 0.5} for e in controls(run)))
+    before = steps(run)
+    button.focus()
+    look.keyboard.press("Enter")
+    forks = page.output(bench).locator(".vlkd-forks")
+    until(lambda: forks.locator(".vlkd-made b").count() == 1)
+    child = Run(run.folder.with_name(forks.locator(".vlkd-made b").inner_text()))
+    origin = child.config()["origin"]
+    assert child.folder.name == "run-fork-1" and origin["step"] >= before and origin["controls"]["weights"]["contrastive"] == 0.5
+    assert str(child.folder) in forks.locator("pre").first.inner_text() and "attach(" in forks.locator("pre").nth(1).inner_text()
+    begin = forks.locator('button[data-name="start-fork"]')
+    assert begin.is_disabled() and "when this run has ended" in begin.get_attribute("title")
+    assert run.status()["state"] == "running"
+    until(lambda: steps(run) > origin["step"])  # the training goes on
+
+    def tree():
+        return [line.strip() for line in forks.locator("li").all_inner_texts()]
+
+    until(lambda: len(tree()) == 2 and "this run" in tree()[0] and "run-fork-1" in tree()[1] and f"step {origin['step']}" in tree()[1])
+    page.reload()
+    assert page.run_cell(bench)
+    until(lambda: forks.locator(".vlkd-made b").count() == 1)
+    stop(page)
+    until(lambda: run.status()["state"] == "stopped" and begin.is_enabled())
+    begin.click()
+    try:
+        until(lambda: child.status()["state"] == "running" and steps(child) > origin["step"], 300)
+        until(lambda: any("run-fork-1" in line and "running" in line for line in tree()) and not begin.count())
+    finally:
+        child.control(stop=True)
+    until(lambda: child.status()["state"] == "stopped")
+    assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]
+
+
+def test_a_map_shows_pictures_under_the_pointer_and_inside_a_lasso(page, project):
+    "Thirty clusters: twenty in colour; pictures come when they are shown, by keys, mouse and finger, and captions are text"
+    folder, _ = project
+    run = Run(folder / "run")
+    with RunWriter(run.folder) as writer:
+        (run.folder / "config.json").write_text(json.dumps({"method": "ClipCid", "objective": {"affinity_mimicking": 1.0}, "parameters": {}}))
+        writer.log({"stage": "student", "step": 7, "affinity_mimicking": 1.0, "total": 1.0})
+    write_clusters(run, clusters=30)
+    about = json.loads((run.folder / "clusters.json").read_text())
+    colours = [thumbnail(Image.new("RGB", (16, 16), (2 * k, 90, 200 - 2 * k))) for k in range(90)]
+    about |= {"captions": [f"{k} {HOSTILE}" for k in range(90)], "pictures": colours}
+    (run.folder / "clusters.json").write_text(json.dumps(about))
+    jupyter_page.write_notebook(folder / "look.ipynb", ["from vlkd_lab.widgets import attach", f"attach({str(run.folder)!r})"], "warm")
+    look, received = page.browser_page, []
+    look.on("websocket", lambda socket: socket.on("framereceived", lambda frame: received.append(frame if isinstance(frame, bytes) else frame.encode())))
+    page.open(f"{folder.name}/look.ipynb")
+    assert page.run_cell(0) and page.run_cell(1)
+    plot = page.output(1).locator(".vlkd-plot:has(button[data-name=lasso])")
+    until(lambda: plot.count() == 1 and int(plot.get_attribute("data-points")) > 90)
+    time.sleep(0.5)
+    whole = b"".join(received)
+    assert not any(colour.encode() in whole for colour in colours), "a bench opens without the pictures of its map"
+    shades = "c => new Set(Array.from(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).filter(p => p >>> 24 === 255)).size"
+    assert plot.locator("canvas").first.evaluate(shades) > 20, "more than grey"
+
+    drawing, card, strip = plot.locator(".vlkd-drawing"), plot.locator(".vlkd-card"), plot.locator(".vlkd-strip")
+    drawing.focus()
+    look.keyboard.press("ArrowRight")
+    until(lambda: card.locator("img").count() == 1 and card.is_visible())
+    assert "<script>window.hacked=1</script>" in card.inner_text() and card.locator("img").get_attribute("src") in colours
+    look.keyboard.press("Home")
+    ring = drawing.locator("circle").last.evaluate("c => [+c.getAttribute('cx'), +c.getAttribute('cy')]")
+    look.mouse.move(0, 0)
+    drawing.hover(position={"x": ring[0], "y": ring[1]})
+    until(lambda: card.locator("img").count() == 1)
+
+    def around(move):
+        "Around the left half of the map, as far as its panel goes"
+        box = drawing.bounding_box()
+        places = [(80, 20), (280, 20), (280, box["height"] - 60), (80, box["height"] - 60), (80, 24)]
+        for number, (x, y) in enumerate(places):
+            move(number, box["x"] + x, box["y"] + y)
+
+    def with_mouse(number, x, y):
+        look.mouse.move(x, y, steps=3)
+        if number == 0:
+            look.mouse.down()
+
+    plot.locator('button[data-name="lasso"]').click()
+    around(with_mouse)
+    look.mouse.up()
+    until(lambda: strip.is_visible() and strip.locator("img").count() == strip.locator(".vlkd-strip-pictures button").count() > 5)
+    count = strip.locator("img").count()
+    said = strip.locator("[role=status]").inner_text()
+    assert said.startswith(f"{count} images in ") and " clusters: " in said
+    page.save()
+    page.reload()
+    until(lambda: strip.count() == 1 and strip.is_visible() and strip.locator("img").count() == count)  # what was drawn around stays
+    strip.locator("button").nth(1).focus()
+    until(lambda: card.is_visible())
+    look.keyboard.press("Escape")
+    until(lambda: not strip.is_visible())
+
+    touch = look.context.new_cdp_session(look)
+
+    def with_finger(number, x, y):
+        touch.send("Input.dispatchTouchEvent", {"type": "touchMove" if number else "touchStart", "touchPoints": [{"x": x, "y": y}]})
+
+    plot.locator('button[data-name="lasso"]').click()
+    around(with_finger)
+    touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    until(lambda: strip.is_visible() and strip.locator("img").count() == count)
+    drawing.focus()
+    look.keyboard.press("Escape")
+    until(lambda: not strip.is_visible() and plot.locator('button[data-name="lasso"]').get_attribute("aria-pressed") == "false")
+    assert look.evaluate("window.hacked") is None
     assert not [e for e in page.console_errors if "vlkd" in e or "anywidget" in e]

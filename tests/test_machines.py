@@ -20,7 +20,7 @@ import yaml
 from safetensors.torch import load_file
 
 from vlkd_lab.methods import find_method
-from vlkd_lab.runs import Run
+from vlkd_lab.runs import MEASURED, Run
 from vlkd_lab.trainers import check_parameters, others_to_start, read_settings, torchrun
 from vlkd_lab.trainers.companions import BEAT_SECONDS, LEAVE_SECONDS, SILENT_BEATS
 from vlkd_lab.trainers.launch import open_job
@@ -103,7 +103,7 @@ def run_to_the_end(folder, *commands, **settings):
 
 
 def lines_of(folder):
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in Run(folder).metrics()]
 
 
 def assert_same_result(one, other):

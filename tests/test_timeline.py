@@ -19,6 +19,7 @@ from vlkd_lab.trainers import open_job, train
 from vlkd_lab.widgets import TimeLine, TimelineView, on_grid, timeline, timeline_page, write_timeline
 from vlkd_lab.widgets.moments import MOST_SIDE
 
+NBS = Path(__file__).parent.parent / "nbs"
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror='window.hacked=2'> \"quotes\" \u202eright to left"
 
 
@@ -172,6 +173,31 @@ def test_a_page_of_64_pairs_and_many_moments_has_less_than_a_megabyte(tmp_path):
     assert 400_000 < path.stat().st_size < 1_000_000 and not list(tmp_path.glob(".run*"))
     wide = write_moments(tmp_path / "wide", pairs=200, sentences=400, moments=60)
     assert write_timeline(wide.folder, tmp_path / "wide.html").stat().st_size < 1_200_000, "its first 64 pairs, and fewer moments"
+
+
+def test_the_time_line_of_the_guide_has_todays_player(tmp_path):
+    "It was drawn when somebody ran the script; what it embeds must be what a time line embeds now"
+    today = write_timeline(write_moments(tmp_path / "run", pairs=2, moments=2).folder, tmp_path / "run.html")
+    stored = NBS / "images" / "timeline.html"
+    for begin, end in (('<script type="module">', "</script>"), ("<style>", "</style>")):
+        parts = [page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0] for page in (stored, today)]
+        assert parts[1] and parts[0] == parts[1], f"{begin} is of another day: python tools/screenshots.py film draws {stored.name} anew"
+
+
+def test_recordings_are_small_play_once_and_are_told_in_words():
+    "Those of the five, and the bench's; a page that shows one says what is to be seen"
+    pages = "".join((NBS / name).read_text(encoding="utf-8") for name in ("guides/bench.ipynb", "index.ipynb"))
+    for name in ("bench", "network", "pair", "forks", "timeline", "sent_page"):
+        path = NBS / "images" / f"{name}.webp"
+        with Image.open(path) as film:
+            milliseconds = 0
+            for number in range(film.n_frames):
+                film.seek(number)
+                milliseconds += film.info["duration"]
+            assert film.n_frames > 8 and film.info["loop"] == 1 and 8_000 < milliseconds < 40_000, name
+        assert path.stat().st_size <= 600_000, name
+        (words,) = re.findall(r"!\[([^\]]{40,})\]\((?:\.\./)?images/" + path.name, pages)
+        assert words
 
 
 # The page in a browser

@@ -22,7 +22,16 @@ from vlkd_lab.losses import LOSSES, Objective, Term
 from vlkd_lab.methods.contrastive import Contrastive, open_contrastive
 from vlkd_lab.methods.tinyclip import GatedLearner, Target, TinyCLIP, learn_gates, open_tinyclip, run_stage
 from vlkd_lab.models import TowerShape, load_model, tower_shapes
-from vlkd_lab.runs import Run, RunStopped, RunWriter, kept_snapshots, newest_snapshot, read_snapshot, watch
+from vlkd_lab.runs import (
+    MEASURED,
+    Run,
+    RunStopped,
+    RunWriter,
+    kept_snapshots,
+    newest_snapshot,
+    read_snapshot,
+    watch,
+)
 from vlkd_lab.stages import stage_gates, stage_plan
 from vlkd_lab.trainers import (
     Diverged,
@@ -76,7 +85,7 @@ def job_of(tiny, **changes):
 
 
 def lines_of(folder):
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in Run(folder).metrics()]
+    return [{k: v for k, v in line.items() if k not in MEASURED} for line in Run(folder).metrics()]
 
 
 def weights_of(folder):

@@ -242,9 +242,9 @@ def test_a_still_has_the_maps(run):
     height = lambda: Image.open(io.BytesIO(RunView(run.folder, live=False).static().png)).height  # noqa: E731
     maps = Image.open(io.BytesIO(cross_picture(looked_at(run))))
     assert maps.width == 830 and len(maps.convert("RGB").getcolors(100_000)) > 20
-    assert height() == 280 + maps.height
+    assert height() == curves_json(looked_at(run))["layout"]["height"] + maps.height
     (run.folder / "probe.json").unlink()
-    assert height() == 280
+    assert height() == curves_json(looked_at(run))["layout"]["height"]
 
 
 def test_brighter_is_where_a_model_looks_and_an_even_spread_is_dim():
@@ -300,6 +300,22 @@ def test_curves_are_sums_by_module_with_the_weights_of_their_steps(run):
     drawn = curves_json(looked_at(run))
     assert [line["name"] for line in drawn["data"]][:5] == ["image", "text", "image–text", "fusion", "decoder"]
     assert {line["line"]["dash"] for line in drawn["data"] if line["name"].endswith("(baseline)")} == {"dot"}
+
+
+def test_what_is_no_number_of_nats_has_a_panel_of_its_own_and_each_module_one_name(run):
+    run.log({"event": "control", "stage": "student", "step": 10, "weights": {"image_features": 5.0}})
+    watched = looked_at(run)
+    drawn = curves_json(watched)
+    panels = {panel: drawn["layout"][f"yaxis{panel}"]["title"]["text"] for panel in (1, 4)}
+    assert panels == {1: "by module, nats", 4: "by module, 1 − cos"} and drawn["layout"]["yaxis4"]["type"] == "log"
+    features = [line for line in drawn["data"] if line.get("xaxis") == "x4"]
+    values = {line["name"]: list(line["y"]) for line in features}
+    assert values["image"][:10] == [1.0] * 10 and set(values["image"][10:]) == {5.0} and "image–text" not in values
+    named = [line["name"] for line in drawn["data"] if line.get("showlegend", True)]
+    assert len(named) == len(set(named)), "a name stands once, and hides its lines in both panels"
+    nats = module_curves(watched, among=[name for name in TERMS if all_losses()[name].unit == "nats"])
+    both = {line["name"]: line["y"] for line in drawn["data"] if line.get("xaxis", "x") == "x"}
+    assert np.allclose(both["image"], nats["image"][1])
 
 
 def test_the_table_says_values_shares_and_what_is_off(run):

@@ -320,7 +320,7 @@ def _cut_html(history: GateHistory, place: int, target: float) -> str:
 
 
 def _cuts_json(table: pd.DataFrame, width: int = WIDTH, height: int = 240) -> dict:  # Plotly JSON
-    "Parameters and multiply-accumulates that are left, by target"
+    "Parameters and MMACs that are left, by target"
     layout = widgets.plain_layout(width, height)
     layout |= {"margin": {"l": 55, "r": 10, "t": 20, "b": 40}, "showlegend": False}
     lines = []

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 # %% auto #0
-__all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE', 'read_json',
-           'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter', 'for_viewers',
-           'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'keep_checkpoint', 'stage_files',
+__all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'MEASURED', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE',
+           'read_json', 'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
+           'for_viewers', 'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'keep_checkpoint', 'stage_files',
            'kept_checkpoints', 'begin', 'stage_roles', 'role_in', 'role_of', 'finished_students', 'Curves',
            'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched', 'write_snapshot', 'read_snapshot',
            'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step', 'Snapshots', 'find_run', 'run_table',
@@ -648,11 +648,12 @@ class Curves:
         return np.pad(values, (0, len(columns.get("step", ())) - len(values)), constant_values=np.nan)
 
 # %% ../nbs/library/072_runs.ipynb #068d41f9
+# entries of a step's line that the machine decides, so that two runs of one seed differ in them
+MEASURED = ("seconds", "data_seconds", "memory_gib", "gpu_memory_gib", "gpu_utilization")
 _NOT_TERMS = {
     "step",
     "samples",
-    "seconds",
-    "data_seconds",
+    *MEASURED,
     "learning_rate",
     "gradient_norm",
     "stage",

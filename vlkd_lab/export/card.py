@@ -95,8 +95,9 @@ def _front(
 
 # %% ../../nbs/library/100_export_card.ipynb #e915c599
 def _size_rows(vlm: VLM) -> list[tuple[str, str]]:
-    "Parameters and multiply-accumulates"
+    "Parameters, and million multiply-accumulates (MMACs)"
     counts: dict[str, Any] = {}
+    macs: dict[str, Any] = {}
     kind = kind_of(vlm)
     if kind is not None:
         for module, number in kind.parameters(vlm).items():
@@ -105,14 +106,15 @@ def _size_rows(vlm: VLM) -> list[tuple[str, str]]:
         cost = dict(kind.cost(vlm))
         counts["parameters"] = cost.pop("parameters")
         for name, number in cost.items():
-            counts[f"multiply-accumulates, {name.removesuffix('_macs')}"] = number
+            macs[f"MMACs, {name.removesuffix('_macs')}"] = number
     else:
         cost = count_cost(vlm)
         counts["parameters, image tower"] = cost.image_parameters
         counts["parameters, text tower"] = cost.text_parameters
         counts["parameters"] = cost.parameters
-        counts["multiply-accumulates of a pair"] = cost.macs
-    return [(name, in_millions(number)) for name, number in counts.items()]
+        macs["MMACs per pair"] = cost.macs
+    rows = [(name, in_millions(number)) for name, number in counts.items()]
+    return rows + [(name, in_millions(number).removesuffix(" M")) for name, number in macs.items()]
 
 
 def _model_table(vlm: VLM, padded: VLM) -> str:

@@ -474,8 +474,10 @@ class ClustersPart {
   colour(cluster, theme) {
     const { count } = this.player.about.clusters;
     if (this.chosen !== null) return cluster === this.chosen ? legible("#d55e00", theme, 3) : theme.faint;
-    if (count > CATEGORIES) return theme.dim;
-    return `hsl(${Math.round((360 * cluster) / count)} 70% ${cluster % 2 ? 38 : 55}%)`;
+    // of more than twenty the largest twenty, which come first among the centres
+    const place = count > CATEGORIES ? this.largest.indexOf(cluster) : cluster;
+    if (place < 0) return theme.dim;
+    return `hsl(${Math.round((360 * place) / Math.min(count, CATEGORIES))} 70% ${place % 2 ? 38 : 55}%)`;
   }
 
   draw(player) {
@@ -489,6 +491,7 @@ class ClustersPart {
       return axis ? height - 10 - share * (height - 20) : 10 + share * (width - 20);
     });
     const centres = fixed["clusters/centres"].values, names = fixed["clusters/centre_names"].values;
+    this.largest = Array.from(names.slice(0, CATEGORIES), Math.round);
     pen.lineWidth = 1.2;
     names.forEach((name, k) => {
       pen.strokeStyle = this.chosen === Math.round(name) ? theme.ink : theme.dim;

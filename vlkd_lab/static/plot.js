@@ -10,6 +10,7 @@ const USUAL = 830; // CSS pixels: the width that heights are meant for
 const TALLEST = 1.7; // times as high at most, where the page is wide
 const DASHES = { solid: [], dash: [7, 4], dot: [2, 3], dashdot: [7, 3, 2, 3] };
 const MISSING = 255; // the byte of an entry that is not a number
+const STRIP = 60; // pictures that a lasso shows at most
 
 // ---- the value that Python sends
 
@@ -24,7 +25,7 @@ function bytesOf(view) {
 function unpacked(value) {
   // Lines share their steps, so arrays travel once and lines name them by number.
   const arrays = (value.arrays ?? []).map(floats);
-  const traces = (value.traces ?? []).map((trace) => ({ ...trace, x: arrays[trace.x], y: arrays[trace.y] }));
+  const traces = (value.traces ?? []).map((trace) => ({ ...trace, x: arrays[trace.x], y: arrays[trace.y], ids: arrays[trace.ids], groups: arrays[trace.groups] }));
   return { ...value, panels: value.panels ?? [], traces, marks: value.marks ?? [], notes: value.notes ?? [] };
 }
 
@@ -403,6 +404,107 @@ function note(svg, panels, each, theme) {
   }
 }
 
+// ---- images that points stand for
+
+function isWithin(path, x, y) {
+  // Whether a point lies in a closed line: a ray from it crosses the line an odd number of times.
+  let isIn = false;
+  for (let k = 0, last = path.length - 1; k < path.length; last = k++) {
+    const [[x0, y0], [x1, y1]] = [path[last], path[k]];
+    if (y0 > y !== y1 > y && x < x0 + ((y - y0) * (x1 - x0)) / (y1 - y0)) isIn = !isIn;
+  }
+  return isIn;
+}
+
+class Thumbnails {
+  // Small pictures by the number of their image: asked for when they are about to be shown, and kept while the page is there.
+  constructor(model, arrived) {
+    [this.model, this.asked, this.uris] = [model, new Set(), new Map()];
+    this.hear = ({ pictures }) => {
+      for (const [id, uri] of Object.entries(pictures ?? {})) this.uris.set(+id, uri);
+      if (pictures) arrived();
+    };
+    model.on("msg:custom", this.hear);
+  }
+
+  want(ids) {
+    const news = ids.filter((id) => !this.asked.has(id)).slice(0, STRIP);
+    if (!news.length) return;
+    news.forEach((id) => this.asked.add(id));
+    this.model.send({ pictures: news });
+  }
+
+  frame(id, words) {
+    // The picture of an image, or an empty frame of its size until it is there.
+    const frame = make("span", { className: "vlkd-thumb" });
+    const uri = this.uris.get(id);
+    if (uri) frame.append(make("img", { src: uri, alt: words }));
+    return frame;
+  }
+
+  stop() {
+    this.model.off("msg:custom", this.hear);
+  }
+}
+
+class Strip {
+  // The images inside a lasso: how many, in which groups, and their pictures.
+  constructor(plot) {
+    this.plot = plot;
+    this.summary = make("span");
+    this.summary.setAttribute("role", "status");
+    const clear = make("button", { type: "button", textContent: "clear", title: "Escape does it too" });
+    clear.dataset.name = "clear-lasso";
+    clear.addEventListener("click", () => plot.encircle([]));
+    this.pictures = make("div", { className: "vlkd-strip-pictures" });
+    this.element = make("div", { className: "vlkd-strip", hidden: true }, make("p", {}, this.summary, clear), this.pictures);
+    this.element.setAttribute("role", "region");
+    this.element.setAttribute("aria-label", "images inside the lasso");
+    this.element.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape") return;
+      plot.encircle([]);
+      plot.drawing.focus();
+    });
+  }
+
+  draw(spots, word) {
+    // Anew only when something has changed, so that the focus stays where it is.
+    const { thumbnails } = this.plot;
+    this.element.hidden = !spots.length;
+    const shown = spots.slice(0, STRIP);
+    thumbnails.want(shown.map(({ id }) => id));
+    const state = JSON.stringify(shown.map(({ id, group, words }) => [id, group, words, thumbnails.uris.has(id)]));
+    if (state === this.state) return;
+    this.state = state;
+    this.summary.textContent = this.inWords(spots, word);
+    const focused = this.pictures.contains(document.activeElement) ? document.activeElement.dataset.name : null;
+    this.pictures.replaceChildren(...shown.map((spot) => this.button(spot)));
+    if (focused) this.pictures.querySelector(`[data-name="${focused}"]`)?.focus({ preventScroll: true });
+  }
+
+  inWords(spots, word) {
+    const counts = new Map();
+    for (const { group } of spots) counts.set(group, (counts.get(group) ?? 0) + 1);
+    const groups = [...counts].sort((one, other) => other[1] - one[1] || one[0] - other[0]);
+    const first = groups.slice(0, 8).map(([group, count]) => `${group} (${count})`).join(", ");
+    const more = spots.length > STRIP ? `; the first ${STRIP} are shown` : "";
+    const images = `${spots.length} image${spots.length === 1 ? "" : "s"}`;
+    return `${images} in ${groups.length} ${word}${groups.length === 1 ? "" : "s"}: ${first}${groups.length > 8 ? ", …" : ""}${more}`;
+  }
+
+  button(spot) {
+    const button = make("button", { type: "button", title: spot.words }, this.plot.thumbnails.frame(spot.id, spot.words));
+    button.dataset.name = `image-${spot.id}`;
+    button.setAttribute("aria-label", spot.words.replaceAll("\n", ", "));
+    const show = () => this.plot.lookAt(spot.id);
+    button.addEventListener("pointerenter", show);
+    button.addEventListener("focus", show);
+    button.addEventListener("click", () => this.plot.click());
+    button.addEventListener("pointerleave", () => this.plot.look(null));
+    return button;
+  }
+}
+
 // ---- the view
 
 function sample(trace, theme) {
@@ -439,11 +541,30 @@ class Plot {
     this.legend.setAttribute("aria-label", "lines that are shown");
     this.readout = make("output", { className: "vlkd-unseen" });
     this.readout.setAttribute("aria-live", "polite");
-    this.box = make("figure", { className: "vlkd-plot" }, this.legend, this.drawing, this.readout);
+    this.thumbnails = new Thumbnails(model, () => this.figure && this.drawImages());
+    this.strip = new Strip(this);
+    this.card = make("div", { className: "vlkd-card", hidden: true });
+    this.drawing.append(this.card);
+    this.box = make("figure", { className: "vlkd-plot" }, this.legend, this.drawing, this.strip.element, this.readout);
     this.box.dataset.lmSuppressShortcuts = "true"; // JupyterLab takes the arrow keys otherwise
     el.append(this.box);
     this.slider = this.smoother();
+    this.lasso = this.lassoButton();
     this.listen();
+  }
+
+  lassoButton() {
+    const button = make("button", { type: "button", textContent: "Lasso", title: "draw a line around images to see them; or hold Shift" });
+    button.dataset.name = "lasso";
+    button.addEventListener("click", () => this.setLasso(!this.isLasso));
+    return button;
+  }
+
+  setLasso(isOn) {
+    // While it is on, a finger draws and does not scroll the page.
+    this.isLasso = isOn;
+    this.lasso.setAttribute("aria-pressed", isOn);
+    this.drawing.style.touchAction = isOn ? "none" : "";
   }
 
   smoother() {
@@ -455,7 +576,7 @@ class Plot {
   }
 
   get chosen() {
-    return { smoothing: 0, hidden: [], ...this.model.get("chosen") };
+    return { smoothing: 0, hidden: [], lasso: [], ...this.model.get("chosen") };
   }
 
   choose(changes) {
@@ -487,6 +608,12 @@ class Plot {
     this.box.dataset.zoomed = Object.keys({ ...this.zoom.x, ...this.zoom.y }).length > 0;
     this.drawWords();
     this.drawLegend();
+    this.drawImages();
+  }
+
+  drawImages() {
+    // What is inside the lasso, and what is under the pointer.
+    this.strip.draw(this.encircled(), this.figure.pictures);
     this.drawCross();
   }
 
@@ -548,7 +675,7 @@ class Plot {
     // Buttons are made anew only when names or colours change, so that the focus stays where it is.
     const { figure, theme, slider } = this;
     const shown = figure.traces.filter((trace) => trace.legend);
-    const made = JSON.stringify([shown.map((trace) => [trace.name, trace.colour, trace.dash]), theme, figure.smooth]);
+    const made = JSON.stringify([shown.map((trace) => [trace.name, trace.colour, trace.dash]), theme, figure.smooth, figure.pictures]);
     if (this.made !== made) {
       this.made = made;
       const buttons = shown.map((trace) => {
@@ -557,10 +684,11 @@ class Plot {
         button.addEventListener("click", () => this.toggle(trace.group));
         return button;
       });
-      this.legend.replaceChildren(...buttons, ...(figure.smooth ? [slider.label] : []));
+      this.legend.replaceChildren(...buttons, ...(figure.pictures ? [this.lasso] : []), ...(figure.smooth ? [slider.label] : []));
+      this.setLasso(this.isLasso && Boolean(figure.pictures));
     }
     const { hidden, smoothing } = this.chosen;
-    for (const button of this.legend.querySelectorAll("button")) button.setAttribute("aria-pressed", !hidden.includes(button.dataset.name));
+    for (const button of this.legend.querySelectorAll("button")) if (button !== this.lasso) button.setAttribute("aria-pressed", !hidden.includes(button.dataset.name));
     if (document.activeElement !== slider.range) slider.range.value = smoothing;
     slider.value.textContent = smoothing.toFixed(2);
   }
@@ -582,11 +710,13 @@ class Plot {
       const [x, y] = at(event);
       const panel = this.panelAt(x, y);
       if (!panel || event.button) return;
-      this.dragged = { panel: panel.number, x, y, to: [x, y] };
+      const draws = this.figure.pictures && this.hasImages(panel.number) && (this.isLasso || event.shiftKey);
+      this.dragged = { panel: panel.number, x, y, to: [x, y], path: draws ? [[x, y]] : null };
       target.setPointerCapture(event.pointerId);
     });
     target.addEventListener("pointermove", (event) => {
       if (this.dragged) this.dragged.to = at(event);
+      this.dragged?.path?.push(at(event));
       this.point(...at(event));
     });
     target.addEventListener("pointerup", () => this.release());
@@ -636,13 +766,49 @@ class Plot {
     if (!drag) return;
     const panel = this.panels[drag.panel];
     const [dx, dy] = [Math.abs(drag.to[0] - drag.x), Math.abs(drag.to[1] - drag.y)];
-    if (dx < DRAGGED && dy < DRAGGED) this.click();
+    const far = drag.path ? Math.max(...drag.path.map(([x, y]) => Math.abs(x - drag.x) + Math.abs(y - drag.y))) : 0;
+    if (far >= DRAGGED) this.encircle(this.spots(drag.panel).filter(({ x, y }) => isWithin(drag.path, x, y)).map(({ id }) => id));
+    else if (dx < DRAGGED && dy < DRAGGED) this.click();
     else if (!panel.x.spec.ticks) {
       const ordered = (one, other) => [one, other].sort((a, b) => a - b);
       if (dx >= DRAGGED) this.zoom.x[panel.titles.x] = ordered(panel.x.value(drag.x), panel.x.value(drag.to[0]));
       if (dy >= 4 * DRAGGED) this.zoom.y[panel.titles.y] = ordered(panel.y.value(drag.y), panel.y.value(drag.to[1]));
       this.draw();
     }
+  }
+
+  // ---- images
+
+  hasImages(panel) {
+    return this.figure.traces.some((trace) => trace.panel === panel && trace.ids && !this.isHidden(trace));
+  }
+
+  spots(panel) {
+    // Every image that a panel shows: where it is, and what is known of it.
+    return this.figure.traces.flatMap((trace, number) => {
+      if (!trace.ids || this.isHidden(trace) || (panel !== undefined && trace.panel !== panel)) return [];
+      const { x, y } = this.panels[trace.panel];
+      return Array.from(trace.ids, (id, point) => ({
+        id, group: trace.groups[point], words: trace.words?.[point] ?? "", x: x.pixel(trace.x[point]), y: y.pixel(trace.y[point]), panel: trace.panel, trace: number, point,
+      }));
+    });
+  }
+
+  encircle(ids) {
+    // It is kept beside what is smoothed and hidden, so that a page that is loaded again shows it.
+    this.choose({ lasso: ids });
+  }
+
+  encircled() {
+    const { lasso } = this.chosen;
+    if (!lasso.length || !this.figure?.pictures || !this.panels.length) return [];
+    const within = new Set(lasso);
+    return this.spots().filter(({ id }) => within.has(id)).sort((one, other) => one.group - other.group || one.id - other.id);
+  }
+
+  lookAt(id) {
+    const spot = this.spots().find((each) => each.id === id);
+    this.look(spot ? { panel: spot.panel, trace: spot.trace, point: spot.point } : null);
   }
 
   click() {
@@ -660,10 +826,17 @@ class Plot {
     if (step) this.walk(step);
     else if (event.key === "Enter" || event.key === " ") this.click();
     else if (event.key === "+" || event.key === "-") this.zoomBy(event.key === "+" ? 0.5 : 2);
+    else if (event.key === "Escape" && (this.isLasso || this.chosen.lasso.length)) this.endLasso();
     else if (event.key === "0" || event.key === "Escape") this.reset();
     else return;
     event.preventDefault();
     event.stopPropagation();
+  }
+
+  endLasso() {
+    this.dragged = null;
+    this.setLasso(false);
+    this.encircle([]);
   }
 
   walk(step) {
@@ -697,6 +870,8 @@ class Plot {
 
   drawCross() {
     this.cross.replaceChildren();
+    this.card.hidden = true;
+    this.drawEncircled();
     this.drawDragged();
     if (!this.cursor || !this.panels?.length) {
       this.readout.textContent = "";
@@ -708,12 +883,43 @@ class Plot {
   drawDragged() {
     const { dragged, cross } = this;
     if (!dragged) return;
+    if (dragged.path) return this.drawPath(dragged.path);
     const { box } = this.panels[dragged.panel];
     const [x0, x1] = [dragged.x, Math.min(Math.max(dragged.to[0], box.x), box.x + box.width)].sort((a, b) => a - b);
     const area = document.createElementNS("http://www.w3.org/2000/svg", "rect");
     const place = { x: x0, y: box.y, width: x1 - x0, height: box.height, fill: "currentColor", "fill-opacity": 0.12 };
     for (const [name, value] of Object.entries(place)) area.setAttribute(name, value);
     cross.append(area);
+  }
+
+  drawPath(path) {
+    const line = document.createElementNS("http://www.w3.org/2000/svg", "polygon");
+    const style = { points: path.map((place) => place.join()).join(" "), fill: "currentColor", "fill-opacity": 0.1, stroke: "currentColor", "stroke-dasharray": "4 3" };
+    for (const [name, value] of Object.entries(style)) line.setAttribute(name, value);
+    this.cross.append(line);
+  }
+
+  drawEncircled() {
+    for (const { x, y, trace } of this.encircled()) this.ring(x, y, this.figure.traces[trace].size / 2 + 2, 1);
+  }
+
+  ring(x, y, radius, width) {
+    const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
+    const place = { cx: x, cy: y, r: radius, fill: "none", stroke: "currentColor", "stroke-width": width };
+    for (const [name, value] of Object.entries(place)) ring.setAttribute(name, value);
+    this.cross.append(ring);
+  }
+
+  drawCard(x, y, id, text) {
+    // The picture of an image with its words, beside its point and inside the drawing.
+    const lines = text.split("\n").map((each) => make("div", { textContent: each, dir: "auto" }));
+    this.thumbnails.want([id]);
+    this.card.replaceChildren(this.thumbnails.frame(id, ""), make("div", {}, ...lines));
+    this.card.hidden = false;
+    const { offsetWidth: width, offsetHeight: height } = this.card;
+    const left = x + 12 + width <= this.size.width ? x + 12 : Math.max(x - 12 - width, 0);
+    this.card.style.left = `${left}px`;
+    this.card.style.top = `${Math.max(Math.min(y - height / 2, this.size.height - height), 0)}px`;
   }
 
   drawValues() {
@@ -773,11 +979,12 @@ class Plot {
     const panel = this.panels[at];
     if (!trace || k >= trace.x.length) return "";
     const [x, y] = [panel.x.pixel(trace.x[k]), panel.y.pixel(trace.y[k])];
-    const ring = document.createElementNS("http://www.w3.org/2000/svg", "circle");
-    const place = { cx: x, cy: y, r: trace.size / 2 + 3, fill: "none", stroke: "currentColor", "stroke-width": 1.5 };
-    for (const [name, value] of Object.entries(place)) ring.setAttribute(name, value);
-    this.cross.append(ring);
+    this.ring(x, y, trace.size / 2 + 3, 1.5);
     const text = trace.words?.[k] ?? `${trace.name}: ${said(trace.x[k])}, ${said(trace.y[k])}`;
+    if (this.figure.pictures && trace.ids) {
+      if (!this.dragged?.path) this.drawCard(x, y, trace.ids[k], text);
+      return text.replaceAll("\n", ", ");
+    }
     const isRight = x < panel.box.x + panel.box.width / 2;
     const anchor = { "text-anchor": isRight ? "start" : "end", class: "vlkd-value" };
     const up = y > panel.box.y + panel.box.height / 2;
@@ -797,6 +1004,7 @@ function render({ model, el }) {
   resized.observe(plot.box);
   return () => {
     resized.disconnect();
+    plot.thumbnails.stop();
     view.stop();
   };
 }

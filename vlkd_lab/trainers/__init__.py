@@ -191,7 +191,7 @@ from ..project import former_names
 from .average import Average
 from .locks import check_locks, lock_towers
 from .loop import Diverged, agree, averaged, change, fit, take_step
-from .numbers import LateLine, LateNumbers, as_numbers
+from .numbers import USE_SECONDS, LateLine, LateNumbers, MachineUse, as_numbers
 
 # %% ../../nbs/library/090_trainers.ipynb #c0mpan10
 # isort: split

@@ -317,6 +317,8 @@ def fork(
 ) -> Run:  # it goes on with python -m vlkd_lab.trainers FOLDER
     "A new run folder that begins where another run was at some moment; ValueError names what is valid"
     run = run if isinstance(run, Run) else find_run(project_root() / run)
+    if not run.config():
+        raise ValueError(f"{run.folder} cannot be forked yet: it has no config.json; let its job begin")
     parameters, changed = forked_parameters(run.config(), changes)
     wanted = forked_controls(run, sliders, controls)
     folder = _new_folder(run, out)

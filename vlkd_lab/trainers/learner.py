@@ -24,7 +24,7 @@ from ..stores import StoredTeacher
 from .average import Average
 from .backward import cached_backward, plain_backward
 from .locks import lock_towers
-from .numbers import LateLine
+from .numbers import LateLine, MachineUse
 from .options import FitParameters, seed_of
 from .running import Shards
 from .teachers import RowTeacher, Teachers, ask
@@ -215,8 +215,7 @@ class Loop:
     look: Callable[[Loop], Mapping[str, Tensor]] | None = None  # further arrays for the views
     step: int = 0  # steps of the phase that are done
     factor: float = 1.0  # of the learning rate, set through control.json
-    # two rows of student and teacher, once seen
-    example: tuple[Features, Features | Ensemble] | None = None
+    example: tuple[Features, Features | Ensemble] | None = None  # two rows of student and teacher, once seen
     paired: bool = True  # whether row i of the texts belongs to image i
     shares: bool = False  # whether somebody wants to see each term's share of the gradient
     shared: float = 0.0  # when it was last computed
@@ -244,6 +243,7 @@ class Loop:
         self.controls = self.options.controls()  # of the method, as they stand
         self.answered = self.run.status().get("checkpoint", 0)  # the last request for one that was met
         self.snapshots = Snapshots(self.run)
+        self.use = MachineUse(self.accelerator.device)
         self.refused: str | None = None  # why the last control would not do
 
     @cached_property

@@ -474,11 +474,9 @@ def _one_step(loop: Loop, stream: Iterator[Batch], guard: data.BadSampleGuard) -
     _settle(loop)
     loop.is_called = loop.is_called or loop.hears  # here, as the first process may have settled before
     before = {"stage": loop.phase.stage, "phase": loop.phase.name, "step": loop.global_step}
-    after = {
-        "samples": loop.global_step * loop.options.batch_size,
-        "seconds": time.perf_counter() - start,
-        "data_seconds": read - start,
-    }
+    samples = loop.global_step * loop.options.batch_size
+    times = {"seconds": time.perf_counter() - start, "data_seconds": read - start}
+    after = {"samples": samples, **times, **loop.use.numbers()}
     loop.late = [LateLine(before, numbers, after)]
     _show(loop, features)
 

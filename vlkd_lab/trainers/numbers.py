@@ -5,17 +5,21 @@
 # %% ../../nbs/library/081_trainers_numbers.ipynb #tn000004
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from ..runs import to_host
 
 # %% auto #0
-__all__ = ['LateNumbers', 'as_numbers', 'LateLine']
+__all__ = ['USE_SECONDS', 'LateNumbers', 'as_numbers', 'LateLine', 'MachineUse']
 
 # %% ../../nbs/library/081_trainers_numbers.ipynb #tn000006
 class LateNumbers(Mapping):
@@ -68,3 +72,36 @@ class LateLine:
     def arrived(self) -> dict[str, Any]:
         "The whole line; waits for its numbers"
         return {**self.before, **self.numbers, **self.after}
+
+# %% ../../nbs/library/081_trainers_numbers.ipynb #mu5ecd01
+USE_SECONDS = 1.0  # between two looks at the machine
+
+
+class MachineUse:
+    "Memory of this process, and memory and use of its GPU, looked at once a second at most"
+
+    def __init__(self, device: torch.device):  # on which it trains
+        self.device = torch.device(device)
+        self._process = psutil.Process()
+        self._has_driver = self.device.type == "cuda" and find_spec("pynvml") is not None
+        self._looked = -math.inf
+        self._numbers: dict[str, float] = {}
+
+    def numbers(self) -> dict[str, float]:  # GiB and per cent
+        "For a line of metrics.jsonl"
+        now = time.monotonic()
+        if now - self._looked >= USE_SECONDS:
+            self._looked = now
+            self._numbers = self._look()
+        return self._numbers
+
+    def _look(self) -> dict[str, float]:
+        numbers = {"memory_gib": round(self._process.memory_info().rss / 2**30, 3)}
+        if self.device.type == "cuda":
+            numbers["gpu_memory_gib"] = round(torch.cuda.memory_allocated(self.device) / 2**30, 3)
+        if self._has_driver:
+            try:
+                numbers["gpu_utilization"] = float(torch.cuda.utilization(self.device))
+            except Exception:  # a driver that does not tell, as of a part of a GPU
+                self._has_driver = False
+        return numbers

@@ -67,6 +67,7 @@ from vlkd_lab.widgets.clusters import (
     centre_colours,
     cluster_purity,
     clusters_json,
+    map_pictures,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #c4494596
@@ -96,7 +97,9 @@ from vlkd_lab.widgets.curation import (
 from vlkd_lab.widgets.curves import (
     BASELINE,
     CHANGED,
+    COLUMN_NAMES,
     DECADES,
+    MEMORY,
     MODULE_NAMES,
     SPARSITY,
     TABLE_KINDS,
@@ -231,22 +234,32 @@ from vlkd_lab.widgets.board import (
     runs_board,
 )
 from vlkd_lab.widgets.rows import (
+    ANSWER_SECONDS,
+    FAMILY_SECONDS,
     RUN_COLUMNS,
     SPARK_POINTS,
     SPARK_SIZE,
+    BenchForks,
+    Family,
+    ForksView,
+    LiveForks,
+    RunForks,
     RunRow,
     RunRows,
     StaticBoard,
     TreeLine,
+    bench_forks,
     column_texts,
     column_values,
     differing,
+    fork_facts,
     fork_tree,
     read_row,
     row_sparks,
     run_folders,
     runs_frame,
     spark_points,
+    start_cell,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #31df8e82
@@ -274,7 +287,7 @@ from vlkd_lab.widgets.watched import (
 
 from ..data import escaped, visible
 from ..project import former_names
-from .plots import ABOVE, MOST_POINTS, PlotView, plot_value, plot_words
+from .plots import ABOVE, MOST_PICTURES, MOST_POINTS, PlotView, plot_value, plot_words
 from .rest import NextCells, RestOfNotebook, how_it_ended, when_trained
 from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json
 

@@ -5,7 +5,7 @@
 # %% ../../nbs/library/113_widgets_clusters.ipynb #0bc5a634
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,8 @@ from .parts import LiveFigure, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_CENTRES', 'Plane', 'cluster_purity', 'RunClusters', 'centre_colours', 'clusters_json', 'StudentMap', 'LiveMap']
+__all__ = ['MOST_CENTRES', 'Plane', 'cluster_purity', 'RunClusters', 'centre_colours', 'clusters_json', 'StudentMap', 'LiveMap',
+           'map_pictures']
 
 # %% ../../nbs/library/113_widgets_clusters.ipynb #4e2657aa
 class Plane:
@@ -94,13 +95,21 @@ MOST_CENTRES = 200  # on a map; the largest clusters of the training images
 
 
 def centre_colours(
-    count: int,
+    sizes: Sequence[int],  # (K,) of the clusters
     chosen: int | None = None,  # the one to be lit where there are too many to tell apart
 ) -> list[str]:
-    "A colour for each centre: up to twenty differ, of more all are grey but the chosen one"
+    "A colour for each centre: twenty differ; of more the largest twenty do, or the chosen one is lit"
+    count = len(sizes)
     if count <= len(CATEGORIES):
         return list(CATEGORIES[:count])
-    return [CATEGORIES[0] if k == chosen else GREY for k in range(count)]
+    colours = [GREY] * count
+    if chosen is not None:
+        colours[chosen] = CATEGORIES[0]
+        return colours
+    largest = np.argsort(-np.asarray(sizes), kind="stable")[: len(CATEGORIES)]
+    for colour, centre in zip(CATEGORIES, largest, strict=True):
+        colours[centre] = colour
+    return colours
 
 
 def _image_traces(
@@ -112,7 +121,7 @@ def _image_traces(
     "The images as the student sees them, those that stayed with the teacher's centre and those that did not"
     places = clusters.plane.project(features)
     stayed = assignment == clusters.assignment
-    colours = centre_colours(len(clusters.centers), chosen)
+    colours = centre_colours(clusters.sizes, chosen)
     traces = []
     for name, members, symbol in (
         ("centre of the teacher", stayed, "circle"),
@@ -122,17 +131,21 @@ def _image_traces(
         marker = {"size": 6, "color": [colours[k] for k in assignment[rows]], "symbol": symbol}
         words = [clusters.words(row, assignment[row]) for row in rows]
         dots = _dots(places[rows], name, marker, words)
-        traces.append({**dots, "customdata": assignment[rows].tolist()})
+        traces.append({**dots, "customdata": assignment[rows].tolist(), "ids": rows.tolist()})
     return traces
 
 # %% ../../nbs/library/113_widgets_clusters.ipynb #33c703a7
-def _centre_trace(clusters: RunClusters) -> dict:
-    "The centres of the largest clusters"
+def _centre_trace(clusters: RunClusters, chosen: int | None) -> dict:
+    "The centres of the largest clusters; its name says what the colours of the map mean"
+    name = "centres"
+    if len(clusters.centers) > len(CATEGORIES):
+        largest = f"the {len(CATEGORIES)} largest clusters in colour"
+        name = f"centres ({largest if chosen is None else f'cluster {chosen} lit'})"
     rows = np.argsort(-clusters.sizes, kind="stable")[:MOST_CENTRES]
     words = [f"cluster {k}: {clusters.sizes[k]:,} training images" for k in rows]
     marker = {"size": 6, "color": "#666666", "symbol": "diamond"}
-    dots = _dots(clusters.plane.project(clusters.centers[rows]), "centres", marker, words)
-    return {**dots, "customdata": rows.tolist()}
+    dots = _dots(clusters.plane.project(clusters.centers[rows]), name, marker, words)
+    return {**dots, "legendgroup": "centres", "customdata": rows.tolist()}
 
 
 def _dots(places: np.ndarray, name: str, marker: dict, words: list[str]) -> dict:
@@ -173,9 +186,11 @@ def clusters_json(watched: Watched, width: int = WIDTH, height: int = 330) -> di
     layout |= drawing.panel_layout(2, "cluster, by the teacher's size", "images", [0.74, 1])
     layout["yaxis2"]["rangemode"] = "tozero"
     layout |= {"shapes": [], "annotations": [drawing.note_on_paper(0, 1, _summary(watched, clusters))]}
+    layout["meta"] = {"pictures": "cluster"}
+    chosen = watched.memory.get("chosen cluster")
     traces = [
-        *_image_traces(clusters, features, assignment, watched.memory.get("chosen cluster")),
-        _centre_trace(clusters),
+        *_image_traces(clusters, features, assignment, chosen),
+        _centre_trace(clusters, chosen),
         *_size_traces(clusters, assignment),
     ]
     return {"data": traces, "layout": layout}
@@ -210,10 +225,19 @@ class LiveMap(LiveFigure):
         super().update(watched)
         if is_new and self.widget is not None:
             self.widget.on_choice.append(lambda point: self.choose(watched, *point))
+            self.widget.on_pictures = lambda rows: map_pictures(watched, rows)
 
     def choose(self, watched: Watched, trace: int, place: int) -> None:
-        "Light the cluster of a point"
+        "Light the cluster of a point, or no more if it is lit"
         clusters = self.widget.drawn["data"][trace].get("customdata")
         if clusters is not None:
-            watched.memory["chosen cluster"] = clusters[place]
+            before = watched.memory.get("chosen cluster")
+            watched.memory["chosen cluster"] = None if before == clusters[place] else clusters[place]
             self.update(watched)
+
+
+def map_pictures(watched: Watched, rows: Sequence[int]) -> dict[int, str]:  # row -> data URI
+    "The thumbnails of some images of the map, of those that have one"
+    clusters = _clusters_of(watched)
+    uris = clusters.about.get("pictures", ()) if clusters else ()
+    return {row: uris[row] for row in rows if 0 <= row < len(uris)}

@@ -168,7 +168,7 @@ OWN_PANEL = {
 
 
 def run_buttons(watched: Watched, measure: str) -> list[dict]:
-    "Pause or resume, stop, shares of the gradient, and the measure of the affinities"
+    "Pause or resume, stop, shares of the gradient, a fork, and the measure of the affinities"
     off = not is_working(watched)
     paused = bool(watched.requested.get("pause"))
     shares = bool(watched.requested.get("gradient_share"))
@@ -179,8 +179,11 @@ def run_buttons(watched: Watched, measure: str) -> list[dict]:
     pulls = {"name": "gradient_share", "label": "Gradient share per loss", "value": not shares}
     pulls["help"] = "how much of the gradient at the student's features comes from each term"
     pulls["pressed"] = shares
+    fork = {"name": "fork", "label": "Fork from here", "value": True, "group": "run"}
+    fork["help"] = "a new run from a checkpoint of this step, with the sliders as they are; this one goes on"
+    fork["off"] = not watched.curves.columns  # it has taken no step
     actions = [button | {"off": off, "group": "run"} for button in (pause, stop, pulls)]
-    return [*actions, *measure_buttons(measure), OWN_PANEL]
+    return [*actions, fork, *measure_buttons(measure), OWN_PANEL]
 
 
 def measure_buttons(measure: str) -> list[dict]:

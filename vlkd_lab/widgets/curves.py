@@ -23,9 +23,9 @@ from .parts import LiveFigure, RunPart
 from .watched import Watched, is_baseline
 
 # %% auto #0
-__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'SPARSITY', 'CHANGED', 'DECADES', 'term_curves', 'modules_of',
-           'compared_kind', 'module_curves', 'module_table', 'validation_lines', 'teacher_line', 'curves_json',
-           'validation_scores_of', 'LossCurves']
+__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'SPARSITY', 'MEMORY', 'COLUMN_NAMES', 'CHANGED', 'DECADES',
+           'term_curves', 'modules_of', 'compared_kind', 'module_curves', 'module_table', 'validation_lines',
+           'teacher_line', 'curves_json', 'validation_scores_of', 'LossCurves']
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #75a63b29
 BASELINE = " (baseline)"  # behind the name of a curve
@@ -82,12 +82,17 @@ def compared_kind(term: str) -> str:  # of TABLE_KINDS
     return "base" if not loss.needs_teacher else term.removeprefix(loss.module + "_").replace("_", " ")
 
 
-def module_curves(watched: Watched, most: int = 300) -> TermCurves:
+def module_curves(
+    watched: Watched,
+    most: int = 300,  # points of a curve
+    among: Sequence[str] | None = None,  # terms that are summed, as those of one unit; None: all
+) -> TermCurves:
     "What every module adds to the loss, thinned; the baseline's under names of their own"
     curves = {}
     modules = modules_of(watched)
     for baseline in (False, True):
         terms = _weighted_terms(watched, _stages(watched, baseline))
+        terms = {term: added for term, added in terms.items() if among is None or term in among}
         for module, name in MODULE_NAMES.items():
             of_module = [added for term, added in terms.items() if modules.get(term) == module]
             if not of_module:
@@ -202,9 +207,15 @@ def _column_lines(
             if np.isfinite(values).any():
                 values = np.where(values >= np.nanmax(values) / 10**decades, values, np.nan)
                 style = curve_style(GREY, "dot") if baseline else curve_style(INK, dash)
-                name = column.replace("_", " ") + (BASELINE if baseline else "")
+                name = COLUMN_NAMES.get(column, column.replace("_", " ")) + (BASELINE if baseline else "")
                 lines.append(curve(steps, values, name, panel, line=style, showlegend=len(columns) > 1))
     return lines
+
+
+def _memory_lines(watched: Watched, panel: int) -> list[dict]:
+    "Memory of the process and of its GPU, of a run that has these numbers"
+    known = {name for columns in watched.curves.columns.values() for name in columns}
+    return _column_lines(watched, panel, {name: dash for name, dash in MEMORY.items() if name in known})
 
 
 def _share_lines(watched: Watched, panel: int) -> list[dict]:
@@ -231,23 +242,33 @@ def _agreement_lines(watched: Watched, panel: int) -> list[dict]:
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #cv000002
 SPARSITY = {"expected_sparsity": "solid", "target_sparsity": "dash"}  # column -> dash of its line
+MEMORY = {"memory_gib": "solid", "gpu_memory_gib": "dash"}
+COLUMN_NAMES = {"memory_gib": "process", "gpu_memory_gib": "GPU, allocated", "gpu_utilization": "GPU"}
 
 
 def _unit_panels(watched: Watched) -> dict[str, Callable]:  # title -> what draws the lines
     "The terms that are not in the first panel, since their values have another unit"
     units = list(terms_by_unit(_terms_of(watched)).items())[1:]
-    return {f"weighted, {unit}": partial(_term_lines, terms=terms) for unit, terms in units}
+    draw = _module_lines if modules_of(watched) else _term_lines
+    return {_unit_title(watched, unit): partial(draw, terms=terms) for unit, terms in units}
+
+
+def _unit_title(watched: Watched, unit: str) -> str:
+    "What stands beside a panel of terms of one unit"
+    return f"{'by module' if modules_of(watched) else 'weighted'}, {unit}"
 
 
 def _further_panels(watched: Watched, first: int) -> dict[str, list[dict]]:  # title -> lines
     "Panels below or beside the losses and scores, those for which the run has something"
-    candidates = {} if modules_of(watched) else _unit_panels(watched)
+    candidates = _unit_panels(watched)
     candidates |= {
         "sparsity": partial(_column_lines, columns=SPARSITY),
         "gradient share": _share_lines,
         "cluster agreement": _agreement_lines,
         "learning rate": partial(_column_lines, columns={"learning_rate": "solid"}),
         "gradient norm": partial(_column_lines, columns={"gradient_norm": "solid"}, decades=3),
+        "memory, GiB": _memory_lines,
+        "GPU utilization, %": partial(_column_lines, columns={"gpu_utilization": "solid"}),
     }
     if modules_of(watched):  # the table has the shares
         del candidates["gradient share"]
@@ -313,7 +334,7 @@ def curves_json(
     first = 4 if by_module else 3
     further = _further_panels(watched, first)
     unit, terms = next(iter(terms_by_unit(_terms_of(watched)).items()), ("nats", []))
-    titles = [f"weighted, {unit}", "mean R@1", *[""] * (first - 3), *further]
+    titles = [_unit_title(watched, unit), "mean R@1", *[""] * (first - 3), *further]
     columns = 4 if low and len(titles) > 6 and not by_module else 3
     layout = drawing.panel_grid(titles, columns=columns, width=width, height=height, low=low)
     shapes, notes = _marks(watched, [1, 2, *range(first, first + len(further))])
@@ -321,18 +342,29 @@ def curves_json(
     layout["yaxis1"]["type"] = "log"
     layout["yaxis2"]["rangemode"] = "tozero"
     for number, title in enumerate(further, start=first):
-        is_log = title == "gradient norm" or title.startswith("weighted, ")
+        is_log = title == "gradient norm" or title.startswith(("weighted, ", "by module, "))
         layout[f"yaxis{number}"] |= {"type": "log"} if is_log else {"rangemode": "tozero"}
-    lines = _module_lines(watched) if by_module else _term_lines(watched, 1, terms)
+    lines = (_module_lines if by_module else _term_lines)(watched, 1, terms)
     lines += [*validation_lines(watched), *teacher_line(watched)]
     for panel_lines in further.values():
         lines += panel_lines
+    _name_once(lines)
     return {"data": [*lines, *(_show_modules(watched, layout) if by_module else [])], "layout": layout}
 
+
+def _name_once(lines: Sequence[dict]) -> None:
+    "A module that has a line in several panels stands in the legend once; its name hides them all"
+    named = set()
+    for line in lines:
+        if line["name"] in named:
+            line["showlegend"] = False
+        if line.get("showlegend", True):
+            named.add(line["name"])
+
 # %% ../../nbs/library/109_widgets_curves.ipynb #eb84948e
-def _module_lines(watched: Watched) -> list[dict]:
-    "Weighted sums by module, those of the baseline dotted"
-    curves = module_curves(watched)
+def _module_lines(watched: Watched, panel: int, terms: Sequence[str]) -> list[dict]:
+    "Weighted sums of some terms by module, those of the baseline dotted"
+    curves = module_curves(watched, among=terms)
     least = _visible_from(curves, decades=4)
     modules = list(MODULE_NAMES.values())
     lines = []
@@ -341,7 +373,7 @@ def _module_lines(watched: Watched) -> list[dict]:
         colour = LINE_COLOURS[modules.index(name.removesuffix(BASELINE))]
         style = curve_style(colour, "dot" if baseline else "solid")
         visible = np.where(values > least, values, np.nan)
-        lines.append(curve(steps, visible, name, line=style, showlegend=not baseline))
+        lines.append(curve(steps, visible, name, panel, line=style, showlegend=not baseline))
     return lines
 
 
@@ -394,7 +426,7 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
     for axis, domain in (("xaxis1", [0, 0.27]), ("xaxis2", [0.345, 0.555]), ("xaxis3", [0.655, 1])):
         layout[axis]["domain"] = domain
     dotted = "; dotted: baseline" if _stages(watched, baseline=True) else ""
-    layout["yaxis1"]["title"]["text"] = "weighted, by module" + dotted
+    layout["yaxis1"]["title"]["text"] += dotted
     layout["yaxis2"]["title"]["text"] = "validation"
     table = drawing.heatmap(z, high - DECADES, high, SEQUENTIAL, 3)
     return [{**table, "name": "weighted terms", "hoverinfo": "skip"}]

@@ -5,7 +5,7 @@
 # %% ../../nbs/library/106_widgets_plots.ipynb #pl000003
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from .canvas import Pulsed, script
 from .drawing import axis_name, palette, plain_text, to_bytes
 
 # %% auto #0
-__all__ = ['MOST_POINTS', 'ABOVE', 'plot_value', 'plot_words', 'PlotView']
+__all__ = ['MOST_POINTS', 'ABOVE', 'MOST_PICTURES', 'plot_value', 'plot_words', 'PlotView']
 
 # %% ../../nbs/library/106_widgets_plots.ipynb #pl000006
 MOST_POINTS = 600  # of a line that travels; a panel has fewer columns of pixels
@@ -143,6 +143,8 @@ def _trace(trace: Mapping[str, Any], panel: int, arrays: _Arrays) -> dict:
     drawn = {"panel": panel, "name": name, "group": str(trace.get("legendgroup", name))}
     drawn |= {"legend": bool(name) and trace.get("showlegend", True)}
     drawn |= {"x": arrays.place(x), "y": arrays.place(y)}
+    if "ids" in trace:  # the images that the points stand for, and what each belongs to
+        drawn |= {"ids": arrays.place(trace["ids"]), "groups": arrays.place(trace["customdata"])}
     return drawn | (_line(trace) if is_line else _points(trace))
 
 # %% ../../nbs/library/106_widgets_plots.ipynb #pl000013
@@ -202,6 +204,7 @@ def plot_value(drawn: Mapping[str, Any]) -> dict:
         "margin": [margin["l"], min(margin["t"], ABOVE), margin["r"], margin["b"]],
         "smooth": bool(meta.get("smoothing")),
         "grows": bool(meta.get("grows")),  # in height too, where the page is wide
+        "pictures": visible(meta.get("pictures", "")),  # what groups of images are called; empty: none
         "words": visible(meta.get("words", "")) or plot_words(panels, traces),
     }
 
@@ -216,18 +219,30 @@ def plot_words(panels: Mapping[str, Mapping], traces: Sequence[Mapping]) -> str:
     return "; ".join(sentences)
 
 # %% ../../nbs/library/106_widgets_plots.ipynb #pl000024
+MOST_PICTURES = 60  # that a page is sent at once
+
+
 class PlotView(Pulsed):
     "Lines, points and tables in a frontend, drawn from one value"
 
     _esm = script("plot.js")
     value = traitlets.Dict().tag(sync=True)  # what is drawn
-    chosen = traitlets.Dict().tag(sync=True)  # what a person has smoothed and hidden, so that it stays
+    chosen = traitlets.Dict().tag(sync=True)  # what a person has smoothed, hidden, drawn around: it stays
 
     def __init__(self, drawn: Mapping[str, Any] | None = None):
         super().__init__()
         self.drawn: Mapping[str, Any] = {"data": [], "layout": {}}  # Plotly JSON of what is shown
+        self.on_pictures: Callable[[list[int]], Mapping[int, str]] | None = None  # numbers -> data URIs
         if drawn:
             self.show(drawn)
+
+    def _hear(self, content: Mapping[str, Any]) -> None:
+        super()._hear(content)
+        if "pictures" in content and self.on_pictures is not None:
+            numbers = [int(number) for number in content["pictures"][:MOST_PICTURES]]
+            uris = self.on_pictures(numbers)
+            safe = {number: uri for number, uri in uris.items() if uri.startswith("data:image/")}
+            self.send({"pictures": {str(number): uri for number, uri in safe.items()}})
 
     def show(self, drawn: Mapping[str, Any]) -> None:
         "Draw this from now on: Plotly JSON with data and layout"
