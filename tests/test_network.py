@@ -12,7 +12,7 @@ from figures import MODEL, SHAPES, gate_values, write_gates, write_probe, write_
 from vlkd_lab import runs, trainers
 from vlkd_lab.data import visible
 from vlkd_lab.fusion import blip_cost
-from vlkd_lab.gates import Gates, budget, gates_from_arrays, kept_shapes
+from vlkd_lab.gates import Gates, budget, gates_from_arrays, kept_shapes, open_probability
 from vlkd_lab.methods import METHODS, find_method
 from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip
 from vlkd_lab.models import HEAD_PAIRS, count_cost, head_maps, load_model, shape_cost
@@ -26,6 +26,7 @@ from vlkd_lab.widgets import (
     Watched,
     bench_parts,
     drawn_towers,
+    head_overlap,
     head_shares,
     measured,
     network_numbers,
@@ -77,6 +78,31 @@ def test_numbers_under_gates_are_those_of_the_cut(tmp_path):
             assert now.shapes[tower] == shape
             for layer, heads in enumerate(chances[tower].heads):
                 assert np.allclose(now.keep[tower][layer], heads.detach().numpy(), atol=1e-6)
+
+
+def test_a_head_is_as_open_as_its_block_lets_it_be(tmp_path):
+    run = write_run(tmp_path / "run")
+    blocks = torch.tensor([5.0, -1.0, 0.3])
+    arrays = gate_values(1.0) | {"gates/image/attention_block": blocks, "gates/text/attention_block": torch.ones(2)}
+    Snapshots(run).take(lambda: arrays, stage="stage-1", phase="gates", step=9)
+    watched = looked(run)
+    keep = standing(watched, drawn_towers(watched)).keep["image"]
+    heads = open_probability(arrays["gates/image/heads"]).split([4, 4, 4])
+    for layer, block in enumerate(open_probability(blocks)):
+        assert 0.05 < block < 1 and np.allclose(keep[layer], (heads[layer] * block).numpy(), atol=1e-6), layer
+
+
+def test_the_validation_beside_the_drawing_is_the_stages_newest(tmp_path):
+    run = write_run(tmp_path / "run")
+    Snapshots(run).take(lambda: gate_values(1.0), stage="stage-1", phase="gates", step=60)
+    events = [m for m in run.metrics() if m.get("event") == "validation" and m["stage"] == "stage-1"]
+    recalls = [50 * (event["image_to_text_r1"] + event["text_to_image_r1"]) for event in events]
+    assert numbers_of(looked(run))["R@1, validation"][0] == pytest.approx(recalls[-1]) and len(set(recalls)) == 4
+
+
+@pytest.mark.parametrize("one, other, shared", [([1, 1, 0, 0], [0, 0, 1, 1], 0.0), ([1, 1, 0, 0], [0, 2, 2, 0], 0.5), ([1, 3, 0, 0], [2, 6, 0, 0], 1.0)])
+def test_overlap_is_the_attention_that_both_give_to_the_same_places(one, other, shared):
+    assert head_overlap({"teacher": np.array(one, float), "student": np.array(other, float)}) == pytest.approx(shared)
 
 
 @pytest.fixture(scope="module")

@@ -193,6 +193,7 @@ def test_recordings_are_small_play_once_and_are_told_in_words():
             milliseconds = 0
             for number in range(film.n_frames):
                 film.seek(number)
+                film.load()
                 milliseconds += film.info["duration"]
             assert film.n_frames > 8 and film.info["loop"] == 1 and 8_000 < milliseconds < 40_000, name
         assert path.stat().st_size <= 600_000, name
