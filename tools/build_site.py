@@ -33,6 +33,7 @@ from vlkd_lab.sent_pages import mathml
 ROOT = Path(__file__).parent.parent
 LOOK = Path(__file__).parent / "site_look"  # styles, script and sidebar
 LOGO = str(ROOT / "nbs" / "images" / "logo.svg")
+LICENCES = {"apache2": "Apache-2.0", "mit": "MIT", "bsd3": "BSD-3-Clause"}  # nbdev's word -> the licence's name
 OPTIONS = dict(
     extensions=["myst_nb", "build_site"],
     nb_execution_mode="off",
@@ -223,6 +224,8 @@ def frame(app: Sphinx, page: str, template: str, context: dict, document) -> Non
     "What the templates around a page's text show"
     nothing = dict(description=app.config.project, links=[])
     context.update(sections=app.config.site_sections, about=app.config.site_about.get(page, nothing))
+    if page == "search":
+        context.update(prev=None, next=None)
 
 
 def setup(app: Sphinx) -> dict:
@@ -263,7 +266,8 @@ def settings_of(root: Path, sources: Sources) -> dict:
     title = website["title"]
     repository = f"https://github.com/{setting(root, 'user')}/{setting(root, 'repo')}"
     look = THEME | dict(logo=dict(text=title, image_light="logo.svg", image_dark="logo.svg", alt_text=""))
-    shown = dict(default_mode="auto", repository=repository, licence=setting(root, "license"), title=title)
+    licence = LICENCES.get(setting(root, "license"), setting(root, "license"))
+    shown = dict(default_mode="auto", repository=repository, licence=licence, site_title=title)
     own = dict(project=title, html_title=title, html_short_title=title, version=version(root), release=version(root))
     own |= dict(html_theme_options=look, html_context=shown)
     return OPTIONS | own | dict(site_sections=sources.sidebar, site_about=sources.about)

@@ -45,8 +45,12 @@ def code_of(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def smaller(png: str) -> str:  # base64
-    "A picture with few colours"
-    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    "A picture with few colours; one that has few stays as it is"
+    picture = Image.open(io.BytesIO(base64.b64decode(png)))
+    if picture.mode == "P":
+        return png
+    ground = Image.new("RGBA", picture.size, "white")
+    picture = Image.alpha_composite(ground, picture.convert("RGBA")).convert("RGB")
     few = picture.quantize(128, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
     written = io.BytesIO()
     few.save(written, "png", optimize=True)
@@ -63,7 +67,8 @@ def small_output(output: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
         data.pop("image/png", None)
     if "image/png" in data:
         data["image/png"] = smaller(data["image/png"])
-    if not data:
+    is_progress = set(data) == {"text/plain"} and re.search(r"\d+%\|", data["text/plain"])
+    if not data or is_progress:
         return None
     count = {"execution_count": None} if output.output_type == "execute_result" else {}
     return nbformat.v4.new_output(output.output_type, data=data, **count)
@@ -142,6 +147,8 @@ def add_outputs(name: str, notebook: nbformat.NotebookNode) -> str:  # Markdown;
     if name not in JOBS:
         return ""
     copy = kept_copy(name)
+    if copy is None and any(cell.get("outputs") for cell in notebook.cells):
+        return ""  # its own are kept in the notebook
     if copy is None:
         return f"Shown without outputs: `make outputs NAMES={name}` runs it, and the site shows them from then on."
     outputs = {cell.source.strip(): cell.outputs for cell in copy.cells if cell.cell_type == "code"}
@@ -150,7 +157,7 @@ def add_outputs(name: str, notebook: nbformat.NotebookNode) -> str:  # Markdown;
         if cell.cell_type == "code":
             known = outputs.get(cell.source.strip())
             missing += known is None
-            cell.outputs = known or []
+            cell.outputs = known or cell.outputs
     words = told(copy.metadata.run)
     if missing:
         plural = "s have" if missing > 1 else " has"

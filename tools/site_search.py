@@ -16,8 +16,11 @@ def _text(node: nodes.Node) -> Iterator[str]:
         is_cell = isinstance(child, nodes.Element) and "cell" in child.get("classes", ())
         if isinstance(child, (*UNREAD, nodes.section)) or is_cell:
             continue
-        if isinstance(child, nodes.Text) or isinstance(child, nodes.TextElement):
+        if isinstance(child, nodes.Text):
             yield child.astext()
+        elif isinstance(child, nodes.TextElement):
+            words = [text.astext() for text in child.findall(nodes.Text) if not isinstance(text.parent, nodes.math)]
+            yield "".join(words)
         else:
             yield from _text(child)
 
@@ -49,7 +52,7 @@ def search_index(
     for each in names:
         if each.address:
             text = described.get(each.address, "")
-            entries.append([each.kind, each.name, f"vlkd_lab.{each.module}", each.address, f"{each.summary} {text}".strip()])
+            entries.append([each.kind, each.name, f"vlkd_lab.{each.module}", each.address, f"{each.summary}. {text}".strip(". ")])
     taken = {entry[3] for entry in entries}
     for page, sections in pages.items():
         title = sections[0][1] if sections else page

@@ -140,7 +140,8 @@ def list_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim 
     rows = []
     for verdict in verdicts.values():
         claim = verdict.claim
-        cells = (escaped(claim.paper), escaped(claim.says), _badge(verdict))
+        paper = f'<span style="white-space:nowrap">{escaped(claim.paper)}</span>'
+        cells = (paper, escaped(claim.says), _badge(verdict))
         rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
     head = "".join(f'<th style="text-align:left">{title}</th>' for title in ("paper", "claim", "here"))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"

@@ -7,18 +7,17 @@ const siteSearch = {
   ready: null,
 };
 
-// How well an entry answers; 0: it lacks a word. [kind, title, where, address, text]
+// How well an entry answers; 0: it lacks a word. [kind, title, where, address, text, title and text in small letters]
 siteSearch.score = function (entry, words, written) {
-  const [kind, title, where, , text] = entry;
-  const isName = !["page", "section"].includes(kind);
-  const name = title.toLowerCase();
+  const [kind, title, where, , , name, text] = entry;
+  const isName = kind !== "page" && kind !== "section";
   const last = name.split(".").pop();
   const query = words.join(" ");
   let score = 0;
   for (const word of words) {
     if (name.includes(word)) score += 20;
     else if (isName && where.toLowerCase().includes(word)) score += 6;
-    else if (text.toLowerCase().includes(word)) score += 4;
+    else if (text.includes(word)) score += 4;
     else return 0;
   }
   score /= words.length;
@@ -28,8 +27,8 @@ siteSearch.score = function (entry, words, written) {
   else if (last === query) score += 50;
   else if (name.startsWith(query)) score += 30;
   else if (name.includes(query)) score += 15;
-  else if (!isName && text.toLowerCase().includes(query)) score += 5;
-  if (title === written) score += 1; // TimeLine is not timeline
+  else if (!isName && text.includes(query)) score += 5;
+  if (title === written) score += 5; // TimeLine is not timeline
   const ofKind = { function: 4, class: 4, page: 6, value: 1, section: 2, method: 0 };
   return score + (ofKind[kind] ?? 0) - name.length / 100;
 };
@@ -50,7 +49,10 @@ siteSearch.load = function () {
   siteSearch.ready ??= new Promise((done, fail) => {
     const script = document.createElement("script");
     script.src = `${document.documentElement.dataset.content_root}_static/search_index.js`;
-    script.onload = done;
+    script.onload = () => {
+      for (const entry of window.siteIndex) entry.push(entry[1].toLowerCase(), entry[4].toLowerCase());
+      done();
+    };
     script.onerror = fail;
     document.head.append(script);
   });

@@ -48,13 +48,16 @@ function addCopyButton(block) {
   block.append(button);
 }
 
-// A page in a frame stands whole where it may be measured: a site that is served, not one that is opened from a disk
+// A page in a frame stands whole, in the site's colours, where it can be reached: on a site that is served, not on one that lies on a disk
 function fitFrame(frame) {
   const inner = frame.contentDocument?.documentElement;
   if (!inner) return;
   const fit = () => (frame.style.height = `${inner.offsetHeight + 4}px`);
+  const colour = () => (inner.style.colorScheme = root.dataset.theme);
   fit();
+  colour();
   new ResizeObserver(fit).observe(inner);
+  new MutationObserver(colour).observe(root, { attributeFilter: ["data-theme"] });
 }
 
 // Without words the names that jobs and guides use; with words, or when one asks for it, all
