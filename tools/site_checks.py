@@ -113,8 +113,8 @@ def _words_of(element: HtmlElement) -> str:
 def _heading_faults(tree: HtmlElement) -> Iterator[str]:
     "One title, and no level of headings left out on the way down; what a cell has drawn is no part of the text"
     headings = tree.xpath("//main//*[self::h1 or self::h2 or self::h3 or self::h4 or self::h5 or self::h6]")
-    in_text = [each for each in headings if not each.xpath("ancestor::*[contains(@class, 'cell_output')]")]
-    levels = [int(heading.tag[1]) for heading in in_text]
+    drawn = set(tree.xpath("//div[contains(@class, 'cell_output')]//*[self::h1 or self::h2 or self::h3 or self::h4 or self::h5 or self::h6]"))
+    levels = [int(heading.tag[1]) for heading in headings if heading not in drawn]
     if levels.count(1) != 1:
         yield f"has {levels.count(1)} titles (h1)"
     for before, after in zip(levels, levels[1:], strict=False):
@@ -139,7 +139,7 @@ def _label_faults(tree: HtmlElement) -> Iterator[str]:
         in_text = picture.xpath("ancestor::article")
         if picture.get("alt") is None or (in_text and not picture.get("alt").strip()):
             yield f"has a picture without words: {picture.get('src', '')[:80]}"
-    for element in tree.xpath("//a[@href] | //button | //summary"):
+    for element in tree.xpath("//a[@href][not(ancestor::nav[contains(@class, 'site-pages')])] | //button | //summary"):
         if not _words_of(element):
             yield f"has a {element.tag} without words: {element.get('href', element.get('class', ''))}"
     for field in tree.xpath("//input[not(@type='hidden')] | //select | //textarea"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from pages import listed_pages
 from site_pages import raw
 
 
@@ -69,17 +70,13 @@ def _said(words: str) -> set[str]:
     return names
 
 
-def names_in_use(notebooks: Path) -> set[str]:
-    "What pages that are not of the library import or speak of"
+def names_in_use(
+    notebooks: list[Path],  # pages that are not of the library
+) -> set[str]:
+    "What notebooks import from the library or speak of"
     names: set[str] = set()
-    for path in sorted(notebooks.rglob("*.ipynb")):
-        place = path.relative_to(notebooks)
-        if place.parts[0] == "library" or any(part.startswith(".") for part in place.parts):
-            continue
-        try:
-            cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        except (ValueError, KeyError):  # somebody's own file, which is no page
-            continue
+    for path in notebooks:
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         for cell in cells:
             source = "".join(cell["source"])
             if cell["cell_type"] == "code":
@@ -100,7 +97,8 @@ def public_names(
     from vlkd_lab.reference import library_entries, page_of_module
 
     library = root / "vlkd_lab"
-    in_use, faces = names_in_use(root / "nbs"), handed_on(library)
+    for_users = [path for path in listed_pages(root) if path.parent.name != "library"]
+    in_use, faces = names_in_use(for_users), handed_on(library)
     found = []
     for module, entries in library_entries(library).items():
         page = f"library/{Path(page_of_module(module)).stem}"

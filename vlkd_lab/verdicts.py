@@ -128,11 +128,9 @@ def _measured(values: pd.DataFrame, unit: str) -> str:  # HTML, a row a label
 _COLOURS = {"holds": "#1a7f37", "undecided": "#9a6700", "does": "#c62828"}
 
 
-def _badge(verdict: Verdict) -> str:  # HTML
-    "Whether it holds, on its colour"
-    colour = _COLOURS.get(verdict.words.split()[0], "gray")
-    pill = f"color:white;background:{colour};border-radius:9px;padding:1px 9px;display:inline-block;white-space:nowrap"
-    return f'<span style="{pill}">{escaped(verdict.words)}</span>'
+def _colour(verdict: Verdict) -> str:
+    "That of holds, undecided or does not hold"
+    return _COLOURS.get(verdict.words.split()[0], "gray")
 
 
 def list_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim -> what came out; HTML
@@ -140,11 +138,12 @@ def list_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim 
     rows = []
     for verdict in verdicts.values():
         claim = verdict.claim
-        paper = f'<span style="white-space:nowrap">{escaped(claim.paper)}</span>'
-        cells = (paper, escaped(claim.says), _badge(verdict))
-        rows.append("<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in cells) + "</tr>")
-    head = "".join(f'<th style="text-align:left">{title}</th>' for title in ("paper", "claim", "here"))
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        dot = f'<span style="color:{_colour(verdict)}">●</span>'
+        paper = f'<tr><td align="left" nowrap>{escaped(claim.paper)}'
+        here = f'<td align="left" nowrap>{dot} {escaped(verdict.words)}'
+        rows.append(f'{paper}<td align="left">{escaped(claim.says)}{here}')
+    head = '<tr><th align="left">paper<th align="left">claim<th align="left">here'
+    return f"<table><thead>{head}<tbody>{''.join(rows)}</table>"
 
 
 def show_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim -> what came out; HTML
@@ -152,9 +151,11 @@ def show_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim 
     blocks = []
     for name, verdict in verdicts.items():
         claim = verdict.claim
-        colour = _COLOURS.get(verdict.words.split()[0], "gray")
+        colour = _colour(verdict)
+        pill = f"color:white;background:{colour};border-radius:9px;padding:1px 9px;display:inline-block"
+        badge = f'<span style="{pill}">{escaped(verdict.words)}</span>'
         block = f"border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px 0;overflow-x:auto"
-        title = f'<b>{escaped(claim.says)}</b> {_badge(verdict)} <small style="opacity:.8">{escaped(name)}</small>'
+        title = f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.8">{escaped(name)}</small>'
         rule = f"{escaped(claim.test)} <i>Yes if {escaped(claim.rule)}.</i>"
         values = "" if verdict.values.empty else _measured(verdict.values, claim.unit)
         blocks.append(
