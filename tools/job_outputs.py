@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 COPIES = Path(__file__).parent / "job_outputs"
-# what is run, in this order (export_student takes the newest student), and which parameters are not the notebook's own: minutes, not an hour
+# what is run, and which parameters are not the notebook's own, so that it takes minutes and not an hour
 JOBS = {
     "train_clip_cid": {"data": "scenes:4000,duplicates:0.6,tail:1", "steps": 200},
     "train_dime_fm": {"data": "scenes:4000", "steps": 200},
@@ -27,7 +27,7 @@ JOBS = {
     "train_teacher": {"data": "scenes:4000", "steps": 150},
     "train_blip": {"data": "scenes:4000", "steps": 60, "warmup": 10},
     "train_tinyclip": {},
-    "export_student": {"licence": "apache-2.0"},
+    "export_student": {"run_folder": "data_samples/teacher", "licence": "apache-2.0"},
 }
 KEPT = ("text/html", "image/png", "text/plain")
 MOST = 1_300_000  # bytes of a copy
