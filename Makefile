@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-gpu test-versions faults browser lab docs readme export floors lint screenshots pictures clean
+.PHONY: train test test-gpu test-versions faults browser lab docs outputs readme export floors lint screenshots pictures clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -42,6 +42,10 @@ lab: $(READY)
 # the website, in _docs/; where Quarto is installed, nbdev_docs makes it with Quarto from the same pages and the same _quarto.yml
 docs: $(READY)
 	$(BIN)/python tools/build_site.py
+
+# the outputs of job pages on the website: runs the job notebooks whose code has changed (minutes each; NAMES="train_dlip" chooses some)
+outputs: $(READY)
+	$(BIN)/python tools/job_outputs.py $(NAMES)
 
 # the pictures with which tests/test_figures.py compares static figures, drawn anew; look at what has changed (NAMES="plan gates" draws some)
 pictures: $(READY)

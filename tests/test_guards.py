@@ -25,7 +25,7 @@ MODULES = sorted(listed_pages(folder="library/"))
 JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
 BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_", "export_", "claims"))]
 ROOMS = {  # what may lie in nbs/ and in its folders
-    ".": r"index|getting_started|train_\w+|export_student|watch_run|explore_\w+",
+    ".": r"index|getting_started|gallery|train_\w+|export_student|watch_run|explore_\w+",
     "guides": r"guide_\w+|add_a_\w+|bench|run_folder|full_scale|curation|vocabulary",
     "results": r"\w+_results|benchmark_\w+|claims",
     "library": r"\d+_\w+",  # the number is the floor
@@ -90,7 +90,7 @@ def test_the_sidebar_follows_from_the_folders():
     assert list(listed) == ["Start", "Guides", "Jobs", "Results", "The bench", "Library"]
     assert listed["Library"] == [f"library/{path.name}" for path in MODULES], "the library stands in the order of its numbers"
     of_section = {
-        "Start": r"(index|getting_started)\.ipynb",
+        "Start": r"(index|getting_started|gallery)\.ipynb",
         "Guides": r"guides/.+",
         "Jobs": r"(train_|export_)\w+\.ipynb",
         "Results": r"results/.+",

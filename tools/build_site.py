@@ -2,32 +2,29 @@
 
 `_quarto.yml` is the configuration of both builders: title, description, the sidebar with its sections and their order. What Sphinx reads
 differently from Quarto is rewritten here, and what only a network could bring (scripts, fonts, formulas) comes from installed packages.
+Outputs of job notebooks are those of their executed copies (job_outputs.py); the search and the list of names have files of their own.
 """
 
 import gc
-import html
-import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from base64 import b64decode
-from collections.abc import Iterator
-from html.parser import HTMLParser
-from io import BytesIO, StringIO
+from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import nbformat
 import yaml
 from docutils import nodes
 from fontTools.ttLib import TTFont
+from job_outputs import add_outputs, version
 from pages import only_listed_pages, sections
-from PIL import Image
-from pygments import highlight
-from pygments.formatters import HtmlFormatter
-from pygments.lexers import PythonLexer
+from site_checks import faults, read_pages, reading_faults
+from site_names import PublicName, names_page, public_names
+from site_pages import Rewriter, make_thumbnails, page_name, plain, raw, setting
+from site_search import search_index, sections_of
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
 
@@ -35,7 +32,8 @@ from vlkd_lab.sent_pages import mathml
 
 ROOT = Path(__file__).parent.parent
 LOOK = Path(__file__).parent / "site_look"  # styles, script and sidebar
-PLOTLY = "application/vnd.plotly.v1+json"
+LOGO = str(ROOT / "nbs" / "images" / "logo.svg")
+LICENCES = {"apache2": "Apache-2.0", "mit": "MIT", "bsd3": "BSD-3-Clause"}  # nbdev's word -> the licence's name
 OPTIONS = dict(
     extensions=["myst_nb", "build_site"],
     nb_execution_mode="off",
@@ -46,11 +44,10 @@ OPTIONS = dict(
     suppress_warnings=["myst.header", "misc.highlighting_failure"],
     html_theme="pydata_sphinx_theme",
     html_math_renderer="mathml",
-    html_static_path=[str(LOOK / "site.css"), str(LOOK / "site.js")],
-    html_favicon=str(LOOK / "favicon.svg"),
-    html_context=dict(default_mode="auto"),
+    html_static_path=[str(LOOK / name) for name in ("site.css", "site.js", "search.js")] + [LOGO],
+    html_favicon=LOGO,
     html_css_files=["site.css"],
-    html_js_files=["site.js"],
+    html_js_files=["site.js", "search.js"],
     html_sidebars={"**": ["pages.html"]},
     html_show_sourcelink=False,
     html_copy_source=False,
@@ -63,21 +60,15 @@ OPTIONS = dict(
 )
 THEME = dict(
     navbar_center=[],
-    article_header_start=[],
+    navbar_start=["navbar-logo", "site-version"],
+    article_header_start=["page-links"],
     secondary_sidebar_items=["page-toc"],
-    footer_start=[],
+    footer_start=["site-footer"],
     footer_end=[],
     show_toc_level=2,
     pygments_light_style="a11y-high-contrast-light",
     pygments_dark_style="a11y-high-contrast-dark",
 )
-
-
-def page_name(notebook: str) -> str:
-    "The page of a notebook, seen from nbs/: its folder and its name, without ending, as nbdev names it"
-    from vlkd_lab.reference import page_of
-
-    return page_of(notebook).removesuffix(".html")
 
 
 def processed(root: Path) -> dict[str, nbformat.NotebookNode]:
@@ -97,141 +88,106 @@ def processed(root: Path) -> dict[str, nbformat.NotebookNode]:
 # Pages for Sphinx
 
 
-class Rewriter:
-    "A processed notebook in the words of MyST, with links that hold in the built site"
+@dataclass
+class Sources:
+    "What the pages' sources leave for their frame"
 
-    def __init__(self, root: Path, notebooks: set[str]):
-        settings = (root / "settings.ini").read_text(encoding="utf-8")
-        name = re.search(r"^repo = (.+)", settings, re.M)[1]
-        user = re.search(r"^user = (.+)", settings, re.M)[1]
-        self.root, self.notebooks, self.host = root, notebooks, f"https://{user}.github.io/{name}/"
-        self.outside: dict[str, Path] = {}  # page -> a file of the project beside the notebooks that some page links to
-
-    def target(self, link: str, folder: Path) -> str:
-        "Where a link of a text that lies in `folder` leads, seen from the folder of its page"
-        if link.startswith(self.host):
-            return self.seen_from(folder, link.removeprefix(self.host))
-        if re.match(r"[a-z]+:|#", link):
-            return link
-        path, _, anchor = link.partition("#")
-        file = Path(os.path.normpath(folder / path))
-        anchor = f"#{anchor}" if anchor else ""
-        notebook = Path(os.path.relpath(file, self.root / "nbs")).as_posix()
-        if notebook in self.notebooks:
-            return self.seen_from(folder, page_name(notebook) + ".html" + anchor)
-        if file.suffix == ".md" and file.exists():
-            page = "_".join(file.relative_to(self.root).with_suffix("").parts).lower()
-            self.outside[page] = file
-            return self.seen_from(folder, page + ".html" + anchor)
-        return link
-
-    def seen_from(self, folder: Path, address: str) -> str:
-        "An address of the site, seen from the page of a text in `folder`; what lies beside the notebooks is a page at the root"
-        notebooks = self.root / "nbs"
-        place = folder.relative_to(notebooks) if folder.is_relative_to(notebooks) else Path()
-        return Path(os.path.relpath(address, place)).as_posix()
-
-    def text(self, source: str, folder: Path) -> str:
-        "Markdown as MyST reads it"
-        source = re.sub(r"(?<!!)\]\(([^)\s]+)\)", lambda m: f"]({self.target(m[1], folder)})", source)
-        source = re.sub(r"^(:{3,}) *\{\.callout-(\w+)[^}\n]*\}", r"\1{\2}", source, flags=re.M)
-        return re.sub(r"\]\(([^)]+)\)\{[^}\n]*\}", r"](\1)", source)
-
-    def code(self, cell: nbformat.NotebookNode) -> nbformat.NotebookNode | None:
-        "A code cell without directives, its plots as the site draws them; what is folded becomes text"
-        found = dict(re.findall(r"^#\| *([\w-]+): *(.*)$", cell.source, re.M))
-        source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip("\n")
-        if found.get("code-fold") == "true":
-            return nbformat.v4.new_markdown_cell(folded(source, found.get("code-summary", "Code").strip('"')))
-        cell.source, cell.metadata = source, nbformat.NotebookNode()
-        if found.get("echo") == "false":
-            cell.metadata.tags = ["remove-input"]
-        for output in cell.outputs:
-            if PLOTLY in output.get("data", {}):
-                output.data = nbformat.NotebookNode({"text/html": figure(output.data[PLOTLY])})
-        return cell if source or cell.outputs else None
-
-    def page(self, notebook: nbformat.NotebookNode, folder: Path) -> tuple[nbformat.NotebookNode, dict[str, str]]:
-        "The page of a notebook in `folder`, and its front matter"
-        first, *others = notebook.cells
-        front = yaml.safe_load(first.source.strip().strip("-"))
-        lead = f"# {front['title']}\n\n{{.lead}}\n{front['description']}"
-        cells = [nbformat.v4.new_markdown_cell(self.text(lead, folder))]
-        for cell in others:
-            if cell.cell_type == "markdown" and not cell.source.startswith("<!--"):
-                cells.append(nbformat.v4.new_markdown_cell(self.text(cell.source, folder)))
-            elif cell.cell_type == "code" and (made := self.code(cell)):
-                cells.append(made)
-        kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-        return nbformat.v4.new_notebook(cells=cells, metadata=kernel), front
+    sidebar: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)  # sections with page and title
+    about: dict[str, dict] = field(default_factory=dict)  # page -> section, description and links
+    names: list[PublicName] = field(default_factory=list)
 
 
-def raw(text: str, words: str = "") -> str:
-    "HTML that MyST leaves as it is"
-    return f"``````{{raw}} html\n{words}\n{text}\n``````"
+def links_of(
+    root: Path,
+    place: str,  # of the page's source, seen from the project's root
+    module: str = "",  # that the page exports, likewise
+    has_code: bool = False,  # something to run elsewhere
+) -> list[tuple[str, str, str]]:  # words, address, explanation
+    "The links from a page to its source"
+    where = f"{setting(root, 'user')}/{setting(root, 'repo')}"
+    branch = setting(root, "branch")
+    links = []
+    if has_code:
+        colab = f"https://colab.research.google.com/github/{where}/blob/{branch}/{place}"
+        links.append(("Open in Colab", colab, f"In Colab, first: %pip install git+https://github.com/{where}"))
+    links.append(("Source", f"https://github.com/{where}/blob/{branch}/{place}", "The file that this page is made of"))
+    if module:
+        links.append(("Module", f"https://github.com/{where}/blob/{branch}/{module}", "The module that this page exports"))
+    links.append(("Edit", f"https://github.com/{where}/edit/{branch}/{place}", "Suggest a change"))
+    return links
 
 
-def folded(source: str, summary: str) -> str:
-    shown = highlight(source, PythonLexer(), HtmlFormatter())
-    return raw(f'<details class="source"><summary>{html.escape(summary)}</summary>{shown}</details>', ":class: no-search\n")
+def modules_by_page(root: Path) -> dict[str, str]:  # page -> file, seen from the project's root
+    "The module of each page of the library"
+    from vlkd_lab.reference import modules_of_package, page_of_module
+
+    modules = modules_of_package(root / "vlkd_lab")
+    return {f"library/{Path(page_of_module(name)).stem}": path.relative_to(root).as_posix() for name, path in modules.items()}
 
 
-def figure(plot: dict) -> str:
-    "A plot as site.js draws it"
-    data = json.dumps(dict(data=plot["data"], layout=plot.get("layout", {}))).replace("</", "<\\/")
-    height = plot.get("layout", {}).get("height", 450)
-    return f'<div class="site-plot" style="height:{height}px"><script type="application/json">{data}</script></div>'
-
-
-def names_page(root: Path, pages: set[str]) -> str:
-    "Every public name of every module: what it is, and where it is described"
-    from vlkd_lab.reference import library_entries, page_of_module
-
-    rows, by_page = [], {Path(page).name: page for page in pages if page.startswith("library/")}
-    for module, entries in library_entries(root / "vlkd_lab").items():
-        page = Path(page_of_module(module)).stem
-        for name, entry in entries.items():
-            link = f"{by_page.get(page)}.html#{name.lower()}"
-            told = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(entry.summary))
-            place = f'<a href="{link}"><code>{name}</code></a>' if page in by_page else f"<code>{name}</code>"
-            rows.append((name.lower(), f"<tr><td>{place}</td><td>{module}</td><td>{entry.kind}</td><td>{told}</td></tr>"))
-    body = "".join(row for _, row in sorted(rows))
-    head = "<thead><tr><th>name</th><th>module</th><th>kind</th><th>what it is</th></tr></thead>"
-    table = f'<table class="names">{head}<tbody>{body}</tbody></table>'
-    search = '<input class="names-filter form-control" type="search" placeholder="Part of a name or of a description" aria-label="Filter">'
-    return f"# All names\n\n{{.lead}}\nThe {len(rows)} public names of the library.\n\n" + raw(search + table, ":class: no-search\n")
-
-
-def write_sources(root: Path, folder: Path) -> list[tuple[str, list[tuple[str, str]]]]:
-    "The pages as Sphinx reads them; the sidebar: sections with page and title"
-    notebooks = processed(root)
-    listed = [one for _, pages in sections(root) for one in pages]
-    if missing := set(notebooks) ^ set(listed):
+def check_listed(notebooks: set[str], listed: list[str]) -> None:
+    "ValueError where a notebook is not listed, or two would be the same page"
+    if missing := notebooks ^ set(listed):
         raise ValueError(f"_quarto.yml and nbs/ differ by {', '.join(sorted(missing))}: every notebook is listed once")
-    if doubled := [one for one in listed if [page_name(x) for x in listed].count(page_name(one)) > 1]:
+    pages = [page_name(one) for one in listed]
+    if doubled := [one for one in listed if pages.count(page_name(one)) > 1]:
         raise ValueError(f"{' and '.join(doubled)} would be the same page: a page is named without the notebook's number")
+
+
+SEARCH_PAGE = """# Search
+
+{.lead}
+Names of the library, pages and headings that hold all words.
+
+""" + raw(
+    '<div class="search-page"><input class="form-control" type="search" aria-label="Search" placeholder="Words or a name"'
+    ' autocomplete="off" spellcheck="false"></div><noscript><p>The search needs JavaScript; <a href="names.html">the names</a>'
+    " are listed without.</p></noscript>"
+)
+
+
+def write_sources(root: Path, folder: Path) -> Sources:
+    "The pages as Sphinx reads them"
+    notebooks = processed(root)
+    check_listed(set(notebooks), [one for _, pages in sections(root) for one in pages])
     rewriter = Rewriter(root, set(notebooks))
-    titles: dict[str, str] = {}
+    sources, titles = Sources(), {"names": "Names"}
     shutil.copytree(root / "nbs" / "images", folder / "images")
-    made = {}
+    make_thumbnails(folder / "images")
+    modules = modules_by_page(root)
+    pages = {}
     for name, notebook in notebooks.items():
-        made[page_name(name)], front = rewriter.page(notebook, (root / "nbs" / name).parent)
-        titles[page_name(name)] = front["title"]
+        page = page_name(name)
+        note = add_outputs(page, notebook)
+        pages[page], front = rewriter.page(notebook, (root / "nbs" / name).parent, note)
+        titles[page] = front["title"]
+        has_code = any(cell.cell_type == "code" for cell in notebook.cells)
+        links = links_of(root, f"nbs/{name}", modules.get(page, ""), has_code)
+        sources.about[page] = dict(description=plain(front["description"]), links=links)
     for page, file in list(rewriter.outside.items()):
         text = rewriter.text(file.read_text(encoding="utf-8"), file.parent)
         titles[page] = file.parent.name
+        place = file.relative_to(root).as_posix()
+        sources.about[page] = dict(description=f"What lies in {file.parent.name}/", links=links_of(root, place))
         (folder / f"{page}.md").write_text(text, encoding="utf-8")
-    (folder / "names.md").write_text(names_page(root, set(made)), encoding="utf-8")
-    sidebar = [(title, [(page_name(one), titles[page_name(one)]) for one in listed]) for title, listed in sections(root)]
+    sources.names = public_names(root, set(pages))
+    (folder / "names.md").write_text(names_page(sources.names), encoding="utf-8")
+    (folder / "search.md").write_text(SEARCH_PAGE, encoding="utf-8")
+    sources.about["names"] = dict(description="The public names of the library, and where to import them from", links=[])
+    sources.about["search"] = dict(description="Search the names, pages and headings", links=[])
     titles["index"] = "Home"
-    sidebar[0] = (sidebar[0][0], [(page, titles[page]) for page, _ in sidebar[0][1]])
-    sidebar.append(("Reference", [("names", "All names"), *((page, titles[page]) for page in sorted(rewriter.outside))]))
-    order = [page for _, pages in sidebar for page, _ in pages if page != "index"]
-    made["index"].cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n\n" + "\n".join(order) + "\n```"))
-    for page, notebook in made.items():
+    for section, listed in sections(root):
+        sources.sidebar.append((section, [(page_name(one), titles[page_name(one)]) for one in listed]))
+    sources.sidebar.append(("Reference", [(page, titles[page]) for page in ("names", *sorted(rewriter.outside))]))
+    for section, listed in sources.sidebar:
+        for page, _ in listed:
+            sources.about[page]["section"] = section
+    order = [page for _, listed in sources.sidebar for page, _ in listed if page != "index"]
+    pages["index"].cells.append(nbformat.v4.new_markdown_cell("```{toctree}\n:hidden:\n\n" + "\n".join([*order, "search"]) + "\n```"))
+    for page, notebook in pages.items():
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, folder / f"{page}.ipynb")
-    return sidebar
+    return sources
 
 
 # What Sphinx is taught
@@ -259,13 +215,30 @@ def quarto_anchors(app: Sphinx, document: nodes.document) -> None:
             taken.add(anchor)
 
 
+def keep_sections(app: Sphinx, document: nodes.document, page: str) -> None:
+    "The text of every heading, for the search"
+    app.site_pages[page] = sections_of(document)
+
+
+def frame(app: Sphinx, page: str, template: str, context: dict, document) -> None:
+    "What the templates around a page's text show"
+    nothing = dict(description=app.config.project, links=[])
+    context.update(sections=app.config.site_sections, about=app.config.site_about.get(page, nothing))
+    if page == "search":
+        context.update(prev=None, next=None)
+
+
 def setup(app: Sphinx) -> dict:
-    "Sphinx calls it: formulas, anchors, the sidebar"
+    "Sphinx calls it: formulas, anchors, the frame around a page"
+    app.site_pages = {}
     app.add_config_value("site_sections", [], "html")
+    app.add_config_value("site_about", {}, "html")
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_displaymath, None))
     app.connect("doctree-read", quarto_anchors, priority=100)
-    app.connect("html-page-context", lambda app, page, template, context, doctree: context.update(sections=app.config.site_sections))
-    return dict(parallel_read_safe=True, parallel_write_safe=True)
+    app.connect("doctree-resolved", keep_sections)
+    app.connect("html-page-context", frame)
+    app.connect("builder-inited", lambda app: setattr(app.builder, "search", False))  # the site has its own
+    return dict(parallel_read_safe=True, parallel_write_safe=False)
 
 
 def add_parts(out: Path) -> None:
@@ -287,67 +260,17 @@ def add_players(root: Path, out: Path) -> None:
         shutil.copy(page, out / "images")
 
 
-# The finished site, looked through
-
-
-class _Page(HTMLParser):
-    "Anchors, links and what a page loads by itself"
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.anchors: set[str] = set()
-        self.links: list[str] = []
-        self.loaded: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, pairs: list) -> None:
-        given = {name: value or "" for name, value in pairs}
-        self.anchors |= {given[name] for name in ("id", "name") if name in given}
-        if tag == "a" and "href" in given:
-            self.links.append(given["href"])
-        elif tag == "link" and given.get("rel") not in ("next", "prev", "search", "canonical", "author", "index"):
-            self.loaded.append(given.get("href", ""))
-        elif "src" in given:
-            self.loaded.append(given["src"])
-
-
-def _broken_pictures(site: Path, pages: dict[str, _Page]) -> Iterator[str]:
-    "Pictures, in files and within pages, that do not decode"
-    held = [(f"a picture within {name}", b64decode(link.partition(",")[2])) for name, page in pages.items() for link in page.loaded
-            if re.match(r"data:image/(png|jpeg|gif|webp);base64,", link)]
-    held += [(path.name, path.read_bytes()) for path in site.rglob("*") if path.suffix in (".png", ".jpg", ".jpeg", ".gif", ".webp")]
-    for name, data in held:
-        try:
-            Image.open(BytesIO(data)).load()
-        except OSError:
-            yield f"{name} is broken"
-
-
-def faults(site: Path) -> Iterator[str]:
-    "What is wrong with a site: links, anchors and pictures that lead nowhere, and whatever it would load from elsewhere"
-    pages = {path.relative_to(site).as_posix(): _Page(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
-    for name, page in pages.items():
-        for link in page.loaded:
-            if re.match(r"(https?:)?//", link):
-                yield f"{name} loads {link}"
-        for link in (*page.links, *page.loaded):
-            parts = urlsplit(link)
-            if parts.scheme or parts.netloc or link == "":
-                if parts.scheme not in ("http", "https", "mailto", "data", ""):
-                    yield f"{name} links to {link}"
-                continue
-            target = os.path.normpath(Path(name).parent / unquote(parts.path)) if parts.path else name
-            if target.startswith("..") or parts.path.startswith("/") or not (site / target).is_file():
-                yield f"{name} links to {link}, and there is no such file"
-            elif parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors:
-                yield f"{name} links to {link}, and there is no such place"
-    for path in site.rglob("*.css"):
-        for link in re.findall(r"url\(['\"]?([^'\")]+)|@import +['\"]([^'\"]+)", path.read_text(encoding="utf-8")):
-            link = "".join(link)
-            inside = link.startswith(("data:", "#")) or (path.parent / urlsplit(link).path).is_file()
-            if re.match(r"(https?:)?//", link) or not inside:
-                yield f"{path.name} loads {link}"
-    yield from _broken_pictures(site, pages)
+def settings_of(root: Path, sources: Sources) -> dict:
+    "What Sphinx is told of this site, beside OPTIONS"
+    website = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]
+    title = website["title"]
+    repository = f"https://github.com/{setting(root, 'user')}/{setting(root, 'repo')}"
+    look = THEME | dict(logo=dict(text=title, image_light="logo.svg", image_dark="logo.svg", alt_text=""))
+    licence = LICENCES.get(setting(root, "license"), setting(root, "license"))
+    shown = dict(default_mode="auto", repository=repository, licence=licence, site_title=title)
+    own = dict(project=title, html_title=title, html_short_title=title, version=version(root), release=version(root))
+    own |= dict(html_theme_options=look, html_context=shown)
+    return OPTIONS | own | dict(site_sections=sources.sidebar, site_about=sources.about)
 
 
 def build(out: Path, root: Path = ROOT) -> None:
@@ -358,19 +281,21 @@ def build(out: Path, root: Path = ROOT) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         source, made, warnings = Path(temporary, "source"), Path(temporary, "site"), StringIO()
         source.mkdir()
-        sidebar = write_sources(root, source)
-        website = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))["website"]
-        own = dict(project=website["title"], html_title=website["title"], site_sections=sidebar)
-        own |= dict(html_theme_options=THEME | dict(logo=dict(text=website["title"])), html_short_title=website["title"])
+        sources = write_sources(root, source)
         with docutils_namespace():
-            app = Sphinx(source, None, made, Path(temporary, "trees"), "html", OPTIONS | own, None, warnings)
+            app = Sphinx(source, None, made, Path(temporary, "trees"), "html", settings_of(root, sources), None, warnings)
             app.build()
+        index = search_index(sources.names, app.site_pages)
+        (made / "_static" / "search_index.js").write_text(index, encoding="utf-8")
         add_parts(made)
         add_players(root, made)
         (made / ".nojekyll").touch()
         (made / ".buildinfo").unlink(missing_ok=True)
         shutil.rmtree(made / "_sources", ignore_errors=True)
-        found = [*re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).splitlines(), *faults(made)]
+        pages = read_pages(made)
+        own_pages = {name: page for name, page in pages.items() if not name.startswith("images/")}
+        said = re.sub(r"\x1b\[[\d;]*m", "", warnings.getvalue()).splitlines()
+        found = [*said, *faults(made, pages), *reading_faults(own_pages)]
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(made, out)
     if found:

@@ -6,7 +6,10 @@
 A recording is an animated WebP of at most 600 KB. It plays once and ends with its last picture.
 """
 
+import base64
 import io
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -151,12 +154,29 @@ def dlip(folder: Path, page, out: Path) -> None:
     until(lambda: run.status()["state"] == "waiting", 600)
 
 
-def film(folder: Path, *_) -> None:
-    "The time line of a small TinyCLIP run, as a page of its own for the guide"
+def film(folder: Path, page, *_) -> None:
+    "The time line of a small TinyCLIP run, as a page of its own for the guide, and a picture of it"
     small = dict(data="scenes:4000", stages=2, steps=60, probe_pairs=24, keep_snapshots=8, compare_scratch=False, device="cpu")
     job = open_tinyclip(TinyCLIP(**small, out=str(folder / "tinyclip-example")))
     start(job, beside=False)
     print("timeline", write_timeline(job.run.folder, IMAGES / "timeline.html").stat().st_size)
+    picture_of_the_film(page.browser_page.context.new_page())
+
+
+def picture_of_the_film(player) -> None:
+    "The page of the time line as it opens"
+    player.set_viewport_size({"width": 900, "height": 640})
+    player.goto((IMAGES / "timeline.html").as_uri())
+    player.locator("canvas").first.wait_for()
+    time.sleep(1)
+    keep(player.screenshot(), "timeline")
+
+
+def gates(*_) -> None:
+    "The gates explorer's picture, as its page has it"
+    cells = json.loads((ROOT / "nbs" / "explore_gates.ipynb").read_text(encoding="utf-8"))["cells"]
+    shown = "".join(str(cell.get("outputs", "")) for cell in cells)
+    keep(base64.b64decode(re.search(r"data:image/png;base64,([\w+/=]+)", shown)[1]), "gates")
 
 
 # ---- recordings
@@ -387,7 +407,7 @@ def claims(*_) -> None:
     keep(drawn.getvalue(), "claims")
 
 
-PARTS = bench, explorers, clip_cid, dime_fm, dlip, film, recorded_timeline, recorded_bench, recorded_page, claims
+PARTS = bench, explorers, clip_cid, dime_fm, dlip, film, recorded_timeline, recorded_bench, recorded_page, gates, claims
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:

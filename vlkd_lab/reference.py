@@ -351,13 +351,14 @@ def anchor_of(heading: str) -> str:  # small letters, digits, hyphens, points an
 
 
 def _links(source: str) -> str:
-    "Anchors in links to headings, and no links to names that begin with _"
+    "Anchors in links to headings, papers by their numbers, and no links to names that begin with _"
     source = re.sub(r"\[(`[^`]+`)\]\([^)\s]+#(?:[^)\s]*\.)?_[^)\s]*\)", r"\1", source)
+    source = re.sub(r"(?<!\[)arXiv (\d{4}\.\d{5})\b", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
     return re.sub(r"\]\(((?:[\w./]+\.ipynb)?)#([^)\s]+)\)", lambda m: f"]({m[1]}#{anchor_of(m[2])})", source)
 
 
-def _front_matter(source: str, page: str) -> tuple[str, str]:
-    "A first cell's front matter, and the rest of it"
+def _front_matter(source: str, page: str, is_folded: bool = False) -> tuple[str, str]:
+    "A first cell's front matter, and the rest of it; code is folded where outputs are what one comes for"
     opening = re.match(r"# (?P<title>.+)\n+> (?P<line>.+)\n?", source)
     if not opening:
         raise ValueError(
@@ -365,6 +366,8 @@ def _front_matter(source: str, page: str) -> tuple[str, str]:
         )
     fields = {"title": opening["title"], "description": opening["line"], "output-file": page}
     lines = [f"{name}: '" + value.replace("'", "''") + "'" for name, value in fields.items()]
+    if is_folded:
+        lines.append("code-fold: true")
     return "\n".join(["---", *lines, "---"]), source[opening.end() :].strip("\n")
 
 # %% ../nbs/library/144_reference.ipynb #ba54c865
@@ -379,6 +382,7 @@ class WebsitePage:
         self.nb = nb
         self.library = library_entries(folder or Path(__file__).parent)
         self.page = page_of(Path(nb.path_).name)  # in the notebook's own folder
+        self.is_results = Path(nb.path_).parent.name == "results"
 
     def link(self, name: str) -> str | None:
         "Where a name is described, seen from the folder of the library's pages; the page's own module first"
@@ -393,7 +397,7 @@ class WebsitePage:
         from execnb.nbio import mk_cell
 
         first, *others = [cell for cell in self.nb.cells if cell.source.strip()]
-        front, rest = _front_matter(first.source, self.page)
+        front, rest = _front_matter(first.source, self.page, self.is_results)
         cells = [mk_cell(front, "raw")]
         if rest:
             cells.append(mk_cell(_links(rest), "markdown"))

@@ -24,7 +24,7 @@ from .trials import Trial, model_cost, score_model
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'TRIALS', 'TITLES', 'CLAIMS', 'STORED', 'Records', 'TEACHERS', 'Claim', 'at', 'Verdict', 'judge',
-           'show_verdicts', 'speed_up', 'stored_results', 'own_results', 'all_results', 'keep_results',
+           'list_verdicts', 'show_verdicts', 'speed_up', 'stored_results', 'own_results', 'all_results', 'keep_results',
            'score_teachers', 'origins', 'overall', 'few_colours', 'show_overall', 'plot_overall', 'plot_curves']
 
 # %% ../nbs/library/141_verdicts.ipynb #a8d4dd40
@@ -128,16 +128,34 @@ def _measured(values: pd.DataFrame, unit: str) -> str:  # HTML, a row a label
 _COLOURS = {"holds": "#1a7f37", "undecided": "#9a6700", "does": "#c62828"}
 
 
+def _colour(verdict: Verdict) -> str:
+    "That of holds, undecided or does not hold"
+    return _COLOURS.get(verdict.words.split()[0], "gray")
+
+
+def list_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim -> what came out; HTML
+    "A table with a row a claim: the paper, what it says, and whether it holds"
+    rows = []
+    for verdict in verdicts.values():
+        claim = verdict.claim
+        dot = f'<span style="color:{_colour(verdict)}">●</span>'
+        paper = f'<tr><td align="left" nowrap>{escaped(claim.paper)}'
+        here = f'<td align="left" nowrap>{dot} {escaped(verdict.words)}'
+        rows.append(f'{paper}<td align="left">{escaped(claim.says)}{here}')
+    head = '<tr><th align="left">paper<th align="left">claim<th align="left">here'
+    return f"<table><thead>{head}<tbody>{''.join(rows)}</table>"
+
+
 def show_verdicts(verdicts: Mapping[str, Verdict]) -> str:  # name of the claim -> what came out; HTML
     "A block a claim: what is said and the verdict, what was done and the rule, what came out"
     blocks = []
     for name, verdict in verdicts.items():
         claim = verdict.claim
-        colour = _COLOURS.get(verdict.words.split()[0], "gray")
+        colour = _colour(verdict)
         pill = f"color:white;background:{colour};border-radius:9px;padding:1px 9px;display:inline-block"
         badge = f'<span style="{pill}">{escaped(verdict.words)}</span>'
         block = f"border-left:4px solid {colour};padding:2px 0 2px 12px;margin:14px 0;overflow-x:auto"
-        title = f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.6">{escaped(name)}</small>'
+        title = f'<b>{escaped(claim.says)}</b> {badge} <small style="opacity:.8">{escaped(name)}</small>'
         rule = f"{escaped(claim.test)} <i>Yes if {escaped(claim.rule)}.</i>"
         values = "" if verdict.values.empty else _measured(verdict.values, claim.unit)
         blocks.append(

@@ -1,4 +1,4 @@
-// Plots drawn by the plotly.js that the site serves itself, only where a page has one; a filter for the list of names; tidier search results.
+// Plots drawn by the plotly.js that the site serves itself, only where a page has one; buttons that copy code; frames; the list of names.
 "use strict";
 
 const root = document.documentElement;
@@ -26,6 +26,55 @@ function drawPlots(plots) {
   }
 }
 
+// The text of a block of code, for the clipboard: a button that says so when it is done
+function addCopyButton(block) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "copy";
+  const say = (words) => {
+    button.textContent = words;
+    button.setAttribute("aria-label", words === "Copy" ? "Copy this code" : words);
+  };
+  say("Copy");
+  button.addEventListener("click", async () => {
+    try {
+      await navigator.clipboard.writeText(block.querySelector("pre").textContent.replace(/\n+$/, ""));
+      say("Copied");
+    } catch {
+      say("Not allowed"); // by the browser
+    }
+    setTimeout(() => say("Copy"), 2000);
+  });
+  block.append(button);
+}
+
+// A page in a frame stands whole, in the site's colours, where it can be reached: on a site that is served, not on one that lies on a disk
+function fitFrame(frame) {
+  const inner = frame.contentDocument?.documentElement;
+  if (!inner) return;
+  const fit = () => (frame.style.height = `${inner.offsetHeight + 4}px`);
+  const colour = () => (inner.style.colorScheme = root.dataset.theme);
+  fit();
+  colour();
+  new ResizeObserver(fit).observe(inner);
+  new MutationObserver(colour).observe(root, { attributeFilter: ["data-theme"] });
+}
+
+// Without words the names that jobs and guides use; with words, or when one asks for it, all
+function filterNames(filter, all) {
+  const rows = [...document.querySelectorAll("table.names tbody tr")];
+  const show = () => {
+    const wanted = filter.value.trim().toLowerCase();
+    for (const row of rows) {
+      const isInner = row.classList.contains("inner") && !all.checked && !wanted;
+      row.hidden = isInner || !row.textContent.toLowerCase().includes(wanted);
+    }
+  };
+  filter.addEventListener("input", show);
+  all.addEventListener("change", show);
+  show();
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   const plots = document.querySelectorAll(".site-plot");
   if (plots.length) {
@@ -38,19 +87,15 @@ document.addEventListener("DOMContentLoaded", () => {
     document.head.append(script);
   }
 
-  if (typeof Search === "object") {
-    // what search shows of a page leaves its folded sources out, as the index does
-    const plain = Search.htmlToText;
-    const sources = /<details class="source">[^]*?<\/details>/g;
-    Search.htmlToText = (text, anchor) => plain(text.replace(sources, " "), anchor);
+  for (const code of document.querySelectorAll("article div.highlight")) addCopyButton(code);
+
+  for (const frame of document.querySelectorAll("article iframe")) {
+    frame.addEventListener("load", () => fitFrame(frame));
+    if (frame.contentDocument?.readyState === "complete") fitFrame(frame);
   }
 
   const filter = document.querySelector(".names-filter");
-  const rows = [...document.querySelectorAll("table.names tbody tr")];
-  filter?.addEventListener("input", () => {
-    const wanted = filter.value.trim().toLowerCase();
-    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
-  });
+  if (filter) filterNames(filter, document.querySelector(".names-all"));
 
   document.querySelector(".site-pages .current")?.scrollIntoView({ block: "nearest" });
 });
