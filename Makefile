@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-gpu test-versions faults browser lab docs outputs readme export floors lint screenshots pictures clean
+.PHONY: train test test-gpu test-versions faults browser lab docs outputs readme export floors lint screenshots site-pictures pictures clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -55,6 +55,10 @@ pictures: $(READY)
 screenshots: browser
 	PYTHONPATH=tests $(BIN)/python tools/screenshots.py
 
+# pictures of the website to be looked at, in _docs_pictures/: three widths, light and dark (make docs first)
+site-pictures: browser
+	PYTHONPATH=tests $(BIN)/python tools/look_at_site.py _docs_pictures
+
 readme: $(READY)
 	$(BIN)/python tools/readme.py > README.md
 
@@ -71,7 +75,7 @@ lint: $(READY)
 	$(BIN)/ruff check vlkd_lab tests tools
 
 clean:
-	rm -rf $(VENV) .cache runs _docs _proc nbs/nbdev.yml out.ipynb
+	rm -rf $(VENV) .cache runs _docs _docs_pictures _proc nbs/nbdev.yml out.ipynb
 
 $(READY): settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -163,7 +163,7 @@ def test_the_command_copies_notebooks_that_run_where_somebody_works(installed, w
     place = dict(folder=str(work), PYTHONPATH=str(installed), XDG_CACHE_HOME=str(work.parent / "cache"))
     forked.run("-c", NO_CACHES + "from vlkd_lab.commands import run_command; sys.exit(run_command(['notebooks', 'lab']))", **place)
     pages = {path.name for path in (ROOT / "nbs").glob("*.ipynb") if path in listed_pages()}
-    assert {path.name for path in (work / "lab").iterdir()} == pages - {"index.ipynb"}
+    assert {path.name for path in (work / "lab").iterdir()} == pages - {"index.ipynb", "gallery.ipynb"}
     told = work / "lab" / "told.json"
     run = NO_CACHES + RUN_COPIED.format(notebook="watch_run.ipynb", told=str(told))
     forked.run("-c", run, **place | dict(folder=str(work / "lab")))

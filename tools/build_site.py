@@ -251,6 +251,8 @@ def add_parts(out: Path) -> None:
     font.flavor = "woff"
     font.save(out / "_static" / "math.woff")
     (out / "_static" / "webpack-macros.html").unlink(missing_ok=True)  # a template of the theme
+    for path in (out / "_static").rglob("*.map"):  # of its scripts, for those who write them
+        path.unlink()
 
 
 def add_players(root: Path, out: Path) -> None:

@@ -18,16 +18,15 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 COPIES = Path(__file__).parent / "job_outputs"
-# what is run, and which parameters are not the notebook's own, so that it takes minutes and not an hour
+# what is run, and which parameters are not the notebook's own, so that it takes minutes and not an hour;
+# train_method and export_student keep outputs of their own
 JOBS = {
     "train_clip_cid": {"data": "scenes:4000,duplicates:0.6,tail:1", "steps": 200},
     "train_dime_fm": {"data": "scenes:4000", "steps": 200},
     "train_dlip": {"data": "scenes:4000", "steps": 100},
-    "train_method": {"data": "scenes:4000", "steps": 60},
     "train_teacher": {"data": "scenes:4000", "steps": 150},
     "train_blip": {"data": "scenes:4000", "steps": 60, "warmup": 10},
     "train_tinyclip": {},
-    "export_student": {"run_folder": "data_samples/teacher", "licence": "apache-2.0"},
 }
 KEPT = ("text/html", "image/png", "text/plain")
 MOST = 1_300_000  # bytes of a copy
@@ -165,8 +164,8 @@ def add_outputs(name: str, notebook: nbformat.NotebookNode) -> str:  # Markdown;
     return words
 
 
-if __name__ == "__main__":
-    chosen = sys.argv[1:]
+def main(chosen: list[str]) -> None:
+    "Run the jobs that are named, or those whose copies are of other code; SystemExit for a name that is none"
     unknown = set(chosen) - set(JOBS)
     if unknown:
         sys.exit(f"no job notebook is called {', '.join(sorted(unknown))}: there are {', '.join(JOBS)}")
@@ -175,3 +174,7 @@ if __name__ == "__main__":
             print(f"{name} …", flush=True)
             path = execute(name, parameters)
             print(f"  {path.stat().st_size / 1000:.0f} KB")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

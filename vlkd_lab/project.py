@@ -105,6 +105,9 @@ def link_or_copy(
         shutil.copy2(source, target)
 
 # %% ../nbs/library/000_project.ipynb #notebks2
+_FOR_THE_SITE = ("index.ipynb", "gallery.ipynb")  # there is nothing to run in them
+
+
 def user_notebooks() -> list[Path]:  # empty: this installation has none
     "The notebooks that a person opens, as they lie in or beside the package; a working copy's own ones alone"
     folder = packaged("nbs")
@@ -113,8 +116,8 @@ def user_notebooks() -> list[Path]:  # empty: this installation has none
     sidebar = packaged("_quarto.yml")
     listed = sidebar.read_text(encoding="utf-8") if sidebar else ""
     names = re.findall(r"^ *- (?:href: )?(\w+\.ipynb) *$", listed, re.MULTILINE)
-    notebooks = sorted(folder.glob("*.ipynb"))
-    return [path for path in notebooks if path.name != "index.ipynb" and (not names or path.name in names)]
+    notebooks = [path for path in sorted(folder.glob("*.ipynb")) if path.name not in _FOR_THE_SITE]
+    return [path for path in notebooks if not names or path.name in names]
 
 
 def copy_notebooks(
