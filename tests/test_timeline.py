@@ -16,7 +16,7 @@ from vlkd_lab.gates import gate_rows
 from vlkd_lab.runs import Run, RunWriter, Snapshots, kept_snapshots, read_snapshot, write_snapshot
 from vlkd_lab.stages import source_shapes
 from vlkd_lab.trainers import open_job, train
-from vlkd_lab.widgets import TimeLine, TimelineView, on_grid, timeline, timeline_page, write_timeline
+from vlkd_lab.widgets import TimeLine, TimelineView, moments, on_grid, timeline, timeline_page, write_timeline
 from vlkd_lab.widgets.moments import MOST_SIDE
 
 NBS = Path(__file__).parent.parent / "nbs"
@@ -121,6 +121,30 @@ def test_a_frame_is_the_arrays_within_half_a_level(trained):
                 side = round(maps.shape[-1] ** 0.5)
                 coarse = on_grid(maps.reshape(*maps.shape[:2], side, side), min(side, MOST_SIDE)).reshape(-1, min(side, MOST_SIDE) ** 2)
                 assert np.abs(shown["cross/fusion/student"] - coarse).max() <= coarse.max() * 0.5 / 254 + 1e-6
+
+
+def test_gates_are_counted_without_what_fills_a_shorter_layer(tmp_path, monkeypatch):
+    "The rows of a stage whose layers have kept different numbers of heads"
+    rows = np.array([[1.0, 0.5, 0.25], [0.25, np.nan, np.nan]])
+    monkeypatch.setattr(moments, "gate_rows", lambda *_: {("image", "heads"): rows})
+    monkeypatch.setattr(moments, "source_shapes", lambda *_: {})
+    packed = moments.Packed()
+    moments.pack_gates(packed, {"gates/image/heads": rows}, Run(tmp_path), "stage-2")
+    assert packed.numbers["gates/image/heads"] == [2.0, 4], "expected to stay, and how many there are"
+
+
+def test_a_moment_that_was_written_anew_is_read_again(tmp_path):
+    "As by a run that was continued from an earlier checkpoint"
+    run = write_moments(tmp_path / "run", pairs=3, moments=4)
+    line = looked_at(run)
+    before = {name: packed.unpacked()["student"] for name, packed in line.moments.items()}
+    path, labels = kept_snapshots(run)[1]
+    arrays = {name: torch.tensor(array) * 0.5 for name, array in read_snapshot(path)[0].items()}
+    time.sleep(0.02)
+    write_snapshot(path, arrays, labels | {"time": time.time()})
+    assert line.look() and len(line.moments) == 4
+    changed = [name for name, packed in line.moments.items() if not any(np.array_equal(packed.unpacked()["student"], old) for old in before.values())]
+    assert len(changed) == 1 and line.labels[changed[0]]["step"] == labels["step"]
 
 
 def test_arrays_of_a_method_from_outside_are_shown_under_the_known_names(tmp_path):

@@ -482,7 +482,9 @@ def picture(drawn: Mapping[str, Any]) -> bytes:  # PNG
             _draw_scatter(page, panel, trace)
     for name, panel in panels.items():
         if layout.get(f"yaxis{name[1:] or 1}", {}).get("rangemode") == "tozero":
-            panel.set_ylim(bottom=0)
+            low, high = panel.get_ylim()
+            room = 0.05 * high if low > high / 2 else 0.0  # a line that hardly moves would lie on the frame
+            panel.set_ylim(0, high + room)
     _draw_marks(panels, layout)
     if layout.get("showlegend", True):
         _draw_legend(page, panels)
