@@ -500,7 +500,9 @@ class BenchForks:
         now = time.monotonic()
         if self._is_new or now - self._looked > FAMILY_SECONDS:
             self._looked = now
-            self._is_new = bool(self.family.look()) or self._is_new
+            has_changed = bool(self.family.look())
+            # of a fork that was made here the state is told anew, whatever the rows had seen of it before
+            self._is_new = has_changed or self._is_new or self.child is not None
         is_new = self._is_new
         self._is_new = False
         return is_new
