@@ -422,8 +422,8 @@ def test_the_bench_shows_scores_of_sentences_and_what_is_nearest(tiny, tmp_path)
     assert escaped(probe["captions"][5])[:40] in shown and shown.count("<b>") >= 4
     assert bench.static().png and "<img src=x" not in NearestSentences(job.run.folder, images=8).html
     layout = curves_json(bench.watched)["layout"]
-    titles = [layout[f"yaxis{k}"]["title"]["text"] for k in (3, 4)]
-    assert titles == ["learning rate", "gradient norm"] and "yaxis5" not in layout, "no budget, no panel of one"
+    titles = [layout[f"yaxis{k}"]["title"]["text"] for k in (3, 4, 5)]
+    assert titles == ["learning rate", "gradient norm", "memory, GiB"] and "yaxis6" not in layout, "no budget, no panel of one"
     bench.close()
     with pytest.raises(ValueError, match="has no probe of sentences"):
         NearestSentences(tmp_path / "nowhere")
