@@ -64,7 +64,7 @@ function render({ model, el }) {
     tree.hidden = !model.get("tree").length;
     tree.replaceChildren(...model.get("tree").map(forkLine));
   };
-  return attend(model, el, () => setTheme(section), [["note failure waits", drawSaid], ["made", drawMade], ["tree", drawTree]]);
+  return drawParts(model, () => setTheme(section), [["note failure waits", drawSaid], ["made", drawMade], ["tree", drawTree]]);
 }
 
 export default { render };

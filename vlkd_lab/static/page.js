@@ -145,33 +145,42 @@ function follow(model, el, draw) {
   return { soon, stop };
 }
 
-function attend(model, el, paint, jobs) {
-  // A view of parts: each is drawn when one of its values changes. It paints when the page has another theme, and says when it is seen.
-  // Every message to a kernel makes JupyterLab work, so it says no more than it must: one answer for all that was sent up to a number,
-  // which is drawn in the same frame, and otherwise now and then that somebody looks.
+function drawParts(model, paint, jobs) {
+  // A view of parts: each is drawn when one of its values changes, and it is painted when the page has another theme.
   const listeners = jobs.map(([names, draw]) => [names.split(" ").map((name) => `change:${name}`).join(" "), draw]);
   for (const [events, draw] of listeners) {
     model.on(events, draw);
     draw();
   }
+  const themed = onTheme(paint);
+  requestAnimationFrame(paint);
+  return () => {
+    themed();
+    for (const [events, draw] of listeners) model.off(events, draw);
+  };
+}
+
+function saySeen(model, el) {
+  // Every message to a kernel makes JupyterLab work, so a view says no more than it must: one answer for all that was sent up to a number,
+  // which is drawn in the same frame, and otherwise now and then that somebody looks.
   let said = -PULSE_MS;
   const say = (content) => {
     if (!visible(el)) return;
     said = performance.now();
-    model.send(content);
+    model.send({ seen: true, ...content });
   };
-  const answer = () => requestAnimationFrame(() => say({ drawn: model.get("number") }));
-  const pulse = setInterval(() => performance.now() - said > 0.9 * PULSE_MS && say({ seen: true }), PULSE_MS);
-  const themed = onTheme(paint);
-  model.on("change:number", answer);
-  requestAnimationFrame(() => {
-    paint();
-    say(model.get("number") === undefined ? { seen: true } : { drawn: model.get("number") });
-  });
+  const soon = () => requestAnimationFrame(() => say({ drawn: model.get("number") }));
+  const pulse = setInterval(() => performance.now() - said > 0.9 * PULSE_MS && say(), PULSE_MS);
+  model.on("change:number", soon);
+  soon();
   return () => {
     clearInterval(pulse);
-    themed();
-    model.off("change:number", answer);
-    for (const [events, draw] of listeners) model.off(events, draw);
+    model.off("change:number", soon);
   };
+}
+
+function attend(model, el, paint, jobs) {
+  // A view of parts by which a bench knows that it is seen.
+  const stops = [drawParts(model, paint, jobs), saySeen(model, el)];
+  return () => stops.forEach((stop) => stop());
 }

@@ -863,17 +863,14 @@ function render({ model, el }) {
   model.on(changes, take);
   model.on("msg:custom", receive);
   take();
-  const seen = () => visible(el) && model.send({ seen: true });
-  const pulse = setInterval(() => {
-    seen();
-    player.ask();
-  }, PULSE_MS);
+  const unseen = saySeen(model, el);
+  const asking = setInterval(() => player.ask(), PULSE_MS);
   const themed = onTheme(() => player.soon());
   const observer = new ResizeObserver(() => player.soon());
   observer.observe(player.section);
-  requestAnimationFrame(seen);
   return () => {
-    clearInterval(pulse);
+    unseen();
+    clearInterval(asking);
     clearInterval(player.timer);
     cancelAnimationFrame(player.waiting);
     observer.disconnect();
