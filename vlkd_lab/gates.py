@@ -5,25 +5,24 @@
 # %% ../nbs/library/054_gates.ipynb #cc791a9f
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .layouts import GATE_KINDS, LAYOUTS, Place, locate
 from .models import TowerShape, shape_cost
-from .shapes import BLOCKS
 from .shown import with_words
 
 # %% auto #0
-__all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 'GATE_KINDS', 'GateValues', 'Counts',
-           'closed_below', 'open_probability', 'sample_gates', 'keep_top', 'final_gates', 'Place', 'locate',
-           'TowerGates', 'gate_state', 'gated', 'TowerCost', 'budget', 'sparsity', 'target_at', 'sparsity_penalty',
+__all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 'GateValues', 'Counts', 'closed_below',
+           'open_probability', 'sample_gates', 'keep_top', 'final_gates', 'TowerGates', 'gate_state', 'places_of',
+           'gated', 'TowerCost', 'budget', 'prunable_weights', 'sparsity', 'target_at', 'sparsity_penalty',
            'GateParameters', 'Gates', 'gate_plot', 'gate_arrays', 'gates_from_arrays', 'gate_rows', 'reduced',
            'kept_shapes', 'open_counts', 'keep_counts', 'standing_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
            'uniform_gates']
@@ -87,61 +86,7 @@ def final_gates(
     kept = [keep_top(group, int(count)) for group, count in zip(groups, _open_counts(groups), strict=True)]
     return torch.stack(kept).view_as(log_alpha) if kept else torch.zeros_like(log_alpha)
 
-# %% ../nbs/library/054_gates.ipynb #2f01ce38
-_NORM = ("hidden",)
-_AXES = {
-    "conv1.weight": ("hidden", "", "", ""),
-    "class_embedding": _NORM,
-    "positional_embedding": ("", "hidden"),
-    "cls_emb": _NORM,
-    "token_embedding.weight": ("", "hidden"),
-    "proj": ("hidden", ""),
-    "text_projection": ("hidden", ""),
-    "text_projection.weight": ("", "hidden"),
-    "text_projection.bias": ("",),
-    "attn.in_proj_weight": ("qkv", "hidden"),
-    "attn.in_proj_bias": ("qkv",),
-    "attn.out_proj.weight": ("hidden", "heads"),
-    "attn.out_proj.bias": ("hidden",),
-    "mlp.c_fc.weight": ("neurons", "hidden"),
-    "mlp.c_fc.bias": ("neurons",),
-    "mlp.c_proj.weight": ("hidden", "neurons"),
-    "mlp.c_proj.bias": ("hidden",),
-    "ls_1.gamma": _NORM,
-    "ls_2.gamma": _NORM,
-}
-for _name in ("ln_pre", "ln_1", "ln_2", "ln_post", "ln_final"):
-    _AXES[f"{_name}.weight"] = _NORM
-    _AXES[f"{_name}.bias"] = _NORM
-_TENSOR_NAME = re.compile(rf"(visual\.|text\.)?(?:{re.escape(BLOCKS)}(\d+)\.)?(.+)")
-
-
-class Place(NamedTuple):
-    "Where in a CLIP a tensor stands"
-
-    tower: str  # "image" or "text"; "" for what belongs to neither, as logit_scale
-    layer: int | None  # None outside the blocks
-    tensor: str  # name inside the block or tower
-    axes: tuple[str, ...]  # kind of each axis: "hidden", "heads", "qkv", "neurons" or ""
-
-
-def locate(name: str) -> Place:
-    "What the axes of an open_clip tensor of this name are"
-    if name in ("logit_scale", "logit_bias"):
-        return Place("", None, name, ())
-    prefix, layer, tensor = _TENSOR_NAME.fullmatch(name).groups()
-    if tensor not in _AXES:
-        raise ValueError(
-            f"gates know no tensor named {name!r}: both towers must be open_clip's transformers, with "
-            f"{', '.join(_AXES)}"
-        )
-    tower = "image" if prefix == "visual." else "text"
-    return Place(tower, None if layer is None else int(layer), tensor, _AXES[tensor])
-
 # %% ../nbs/library/054_gates.ipynb #cec99d4d
-GATE_KINDS = ("hidden", "heads", "neurons", "attention_block", "mlp_block")
-
-
 @dataclass(frozen=True, eq=False)
 class TowerGates:
     "One number per gate of a tower: a value, a probability or a log_alpha; None: this kind has no gates"
@@ -182,54 +127,42 @@ def _gate_values(groups: _Groups) -> GateValues:
     return values
 
 # %% ../nbs/library/054_gates.ipynb #7bd6e8a5
-_WRITES = (
-    "conv1.weight",
-    "class_embedding",
-    "positional_embedding",
-    "cls_emb",
-    "token_embedding.weight",
-    "ln_pre.weight",
-    "ln_pre.bias",
-    "attn.out_proj.weight",
-    "attn.out_proj.bias",
-    "mlp.c_proj.weight",
-    "mlp.c_proj.bias",
-)
-
-
-def _factors(place: Place, gates: TowerGates, shape: TowerShape) -> Iterator[tuple[int, Tensor]]:
-    "What a tensor is multiplied by: (axis, vector along it)"
-    tensor = place.tensor
-    layer = place.layer
-    if gates.hidden is not None and tensor in _WRITES:
-        yield place.axes.index("hidden"), gates.hidden
-    if gates.heads is not None and "qkv" in place.axes:
-        value_rows = gates.heads[layer].repeat_interleave(shape.head_width)
-        yield 0, torch.cat([torch.ones_like(value_rows), torch.ones_like(value_rows), value_rows])
-    if gates.neurons is not None and tensor == "mlp.c_proj.weight":
-        yield 1, gates.neurons[layer]
-    if gates.attention_block is not None and tensor.startswith("attn.out_proj"):
-        yield 0, gates.attention_block[layer : layer + 1]
-    if gates.mlp_block is not None and tensor.startswith("mlp.c_proj"):
-        yield 0, gates.mlp_block[layer : layer + 1]
+def _factor(place: Place, axis: int, kind: str, gates: TowerGates, shape: TowerShape) -> Tensor | None:
+    "What a tensor is multiplied by along an axis; None: these gates have no such kind"
+    values = getattr(gates, kind)
+    if values is None or kind == "hidden":
+        return values
+    of_layer = values[place.layer]
+    if kind != "heads":
+        return of_layer.reshape(-1)
+    channels = of_layer.repeat_interleave(shape.head_width)
+    if place.axes[axis] != "qkv":
+        return channels
+    return torch.cat([torch.ones_like(channels), torch.ones_like(channels), channels])
 
 
 def gate_state(
-    state: Mapping[str, Tensor],  # of a whole CLIP, open_clip's names; not changed
+    state: Mapping[str, Tensor],  # of a whole CLIP; not changed
     values: GateValues,  # gate values; a tower that is missing stays as it is
-    shapes: Mapping[str, TowerShape],  # of that state
+    shapes: Mapping[str, TowerShape],  # of that state; a tower that is missing has no gates
 ) -> dict[str, Tensor]:  # same names and shapes
     "The state with every gate multiplied into the weights that write what it guards"
     gated_state = {}
-    for name, weight in state.items():
-        place = locate(name)
-        if place.tower in values:
-            for axis, factor in _factors(place, values[place.tower], shapes[place.tower]):
+    for name, place in places_of(state, shapes).items():
+        weight = state[name]
+        for axis, kind in place.gates if place.tower in values else ():
+            factor = _factor(place, axis, kind, values[place.tower], shapes[place.tower])
+            if factor is not None:
                 form = [1] * weight.dim()
                 form[axis] = -1
                 weight = weight * factor.to(weight).reshape(form)
         gated_state[name] = weight
     return gated_state
+
+
+def places_of(state: Iterable[str], shapes: Mapping[str, TowerShape]) -> dict[str, Place]:
+    "Where each tensor of a CLIP stands, whose towers have these sizes"
+    return locate(state, {tower: shape.layout for tower, shape in shapes.items()})
 
 # %% ../nbs/library/054_gates.ipynb #4856a36b
 @contextmanager
@@ -250,16 +183,19 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _normalised_over(norm: nn.LayerNorm, kept: Tensor, count: Tensor) -> Iterator[None]:
-    "A LayerNorm with statistics over the `count` channels of `kept`; its input is zero elsewhere"
+def _normalised_over(norm: nn.Module, kept: Tensor, count: Tensor) -> Iterator[None]:
+    "A LayerNorm or RMSNorm with statistics over the `count` channels of `kept`"
     stretch = (len(kept) / count).sqrt()
+    has_mean = isinstance(norm, nn.LayerNorm)
 
-    def fill_with_mean(_, inputs):
-        (x,) = inputs
-        mean = x.sum(-1, keepdim=True) / count
-        return (torch.where(kept, x, mean.to(x.dtype)) * stretch,)
+    def fill(_, inputs):
+        x = torch.where(kept, inputs[0], 0)
+        if has_mean:
+            mean = x.sum(-1, keepdim=True) / count
+            x = torch.where(kept, x, mean.to(x.dtype))
+        return (x * stretch.to(x.dtype), *inputs[1:])
 
-    hook = norm.register_forward_pre_hook(fill_with_mean)
+    hook = norm.register_forward_pre_hook(fill)
     try:
         yield
     finally:
@@ -274,19 +210,32 @@ def gated(
 ) -> Iterator[nn.Module]:
     "The model under gates: inside, `encode_image` and `encode_text` carry gradients to parameters and gates"
     tensors = gate_state(dict(model.named_parameters()), values, shapes)
-    hidden = {tower: gates.hidden for tower, gates in values.items() if gates.hidden is not None}
     with ExitStack() as stack:
-        for name, norm in model.named_modules():
-            tower = "image" if name.startswith("visual.") else "text"
-            if not isinstance(norm, nn.LayerNorm) or tower not in hidden:
+        for name, place in places_of(tensors, shapes).items():
+            kept = _kept_by_norm(place, values, shapes)
+            if kept is None:
                 continue
-            kept = hidden[tower].detach() > 0
-            count = kept.sum().clamp(min=1).to(norm.weight.dtype)
-            tensors[f"{name}.weight"] = tensors[f"{name}.weight"] * kept * (count / len(kept)).sqrt()
-            tensors[f"{name}.bias"] = tensors[f"{name}.bias"] * kept
-            stack.enter_context(_normalised_over(norm, kept, count))
+            module = name.removesuffix(".weight")
+            count = kept.sum().clamp(min=1).to(tensors[name].dtype)
+            tensors[name] = tensors[name] * kept * (count / len(kept)).sqrt()
+            if f"{module}.bias" in tensors:
+                tensors[f"{module}.bias"] = tensors[f"{module}.bias"] * kept
+            stack.enter_context(_normalised_over(model.get_submodule(module), kept, count))
         stack.enter_context(_swapped(model, tensors))
         yield model
+
+
+def _kept_by_norm(
+    place: Place, values: GateValues, shapes: Mapping[str, TowerShape]
+) -> Tensor | None:  # (channels,) bool; None: no norm, or nothing that it normalises over is gated
+    "Which channels a norm sees, by the place of its weight"
+    if place.tower not in values or not place.tensor.endswith(".weight") or len(place.axes) != 1:
+        return None
+    shape = shapes[place.tower]
+    if place.tensor.removesuffix(".weight") not in LAYOUTS[shape.layout].norms:
+        return None
+    factor = _factor(place, 0, place.axes[0], values[place.tower], shape)
+    return None if factor is None else factor.detach() > 0
 
 # %% ../nbs/library/054_gates.ipynb #9991310b
 @dataclass(frozen=True)
@@ -306,12 +255,28 @@ def budget(
     costs = {}
     for tower, shape in shapes.items():
         width = shape.width
+        if shape.widths:
+            costs[tower] = TowerCost(width, 0, 0, prunable_weights(shape))
+            continue
+        matrices = shape.mlp_matrices
         neurons = max(shape.neurons)
         head = 4 * shape.head_width * (width + 1)
-        mlps = sum(2 * width * n + width + n for n in shape.neurons)
-        neuron = (2 * width * neurons + width + neurons) // max(neurons, 1)
+        mlps = sum(matrices * width * n + width + (matrices - 1) * n for n in shape.neurons)
+        neuron = (matrices * width * neurons + width + (matrices - 1) * neurons) // max(neurons, 1)
         costs[tower] = TowerCost(width, head, neuron, head * sum(shape.heads) + mlps)
     return costs
+
+
+def prunable_weights(shape: TowerShape) -> int:  # without biases
+    "Weights of a tower that gates can close"
+    if not shape.widths:
+        inner = 4 * shape.head_width * sum(shape.heads) + shape.mlp_matrices * sum(shape.neurons)
+        return shape.width * inner
+    square = LAYOUTS[shape.layout].square
+    total = 0
+    for width, neurons in zip(shape.widths, shape.neurons, strict=True):
+        total += shape.mlp_matrices * width * neurons + square * neurons**2
+    return total
 
 
 def sparsity(
@@ -319,12 +284,14 @@ def sparsity(
     costs: Mapping[str, TowerCost],  # `budget` of the full model
 ) -> float:  # joint over the towers; weights only, so that the full model itself comes out slightly above 0
     "The share of the full model's prunable weights that a model of these shapes lacks"
-    kept = sum(s.width * (4 * s.head_width * sum(s.heads) + 2 * sum(s.neurons)) for s in shapes.values())
+    kept = sum(prunable_weights(shape) for shape in shapes.values())
     return 1 - kept / sum(costs[tower].prunable for tower in shapes)
 
 # %% ../nbs/library/054_gates.ipynb #7c4e998c
 def _expected_parameters(open_: TowerGates, shape: TowerShape, cost: TowerCost) -> Tensor:
     "Expected parameters of one tower whose gates are open with these probabilities"
+    if shape.widths:
+        return _expected_in_stages(open_, shape)
     totals = {}
     for kind, block in (("heads", open_.attention_block), ("neurons", open_.mlp_block)):
         probabilities = getattr(open_, kind)
@@ -336,7 +303,19 @@ def _expected_parameters(open_: TowerGates, shape: TowerShape, cost: TowerCost) 
     if open_.hidden is None and shape.width == cost.width:
         return totals["heads"] * cost.head + totals["neurons"] * cost.neuron
     hidden = shape.width if open_.hidden is None else open_.hidden.sum()
-    return hidden * (totals["heads"] * (cost.head / cost.width) + 2 * totals["neurons"])
+    return hidden * (totals["heads"] * (cost.head / cost.width) + shape.mlp_matrices * totals["neurons"])
+
+
+def _expected_in_stages(open_: TowerGates, shape: TowerShape) -> Tensor:
+    "The same of a network in stages, whose neurons alone are gated"
+    if open_.neurons is None:
+        neurons = torch.tensor(shape.neurons, dtype=torch.float32)
+    else:
+        neurons = torch.stack([probabilities.sum() for probabilities in open_.neurons])
+    blocks = 1 if open_.mlp_block is None else open_.mlp_block
+    widths = torch.tensor(shape.widths, dtype=neurons.dtype, device=neurons.device)
+    square = LAYOUTS[shape.layout].square
+    return (blocks * (shape.mlp_matrices * widths * neurons + square * neurons**2)).sum()
 
 # %% ../nbs/library/054_gates.ipynb #159c325d
 def target_at(
@@ -359,6 +338,17 @@ def sparsity_penalty(
     gap = (target - expected).clamp(min=0)
     return lambda_1 * gap + lambda_2 * gap**2
 
+# %% ../nbs/library/054_gates.ipynb #gat0tow1
+def _of_tower(shape: TowerShape, kinds: Iterable[str]) -> list[str]:
+    "Those kinds of gates that a tower can have"
+    return [kind for kind in kinds if kind in shape.gate_kinds]
+
+
+def _say_kinds(shapes: Mapping[str, TowerShape]) -> str:
+    "Which gates each tower can have, for a message"
+    parts = [f"the {tower} tower can have {', '.join(shape.gate_kinds) or 'none'}" for tower, shape in shapes.items()]
+    return "; ".join(parts)
+
 # %% ../nbs/library/054_gates.ipynb #a03129bf
 class GateParameters(nn.Module):
     "What is learned about a CLIP's towers: log_alpha of every gate, and two multipliers"
@@ -379,9 +369,11 @@ class GateParameters(nn.Module):
         self.log_alpha = nn.ModuleDict()
         for tower, shape in shapes.items():
             self.log_alpha[tower] = nn.ParameterDict()
-            for kind in sorted(kinds):  # the order of checkpoints, and in which gates are drawn
+            for kind in _of_tower(shape, sorted(kinds)):  # the order of checkpoints, and of drawing
                 gates = torch.full((sum(_group_sizes(shape, kind)),), start)
                 self.log_alpha[tower][kind] = nn.Parameter(gates)
+        if not any(len(gates) for gates in self.log_alpha.values()):
+            raise ValueError(f"no tower has gates of kind {', '.join(kinds)}: {_say_kinds(shapes)}")
         self.lambda_1 = nn.Parameter(torch.tensor(10.0))
         self.lambda_2 = nn.Parameter(torch.tensor(10.0))
 
@@ -430,7 +422,7 @@ class Gates(GateParameters):
     @torch.no_grad()
     def final(self) -> GateValues:
         "Deterministic gates, each group with as many zeros as it expects"
-        return _gate_values(_of_each_group(final_gates, self.groups()))
+        return keep_counts(self, open_counts(self))
 
     def expected_parameters(self) -> dict[str, Tensor]:
         "Expected prunable parameters of each tower"
@@ -459,7 +451,9 @@ def gate_plot(gates: Gates):  # a matplotlib figure
     size = (2.6 * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for row, (tower, kinds) in zip(axes, gates.groups(open_probability).items(), strict=True):
-        for axis, (kind, groups) in zip(row, kinds.items(), strict=True):
+        for axis in row[len(kinds) :]:
+            axis.set_axis_off()
+        for axis, (kind, groups) in zip(row, kinds.items(), strict=False):
             lines = groups if kind in ("hidden", "heads", "neurons") else [torch.cat(groups)]
             picture = torch.full((len(lines), max(len(line) for line in lines) or 1), torch.nan)
             for i, line in enumerate(lines):
@@ -504,7 +498,7 @@ def _check_arrays(
     "Refuse arrays that are not the gates of this network"
     sizes = {}
     for tower, shape in shapes.items():
-        for kind in kinds:
+        for kind in _of_tower(shape, kinds):
             sizes[_array_name(tower, kind)] = sum(_group_sizes(shape, kind))
     wrong = [f"{name} is missing" for name in sizes if name not in arrays]
     for name, size in sizes.items():
@@ -556,7 +550,7 @@ def gate_rows(
     kinds = _kinds_in(arrays, shapes)
     rows = {}
     for tower, shape in shapes.items():
-        for kind in kinds:
+        for kind in _of_tower(shape, kinds):
             log_alpha = torch.tensor(arrays[_array_name(tower, kind)]).float()
             probabilities = open_probability(log_alpha).numpy()
             rows[tower, kind] = _matrix(probabilities, _row_sizes(shape, kind), ordered)
@@ -610,7 +604,16 @@ def open_counts(gates: Gates, shift: float = 0.0) -> Counts:
     def count(log_alpha: Tensor) -> int:
         return int(_open_counts(log_alpha + shift))
 
-    return _of_each_group(count, gates.groups())
+    counts = _of_each_group(count, gates.groups())
+    for tower, shape in gates.shapes.items():
+        if "neurons" in counts[tower]:
+            counts[tower]["neurons"] = _at_least(shape, counts[tower]["neurons"])
+    return counts
+
+
+def _at_least(shape: TowerShape, neurons: Sequence[int]) -> list[int]:
+    "Neurons of each layer; between convolutions one stays, since none of them has a form without channels"
+    return [max(count, 1) for count in neurons] if shape.widths else list(neurons)
 
 
 @torch.no_grad()
@@ -651,12 +654,14 @@ def standing_shapes(
     standing = {}
     for tower, shape in shapes.items():
         counts = {}
-        for kind in kinds:
+        for kind in _of_tower(shape, kinds):
             log_alpha = torch.tensor(arrays[_array_name(tower, kind)])
             sizes = _group_sizes(shape, kind)
             alike = len(set(sizes)) == 1  # as in a network that nobody has cut yet: counted at once
             groups = [log_alpha.view(len(sizes), -1)] if alike else log_alpha.split(sizes)
             counts[kind] = [int(count) for group in groups for count in _open_counts(group).view(-1)]
+        if "neurons" in counts:
+            counts["neurons"] = _at_least(shape, counts["neurons"])
         standing[tower] = _left(shape, counts)
     return standing
 
@@ -720,6 +725,11 @@ def _uniform_choices(
             "the uniform form keeps every block: leave attention_block and mlp_block out of the gates' kinds"
         )
     shape = gates.shapes[tower]
+    if shape.widths:
+        raise ValueError(
+            f"the uniform form is of towers of one width, and the {tower} tower is a "
+            f"{LAYOUTS[shape.layout].about}: choose inheritance='auto'"
+        )
     open_ = gates.open_probabilities()[tower]
     hidden = shape.width if open_.hidden is None else float(open_.hidden.sum())
     most = min(min(shape.heads), shape.width // shape.head_width)
@@ -746,7 +756,7 @@ def _log_ratio(counts: Tensor, expected: float) -> Tensor:
 def _tower_sizes(shape: TowerShape, heads: Tensor, neurons: Tensor) -> Tensor:  # (R,), (M,) -> (R, M)
     "Prunable weights of a plain tower with so many heads and neurons a layer"
     width = heads * shape.head_width
-    return (width * shape.layers)[:, None] * (4 * width[:, None] + 2 * neurons)
+    return (width * shape.layers)[:, None] * (4 * width[:, None] + shape.mlp_matrices * neurons)
 
 # %% ../nbs/library/054_gates.ipynb #bc861672
 @torch.no_grad()
@@ -755,6 +765,8 @@ def uniform_shapes(
     target: float,  # sparsity that the cut network must reach, against the full model
 ) -> dict[str, TowerShape]:  # "image", "text": plain shapes
     "The plain shapes closest to the learned gates that meet the budget"
+    if set(gates.shapes) != {"image", "text"}:
+        raise ValueError("the uniform form is of both towers: gate both, or choose inheritance='auto'")
     room = (1 - target) * sum(cost.prunable for cost in gates.costs.values())
     image = gates.shapes["image"]
     text = gates.shapes["text"]
@@ -764,7 +776,7 @@ def uniform_shapes(
     for i, r in enumerate(r_text):  # for each text width and each image tower, the most text neurons that fit
         left = room - _tower_sizes(image, r_image, m_image)
         width = r * text.head_width
-        fits = torch.floor((left / (width * text.layers) - 4 * width) / 2).clamp(max=m_text[-1])
+        fits = torch.floor((left / (width * text.layers) - 4 * width) / text.mlp_matrices).clamp(max=m_text[-1])
         column = (fits - m_text[0]).clamp(min=0).long()
         excess = left - _tower_sizes(text, r[None], m_text)[0][column]
         distance = (d_image + d_text[i][column]).masked_fill(fits < m_text[0], torch.inf)
@@ -785,7 +797,8 @@ def _plain_shape(shape: TowerShape, heads: Tensor, neurons: Tensor) -> TowerShap
     "So many heads and neurons in every layer, and the width of the heads"
     heads = int(heads)
     width = heads * shape.head_width
-    return TowerShape(width, shape.head_width, (heads,) * shape.layers, (int(neurons),) * shape.layers)
+    neurons = (int(neurons),) * shape.layers
+    return replace(shape, width=width, heads=(heads,) * shape.layers, neurons=neurons)
 
 # %% ../nbs/library/054_gates.ipynb #5650e761
 def uniform_gates(gates: Gates, target: float) -> GateValues:
@@ -793,5 +806,5 @@ def uniform_gates(gates: Gates, target: float) -> GateValues:
     counts = {}
     for tower, shape in uniform_shapes(gates, target).items():
         sizes = {"hidden": [shape.width], "heads": list(shape.heads), "neurons": list(shape.neurons)}
-        counts[tower] = {kind: sizes[kind] for kind in gates.kinds}
+        counts[tower] = {kind: sizes[kind] for kind in _of_tower(shape, gates.kinds)}
     return keep_counts(gates, counts)

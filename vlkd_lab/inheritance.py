@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gates import GateValues, TowerGates, kept_shapes, locate
+from .gates import GateValues, TowerGates, kept_shapes, places_of
+from .layouts import LAYOUTS, PACKED, block_numbers, tower_prefixes
 from .models import TowerShape
 from .shapes import BLOCKS
 from .shown import with_words
@@ -492,8 +494,10 @@ def _gate_masks(shapes: Mapping[str, TowerShape], values: GateValues) -> dict[tu
                 mask = mask & _open(None if block is None else block[i], size)
                 if kind == "heads":
                     mask = mask.repeat_interleave(shape.head_width)
-                    kept[tower, i, "qkv"] = Kept.where(mask.repeat(3))
                 kept[tower, i, kind] = Kept.where(mask)
+                for packed, (counted, times) in PACKED.items():
+                    if counted == kind:
+                        kept[tower, i, packed] = Kept.where(mask.repeat(times))
     return kept
 
 
@@ -511,13 +515,10 @@ def plan_gates(
     kept_shapes(shapes, values)
     masks = _gate_masks(shapes, values)
     copies = []
-    prefixes = {}
-    for name, tensor in state.items():
-        place = locate(name)
-        if BLOCKS in name:
-            prefixes[place.tower] = name.partition(BLOCKS)[0] + BLOCKS
+    for name, place in places_of(state, shapes).items():
+        tensor = state[name]
         kept = []
-        for kind, size in zip(place.axes if place.tower else [""] * tensor.dim(), tensor.shape, strict=True):
+        for kind, size in zip(place.kinds(tensor.dim()), tensor.shape, strict=True):
             layer = None if kind == "hidden" else place.layer
             kept.append(masks[place.tower, layer, kind] if kind else Kept.leading(size, size))
         planned = tuple(axis.of for axis in kept)
@@ -526,11 +527,18 @@ def plan_gates(
                 f"{name} is {tuple(tensor.shape)}, but the shapes and gates given are for {planned}"
             )
         copies.append(Copy(name, name, tuple(kept)))
-    stacks = []
-    for tower, shape in shapes.items():
-        stacks.append(Stack(tower, prefixes[tower], shape.layers, tuple(range(shape.layers))))
     widths = [(tower, shape.head_width) for tower, shape in shapes.items()]
-    return Plan(tuple(copies), tuple(stacks), tuple(widths))
+    return Plan(tuple(copies), tuple(_gated_stacks(state, shapes)), tuple(widths))
+
+
+def _gated_stacks(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape]) -> Iterator[Stack]:
+    "The sequences of blocks of gated towers, each taken whole; a stage is one of its own"
+    prefixes = tower_prefixes(state)
+    for tower, shape in shapes.items():
+        blocks = block_numbers(state, prefixes[tower], LAYOUTS[shape.layout])
+        depths = Counter(re.sub(r"\d+\.$", "", block) for block in blocks)
+        for prefix, depth in depths.items():
+            yield Stack(tower, prefix, depth, tuple(range(depth)))
 
 # %% ../nbs/library/055_inheritance.ipynb #c8cda1ca
 def plan_uniform(

@@ -5,17 +5,18 @@
 # %% ../nbs/library/019_shapes.ipynb #e08f3fa2
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
+from .layouts import LAYOUTS, PACKED, Layout, block_numbers, tower_places, tower_prefixes
+
 # %% auto #0
-__all__ = ['TOWERS', 'BLOCKS', 'TowerShape', 'tower_shape', 'layer_numbers', 'head_widths', 'read_tower', 'tower_shapes',
-           'mlp_ratio', 'plain_config']
+__all__ = ['TOWERS', 'BLOCKS', 'TowerShape', 'tower_shape', 'layer_numbers', 'head_widths', 'find_layout', 'read_tower',
+           'tower_shapes', 'axis_size', 'mlp_ratio', 'plain_config']
 
 # %% ../nbs/library/019_shapes.ipynb #2e31c015
 @dataclass(frozen=True)
@@ -26,6 +27,10 @@ class TowerShape:
     head_width: int  # channels of one head
     heads: tuple[int, ...]  # attention heads of each layer; 0: the layer has no attention
     neurons: tuple[int, ...]  # hidden size of each layer's MLP; 0: the layer has no MLP
+    layout: str = "open_clip"  # one of `layouts.LAYOUTS`
+    widths: tuple[int, ...] = ()  # channels around each layer where they differ; empty: `width` everywhere
+    mlp_matrices: int = 2  # of a layer's MLP: 3 where it is a gated one
+    ungated: tuple[str, ...] = ()  # kinds of gates that its layout has and it cannot have
 
     @property
     def layers(self) -> int:
@@ -35,12 +40,23 @@ class TowerShape:
     def plain(self) -> bool:
         "Whether open_clip's configuration can express it"
         equal = len(set(self.heads)) == len(set(self.neurons)) == 1
-        return equal and self.heads[0] * self.head_width == self.width and self.neurons[0] > 0
+        fills = equal and self.heads[0] * self.head_width == self.width and self.neurons[0] > 0
+        return fills and self.layout.startswith("open_clip")
+
+    @property
+    def gate_kinds(self) -> tuple[str, ...]:
+        "Kinds of gates that it can have"
+        return tuple(kind for kind in LAYOUTS[self.layout].kinds if kind not in self.ungated)
 
 
 def tower_shape(sizes: Mapping) -> TowerShape:
     "A TowerShape from what `dataclasses.asdict` and JSON made of one"
-    return TowerShape(sizes["width"], sizes["head_width"], tuple(sizes["heads"]), tuple(sizes["neurons"]))
+    values = {}
+    for part in fields(TowerShape):
+        if part.name in sizes:
+            value = sizes[part.name]
+            values[part.name] = tuple(value) if isinstance(value, list) else value
+    return TowerShape(**values)
 
 # %% ../nbs/library/019_shapes.ipynb #2cc56c61
 TOWERS = {"image": "vision_cfg", "text": "text_cfg"}  # tower -> its part of an open_clip configuration
@@ -63,64 +79,114 @@ def head_widths(config: Mapping) -> dict[str, int]:
     return {"image": vision.get("head_width", 64), "text": text.get("width", 512) // text.get("heads", 8)}
 
 # %% ../nbs/library/019_shapes.ipynb #ec0aebc2
-_AFFINE = r"\.(weight|bias)"
-_ATTENTION = rf"attn\.in_proj_(weight|bias)|attn\.out_proj{_AFFINE}"
-_IN_BLOCK = rf"ln_[12]{_AFFINE}|{_ATTENTION}|mlp\.c_(fc|proj){_AFFINE}|ls_[12]\.gamma"
-_IN_BLOCKS = rf"|{re.escape(BLOCKS)}\d+\.({_IN_BLOCK})"
-_PLAIN_NAMES = {  # of the weights of open_clip's plain transformers, behind the tower's prefix
-    "image": rf"conv1\.weight|class_embedding|positional_embedding|proj|ln_(pre|post){_AFFINE}" + _IN_BLOCKS,
-    "text": rf"token_embedding\.weight|positional_embedding|text_projection({_AFFINE})?|ln_final{_AFFINE}"
-    + _IN_BLOCKS,
-}
+def find_layout(
+    state: Mapping[str, Tensor],  # of a whole CLIP
+    tower: str,  # "image" or "text"
+) -> Layout:
+    "The first layout that knows every tensor of a tower and fits its sizes; ValueError with what is wrong"
+    prefix = tower_prefixes(state)[tower]
+    reasons = []
+    for layout in LAYOUTS.values():
+        if not block_numbers(state, prefix, layout):
+            continue
+        try:
+            _check_sizes(state, tower, prefix, layout)
+            return layout
+        except ValueError as error:
+            reasons.append(str(error))
+    known = ", ".join(dict.fromkeys(layout.about for layout in LAYOUTS.values()))
+    reason = min(reasons, key=len) if reasons else f"has no layers of a kind that is known: {known}"
+    raise ValueError(f"the {tower} tower {reason}")
 
 
-def _prefixes(
-    state: Mapping[str, Any],
-) -> dict[str, str]:  # "image", "text" -> where the names of its weights begin
-    "Where a CLIP's state keeps its towers; ValueError unless both are plain transformers of open_clip"
-    custom = any(name.startswith("text.") for name in state)
-    prefixes = {"image": "visual.", "text": "text." if custom else ""}
-    for tower, prefix in prefixes.items():
-        if f"{prefix}{BLOCKS}0.ln_1.weight" not in state:
-            raise ValueError(
-                f"the {tower} tower is no open_clip transformer (no weights named {prefix}{BLOCKS}0.…)"
-            )
-    for name in state:
-        tower = "image" if name.startswith("visual.") else "text"
-        is_plain = re.fullmatch(_PLAIN_NAMES[tower], name.removeprefix(prefixes[tower]))
-        if not is_plain and name not in ("logit_scale", "logit_bias"):
-            raise ValueError(
-                f"the {tower} tower has parts that a plain transformer does not have, such as {name}"
-            )
-    if not any(name.startswith(f"{prefixes['text']}text_projection") for name in state):
-        raise ValueError("the text tower has no projection, so its width cannot change")
-    return prefixes
+def _check_sizes(state: Mapping[str, Tensor], tower: str, prefix: str, layout: Layout) -> None:
+    "ValueError unless every tensor is known and as large as the first of its kind in its layer"
+    seen: dict[tuple, int] = {}
+    for name, place in tower_places(state, tower, prefix, layout).items():
+        for kind, size in zip(place.axes, state[name].shape, strict=False):
+            counted, times = PACKED.get(kind, (kind, 1))
+            key = (counted, None if counted == "hidden" else place.layer)
+            if counted and seen.setdefault(key, size // times) * times != size:
+                raise ValueError(
+                    f"is no {layout.about}: {name} is {tuple(state[name].shape)}, which does not fit"
+                )
 
 # %% ../nbs/library/019_shapes.ipynb #4c6eee07
 def read_tower(
     state: Mapping[str, Tensor],  # weights by open_clip's names, or anything that has `.shape`
     prefix: str,  # of the tower: "visual.", "text." or ""
     head_width: int,  # channels of one head
+    layout: str = "open_clip",  # one of LAYOUTS
 ) -> TowerShape:
     "The sizes of one tower, read off its weights"
-    layers = layer_numbers(state, prefix)
-    if not layers:
-        raise ValueError(f"there are no layers named {prefix}{BLOCKS}…")
-    block = prefix + BLOCKS
-    width = state[f"{block}{layers[0]}.ln_1.weight"].shape[0]
-    heads = tuple(state[f"{block}{i}.attn.in_proj_bias"].shape[0] // (3 * head_width) for i in layers)
-    neurons = tuple(state[f"{block}{i}.mlp.c_fc.weight"].shape[0] for i in layers)
-    return TowerShape(width, head_width, heads, neurons)
+    known = LAYOUTS[layout]
+    blocks = list(block_numbers(state, prefix, known))
+    if not blocks:
+        raise ValueError(f"there are no layers of a {known.about} whose names begin with {prefix!r}")
+    outs = [state[f"{block}{known.mlp_out}.weight"].shape for block in blocks]
+    heads = [0] * len(blocks)
+    if known.attention_out:
+        names = [f"{block}{known.attention_out}.weight" for block in blocks]
+        heads = [state[name].shape[1] // head_width for name in names]
+    return TowerShape(
+        width=outs[-1][0],
+        head_width=head_width,
+        heads=tuple(heads),
+        neurons=tuple(out[1] for out in outs),
+        layout=layout,
+        widths=() if "hidden" in known.kinds else _layer_widths(state, blocks, known),
+        mlp_matrices=_mlp_matrices(state, blocks[0], known),
+        ungated=() if _has_end(state, prefix, known) else ("hidden",),
+    )
 
 
+def _layer_widths(state: Mapping[str, Tensor], blocks: list[str], layout: Layout) -> tuple[int, ...]:
+    "Channels around each block, the mean of those that it reads and writes"
+    first = next(name for name, axes in layout.inside.items() if axes == ("neurons",))
+    widths = []
+    for block in blocks:
+        reads = state[block + first].shape[1]
+        widths.append((reads + state[f"{block}{layout.mlp_out}.weight"].shape[0]) // 2)
+    return tuple(widths)
+
+
+def _mlp_matrices(state: Mapping[str, Tensor], block: str, layout: Layout) -> int:
+    "How many matrices of a block lie between its neurons and the stream"
+    count = 0
+    for tensor, axes in layout.inside.items():
+        if {"neurons", "glu"} & set(axes) and len(axes) == 2 and block + tensor in state:
+            count += 2 if "glu" in axes else 1
+    return max(count, 2)
+
+
+def _has_end(state: Mapping[str, Tensor], prefix: str, layout: Layout) -> bool:
+    "Whether something reads the stream at its end, and nothing else needs it as wide as it is"
+    is_read_elsewhere = prefix != "visual." and any(name.startswith("text_decoder.") for name in state)
+    return not is_read_elsewhere and any(prefix + name in state for name in layout.ends)
+
+# %% ../nbs/library/019_shapes.ipynb #lay1shap
 def tower_shapes(
     state: Mapping[str, Tensor],  # of a whole CLIP, or anything with those names and `.shape`
     head_widths: Mapping[str, int],  # "image", "text" -> channels of one head
-) -> dict[str, TowerShape]:  # "image", "text"
-    "Read the sizes of both towers off the weights"
-    return {
-        tower: read_tower(state, prefix, head_widths[tower]) for tower, prefix in _prefixes(state).items()
-    }
+    towers: Sequence[str] = tuple(TOWERS),  # that are read
+) -> dict[str, TowerShape]:  # for each of `towers`
+    "Read the sizes of towers off the weights; ValueError for one of no kind that is known"
+    shapes = {}
+    prefixes = tower_prefixes(state)
+    for tower in towers:
+        layout = find_layout(state, tower).name
+        shapes[tower] = read_tower(state, prefixes[tower], head_widths[tower], layout)
+    return shapes
+
+# %% ../nbs/library/019_shapes.ipynb #lay1axis
+def axis_size(kind: str, shape: TowerShape, layer: int | None) -> int:
+    "How long an axis of a kind is in a layer of a tower"
+    counted, times = PACKED.get(kind, (kind, 1))
+    if counted == "hidden":
+        return shape.width
+    if counted == "heads":
+        return times * shape.heads[layer] * shape.head_width
+    return times * shape.neurons[layer]
 
 # %% ../nbs/library/019_shapes.ipynb #41965fd7
 def mlp_ratio(

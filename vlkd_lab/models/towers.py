@@ -8,51 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
-import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..shapes import TOWERS, TowerShape, tower_shapes
+from .slim import SlimAttention, _linear, narrow_tower
 
 # %% auto #0
-__all__ = ['SlimAttention', 'text_part', 'resize_towers']
-
-# %% ../../nbs/library/023_models_towers.ipynb #f73ca964
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    "A linear layer; PyTorch's warning about one without weights is of no use here"
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element")
-        return nn.Linear(inputs, outputs)
-
-
-class SlimAttention(nn.Module):
-    "Self-attention whose heads need not fill the width; weights carry nn.MultiheadAttention's names"
-
-    def __init__(self, width: int, heads: int, head_width: int):
-        super().__init__()
-        self.heads = heads
-        self.head_width = head_width
-        inner = heads * head_width
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * inner, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * inner))
-        self.out_proj = _linear(inner, width)
-        if inner:
-            nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key=None, value=None, need_weights=False, attn_mask=None):
-        rows, tokens, _ = query.shape
-        qkv = F.linear(query, self.in_proj_weight, self.in_proj_bias)
-        if self.heads == 0:
-            return self.out_proj(qkv), None
-        q, k, v = qkv.view(rows, tokens, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
-        return self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, -1)), None
+__all__ = ['text_part', 'resize_towers']
 
 # %% ../../nbs/library/023_models_towers.ipynb #54379b30
 def _as_wide(part: nn.Module, width: int) -> nn.Module:
@@ -124,14 +91,23 @@ def text_part(model: nn.Module) -> nn.Module:  # with token_embedding, transform
 
 
 def resize_towers(
-    model: nn.Module,  # an open_clip CLIP with two transformer towers; not changed
-    shapes: Mapping[str, TowerShape],  # "image", "text"
+    model: nn.Module,  # a CLIP as open_clip makes it; not changed
+    shapes: Mapping[str, TowerShape],  # "image", "text"; a tower that is missing stays as it is
 ) -> nn.Module:  # a new model with fresh weights of these sizes
     "A model of the same kind whose towers have the given sizes"
-    tower_shapes(model.state_dict(), {name: shape.head_width for name, shape in shapes.items()})
+    known = tower_shapes(model.state_dict(), {name: s.head_width for name, s in shapes.items()}, list(shapes))
     slim = deepcopy(model)
-    _resize_image_tower(slim.visual, shapes["image"])
-    _resize_text_tower(text_part(slim), shapes["text"])
+    for tower, shape in shapes.items():
+        if known[tower].layout != shape.layout:
+            raise ValueError(f"the {tower} tower's layout is {known[tower].layout}, and not {shape.layout}")
+        has_class_token = getattr(text_part(slim), "cls_emb", None) is not None
+        is_known = shape.layout == "open_clip" and not (tower == "text" and has_class_token)
+        if not is_known or "hidden" in known[tower].ungated:
+            narrow_tower(slim, tower, shape)
+        elif tower == "image":
+            _resize_image_tower(slim.visual, shape)
+        else:
+            _resize_text_tower(text_part(slim), shape)
     return slim
 
 # %% ../../nbs/library/023_models_towers.ipynb #626e7237
@@ -141,8 +117,8 @@ def _build(config: Mapping, towers: Mapping[str, TowerShape] | None = None) -> n
 
     config = deepcopy(dict(config))
     if towers is not None:
-        for part in TOWERS.values():
-            config[part].pop("block_type", None)  # without further parts both types compute the same
+        for tower in towers:
+            config[TOWERS[tower]].pop("block_type", None)  # without further parts both compute the same
     logger = logging.getLogger()
     level = logger.level
     with tempfile.TemporaryDirectory() as folder:
