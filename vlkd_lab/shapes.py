@@ -200,21 +200,18 @@ def mlp_ratio(
 # %% ../nbs/library/019_shapes.ipynb #657e3831
 def plain_config(
     config: Mapping,  # open_clip configuration that the towers were cut from
-    towers: Mapping[str, TowerShape],  # "image", "text"
+    towers: Mapping[str, TowerShape],  # "image", "text"; a tower that is missing stays as it is
 ) -> dict | None:  # None: open_clip cannot express these shapes
     "The open_clip configuration of towers that kept equally much in every layer"
     if not all(shape.plain for shape in towers.values()):
         return None
     config = deepcopy(dict(config))
-    attention = {
-        "image": dict(head_width=towers["image"].head_width),
-        "text": dict(heads=towers["text"].heads[0]),
-    }
-    for tower, part in TOWERS.items():
-        shape = towers[tower]
-        sizes = dict(width=shape.width, layers=shape.layers, **attention[tower])
-        config[part].update(sizes, mlp_ratio=mlp_ratio(shape.width, shape.neurons[0]))
-    if towers["image"].width % 4:
+    for tower, shape in towers.items():
+        sizes = dict(width=shape.width, layers=shape.layers)
+        heads = dict(head_width=shape.head_width) if tower == "image" else dict(heads=shape.heads[0])
+        ratio = mlp_ratio(shape.width, shape.neurons[0])
+        config[TOWERS[tower]].update(sizes, **heads, mlp_ratio=ratio)
+    if "image" in towers and towers["image"].width % 4:
         # open_clip computes no sines of this width; the state holds them
         config["vision_cfg"].pop("pos_embed_type", None)
     return config

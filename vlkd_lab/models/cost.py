@@ -5,17 +5,22 @@
 # %% ../../nbs/library/031_models_cost.ipynb #14f799d3
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..features import Batch
-from ..shapes import TOWERS, TowerShape
+from ..layouts import LAYOUTS, Place, block_numbers, locate, tower_prefixes
+from ..shapes import TOWERS, TowerShape, axis_size, find_layout
 from .pictures import _both_sides
+from .towers import _build
 from .vlm import VLM, evaluating
 
 # %% auto #0
@@ -100,23 +105,14 @@ _NOT_PLAIN = (
 )
 
 
-def _check_plain(config: Mapping) -> None:
-    "Refuse configurations whose towers hold more, or less, than a plain transformer"
-    more = []
-    less = []
+def _says_all(config: Mapping) -> bool:
+    "Whether both towers are plain transformers, of which the configuration tells every size"
     for part in TOWERS.values():
         for name, value in config[part].items():
-            option = f"{part}.{name}={value!r}"
-            if name in _NOT_PLAIN and value is not None and value is not False:
-                more.append(option)
-            elif name.endswith(("pool_type", "proj_type")) and value == "none":
-                less.append(option)
-    if "multimodal_cfg" in config:
-        less.append(f"multimodal_cfg={config['multimodal_cfg']!r}")
-    if more or less:
-        options = ", ".join(more + less)
-        advice = "build the model and use count_cost"
-        raise ValueError(f"the cost of plain transformer towers is counted, not of {options}: {advice}")
+            is_more = name in _NOT_PLAIN and value is not None and value is not False
+            if is_more or name.endswith(("pool_type", "proj_type")) and value == "none":
+                return False
+    return "multimodal_cfg" not in config
 
 
 def _block_costs(
@@ -164,13 +160,132 @@ def _text_cost(config: Mapping, shape: TowerShape) -> tuple[int, int]:  # parame
         parameters += config["embed_dim"]
     return parameters, macs + projection
 
+# %% ../../nbs/library/031_models_cost.ipynb #cst0meas
+@dataclass(frozen=True)
+class _Measured:
+    "What is known of a network after it has run once, for one pair"
 
+    cost: Cost
+    sizes: Mapping[str, tuple[int, ...]]  # of every learned tensor
+    uses: Mapping[str, float]  # matrix or kernel -> places at which it is applied
+    tokens: Mapping[str, int]  # "image", "text" -> tokens of its blocks
+
+
+@cache
+def _measured(config_json: str) -> _Measured:
+    "Build a network of a configuration and run it"
+    config = json.loads(config_json)
+    model = _build(config)
+    uses: dict[str, float] = {}
+    tokens: dict[str, int] = {}
+    hooks = _listen(model, uses, tokens)
+    macs = count_macs(lambda: _run_pair(model, config), model)
+    for hook in hooks:
+        hook.remove()
+    sizes = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    return _Measured(_cost_of(sizes, macs), sizes, uses, tokens)
+
+# %% ../../nbs/library/031_models_cost.ipynb #cst0list
+def _listen(model: nn.Module, uses: dict[str, float], tokens: dict[str, int]) -> list[Any]:
+    "Hooks that write down, when a network runs, how often its matrices are used, and its towers' tokens"
+
+    def count_uses(name: str) -> Callable:
+        def hook(module, inputs, output):
+            if module.weight.numel():
+                uses[f"{name}.weight"] = output.numel() / module.weight.shape[0]
+
+        return hook
+
+    def count_tokens(tower: str) -> Callable:
+        def hook(module, inputs):
+            tokens[tower] = inputs[0].shape[1]
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            hooks.append(module.register_forward_hook(count_uses(name)))
+    for tower in TOWERS:
+        if blocks := _blocks_of(model, tower):
+            hooks.append(blocks[0].register_forward_pre_hook(count_tokens(tower)))
+    return hooks
+
+
+def _blocks_of(model: nn.Module, tower: str) -> list[nn.Module]:
+    "The blocks of a tower; empty where its kind is not known"
+    state = model.state_dict()
+    try:
+        layout = find_layout(state, tower)
+    except ValueError:
+        return []
+    blocks = block_numbers(state, tower_prefixes(state)[tower], layout)
+    return [model.get_submodule(name.rstrip(".")) for name in blocks]
+
+
+def _run_pair(model: nn.Module, config: Mapping) -> None:
+    "One black picture and one text"
+    model.encode_image(torch.zeros(1, 3, *_both_sides(config["vision_cfg"].get("image_size", 224))))
+    model.encode_text(torch.ones(1, config["text_cfg"].get("context_length", 77), dtype=torch.long))
+
+# %% ../../nbs/library/031_models_cost.ipynb #cst0cut1
+def _cost_of(sizes: Mapping[str, tuple[int, ...]], macs: int) -> Cost:
+    "Parameters by tower"
+    counts = {name: math.prod(size) for name, size in sizes.items()}
+    image = sum(count for name, count in counts.items() if name.startswith("visual."))
+    text = sum(count for name, count in counts.items() if not name.startswith(_NO_TEXT_TOWER))
+    return Cost(sum(counts.values()), image, text, macs)
+
+
+def _cut_cost(full: _Measured, shapes: Mapping[str, TowerShape]) -> Cost:
+    "What is left of a network whose towers are cut to these sizes"
+    sizes = dict(full.sizes)
+    macs = full.cost.macs
+    for name, place in locate(full.sizes, {tower: shape.layout for tower, shape in shapes.items()}).items():
+        if place.tower not in shapes:
+            continue
+        shape = shapes[place.tower]
+        if place.layer is not None and place.layer >= shape.layers:
+            sizes[name] = (0,)
+        else:
+            cut = zip(place.kinds(len(sizes[name])), sizes[name], strict=True)
+            sizes[name] = tuple(axis_size(kind, shape, place.layer) if kind else n for kind, n in cut)
+        uses = _uses(full, name, place)
+        macs -= uses * (math.prod(full.sizes[name]) - math.prod(sizes[name]))
+    for tower, shape in shapes.items():
+        if LAYOUTS[shape.layout].attention_out:
+            heads = _full_heads(full, tower, shape) - sum(shape.heads)
+            macs -= 2 * heads * shape.head_width * full.tokens[tower] ** 2
+    return _cost_of(sizes, round(macs))
+
+
+def _uses(full: _Measured, name: str, place: Place) -> float:
+    "How often a tensor multiplies something for a pair; nothing that is added or looked up does"
+    if name in full.uses or len(full.sizes[name]) < 2:
+        return full.uses.get(name, 0)
+    if place.layer is not None or "attn_pool" in name:
+        return full.tokens[place.tower]
+    return 1 if place.tensor in ("proj", "text_projection") else 0
+
+
+def _full_heads(full: _Measured, tower: str, shape: TowerShape) -> int:
+    "Heads of the whole tower, all layers together"
+    out = f"{LAYOUTS[shape.layout].attention_out}.weight"
+    heads = 0
+    for name, place in locate(full.sizes, {tower: shape.layout}).items():
+        if place.tower == tower and place.tensor == out:
+            heads += full.sizes[name][1] // shape.head_width
+    return heads
+
+# %% ../../nbs/library/031_models_cost.ipynb #cst0shap
 def shape_cost(
     config: Mapping,  # open_clip configuration that the towers were cut from, `VLM.config["model_cfg"]`
-    shapes: Mapping[str, TowerShape],  # "image", "text"; layers may differ
+    shapes: Mapping[str, TowerShape],  # "image", "text"; layers may differ; one that is missing is whole
 ) -> Cost:  # what `count_cost` finds in the built model
     "Parameters and multiply-accumulates of towers of these sizes, without building them"
-    _check_plain(config)
+    is_plain = all(shape.layout == "open_clip" for shape in shapes.values()) and set(shapes) == set(TOWERS)
+    if not is_plain or not _says_all(config):
+        return _cut_cost(_measured(json.dumps(config, sort_keys=True)), shapes)
     image, image_macs = _image_cost(config, shapes["image"])
     text, text_macs = _text_cost(config, shapes["text"])
     scalars = 1 if config.get("init_logit_bias") is None else 2  # scale, bias of the logits

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..layouts import LAYOUTS, PACKED, block_numbers, tower_places, tower_prefix
 from ..shapes import TowerShape, axis_size
 
 # %% auto #0
-__all__ = ['SlimAttention', 'SlimTimmAttention', 'SlimPool', 'NoHeads', 'narrow_tower']
+__all__ = ['SlimAttention', 'SlimTimmAttention', 'SlimPool', 'NoHeads', 'narrow_tower', 'own_head_width']
 
 # %% ../../nbs/library/022_models_slim.ipynb #slm00007
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -145,9 +145,10 @@ def narrow_tower(
     shape: TowerShape,  # no size may be larger than the tower's own
 ) -> None:
     "Cut a tower to a shape"
-    state = model.state_dict()
-    prefix = tower_prefixes(state)[tower]
     layout = LAYOUTS[shape.layout]
+    prefix = tower_prefixes(model.state_dict())[tower]
+    _drop_blocks(model, block_numbers(model.state_dict(), prefix, layout), shape.layers)
+    state = model.state_dict()
     for name, place in tower_places(state, tower, prefix, layout).items():
         tensor = state[name]
         for axis, kind in enumerate(place.axes):
@@ -162,6 +163,14 @@ def narrow_tower(
         _fit_attention(model.get_submodule(block.removesuffix(".")), shape.heads[layer], shape)
     for parent, name, pool in _latent_pools(part):
         setattr(parent, name, SlimPool(pool))
+
+
+def _drop_blocks(model: nn.Module, blocks: Mapping[str, int], count: int) -> None:
+    "Leave the first blocks of a sequence"
+    if count < len(blocks):
+        path = next(iter(blocks)).rstrip(".").rpartition(".")[0]
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, model.get_submodule(path)[:count])
 
 
 def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -216,3 +225,14 @@ def _latent_pools(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]
         for name, child in list(parent.named_children()):
             if hasattr(child, "latent") and hasattr(child, "kv"):
                 yield parent, name, child
+
+# %% ../../nbs/library/022_models_slim.ipynb #slm0own1
+def own_head_width(part: nn.Module) -> int | None:  # None: there is no attention in it
+    "Channels of one head of a tower's first attention"
+    for module in part.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            return module.head_dim
+        for name in ("head_width", "head_dim", "attention_head_size"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+    return None

@@ -27,7 +27,8 @@ from ..features import Batch, Features, Texts
 from ..project import atomic_write
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
-from .towers import _build
+from .slim import own_head_width
+from .towers import _build, text_part
 from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
 from .words import _contents, _tokenizer_of, _words_of
 
@@ -135,8 +136,12 @@ class VLM:
         return _one_side(self.image_shape)
 
     @property
-    def shapes(self) -> dict[str, TowerShape]:  # "image", "text"; ValueError unless both are transformers
-        return tower_shapes(self.model.state_dict(), head_widths(self.config["model_cfg"]))
+    def head_widths(self) -> dict[str, int]:  # "image", "text" -> channels of one head
+        return _head_widths(self)
+
+    @property
+    def shapes(self) -> dict[str, TowerShape]:  # "image", "text"; ValueError for a kind that is not known
+        return tower_shapes(self.model.state_dict(), self.head_widths)
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +154,20 @@ class VLM:
         "Whether both want to see images and captions in the same form"
         same_words = self.tokenizer is other.tokenizer or _same_words(self, other)
         return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+
+# %% ../../nbs/library/027_models_vlm.ipynb #vlmheadw
+def _head_widths(vlm: VLM) -> dict[str, int]:  # "image", "text"
+    "Channels of one head in each tower: as its configuration says, or as its first attention has it"
+    widths = head_widths(vlm.config["model_cfg"])
+    towers = {"image": vlm.model.visual, "text": text_part(vlm.model).transformer}
+    for tower, part in towers.items():
+        cut = (vlm.config.get("towers") or {}).get(tower)
+        is_plain = hasattr(getattr(part, "transformer", part), "resblocks")
+        if cut is not None:
+            widths[tower] = cut.head_width
+        elif not is_plain:
+            widths[tower] = own_head_width(part) or widths[tower]
+    return widths
 
 # %% ../../nbs/library/027_models_vlm.ipynb #5ameword
 def _same_words(one: VLM, other: VLM) -> bool:
