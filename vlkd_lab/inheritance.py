@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .gates import GateValues, TowerGates, kept_shapes, places_of
-from .layouts import LAYOUTS, PACKED, block_numbers, tower_prefixes
+from .layouts import LAYOUTS, PACKED, Layout, Place, block_numbers, tower_places, tower_prefixes
 from .models import TowerShape
-from .shapes import BLOCKS
+from .shapes import BLOCKS, find_layout
 from .shown import with_words
 
 # %% auto #0
@@ -116,34 +116,21 @@ class Stack:
     sources: tuple[int, ...]  # the teacher's block for each of the student's
 
 # %% ../nbs/library/055_inheritance.ipynb #a42ac350
-@dataclass(frozen=True)
-class _Form:
-    "Where a transformer block says how large it is"
-
-    heads: str  # the weight whose rows are heads
-    packed: int  # how often it counts them: 3 where query, key and value are one
-    width: str
-    neurons: str
-
-
-_FORMS = (
-    _Form("attn.in_proj_weight", 3, "ln_1.weight", "mlp.c_fc.weight"),  # open_clip
-    _Form("self_attn.qkv.weight", 3, "layer_norm1.weight", "mlp.fc1.weight"),  # BLIP, images
-    _Form(  # BLIP, texts
-        "attention.self.query.weight",
-        1,
-        "attention.output.LayerNorm.weight",
-        "intermediate.dense.weight",
-    ),
+_OUTS = (  # in a block: the maps from its heads and from its neurons back to the stream
+    ("attn.out_proj.weight", "mlp.c_proj.weight"),  # open_clip
+    ("attn.proj.weight", "mlp.fc2.weight"),  # timm
+    ("attention.output.dense.weight", "output.dense.weight"),  # BERT, texts of BLIP
+    ("self_attn.projection.weight", "mlp.fc2.weight"),  # images of BLIP
+    ("", "mlp.fc2.weight"),  # timm, in stages
 )
 
 
-def _form(copies: Mapping[str, Copy], block: str) -> _Form:
-    "The form of a block, by the names of its tensors"
-    for form in _FORMS:
-        if {block + form.heads, block + form.width, block + form.neurons} <= set(copies):
-            return form
-    raise ValueError(f"{block}… is no transformer block of open_clip or BLIP")
+def _outs(copies: Mapping[str, Copy], block: str) -> tuple[str, str]:
+    "The two maps of a block that say how large it is; the first is empty where it has no attention"
+    for heads, neurons in _OUTS:
+        if block + neurons in copies and (not heads or block + heads in copies):
+            return heads, neurons
+    raise ValueError(f"{block}… is no block of a kind that is known")
 
 # %% ../nbs/library/055_inheritance.ipynb #375662a9
 def _rows(plan: Plan) -> list[dict[str, Any]]:
@@ -156,19 +143,20 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
             block = f"{stack.prefix}{i}."
             row = dict(tower=stack.tower, block=block[:-1], source=source, blocks_of=stack.of)
             if block + "conv2.weight" in copies:
-                row["channels"] = _kept_of(copies[block + "conv2.weight"])
+                row["channels"] = _kept_of(copies[block + "conv2.weight"], 0)
             else:
-                form = _form(copies, block)
-                row["width"] = _kept_of(copies[block + form.width])
-                row["heads"] = _kept_of(copies[block + form.heads], form.packed * head_width[stack.tower])
-                row["neurons"] = _kept_of(copies[block + form.neurons])
+                heads, neurons = _outs(copies, block)
+                row["width"] = _kept_of(copies[block + neurons], 0)
+                if heads:
+                    row["heads"] = _kept_of(copies[block + heads], 1, head_width[stack.tower])
+                row["neurons"] = _kept_of(copies[block + neurons], 1)
             rows.append(row)
     return rows
 
 
-def _kept_of(copy: Copy, unit: int = 1) -> tuple[int, int]:
-    "How much of a tensor's first axis is kept, and of how much, counted in units"
-    return copy.kept[0].count // unit, copy.kept[0].of // unit
+def _kept_of(copy: Copy, axis: int, unit: int = 1) -> tuple[int, int]:
+    "How much of a tensor's axis is kept, and of how much, counted in units"
+    return copy.kept[axis].count // unit, copy.kept[axis].of // unit
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -302,20 +290,8 @@ def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> d
         tower = _tower(prefix, student)
         have = _depth(teacher, prefix)
         want = _depth(student, prefix)
-        if want > have:
-            raise ValueError(
-                f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be "
-                "deeper"
-            )
-        rule = layers.get(tower, even_spread) if isinstance(layers, Mapping) else layers
         stage = int(prefix[-2]) - 1 if prefix[-2].isdigit() else None
-        if stage is not None and not callable(rule):
-            rule = rule[stage]
-        sources = tuple(rule(have, want) if callable(rule) else rule)
-        if len(sources) != want or not all(0 <= source < have for source in sources):
-            raise ValueError(
-                f"layers {sources} do not fit {prefix}…: give {want} numbers between 0 and {have - 1}"
-            )
+        sources = _sources(_rule(layers, tower, stage), prefix, have, want)
         if stage is not None and sources[0] != 0:
             raise ValueError(
                 f"layers {sources} of {prefix}…: a ResNet stage begins with block 0, which carries the "
@@ -323,6 +299,26 @@ def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> d
             )
         stacks[prefix] = Stack(tower, prefix, have, sources)
     return stacks
+
+
+def _rule(layers: Callable | Sequence | Mapping, tower: str, stage: int | None) -> Callable | Sequence:
+    "What decides of one sequence of blocks; numbers for a network in stages are a list a stage"
+    rule = layers.get(tower, even_spread) if isinstance(layers, Mapping) else layers
+    return rule if stage is None or callable(rule) else rule[stage]
+
+
+def _sources(rule: Callable | Sequence, prefix: str, have: int, want: int) -> tuple[int, ...]:
+    "The teacher's block for each of the student's"
+    if want > have:
+        raise ValueError(
+            f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be deeper"
+        )
+    sources = tuple(rule(have, want) if callable(rule) else rule)
+    if len(sources) != want or not all(0 <= source < have for source in sources):
+        raise ValueError(
+            f"layers {sources} do not fit {prefix}…: give {want} numbers between 0 and {have - 1}"
+        )
+    return sources
 
 
 def _blocks(names: Mapping[str, Any]) -> Iterator[re.Match]:
@@ -385,6 +381,70 @@ def _leading(name: str, want: tuple[int, ...], have: tuple[int, ...], head_width
         kept[0] = Kept.leading(want[0], have[0], parts)
     return tuple(kept)
 
+# %% ../nbs/library/055_inheritance.ipynb #inh0plc1
+@dataclass(frozen=True)
+class _Placed:
+    "What is known of a student's towers that are of another kind than open_clip's own"
+
+    places: dict[str, Place]  # tensor of the student -> where it stands
+    sources: dict[str, str]  # block of the student -> block of the teacher
+    stacks: tuple[Stack, ...]
+
+
+def _place(student: Mapping[str, Any], teacher: Mapping[str, Tensor], layers) -> _Placed:
+    "Where the tensors of a student stand, and the teacher's block for each of its blocks"
+    places: dict[str, Place] = {}
+    blocks: dict[str, str] = {}
+    stacks = []
+    for tower, prefix in tower_prefixes(teacher).items():
+        layout = _layout_of(teacher, tower)
+        if layout is None:
+            continue
+        places |= tower_places(student, tower, prefix, layout)
+        have = _sequences(teacher, prefix, layout)
+        want = _sequences(student, prefix, layout)
+        for stage, (start, depth) in enumerate(want.items()):
+            rule = _rule(layers, tower, stage if len(want) > 1 else None)
+            stack = Stack(tower, start, have.get(start, 0), _sources(rule, start, have.get(start, 0), depth))
+            stacks.append(stack)
+            for number, source in enumerate(stack.sources):
+                blocks[f"{start}{number}."] = f"{start}{source}."
+    return _Placed(places, blocks, tuple(stacks))
+
+
+def _layout_of(state: Mapping[str, Tensor], tower: str) -> Layout | None:  # None: open_clip's, or not known
+    "The kind of a tower"
+    try:
+        layout = find_layout(state, tower)
+    except ValueError:
+        return None
+    is_own = layout.name == "open_clip" or layout.name == "resnet" and "visual.attnpool.c_proj.weight" in state
+    return None if is_own else layout
+
+
+def _sequences(names: Iterable[str], prefix: str, layout: Layout) -> dict[str, int]:  # start of names -> blocks
+    "The sequences of blocks of a tower: one, or one a stage"
+    blocks = block_numbers(names, prefix, layout)
+    return dict(Counter(re.sub(r"\d+\.$", "", block) for block in blocks))
+
+# %% ../nbs/library/055_inheritance.ipynb #inh0cut1
+def _cut_to(
+    place: Place, name: str, want: tuple[int, ...], have: tuple[int, ...], head_width: int
+) -> tuple[Kept, ...]:
+    "The leading part of each axis that its layout lets shrink"
+    sizes = f"{name}: the student's is {want}, the teacher's {have}"
+    if len(want) != len(have) or any(w > h for w, h in zip(want, have, strict=True)):
+        raise ValueError(f"{sizes}; a student cannot be larger than its teacher")
+    kept = []
+    for kind, w, h in zip(place.kinds(len(have)), want, have, strict=True):
+        counted, times = PACKED.get(kind, (kind, 1))
+        if w != h and not kind:
+            raise ValueError(f"{sizes}; that axis is copied whole")
+        if counted == "heads" and (w % (times * head_width) or h % (times * head_width)):
+            raise ValueError(f"{sizes}; neither side may split a head of width {head_width}")
+        kept.append(Kept.leading(w, h, times))
+    return tuple(kept)
+
 # %% ../nbs/library/055_inheritance.ipynb #4def7f54
 def plan_manual(
     teacher_state: Mapping[str, Tensor],  # of one tower or a whole CLIP, open_clip's names; not changed
@@ -403,16 +463,31 @@ def plan_manual(
         widths[tower] = head_width
         if not isinstance(head_width, int):
             widths[tower] = head_width.get(tower, head_width["text"])
-    stacks = _stacks(shapes, teacher_state, layers)
+    placed = _place(shapes, teacher_state, layers)
+    others = {name: shape for name, shape in shapes.items() if name not in placed.places}
+    stacks = _stacks(others, teacher_state, layers)
     copies = []
     for name, want in shapes.items():
-        block = _BLOCK_NAME.fullmatch(name)
-        source = f"{block[1]}{stacks[block[1]].sources[int(block[2])]}.{block[3]}" if block else name
+        place = placed.places.get(name)
+        source = _source_of(name, place, placed.sources, stacks)
         if source not in teacher_state:
             raise ValueError(f"{name}: the teacher has no {source}; the two must be of the same kind")
-        kept = _leading(name, want, tuple(teacher_state[source].shape), widths[_tower(name, shapes)])
+        have = tuple(teacher_state[source].shape)
+        width = widths[_tower(name, shapes)]
+        kept = _leading(name, want, have, width) if place is None else _cut_to(place, name, want, have, width)
         copies.append(Copy(name, source, kept))
-    return Plan(tuple(copies), tuple(stacks.values()), tuple(widths.items()))
+    return Plan(tuple(copies), (*stacks.values(), *placed.stacks), tuple(widths.items()))
+
+
+def _source_of(
+    name: str, place: Place | None, blocks: Mapping[str, str], stacks: Mapping[str, Stack]
+) -> str:  # in the teacher's state
+    "The tensor of the teacher that one of the student is taken from"
+    if place is not None:
+        in_block = place.layer is not None
+        return blocks[name.removesuffix(place.tensor)] + place.tensor if in_block else name
+    block = _BLOCK_NAME.fullmatch(name)
+    return f"{block[1]}{stacks[block[1]].sources[int(block[2])]}.{block[3]}" if block else name
 
 # %% ../nbs/library/055_inheritance.ipynb #2c0033c7
 def _kept_mask(kept: Kept, unit: int = 1) -> Tensor:  # (size // unit,) bool
@@ -428,19 +503,18 @@ def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  #
     copies = {copy.name: copy for copy in plan.copies}
     blocks = [(source, f"{stack.prefix}{i}.") for i, source in enumerate(stack.sources)]
 
-    def masks(tensor: str, unit: int = 1, packed: int = 1) -> list[tuple[int, Tensor]]:
-        "What is kept of the first axis of a tensor of every block; of packed parts the first is shown"
-        kept = [(source, copies[block + tensor].kept[0]) for source, block in blocks]
-        return [(source, _kept_mask(k, unit)[: k.of // (packed * unit)]) for source, k in kept]
+    def masks(tensor: str, axis: int, unit: int = 1) -> list[tuple[int, Tensor]]:
+        "What is kept of an axis of a tensor of every block"
+        return [(source, _kept_mask(copies[block + tensor].kept[axis], unit)) for source, block in blocks]
 
     if f"{stack.prefix}0.conv2.weight" in copies:
-        return {f"{stack.prefix.removeprefix('visual.')[:-1]} channels": masks("conv2.weight")}
-    form = _form(copies, blocks[0][1])
-    return {
-        "channels": masks(form.width),
-        "heads": masks(form.heads, dict(plan.head_width)[stack.tower], form.packed),
-        "neurons": masks(form.neurons),
-    }
+        name = re.sub(r"^visual\.(trunk\.)?", "", stack.prefix)[:-1]
+        return {f"{name} channels": masks("conv2.weight", 0)}
+    heads, neurons = _outs(copies, blocks[0][1])
+    panels = {"channels": masks(neurons, 0)}
+    if heads:
+        panels["heads"] = masks(heads, 1, dict(plan.head_width)[stack.tower])
+    return panels | {"neurons": masks(neurons, 1)}
 
 # %% ../nbs/library/055_inheritance.ipynb #a39761db
 def _plot(plan: Plan):  # a matplotlib figure
@@ -535,9 +609,7 @@ def _gated_stacks(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape])
     "The sequences of blocks of gated towers, each taken whole; a stage is one of its own"
     prefixes = tower_prefixes(state)
     for tower, shape in shapes.items():
-        blocks = block_numbers(state, prefixes[tower], LAYOUTS[shape.layout])
-        depths = Counter(re.sub(r"\d+\.$", "", block) for block in blocks)
-        for prefix, depth in depths.items():
+        for prefix, depth in _sequences(state, prefixes[tower], LAYOUTS[shape.layout]).items():
             yield Stack(tower, prefix, depth, tuple(range(depth)))
 
 # %% ../nbs/library/055_inheritance.ipynb #c8cda1ca

@@ -37,6 +37,7 @@ from ..losses import LOSSES, Objective
 from ..models import VLM, TowerShape, load_model, new_model, save_model, tower_shapes
 from ..project import former_names, write_text
 from ..runs import Run, read_json
+from ..shapes import TOWERS
 from ..widgets.gates import GateMatrices
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
@@ -44,7 +45,7 @@ from . import Method, register
 # %% auto #0
 __all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'tinyclip_objective', 'stage_target', 'gate_steps',
            'stage_student', 'stage_count', 'stage_steps', 'line_steps', 'run_stage', 'run_scratch', 'TinyClipJob',
-           'open_tinyclip', 'student_under_gates']
+           'open_tinyclip', 'gated_towers', 'student_under_gates']
 
 # %% ../../nbs/library/129_methods_tinyclip.ipynb #e160131a
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class TinyCLIP(Distillation):
     losses: str = parameter("affinity_mimicking=1, feature_mimicking=300", "terms and weights, with commas")
     gate_share: float = parameter(0.35, "share of a stage's steps in which gates are learned", **share())
     gate_kinds: str = parameter("hidden,heads,neurons", "what is gated; also attention_block, mlp_block")
+    gate_towers: str = parameter("image,text", "towers whose gates are learned; the other stays whole")
     gate_learning_rate: float = parameter(
         0.2, "of log alpha (recipes: 0.02, thousands of steps)", **at_least(0.0)
     )
@@ -180,7 +182,7 @@ def learn_gates(
     "Automatic inheritance: train gates on the source, close the budget, multiply in, cut out"
     options = job.options
     stage = f"stage-{number}"
-    shapes = tower_shapes(source.model.state_dict(), _head_widths(job))
+    shapes = tower_shapes(source.model.state_dict(), _head_widths(job), list(job.shapes))
     network_gates = Gates(shapes, job.costs, kinds=stages.read_kinds(options.gate_kinds)).to(
         job.accelerator.device
     )
@@ -286,7 +288,7 @@ def _target_shapes(job: Job, number: int, source: VLM) -> dict[str, TowerShape]:
     "Plain sizes of the stage's target; what starts from nothing has the last stage's at once"
     target = stage_target(job, job.options.stages if job.options.inheritance == "none" else number)
     return trainers.manual_shapes(
-        tower_shapes(source.model.state_dict(), _head_widths(job)), job.shapes, target
+        tower_shapes(source.model.state_dict(), _head_widths(job), list(job.shapes)), job.shapes, target
     )
 
 
@@ -396,6 +398,7 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     "Check data, teacher and plan, and write the run's config.json; nothing is trained"
     weights = options.weights()
     stages.read_kinds(options.gate_kinds)
+    gated_towers(options)
     accelerator = trainers.make_accelerator(options)
     options.check_stored()
     teachers = trainers.find_teachers(options, accelerator.device)
@@ -472,7 +475,7 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
 
 def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShape]) -> dict[str, TowerShape]:
     "Sizes of what is cut further; ValueError unless it is a part of the teacher"
-    shapes = trainers.transformer_shapes(start, needed=True)
+    shapes = tower_shapes(start.model.state_dict(), start.head_widths, list(teacher))
     for tower, full in teacher.items():
         shape = shapes[tower]
         if shape.head_width != full.head_width or shape.width > full.width or shape.layers > full.layers:
@@ -483,19 +486,68 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
             )
     return shapes
 
+# %% ../../nbs/library/129_methods_tinyclip.ipynb #tcgatetw
+def gated_towers(options: TinyCLIP) -> list[str]:
+    "The towers whose gates are learned"
+    names = options.gate_towers.replace(" ", "").split(",")
+    if not set(names) <= set(TOWERS):
+        raise ValueError(f"gate_towers={options.gate_towers!r} is not valid: name image, text, or both")
+    return [tower for tower in TOWERS if tower in names]
+
 
 def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | None:
-    "Sizes of both towers; an error when the chosen inheritance needs them and there are none"
-    try:
-        return teacher.shapes
-    except (ValueError, KeyError) as error:
-        if not options.is_automatic and options.student:
-            return None
-        named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
+    "Sizes of the towers that are cut; an error when the chosen inheritance needs them and there are none"
+    known = {}
+    reasons = {}
+    for tower in TOWERS:
+        try:
+            known |= tower_shapes(teacher.model.state_dict(), teacher.head_widths, [tower])
+        except (ValueError, KeyError) as error:
+            reasons[tower] = str(error)
+    if options.is_automatic:
+        wanted = gated_towers(options)
+        _check_gates(options, {tower: known.get(tower) for tower in wanted}, reasons, list(known))
+        return {tower: known[tower] for tower in wanted}
+    if not reasons:
+        return known
+    if options.student:
+        return None
+    named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
+    raise ValueError(
+        f"{named} needs a teacher whose towers are of a kind that can be cut, and here "
+        f"{'; '.join(reasons.values())}; {_OTHERWISE}"
+    )
+
+
+_OTHERWISE = "use inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own"
+
+
+def _check_gates(
+    options: TinyCLIP, shapes: Mapping[str, TowerShape | None], reasons: Mapping[str, str], known: Sequence[str]
+) -> None:
+    "Refuse towers that have no gates, or none of the kinds that are asked for, with what can be done"
+    wrong = [reasons[tower] for tower, shape in shapes.items() if shape is None]
+    if wrong:
+        others = [tower for tower in known if tower not in reasons]
+        instead = f"gate_towers={others[0]!r} leaves it whole and cuts the other; or " if others else ""
         raise ValueError(
-            f"{named} needs a teacher of two plain transformer towers of open_clip, and here {error}; use "
-            "inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own"
-        ) from None
+            f"inheritance={options.inheritance!r} learns gates, and here {'; '.join(wrong)}; "
+            f"{instead}{_OTHERWISE}"
+        )
+    kinds = stages.read_kinds(options.gate_kinds)
+    for tower, shape in shapes.items():
+        if not set(kinds) & set(shape.gate_kinds):
+            raise ValueError(
+                f"gate_kinds={options.gate_kinds!r} is not valid here: the {tower} tower can have gates of "
+                f"{', '.join(shape.gate_kinds)}"
+            )
+        if options.inheritance == "auto_uniform" and shape.widths:
+            raise ValueError(
+                f"inheritance='auto_uniform' is of towers of one width, and the {tower} tower is in stages: "
+                "choose inheritance='auto'"
+            )
+    if options.inheritance == "auto_uniform" and len(shapes) < len(TOWERS):
+        raise ValueError("inheritance='auto_uniform' is of both towers: leave gate_towers='image,text'")
 
 # %% ../../nbs/library/129_methods_tinyclip.ipynb #08ea4262
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:

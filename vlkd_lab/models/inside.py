@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..shapes import BLOCKS, head_widths, read_tower
+from ..shapes import TOWERS, tower_shapes
 from .towers import SlimAttention, text_part
 from .vlm import VLM, evaluating
 
@@ -22,16 +22,14 @@ __all__ = ['HEAD_PAIRS', 'towers_inside', 'head_maps', 'token_words']
 
 # %% ../../nbs/library/030_models_inside.ipynb #in51de06
 def towers_inside(vlm: VLM) -> dict[str, dict[str, Any]]:  # "image", "text"
-    "Sizes of each tower's layers for a JSON file; of a tower without such layers its name and parameters"
+    "Sizes of each tower's layers for a JSON file; of a tower of no known kind its name and parameters"
     state = vlm.model.state_dict()
-    widths = head_widths(vlm.config["model_cfg"])
-    prefixes = {"image": "visual.", "text": "text." if hasattr(vlm.model, "text") else ""}
     towers = {}
-    for tower, prefix in prefixes.items():
+    for tower in TOWERS:
         part = vlm.model.visual if tower == "image" else text_part(vlm.model)
-        if f"{prefix}{BLOCKS}0.attn.in_proj_weight" in state:
-            towers[tower] = asdict(read_tower(state, prefix, widths[tower]))
-        else:
+        try:
+            towers[tower] = asdict(tower_shapes(state, vlm.head_widths, [tower])[tower])
+        except ValueError:
             towers[tower] = _as_one_block(part)
         if tower == "image" and hasattr(part, "grid_size"):
             towers[tower]["grid"] = list(part.grid_size)

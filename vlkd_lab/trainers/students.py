@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .. import data, models, runs
 from ..gates import budget, sparsity
 from ..inheritance import Plan, even_spread, inherit, plan_manual
 from ..methods import METHODS, find_kind
-from ..models import VLM, TowerShape, head_widths, load_model
+from ..models import VLM, TowerShape, load_model
 from ..runs import Run, load_checkpoint, read_json
 from .locks import check_locks
 from .options import Distillation, FitParameters
@@ -156,12 +157,14 @@ def manual_shapes(
 
 def _plain_shape(tower: str, most: TowerShape, full: TowerShape, target: float) -> TowerShape:
     "The plain shape whose share removed is closest to the target; depth and width shrink alike"
+    cost = budget({tower: full})
+    if full.widths:
+        return _thinner(tower, most, full, target)
     if not min(full.heads[0], *most.heads):
         raise ValueError(
             f"a layer of the {tower} tower has no heads, so no plain network is a part of it: name a "
             "student, or choose inheritance='auto'"
         )
-    cost = budget({tower: full})
 
     def distance(shape: TowerShape) -> float:
         uneven = abs(math.log((shape.layers / full.layers) / (shape.heads[0] / full.heads[0])))
@@ -174,9 +177,22 @@ def _plain_shape(tower: str, most: TowerShape, full: TowerShape, target: float) 
 
 
 def _shrunk(full: TowerShape, layers: int, heads: int) -> TowerShape:
-    "A plain shape with fewer layers and heads; width and neurons follow the heads"
+    "A plain shape with fewer layers and heads; width and neurons follow the heads, where the width can"
     neurons = full.neurons[0] * heads // full.heads[0]
-    return TowerShape(heads * full.head_width, full.head_width, (heads,) * layers, (neurons,) * layers)
+    width = full.width if "hidden" in full.ungated else heads * full.head_width
+    return replace(full, width=width, heads=(heads,) * layers, neurons=(neurons,) * layers)
+
+
+def _thinner(tower: str, most: TowerShape, full: TowerShape, target: float) -> TowerShape:
+    "A network in stages with a share of each block's neurons, as near to the target as it goes"
+    cost = budget({tower: full})
+
+    def cut(share: float) -> TowerShape:
+        counts = [max(1, round(share * count)) for count in full.neurons]
+        return replace(full, neurons=tuple(map(min, counts, most.neurons)))
+
+    shapes = [cut(percent / 200) for percent in range(201)]
+    return min(shapes, key=lambda shape: abs(sparsity({tower: shape}, cost) - target))
 
 # %% ../../nbs/library/086_trainers_students.ipynb #462a0c8e
 def transformer_shapes(
@@ -190,8 +206,8 @@ def transformer_shapes(
         if not needed:
             return None
         raise ValueError(
-            "student='' and inheritance='manual' need a teacher of two plain transformer towers of "
-            f"open_clip, and here {error}; name a student's architecture and choose inheritance='none'"
+            "student='' and inheritance='manual' need a teacher whose towers are of a kind that can be cut, "
+            f"and here {error}; name a student's architecture and choose inheritance='none'"
         ) from None
 
 # %% ../../nbs/library/086_trainers_students.ipynb #a77664b0
@@ -221,8 +237,8 @@ def plan_copy(source: VLM, student: VLM) -> Plan:
     "What manual inheritance copies; ValueError where the two cannot compute alike"
     state = source.model.state_dict()
     shapes = {name: tensor.shape for name, tensor in student.model.state_dict().items()}
-    widths = head_widths(student.config["model_cfg"])
-    teacher_widths = head_widths(source.config["model_cfg"])
+    widths = student.head_widths
+    teacher_widths = source.head_widths
     attention = [name for name in shapes if name.endswith(("in_proj_weight", "attnpool.q_proj.weight"))]
     towers = {"image" if name.startswith("visual.") else "text" for name in attention}
     for tower in sorted(towers):
