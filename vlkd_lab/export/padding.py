@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
 from torch import Tensor
 
-from vlkd_lab.models import (
-    VLM,
-    TowerShape,
-    head_widths,
-    new_model,
-    plain_config,
-    text_part,
-    tower_shapes,
-)
-
-from ..gates import locate
+from ..gates import places_of
+from ..layouts import LAYOUTS, PACKED, Layout, Place, tower_prefixes
+from ..models import VLM, TowerShape, new_model, plain_config, text_part, tower_shapes
+from ..shapes import TOWERS
 
 # %% auto #0
 __all__ = ['padded_shapes', 'pad_towers']
@@ -65,29 +58,26 @@ def _grow(tensor: Tensor, axis: int, old: tuple[int, ...], new: tuple[int, ...])
 
 def _axis_sizes(kind: str, shape: TowerShape, layer: int | None) -> tuple[int, ...]:
     "The grid that an axis of a kind is"
-    if kind == "hidden":
+    counted, times = PACKED.get(kind, (kind, 1))
+    if counted == "hidden":
         return (shape.width,)
-    if kind == "neurons":
-        return (shape.neurons[layer],)
-    heads = (shape.heads[layer], shape.head_width if shape.heads[layer] else 1)
-    return heads if kind == "heads" else (3, *heads)
+    if counted == "neurons":
+        return (times, shape.neurons[layer])
+    return (times, shape.heads[layer], shape.head_width if shape.heads[layer] else 1)
 
 
-def _resized(name: str, tensor: Tensor, old: TowerShape, new: TowerShape) -> Tensor:
+def _resized(tensor: Tensor, place: Place, old: TowerShape, new: TowerShape) -> Tensor:
     "A tensor with zeros wherever its tower has grown; queries scaled to the new head width"
-    place = locate(name)
     for axis, kind in enumerate(place.axes):
         if kind:
             sizes = _axis_sizes(kind, old, place.layer)
             tensor = _grow(tensor, axis, sizes, _axis_sizes(kind, new, place.layer))
-    if "qkv" in place.axes:
-        queries = tensor[: new.width] * math.sqrt(new.head_width / old.head_width)
-        tensor = torch.cat([queries, tensor[new.width :]])
+    if "qkv" in place.axes and new.head_width != old.head_width:
+        queries, others = tensor.tensor_split([len(tensor) // 3])
+        tensor = torch.cat([queries * math.sqrt(new.head_width / old.head_width), others])
     return tensor
 
 # %% ../../nbs/library/094_export_padding.ipynb #0422489a
-# norms whose output is read; what else has channels of the stream writes them
-_READ = ("ln_1.", "ln_2.", "ln_post.", "ln_final.")
 _SMALL = 2.0**-8  # of a channel that is added before the first norm, against the others
 
 
@@ -118,72 +108,133 @@ def _before_first_norm(tensor: Tensor, axis: int, kept: int, gain: Tensor) -> Te
     return torch.cat([centred, mean * added], dim=axis)
 
 # %% ../../nbs/library/094_export_padding.ipynb #4ad0e2ac
-def _pad_tensor(name: str, tensor: Tensor, old: TowerShape, new: TowerShape, first: Tensor | None) -> Tensor:
-    "One tensor of a tower in its new sizes; `first` is the weight of the norm before the blocks"
-    place = locate(name)
-    kept = old.width
-    grown = _resized(name, tensor, old, new)
-    if "hidden" not in place.axes or new.width == kept:
+@dataclass(frozen=True)
+class _Growth:
+    "How one tower grows"
+
+    old: TowerShape
+    new: TowerShape
+    first: Tensor | None  # (W,) weight of the norm before the blocks, if there is one
+    has_mean: bool  # whether its norms subtract a mean
+
+    @property
+    def layout(self) -> Layout:
+        return LAYOUTS[self.old.layout]
+
+    @property
+    def stretch(self) -> float:
+        "By what everything that is written into the stream is multiplied"
+        return math.sqrt(self.new.width / self.old.width)
+
+
+def _pad_tensor(tensor: Tensor, place: Place, growth: _Growth) -> Tensor:
+    "One tensor of a tower in its new sizes"
+    kept = growth.old.width
+    grown = _resized(tensor, place, growth.old, growth.new)
+    if "hidden" not in place.axes or growth.new.width == kept:
         return grown
     axis = place.axes.index("hidden")
-    share = math.sqrt(kept / new.width)
-    if place.tensor == "ln_pre.weight":
-        gain = tensor.square().mean().sqrt() / (_SMALL * _multiples(new.width - kept))
-        return torch.cat([tensor, gain]) * share
-    if place.tensor.startswith(_READ) and place.tensor.endswith(".weight"):
-        return grown * share
-    if first is not None and place.tensor in ("conv1.weight", "class_embedding", "positional_embedding"):
-        return _before_first_norm(grown, axis, kept, first)
-    reads = place.tensor.startswith((*_READ, "attn.in_proj", "mlp.c_fc", "proj", "text_projection"))
-    return grown if reads else _add_mean(grown, axis, kept)
+    module = place.tensor.rpartition(".")[0]
+    if place.tensor not in growth.layout.writes:
+        is_norms_weight = module in growth.layout.norms and place.tensor.endswith(".weight")
+        return grown / growth.stretch if is_norms_weight else grown
+    if growth.first is not None and place.layer is None:
+        if not place.tensor.startswith(_FIRST):
+            return _before_first_norm(grown, axis, kept, growth.first) * growth.stretch
+        if place.tensor.endswith(".weight"):
+            gain = tensor.square().mean().sqrt() / (_SMALL * _multiples(growth.new.width - kept))
+            return torch.cat([tensor, gain])
+    return (_add_mean(grown, axis, kept) if growth.has_mean else grown) * growth.stretch
 
 
-def _pad_state(
-    state: Mapping[str, Tensor], old: Mapping[str, TowerShape], new: Mapping[str, TowerShape]
-) -> dict[str, Tensor]:
+_FIRST = ("ln_pre.", "trunk.norm_pre.")  # norms whose output begins the stream
+
+
+def _pad_state(state: Mapping[str, Tensor], growths: Mapping[str, _Growth]) -> dict[str, Tensor]:
     "All tensors of a CLIP in their new sizes; computed in double precision"
-    first = state.get("visual.ln_pre.weight")
-    firsts = {"image": None if first is None else first.double(), "text": None}
     padded = dict(state)
-    for name, tensor in state.items():
-        tower = locate(name).tower
-        if tower:
-            grown = _pad_tensor(name, tensor.double(), old[tower], new[tower], firsts[tower])
-            padded[name] = grown.to(tensor.dtype).contiguous()
+    places = places_of(state, {tower: growth.old for tower, growth in growths.items()})
+    for name, place in places.items():
+        if place.tower and state[name].is_floating_point():
+            grown = _pad_tensor(state[name].double(), place, growths[place.tower])
+            padded[name] = grown.to(state[name].dtype).contiguous()
     return padded
 
 # %% ../../nbs/library/094_export_padding.ipynb #5da2350c
-def _without_layer_scale(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Layer scales multiplied into the weights and biases before them"
-    written = {"ls_1": "attn.out_proj", "ls_2": "mlp.c_proj"}
-    plain = {name: tensor for name, tensor in state.items() if not name.endswith(".gamma")}
-    for name in state.keys() - plain.keys():
-        block, scale = name.removesuffix(".gamma").rsplit(".", 1)
-        weight = f"{block}.{written[scale]}.weight"
-        bias = f"{block}.{written[scale]}.bias"
-        gamma = state[name].double()
-        plain[weight] = (state[weight].double() * gamma[:, None]).to(state[weight].dtype)
-        plain[bias] = (state[bias].double() * gamma).to(state[bias].dtype)
+_SCALES = {"ls_1.gamma": 0, "ls1.gamma": 0, "gamma_1": 0, "ls_2.gamma": 1, "ls2.gamma": 1, "gamma_2": 1}
+
+
+def _without_layer_scale(state: Mapping[str, Tensor], shapes: Mapping[str, TowerShape]) -> dict[str, Tensor]:
+    "Layer scales multiplied into the weights and biases before them; those of open_clip are left out"
+    plain = dict(state)
+    for name, place in places_of(state, shapes).items():
+        if place.tower and place.tensor in _SCALES:
+            layout = LAYOUTS[shapes[place.tower].layout]
+            block = name.removesuffix(place.tensor)
+            written = (layout.attention_out, layout.mlp_out)[_SCALES[place.tensor]]
+            gamma = state[name].double()
+            for part, factor in (("weight", gamma[:, None]), ("bias", gamma)):
+                scaled = f"{block}{written}.{part}"
+                plain[scaled] = (state[scaled].double() * factor).to(state[scaled].dtype)
+            plain[name] = torch.ones_like(state[name])
+            if layout.name.startswith("open_clip"):
+                plain.pop(name)
     return plain
 
 
+def _whole_shape(vlm: VLM, tower: str) -> TowerShape:
+    "What a model's configuration says of a tower"
+    whole = new_model(vlm.config["model_cfg"], like=vlm)
+    return tower_shapes(whole.model.state_dict(), whole.head_widths, [tower])[tower]
+
+
+def _new_shape(vlm: VLM, tower: str, shape: TowerShape) -> TowerShape:
+    "The sizes in which open_clip, or the library behind it, can express a tower"
+    if shape.layout.startswith("open_clip"):
+        return _padded(shape, _LEAST_ADDED if tower == "image" else 1)
+    whole = _whole_shape(vlm, tower)
+    changed = {
+        "hidden": whole.width != shape.width,
+        "heads": whole.heads != shape.heads,
+        "neurons": whole.neurons != shape.neurons,
+    }
+    layout = LAYOUTS[shape.layout]
+    for place in places_of(vlm.model.state_dict(), {tower: shape}).values():
+        module = place.tensor.rpartition(".")[0]
+        if place.tower != tower or module not in layout.norms or not changed[place.axes[0]]:
+            continue
+        is_behind = place.layer is not None and place.tensor in layout.writes
+        if place.axes[0] != "hidden" or is_behind:
+            raise ValueError(
+                f"the {tower} tower, a {layout.about}, cannot be padded: its norm {module} looks at what was "
+                f"cut ({place.axes[0]})"
+            )
+    return replace(whole, layout=shape.layout)
+
+# %% ../../nbs/library/094_export_padding.ipynb #pad0twr1
 @torch.no_grad()
 def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
-    "A model in open_clip's own shapes that computes the same function"
+    "A model in open_clip's own shapes that computes the same function; ValueError where there is none"
     towers = vlm.config.get("towers")
     if towers is None or plain_config(vlm.config["model_cfg"], towers) is not None:
         return vlm
-    state = _without_layer_scale(vlm.model.state_dict())
-    old = tower_shapes(state, head_widths(vlm.config["model_cfg"]))
-    new = padded_shapes(old)
-    config = plain_config(vlm.config["model_cfg"], new)
-    last_norms = {"image": vlm.model.visual.ln_post, "text": text_part(vlm.model).ln_final}
-    for tower, part in {"image": config["vision_cfg"], "text": config["text_cfg"]}.items():
-        part.pop("ls_init_value", None)
-        if new[tower].width != old[tower].width:
-            eps = last_norms[tower].eps * old[tower].width / new[tower].width
-            part["norm_kwargs"] = (part.get("norm_kwargs") or {}) | {"eps": eps}
+    state = _without_layer_scale(vlm.model.state_dict(), towers)
+    growths = {tower: _growth(vlm, tower, shape, state) for tower, shape in towers.items()}
+    plain = {tower: growth.new for tower, growth in growths.items() if growth.new.plain}
+    config = plain_config(vlm.config["model_cfg"], plain)
+    for tower in plain:
+        config[TOWERS[tower]].pop("ls_init_value", None)
     padded = new_model(config, like=vlm)
-    padded.model.load_state_dict(_pad_state(state, old, new))
+    padded.model.load_state_dict(_pad_state(state, growths))
     padded.model.to(vlm.device).eval()
     return replace(padded, name=f"{vlm.name}, padded")
+
+
+def _growth(vlm: VLM, tower: str, shape: TowerShape, state: Mapping[str, Tensor]) -> _Growth:
+    "How a tower grows to what open_clip can express"
+    prefix = tower_prefixes(state)[tower]
+    firsts = [state[name].double() for name in state if name.startswith(tuple(prefix + f for f in _FIRST))]
+    part = vlm.model.visual if tower == "image" else text_part(vlm.model)
+    has_mean = any(isinstance(module, torch.nn.LayerNorm) for module in part.modules())
+    first = firsts[0] if firsts else None  # weight, then bias
+    return _Growth(shape, _new_shape(vlm, tower, shape), first, has_mean)

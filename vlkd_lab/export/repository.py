@@ -36,6 +36,8 @@ _WRITTEN = {
     "slim",
     "open_clip_config.json",
     "open_clip_model.safetensors",
+    "vlkd_lab_config.json",
+    "vlkd_lab_model.safetensors",
     "config.json",
     "model.safetensors",
     "preprocessor_config.json",
@@ -77,13 +79,17 @@ def _named_tokenizer(vlm: VLM, name: str) -> VLM:
     return replace(vlm, config=config)
 
 # %% ../../nbs/library/101_export_repository.ipynb #9934c43c
-def _write_towers(vlm: VLM, folder: Path, repository: str) -> VLM:  # as open_clip has it
+def _write_towers(vlm: VLM, folder: Path, repository: str) -> tuple[VLM, str]:  # as open_clip has it, or why not
     "Two towers in open_clip's layout; beside it the irregular model as it was cut"
-    padded = pad_towers(vlm)
+    try:
+        padded = pad_towers(vlm)
+    except ValueError as error:
+        save_model(_named_tokenizer(vlm, repository or folder.name), folder)
+        return vlm, str(error)
     save_model(_named_tokenizer(padded, repository or folder.name), folder)
     if padded is not vlm:
         save_model(vlm, folder / "slim")
-    return padded
+    return padded, ""
 
 
 def _packing_of(vlm: VLM) -> Packing | None:  # None: two towers
@@ -119,7 +125,9 @@ def export_student(
         tasks: dict[str, str] = {}
         padded = vlm
         if packing is None:
-            padded = _write_towers(vlm, folder, repository)
+            padded, problem = _write_towers(vlm, folder, repository)
+            if problem:
+                tasks["retrieval"] = problem
         else:
             tasks = dict(packing.write(vlm, folder))
         two_towers = packing is None or "retrieval" in vlm.tasks

@@ -76,13 +76,14 @@ def usage_text(
     kind = kind_of(vlm)
     packing = None if kind is None else kind.packing
     parts = []
-    if packing is None:
+    if packing is None and not tasks:
         parts.append(_open_clip_code(repository, has_bias))
     elif can:
         parts.append(_python(packing.code(repository, can, vlm)))
     for task, problem in tasks.items():
         if problem:
-            parts.append(f"`{packing.library}` cannot open it for {task}: {as_markdown(problem)}.")
+            library = "open_clip" if packing is None else packing.library
+            parts.append(f"`{library}` cannot open it for {task}: {as_markdown(problem)}.")
     if apart:
         far = f"{max(apart.values()):.0e}"
         parts.append(
