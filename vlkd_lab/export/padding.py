@@ -36,7 +36,8 @@ def _padded(shape: TowerShape, least_added: int = 1) -> TowerShape:
         if fitting and (width == shape.width or width - shape.width >= least_added):
             heads = (fitting[0],) * shape.layers
             neurons = (max(max(shape.neurons), 1),) * shape.layers
-            return TowerShape(width, width // fitting[0], heads, neurons)
+            head_width = width // fitting[0]
+            return replace(shape, width=width, head_width=head_width, heads=heads, neurons=neurons)
 
 
 def padded_shapes(
@@ -133,6 +134,8 @@ def _pad_tensor(tensor: Tensor, place: Place, growth: _Growth) -> Tensor:
     grown = _resized(tensor, place, growth.old, growth.new)
     if "hidden" not in place.axes or growth.new.width == kept:
         return grown
+    if place.tensor in _SCALES:
+        return torch.ones_like(grown)  # what they held stands in the weights before them
     axis = place.axes.index("hidden")
     module = place.tensor.rpartition(".")[0]
     if place.tensor not in growth.layout.writes:
@@ -225,9 +228,22 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
     for tower in plain:
         config[TOWERS[tower]].pop("ls_init_value", None)
     padded = new_model(config, like=vlm)
-    padded.model.load_state_dict(_pad_state(state, growths))
+    rest = _idle_blocks(padded.model.state_dict(), growths)
+    padded.model.load_state_dict(rest | _pad_state(state, growths))
     padded.model.to(vlm.device).eval()
     return replace(padded, name=f"{vlm.name}, padded")
+
+
+def _idle_blocks(state: Mapping[str, Tensor], growths: Mapping[str, _Growth]) -> dict[str, Tensor]:
+    "Blocks behind a tower's own, of which nothing comes back to the stream"
+    idle = {}
+    places = places_of(state, {tower: growth.new for tower, growth in growths.items()})
+    for name, place in places.items():
+        if place.tower and place.layer is not None and place.layer >= growths[place.tower].old.layers:
+            layout = growths[place.tower].layout
+            outs = (f"{layout.attention_out}.", f"{layout.mlp_out}.")
+            idle[name] = state[name] * 0 if place.tensor.startswith(outs) else state[name]
+    return idle
 
 
 def _growth(vlm: VLM, tower: str, shape: TowerShape, state: Mapping[str, Tensor]) -> _Growth:
