@@ -23,8 +23,8 @@ from .shown import with_words
 __all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 'GateValues', 'Counts', 'closed_below',
            'open_probability', 'sample_gates', 'keep_top', 'final_gates', 'TowerGates', 'gate_state', 'places_of',
            'gated', 'TowerCost', 'budget', 'prunable_weights', 'sparsity', 'target_at', 'sparsity_penalty',
-           'GateParameters', 'Gates', 'gate_plot', 'gate_arrays', 'gates_from_arrays', 'gate_rows', 'reduced',
-           'kept_shapes', 'open_counts', 'keep_counts', 'standing_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
+           'GateParameters', 'open_counts', 'keep_counts', 'Gates', 'gate_plot', 'gate_arrays', 'gates_from_arrays',
+           'gate_rows', 'reduced', 'kept_shapes', 'standing_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
            'uniform_gates']
 
 # %% ../nbs/library/054_gates.ipynb #4f52b539
@@ -401,6 +401,40 @@ class GateParameters(nn.Module):
         for log_alpha in self.log_alpha.parameters():
             log_alpha.clamp_(*LOG_ALPHA_RANGE)
 
+# %% ../nbs/library/054_gates.ipynb #gat0cnt1
+Counts = dict[str, dict[str, list[int]]]  # tower -> kind -> gates open in each group
+
+
+@torch.no_grad()
+def open_counts(gates: Gates, shift: float = 0.0) -> Counts:
+    "How many gates of each group stay open if every log_alpha is moved by `shift`"
+
+    def count(log_alpha: Tensor) -> int:
+        return int(_open_counts(log_alpha + shift))
+
+    counts = _of_each_group(count, gates.groups())
+    for tower, shape in gates.shapes.items():
+        if "neurons" in counts[tower]:
+            counts[tower]["neurons"] = _at_least(shape, counts[tower]["neurons"])
+    return counts
+
+
+def _at_least(shape: TowerShape, neurons: Sequence[int]) -> list[int]:
+    "Neurons of each layer; between convolutions one stays, since none of them has a form without channels"
+    return [max(count, 1) for count in neurons] if shape.widths else list(neurons)
+
+
+@torch.no_grad()
+def keep_counts(gates: Gates, counts: Counts) -> GateValues:
+    "Deterministic gates with given numbers open, the highest of each group"
+    kept: dict[str, dict[str, list[Tensor]]] = {}
+    for tower, kinds in gates.groups().items():
+        kept[tower] = {}
+        for kind, groups in kinds.items():
+            numbered = zip(groups, counts[tower][kind], strict=True)
+            kept[tower][kind] = [keep_top(group, count) for group, count in numbered]
+    return _gate_values(kept)
+
 # %% ../nbs/library/054_gates.ipynb #3a964324
 class Gates(GateParameters):
     "The learned gates of a CLIP, held to one budget"
@@ -594,40 +628,6 @@ def kept_shapes(
     return kept
 
 # %% ../nbs/library/054_gates.ipynb #b50cd5ec
-Counts = dict[str, dict[str, list[int]]]  # tower -> kind -> gates open in each group
-
-
-@torch.no_grad()
-def open_counts(gates: Gates, shift: float = 0.0) -> Counts:
-    "How many gates of each group stay open if every log_alpha is moved by `shift`"
-
-    def count(log_alpha: Tensor) -> int:
-        return int(_open_counts(log_alpha + shift))
-
-    counts = _of_each_group(count, gates.groups())
-    for tower, shape in gates.shapes.items():
-        if "neurons" in counts[tower]:
-            counts[tower]["neurons"] = _at_least(shape, counts[tower]["neurons"])
-    return counts
-
-
-def _at_least(shape: TowerShape, neurons: Sequence[int]) -> list[int]:
-    "Neurons of each layer; between convolutions one stays, since none of them has a form without channels"
-    return [max(count, 1) for count in neurons] if shape.widths else list(neurons)
-
-
-@torch.no_grad()
-def keep_counts(gates: Gates, counts: Counts) -> GateValues:
-    "Deterministic gates with given numbers open, the highest of each group"
-    kept: dict[str, dict[str, list[Tensor]]] = {}
-    for tower, kinds in gates.groups().items():
-        kept[tower] = {}
-        for kind, groups in kinds.items():
-            numbered = zip(groups, counts[tower][kind], strict=True)
-            kept[tower][kind] = [keep_top(group, count) for group, count in numbered]
-    return _gate_values(kept)
-
-
 def _left(shape: TowerShape, counts: Mapping[str, Sequence[int]]) -> TowerShape:
     "Sizes of a tower of which so many gates of each kind and group stay open"
     sizes = {}
