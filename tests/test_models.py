@@ -126,11 +126,11 @@ def test_plain_configurations_give_exact_neurons(neurons):
         assert tower_shapes(model.state_dict(), head_widths(config)) == {"image": shape, "text": shape}
 
 
-def test_shapes_need_transformers():
-    config = dict(embed_dim=16, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None), text_cfg=SMALL["text_cfg"])
-    resnet = new_model(config)
-    with pytest.raises(ValueError, match="image tower"):
-        tower_shapes(resnet.model.state_dict(), {"image": 64, "text": 8})
+def test_shapes_need_a_kind_that_is_known():
+    tower = dict(timm_model_name="test_byobnet", timm_pool="avg", timm_proj="linear", image_size=64)
+    other = new_model(dict(embed_dim=16, vision_cfg=tower, text_cfg=SMALL["text_cfg"]))
+    with pytest.raises(ValueError, match="the image tower has no layers of a kind that is known: plain transformer of open_clip"):
+        tower_shapes(other.model.state_dict(), {"image": 64, "text": 8})
 
 
 def test_the_teachers_view_is_kept(tiny_teacher):

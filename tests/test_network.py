@@ -235,8 +235,10 @@ def test_runs_without_gates(kind, scenes, tiny_teacher, tmp_path):
     assert (numbers["parameters"][1] is not None) == has_teacher
     towers = {tower.name: tower for tower in drawn_towers(watched)}
     assert set(towers) == {"image", "text"} and NetworkDrawing().png(watched)[:4] == b"\x89PNG"
-    if kind in ("resnet", "alone", "contrastive"):
+    if kind == "resnet":
         assert towers["image"].student is None and "ModifiedResNet" in towers["image"].blocks["student"]
+    if kind in ("alone", "contrastive"):
+        assert towers["image"].student.neurons == (8, 16, 32, 64) and not any(towers["image"].student.heads)
     if kind == "manual":
         assert towers["image"].origin == "" and towers["image"].places[0] == tuple(range(towers["image"].student.heads[0]))
     if kind == "own shapes":

@@ -226,7 +226,11 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
     plain = {tower: growth.new for tower, growth in growths.items() if growth.new.plain}
     config = plain_config(vlm.config["model_cfg"], plain)
     for tower in plain:
-        config[TOWERS[tower]].pop("ls_init_value", None)
+        part = config[TOWERS[tower]]
+        part.pop("ls_init_value", None)
+        eps = (vlm.model.visual.ln_post if tower == "image" else text_part(vlm.model).ln_final).eps
+        if eps != (part.get("norm_kwargs") or {}).get("eps", 1e-5):  # changed after it was built
+            part["norm_kwargs"] = (part.get("norm_kwargs") or {}) | {"eps": eps}
     padded = new_model(config, like=vlm)
     rest = _idle_blocks(padded.model.state_dict(), growths)
     padded.model.load_state_dict(rest | _pad_state(state, growths))

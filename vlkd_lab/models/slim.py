@@ -16,7 +16,7 @@ from ..layouts import LAYOUTS, PACKED, block_numbers, tower_places, tower_prefix
 from ..shapes import TowerShape, axis_size
 
 # %% auto #0
-__all__ = ['SlimAttention', 'SlimTimmAttention', 'SlimPool', 'NoHeads', 'narrow_tower', 'own_head_width']
+__all__ = ['SlimAttention', 'SlimTimmAttention', 'SlimPool', 'narrow_tower', 'own_head_width']
 
 # %% ../../nbs/library/022_models_slim.ipynb #slm00007
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -119,7 +119,7 @@ class SlimPool(nn.Module):
         return {"token": x[:, 0], "avg": x.mean(1)}.get(self.pooled, x)
 
 
-class NoHeads(nn.Module):
+class _NoHeads(nn.Module):
     "In place of a BERT's self-attention without heads: nothing, which the map behind it turns to its bias"
 
     def __init__(self, attention: nn.Module):
@@ -210,7 +210,7 @@ def _fit_attention(block: nn.Module, heads: int, shape: TowerShape) -> None:
         attention.num_attention_heads = heads
         attention.all_head_size = heads * shape.head_width
         if heads == 0:
-            block.attention.self = NoHeads(attention)
+            block.attention.self = _NoHeads(attention)
     elif isinstance(getattr(block, "attn", None), nn.MultiheadAttention):
         slim = SlimAttention(shape.width, heads, shape.head_width)
         slim.load_state_dict(block.attn.state_dict())

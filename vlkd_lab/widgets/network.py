@@ -18,6 +18,7 @@ import torch
 from .. import runs
 from ..gates import open_probability, standing_shapes
 from ..inheritance import Plan, even_spread, kept_heads
+from ..layouts import LAYOUTS
 from ..models import TowerShape, shape_cost, tower_shape
 from ..runs import read_json
 from ..stages import source_shapes
@@ -166,11 +167,11 @@ def _read_facts(watched: Watched, stage: str) -> dict[str, Any]:
 def _counted(watched: Watched, shapes: Mapping[str, TowerShape]) -> dict[str, float]:  # empty: it cannot be
     "What towers of these sizes cost"
     model = watched.config.get("model", {})
-    if set(shapes) != {"image", "text"} or "vision_cfg" not in model:
+    if not shapes or "vision_cfg" not in model:
         return {}
     try:
         return asdict(shape_cost(model, shapes))
-    except ValueError:  # they hold more than plain transformers
+    except (ValueError, OSError):  # towers of no known kind, or a configuration that lies elsewhere
         return {}
 
 # %% ../../nbs/library/116_widgets_network.ipynb #n3tdr12b
@@ -203,7 +204,10 @@ def _tower(
     for model, of_model in sizes.items():
         shapes[model] = tower_shape(of_model) if of_model and "heads" in of_model else None
         if of_model and "heads" not in of_model:
-            blocks[model] = f"{of_model['name']}, {of_model['parameters'] / 1e6:.2f} M parameters"
+            blocks[model] = _in_words(of_model)
+    if shapes["teacher"] and shapes["student"] and shapes["teacher"].layout != shapes["student"].layout:
+        shapes["student"] = None  # of another kind: its layers have nothing to stand beside
+        blocks["student"] = _in_words(sizes["student"])
     teacher = shapes["teacher"]
     student = shapes["student"]
     if places is None and teacher and student:
@@ -216,6 +220,12 @@ def _tower(
         origin = ""
     drawn = beside(name, teacher, student, places, origin)
     return DrawnTower(**{**vars(drawn), "blocks": blocks}) if blocks else drawn
+
+
+def _in_words(tower: Mapping[str, Any]) -> str:
+    "A tower as one block"
+    name = tower.get("name", LAYOUTS[tower["layout"]].about if "layout" in tower else "network")
+    return f"{name}, {tower['parameters'] / 1e6:.2f} M parameters" if "parameters" in tower else name
 
 
 def _manual_places(
