@@ -5,6 +5,7 @@ import re
 import shutil
 from functools import partial
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -12,6 +13,7 @@ from conftest import TINY
 from open_clip.tokenizer import HFTokenizer
 from transformers import BertConfig, CLIPConfig, CLIPModel
 
+from vlkd_lab.explorers import GateHistory, _cut_html
 from vlkd_lab.export import check_onnx, export_student, pad_towers
 from vlkd_lab.fusion import train_wordpiece
 from vlkd_lab.gates import Gates, budget, close_budget, gate_state, gated, kept_shapes, prunable_weights
@@ -28,9 +30,13 @@ from vlkd_lab.models import (
     shape_cost,
     text_part,
 )
-from vlkd_lab.runs import Run
+from vlkd_lab.runs import Run, read_snapshot
 from vlkd_lab.stages import stage_plan
 from vlkd_lab.trainers import FitParameters, check_parameters, copy_manually, lock_towers, open_job, train
+from vlkd_lab.widgets import Watched
+from vlkd_lab.widgets.gates import GateMatrices
+from vlkd_lab.widgets.heads import NetworkDrawing
+from vlkd_lab.widgets.network import drawn_towers, network_numbers, standing
 
 RESNET = dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None)
 TIMM = dict(timm_model_name="test_vit3", timm_model_pretrained=False, timm_pool="map", timm_proj="none", image_size=160)
@@ -486,3 +492,71 @@ def test_a_tower_that_onnx_cannot_express_is_named_in_one_line(folder_of, tmp_pa
         export_student(folder, tmp_path / "out")
     assert "\n" not in str(error.value)
     opens_elsewhere(folder, tmp_path / "out")
+
+
+# and what is seen of it
+
+
+@pytest.mark.parametrize("name", ["siglip", "convnext", "coca_of_two_towers"])
+def test_gates_cuts_and_the_network_of_other_kinds_are_drawn(name, folder_of, job, tmp_path):
+    opened = job(folder_of(name, OF_OTHER_KINDS[name]), losses="affinity_mimicking=1", batch_size=4, steps=4, keep_snapshots=4, probe_pairs=8)
+    train(opened)
+    run = Run(tmp_path / "run")
+    history = GateHistory(run)
+    assert history.matrices(0) and ("image attention heads" in history.matrices(0)) == (name != "convnext")
+    row = history.cuts(0, [0.2, 0.5])
+    full = shape_cost(opened.teacher.config["model_cfg"], opened.shapes)
+    assert (row["parameters"] < full.parameters).all() and row["macs"].is_monotonic_decreasing and "MMACs" in _cut_html(history, 0, 0.5)
+    arrays, labels = read_snapshot(history.snapshots[0][0])
+    watched = Watched(run)
+    watched.look()
+    chance = np.random.default_rng(0)
+    closing = {name: chance.normal(0, 3, array.shape).astype("f4") for name, array in arrays.items() if name.startswith("gates/")}
+    watched.arrays, watched.labels = arrays | closing, labels
+    assert GateMatrices().figure(watched) and NetworkDrawing().png(watched)[:4] == b"\x89PNG"
+    towers = {tower.name: tower for tower in drawn_towers(watched)}
+    assert {tower: drawn.student for tower, drawn in towers.items()} == opened.shapes, "the network under the gates"
+    now = standing(watched, list(towers.values()))
+    left = count_cost(new_model(opened.teacher.config["model_cfg"], like=opened.teacher, towers=now.shapes))
+    numbers = {numbers[0]: numbers[2] for numbers in network_numbers(watched, now)}
+    assert numbers["parameters"] == left.parameters / 1e6 < full.parameters / 1e6 and numbers["MMACs per pair"] == left.macs / 1e6
+    assert stage_plan(run, 1).plot().axes, "the plan as a picture"
+
+
+def test_one_tower_is_cut_and_the_other_stays_whole(folder_of, job, tmp_path):
+    teacher = folder_of("basic_blocks", CANNOT_BE_CUT["basic_blocks"])
+    with pytest.raises(ValueError, match="gate_towers='text' leaves it whole and cuts the other"):
+        job(teacher, losses="affinity_mimicking=1")
+    with pytest.raises(ValueError, match="gate_towers='sound' is not valid: name image, text, or both"):
+        job(teacher, gate_towers="sound")
+    opened = job(teacher, losses="affinity_mimicking=1", gate_towers="text", batch_size=4, steps=2)
+    train(opened)
+    student = opens_elsewhere(tmp_path / "run" / "stage-1" / "student", tmp_path / "out")
+    before = {name: weight.shape for name, weight in opened.teacher.model.state_dict().items()}
+    after = {name: weight.shape for name, weight in student.model.state_dict().items()}
+    assert {name for name in before if before[name] != after.get(name)} == {name for name in before if name.startswith("text.") and before[name] != after[name]} != set()
+    assert set(student.config["towers"]) == {"text"}
+
+
+def test_kinds_of_gates_that_a_tower_cannot_have_are_refused(folder_of, job):
+    with pytest.raises(ValueError, match="the image tower can have gates of neurons"):
+        job(folder_of("convnext", OF_OTHER_KINDS["convnext"]), gate_kinds="hidden,heads")
+    with pytest.raises(ValueError, match="the image tower is in stages: choose inheritance='auto'"):
+        job(folder_of("convnext", OF_OTHER_KINDS["convnext"]), inheritance="auto_uniform")
+
+
+@pytest.mark.parametrize("kinds", ["hidden,heads,neurons", "heads,neurons"])
+def test_a_text_tower_of_transformers_is_cut(kinds, job, tmp_path):
+    config, tokenizer = hugging_text(tmp_path / "bert")
+    config["text_cfg"]["hf_proj_type"] = "mlp"
+    teacher = save_model(new_model(config, tokenizer=tokenizer), tmp_path / "teacher")
+    train(job(teacher, gate_kinds=kinds, losses="affinity_mimicking=1", batch_size=4, steps=2))
+    student = load_model(tmp_path / "run" / "stage-1" / "student", "cpu")
+    assert student.shapes["text"].layout == "bert" and sum(student.shapes["text"].neurons) < 128
+    if "hidden" in kinds:
+        with pytest.raises(ValueError, match="cannot be padded: its norm .*LayerNorm looks at what was cut"):
+            pad_towers(student)
+        card = (export_student(tmp_path / "run", tmp_path / "out", onnx=False) / "README.md").read_text()
+        assert "cannot open it" in card and load_model(tmp_path / "out", "cpu").shapes == student.shapes
+    else:
+        opens_elsewhere(tmp_path / "run" / "stage-1" / "student", tmp_path / "out")
