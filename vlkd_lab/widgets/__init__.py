@@ -166,10 +166,14 @@ from vlkd_lab.widgets.gates import (
     MOST_COLUMNS,
     GateMatrices,
     LiveGates,
+    OpenGates,
     drawn_gates,
     gate_grid,
     gate_matrices,
     gate_views,
+    gated_shapes,
+    newest_gates,
+    open_gates,
 )
 from vlkd_lab.widgets.heads import (
     LiveNetwork,
@@ -283,6 +287,7 @@ from vlkd_lab.widgets.watched import (
     progress,
     settle,
     status_bar,
+    teacher_scores,
 )
 
 from ..data import escaped, visible

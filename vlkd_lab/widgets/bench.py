@@ -171,7 +171,8 @@ class RunWidgets:
             if frames:
                 self.panel.ask_whether_drawn()
             for name, value in state.items():
-                setattr(self.panel, name, value)
+                if getattr(self.panel, name) != value:
+                    setattr(self.panel, name, value)
 
 # %% ../../nbs/library/120_widgets_bench.ipynb #6dca4220
 def _show_parts(

@@ -218,14 +218,15 @@ def run_messages(watched: Watched, refused: str = "", problems: Iterable[str] = 
 def panel_state(watched: Watched, refused: str = "", problems: Iterable[str] = ()) -> dict[str, Any]:
     "The panel's state, by the names of its traits"
     in_baseline = is_baseline(watched, watched.status.get("stage", ""))
+    now = progress(watched)
     return {
-        "head": status_bar(watched),
+        "head": status_bar(watched, now),
         "buttons": run_buttons(watched, watched.choice.measure),
         "sliders": run_sliders(watched),
         "values": run_values(watched),
         "off": in_baseline or not is_working(watched),
         "messages": run_messages(watched, refused, problems),
-        "share": round(progress(watched)["share"], 3),
+        "share": round(now["share"], 3),
     }
 
 
