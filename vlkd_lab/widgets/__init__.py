@@ -34,6 +34,7 @@ from vlkd_lab.widgets.bench import (
     LOOK_SECONDS,
     REDRAW_SECONDS,
     REDRAW_SHARE,
+    SHOWN_BELOW,
     Live,
     Pictures,
     RunView,
@@ -41,7 +42,9 @@ from vlkd_lab.widgets.bench import (
     StaticBench,
     attach,
     bench_parts,
+    lend,
     shown_again,
+    take_back,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #wc000001
