@@ -132,6 +132,13 @@ def test_a_job_has_one_parameters_cell_that_papermill_reads_line_by_line(path):
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
+def test_a_job_shows_its_bench_once_and_waits_with_it(path):
+    cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert sum("attach(" in cell for cell in cells) == 1 and cells.count("bench = attach(job.run.folder)\nbench") == 1
+    assert cells.count("when_trained(training, bench)") == 1 and sum(line == "bench" for cell in cells for line in cell.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.stem)
 def test_a_jobs_defaults_are_those_of_its_parameters_class(path):
     from vlkd_lab.methods.blip_training import BlipTraining
     from vlkd_lab.methods.clip_cid import ClipCid

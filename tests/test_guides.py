@@ -1,8 +1,6 @@
 """The guide pages keep what they promise: they run, their commands would start, what they quote stands where they say."""
 
-import ast
 import inspect
-import json
 import re
 import shlex
 import shutil
@@ -14,6 +12,7 @@ import matplotlib.pyplot as plt
 import open_clip
 import pandas as pd
 import pytest
+from page_cells import cells_of, run_page
 from pages import listed_pages
 from papermill.cli import _resolve_type
 from papermill.inspection import _infer_parameters, load_notebook_node
@@ -41,8 +40,7 @@ KINDS = dict(tinyclip=TinyCLIP, teacher=Contrastive, clip_cid=ClipCid, dime_fm=D
 
 
 def cells(name, kind):
-    notebook = json.loads(PAGES[name].read_text(encoding="utf-8"))
-    return [c for c in notebook["cells"] if c["cell_type"] == kind]
+    return cells_of(PAGES[name], kind)
 
 
 def prose(name):
@@ -262,19 +260,10 @@ def project(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", GUIDES)
 def test_the_page_runs(name, project, monkeypatch):
-    "In this process, where JupyterLab would run it: all pages share what is imported"
     folder = project / PAGES[name].parent.relative_to(ROOT)
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
-    names = {"__name__": "page"}
-    for number, cell in enumerate(cells(name, "code")):
-        tree = ast.parse("".join(cell["source"]))
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, f"{name}, cell {number}", "exec"), names)
-        shown = None if last is None else eval(compile(ast.Expression(last.value), f"{name}, cell {number}", "eval"), names)
-        for form in ("_repr_html_", "_repr_png_", "_repr_mimebundle_"):
-            if callable(getattr(type(shown), form, None)):
-                getattr(shown, form)()
+    names = run_page(PAGES[name])
     assert not list(project.glob("runs/*")), "a page leaves no run behind"
     if name == "add_a_method":
         assert METHODS["Sharp"].views and names["lines"] <= 80

@@ -568,6 +568,8 @@ def test_run_all_stops_politely_where_the_end_is_needed(page, project):
     assert trying.locator("img").count() >= 4, "the student was there to be tried"
     assert not any(page.output_text(number) for line, number in cells.items() if number > done)
     until(lambda: page.output(done).locator(".vlkd-matrix canvas").count() == 9)  # Run All ends with the bench in view
+    bench = page.output(cells["bench"])
+    until(lambda: "shown below" in bench.inner_text() and bench.locator(".vlkd-panel").count() == 0)  # and it is the only one
     rest = page.output(done).locator(".vlkd-rest")
     button = rest.locator("button")
     until(lambda: "% done, time left" in rest.inner_text() and button.is_disabled())
@@ -578,6 +580,25 @@ def test_run_all_stops_politely_where_the_end_is_needed(page, project):
     button.click()
     until(lambda: "scratch" in page.output_text(cells["scores"]) or "stage-1" in page.output_text(cells["scores"]))
     assert page.output(done).locator("img").count() == 1 and rest.count() == 0, "what waited is a picture now"
+    assert page.output(done).locator(".vlkd-panel").count() == 0
+    until(lambda: bench.locator(".vlkd-matrix canvas").count() == 9 and "shown below" not in bench.inner_text())  # the live one is back
+
+
+def test_a_bench_in_a_panel_of_its_own_stays_there(page, project):
+    folder, given = project
+    cells, _ = notebook("train_tinyclip", folder, **given)
+    done = cells["when_trained(training, bench)"]
+    page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
+    bench = run_until(page, cells, "training") and page.output(cells["bench"])
+    bench.locator("button[data-name=panel]").click()
+    own = page.browser_page.locator(".jp-LinkedOutputView .vlkd-top")
+    page.browser_page.get_by_role("button", name="Run Once").click()  # JupyterLab asks, since nobody has trusted the notebook
+    until(lambda: own.count() == 1)
+    assert page.run_cell(done) is False
+    page.output(done).locator(".vlkd-rest").wait_for()
+    assert page.output(done).locator(".vlkd-matrix canvas").count() == 0, "only the line and the button are here"
+    assert own.count() == 1, "what was put aside is where it was put"
+    stop(page)
 
 
 def test_clusters_are_alive_and_a_threshold_is_chosen_by_slider(page, project):

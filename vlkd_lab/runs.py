@@ -48,7 +48,8 @@ __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'MEASURED', 'WATCH_SECO
 def read_json(path: str | Path, default: Any = None) -> Any:
     "The contents of a JSON file, or `default` where there is none"
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
     except (FileNotFoundError, NotADirectoryError):  # the latter below what is a file itself
         return default
 
@@ -595,12 +596,27 @@ def _role_by_name(stage: str) -> str:
         return "baseline"
     return "teacher" if stage == "teacher" else "student"
 
+# %% ../nbs/library/072_runs.ipynb #c0lumns1
+def _append(columns: dict[str, array], line: Mapping[str, Any]) -> None:
+    "A step's line as a number more in every column of its stage"
+    length = len(columns.get("step", ()))
+    numbers = {k: float(v) for k, v in line.items() if k not in ("stage", "phase")}
+    if numbers.keys() == columns.keys():  # as in almost every line
+        for name, number in numbers.items():
+            columns[name].append(number)
+        return
+    for name in {**columns, **numbers}:
+        column = columns.setdefault(name, array("d"))
+        column.extend([math.nan] * (length - len(column)))
+        column.append(numbers.get(name, math.nan))
+
 # %% ../nbs/library/072_runs.ipynb #55aafe1d
 class Curves:
     "metrics.jsonl as columns by stage, and its events; `read` takes in what has been added"
 
     def __init__(self, run: Run):
         self.run = run
+        self.version = 0  # grows with whatever is taken in, so that a view knows what it has counted already
         self._forget(None)
 
     def _forget(self, file: int | None) -> None:
@@ -609,6 +625,8 @@ class Curves:
         self._at = 0  # bytes taken in
         self.columns: dict[str, dict[str, array]] = {}
         self.events: list[dict] = []
+        self._whole: dict[tuple[str, str], np.ndarray] = {}  # columns as arrays, until the next line
+        self.version += 1
 
     def read(self) -> int:  # lines taken in
         "Read on; from the beginning when the file is another one than before"
@@ -625,6 +643,9 @@ class Curves:
         complete = text.rfind(b"\n") + 1
         self._at += complete
         lines = text[:complete].splitlines()
+        if lines:
+            self.version += 1
+            self._whole.clear()
         for line in lines:
             self._take(json.loads(line))
         return len(lines)
@@ -632,20 +653,19 @@ class Curves:
     def _take(self, line: dict) -> None:
         if "event" in line or "total" not in line:
             self.events.append(line)
-            return
-        columns = self.columns.setdefault(line["stage"], {})
-        length = len(columns.get("step", ()))
-        numbers = {k: float(v) for k, v in line.items() if k not in ("stage", "phase")}
-        for name in {**columns, **numbers}:
-            column = columns.setdefault(name, array("d"))
-            column.extend([math.nan] * (length - len(column)))
-            column.append(numbers.get(name, math.nan))
+        else:
+            _append(self.columns.setdefault(line["stage"], {}), line)
 
     def column(self, stage: str, name: str) -> np.ndarray:  # (steps,) float64, nan where a line lacks it
-        "One column of a stage, padded to the stage's length"
-        columns = self.columns.get(stage, {})
-        values = np.array(columns.get(name, ()), dtype=float)
-        return np.pad(values, (0, len(columns.get("step", ())) - len(values)), constant_values=np.nan)
+        "One column of a stage, of the stage's length; the same for all who ask, so it cannot be written to"
+        if (stage, name) not in self._whole:
+            columns = self.columns.get(stage, {})
+            values = np.full(len(columns.get("step", ())), np.nan)
+            if name in columns:
+                values[:] = columns[name]
+            values.flags.writeable = False
+            self._whole[stage, name] = values
+        return self._whole[stage, name]
 
 # %% ../nbs/library/072_runs.ipynb #068d41f9
 # entries of a step's line that the machine decides, so that two runs of one seed differ in them
@@ -675,8 +695,10 @@ def thinned(values: np.ndarray, most: int = 300) -> np.ndarray:  # at most `most
     if len(values) <= most:
         return values
     values = np.asarray(values, dtype=float)
-    known = ~np.isnan(values)
     first = np.arange(most) * len(values) // most
+    known = ~np.isnan(values)
+    if known.all():
+        return np.add.reduceat(values, first) / np.diff(first, append=len(values))
     sums = np.add.reduceat(np.where(known, values, 0.0), first)
     counts = np.add.reduceat(known.astype(int), first)
     return np.divide(sums, counts, out=np.full(most, np.nan), where=counts > 0)
@@ -726,13 +748,18 @@ def write_snapshot(path: Path, arrays: Mapping[str, Tensor], labels: Mapping[str
 def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     "A snapshot's arrays and labels"
     with safe_open(path, "np") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, _read_labels(path)
+        return {k: file.get_tensor(k) for k in file.keys()}, _labels_in(file)
+
+
+def _labels_in(file) -> dict:
+    "The labels of a snapshot that is open"
+    return json.loads(file.metadata()["labels"])
 
 
 def _read_labels(path: Path) -> dict:
     "A snapshot's labels alone"
     with safe_open(path, "np") as file:
-        return json.loads(file.metadata()["labels"])
+        return _labels_in(file)
 
 
 def newest_snapshot(run: Run) -> tuple[dict[str, np.ndarray], dict] | None:

@@ -120,7 +120,7 @@ class Buttons {
     button.dataset.name = spec.name;
     button.dataset.key = `${spec.name} ${JSON.stringify(spec.value)}`;
     if (spec.pressed !== undefined) button.setAttribute("aria-pressed", spec.pressed);
-    if (spec.command) return runs(button, spec.command);
+    if (spec.command) runs(button, spec.command); // and the kernel is told, so that it leaves a bench in its panel there
     button.addEventListener("click", () => (spec.confirm ? this.begin(spec) : this.ask(spec.name, spec.value)));
     return button;
   }

@@ -34,6 +34,7 @@ from vlkd_lab.widgets.bench import (
     LOOK_SECONDS,
     REDRAW_SECONDS,
     REDRAW_SHARE,
+    SHOWN_BELOW,
     Live,
     Pictures,
     RunView,
@@ -41,7 +42,9 @@ from vlkd_lab.widgets.bench import (
     StaticBench,
     attach,
     bench_parts,
+    lend,
     shown_again,
+    take_back,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #wc000001
@@ -166,10 +169,14 @@ from vlkd_lab.widgets.gates import (
     MOST_COLUMNS,
     GateMatrices,
     LiveGates,
+    OpenGates,
     drawn_gates,
     gate_grid,
     gate_matrices,
     gate_views,
+    gated_shapes,
+    newest_gates,
+    open_gates,
 )
 from vlkd_lab.widgets.heads import (
     LiveNetwork,
@@ -283,6 +290,7 @@ from vlkd_lab.widgets.watched import (
     progress,
     settle,
     status_bar,
+    teacher_scores,
 )
 
 from ..data import escaped, visible

@@ -56,8 +56,19 @@ def probe_affinities(watched: Watched, measure: str = "cosine") -> Matrices:
     matrices = {}
     for name, arrays in (("teacher", watched.teacher), ("student", watched.arrays)):
         if name in arrays:
-            matrices[name] = measured(arrays[name], float(arrays[f"{name}_scale"][0]), measure)
+            matrices[name] = _measured_once(watched, name, arrays, measure)
     return with_difference(matrices, measure)
+
+
+def _measured_once(
+    watched: Watched, name: str, arrays: Mapping[str, np.ndarray], measure: str
+) -> np.ndarray:
+    "A model's cosines as one of MEASURES, computed once for the same arrays: the teacher's stay"
+    known = watched.memory.setdefault("measured", {}).get(name)
+    if known is None or known[0] is not arrays[name] or known[1] != measure:
+        matrix = measured(arrays[name], float(arrays[f"{name}_scale"][0]), measure)
+        known = watched.memory["measured"][name] = (arrays[name], measure, matrix)
+    return known[2]
 
 # %% ../../nbs/library/111_widgets_affinities.ipynb #277f7e22
 def affinity_views() -> dict[str, MatrixView]:
@@ -91,6 +102,7 @@ class LiveAffinities(LivePart):
         self.pair = PairView()
         self.widget = ipywidgets.VBox([matrix_grid(self.views.values()), self.pair])
         self._watched: Watched | None = None
+        self._texts: tuple[Any, str, dict[str, Any]] = (None, "", {})  # probe, measure, what they give
         for view in (*self.views.values(), self.pair):
             view.on_choice.append(self.choose)
 
@@ -107,12 +119,18 @@ class LiveAffinities(LivePart):
         matrices = probe_affinities(watched, watched.choice.measure)
         if not matrices and (watched.arrays or watched.teacher):  # there is no joint space
             self.widget.children = ()
-        texts = _texts(watched)
+        texts = self._words(watched)
         student = f"student: {watched.labels.get('stage', '')}, step {watched.labels.get('step', 0)}"
         titles = {"student": student, "difference": "student − teacher"}
         for name, (matrix, low, high) in matrices.items():
             self.views[name].show(matrix, low, high, title=titles.get(name, name), **texts)
         self.pair.show(watched)
+
+    def _words(self, watched: Watched) -> dict[str, Any]:
+        "What stands at the canvases, made once for a probe and a measure"
+        if self._texts[0] is not watched.probe or self._texts[1] != watched.choice.measure:
+            self._texts = (watched.probe, watched.choice.measure, _texts(watched))
+        return self._texts[2]
 
 
 def _texts(watched: Watched) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..data import project_root
 from ..runs import WATCH_SECONDS, Run
 from ..trainers import is_interactive
 from .affinities import MEASURES, ProbeMatrices
-from .controls import Panel, panel_state, request
+from .controls import OWN_PANEL, Panel, panel_state, request
 from .curves import LossCurves
 from .drawing import stacked
 from .parts import LivePart, PartSection, RunPart, may_fail, method_parts
@@ -34,8 +34,8 @@ from .rows import RunForks, bench_forks
 from .watched import Watched, is_working, settle, status_bar
 
 # %% auto #0
-__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'REDRAW_SECONDS', 'REDRAW_SHARE', 'Live', 'bench_parts', 'RunWidgets',
-           'RunView', 'StaticBench', 'Pictures', 'shown_again', 'attach']
+__all__ = ['LOOK_SECONDS', 'CURVE_SECONDS', 'COMMON', 'SHOWN_BELOW', 'REDRAW_SECONDS', 'REDRAW_SHARE', 'Live', 'bench_parts',
+           'RunWidgets', 'RunView', 'lend', 'take_back', 'StaticBench', 'Pictures', 'shown_again', 'attach']
 
 # %% ../../nbs/library/120_widgets_bench.ipynb #a23f3965
 LOOK_SECONDS = 0.3  # between two looks at the folder
@@ -171,7 +171,8 @@ class RunWidgets:
             if frames:
                 self.panel.ask_whether_drawn()
             for name, value in state.items():
-                setattr(self.panel, name, value)
+                if getattr(self.panel, name) != value:
+                    setattr(self.panel, name, value)
 
 # %% ../../nbs/library/120_widgets_bench.ipynb #6dca4220
 def _show_parts(
@@ -204,6 +205,8 @@ class RunView(Live):
         super().__init__(live)
         self.watched = Watched(Run(folder))
         self.refused = ""  # why a request was refused
+        self.has_own_panel = False  # somebody has put it into a panel of its own
+        self.shown_by: Live | None = None  # what shows it in place of the cell that showed it first
         self._due = {"snapshot", "curves"}  # what is new and not shown yet
         self._touched = -math.inf  # when the trainer was told that somebody watches
         self._drawn = -math.inf  # when curves and maps were sent
@@ -225,12 +228,9 @@ class RunView(Live):
     def ask(self, requests: Mapping[str, Any]) -> None:
         "What the panel requests; it may come on any thread"
         self.refused = ""
-        if requests.get("measure") in MEASURES:
-            self.watched.choice.measure = requests["measure"]
-            self._due.add("snapshot")
         try:
-            for name in set(requests) - {"measure"}:
-                _pass_on(self.watched, name, requests[name])
+            for name, value in requests.items():
+                _pass_on(self, name, value)
         except (ValueError, OSError) as error:
             self.refused = str(error)
 
@@ -240,7 +240,7 @@ class RunView(Live):
         _tell_that_somebody_watches(self)
         _show(self)
         if self._was_working and not is_working(self.watched):
-            self.leave_picture()
+            (self.shown_by or self).leave_picture()
         self._was_working = is_working(self.watched)
 
     def static(self) -> StaticBench:
@@ -248,17 +248,42 @@ class RunView(Live):
         return self.pictures.newest()
 
     def _ipython_display_(self) -> None:
+        self.shown_by = None  # from now on the new cell shows it
         super()._ipython_display_()
         if not self.live and self.watched.status["state"] != "finished":
             self.pictures.start()
 
+# %% ../../nbs/library/120_widgets_bench.ipynb #b0rr0w01
+SHOWN_BELOW = "The bench is shown below, where its training is waited for; afterwards it is here again."
+
+
+def lend(bench: RunView, view: Live) -> None:
+    "Have another view show a bench; the cell that showed it says so, and there is one bench on the page"
+    bench.shown_by = view
+    if bench._handle is not None:
+        bench._handle.update({"text/plain": SHOWN_BELOW}, raw=True)
+
+
+def take_back(bench: RunView) -> None:
+    "Show a bench in its own cell again, with its picture where the run is over"
+    bench.shown_by = None
+    if bench._handle is not None and bench.box is not None:
+        bench._handle.update(bench.box._repr_mimebundle_(), raw=True)
+        if not is_working(bench.watched):
+            bench.leave_picture()
+
 # %% ../../nbs/library/120_widgets_bench.ipynb #9f6c30a6
-def _pass_on(watched: Watched, name: str, value: Any) -> None:
-    "What a control of the panel requests: a fork of the bench itself, everything else of the run"
-    if name == "fork":
-        bench_forks(watched).ask()
-    else:
-        request(watched.run, name, value)
+def _pass_on(view: RunView, name: str, value: Any) -> None:
+    "What a control of the panel requests: some of it of the bench itself, everything else of the run"
+    if name == "measure" and value in MEASURES:
+        view.watched.choice.measure = value
+        view._due.add("snapshot")
+    elif name == OWN_PANEL["name"]:
+        view.has_own_panel = True
+    elif name == "fork":
+        bench_forks(view.watched).ask()
+    elif name != "measure":
+        request(view.watched.run, name, value)
 
 
 def _tell_that_somebody_watches(view: RunView) -> None:

@@ -112,9 +112,12 @@ class Framed(Pulsed):
     palette = traitlets.Bytes(b"").tag(sync=True)
 
     def send_frame(self, **state) -> None:
-        "Send the next frame; only what differs goes over the wire"
+        "Send what differs as the next frame; where nothing does there is none"
+        changed = {name: value for name, value in state.items() if getattr(self, name) != value}
+        if not changed:
+            return
         with self.hold_sync():
-            for name, value in state.items():
+            for name, value in changed.items():
                 setattr(self, name, value)
             self.number += 1
 

@@ -162,6 +162,7 @@ OWN_PANEL = {
     "name": "panel",
     "label": "Own panel",
     "help": "the same bench in a panel of JupyterLab, which stays where you drag it",
+    "value": True,
     "command": "notebook:create-output-view",  # of JupyterLab and Jupyter Notebook; no button elsewhere
     "group": "page",
 }
@@ -185,7 +186,7 @@ def run_buttons(watched: Watched, measure: str) -> list[dict]:
     actions = [button | {"off": off, "group": "run"} for button in (pause, stop, pulls)]
     return [*actions, fork, *measure_buttons(measure), OWN_PANEL]
 
-
+# %% ../../nbs/library/118_widgets_controls.ipynb #fd22e480
 def measure_buttons(measure: str) -> list[dict]:
     "What the matrices of affinities show"
     help = "what the matrices of affinities show"
@@ -218,14 +219,15 @@ def run_messages(watched: Watched, refused: str = "", problems: Iterable[str] = 
 def panel_state(watched: Watched, refused: str = "", problems: Iterable[str] = ()) -> dict[str, Any]:
     "The panel's state, by the names of its traits"
     in_baseline = is_baseline(watched, watched.status.get("stage", ""))
+    now = progress(watched)
     return {
-        "head": status_bar(watched),
+        "head": status_bar(watched, now),
         "buttons": run_buttons(watched, watched.choice.measure),
         "sliders": run_sliders(watched),
         "values": run_values(watched),
         "off": in_baseline or not is_working(watched),
         "messages": run_messages(watched, refused, problems),
-        "share": round(progress(watched)["share"], 3),
+        "share": round(now["share"], 3),
     }
 
 

@@ -16,11 +16,11 @@ from ..data import escaped
 from ..evaluation import term_colours, terms_by_unit, terms_of_run, weights_by_step
 from ..losses import MODULES, TERM_KINDS
 from ..methods import all_losses
-from ..runs import CONTROLS, loss_terms, read_json, thinned
+from ..runs import CONTROLS, loss_terms, thinned
 from . import drawing
 from .drawing import GREY, INK, LINE_COLOURS, SEQUENTIAL, WIDTH, axis_name, curve, curve_style
 from .parts import LiveFigure, RunPart
-from .watched import Watched, is_baseline
+from .watched import Watched, is_baseline, teacher_scores
 
 # %% auto #0
 __all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'SPARSITY', 'MEMORY', 'COLUMN_NAMES', 'CHANGED', 'DECADES',
@@ -37,25 +37,49 @@ def _stages(watched: Watched, baseline: bool) -> list[str]:
     return [stage for stage in watched.curves.columns if is_baseline(watched, stage) == baseline]
 
 
+def _once(watched: Watched, name: Any, count: Callable[[], Any]) -> Any:
+    "What only new lines of the metrics can change, counted once until there are some"
+    version, values = watched.memory.get("counted", (None, {}))
+    if version != watched.curves.version:
+        values = {}
+        watched.memory["counted"] = (watched.curves.version, values)
+    if name not in values:
+        values[name] = count()
+    return values[name]
+
+
 def _weighted_terms(watched: Watched, stages: Sequence[str]) -> TermCurves:
     "What every term adds to the loss in some stages, step by step"
+    return _once(watched, ("terms", *stages), lambda: _weighted(watched, stages))
+
+
+def _weighted(watched: Watched, stages: Sequence[str]) -> TermCurves:
     columns = [name for stage in stages for name in watched.curves.columns[stage]]
     steps = [watched.curves.column(stage, "step") for stage in stages]
+    terms = loss_terms(columns)
+    together = np.concatenate(steps) if terms else np.zeros(0)
     curves = {}
-    for term in loss_terms(columns):
+    for term in terms:
         weights = weights_by_step(watched.curves, watched.config, term)
         values = [watched.curves.column(stage, term) * weights[stage] for stage in stages]
-        curves[term] = np.concatenate(steps), np.concatenate(values)
+        curves[term] = together, np.concatenate(values)
     return curves
 
 
 def term_curves(watched: Watched, most: int = 300) -> TermCurves:
     "What every term adds to the loss, thinned; the baseline's under names of their own"
+    return _once(watched, ("thinned terms", most), lambda: _thinned_terms(watched, most))
+
+
+def _thinned_terms(watched: Watched, most: int) -> TermCurves:
     curves = {}
     for baseline in (False, True):
-        for term, (steps, values) in _weighted_terms(watched, _stages(watched, baseline)).items():
+        terms = _weighted_terms(watched, _stages(watched, baseline))
+        all_steps = [steps for steps, _ in terms.values()]
+        shown_steps = thinned(all_steps[0], most) if all_steps else np.zeros(0)  # the same for all
+        for term, (_, values) in terms.items():
             name = term.replace("_", " ") + (BASELINE if baseline else "")
-            curves[name] = thinned(steps, most), thinned(values, most)
+            curves[name] = shown_steps, thinned(values, most)
     return curves
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #97c7ccc9
@@ -175,7 +199,7 @@ def validation_lines(watched: Watched) -> list[dict]:
 
 def teacher_line(watched: Watched) -> list[dict]:
     "The teacher's score over the steps, once it is in result.json; empty before"
-    scores = read_json(watched.run.folder / "result.json", {}).get("models", {}).get("teacher", {})
+    scores = teacher_scores(watched)
     steps = [watched.curves.column(stage, "step") for stage in watched.curves.columns]
     if "image_to_text_r1" not in scores or not steps or modules_of(watched):
         return []
@@ -185,12 +209,16 @@ def teacher_line(watched: Watched) -> list[dict]:
     ends = [min(column[0] for column in steps), max(column[-1] for column in steps)]
     return [curve(ends, [mean, mean], "teacher", 2, line=curve_style(INK, "dash"))]
 
-# %% ../../nbs/library/109_widgets_curves.ipynb #8fc62e8e
+# %% ../../nbs/library/109_widgets_curves.ipynb #cv000011
 def _joined(watched: Watched, stages: Sequence[str], column: str) -> np.ndarray:
-    "A column of several stages, one after the other"
-    return np.concatenate([np.zeros(0), *(watched.curves.column(stage, column) for stage in stages)])
+    "A column of several stages, one after the other, thinned"
+    return _once(watched, (column, *stages), lambda: thinned(_whole(watched, stages, column)))
 
 
+def _whole(watched: Watched, stages: Sequence[str], column: str) -> np.ndarray:
+    return np.concatenate([watched.curves.column(stage, column) for stage in stages])
+
+# %% ../../nbs/library/109_widgets_curves.ipynb #8fc62e8e
 def _column_lines(
     watched: Watched,
     panel: int,
@@ -201,11 +229,14 @@ def _column_lines(
     lines = []
     for baseline in (False, True):
         stages = _stages(watched, baseline)
-        steps = thinned(_joined(watched, stages, "step"))
-        for column, dash in columns.items():
-            values = thinned(_joined(watched, stages, column))
+        known = {name for stage in stages for name in watched.curves.columns[stage]}
+        there = {name: dash for name, dash in columns.items() if name in known}
+        steps = _joined(watched, stages, "step") if there else np.zeros(0)
+        for column, dash in there.items():
+            values = _joined(watched, stages, column)
             if np.isfinite(values).any():
-                values = np.where(values >= np.nanmax(values) / 10**decades, values, np.nan)
+                if math.isfinite(decades):
+                    values = np.where(values >= np.nanmax(values) / 10**decades, values, np.nan)
                 style = curve_style(GREY, "dot") if baseline else curve_style(INK, dash)
                 name = COLUMN_NAMES.get(column, column.replace("_", " ")) + (BASELINE if baseline else "")
                 lines.append(curve(steps, values, name, panel, line=style, showlegend=len(columns) > 1))
@@ -214,8 +245,8 @@ def _column_lines(
 
 def _memory_lines(watched: Watched, panel: int) -> list[dict]:
     "Memory of the process and of its GPU, of a run that has these numbers"
-    known = {name for columns in watched.curves.columns.values() for name in columns}
-    return _column_lines(watched, panel, {name: dash for name, dash in MEMORY.items() if name in known})
+    logged = {name for columns in watched.curves.columns.values() for name in columns}
+    return _column_lines(watched, panel, {name: dash for name, dash in MEMORY.items() if name in logged})
 
 
 def _share_lines(watched: Watched, panel: int) -> list[dict]:

@@ -61,9 +61,10 @@ def to_bytes(
     high: float,
 ) -> bytes:  # one an entry: 0 at low, 254 at high, 255 where it is nan
     "What a canvas draws"
-    matrix = np.asarray(matrix, dtype=np.float32)
-    scaled = np.clip((matrix - low) / max(high - low, 1e-12), 0, 1) * 254
-    return np.where(np.isnan(matrix), 255, np.nan_to_num(scaled).round()).astype(np.uint8).tobytes()
+    shares = (np.asarray(matrix, dtype=np.float32) - low) / max(high - low, 1e-12)
+    shown = np.rint(254 * np.clip(shares, 0, 1))
+    shown[np.isnan(shown)] = 255
+    return shown.astype(np.uint8).tobytes()
 
 
 def symmetric_limit(matrix: np.ndarray) -> float:  # above 0

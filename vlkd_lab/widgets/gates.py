@@ -5,13 +5,16 @@
 # %% ../../nbs/library/112_widgets_gates.ipynb #1cef0817
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ipywidgets
 import numpy as np
+import torch
 
-from ..gates import gate_rows, reduced
+from ..gates import _group_sizes, _kinds_in, _left, _matrix, _row_sizes, open_probability, reduced
+from ..models import TowerShape
 from ..runs import Run, kept_snapshots, read_snapshot
 from ..stages import source_shapes
 from .canvas import MatrixView, matrix_grid
@@ -20,8 +23,99 @@ from .parts import LivePart, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_COLUMNS', 'GATE_NAMES', 'KEEP_PROBABILITY', 'drawn_gates', 'gate_matrices', 'gate_views', 'GateMatrices',
-           'LiveGates', 'gate_grid']
+__all__ = ['MOST_COLUMNS', 'GATE_NAMES', 'KEEP_PROBABILITY', 'OpenGates', 'open_gates', 'newest_gates', 'gated_shapes',
+           'drawn_gates', 'gate_matrices', 'gate_views', 'GateMatrices', 'LiveGates', 'gate_grid']
+
+# %% ../../nbs/library/112_widgets_gates.ipynb #g4tes001
+@dataclass(frozen=True)
+class OpenGates:
+    "The gates of a snapshot as keep probabilities"
+
+    shapes: Mapping[str, TowerShape]  # of the gated network
+    keep: Mapping[tuple[str, str], np.ndarray]  # (tower, kind) -> (gates of all layers,) float64
+
+    def rows(
+        self,
+        ordered: bool = True,  # each row in descending order
+    ) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind the end
+        "A row a layer, as `gates.gate_rows` has them"
+        return {
+            (tower, kind): _matrix(keep, _row_sizes(self.shapes[tower], kind), ordered)
+            for (tower, kind), keep in self.keep.items()
+        }
+
+    def left(self) -> dict[str, TowerShape]:
+        "Sizes of what would be left if they were cut as they stand, as `gates.standing_shapes` counts them"
+        counts: dict[str, dict[str, list[int]]] = {tower: {} for tower in self.shapes}
+        for (tower, kind), keep in self.keep.items():
+            counts[tower][kind] = _open_counts(keep, _group_sizes(self.shapes[tower], kind))
+        return {tower: _left(shape, counts[tower]) for tower, shape in self.shapes.items()}
+
+
+def _open_counts(
+    keep: np.ndarray,  # (gates of all groups,)
+    sizes: Sequence[int],  # gates in each group
+) -> list[int]:
+    "How many gates of each group stay open: all but the expected zeros"
+    if len(set(sizes)) == 1:  # as in a network that nobody has cut yet: summed at once
+        sums = keep.reshape(len(sizes), -1).sum(axis=1).tolist()
+    else:
+        sums = [float(group.sum()) for group in np.split(keep, np.cumsum(sizes)[:-1])]
+    return [size - round(size - open_) for size, open_ in zip(sizes, sums, strict=True)]
+
+
+def open_gates(
+    arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
+    shapes: Mapping[str, TowerShape],  # of the gated network
+) -> OpenGates:
+    "Keep probabilities of a snapshot's gates; ValueError where they are not those of this network"
+    kinds = _kinds_in(arrays, shapes)
+    places = [(tower, kind) for tower in shapes for kind in kinds]
+    log_alpha = [arrays[f"gates/{tower}/{kind}"] for tower, kind in places]
+    together = torch.from_numpy(np.concatenate(log_alpha).astype(np.float64))
+    ends = np.cumsum([len(gates) for gates in log_alpha])[:-1]
+    keep = np.split(open_probability(together).numpy(), ends)
+    return OpenGates(shapes, dict(zip(places, keep, strict=True)))
+
+# %% ../../nbs/library/112_widgets_gates.ipynb #g4tes004
+def newest_gates(watched: Watched) -> tuple[OpenGates | None, str]:  # None: there were none; the stage
+    "The newest gates among the snapshots, counted once each; those of a phase that is over are read once"
+    known = watched.memory.get("gates")
+    if known is None or known[0] is not watched.arrays:
+        known = (watched.arrays, *_gates_of(watched, known))
+        watched.memory["gates"] = known
+    return known[1:]
+
+
+def _gates_of(watched: Watched, known: tuple | None) -> tuple[OpenGates | None, str]:
+    "The gates of the newest snapshot, those that are known already, or those of a phase that is over"
+    stage = watched.labels.get("stage", "")
+    if _has_gates(watched.arrays):
+        return open_gates(watched.arrays, gated_shapes(watched, stage)), stage
+    if "step" not in watched.labels:
+        return None, stage
+    if known is not None and known[2] == stage:
+        return known[1:]
+    past = [snapshot for snapshot in kept_snapshots(watched.run) if snapshot[1]["phase"] == "gates"]
+    if not past:
+        return None, stage
+    path, labels = past[-1]
+    arrays = read_snapshot(path)[0]
+    if not _has_gates(arrays):
+        return None, stage
+    return open_gates(arrays, gated_shapes(watched, labels["stage"])), labels["stage"]
+
+
+def _has_gates(arrays: Mapping[str, np.ndarray]) -> bool:
+    return any(name.startswith("gates/") for name in arrays)
+
+
+def gated_shapes(watched: Watched, stage: str) -> dict[str, TowerShape]:
+    "Sizes of the network that a stage starts from, read once a stage"
+    known = watched.memory.setdefault("gated shapes", {})
+    if stage not in known:
+        known[stage] = source_shapes(watched.run, stage)
+    return known[stage]
 
 # %% ../../nbs/library/112_widgets_gates.ipynb #b9982d4d
 MOST_COLUMNS = 180  # of a matrix of gates; a canvas has no more pixels for them
@@ -42,7 +136,12 @@ def drawn_gates(
     ordered: bool = True,  # each row in descending order
 ) -> Matrices:  # "image attention heads" and so on: image before text, kinds in the order of GATE_NAMES
     "A snapshot's gates, with no more columns than a canvas has pixels"
-    rows = gate_rows(arrays, source_shapes(run, stage), ordered)
+    return _matrices(open_gates(arrays, source_shapes(run, stage)), ordered)
+
+
+def _matrices(gates: OpenGates, ordered: bool = True) -> Matrices:
+    "Gates by what they are called, image before text"
+    rows = gates.rows(ordered)
     matrices = {}
     for tower in sorted({tower for tower, _ in rows}):
         for kind in [kind for kind in GATE_NAMES if (tower, kind) in rows]:
@@ -52,31 +151,10 @@ def drawn_gates(
 
 def gate_matrices(watched: Watched) -> Matrices:
     "Gates as they are, or as the last gate phase left them; empty when there were none"
-    arrays, stage = _newest_gates(watched)
-    if not arrays:
+    gates, stage = newest_gates(watched)
+    if gates is None:
         return {}
-    return {f"{stage}: {name}": drawn for name, drawn in drawn_gates(watched.run, stage, arrays).items()}
-
-
-def _gates_in(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {name: array for name, array in arrays.items() if name.startswith("gates/")}
-
-
-def _newest_gates(watched: Watched) -> tuple[dict[str, np.ndarray], str]:  # arrays, stage
-    "The newest gates among the snapshots; those of a phase that is over are read once"
-    arrays = _gates_in(watched.arrays)
-    stage = watched.labels.get("stage", "")
-    known = watched.memory.get("gates")
-    if arrays or "step" not in watched.labels:
-        known = (arrays, stage)
-    elif known is None or known[1] != stage:
-        past = [snapshot for snapshot in kept_snapshots(watched.run) if snapshot[1]["phase"] == "gates"]
-        known = ({}, stage)
-        if past:
-            path, labels = past[-1]
-            known = (_gates_in(read_snapshot(path)[0]), labels["stage"])
-    watched.memory["gates"] = known
-    return known
+    return {f"{stage}: {name}": drawn for name, drawn in _matrices(gates).items()}
 
 # %% ../../nbs/library/112_widgets_gates.ipynb #352aab14
 def gate_views(titles: Iterable[str]) -> dict[str, MatrixView]:
@@ -113,8 +191,13 @@ class LiveGates(LivePart):
 
     def __init__(self):
         self.views: dict[str, MatrixView] = {}
+        self._shown: OpenGates | None = None
 
     def update(self, watched: Watched) -> None:
+        gates, _ = newest_gates(watched)
+        if gates is self._shown:  # those of a phase that is over do not change
+            return
+        self._shown = gates
         matrices = gate_matrices(watched)
         if set(matrices) != set(self.views):
             for view in self.views.values():

@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from .. import runs
-from ..gates import open_probability, standing_shapes
 from ..inheritance import Plan, even_spread, kept_heads
 from ..layouts import LAYOUTS
 from ..models import TowerShape, shape_cost, tower_shape
 from ..runs import read_json
-from ..stages import source_shapes
 from .drawing import LINE_COLOURS, MID_TONE, WIDTH, blank_page, on_both, page_png
+from .gates import gated_shapes, newest_gates
 from .pair import caption_numbers, probe_recall
-from .watched import NO_VALUE, Watched, is_baseline
+from .watched import NO_VALUE, Watched, is_baseline, teacher_scores
 
 # %% auto #0
 __all__ = ['Places', 'head_places', 'DrawnTower', 'beside', 'drawn_towers', 'network_facts_of', 'Standing', 'standing',
@@ -180,7 +178,7 @@ def _read_towers(watched: Watched, stage: str, is_gated: bool) -> list[DrawnTowe
     teacher = network_facts_of(watched).get("towers", {})
     student = network_facts_of(watched, stage).get("towers", {}) if stage else {}
     if is_gated:
-        student = {tower: asdict(shape) for tower, shape in source_shapes(watched.run, stage).items()}
+        student = {tower: asdict(shape) for tower, shape in gated_shapes(watched, stage).items()}
     if not student and stage == "":
         return []
     places = head_places(watched, stage, is_gated) if stage else {}
@@ -254,19 +252,14 @@ def standing(watched: Watched, towers: Sequence[DrawnTower]) -> Standing:
     keep = {name: [np.ones(heads) for heads in shape.heads] for name, shape in students.items()}
     if not _is_gated(watched):
         return Standing(students, keep)
-    gated = {name: array for name, array in watched.arrays.items() if name.startswith("gates/")}
+    gates, _ = newest_gates(watched)
     for name, shape in students.items():
-        if f"gates/{name}/heads" in gated:
-            flat = _open(gated[f"gates/{name}/heads"])
-            keep[name] = np.split(flat, np.cumsum(shape.heads)[:-1])
-        if f"gates/{name}/attention_block" in gated:
-            blocks = _open(gated[f"gates/{name}/attention_block"])
+        if (name, "heads") in gates.keep:
+            keep[name] = np.split(gates.keep[name, "heads"], np.cumsum(shape.heads)[:-1])
+        if (name, "attention_block") in gates.keep:
+            blocks = gates.keep[name, "attention_block"]
             keep[name] = [heads * block for heads, block in zip(keep[name], blocks, strict=True)]
-    return Standing(standing_shapes(gated, students), keep)
-
-
-def _open(log_alpha: np.ndarray) -> np.ndarray:
-    return open_probability(torch.tensor(log_alpha)).numpy()
+    return Standing(gates.left(), keep)
 
 # %% ../../nbs/library/116_widgets_network.ipynb #n3tdr020
 def network_costs(watched: Watched, now: Standing) -> dict[str, dict[str, float]]:  # "student", "teacher"
@@ -343,13 +336,8 @@ def _mean_recall(scores: Mapping[str, Any]) -> float:  # per cent
 
 
 def _teacher_validated(watched: Watched) -> float:  # per cent
-    "The teacher's R@1, once it is in result.json; read when the run's state has changed"
-    state = watched.status.get("state")
-    known = watched.memory.get("teacher_validated")
-    if known is None or known[0] != state:
-        scores = read_json(watched.run.folder / "result.json", {}).get("models", {}).get("teacher", {})
-        known = watched.memory["teacher_validated"] = (state, _mean_recall(scores))
-    return known[1]
+    "The teacher's R@1, once it is in result.json"
+    return _mean_recall(teacher_scores(watched))
 
 # %% ../../nbs/library/116_widgets_network.ipynb #n3tdr024
 def tower_json(tower: DrawnTower) -> dict[str, Any]:
@@ -369,7 +357,9 @@ def standing_bytes(towers: Sequence[DrawnTower], now: Standing) -> bytes:  # a b
     "Keep probabilities of all heads, tower by tower and layer by layer"
     layers = [heads for tower in towers if tower.student for heads in now.keep[tower.name]]
     flat = np.concatenate(layers) if layers else np.zeros(0)
-    return np.rint(255 * np.clip(np.nan_to_num(flat), 0, 1)).astype(np.uint8).tobytes()
+    shown = np.rint(255 * np.clip(flat, 0, 1))
+    shown[np.isnan(shown)] = 0
+    return shown.astype(np.uint8).tobytes()
 
 
 def standing_sizes(towers: Sequence[DrawnTower], now: Standing) -> dict[str, dict[str, Any]]:

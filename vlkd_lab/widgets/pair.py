@@ -12,7 +12,7 @@ import numpy as np
 import traitlets
 
 from ..data import visible
-from ..runs import read_snapshot
+from ..runs import Run, read_snapshot
 from .canvas import STATIC, Pulsed, script
 from .watched import Watched, is_baseline, kept_students
 
@@ -87,11 +87,20 @@ def earlier_scores(watched: Watched) -> tuple[np.ndarray, str] | None:  # (P, S)
     "The student's cosines at the end of the stage before this one; None where no snapshot was kept"
     stage = watched.labels.get("stage", "")
     known = watched.memory.get("earlier_scores")
-    if known is None or known[0] != stage:
-        known = (stage, _read_earlier(watched, stage))
-        if known[1] is not None:  # in a first stage there may be one soon
+    if known is None or known[0] != stage or known[1] is None:
+        stamp = _kept_stamp(watched.run)
+        if known is None or known[0] != stage or known[2] != stamp:  # in a first stage there may be one soon
+            known = (stage, _read_earlier(watched, stage), stamp)
             watched.memory["earlier_scores"] = known
     return known[1]
+
+
+def _kept_stamp(run: Run) -> int | None:
+    "When a snapshot was kept or went last"
+    try:
+        return (run.folder / "snapshots" / "kept").stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _read_earlier(watched: Watched, stage: str) -> tuple[np.ndarray, str] | None:
@@ -187,11 +196,12 @@ class PairView(Pulsed):
             facts = pair_facts(watched, *self.cell)
         changes = stage_changes(watched)
         pictures = _pictures_on_show(watched.probe.get("pictures", ()), facts, changes)
+        state = {"facts": facts, "changes": changes, "pictures": pictures, "failure": ""}
+        if all(getattr(self, name) == value for name, value in state.items()):
+            return
         with self.hold_sync():
-            self.facts = facts
-            self.changes = changes
-            self.pictures = pictures
-            self.failure = ""
+            for name, value in state.items():
+                setattr(self, name, value)
             self.number += 1
 
 

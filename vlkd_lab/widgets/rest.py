@@ -12,7 +12,7 @@ import traitlets
 
 from ..data import visible
 from ..trainers import StillTraining, Training
-from .bench import Live, RunView, StaticBench
+from .bench import Live, RunView, StaticBench, lend, take_back
 from .canvas import Pulsed, script
 from .watched import TRAINED, duration, is_working, progress
 
@@ -38,16 +38,19 @@ def how_it_ended(training: Training) -> str:
         return "stopped: run the training's cell again to go on, or evaluate below what there is"
     return TRAINED
 
-
+# %% ../../nbs/library/121_widgets_rest.ipynb #rst00016
 class RestOfNotebook(Live):
-    "The bench once more, and below it what the rest of the notebook waits for"
+    "The bench, moved here, and below it what the rest of the notebook waits for"
 
     def __init__(self, training: Training, bench: RunView):
         super().__init__(live=True)
         self.training = training
         self.bench = bench
         self.panel = NextCells()
-        self.box = ipywidgets.VBox([bench.box, self.panel])
+        self.box = ipywidgets.VBox([self.panel])
+        if not bench.has_own_panel:
+            lend(bench, self)
+            self.box.children = (bench.box, self.panel)
         self.update()
 
     def update(self) -> None:
@@ -62,6 +65,8 @@ class RestOfNotebook(Live):
             self.panel.text = "the training begins or ends: then run the cells below"
         else:
             self.panel.text = how_it_ended(self.training)
+        if self.bench.shown_by is not self and len(self.box.children) > 1:
+            self.box.children = (self.panel,)  # its cell was run again and shows it
         self.panel.is_ready = not self.training.alive and not self.training.error
 
     def static(self) -> StaticBench:
@@ -69,9 +74,11 @@ class RestOfNotebook(Live):
         return self.bench.static()
 
     def close(self) -> None:
-        "End it; the bench stays"
+        "End it; the bench is in its own cell again"
         super().close()
         self.panel.close()
+        if self.bench.shown_by is self:
+            take_back(self.bench)
 
 # %% ../../nbs/library/121_widgets_rest.ipynb #rst00008
 _SHOWN: dict[Path, RestOfNotebook] = {}  # by run folder

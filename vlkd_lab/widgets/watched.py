@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from ..evaluation import objective_of
 from ..runs import Curves, Run, kept_snapshots, newest_snapshot, read_json, read_snapshot
 
 # %% auto #0
-__all__ = ['NO_VALUE', 'TRAINED', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'settle', 'duration',
-           'progress', 'status_bar']
+__all__ = ['NO_VALUE', 'TRAINED', 'kept_students', 'Choice', 'Watched', 'is_working', 'is_baseline', 'teacher_scores', 'settle',
+           'duration', 'progress', 'status_bar']
 
 # %% ../../nbs/library/107_widgets_watched.ipynb #dfbee3be
 def kept_students(run: Run) -> list[tuple[Path, dict]]:  # (file, labels) from the first to the last
@@ -122,6 +122,16 @@ def is_baseline(watched: Watched, stage: str) -> bool:
     return runs.role_in(watched.config, stage) == "baseline"
 
 
+def teacher_scores(watched: Watched) -> dict[str, Any]:  # empty: not known yet
+    "What was measured of the teacher, once it is in result.json; read when the run's state has changed"
+    state = watched.status.get("state")
+    known = watched.memory.get("teacher scores")
+    if known is None or known[0] != state:
+        models = read_json(watched.run.folder / "result.json", {}).get("models", {})
+        known = watched.memory["teacher scores"] = (state, models.get("teacher", {}))
+    return known[1]
+
+
 def settle(watched: Watched) -> None:
     "Of a run that is over, see the last student, and not the baseline that was trained beside it"
     kept = [] if is_working(watched) else kept_students(watched.run)
@@ -168,10 +178,13 @@ def _known(value: float, form: str) -> str:
     return NO_VALUE if math.isnan(value) else form.format(value)
 
 
-def status_bar(watched: Watched) -> list[list[str]]:  # [name, value] each
+def status_bar(
+    watched: Watched,
+    now: Mapping[str, float] | None = None,  # of `progress`; None: it is counted
+) -> list[list[str]]:  # [name, value] each
     "The status bar as text"
     status = watched.status
-    now = progress(watched)
+    now = progress(watched) if now is None else now
     steps = watched.curves.column(status.get("stage"), "step")
     place = " · ".join(status[key] for key in ("stage", "phase") if status.get(key))
     memory = status.get("memory_bytes", math.nan) / 2**30

@@ -1,0 +1,88 @@
+"""The benchmark pages run to their tables, at sizes that take seconds; what they measure is looked at where a machine is quiet."""
+
+import sys
+from pathlib import Path
+
+import forked
+import ipywidgets
+import jupyter_page
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from page_cells import run_page
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "nbs" / "results"
+SMALL = {
+    "balancing": dict(row_counts=[300], exact_rows=400, many_rows=500),
+    "curation": dict(most_rows=20_000, scale_down=40),
+    "gpu": {},
+    "loader": dict(pictures=60, shards=2, side=64, workers=[1], batch_size=4, batches=2, repeats=1, tried=5),
+    "losses": dict(sizes=[48, 64], width=16, repeats=1, threads=1),
+    "sentences": dict(turns=1, steps=1, depth=1, sentences=300, shards=1, lines=400, keep=20, file_lines=120, engines=[""]),
+    "step": dict(steps=2, batch_size=16, repeats=1),
+    "views": dict(pairs=1, page_pairs=1, seconds=0.5, updates=20, threads=1, batch_size=16),
+}
+TABLES = {  # of a page: the names of its tables, and how many rows each has at these sizes
+    "balancing": dict(table=2),
+    "curation": dict(table=5),
+    "gpu": dict(table=None),
+    "loader": dict(table=3, others=None),
+    "losses": dict(times=3, peaks=3, ratios=3),
+    "sentences": dict(table=2, files=4),
+    "step": dict(table=3),
+    "views": dict(summary=2, memory=2),
+}
+NOT_MEASURED = {"recall", "pairs"}  # columns that have nothing in the rows of some ways
+
+
+@pytest.fixture
+def here(monkeypatch):
+    "The folder of the pages; what a page changes of this process is taken back"
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(RESULTS)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(ipywidgets.Widget, "_send", ipywidgets.Widget._send)
+    before = set(RESULTS.iterdir())
+    with plt.rc_context():
+        yield
+    torch.set_num_threads(threads)
+    assert set(RESULTS.iterdir()) == before, "a page leaves nothing beside it"
+
+
+def check_table(table, rows):
+    "As many rows as it is to have, and numbers in all columns of numbers"
+    assert len(table) == rows if rows else len(table) > 0
+    for name, column in table.items():
+        numbers = pd.to_numeric(column, errors="coerce") if column.dtype == object else column
+        if name not in NOT_MEASURED and pd.api.types.is_numeric_dtype(numbers) and numbers.notna().any():
+            assert np.isfinite(numbers.astype(float)).all(), f"{name}: {column.tolist()}"
+    assert "failed" not in table, table["failed"].dropna().tolist()
+
+
+def test_every_benchmark_is_here():
+    assert {path.stem.removeprefix("benchmark_") for path in RESULTS.glob("benchmark_*.ipynb")} == set(SMALL) == set(TABLES)
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "views"])
+def test_a_benchmark_fills_its_tables(name, here, monkeypatch):
+    monkeypatch.setattr(sys, "executable", forked.python())  # each measurement is a process of its own
+    names = run_page(RESULTS / f"benchmark_{name}.ipynb", SMALL[name])
+    for table, rows in TABLES[name].items():
+        check_table(names[table], rows)
+    if name == "balancing":
+        for found in (names["large"], names["million"]):
+            assert found["recall"] == 1 and found["seconds"] > 0 and found["groups"] > 100
+    if name == "sentences":
+        assert names["chosen"]["seconds"] > 0 and names["chosen"]["scenes"] > 0.3
+
+
+@pytest.mark.skipif(not jupyter_page.find_chromium(), reason="needs Chromium")
+def test_the_benchmark_of_views_fills_its_tables(here):
+    names = run_page(RESULTS / "benchmark_views.ipynb", SMALL["views"])
+    for table, rows in TABLES["views"].items():
+        check_table(names[table], rows)
+    assert len(names["without"]) == len(names["within"]) == 2
+    assert 0 < np.median(names["took"][20:]) < 1000 and 0 < np.median(names["sent"][20:]) < 300_000
