@@ -108,6 +108,7 @@ WRONG = {
     "cache_dir": ("s3://bucket/cache", "a folder of this machine"),
     "features": (f"{__file__}/store", "a folder of this machine"),
     "gate_kinds": ("hidden,eyes", "attention_block"),
+    "gate_towers": ("image,sound", "image, text, or both"),
     "losses": ("affinity=1", "affinity_mimicking"),
 }
 

@@ -346,7 +346,9 @@ def _of_tower(shape: TowerShape, kinds: Iterable[str]) -> list[str]:
 
 def _say_kinds(shapes: Mapping[str, TowerShape]) -> str:
     "Which gates each tower can have, for a message"
-    parts = [f"the {tower} tower can have {', '.join(shape.gate_kinds) or 'none'}" for tower, shape in shapes.items()]
+    parts = []
+    for tower, shape in shapes.items():
+        parts.append(f"the {tower} tower can have {', '.join(shape.gate_kinds) or 'none'}")
     return "; ".join(parts)
 
 # %% ../nbs/library/054_gates.ipynb #a03129bf
@@ -776,7 +778,8 @@ def uniform_shapes(
     for i, r in enumerate(r_text):  # for each text width and each image tower, the most text neurons that fit
         left = room - _tower_sizes(image, r_image, m_image)
         width = r * text.head_width
-        fits = torch.floor((left / (width * text.layers) - 4 * width) / text.mlp_matrices).clamp(max=m_text[-1])
+        fits = torch.floor((left / (width * text.layers) - 4 * width) / text.mlp_matrices)
+        fits = fits.clamp(max=m_text[-1])
         column = (fits - m_text[0]).clamp(min=0).long()
         excess = left - _tower_sizes(text, r[None], m_text)[0][column]
         distance = (d_image + d_text[i][column]).masked_fill(fits < m_text[0], torch.inf)

@@ -276,6 +276,26 @@ def inherit(
         student[copy.name] = tensor.clone(memory_format=torch.contiguous_format)
     return student
 
+# %% ../nbs/library/055_inheritance.ipynb #inh0rule
+def _rule(layers: Callable | Sequence | Mapping, tower: str, stage: int | None) -> Callable | Sequence:
+    "What decides of one sequence of blocks; numbers for a network in stages are a list a stage"
+    rule = layers.get(tower, even_spread) if isinstance(layers, Mapping) else layers
+    return rule if stage is None or callable(rule) else rule[stage]
+
+
+def _sources(rule: Callable | Sequence, prefix: str, have: int, want: int) -> tuple[int, ...]:
+    "The teacher's block for each of the student's"
+    if want > have:
+        raise ValueError(
+            f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be deeper"
+        )
+    sources = tuple(rule(have, want) if callable(rule) else rule)
+    if len(sources) != want or not all(0 <= source < have for source in sources):
+        raise ValueError(
+            f"layers {sources} do not fit {prefix}…: give {want} numbers between 0 and {have - 1}"
+        )
+    return sources
+
 # %% ../nbs/library/055_inheritance.ipynb #976e45a6
 _OPEN_CLIP = rf"(?:visual\.|text\.)?(?:{re.escape(BLOCKS)}|layer[1-4]\.)"
 _BLIP = r"vision_model\.encoder\.layers\.|text_encoder\.encoder\.layer\.|text_decoder\.bert\.encoder\.layer\."
@@ -299,26 +319,6 @@ def _stacks(student: Mapping[str, Any], teacher: Mapping[str, Any], layers) -> d
             )
         stacks[prefix] = Stack(tower, prefix, have, sources)
     return stacks
-
-
-def _rule(layers: Callable | Sequence | Mapping, tower: str, stage: int | None) -> Callable | Sequence:
-    "What decides of one sequence of blocks; numbers for a network in stages are a list a stage"
-    rule = layers.get(tower, even_spread) if isinstance(layers, Mapping) else layers
-    return rule if stage is None or callable(rule) else rule[stage]
-
-
-def _sources(rule: Callable | Sequence, prefix: str, have: int, want: int) -> tuple[int, ...]:
-    "The teacher's block for each of the student's"
-    if want > have:
-        raise ValueError(
-            f"the student has {want} blocks named {prefix}…, the teacher {have}: a student cannot be deeper"
-        )
-    sources = tuple(rule(have, want) if callable(rule) else rule)
-    if len(sources) != want or not all(0 <= source < have for source in sources):
-        raise ValueError(
-            f"layers {sources} do not fit {prefix}…: give {want} numbers between 0 and {have - 1}"
-        )
-    return sources
 
 
 def _blocks(names: Mapping[str, Any]) -> Iterator[re.Match]:
@@ -418,12 +418,12 @@ def _layout_of(state: Mapping[str, Tensor], tower: str) -> Layout | None:  # Non
         layout = find_layout(state, tower)
     except ValueError:
         return None
-    is_own = layout.name == "open_clip" or layout.name == "resnet" and "visual.attnpool.c_proj.weight" in state
-    return None if is_own else layout
+    is_own_resnet = layout.name == "resnet" and "visual.attnpool.c_proj.weight" in state
+    return None if layout.name == "open_clip" or is_own_resnet else layout
 
 
-def _sequences(names: Iterable[str], prefix: str, layout: Layout) -> dict[str, int]:  # start of names -> blocks
-    "The sequences of blocks of a tower: one, or one a stage"
+def _sequences(names: Iterable[str], prefix: str, layout: Layout) -> dict[str, int]:
+    "The sequences of blocks of a tower, one or one a stage: how their names begin, and how many there are"
     blocks = block_numbers(names, prefix, layout)
     return dict(Counter(re.sub(r"\d+\.$", "", block) for block in blocks))
 
@@ -511,10 +511,13 @@ def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  #
         name = re.sub(r"^visual\.(trunk\.)?", "", stack.prefix)[:-1]
         return {f"{name} channels": masks("conv2.weight", 0)}
     heads, neurons = _outs(copies, blocks[0][1])
-    panels = {"channels": masks(neurons, 0)}
-    if heads:
-        panels["heads"] = masks(heads, 1, dict(plan.head_width)[stack.tower])
-    return panels | {"neurons": masks(neurons, 1)}
+    if not heads:  # in stages
+        return {f"{stack.prefix.split('trunk.')[-1].removesuffix('.blocks.')} neurons": masks(neurons, 1)}
+    return {
+        "channels": masks(neurons, 0),
+        "heads": masks(heads, 1, dict(plan.head_width)[stack.tower]),
+        "neurons": masks(neurons, 1),
+    }
 
 # %% ../nbs/library/055_inheritance.ipynb #a39761db
 def _plot(plan: Plan):  # a matplotlib figure
@@ -579,7 +582,7 @@ def _open(gate: Tensor | None, size: int) -> Tensor:  # (size,) bool, or () for 
     "Which of `size` positions a gate leaves open; all of them if there is none"
     return torch.ones(size, dtype=torch.bool) if gate is None else (gate > 0).cpu()
 
-
+# %% ../nbs/library/055_inheritance.ipynb #inh0plgt
 def plan_gates(
     state: Mapping[str, Tensor],  # of the gated network, a whole CLIP; not changed
     shapes: Mapping[str, TowerShape],  # of that state

@@ -13,9 +13,18 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from vlkd_lab.models import (
+    VLM,
+    TowerShape,
+    new_model,
+    own_head_widths,
+    plain_config,
+    text_part,
+    tower_shapes,
+)
+
 from ..gates import places_of
 from ..layouts import LAYOUTS, PACKED, Layout, Place, tower_prefixes
-from ..models import VLM, TowerShape, new_model, plain_config, text_part, tower_shapes
 from ..shapes import TOWERS
 
 # %% auto #0
@@ -188,7 +197,7 @@ def _without_layer_scale(state: Mapping[str, Tensor], shapes: Mapping[str, Tower
 def _whole_shape(vlm: VLM, tower: str) -> TowerShape:
     "What a model's configuration says of a tower"
     whole = new_model(vlm.config["model_cfg"], like=vlm)
-    return tower_shapes(whole.model.state_dict(), whole.head_widths, [tower])[tower]
+    return tower_shapes(whole.model.state_dict(), own_head_widths(whole), [tower])[tower]
 
 
 def _new_shape(vlm: VLM, tower: str, shape: TowerShape) -> TowerShape:

@@ -79,8 +79,8 @@ def _named_tokenizer(vlm: VLM, name: str) -> VLM:
     return replace(vlm, config=config)
 
 # %% ../../nbs/library/101_export_repository.ipynb #9934c43c
-def _write_towers(vlm: VLM, folder: Path, repository: str) -> tuple[VLM, str]:  # as open_clip has it, or why not
-    "Two towers in open_clip's layout; beside it the irregular model as it was cut"
+def _write_towers(vlm: VLM, folder: Path, repository: str) -> tuple[VLM, str]:
+    "Two towers in open_clip's layout, beside it the irregular model as it was cut; or why that cannot be"
     try:
         padded = pad_towers(vlm)
     except ValueError as error:

@@ -34,7 +34,7 @@ from ..features import Texts
 from ..gates import Gates, budget, sparsity
 from ..inheritance import Plan, inherit, plan_gates
 from ..losses import LOSSES, Objective
-from ..models import VLM, TowerShape, load_model, new_model, save_model, tower_shapes
+from ..models import VLM, TowerShape, load_model, new_model, own_head_widths, save_model, tower_shapes
 from ..project import former_names, write_text
 from ..runs import Run, read_json
 from ..shapes import TOWERS
@@ -475,7 +475,7 @@ def _check_widths(options: TinyCLIP, teacher: VLM, start: VLM | None) -> None:
 
 def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShape]) -> dict[str, TowerShape]:
     "Sizes of what is cut further; ValueError unless it is a part of the teacher"
-    shapes = tower_shapes(start.model.state_dict(), start.head_widths, list(teacher))
+    shapes = tower_shapes(start.model.state_dict(), own_head_widths(start), list(teacher))
     for tower, full in teacher.items():
         shape = shapes[tower]
         if shape.head_width != full.head_width or shape.width > full.width or shape.layers > full.layers:
@@ -486,44 +486,15 @@ def _start_shapes(options: TinyCLIP, start: VLM, teacher: Mapping[str, TowerShap
             )
     return shapes
 
-# %% ../../nbs/library/129_methods_tinyclip.ipynb #tcgatetw
-def gated_towers(options: TinyCLIP) -> list[str]:
-    "The towers whose gates are learned"
-    names = options.gate_towers.replace(" ", "").split(",")
-    if not set(names) <= set(TOWERS):
-        raise ValueError(f"gate_towers={options.gate_towers!r} is not valid: name image, text, or both")
-    return [tower for tower in TOWERS if tower in names]
-
-
-def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | None:
-    "Sizes of the towers that are cut; an error when the chosen inheritance needs them and there are none"
-    known = {}
-    reasons = {}
-    for tower in TOWERS:
-        try:
-            known |= tower_shapes(teacher.model.state_dict(), teacher.head_widths, [tower])
-        except (ValueError, KeyError) as error:
-            reasons[tower] = str(error)
-    if options.is_automatic:
-        wanted = gated_towers(options)
-        _check_gates(options, {tower: known.get(tower) for tower in wanted}, reasons, list(known))
-        return {tower: known[tower] for tower in wanted}
-    if not reasons:
-        return known
-    if options.student:
-        return None
-    named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
-    raise ValueError(
-        f"{named} needs a teacher whose towers are of a kind that can be cut, and here "
-        f"{'; '.join(reasons.values())}; {_OTHERWISE}"
-    )
-
-
+# %% ../../nbs/library/129_methods_tinyclip.ipynb #tcgatchk
 _OTHERWISE = "use inheritance='none' with student=NAME, any architecture of open_clip or a JSON of your own"
 
 
 def _check_gates(
-    options: TinyCLIP, shapes: Mapping[str, TowerShape | None], reasons: Mapping[str, str], known: Sequence[str]
+    options: TinyCLIP,
+    shapes: Mapping[str, TowerShape | None],  # of the towers that are gated; None: of no known kind
+    reasons: Mapping[str, str],  # tower -> why it is of no known kind
+    known: Sequence[str],  # towers that are of one
 ) -> None:
     "Refuse towers that have no gates, or none of the kinds that are asked for, with what can be done"
     wrong = [reasons[tower] for tower, shape in shapes.items() if shape is None]
@@ -548,6 +519,38 @@ def _check_gates(
             )
     if options.inheritance == "auto_uniform" and len(shapes) < len(TOWERS):
         raise ValueError("inheritance='auto_uniform' is of both towers: leave gate_towers='image,text'")
+
+# %% ../../nbs/library/129_methods_tinyclip.ipynb #tcgatetw
+def gated_towers(options: TinyCLIP) -> list[str]:
+    "The towers whose gates are learned"
+    names = options.gate_towers.replace(" ", "").split(",")
+    if not set(names) <= set(TOWERS):
+        raise ValueError(f"gate_towers={options.gate_towers!r} is not valid: name image, text, or both")
+    return [tower for tower in TOWERS if tower in names]
+
+
+def _teacher_shapes(teacher: VLM, options: TinyCLIP) -> dict[str, TowerShape] | None:
+    "Sizes of the towers that are cut; an error when the chosen inheritance needs them and there are none"
+    known = {}
+    reasons = {}
+    for tower in TOWERS:
+        try:
+            known |= tower_shapes(teacher.model.state_dict(), own_head_widths(teacher), [tower])
+        except (ValueError, KeyError) as error:
+            reasons[tower] = str(error)
+    if options.is_automatic:
+        wanted = gated_towers(options)
+        _check_gates(options, {tower: known.get(tower) for tower in wanted}, reasons, list(known))
+        return {tower: known[tower] for tower in wanted}
+    if not reasons:
+        return known
+    if options.student:
+        return None
+    named = "student=''" if options.inheritance == "none" else f"inheritance={options.inheritance!r}"
+    raise ValueError(
+        f"{named} needs a teacher whose towers are of a kind that can be cut, and here "
+        f"{'; '.join(reasons.values())}; {_OTHERWISE}"
+    )
 
 # %% ../../nbs/library/129_methods_tinyclip.ipynb #08ea4262
 def _try_student(options: TinyCLIP, teacher: VLM) -> None:

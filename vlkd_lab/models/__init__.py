@@ -14,6 +14,7 @@ from vlkd_lab.models.vlm import (
     in_precision,
     load_model,
     own_arithmetic,
+    own_head_widths,
     save_model,
 )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..shapes import TOWERS, tower_shapes
 from .towers import SlimAttention, text_part
-from .vlm import VLM, evaluating
+from .vlm import VLM, evaluating, own_head_widths
 
 # %% auto #0
 __all__ = ['HEAD_PAIRS', 'towers_inside', 'head_maps', 'token_words']
@@ -29,7 +29,7 @@ def towers_inside(vlm: VLM) -> dict[str, dict[str, Any]]:  # "image", "text"
         part = vlm.model.visual if tower == "image" else text_part(vlm.model)
         towers[tower] = _as_one_block(part)
         try:
-            towers[tower] |= asdict(tower_shapes(state, vlm.head_widths, [tower])[tower])
+            towers[tower] |= asdict(tower_shapes(state, own_head_widths(vlm), [tower])[tower])
         except ValueError:  # of no kind that is known
             pass
         if tower == "image" and hasattr(part, "grid_size"):

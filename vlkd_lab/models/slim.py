@@ -81,7 +81,7 @@ class SlimTimmAttention(nn.Module):
         mixed = getattr(self, "norm", nn.Identity())(mixed.transpose(1, 2).reshape(rows, tokens, -1))
         return self.proj_drop(self.proj(mixed))
 
-    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:  # queries, keys, values: (B, T, heads * head_width)
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:  # three of (B, T, heads * head_width)
         if getattr(self, "qkv", None) is None:
             return self.q_proj(x), self.k_proj(x), self.v_proj(x)
         qkv = self.qkv(x)

@@ -33,7 +33,8 @@ from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
 from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'encode_texts', 'VLM', 'own_arithmetic', 'in_precision', 'evaluating', 'save_model', 'load_model']
+__all__ = ['PRECISIONS', 'encode_texts', 'VLM', 'own_head_widths', 'own_arithmetic', 'in_precision', 'evaluating', 'save_model',
+           'load_model']
 
 # %% ../../nbs/library/027_models_vlm.ipynb #short002
 def _reads_to_its_end(model: nn.Module) -> bool:
@@ -136,12 +137,8 @@ class VLM:
         return _one_side(self.image_shape)
 
     @property
-    def head_widths(self) -> dict[str, int]:  # "image", "text" -> channels of one head
-        return _head_widths(self)
-
-    @property
     def shapes(self) -> dict[str, TowerShape]:  # "image", "text"; ValueError for a kind that is not known
-        return tower_shapes(self.model.state_dict(), self.head_widths)
+        return tower_shapes(self.model.state_dict(), own_head_widths(self))
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +153,7 @@ class VLM:
         return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../../nbs/library/027_models_vlm.ipynb #vlmheadw
-def _head_widths(vlm: VLM) -> dict[str, int]:  # "image", "text"
+def own_head_widths(vlm: VLM) -> dict[str, int]:  # "image", "text"
     "Channels of one head in each tower: as its configuration says, or as its first attention has it"
     widths = head_widths(vlm.config["model_cfg"])
     towers = {"image": vlm.model.visual, "text": text_part(vlm.model).transformer}

@@ -52,7 +52,7 @@ class Tower {
     const isFocused = this.svg.contains(document.activeElement);
     const { teacher, student, rows, places } = this.spec, height = this.rowHeight, shapes = [teacher, student].filter(Boolean);
     const room = (width - NAMES - GAP) / 2, left = NAMES, right = NAMES + room + GAP;
-    const widest = Math.max(...shapes.map((one) => one.width)), most = Math.max(1, ...shapes.flatMap((one) => one.neurons));
+    const widest = Math.max(...shapes.flatMap((one) => (one.widths?.length ? one.widths : [one.width]))), most = Math.max(1, ...shapes.flatMap((one) => one.neurons));
     this.scale = { left, right, heads: room / widest, neurons: room / most };
     this.heads.clear();
     this.bars = rows.map(() => ({ stream: shape("rect", { class: "vlkd-stream" }), neurons: shape("rect", { class: "vlkd-kept", "fill-opacity": 0.7 }) }));
@@ -62,7 +62,7 @@ class Tower {
       number.textContent = row;
       const drawn = [number];
       if (of_teacher !== null) {
-        drawn.push(this.box(line, left, y, teacher.width * this.scale.heads), this.box(line, right, y, teacher.neurons[of_teacher] * this.scale.neurons));
+        drawn.push(this.box(line, left, y, (teacher.widths?.[of_teacher] ?? teacher.width) * this.scale.heads), this.box(line, right, y, teacher.neurons[of_teacher] * this.scale.neurons));
       }
       drawn.push(...this.buttons(row, of_teacher === null ? 0 : teacher.heads[of_teacher], isGhost ? [] : places[of_student]));
       return isGhost ? drawn : [...drawn, this.bars[row].stream, this.bars[row].neurons];
@@ -100,7 +100,7 @@ class Tower {
     const starts = (student?.heads ?? []).map((count) => (at += count) - count);
     rows.forEach(([, layer], row) => {
       if (layer === null) return;
-      place(this.bars[row].stream, this.scale.left, (row + 1) * height - STREAM - 1, sizes.width * this.scale.heads, STREAM);
+      place(this.bars[row].stream, this.scale.left, (row + 1) * height - STREAM - 1, (student.widths?.[layer] ?? sizes.width) * this.scale.heads, STREAM);
       place(this.bars[row].neurons, this.scale.right, row * height + 3, sizes.neurons[layer] * this.scale.neurons, height - 6);
       places[layer].forEach((k, head) => this.shrink(this.heads.get(`${row} ${k}`), keep[starts[layer] + head] / 255));
     });
@@ -110,7 +110,8 @@ class Tower {
       button.setAttribute("aria-label", `${what}: ${share}`);
       button.setAttribute("aria-pressed", chosen.length > 0 && chosen[0] === this.spec.name && name === `${chosen[1]} ${chosen[2]}`);
     }
-    const width = student ? `embedding dimension ${sizes.width}${teacher ? ` of ${teacher.width}` : ""}` : "";
+    const around = student?.widths?.length ? `${Math.min(...student.widths)} to ${Math.max(...student.widths)} channels around its blocks` : "";
+    const width = around || (student ? `embedding dimension ${sizes.width}${teacher ? ` of ${teacher.width}` : ""}` : "");
     const neurons = student ? `MLP hidden size ${Math.max(0, ...sizes.neurons)}${teacher ? ` of ${Math.max(...teacher.neurons)}` : ""} at most` : "";
     const said = [width, neurons, this.spec.origin, ...Object.entries(this.spec.blocks).map(([model, what]) => `${model}: ${what}`)];
     this.caption.replaceChildren(make("b", { textContent: `${this.spec.name} tower` }), make("br"), make("small", { textContent: said.filter(Boolean).join("; ") }));

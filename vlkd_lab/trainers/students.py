@@ -19,7 +19,7 @@ from .. import data, models, runs
 from ..gates import budget, sparsity
 from ..inheritance import Plan, even_spread, inherit, plan_manual
 from ..methods import METHODS, find_kind
-from ..models import VLM, TowerShape, load_model
+from ..models import VLM, TowerShape, load_model, own_head_widths
 from ..runs import Run, load_checkpoint, read_json
 from .locks import check_locks
 from .options import Distillation, FitParameters
@@ -237,8 +237,8 @@ def plan_copy(source: VLM, student: VLM) -> Plan:
     "What manual inheritance copies; ValueError where the two cannot compute alike"
     state = source.model.state_dict()
     shapes = {name: tensor.shape for name, tensor in student.model.state_dict().items()}
-    widths = student.head_widths
-    teacher_widths = source.head_widths
+    widths = own_head_widths(student)
+    teacher_widths = own_head_widths(source)
     attention = [name for name in shapes if name.endswith(("in_proj_weight", "attnpool.q_proj.weight"))]
     towers = {"image" if name.startswith("visual.") else "text" for name in attention}
     for tower in sorted(towers):

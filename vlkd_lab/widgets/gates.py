@@ -13,7 +13,18 @@ import ipywidgets
 import numpy as np
 import torch
 
-from ..gates import _group_sizes, _kinds_in, _left, _matrix, _row_sizes, open_probability, reduced
+from vlkd_lab.gates import (
+    _at_least,
+    _group_sizes,
+    _kinds_in,
+    _left,
+    _matrix,
+    _of_tower,
+    _row_sizes,
+    open_probability,
+    reduced,
+)
+
 from ..models import TowerShape
 from ..runs import Run, kept_snapshots, read_snapshot
 from ..stages import source_shapes
@@ -49,6 +60,9 @@ class OpenGates:
         counts: dict[str, dict[str, list[int]]] = {tower: {} for tower in self.shapes}
         for (tower, kind), keep in self.keep.items():
             counts[tower][kind] = _open_counts(keep, _group_sizes(self.shapes[tower], kind))
+        for tower, kinds in counts.items():
+            if "neurons" in kinds:
+                kinds["neurons"] = _at_least(self.shapes[tower], kinds["neurons"])
         return {tower: _left(shape, counts[tower]) for tower, shape in self.shapes.items()}
 
 
@@ -70,7 +84,7 @@ def open_gates(
 ) -> OpenGates:
     "Keep probabilities of a snapshot's gates; ValueError where they are not those of this network"
     kinds = _kinds_in(arrays, shapes)
-    places = [(tower, kind) for tower in shapes for kind in kinds]
+    places = [(tower, kind) for tower, shape in shapes.items() for kind in _of_tower(shape, kinds)]
     log_alpha = [arrays[f"gates/{tower}/{kind}"] for tower, kind in places]
     together = torch.from_numpy(np.concatenate(log_alpha).astype(np.float64))
     ends = np.cumsum([len(gates) for gates in log_alpha])[:-1]

@@ -426,17 +426,19 @@ def _draw_tower(page, tower: DrawnTower, now: Standing, box: tuple[float, float,
     left, top, width, row = box
     colour = on_both(LINE_COLOURS[0])
     words = f"{tower.name} tower"
-    if tower.student:
+    shapes = [shape for shape in (tower.teacher, tower.student) if shape]
+    if any(shape.widths for shape in shapes):
+        words += f": {min(shapes[0].widths)} to {max(shapes[0].widths)} channels around its blocks"
+    elif tower.student:
         words += f": embedding dimension {now.shapes[tower.name].width}"
-    words += f" of {tower.teacher.width}" if tower.teacher and tower.student else ""
+        words += f" of {tower.teacher.width}" if tower.teacher else ""
     _words(page, left, top, words)
     for model, text in (tower.blocks or {}).items():
         _words(page, left, top + 14 * (2 if model == "teacher" else 1), f"{model}: {text}")
-    shapes = [shape for shape in (tower.teacher, tower.student) if shape]
     if not shapes:
         return
     room = (width - _NAMES - 8) / 2
-    widest = max(shape.width for shape in shapes)
+    widest = max(max(shape.widths or [shape.width]) for shape in shapes)
     most = max(max(shape.neurons) for shape in shapes) or 1
     for number, (teacher, student) in enumerate(tower.rows):
         y = top + 9 + number * row
@@ -444,7 +446,8 @@ def _draw_tower(page, tower: DrawnTower, now: Standing, box: tuple[float, float,
         style = "-" if student is not None else ":"
         line = dict(fill=False, edgecolor=MID_TONE, linewidth=0.6, linestyle=style)
         if teacher is not None:
-            _bar(page, left + _NAMES, y + 1, room * tower.teacher.width / widest, row - 2, **line)
+            around = room * _width_at(tower.teacher, teacher) / widest
+            _bar(page, left + _NAMES, y + 1, around, row - 2, **line)
             neurons = room * tower.teacher.neurons[teacher] / most
             _bar(page, left + _NAMES + room + 8, y + 1, neurons, row - 2, **line)
         if student is None:
@@ -457,6 +460,12 @@ def _draw_tower(page, tower: DrawnTower, now: Standing, box: tuple[float, float,
             tall = side * (row - 6)
             alpha = float(0.2 + 0.8 * keep)
             _bar(page, x, y + (row - 3 - tall) / 2, side * (cell - 2), tall, color=colour, alpha=alpha, lw=0)
-        _bar(page, left + _NAMES, y + row - 3, room * shape.width / widest, 1.6, color=MID_TONE, lw=0)
+        around = room * _width_at(shape, student) / widest
+        _bar(page, left + _NAMES, y + row - 3, around, 1.6, color=MID_TONE, lw=0)
         neurons = room * shape.neurons[student] / most
         _bar(page, left + _NAMES + room + 8, y + 3, neurons, row - 6, color=colour, alpha=0.75, lw=0)
+
+
+def _width_at(shape: TowerShape, layer: int) -> int:
+    "Channels around a layer"
+    return shape.widths[layer] if shape.widths else shape.width
