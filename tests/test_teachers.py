@@ -30,6 +30,7 @@ from vlkd_lab.models import (
     shape_cost,
     text_part,
 )
+from vlkd_lab.models.cost import _measured
 from vlkd_lab.runs import Run, read_snapshot
 from vlkd_lab.stages import stage_plan
 from vlkd_lab.trainers import FitParameters, check_parameters, copy_manually, lock_towers, open_job, train
@@ -84,20 +85,23 @@ OF_OTHER_KINDS = {  # cut by their layouts
     "convnext": timm("test_convnext", "avg", "linear", 64, embed_dim=64),
     "fastvit": timm("fastvit_t8", "avg", None, 64),
     "timm_resnet": timm("resnet26", "avg", "linear", 64),
+    "basic_blocks": timm("resnet10t", "avg", "linear", 64),
     "resnet": kind() | dict(vision_cfg=RESNET),
 }
 CANNOT_BE_CUT = {
     "norm_of_queries": kind(dict(qk_norm=True)),
     "scaled_heads": kind(dict(scale_heads=True, scale_attn=True, scale_fc=True, scale_attn_inner=True)),
-    "basic_blocks": timm("resnet18", "avg", "linear", 64),
+    "inverted_blocks": timm("test_efficientnet", "avg", "linear", 64),
+    "grouped_resnet": timm("resnext50_32x4d", "avg", "linear", 64),
 }
 ALL = CAN_BE_CUT | OF_OTHER_KINDS | CANNOT_BE_CUT
-LARGE = {  # too large to be trained in a test, not to be cut
+LARGE = {  # of these two blocks are built, and they are not trained
     "perception_encoder": timm("vit_pe_core_tiny_patch16_384", "map", None, 384),
     "mobileclip_b": timm("vit_base_mci_224", "token", None, 224),
     "eva_with_inner_norms": timm("eva02_base_patch16_clip_224", "token", None, 224),
-    "registers": timm("vit_small_patch14_reg4_dinov2", "token", None, 518),
-    "swin": timm("swin_tiny_patch4_window7_224", "avg", "linear", 224),
+    "eva_01": timm("eva_giant_patch14_clip_224", "token", None, 224),
+    "vitamin": timm("vitamin_small_224", "avg", "linear", 224),
+    "dinov3": timm("vit_small_patch16_dinov3", "token", None, 256),
 }
 
 
@@ -299,7 +303,11 @@ def test_a_whole_copy_is_the_teacher(name, folder_of):
 
 
 @pytest.mark.parametrize("name", ["layer_scale", "custom_text", "not_square", "norms", *OF_OTHER_KINDS, *LARGE])
-def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of):
+def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of, monkeypatch):
+    if name in LARGE:
+        whole = open_clip.timm_model.timm.create_model
+        monkeypatch.setattr(open_clip.timm_model.timm, "create_model", lambda *given, **options: whole(*given, **options | dict(depth=2)))
+        _measured.cache_clear()
     teacher = load_model(folder_of(name, (ALL | LARGE)[name]), "cpu")
     torch.manual_seed(2)
     with torch.no_grad():
@@ -319,6 +327,20 @@ def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of):
     assert apart(under_gates, cut) < 2e-5 < 1e-3 < apart(features(teacher.model, teacher.tokenizer, teacher.image_shape), cut)
     cost = shape_cost(teacher.config["model_cfg"], kept_shapes(shapes, values))
     assert cost == count_cost(student)
+
+
+SHARE = dict(student_share=0.4, losses="affinity_mimicking=1")
+
+
+@pytest.mark.parametrize("name", ["siglip", "convnext", "coca_of_two_towers"])
+@pytest.mark.parametrize(("method", "changes"), [("Distil", SHARE), ("Distil", SHARE | dict(inheritance="manual")), ("DimeFm", {})])
+def test_other_methods_make_a_smaller_student_of_a_teacher_of_another_kind(method, changes, name, folder_of, common, tmp_path):
+    teacher = folder_of(name, OF_OTHER_KINDS[name])
+    given = common | dict(teacher=str(teacher)) | changes
+    job = open_job(method, given | (dict(sentences=common["data"], sentence_batch=12) if method == "DimeFm" else {}))
+    train(job)
+    student = opens_elsewhere(tmp_path / "run" / "student" / "student", tmp_path / "out")
+    assert prunable_weights(student.shapes["image"]) < 0.8 * prunable_weights(job.teacher.shapes["image"])
 
 
 @pytest.mark.parametrize("name", ["layer_scale", "not_square", "custom_text", "siglip", "coca"])
@@ -524,7 +546,7 @@ def test_gates_cuts_and_the_network_of_other_kinds_are_drawn(name, folder_of, jo
 
 
 def test_one_tower_is_cut_and_the_other_stays_whole(folder_of, job, tmp_path):
-    teacher = folder_of("basic_blocks", CANNOT_BE_CUT["basic_blocks"])
+    teacher = folder_of("inverted_blocks", CANNOT_BE_CUT["inverted_blocks"])
     with pytest.raises(ValueError, match="gate_towers='text' leaves it whole and cuts the other"):
         job(teacher, losses="affinity_mimicking=1")
     with pytest.raises(ValueError, match="gate_towers='sound' is not valid: name image, text, or both"):

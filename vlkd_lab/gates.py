@@ -272,10 +272,10 @@ def prunable_weights(shape: TowerShape) -> int:  # without biases
     if not shape.widths:
         inner = 4 * shape.head_width * sum(shape.heads) + shape.mlp_matrices * sum(shape.neurons)
         return shape.width * inner
-    square = LAYOUTS[shape.layout].square
+    layout = LAYOUTS[shape.layout]
     total = 0
     for width, neurons in zip(shape.widths, shape.neurons, strict=True):
-        total += shape.mlp_matrices * width * neurons + square * neurons**2
+        total += layout.kernel * shape.mlp_matrices * width * neurons + layout.square * neurons**2
     return total
 
 
@@ -314,8 +314,9 @@ def _expected_in_stages(open_: TowerGates, shape: TowerShape) -> Tensor:
         neurons = torch.stack([probabilities.sum() for probabilities in open_.neurons])
     blocks = 1 if open_.mlp_block is None else open_.mlp_block
     widths = torch.tensor(shape.widths, dtype=neurons.dtype, device=neurons.device)
-    square = LAYOUTS[shape.layout].square
-    return (blocks * (shape.mlp_matrices * widths * neurons + square * neurons**2)).sum()
+    layout = LAYOUTS[shape.layout]
+    of_neurons = layout.kernel * shape.mlp_matrices * widths * neurons
+    return (blocks * (of_neurons + layout.square * neurons**2)).sum()
 
 # %% ../nbs/library/054_gates.ipynb #159c325d
 def target_at(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -52,7 +52,8 @@ class Layout:
     reads: tuple[str, ...] = ()  # tensors that read neurons, along axis 1; empty: the one of `mlp_out`
     whole: str = "(?!)"  # regular expression of tensors, blocks' prefix and all, of which nothing is cut
     kinds: tuple[str, ...] = GATE_KINDS  # gates that its towers can have
-    square: int = 0  # weights between any two neurons of a block: 9 in a ResNet
+    kernel: int = 1  # weights between a neuron and a channel around its block: 9 in a ResNet's basic block
+    square: int = 0  # weights between any two neurons of a block: 9 in a ResNet's bottleneck
 
     def axes(self, tensor: str, in_block: bool) -> tuple[str, ...] | None:  # None: it is not known
         "What stands along a tensor's axes"
@@ -160,10 +161,11 @@ _TIMM_INSIDE = {
     **_each(("attn.proj.bias", "mlp.fc2.bias"), ("hidden",)),
     **_each(("ls1.gamma", "ls2.gamma", "gamma_1", "gamma_2", *_affine("norm1", "norm2")), ("hidden",)),
 }
+_BACKBONE = "trunk.patch_embed.backbone."
 _TIMM_STARTS = {
     **_each(("trunk.cls_token", "trunk.reg_token", "trunk.pos_embed"), ("", "", "hidden")),
-    # one convolution, or several of which the last writes the tokens
-    **_each(_affine("trunk.patch_embed.proj", "trunk.patch_embed.backbone.2.conv"), ("hidden",)),
+    # one convolution, or a small network of which the last one writes the tokens
+    **_each(_affine("trunk.patch_embed.proj", f"{_BACKBONE}2.conv", f"{_BACKBONE}pool.proj"), ("hidden",)),
     **_each(_affine("trunk.norm_pre"), ("hidden",)),
 }
 _TIMM_ENDS = {
@@ -194,11 +196,25 @@ def _timm_layout(pooled: bool, packed: bool) -> Layout:
             *("norm1", "norm2", "attn.norm", "mlp.norm"),
             *("trunk.norm_pre", "trunk.norm", "trunk.fc_norm"),
         ),
-        whole=rf"trunk\.patch_embed\.backbone\.(?!2\.).*|{rest}",
+        whole=rf"{_BACKBONE}(?!2\.|pool\.proj).*|{rest}",
     )
 
 
 _TIMM_LAYOUTS = [_timm_layout(pooled, packed) for pooled in (False, True) for packed in (False, True)]
+_GEGLU = {  # a gated MLP with a norm of its own before it
+    **_each(("mlp.w0.weight", "mlp.w1.weight"), ("neurons", "hidden")),
+    **_each(("mlp.w0.bias", "mlp.w1.bias"), ("neurons",)),
+    "mlp.w2.weight": ("hidden", "neurons"),
+    **_each(("mlp.w2.bias", *_affine("mlp.norm")), ("hidden",)),
+}
+_VITAMIN = replace(
+    _TIMM_LAYOUTS[0],
+    name="vitamin",
+    about="ViTamin of timm",
+    mlp_out="mlp.w2",
+    inside=_TIMM_INSIDE | _GEGLU,
+    writes=(*_TIMM_STARTS, *_affine("attn.proj", "mlp.w2")),
+)
 
 # %% ../nbs/library/018_layouts.ipynb #lay00018
 _BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm", "transformer.embeddings.LayerNorm")
@@ -258,6 +274,20 @@ _RESNET = Layout(
     whole=r"(?!(trunk\.)?layer).*|.*(bn3|downsample)\..*|.*num_batches_tracked",
     kinds=("neurons",),
     square=9,
+)
+_BASIC = Layout(
+    name="resnet_basic",
+    about="ResNet with basic blocks",
+    blocks=_RESNET.blocks,
+    mlp_out="conv2",
+    inside={
+        "conv1.weight": ("neurons",),
+        "conv2.weight": ("", "neurons"),
+        **_each((f"bn1.{part}" for part in _NORM_PARTS), ("neurons",)),
+    },
+    whole=r"(?!(trunk\.)?layer).*|.*(bn2|downsample)\..*|.*num_batches_tracked",
+    kinds=("neurons",),
+    kernel=9,
 )
 
 # %% ../nbs/library/018_layouts.ipynb #lay00022
@@ -335,5 +365,5 @@ def tower_places(names: Iterable[str], tower: str, prefix: str, layout: Layout) 
     return places
 
 
-for _layout in (*_PLAIN_LAYOUTS, *_TIMM_LAYOUTS, _BERT, _STAGES, _RESNET):
+for _layout in (*_PLAIN_LAYOUTS, *_TIMM_LAYOUTS, _VITAMIN, _BERT, _STAGES, _RESNET, _BASIC):
     register_layout(_layout)

@@ -95,12 +95,17 @@ def find_layout(
         except ValueError as error:
             reasons.append(str(error))
     known = ", ".join(dict.fromkeys(layout.about for layout in LAYOUTS.values()))
-    reason = min(reasons, key=len) if reasons else f"has no layers of a kind that is known: {known}"
+    reasons = sorted(reasons, key=lambda reason: reason.startswith("is no"))  # a strange tensor says more
+    reason = reasons[0] if reasons else f"has no layers of a kind that is known: {known}"
     raise ValueError(f"the {tower} tower {reason}")
 
 
 def _check_sizes(state: Mapping[str, Tensor], tower: str, prefix: str, layout: Layout) -> None:
     "ValueError unless every tensor is known and as large as the first of its kind in its layer"
+    for block in block_numbers(state, prefix, layout):
+        for out in filter(None, (layout.attention_out, layout.mlp_out)):
+            if f"{block}{out}.weight" not in state:
+                raise ValueError(f"is no {layout.about}: it has no {block}{out}.weight")
     seen: dict[tuple, int] = {}
     for name, place in tower_places(state, tower, prefix, layout).items():
         for kind, size in zip(place.axes, state[name].shape, strict=False):

@@ -16,6 +16,7 @@ from torch import Tensor
 from vlkd_lab.models import (
     VLM,
     TowerShape,
+    evaluating,
     new_model,
     own_head_widths,
     plain_config,
@@ -23,6 +24,7 @@ from vlkd_lab.models import (
     tower_shapes,
 )
 
+from ..features import Batch
 from ..gates import places_of
 from ..layouts import LAYOUTS, PACKED, Layout, Place, tower_prefixes
 from ..shapes import TOWERS
@@ -244,7 +246,20 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
     rest = _idle_blocks(padded.model.state_dict(), growths)
     padded.model.load_state_dict(rest | _pad_state(state, growths))
     padded.model.to(vlm.device).eval()
+    _check_padded(vlm, padded)
     return replace(padded, name=f"{vlm.name}, padded")
+
+
+def _check_padded(vlm: VLM, padded: VLM, most: float = 1e-3) -> None:
+    "ValueError unless both say the same of a picture and a caption: a network may compute in another order"
+    picture = torch.rand(1, 3, *vlm.image_shape, generator=torch.Generator().manual_seed(0))
+    batch = Batch(picture.to(vlm.device), vlm.tokenizer(["a photo of a thing"]).to(vlm.device))
+    with evaluating(vlm.model):
+        one = vlm.encode(batch)
+    other = padded.encode(batch)
+    apart = max(float((one.image - other.image).abs().max()), float((one.text - other.text).abs().max()))
+    if not apart < most:
+        raise ValueError(f"its towers cannot be padded: features of the padded ones are {apart:.1e} away")
 
 
 def _idle_blocks(state: Mapping[str, Tensor], growths: Mapping[str, _Growth]) -> dict[str, Tensor]:
