@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -327,6 +328,21 @@ def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of, monke
     assert apart(under_gates, cut) < 2e-5 < 1e-3 < apart(features(teacher.model, teacher.tokenizer, teacher.image_shape), cut)
     cost = shape_cost(teacher.config["model_cfg"], kept_shapes(shapes, values))
     assert cost == count_cost(student)
+
+
+def test_what_padding_would_change_is_noticed(folder_of, monkeypatch):
+    whole = open_clip.timm_model.timm.create_model
+    options = dict(depth=2, use_post_norm=True)  # norms behind attention and MLP, by the same names
+    monkeypatch.setattr(open_clip.timm_model.timm, "create_model", lambda *given, **known: whole(*given, **known | options))
+    teacher = load_model(folder_of("post_norm", OF_OTHER_KINDS["eva"]), "cpu")
+    full = teacher.shapes["image"]
+    student = new_model(teacher.config["model_cfg"], like=teacher, towers={"image": replace(full, width=96, heads=(1, 2))})
+    for weight in student.model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    with pytest.raises(ValueError, match="cannot be padded: features of the padded ones are .* away"):
+        pad_towers(student)
+    narrower = {"image": replace(full, neurons=(50, 60))}
+    assert pad_towers(new_model(teacher.config["model_cfg"], like=teacher, towers=narrower)).config["towers"] is None
 
 
 SHARE = dict(student_share=0.4, losses="affinity_mimicking=1")

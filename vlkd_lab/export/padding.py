@@ -261,7 +261,7 @@ def _check_padded(vlm: VLM, padded: VLM, most: float = 1e-3) -> None:
     if not apart < most:
         raise ValueError(f"its towers cannot be padded: features of the padded ones are {apart:.1e} away")
 
-
+# %% ../../nbs/library/094_export_padding.ipynb #pad0idle
 def _idle_blocks(state: Mapping[str, Tensor], growths: Mapping[str, _Growth]) -> dict[str, Tensor]:
     "Blocks behind a tower's own, of which nothing comes back to the stream"
     idle = {}
