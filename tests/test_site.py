@@ -535,6 +535,17 @@ def test_links_to_sources_lead_to_files_of_the_repository(parsed):
     assert f"{repository}/blob/{branch}/data_samples/README.md" in readme
 
 
+def test_quartos_pages_can_be_searched_edited_and_opened_in_colab():
+    "Quarto's own options, which need no page of ours; a link to Colab is one for the whole site there"
+    told = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))
+    website, html = told["website"], told["format"]["html"]
+    assert website["search"]["location"] == "sidebar" and website["sidebar"]["search"] is True
+    assert {"source", "edit", "issue"} <= set(website["repo-actions"]) and website["page-navigation"]
+    link = next(link["href"] for link in html["other-links"] if link["text"] == "Open in Colab")
+    start = website["repo-url"].replace("https://github.com", "https://colab.research.google.com/github") + f"/blob/{website['repo-branch']}/"
+    assert link.startswith(start) and (ROOT / link.removeprefix(start)).is_file()
+
+
 def test_version_and_logo_are_on_every_page(site, parsed):
     version = settings()["version"]
     website = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]

@@ -2,10 +2,12 @@
 
     python tools/screenshots.py                 every part, with trainings: half an hour
     python tools/screenshots.py film recorded_timeline     these parts alone
+    python tools/screenshots.py --in ~/lab recorded_bench     in a new folder, which is removed: its path can be read in some pictures
 
-A recording is an animated WebP of at most 600 KB. It plays once and ends with its last picture.
+A recording is an animated WebP of at most 600 KB, which is played in 20 seconds. It plays once and ends with its last picture.
 """
 
+import argparse
 import base64
 import io
 import json
@@ -183,6 +185,7 @@ def gates(*_) -> None:
 
 MOST_BYTES = 600_000  # of a recording
 RECORDED_WIDTH = 900  # pixels
+RECORDED_SECONDS = 20.0  # in which a recording is played, however long the training took
 POINTER = """() => {
     const dot = document.body.appendChild(document.createElement('div'));
     dot.style.cssText = 'position:fixed;width:16px;height:16px;margin:-8px;border-radius:50%;border:2px solid #d55e00;background:#d55e0055;z-index:99999;pointer-events:none;left:-99px';
@@ -221,7 +224,8 @@ class Recording:
 
     def keep(self, name: str) -> None:
         "As an animated picture that plays once; as fine as it may be"
-        durations = [milliseconds for _, milliseconds in self.frames]
+        pace = 1000 * RECORDED_SECONDS / sum(milliseconds for _, milliseconds in self.frames)
+        durations = [round(pace * milliseconds) for _, milliseconds in self.frames]
         for width, quality in ((900, 75), (900, 60), (900, 45), (760, 60), (760, 45), (640, 45), (640, 25)):
             pictures = [_on_canvas(picture, width, self.height) for picture, _ in self.frames]
             written = io.BytesIO()
@@ -285,9 +289,9 @@ def recorded_timeline(folder: Path, page, out: Path) -> None:
 
 def recorded_bench(folder: Path, page, out: Path) -> None:
     "A training of TinyCLIP: the bench for the README, the network that shrinks, from a cell to its pair, a fork and the table of runs"
-    out = folder / "runs" / "tinyclip"
+    out = folder / "runs" / "tinyclip"  # in the notebook "runs/tinyclip", as people write it
     small = dict(data="scenes:4000", batch_size=32, steps=200, stages=1, keep_checkpoints=2, compare_scratch=False, device="cpu")
-    run, cells = Run(out), notebook("train_tinyclip", folder, **small, out=str(out))[0]
+    run, cells = Run(out), notebook("train_tinyclip", folder, **small, out=out.relative_to(folder).as_posix())[0]
     page.open("nbs/train_tinyclip.ipynb")
     look = page.browser_page
     look.evaluate("jupyterapp.shell.collapseLeft()")
@@ -356,7 +360,7 @@ def recorded_board(folder: Path, page, film: Recording, run: Run) -> None:
     page.browser_page.locator('button[data-name="start-fork"]').click()
     until(lambda: child.status()["state"] == "running", 120)
     film.watch(3, every=0.6)
-    cells = ["from vlkd_lab.widgets import runs_board", f"runs_board({str(run.folder.parent)!r})"]
+    cells = ["from vlkd_lab.widgets import runs_board", f"runs_board({run.folder.parent.relative_to(folder).as_posix()!r})"]
     write_notebook(folder / "nbs" / "board.ipynb", cells, "warm")
     page.open("nbs/board.ipynb")
     page.run_cell(0)
@@ -372,13 +376,13 @@ def recorded_board(folder: Path, page, film: Recording, run: Run) -> None:
     film.watch(6, every=0.75)
     film.keep("forks")
     child.control(stop=True)
-    until(lambda: child.status()["state"] == "stopped")
+    until(lambda: child.status()["state"] in ("stopped", "waiting", "finished"))
 
 
 def recorded_page(folder: Path, page, out: Path) -> None:
     "A notebook that papermill has executed, sent as one page: somebody reads it, and plays its time line"
     executed = folder / "sent.ipynb"
-    given = dict(data="scenes:4000", stages=1, steps=24, batch_size=32, compare_scratch=False, device="cpu", out=str(folder / "sent"), probe_pairs=24)
+    given = dict(data="scenes:4000", stages=1, steps=24, batch_size=32, compare_scratch=False, device="cpu", out="runs/tinyclip", probe_pairs=24)
     words = [word for name, value in given.items() for word in ("-p", name, str(value))]
     subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(executed), "-k", "warm", *words], cwd=folder, check=True)
     sent = write_page(executed, folder / "sent.html")
@@ -409,10 +413,26 @@ def claims(*_) -> None:
 
 PARTS = bench, explorers, clip_cid, dime_fm, dlip, film, recorded_timeline, recorded_bench, recorded_page, gates, claims
 
-if __name__ == "__main__":
+def pictures(parts: list[str], place: Path) -> None:
+    "Take the pictures of some parts, in a project at a place that is new"
+    folder = project(place)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = project(Path(temporary) / "project")
         offer_forks(Path(temporary))  # the kernel that the tests' notebooks name
         with JupyterServer(folder) as server, open_page(server) as page:
-            for part in PARTS if len(sys.argv) < 2 else [globals()[name] for name in sys.argv[1:]]:
+            for part in [globals()[name] for name in parts] or PARTS:
                 part(folder, page, folder / "run")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=", ".join(part.__name__ for part in PARTS))
+    parser.add_argument("--in", dest="place", type=Path, help="a folder that there is not yet")
+    given = parser.parse_args()
+    if unknown := set(given.parts) - {part.__name__ for part in PARTS}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    place = given.place or Path(tempfile.mkdtemp()) / "project"
+    place.mkdir(parents=True)
+    try:
+        pictures(given.parts, place)
+    finally:
+        shutil.rmtree(place)

@@ -22,7 +22,7 @@ function madeParts(made, start) {
   if (!made.name) return [];
   const head = make("p", {}, make("b", { textContent: made.name, dir: "auto" }), make("span", { textContent: ` ${made.state}` }), ...startButton(made, start));
   const from = make("p", { textContent: made.words, dir: "auto" });
-  return [head, from, copied("goes on by this command", made.command), copied("or by this cell, with its bench", made.cell)];
+  return [head, from, copied("goes on by this command, in the project's folder", made.command), copied("or by this cell, with its bench", made.cell)];
 }
 
 function forkLine([prefix, name, score, words, state, isThis]) {

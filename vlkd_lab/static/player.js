@@ -525,9 +525,23 @@ class ClustersPart {
   point(event) {
     const k = this.near(event), { clusters } = this.player.about;
     const taught = this.player.fixed["clusters/teachers_nearest"].values;
+    if (k === null) return this.said.replaceChildren();
     const label = clusters.labels[k] ? `, class ${clusters.labels[k]}` : "";
-    this.said.textContent = k === null ? "" : `“${short(clusters.captions[k] ?? "", 80)}”${label}: student's cluster ${this.nearest(k)}, teacher's ${Math.round(taught[k])}`;
+    const words = `“${short(clusters.captions[k] ?? "", 80)}”${label}: student's cluster ${this.nearest(k)}, teacher's ${Math.round(taught[k])}`;
+    this.said.replaceChildren(...tileOf(clusters.pictures, k), words);
   }
+}
+
+function tileOf(sheet, k) {
+  // A tile of the one picture that holds all images of the map, larger than it is there; nothing where there is none.
+  if (!sheet?.uri?.startsWith("data:image/jpeg;base64,") || !sheet.known.includes(k)) return [];
+  const side = 1.5 * sheet.side, [column, row] = [k % sheet.columns, Math.floor(k / sheet.columns)];
+  const tile = make("span", { className: "vlkd-tile" });
+  Object.assign(tile.style, {
+    width: `${side}px`, height: `${side}px`, backgroundImage: `url("${sheet.uri}")`,
+    backgroundSize: `${side * sheet.columns}px auto`, backgroundPosition: `${-column * side}px ${-row * side}px`,
+  });
+  return [tile];
 }
 
 // ---- attention

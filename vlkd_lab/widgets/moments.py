@@ -28,10 +28,11 @@ from .gates import GATE_NAMES, MOST_COLUMNS
 from .watched import Watched, is_baseline
 
 # %% auto #0
-__all__ = ['MOST_MOMENTS', 'MOST_PAIRS', 'MOST_MAPS', 'MOST_WORDS', 'MOST_SIDE', 'MOST_TERMS', 'PICTURE_SIDE', 'quantised',
-           'Packed', 'every_so_many', 'pack_cosines', 'pack_gates', 'pack_maps', 'pack_places', 'pack_clusters',
-           'pack_teachers_clusters', 'clusters_of_run', 'stage_starts', 'place_of', 'curve_panels', 'small_picture',
-           'probe_about', 'TimeLine', 'timeline_scene', 'timeline_about']
+__all__ = ['MOST_MOMENTS', 'MOST_PAIRS', 'MOST_MAPS', 'MOST_WORDS', 'MOST_SIDE', 'MOST_TERMS', 'PICTURE_SIDE', 'SHEET_SIDE',
+           'SHEET_MOST', 'quantised', 'Packed', 'every_so_many', 'pack_cosines', 'pack_gates', 'pack_maps',
+           'pack_places', 'pack_clusters', 'pack_teachers_clusters', 'clusters_of_run', 'stage_starts', 'place_of',
+           'curve_panels', 'small_picture', 'probe_about', 'TimeLine', 'picture_sheet', 'timeline_scene',
+           'timeline_about']
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid6db46
 def quantised(
@@ -371,6 +372,32 @@ class TimeLine:
         if self.watched.labels.get("time", 0.0) > latest:
             self._take("newest", self.watched.arrays, self.watched.labels)
 
+# %% ../../nbs/library/125_widgets_moments.ipynb #sh33t002
+SHEET_SIDE = 32  # pixels of a tile
+SHEET_MOST = 400  # tiles
+
+
+def picture_sheet(
+    uris: Sequence[str],  # thumbnails, untrusted
+) -> dict[str, Any]:  # uri, side, columns, and which tiles have a picture; empty: none has one
+    "Small pictures as tiles of one JPEG, row by row"
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(min(len(uris), SHEET_MOST)))
+    tiles = {}
+    for number, uri in enumerate(uris[:SHEET_MOST]):
+        small = small_picture(uri, SHEET_SIDE)
+        if small:
+            tiles[number] = Image.open(io.BytesIO(base64.b64decode(small.partition(",")[2])))
+    if not tiles:
+        return {}
+    sheet = Image.new("RGB", (columns * SHEET_SIDE, math.ceil((max(tiles) + 1) / columns) * SHEET_SIDE))
+    for number, tile in tiles.items():
+        row, column = divmod(number, columns)
+        sheet.paste(tile, (column * SHEET_SIDE, row * SHEET_SIDE))
+    uri = thumbnail(sheet, max(sheet.size))
+    return {"uri": uri, "side": SHEET_SIDE, "columns": columns, "known": sorted(tiles)}
+
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid256b7
 def _clusters_about(clusters: RunClusters | None) -> dict[str, Any] | None:
     "What is known of the map's images"
@@ -379,7 +406,9 @@ def _clusters_about(clusters: RunClusters | None) -> dict[str, Any] | None:
     labels = [None if label is None else visible(label)[:60] for label in clusters.labels]
     shares = [float(share) for share in clusters.plane.shares]
     captions = _texts(clusters.about["captions"], len(labels))
-    return {"captions": captions, "labels": labels, "shares": shares, "count": len(clusters.centers)}
+    sheet = picture_sheet(clusters.about.get("pictures", ())[: len(labels)])
+    known = {"captions": captions, "labels": labels, "shares": shares, "count": len(clusters.centers)}
+    return {**known, "pictures": sheet}
 
 
 def timeline_scene(line: TimeLine) -> dict[str, Any]:  # what JSON can hold

@@ -29,7 +29,7 @@ from vlkd_lab.runs import (
     thinned,
 )
 
-from ..data import escaped, visible
+from ..data import escaped, project_root, visible
 from ..trainers import fork, fork_command, origin_in_words, start_apart
 from .canvas import Pulsed, script
 from .curves import validation_scores_of
@@ -544,10 +544,16 @@ def bench_forks(watched: Watched) -> BenchForks:
 
 def start_cell(run: Run) -> str:
     "A cell that lets a run go on in a process of its own, and shows its bench"
-    place = repr(str(run.folder))
-    lines = ["from vlkd_lab.runs import Run", "from vlkd_lab.trainers import start_apart"]
-    lines += ["from vlkd_lab.widgets import attach", f"start_apart(Run({place}))", f"attach({place})"]
+    lines = ["from vlkd_lab.data import project_root", "from vlkd_lab.runs import Run"]
+    lines += ["from vlkd_lab.trainers import start_apart", "from vlkd_lab.widgets import attach"]
+    lines += [f"fork = project_root() / {_place_of(run)!r}", "start_apart(Run(fork))", "attach(fork)"]
     return "\n".join(lines)
+
+
+def _place_of(run: Run) -> str:
+    "A run's folder as people write it: from the project's own folder where it lies there"
+    root = project_root()
+    return str(run.folder.relative_to(root) if run.folder.is_relative_to(root) else run.folder)
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #fork0cd4
 class ForksView(Pulsed):
@@ -582,10 +588,10 @@ def fork_facts(forks: BenchForks) -> dict[str, Any]:
     state = child.status()["state"]
     return {
         "name": visible(child.folder.name),
-        "folder": visible(child.folder),
+        "folder": visible(_place_of(child)),
         "words": visible(origin_in_words(child.config().get("origin", {}))),
         "state": state,
-        "command": visible(fork_command(child)),
+        "command": visible(fork_command(Run(_place_of(child)))),
         "cell": visible(start_cell(child)),
         "is_new": state in ("new", "stopped", "lost", "failed"),
         "is_shared": _is_at_work(forks.run),  # the run that is forked has the machine
@@ -611,7 +617,7 @@ class LiveForks(LivePart):
         if choice.get("start") and forks.child is not None:
             try:
                 start_apart(forks.child)
-                log = visible(forks.child.folder / "output.log")
+                log = visible(f"{_place_of(forks.child)}/output.log")
                 forks.note = f"{visible(forks.child.folder.name)} is started; what it prints is in {log}"
             except (OSError, RuntimeError) as error:
                 forks.problem = visible(error)
