@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import open_clip
 import pytest
+import timm as timm_library
 import torch
 from conftest import TINY
 from open_clip.tokenizer import HFTokenizer
@@ -31,7 +32,6 @@ from vlkd_lab.models import (
     shape_cost,
     text_part,
 )
-from vlkd_lab.models.cost import _measured
 from vlkd_lab.runs import Run, read_snapshot
 from vlkd_lab.stages import stage_plan
 from vlkd_lab.trainers import FitParameters, check_parameters, copy_manually, lock_towers, open_job, train
@@ -96,14 +96,29 @@ CANNOT_BE_CUT = {
     "grouped_resnet": timm("resnext50_32x4d", "avg", "linear", 64),
 }
 ALL = CAN_BE_CUT | OF_OTHER_KINDS | CANNOT_BE_CUT
-LARGE = {  # of these two blocks are built, and they are not trained
+LARGE = {  # these are not trained in a test
     "perception_encoder": timm("vit_pe_core_tiny_patch16_384", "map", None, 384),
     "mobileclip_b": timm("vit_base_mci_224", "token", None, 224),
     "eva_with_inner_norms": timm("eva02_base_patch16_clip_224", "token", None, 224),
-    "eva_01": timm("eva_giant_patch14_clip_224", "token", None, 224),
     "vitamin": timm("vitamin_small_224", "avg", "linear", 224),
     "dinov3": timm("vit_small_patch16_dinov3", "token", None, 256),
 }
+
+
+SHALLOW = {  # what timm's networks are built with here, to be quick
+    "eva02_tiny_patch14_224": dict(depth=2),
+    "fastvit_t8": dict(layers=(1, 2, 1, 1)),
+    "resnet26": dict(layers=[1, 2, 1, 1]),
+    **{config["vision_cfg"]["timm_model_name"]: dict(depth=2) for config in LARGE.values()},
+}
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    "Networks of timm have few blocks; a function: with further options"
+    whole, more = timm_library.create_model, {}
+    monkeypatch.setattr(timm_library, "create_model", lambda name, *given, **options: whole(name, *given, **options | SHALLOW.get(name, {}) | more))
+    return more.update
 
 
 @pytest.fixture(scope="session")
@@ -304,11 +319,7 @@ def test_a_whole_copy_is_the_teacher(name, folder_of):
 
 
 @pytest.mark.parametrize("name", ["layer_scale", "custom_text", "not_square", "norms", *OF_OTHER_KINDS, *LARGE])
-def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of, monkeypatch):
-    if name in LARGE:
-        whole = open_clip.timm_model.timm.create_model
-        monkeypatch.setattr(open_clip.timm_model.timm, "create_model", lambda *given, **options: whole(*given, **options | dict(depth=2)))
-        _measured.cache_clear()
+def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of):
     teacher = load_model(folder_of(name, (ALL | LARGE)[name]), "cpu")
     torch.manual_seed(2)
     with torch.no_grad():
@@ -330,10 +341,8 @@ def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of, monke
     assert cost == count_cost(student)
 
 
-def test_what_padding_would_change_is_noticed(folder_of, monkeypatch):
-    whole = open_clip.timm_model.timm.create_model
-    options = dict(depth=2, use_post_norm=True)  # norms behind attention and MLP, by the same names
-    monkeypatch.setattr(open_clip.timm_model.timm, "create_model", lambda *given, **known: whole(*given, **known | options))
+def test_what_padding_would_change_is_noticed(folder_of, shallow):
+    shallow(use_post_norm=True)  # norms behind attention and MLP, by the same names
     teacher = load_model(folder_of("post_norm", OF_OTHER_KINDS["eva"]), "cpu")
     full = teacher.shapes["image"]
     student = new_model(teacher.config["model_cfg"], like=teacher, towers={"image": replace(full, width=96, heads=(1, 2))})
