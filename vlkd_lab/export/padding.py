@@ -253,11 +253,14 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
 def _check_padded(vlm: VLM, padded: VLM, most: float = 1e-3) -> None:
     "ValueError unless both say the same of a picture and a caption: a network may compute in another order"
     picture = torch.rand(1, 3, *vlm.image_shape, generator=torch.Generator().manual_seed(0))
-    batch = Batch(picture.to(vlm.device), vlm.tokenizer(["a photo of a thing"]).to(vlm.device))
-    with evaluating(vlm.model):
-        one = vlm.encode(batch)
-    other = padded.encode(batch)
-    apart = max(float((one.image - other.image).abs().max()), float((one.text - other.text).abs().max()))
+    text = vlm.tokenizer(["a photo of a thing"])
+    found = []
+    for model in (vlm, padded):
+        kind = next(model.model.parameters())
+        with evaluating(model.model):
+            features = model.encode(Batch(picture.to(kind), text.to(kind.device)))
+        found.append(torch.cat([features.image, features.text]).float())
+    apart = float((found[0] - found[1]).abs().max())
     if not apart < most:
         raise ValueError(f"its towers cannot be padded: features of the padded ones are {apart:.1e} away")
 
