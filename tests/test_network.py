@@ -236,7 +236,7 @@ def test_runs_without_gates(kind, scenes, tiny_teacher, tmp_path):
     towers = {tower.name: tower for tower in drawn_towers(watched)}
     assert set(towers) == {"image", "text"} and NetworkDrawing().png(watched)[:4] == b"\x89PNG"
     if kind == "resnet":
-        assert towers["image"].student is None and "ModifiedResNet" in towers["image"].blocks["student"]
+        assert towers["image"].student is None and towers["image"].blocks["student"] == "ResNet with bottlenecks"
     if kind in ("alone", "contrastive"):
         assert towers["image"].student.neurons == (8, 16, 32, 64) and not any(towers["image"].student.heads)
     if kind == "manual":

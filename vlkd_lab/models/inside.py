@@ -22,23 +22,22 @@ __all__ = ['HEAD_PAIRS', 'towers_inside', 'head_maps', 'token_words']
 
 # %% ../../nbs/library/030_models_inside.ipynb #in51de06
 def towers_inside(vlm: VLM) -> dict[str, dict[str, Any]]:  # "image", "text"
-    "Name, parameters and sizes of the layers of each tower for a JSON file; of no known kind: no sizes"
+    "Sizes of each tower's layers for a JSON file; of a tower of no known kind its name and parameters"
     state = vlm.model.state_dict()
     towers = {}
     for tower in TOWERS:
         part = vlm.model.visual if tower == "image" else text_part(vlm.model)
-        towers[tower] = _as_one_block(part)
         try:
-            towers[tower] |= asdict(tower_shapes(state, own_head_widths(vlm), [tower])[tower])
-        except ValueError:  # of no kind that is known
-            pass
+            towers[tower] = asdict(tower_shapes(state, own_head_widths(vlm), [tower])[tower])
+        except ValueError:
+            towers[tower] = _as_one_block(part)
         if tower == "image" and hasattr(part, "grid_size"):
             towers[tower]["grid"] = list(part.grid_size)
     return towers
 
 
 def _as_one_block(part: nn.Module) -> dict[str, Any]:
-    "A tower as a whole"
+    "A tower whose inside is not known"
     network = getattr(part, "trunk", getattr(part, "transformer", part))  # inside open_clip's adapters
     parameters = sum(weight.numel() for weight in part.parameters())
     return {"name": type(network).__name__, "parameters": parameters}

@@ -222,8 +222,9 @@ def _tower(
 
 def _in_words(tower: Mapping[str, Any]) -> str:
     "A tower as one block"
-    name = tower.get("name", LAYOUTS[tower["layout"]].about if "layout" in tower else "network")
-    return f"{name}, {tower['parameters'] / 1e6:.2f} M parameters" if "parameters" in tower else name
+    if "layout" in tower:
+        return LAYOUTS[tower["layout"]].about
+    return f"{tower['name']}, {tower['parameters'] / 1e6:.2f} M parameters"
 
 
 def _manual_places(
