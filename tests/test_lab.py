@@ -161,10 +161,10 @@ def controls(run):
 
 def talks_little(page, sent):
     "Each message to a kernel makes JupyterLab work: one for each snapshot, and one now and then that says that somebody looks"
-    asked, shown, began = len(sent), frames(page)[0], time.monotonic()
-    until(lambda: frames(page)[0] > shown + 3)
+    asked, shown, began = len(sent), frames(page)[1], time.monotonic()
+    until(lambda: frames(page)[1] > shown + 3)
     seconds = time.monotonic() - began
-    snapshots = frames(page)[0] - shown
+    snapshots = frames(page)[1] - shown
     assert snapshots - 1 <= len(sent) - asked <= snapshots + 2 + seconds, (snapshots, seconds)
 
 
@@ -181,9 +181,9 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     bench = run_until(page, cells, "bench")
     assert head(page, "state") == "new" and not (run.folder / "snapshots" / "newest.safetensors").exists()
     assert page.run_cell(cells["training"]) and "working" in page.output_text(cells["training"])
-    until(lambda: frames(page)[:1] and frames(page)[0] > 1)
-    first, before = frames(page)[0], page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()")
-    until(lambda: frames(page)[0] > first + 2)
+    until(lambda: frames(page)[1:2] and frames(page)[1] > 1)
+    first, before = frames(page)[1], page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()")
+    until(lambda: frames(page)[1] > first + 2)
     assert page.browser_page.locator(".vlkd-matrix canvas").nth(1).evaluate("c => c.toDataURL()") != before, "the picture changed"
     assert len(frames(page)) == 9, "three affinities, and six canvases of gates"
     talks_little(page, sent)
@@ -197,9 +197,9 @@ def test_a_bench_comes_alive_and_its_controls_act(page, project, kernel):
     pause_resume(page, run)
     page.reload()
     assert page.run_cell(bench)
-    until(lambda: frames(page)[:1] and frames(page)[0] > 1)
-    first = frames(page)[0]
-    until(lambda: frames(page)[0] > first)
+    until(lambda: frames(page)[1:2] and frames(page)[1] > 1)
+    first = frames(page)[1]
+    until(lambda: frames(page)[1] > first)
     stop(page)
     until(lambda: run.status()["state"] == "stopped")
     until(lambda: head(page, "state") == "stopped")
@@ -483,9 +483,9 @@ def test_a_second_notebook_watches_a_papermill_job(page, project):
         page.open(f"{folder.name}/nbs/watch_run.ipynb")
         until(lambda: run.status()["state"] == "running" and steps(run) > 1)
         run_until(page, cells, "overlay(folders)")
-        until(lambda: frames(page)[:1] and frames(page)[0] > 1)
-        first = frames(page)[0]
-        until(lambda: frames(page)[0] > first)
+        until(lambda: frames(page)[1:2] and frames(page)[1] > 1)
+        first = frames(page)[1]
+        until(lambda: frames(page)[1] > first)
         pause_resume(page, run)
         stop(page)
         until(lambda: run.status()["state"] == "stopped")

@@ -50,7 +50,6 @@ from vlkd_lab.widgets.bench import (
 # %% ../../nbs/library/127_widgets.ipynb #wc000001
 # isort: split
 from vlkd_lab.widgets.canvas import (
-    SEEN_SECONDS,
     STATIC,
     Framed,
     MatrixView,
@@ -58,7 +57,6 @@ from vlkd_lab.widgets.canvas import (
     SharedScripts,
     matrix_grid,
     script,
-    shared_scripts,
     whole_script,
 )
 from vlkd_lab.widgets.clusters import (
@@ -70,7 +68,6 @@ from vlkd_lab.widgets.clusters import (
     centre_colours,
     cluster_purity,
     clusters_json,
-    map_pictures,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #c4494596
@@ -100,11 +97,7 @@ from vlkd_lab.widgets.curation import (
 from vlkd_lab.widgets.curves import (
     BASELINE,
     CHANGED,
-    COLUMN_NAMES,
-    DECADES,
-    MEMORY,
     MODULE_NAMES,
-    SPARSITY,
     TABLE_KINDS,
     LossCurves,
     TermCurves,
@@ -113,7 +106,6 @@ from vlkd_lab.widgets.curves import (
     module_curves,
     module_table,
     modules_of,
-    teacher_line,
     term_curves,
     validation_lines,
     validation_scores_of,
@@ -124,18 +116,11 @@ from vlkd_lab.widgets.curves import (
 from vlkd_lab.widgets.drawing import (
     CATEGORIES,
     DIVERGING,
-    FIRST_ROW,
     GREY,
     INK,
     LINE_COLOURS,
-    LOW_ROWS,
     MID_TONE,
-    NEXT_ROW,
-    PANEL_GAP,
-    PIXELS_PER_INCH,
-    ROW_GAP,
     SEQUENTIAL,
-    THIN_ROW,
     WIDTH,
     Matrices,
     StaticFigure,
@@ -176,7 +161,6 @@ from vlkd_lab.widgets.gates import (
     gate_views,
     gated_shapes,
     newest_gates,
-    open_gates,
 )
 from vlkd_lab.widgets.heads import (
     LiveNetwork,
@@ -191,8 +175,6 @@ from vlkd_lab.widgets.network import (
     Standing,
     beside,
     drawn_towers,
-    head_places,
-    network_costs,
     network_facts_of,
     network_numbers,
     network_picture,
@@ -205,17 +187,11 @@ from vlkd_lab.widgets.network import (
 # %% ../../nbs/library/127_widgets.ipynb #f4cep41r
 # isort: split
 from vlkd_lab.widgets.pair import (
-    MOST_CHANGES,
     PairView,
     caption_numbers,
-    cell_scores,
-    changed_confusions,
-    earlier_scores,
-    first_texts,
     pair_facts,
     probe_recall,
     softmax,
-    stage_changes,
 )
 from vlkd_lab.widgets.parts import (
     LiveFigure,
@@ -226,15 +202,12 @@ from vlkd_lab.widgets.parts import (
     live_figure,
     may_fail,
     method_parts,
-    part_figure,
     sync_figure,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #runbd0f1
 # isort: split
 from vlkd_lab.widgets.board import (
-    MOST_NAMES,
-    MOST_TICKED,
     RunsBoard,
     RunsTable,
     row_state,
@@ -242,10 +215,7 @@ from vlkd_lab.widgets.board import (
 )
 from vlkd_lab.widgets.rows import (
     ANSWER_SECONDS,
-    FAMILY_SECONDS,
     RUN_COLUMNS,
-    SPARK_POINTS,
-    SPARK_SIZE,
     BenchForks,
     Family,
     ForksView,
@@ -259,14 +229,10 @@ from vlkd_lab.widgets.rows import (
     column_texts,
     column_values,
     differing,
-    fork_facts,
     fork_tree,
-    read_row,
     row_sparks,
     run_folders,
     runs_frame,
-    spark_points,
-    start_cell,
 )
 
 # %% ../../nbs/library/127_widgets.ipynb #31df8e82
@@ -275,8 +241,6 @@ from vlkd_lab.widgets.sentences import (
     NearestSentences,
     SentenceBox,
     SentenceTable,
-    first_scores,
-    sentences_html,
 )
 from vlkd_lab.widgets.watched import (
     NO_VALUE,
@@ -295,50 +259,30 @@ from vlkd_lab.widgets.watched import (
 
 from ..data import escaped, visible
 from ..project import former_names
-from .plots import ABOVE, MOST_PICTURES, MOST_POINTS, PlotView, plot_value, plot_words
+from .plots import MOST_PICTURES, MOST_POINTS, PlotView
 from .rest import NextCells, RestOfNotebook, how_it_ended, when_trained
-from .several import OVERLAID, RunsView, StaticRuns, differences, overlay, overlay_json
+from .several import RunsView, StaticRuns, differences, overlay, overlay_json
 
 # %% ../../nbs/library/127_widgets.ipynb #t1mel1ne
 # isort: split
 from vlkd_lab.widgets.moments import (
-    MOST_MAPS,
-    MOST_MOMENTS,
-    MOST_PAIRS,
     MOST_SIDE,
-    MOST_TERMS,
-    MOST_WORDS,
-    PICTURE_SIDE,
-    SHEET_MOST,
-    SHEET_SIDE,
     Packed,
     TimeLine,
-    clusters_of_run,
     curve_panels,
     every_so_many,
-    pack_clusters,
-    pack_cosines,
     pack_gates,
-    pack_maps,
-    pack_places,
-    pack_teachers_clusters,
-    picture_sheet,
     place_of,
-    probe_about,
     quantised,
     small_picture,
-    stage_starts,
     timeline_about,
     timeline_scene,
 )
 from vlkd_lab.widgets.player import (
-    FRAMES_A_MESSAGE,
     MOST_BYTES,
-    SENT_SECONDS,
     Player,
     StaticTimeline,
     TimelineView,
-    lacks_moments,
     script_policy,
     timeline,
     timeline_page,

@@ -36,7 +36,7 @@ from .several import differences, overlay_json
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_TICKED', 'MOST_NAMES', 'RunsTable', 'row_state', 'RunsBoard', 'runs_board']
+__all__ = ['RunsTable', 'row_state', 'RunsBoard', 'runs_board']
 
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd007
 class RunsTable(Pulsed):
@@ -87,8 +87,8 @@ def row_state(row: RunRow, names: Sequence[str]) -> dict[str, Any]:
     }
 
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd009
-MOST_TICKED = 12  # runs whose curves are laid over each other
-MOST_NAMES = 8  # columns of parameters that differ
+_MOST_TICKED = 12  # runs whose curves are laid over each other
+_MOST_NAMES = 8  # columns of parameters that differ
 
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd119
 class RunsBoard(Live):
@@ -129,11 +129,11 @@ class RunsBoard(Live):
     def static(self) -> StaticBoard:
         "The runs as they are now, as a page without scripts"
         self.rows.look()
-        return StaticBoard(list(self.rows.rows.values()), MOST_NAMES)
+        return StaticBoard(list(self.rows.rows.values()), _MOST_NAMES)
 
     def _show(self, changed: set[str]) -> None:
         known = self.rows.rows
-        self.panel.show(known, changed, differing(list(known.values()), MOST_NAMES))
+        self.panel.show(known, changed, differing(list(known.values()), _MOST_NAMES))
 
     def _do(self, request: Mapping[str, Any]) -> None:
         "One thing that was asked for; what is not valid is said under the table"
@@ -148,7 +148,7 @@ class RunsBoard(Live):
 # %% ../../nbs/library/123_widgets_board.ipynb #runbd019
 def _lay_over(board: RunsBoard) -> None:
     "Curves and differences of the ticked runs"
-    keys = [key for key in board.panel.ticked if key in board.rows.rows][:MOST_TICKED]
+    keys = [key for key in board.panel.ticked if key in board.rows.rows][:_MOST_TICKED]
     for key in [key for key in board.several if key not in keys]:
         del board.several[key]
     for key in keys:
@@ -216,9 +216,9 @@ def _start(board: RunsBoard, key: str) -> None:
 def _tick(board: RunsBoard, keys: Sequence[str]) -> None:
     "Lay the curves of these runs over each other"
     board.panel.ticked = [key for key in keys if key in board.rows.rows]
-    if len(board.panel.ticked) > MOST_TICKED:
+    if len(board.panel.ticked) > _MOST_TICKED:
         ticked = len(board.panel.ticked)
-        words = f"the curves of the first {MOST_TICKED} are shown, of {ticked} that are ticked"
+        words = f"the curves of the first {_MOST_TICKED} are shown, of {ticked} that are ticked"
         board.panel.said = ["note", words, ""]
 
 

@@ -21,12 +21,11 @@ from .. import runs
 from .drawing import SEQUENTIAL, palette, to_bytes
 
 # %% auto #0
-__all__ = ['STATIC', 'SEEN_SECONDS', 'SharedScripts', 'shared_scripts', 'script', 'whole_script', 'Pulsed', 'Framed',
-           'MatrixView', 'matrix_grid']
+__all__ = ['STATIC', 'SharedScripts', 'script', 'whole_script', 'Pulsed', 'Framed', 'MatrixView', 'matrix_grid']
 
 # %% ../../nbs/library/105_widgets_canvas.ipynb #06fd02f1
 STATIC = Path(runs.__file__).parent / "static"  # beside the modules
-SEEN_SECONDS = runs.WATCH_SECONDS  # a frontend that has sent nothing for this long is gone
+_SEEN_SECONDS = runs.WATCH_SECONDS  # a frontend that has sent nothing for this long is gone
 
 
 class SharedScripts(ipywidgets.Widget):
@@ -51,7 +50,7 @@ _OFFERED: set[str] = set()  # the files of the widgets that are known
 _SHARED: list[SharedScripts] = []  # the one of this kernel, once a widget needs it
 
 
-def shared_scripts() -> SharedScripts:
+def _shared_scripts() -> SharedScripts:
     "The one of this kernel; a new one where somebody has closed it"
     if not _SHARED or _SHARED[0].comm is None:
         _SHARED[:] = [SharedScripts()]
@@ -76,7 +75,7 @@ class Pulsed(anywidget.AnyWidget):
     scripts = traitlets.Instance(SharedScripts).tag(sync=True, **ipywidgets.widget_serialization)
 
     def __init__(self, **state):
-        super().__init__(scripts=shared_scripts(), **state)
+        super().__init__(scripts=_shared_scripts(), **state)
         self.seen_at = -math.inf
         self.drawn = -1  # the newest of what it numbers that a frontend has drawn
         self.on_choice = []  # called with what was chosen
@@ -101,7 +100,7 @@ class Pulsed(anywidget.AnyWidget):
     @property
     def seen(self) -> bool:
         "Whether a frontend showed it a moment ago"
-        return time.monotonic() - self.seen_at < SEEN_SECONDS
+        return time.monotonic() - self.seen_at < _SEEN_SECONDS
 
 # %% ../../nbs/library/105_widgets_canvas.ipynb #51ffd7bf
 class Framed(Pulsed):

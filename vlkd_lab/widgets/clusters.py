@@ -19,8 +19,7 @@ from .parts import LiveFigure, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_CENTRES', 'Plane', 'cluster_purity', 'RunClusters', 'centre_colours', 'clusters_json', 'StudentMap', 'LiveMap',
-           'map_pictures']
+__all__ = ['MOST_CENTRES', 'Plane', 'cluster_purity', 'RunClusters', 'centre_colours', 'clusters_json', 'StudentMap', 'LiveMap']
 
 # %% ../../nbs/library/113_widgets_clusters.ipynb #4e2657aa
 class Plane:
@@ -225,7 +224,7 @@ class LiveMap(LiveFigure):
         super().update(watched)
         if is_new and self.widget is not None:
             self.widget.on_choice.append(lambda point: self.choose(watched, *point))
-            self.widget.on_pictures = lambda rows: map_pictures(watched, rows)
+            self.widget.on_pictures = lambda rows: _map_pictures(watched, rows)
 
     def choose(self, watched: Watched, trace: int, place: int) -> None:
         "Light the cluster of a point, or no more if it is lit"
@@ -236,7 +235,7 @@ class LiveMap(LiveFigure):
             self.update(watched)
 
 
-def map_pictures(watched: Watched, rows: Sequence[int]) -> dict[int, str]:  # row -> data URI
+def _map_pictures(watched: Watched, rows: Sequence[int]) -> dict[int, str]:  # row -> data URI
     "The thumbnails of some images of the map, of those that have one"
     clusters = _clusters_of(watched)
     uris = clusters.about.get("pictures", ()) if clusters else ()

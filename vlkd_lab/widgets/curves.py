@@ -23,9 +23,8 @@ from .parts import LiveFigure, RunPart
 from .watched import Watched, is_baseline, teacher_scores
 
 # %% auto #0
-__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'SPARSITY', 'MEMORY', 'COLUMN_NAMES', 'CHANGED', 'DECADES',
-           'term_curves', 'modules_of', 'compared_kind', 'module_curves', 'module_table', 'validation_lines',
-           'teacher_line', 'curves_json', 'validation_scores_of', 'LossCurves']
+__all__ = ['BASELINE', 'TermCurves', 'MODULE_NAMES', 'TABLE_KINDS', 'CHANGED', 'term_curves', 'modules_of', 'compared_kind',
+           'module_curves', 'module_table', 'validation_lines', 'curves_json', 'validation_scores_of', 'LossCurves']
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #75a63b29
 BASELINE = " (baseline)"  # behind the name of a curve
@@ -197,7 +196,7 @@ def validation_lines(watched: Watched) -> list[dict]:
     return lines
 
 
-def teacher_line(watched: Watched) -> list[dict]:
+def _teacher_line(watched: Watched) -> list[dict]:
     "The teacher's score over the steps, once it is in result.json; empty before"
     scores = teacher_scores(watched)
     steps = [watched.curves.column(stage, "step") for stage in watched.curves.columns]
@@ -238,7 +237,7 @@ def _column_lines(
                 if math.isfinite(decades):
                     values = np.where(values >= np.nanmax(values) / 10**decades, values, np.nan)
                 style = curve_style(GREY, "dot") if baseline else curve_style(INK, dash)
-                name = COLUMN_NAMES.get(column, column.replace("_", " ")) + (BASELINE if baseline else "")
+                name = _COLUMN_NAMES.get(column, column.replace("_", " ")) + (BASELINE if baseline else "")
                 lines.append(curve(steps, values, name, panel, line=style, showlegend=len(columns) > 1))
     return lines
 
@@ -246,7 +245,7 @@ def _column_lines(
 def _memory_lines(watched: Watched, panel: int) -> list[dict]:
     "Memory of the process and of its GPU, of a run that has these numbers"
     logged = {name for columns in watched.curves.columns.values() for name in columns}
-    return _column_lines(watched, panel, {name: dash for name, dash in MEMORY.items() if name in logged})
+    return _column_lines(watched, panel, {name: dash for name, dash in _MEMORY.items() if name in logged})
 
 
 def _share_lines(watched: Watched, panel: int) -> list[dict]:
@@ -272,9 +271,9 @@ def _agreement_lines(watched: Watched, panel: int) -> list[dict]:
     return [_points_of("cluster agreement", points, panel, style, size=4, showlegend=False)] if points else []
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #cv000002
-SPARSITY = {"expected_sparsity": "solid", "target_sparsity": "dash"}  # column -> dash of its line
-MEMORY = {"memory_gib": "solid", "gpu_memory_gib": "dash"}
-COLUMN_NAMES = {"memory_gib": "process", "gpu_memory_gib": "GPU, allocated", "gpu_utilization": "GPU"}
+_SPARSITY = {"expected_sparsity": "solid", "target_sparsity": "dash"}  # column -> dash of its line
+_MEMORY = {"memory_gib": "solid", "gpu_memory_gib": "dash"}
+_COLUMN_NAMES = {"memory_gib": "process", "gpu_memory_gib": "GPU, allocated", "gpu_utilization": "GPU"}
 
 
 def _unit_panels(watched: Watched) -> dict[str, Callable]:  # title -> what draws the lines
@@ -293,7 +292,7 @@ def _further_panels(watched: Watched, first: int) -> dict[str, list[dict]]:  # t
     "Panels below or beside the losses and scores, those for which the run has something"
     candidates = _unit_panels(watched)
     candidates |= {
-        "sparsity": partial(_column_lines, columns=SPARSITY),
+        "sparsity": partial(_column_lines, columns=_SPARSITY),
         "gradient share": _share_lines,
         "cluster agreement": _agreement_lines,
         "learning rate": partial(_column_lines, columns={"learning_rate": "solid"}),
@@ -376,7 +375,7 @@ def curves_json(
         is_log = title == "gradient norm" or title.startswith(("weighted, ", "by module, "))
         layout[f"yaxis{number}"] |= {"type": "log"} if is_log else {"rangemode": "tozero"}
     lines = (_module_lines if by_module else _term_lines)(watched, 1, terms)
-    lines += [*validation_lines(watched), *teacher_line(watched)]
+    lines += [*validation_lines(watched), *_teacher_line(watched)]
     for panel_lines in further.values():
         lines += panel_lines
     _name_once(lines)
@@ -436,7 +435,7 @@ def _score_lines(watched: Watched) -> list[dict]:
     return lines
 
 # %% ../../nbs/library/109_widgets_curves.ipynb #fffa4963
-DECADES = 3  # of the table's colours
+_DECADES = 3  # of the table's colours
 
 
 def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # traces; the layout is changed
@@ -444,8 +443,8 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
     values, shares = module_table(watched)
     with np.errstate(divide="ignore"):
         high = np.log10(max(np.nanmax(values, initial=0), 1e-9))
-        z = np.where(values > 0, np.clip(np.log10(values), high - DECADES, high), np.nan)
-    bright = z > high - DECADES / 3
+        z = np.where(values > 0, np.clip(np.log10(values), high - _DECADES, high), np.nan)
+    bright = z > high - _DECADES / 3
     notes = [_cell_note(place, values[place], shares[place], bright[place]) for place in _filled(values)]
     title = "weighted terms, gradient share" if np.isfinite(shares).any() else "weighted terms"
     layout["annotations"] = [*layout["annotations"], *notes, _note(-0.5, 3, title, xanchor="left")]
@@ -459,7 +458,7 @@ def _show_modules(watched: Watched, layout: dict[str, Any]) -> list[dict]:  # tr
     dotted = "; dotted: baseline" if _stages(watched, baseline=True) else ""
     layout["yaxis1"]["title"]["text"] += dotted
     layout["yaxis2"]["title"]["text"] = "validation"
-    table = drawing.heatmap(z, high - DECADES, high, SEQUENTIAL, 3)
+    table = drawing.heatmap(z, high - _DECADES, high, SEQUENTIAL, 3)
     return [{**table, "name": "weighted terms", "hoverinfo": "skip"}]
 
 

@@ -20,11 +20,10 @@ from ..data import escaped
 from ..evaluation import TERM_COLOURS
 
 # %% auto #0
-__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'CATEGORIES', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'FIRST_ROW', 'NEXT_ROW',
-           'ROW_GAP', 'PANEL_GAP', 'LOW_ROWS', 'Matrices', 'THIN_ROW', 'PIXELS_PER_INCH', 'palette', 'to_bytes',
-           'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout', 'panel_grid',
-           'heatmap', 'note_on_paper', 'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page', 'page_png',
-           'picture', 'png_html', 'stacked', 'StaticFigure']
+__all__ = ['SEQUENTIAL', 'DIVERGING', 'LINE_COLOURS', 'CATEGORIES', 'GREY', 'INK', 'MID_TONE', 'WIDTH', 'Matrices', 'palette',
+           'to_bytes', 'symmetric_limit', 'axis_name', 'curve_style', 'curve', 'plain_layout', 'panel_layout',
+           'panel_grid', 'heatmap', 'note_on_paper', 'heatmaps_json', 'plain_text', 'contrast', 'on_both', 'blank_page',
+           'page_png', 'picture', 'png_html', 'stacked', 'StaticFigure']
 
 # %% ../../nbs/library/104_widgets_drawing.ipynb #d208618a
 SEQUENTIAL = "Viridis"  # of Plotly's colour scales
@@ -118,11 +117,11 @@ def panel_layout(
     return {f"xaxis{panel}": below, f"yaxis{panel}": side}
 
 # %% ../../nbs/library/104_widgets_drawing.ipynb #pg000001
-FIRST_ROW = 182  # pixels: height of the panels of the first row, and of those below
-NEXT_ROW = 130
-ROW_GAP = 64  # pixels between two rows: a name below, and notes above
-PANEL_GAP = 66  # pixels between two panels of a row: numbers and a name at the side
-LOW_ROWS = (100, 78, 36)  # pixels: first row, those below and the gap, where other things share the screen
+_FIRST_ROW = 182  # pixels: height of the panels of the first row, and of those below
+_NEXT_ROW = 130
+_ROW_GAP = 64  # pixels between two rows: a name below, and notes above
+_PANEL_GAP = 66  # pixels between two panels of a row: numbers and a name at the side
+_LOW_ROWS = (100, 78, 36)  # pixels: first row, those below and the gap, where other things share the screen
 
 
 def panel_grid(
@@ -130,14 +129,14 @@ def panel_grid(
     x: str = "step",  # what stands below
     columns: int = 3,
     width: int = WIDTH,
-    height: int = FIRST_ROW + 98,  # of the first row, with what stands above and below it
+    height: int = _FIRST_ROW + 98,  # of the first row, with what stands above and below it
     low: bool = False,  # as low as can be read, with the steps named below the last row alone
 ) -> dict:  # a Plotly layout
     "Panels with one idea each, row by row, over the same steps"
-    first, next_row, row_gap = LOW_ROWS if low else (height - 98, NEXT_ROW, ROW_GAP)
+    first, next_row, row_gap = _LOW_ROWS if low else (height - 98, _NEXT_ROW, _ROW_GAP)
     rows = max(-(-len(titles) // columns), 1)
     inner = first + (rows - 1) * (next_row + row_gap)
-    gap = PANEL_GAP / (width - 65)
+    gap = _PANEL_GAP / (width - 65)
     across = (1 - (columns - 1) * gap) / columns
     layout = plain_layout(width, inner + 98, legend_at=1 + 9 / inner)
     if low:
@@ -183,7 +182,7 @@ def note_on_paper(x: float, y: float, text: str) -> dict:  # shares of the figur
     return {"x": x, "y": y, **paper, "text": text}
 
 # %% ../../nbs/library/104_widgets_drawing.ipynb #98b7b7ed
-THIN_ROW = 26  # pixels: height of a matrix of one row
+_THIN_ROW = 26  # pixels: height of a matrix of one row
 _BAR_ROOM = 84  # pixels right of a matrix: its colour bar with words, and the name at the side of the next
 
 
@@ -209,7 +208,7 @@ def heatmaps_json(
         y = [1 - (row + 1 - 34 / height) / rows, 1 - row / rows]
         is_thin = len(matrix) == 1  # one row of cells is one thin row, without room for words at its bar
         if is_thin:
-            y[0] = y[1] - THIN_ROW / (layout["height"] - 32)
+            y[0] = y[1] - _THIN_ROW / (layout["height"] - 32)
         bar = _colour_bar(x, y, "" if is_thin else measure)
         colours = DIVERGING if title in diverging else SEQUENTIAL
         traces.append(heatmap(matrix, low, high, colours, k + 1, bar))
@@ -236,7 +235,7 @@ def _matrix_axes(panel: int, x: list[float], y: list[float], names: tuple[str, s
 
 # %% ../../nbs/library/104_widgets_drawing.ipynb #0e7345e7
 _DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
-PIXELS_PER_INCH = 96
+_PIXELS_PER_INCH = 96
 
 
 def plain_text(text: Any) -> str:
@@ -294,8 +293,8 @@ def blank_page(width: int, height: int):  # pixels; a matplotlib Figure
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    inches = (width / PIXELS_PER_INCH, height / PIXELS_PER_INCH)
-    page = Figure(figsize=inches, dpi=PIXELS_PER_INCH, facecolor="none")
+    inches = (width / _PIXELS_PER_INCH, height / _PIXELS_PER_INCH)
+    page = Figure(figsize=inches, dpi=_PIXELS_PER_INCH, facecolor="none")
     FigureCanvasAgg(page)
     return page
 

@@ -34,8 +34,8 @@ from .parts import LivePart, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_COLUMNS', 'GATE_NAMES', 'KEEP_PROBABILITY', 'OpenGates', 'open_gates', 'newest_gates', 'gated_shapes',
-           'drawn_gates', 'gate_matrices', 'gate_views', 'GateMatrices', 'LiveGates', 'gate_grid']
+__all__ = ['MOST_COLUMNS', 'GATE_NAMES', 'KEEP_PROBABILITY', 'OpenGates', 'newest_gates', 'gated_shapes', 'drawn_gates',
+           'gate_matrices', 'gate_views', 'GateMatrices', 'LiveGates', 'gate_grid']
 
 # %% ../../nbs/library/112_widgets_gates.ipynb #g4tes001
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _open_counts(
     return [size - round(size - open_) for size, open_ in zip(sizes, sums, strict=True)]
 
 
-def open_gates(
+def _open_gates(
     arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
     shapes: Mapping[str, TowerShape],  # of the gated network
 ) -> OpenGates:
@@ -105,7 +105,7 @@ def _gates_of(watched: Watched, known: tuple | None) -> tuple[OpenGates | None, 
     "The gates of the newest snapshot, those that are known already, or those of a phase that is over"
     stage = watched.labels.get("stage", "")
     if _has_gates(watched.arrays):
-        return open_gates(watched.arrays, gated_shapes(watched, stage)), stage
+        return _open_gates(watched.arrays, gated_shapes(watched, stage)), stage
     if "step" not in watched.labels:
         return None, stage
     if known is not None and known[2] == stage:
@@ -117,7 +117,7 @@ def _gates_of(watched: Watched, known: tuple | None) -> tuple[OpenGates | None, 
     arrays = read_snapshot(path)[0]
     if not _has_gates(arrays):
         return None, stage
-    return open_gates(arrays, gated_shapes(watched, labels["stage"])), labels["stage"]
+    return _open_gates(arrays, gated_shapes(watched, labels["stage"])), labels["stage"]
 
 
 def _has_gates(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -150,7 +150,7 @@ def drawn_gates(
     ordered: bool = True,  # each row in descending order
 ) -> Matrices:  # "image attention heads" and so on: image before text, kinds in the order of GATE_NAMES
     "A snapshot's gates, with no more columns than a canvas has pixels"
-    return _matrices(open_gates(arrays, source_shapes(run, stage)), ordered)
+    return _matrices(_open_gates(arrays, source_shapes(run, stage)), ordered)
 
 
 def _matrices(gates: OpenGates, ordered: bool = True) -> Matrices:

@@ -28,11 +28,8 @@ from .gates import GATE_NAMES, MOST_COLUMNS
 from .watched import Watched, is_baseline
 
 # %% auto #0
-__all__ = ['MOST_MOMENTS', 'MOST_PAIRS', 'MOST_MAPS', 'MOST_WORDS', 'MOST_SIDE', 'MOST_TERMS', 'PICTURE_SIDE', 'SHEET_SIDE',
-           'SHEET_MOST', 'quantised', 'Packed', 'every_so_many', 'pack_cosines', 'pack_gates', 'pack_maps',
-           'pack_places', 'pack_clusters', 'pack_teachers_clusters', 'clusters_of_run', 'stage_starts', 'place_of',
-           'curve_panels', 'small_picture', 'probe_about', 'TimeLine', 'picture_sheet', 'timeline_scene',
-           'timeline_about']
+__all__ = ['MOST_SIDE', 'quantised', 'Packed', 'every_so_many', 'pack_gates', 'place_of', 'curve_panels', 'small_picture',
+           'TimeLine', 'timeline_scene', 'timeline_about']
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid6db46
 def quantised(
@@ -79,12 +76,12 @@ class Packed:
         return matrices
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid4537f
-MOST_MOMENTS = 96  # of a time line
+_MOST_MOMENTS = 96  # of a time line
 
 
 def every_so_many(
     items: Sequence[Any],
-    most: int = MOST_MOMENTS,  # and perhaps one more, the last
+    most: int = _MOST_MOMENTS,  # and perhaps one more, the last
 ) -> list[Any]:
     "All of them, or every second, every fourth, …; always the last one"
     stride = 1
@@ -96,16 +93,16 @@ def every_so_many(
     return chosen
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #widbcd34
-MOST_PAIRS = 64  # images of the probe; of its sentences twice as many
-MOST_MAPS = 6  # images whose attention is shown
-MOST_WORDS = 24  # of each of them
+_MOST_PAIRS = 64  # images of the probe; of its sentences twice as many
+_MOST_MAPS = 6  # images whose attention is shown
+_MOST_WORDS = 24  # of each of them
 MOST_SIDE = 8  # patches of an attention map, along a side
 
 
-def pack_cosines(packed: Packed, arrays: Mapping[str, np.ndarray], model: str) -> None:
+def _pack_cosines(packed: Packed, arrays: Mapping[str, np.ndarray], model: str) -> None:
     "A model's cosines of the probe, and its scale"
     if model in arrays:
-        shown = arrays[model][:MOST_PAIRS, : 2 * MOST_PAIRS].astype(np.float32)
+        shown = arrays[model][:_MOST_PAIRS, : 2 * _MOST_PAIRS].astype(np.float32)
         packed.add(model, shown, -1, 1, width=2)
         packed.numbers[f"{model}_scale"] = [float(arrays[f"{model}_scale"][0])]
 
@@ -120,60 +117,60 @@ def pack_gates(packed: Packed, arrays: Mapping[str, np.ndarray], run: Run, stage
         packed.numbers[name] = [float(np.nansum(rows)), int((~np.isnan(rows)).sum())]
 
 
-def pack_maps(packed: Packed, arrays: Mapping[str, np.ndarray], model: str) -> None:
+def _pack_maps(packed: Packed, arrays: Mapping[str, np.ndarray], model: str) -> None:
     "Where a model looks, a row for each word of each image"
     for module in CROSS:
         name = f"{model}_cross_{module}"
         if name not in arrays:
             continue
-        maps = arrays[name][:MOST_MAPS, :MOST_WORDS].astype(np.float32)
+        maps = arrays[name][:_MOST_MAPS, :_MOST_WORDS].astype(np.float32)
         side = math.isqrt(maps.shape[-1])
         fine = maps.reshape(*maps.shape[:2], side, side)
         coarse = on_grid(fine, min(side, MOST_SIDE)).reshape(maps.shape[0] * maps.shape[1], -1)
         packed.add(f"cross/{module}/{model}", coarse, 0, max(float(np.nanmax(coarse)), 1e-6))
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid7cdd6
-def pack_places(packed: Packed, name: str, places: np.ndarray) -> None:
+def _pack_places(packed: Packed, name: str, places: np.ndarray) -> None:
     "Points on a plane (N, 2)"
     low = float(np.nanmin(places))
     high = float(np.nanmax(places))
     packed.add(name, places, low, high, width=2)
 
 
-def pack_clusters(packed: Packed, arrays: Mapping[str, np.ndarray], clusters: RunClusters | None) -> None:
+def _pack_clusters(packed: Packed, arrays: Mapping[str, np.ndarray], clusters: RunClusters | None) -> None:
     "Where the student sees the images of the map, and which centre is nearest to each"
     if clusters is None or "clusters_student" not in arrays:
         return
     assignment = arrays["clusters_assignment"]
     features = arrays["clusters_student"].astype(np.float32)
-    pack_places(packed, "clusters/student", clusters.plane.project(features))
+    _pack_places(packed, "clusters/student", clusters.plane.project(features))
     packed.add("clusters/nearest", assignment[:, None], 0, 65534, width=2)
     compared = clusters.compared(assignment)
     packed.numbers["agreement"] = [compared["agreement"]]
     packed.numbers["purity"] = [compared["purity"]]
 
 
-def pack_teachers_clusters(packed: Packed, clusters: RunClusters | None) -> None:
+def _pack_teachers_clusters(packed: Packed, clusters: RunClusters | None) -> None:
     "What does not move on the map: the teacher's images, and the centres of the largest clusters"
     if clusters is not None:
         by_size = np.argsort(-clusters.sizes, kind="stable")
         largest = by_size[:MOST_CENTRES]
-        pack_places(packed, "clusters/teacher", clusters.plane.project(clusters.teacher))
-        pack_places(packed, "clusters/centres", clusters.plane.project(clusters.centers[largest]))
+        _pack_places(packed, "clusters/teacher", clusters.plane.project(clusters.teacher))
+        _pack_places(packed, "clusters/centres", clusters.plane.project(clusters.centers[largest]))
         packed.add("clusters/centre_names", largest[:, None], 0, 65534, width=2)
         packed.add("clusters/teachers_nearest", clusters.assignment[:, None], 0, 65534, width=2)
 
 
-def clusters_of_run(run: Run) -> RunClusters | None:  # None: the run has none, or not yet
+def _clusters_of_run(run: Run) -> RunClusters | None:  # None: the run has none, or not yet
     "The clusters that a run wrote at its start"
     files = [run.folder / f"clusters.{kind}" for kind in ("safetensors", "json")]
     return RunClusters(run) if all(file.exists() for file in files) else None
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #widec923
-MOST_TERMS = 6  # panels for terms of the loss
+_MOST_TERMS = 6  # panels for terms of the loss
 
 
-def stage_starts(watched: Watched) -> dict[str, int]:  # stage -> steps that were logged before it
+def _stage_starts(watched: Watched) -> dict[str, int]:  # stage -> steps that were logged before it
     "Where each stage begins on the axis of the curves; a baseline is not on it"
     starts = {}
     before = 0
@@ -222,10 +219,10 @@ def _score_panels(watched: Watched, starts: Mapping[str, int]) -> list[dict]:
 
 def curve_panels(watched: Watched) -> list[dict]:  # title, lines: name, x, y
     "The loss, its terms, scores and sparsity over all steps, for a player"
-    starts = stage_starts(watched)
+    starts = _stage_starts(watched)
     panels = []
     names = [name for stage in starts for name in watched.curves.columns[stage]]
-    for column in ["total", *runs.loss_terms(names)[:MOST_TERMS]]:
+    for column in ["total", *runs.loss_terms(names)[:_MOST_TERMS]]:
         line = _column_line(watched, starts, column)
         if line is not None:
             title = "loss" if column == "total" else column.replace("_", " ")
@@ -238,10 +235,10 @@ def curve_panels(watched: Watched) -> list[dict]:  # title, lines: name, x, y
     return panels[:1] + _score_panels(watched, starts) + panels[1:]
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid05116
-PICTURE_SIDE = 64  # pixels
+_PICTURE_SIDE = 64  # pixels
 
 
-def small_picture(uri: str, side: int = PICTURE_SIDE) -> str:  # a data URI; empty: it is no picture
+def small_picture(uri: str, side: int = _PICTURE_SIDE) -> str:  # a data URI; empty: it is no picture
     "A picture of the probe, smaller"
     from PIL import Image
 
@@ -258,20 +255,20 @@ def _texts(texts: Sequence[Any], most: int) -> list[str]:
     return [visible(text)[:160] for text in texts[:most]]
 
 
-def probe_about(probe: Mapping[str, Any]) -> dict[str, Any]:
+def _probe_about(probe: Mapping[str, Any]) -> dict[str, Any]:
     "What a player says of the probe: captions, pictures, sentences, words"
     captions = probe.get("captions", ())
     words = []
-    for tokens in probe.get("words", ())[:MOST_MAPS]:
-        words.append([visible(token)[:40] for token in tokens[:MOST_WORDS]])
-    most_texts = 2 * MOST_PAIRS if "sentences" in probe else MOST_PAIRS
+    for tokens in probe.get("words", ())[:_MOST_MAPS]:
+        words.append([visible(token)[:40] for token in tokens[:_MOST_WORDS]])
+    most_texts = 2 * _MOST_PAIRS if "sentences" in probe else _MOST_PAIRS
     return {
-        "captions": _texts(captions, MOST_PAIRS),
+        "captions": _texts(captions, _MOST_PAIRS),
         "texts": _texts(probe.get("sentences", captions), most_texts),
         "across": "sentence" if "sentences" in probe else "text",
-        "pictures": [small_picture(uri) for uri in probe.get("pictures", ())[:MOST_PAIRS]],
+        "pictures": [small_picture(uri) for uri in probe.get("pictures", ())[:_MOST_PAIRS]],
         "words": words,
-        "left_out": max(len(captions) - MOST_PAIRS, 0),
+        "left_out": max(len(captions) - _MOST_PAIRS, 0),
     }
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid4a091
@@ -288,11 +285,11 @@ def _pack_fixed(watched: Watched, clusters: RunClusters | None, problems: dict[s
     "What does not move: the teacher's cosines, clusters and attention"
     packed = Packed()
     with _may_be_left_out(problems, "the teacher's affinities"):
-        pack_cosines(packed, watched.teacher, "teacher")
+        _pack_cosines(packed, watched.teacher, "teacher")
     with _may_be_left_out(problems, "the teacher's clusters"):
-        pack_teachers_clusters(packed, clusters)
+        _pack_teachers_clusters(packed, clusters)
     with _may_be_left_out(problems, "the teacher's attention"):
-        pack_maps(packed, watched.teacher, "teacher")
+        _pack_maps(packed, watched.teacher, "teacher")
     return packed
 
 
@@ -300,13 +297,13 @@ def _pack_moment(line: TimeLine, arrays: Mapping[str, np.ndarray], labels: Mappi
     "What a snapshot shows"
     packed = Packed()
     with _may_be_left_out(line.problems, "affinities"):
-        pack_cosines(packed, arrays, "student")
+        _pack_cosines(packed, arrays, "student")
     with _may_be_left_out(line.problems, "gates"):
         pack_gates(packed, arrays, line.watched.run, labels["stage"])
     with _may_be_left_out(line.problems, "clusters"):
-        pack_clusters(packed, arrays, line.clusters)
+        _pack_clusters(packed, arrays, line.clusters)
     with _may_be_left_out(line.problems, "attention"):
-        pack_maps(packed, arrays, "student")
+        _pack_maps(packed, arrays, "student")
     return packed
 
 
@@ -321,7 +318,7 @@ def _kept_files(run: Run, most: int) -> dict[Path, int]:  # file -> when it was 
 class TimeLine:
     "The moments of a run, packed; `look` takes in those that are new"
 
-    def __init__(self, run: Run, most: int = MOST_MOMENTS):
+    def __init__(self, run: Run, most: int = _MOST_MOMENTS):
         self.watched = Watched(run)
         self.most = most
         self.clusters: RunClusters | None = None
@@ -337,7 +334,7 @@ class TimeLine:
         changed = self.watched.look()
         if self.clusters is None or not self.fixed.arrays:
             with _may_be_left_out(self.problems, "clusters"):
-                self.clusters = clusters_of_run(self.watched.run)
+                self.clusters = _clusters_of_run(self.watched.run)
             self.fixed = _pack_fixed(self.watched, self.clusters, self.problems)
         files = _kept_files(self.watched.run, self.most)
         for path, (written, name) in list(self._names.items()):
@@ -373,30 +370,30 @@ class TimeLine:
             self._take("newest", self.watched.arrays, self.watched.labels)
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #sh33t002
-SHEET_SIDE = 32  # pixels of a tile
-SHEET_MOST = 400  # tiles
+_SHEET_SIDE = 32  # pixels of a tile
+_SHEET_MOST = 400  # tiles
 
 
-def picture_sheet(
+def _picture_sheet(
     uris: Sequence[str],  # thumbnails, untrusted
 ) -> dict[str, Any]:  # uri, side, columns, and which tiles have a picture; empty: none has one
     "Small pictures as tiles of one JPEG, row by row"
     from PIL import Image
 
-    columns = math.ceil(math.sqrt(min(len(uris), SHEET_MOST)))
+    columns = math.ceil(math.sqrt(min(len(uris), _SHEET_MOST)))
     tiles = {}
-    for number, uri in enumerate(uris[:SHEET_MOST]):
-        small = small_picture(uri, SHEET_SIDE)
+    for number, uri in enumerate(uris[:_SHEET_MOST]):
+        small = small_picture(uri, _SHEET_SIDE)
         if small:
             tiles[number] = Image.open(io.BytesIO(base64.b64decode(small.partition(",")[2])))
     if not tiles:
         return {}
-    sheet = Image.new("RGB", (columns * SHEET_SIDE, math.ceil((max(tiles) + 1) / columns) * SHEET_SIDE))
+    sheet = Image.new("RGB", (columns * _SHEET_SIDE, math.ceil((max(tiles) + 1) / columns) * _SHEET_SIDE))
     for number, tile in tiles.items():
         row, column = divmod(number, columns)
-        sheet.paste(tile, (column * SHEET_SIDE, row * SHEET_SIDE))
+        sheet.paste(tile, (column * _SHEET_SIDE, row * _SHEET_SIDE))
     uri = thumbnail(sheet, max(sheet.size))
-    return {"uri": uri, "side": SHEET_SIDE, "columns": columns, "known": sorted(tiles)}
+    return {"uri": uri, "side": _SHEET_SIDE, "columns": columns, "known": sorted(tiles)}
 
 # %% ../../nbs/library/125_widgets_moments.ipynb #wid256b7
 def _clusters_about(clusters: RunClusters | None) -> dict[str, Any] | None:
@@ -406,7 +403,7 @@ def _clusters_about(clusters: RunClusters | None) -> dict[str, Any] | None:
     labels = [None if label is None else visible(label)[:60] for label in clusters.labels]
     shares = [float(share) for share in clusters.plane.shares]
     captions = _texts(clusters.about["captions"], len(labels))
-    sheet = picture_sheet(clusters.about.get("pictures", ())[: len(labels)])
+    sheet = _picture_sheet(clusters.about.get("pictures", ())[: len(labels)])
     known = {"captions": captions, "labels": labels, "shares": shares, "count": len(clusters.centers)}
     return {**known, "pictures": sheet}
 
@@ -416,7 +413,7 @@ def timeline_scene(line: TimeLine) -> dict[str, Any]:  # what JSON can hold
     colours = {"sequential": SEQUENTIAL, "diverging": DIVERGING, "heat": HEAT}
     palettes = {name: base64.b64encode(palette(scale)).decode() for name, scale in colours.items()}
     return {
-        "probe": probe_about(line.watched.probe),
+        "probe": _probe_about(line.watched.probe),
         "clusters": _clusters_about(line.clusters),
         "fixed": {"arrays": line.fixed.arrays, "numbers": line.fixed.numbers},
         "palettes": palettes,
@@ -427,7 +424,7 @@ def timeline_scene(line: TimeLine) -> dict[str, Any]:  # what JSON can hold
 def timeline_about(line: TimeLine) -> dict[str, Any]:  # what JSON can hold
     "The run, its state, its moments and their places on the curves, and what was left out"
     watched = line.watched
-    starts = stage_starts(watched)
+    starts = _stage_starts(watched)
     moments = []
     for name in line.moments:
         labels = line.labels[name]

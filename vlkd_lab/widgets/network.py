@@ -25,14 +25,14 @@ from .pair import caption_numbers, probe_recall
 from .watched import NO_VALUE, Watched, is_baseline, teacher_scores
 
 # %% auto #0
-__all__ = ['Places', 'head_places', 'DrawnTower', 'beside', 'drawn_towers', 'network_facts_of', 'Standing', 'standing',
-           'network_costs', 'network_numbers', 'tower_json', 'standing_bytes', 'standing_sizes', 'network_picture']
+__all__ = ['Places', 'DrawnTower', 'beside', 'drawn_towers', 'network_facts_of', 'Standing', 'standing', 'network_numbers',
+           'tower_json', 'standing_bytes', 'standing_sizes', 'network_picture']
 
 # %% ../../nbs/library/116_widgets_network.ipynb #n3tdr006
 Places = dict[str, list[tuple[int, tuple[int, ...]]]]  # tower -> of each layer the teacher's, and its heads
 
 
-def head_places(watched: Watched, stage: str, is_gated: bool) -> Places:  # empty: nothing was inherited
+def _head_places(watched: Watched, stage: str, is_gated: bool) -> Places:  # empty: nothing was inherited
     "Which of the teacher's heads the heads of a stage's network were; under gates, of the one that is cut"
     run = watched.run
     roles = runs.stage_roles(run)
@@ -99,7 +99,7 @@ def beside(
     name: str,
     teacher: TowerShape | None,
     student: TowerShape | None,
-    places: Sequence[tuple[int, tuple[int, ...]]] | None = None,  # of `head_places`; None: not inherited
+    places: Sequence[tuple[int, tuple[int, ...]]] | None = None,  # of `_head_places`; None: not inherited
     origin: str = "",
 ) -> DrawnTower:
     "A student's layers beside its teacher's: where they came from, or at the same depth"
@@ -181,7 +181,7 @@ def _read_towers(watched: Watched, stage: str, is_gated: bool) -> list[DrawnTowe
         student = {tower: asdict(shape) for tower, shape in gated_shapes(watched, stage).items()}
     if not student and stage == "":
         return []
-    places = head_places(watched, stage, is_gated) if stage else {}
+    places = _head_places(watched, stage, is_gated) if stage else {}
     towers = []
     for name in dict.fromkeys((*teacher, *student)):
         sizes = {"teacher": teacher.get(name), "student": student.get(name)}
@@ -263,7 +263,7 @@ def standing(watched: Watched, towers: Sequence[DrawnTower]) -> Standing:
     return Standing(gates.left(), keep)
 
 # %% ../../nbs/library/116_widgets_network.ipynb #n3tdr020
-def network_costs(watched: Watched, now: Standing) -> dict[str, dict[str, float]]:  # "student", "teacher"
+def _network_costs(watched: Watched, now: Standing) -> dict[str, dict[str, float]]:  # "student", "teacher"
     "Parameters and multiply-accumulates of both, of those that are known"
     costs = {"teacher": network_facts_of(watched).get("cost")}
     if _is_gated(watched):
@@ -281,7 +281,7 @@ def _macs(cost: Mapping[str, float]) -> float:
 
 def network_numbers(watched: Watched, now: Standing) -> list[list[Any]]:  # [name, unit, student, teacher]
     "What stands beside the drawing; None where a number is not known"
-    costs = network_costs(watched, now)
+    costs = _network_costs(watched, now)
     rows: list[list[Any]] = []
     for name, unit, count in (
         ("parameters", "M", lambda cost: cost["parameters"] / 1e6),

@@ -17,8 +17,7 @@ from .canvas import STATIC, Pulsed, script
 from .watched import Watched, is_baseline, kept_students
 
 # %% auto #0
-__all__ = ['MOST_CHANGES', 'softmax', 'cell_scores', 'caption_numbers', 'first_texts', 'probe_recall', 'changed_confusions',
-           'earlier_scores', 'pair_facts', 'stage_changes', 'PairView']
+__all__ = ['softmax', 'caption_numbers', 'probe_recall', 'pair_facts', 'PairView']
 
 # %% ../../nbs/library/110_widgets_pair.ipynb #pa1r0006
 def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
@@ -27,7 +26,7 @@ def softmax(logits: np.ndarray, axis: int) -> np.ndarray:
     return powers / powers.sum(axis=axis, keepdims=True)
 
 
-def cell_scores(
+def _cell_scores(
     cosine: np.ndarray,  # (P, S) of a model: images by texts
     scale: float,  # multiplier of the cosines
     row: int,  # an image
@@ -53,7 +52,7 @@ def caption_numbers(captions: Sequence[str]) -> np.ndarray:  # (P,) equal number
     return np.array([known.setdefault(caption, len(known)) for caption in captions], dtype=np.int64)
 
 
-def first_texts(
+def _first_texts(
     cosine: np.ndarray,  # (P, P) images by their own captions
     numbers: np.ndarray,  # (P,) of `caption_numbers`
 ) -> tuple[np.ndarray, np.ndarray]:  # (P,) the text that comes first, (P,) bool whether it is right
@@ -64,26 +63,26 @@ def first_texts(
 
 def probe_recall(cosine: np.ndarray, numbers: np.ndarray) -> float:  # between 0 and 1
     "R@1 among a probe's pairs, the mean of both directions"
-    _, texts = first_texts(cosine, numbers)
-    _, images = first_texts(np.asarray(cosine).T, numbers)
+    _, texts = _first_texts(cosine, numbers)
+    _, images = _first_texts(np.asarray(cosine).T, numbers)
     return float((texts.mean() + images.mean()) / 2)
 
 
-def changed_confusions(
+def _changed_confusions(
     before: np.ndarray,  # (P, P) cosines
     now: np.ndarray,  # (P, P) of the same pairs, later
     numbers: np.ndarray,  # (P,) of `caption_numbers`
 ) -> dict[str, list[list[int]]]:  # "mended", "made" -> [image, text before, text now] each
     "Images that went from a wrong caption to a right one, and the other way"
-    old, was_right = first_texts(before, numbers)
-    new, is_right = first_texts(now, numbers)
+    old, was_right = _first_texts(before, numbers)
+    new, is_right = _first_texts(now, numbers)
     changes = {}
     for name, rows in (("mended", is_right & ~was_right), ("made", was_right & ~is_right)):
         changes[name] = [[int(i), int(old[i]), int(new[i])] for i in rows.nonzero()[0]]
     return changes
 
 # %% ../../nbs/library/110_widgets_pair.ipynb #pa1r0012
-def earlier_scores(watched: Watched) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was
+def _earlier_scores(watched: Watched) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was
     "The student's cosines at the end of the stage before this one; None where no snapshot was kept"
     stage = watched.labels.get("stage", "")
     known = watched.memory.get("earlier_scores")
@@ -117,7 +116,7 @@ def _read_earlier(watched: Watched, stage: str) -> tuple[np.ndarray, str] | None
     return (arrays["student"], when) if "student" in arrays else None
 
 # %% ../../nbs/library/110_widgets_pair.ipynb #pa1r0014
-MOST_CHANGES = 8  # mended and made confusions that are shown of each
+_MOST_CHANGES = 8  # mended and made confusions that are shown of each
 
 
 def pair_facts(watched: Watched, row: int, column: int) -> dict[str, Any]:  # as JSON can hold it
@@ -125,7 +124,7 @@ def pair_facts(watched: Watched, row: int, column: int) -> dict[str, Any]:  # as
     models = {}
     for name, arrays in (("teacher", watched.teacher), ("student", watched.arrays)):
         if name in arrays:
-            models[name] = cell_scores(arrays[name], float(arrays[f"{name}_scale"][0]), row, column)
+            models[name] = _cell_scores(arrays[name], float(arrays[f"{name}_scale"][0]), row, column)
     captions, texts = _texts_of(watched)
     shown = {row, *(scores["first_image"][0] for scores in models.values())}
     said = {column, row, *(scores["first_text"][0] for scores in models.values())}
@@ -146,21 +145,21 @@ def _texts_of(watched: Watched) -> tuple[Sequence[str], Sequence[str]]:  # of th
     return captions, watched.probe.get("sentences", captions)
 
 
-def stage_changes(watched: Watched) -> dict[str, Any]:  # empty where nothing can be compared
+def _stage_changes(watched: Watched) -> dict[str, Any]:  # empty where nothing can be compared
     "Confusions mended and made since the stage before, the first of each, and how many"
     captions, texts = _texts_of(watched)
     if is_baseline(watched, watched.labels.get("stage", "")):
         return {}  # it is no later student of the same line
-    earlier = earlier_scores(watched)
+    earlier = _earlier_scores(watched)
     if earlier is None or texts is not captions or "student" not in watched.arrays:
         return {}
     before, when = earlier
     if before.shape != watched.arrays["student"].shape:
         return {}
     numbers = watched.memory.setdefault("caption_numbers", caption_numbers(captions))
-    changes = changed_confusions(before, watched.arrays["student"], numbers)
+    changes = _changed_confusions(before, watched.arrays["student"], numbers)
     counts = {name: len(rows) for name, rows in changes.items()}
-    few = {name: rows[:MOST_CHANGES] for name, rows in changes.items()}
+    few = {name: rows[:_MOST_CHANGES] for name, rows in changes.items()}
     said = {k for rows in few.values() for changed in rows for k in changed}
     return {
         "since": visible(when),
@@ -177,7 +176,7 @@ class PairView(Pulsed):
     _css = STATIC / "pair.css"
     number = traitlets.Int(0).tag(sync=True)  # of the state that was sent
     facts = traitlets.Dict().tag(sync=True)  # of `pair_facts`; empty: no cell is chosen
-    changes = traitlets.Dict().tag(sync=True)  # of `stage_changes`
+    changes = traitlets.Dict().tag(sync=True)  # of `_stage_changes`
     pictures = traitlets.Dict().tag(sync=True)  # image -> data URI, of those on show
     failure = traitlets.Unicode("").tag(sync=True)
 
@@ -194,7 +193,7 @@ class PairView(Pulsed):
         facts = {}
         if self.cell is not None and self.cell[0] < shape[0] and self.cell[1] < shape[1]:
             facts = pair_facts(watched, *self.cell)
-        changes = stage_changes(watched)
+        changes = _stage_changes(watched)
         pictures = _pictures_on_show(watched.probe.get("pictures", ()), facts, changes)
         state = {"facts": facts, "changes": changes, "pictures": pictures, "failure": ""}
         if all(getattr(self, name) == value for name, value in state.items()):

@@ -21,8 +21,8 @@ from .plots import PlotView
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['RunPart', 'LivePart', 'part_figure', 'live_figure', 'sync_figure', 'LiveFigure', 'PartTitle', 'PartSection',
-           'method_parts', 'may_fail']
+__all__ = ['RunPart', 'LivePart', 'live_figure', 'sync_figure', 'LiveFigure', 'PartTitle', 'PartSection', 'method_parts',
+           'may_fail']
 
 # %% ../../nbs/library/108_widgets_parts.ipynb #c146224c
 class RunPart(ABC):
@@ -37,12 +37,12 @@ class RunPart(ABC):
 
     def png(self, watched: Watched) -> bytes | None:  # PNG
         "Its static picture; None while there is nothing to see"
-        drawn = part_figure(self, watched)
+        drawn = _part_figure(self, watched)
         return picture(drawn) if drawn else None
 
     def live(self) -> LivePart:
         "Its form in a frontend"
-        return LiveFigure(lambda watched: part_figure(self, watched))
+        return LiveFigure(lambda watched: _part_figure(self, watched))
 
 
 class LivePart(ABC):
@@ -56,7 +56,7 @@ class LivePart(ABC):
         "Show what is new, in the widget that is there already"
 
 
-def part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty: nothing to show
+def _part_figure(part: RunPart, watched: Watched) -> dict[str, Any]:  # Plotly JSON; empty: nothing to show
     "What a part draws, with the bench's width and margins where it says nothing else"
     drawn = part.figure(watched)
     if not drawn:

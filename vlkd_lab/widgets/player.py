@@ -28,8 +28,8 @@ from .moments import TimeLine, curve_panels, every_so_many, timeline_about, time
 from .watched import is_working
 
 # %% auto #0
-__all__ = ['MOST_BYTES', 'FRAMES_A_MESSAGE', 'SENT_SECONDS', 'script_policy', 'timeline_page', 'StaticTimeline', 'write_timeline',
-           'Player', 'TimelineView', 'lacks_moments', 'timeline']
+__all__ = ['MOST_BYTES', 'script_policy', 'timeline_page', 'StaticTimeline', 'write_timeline', 'Player', 'TimelineView',
+           'timeline']
 
 # %% ../../nbs/library/126_widgets_player.ipynb #widd042c
 MOST_BYTES = 600_000  # of the moments of a page; in base64 a third more
@@ -127,7 +127,7 @@ def write_timeline(
     return Path(path)
 
 # %% ../../nbs/library/126_widgets_player.ipynb #wid37199
-FRAMES_A_MESSAGE = 16  # moments
+_FRAMES_A_MESSAGE = 16  # moments
 
 
 class Player(Pulsed):
@@ -160,15 +160,15 @@ class Player(Pulsed):
         "Send the bytes of some moments; those that have gone since are left out"
         moments = line.moments
         known = [name for name in names if name in moments]
-        for start in range(0, len(known), FRAMES_A_MESSAGE):
+        for start in range(0, len(known), _FRAMES_A_MESSAGE):
             frames = []
-            for name in known[start : start + FRAMES_A_MESSAGE]:
+            for name in known[start : start + _FRAMES_A_MESSAGE]:
                 packed = moments[name]
                 frames.append({"name": name, "arrays": packed.arrays, "numbers": packed.numbers})
             self.send({"frames": frames}, buffers=[moments[frame["name"]].data for frame in frames])
 
 # %% ../../nbs/library/126_widgets_player.ipynb #wid0601b
-SENT_SECONDS = 1.0  # between two looks at a run
+_SENT_SECONDS = 1.0  # between two looks at a run
 
 
 class TimelineView(Live):
@@ -193,7 +193,7 @@ class TimelineView(Live):
     def update(self) -> None:
         "Take in what is new, at most once a second"
         now = time.monotonic()
-        if now - self._looked_at < SENT_SECONDS:
+        if now - self._looked_at < _SENT_SECONDS:
             return
         self._looked_at = now
         watched = self.line.watched
@@ -221,7 +221,7 @@ class TimelineView(Live):
 _TIMELINES: dict[Path, TimelineView] = {}
 
 
-def lacks_moments(run: Run) -> str:  # for `find_run`
+def _lacks_moments(run: Run) -> str:  # for `find_run`
     "What a run lacks to have a time line"
     kept = any((run.folder / "snapshots" / "kept").glob("*.safetensors"))
     return "" if kept else "it has kept no moments: keep_snapshots was 0, or it has not begun to train"
@@ -233,5 +233,5 @@ def timeline(
 ) -> TimelineView:
     "A run as a film: a slider over its moments, which its matrices, curves and captions follow"
     if not folder:
-        folder = find_run(runs=project_root() / "runs", lacks=lacks_moments).folder
+        folder = find_run(runs=project_root() / "runs", lacks=_lacks_moments).folder
     return shown_again(_TIMELINES, TimelineView, folder, live)

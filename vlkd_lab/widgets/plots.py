@@ -17,7 +17,7 @@ from .canvas import Pulsed, script
 from .drawing import axis_name, palette, plain_text, to_bytes
 
 # %% auto #0
-__all__ = ['MOST_POINTS', 'ABOVE', 'MOST_PICTURES', 'plot_value', 'plot_words', 'PlotView']
+__all__ = ['MOST_POINTS', 'MOST_PICTURES', 'PlotView']
 
 # %% ../../nbs/library/106_widgets_plots.ipynb #pl000006
 MOST_POINTS = 600  # of a line that travels; a panel has fewer columns of pixels
@@ -176,10 +176,10 @@ def _note(note: Mapping[str, Any], panels: Sequence[str], places: Mapping[str, d
     return words
 
 # %% ../../nbs/library/106_widgets_plots.ipynb #pl000015
-ABOVE = 20  # pixels above the panels: notes have their room there, and names stand outside the drawing
+_ABOVE = 20  # pixels above the panels: notes have their room there, and names stand outside the drawing
 
 
-def plot_value(drawn: Mapping[str, Any]) -> dict:
+def _plot_value(drawn: Mapping[str, Any]) -> dict:
     "Plotly JSON (data, layout) as the value that travels; ValueError where something cannot be drawn"
     if not drawn:
         return {}
@@ -200,16 +200,16 @@ def plot_value(drawn: Mapping[str, Any]) -> dict:
         "traces": traces,
         "marks": [_mark(shape, names) for shape in layout.get("shapes", ())],
         "notes": [_note(note, names, panels) for note in layout.get("annotations", ())],
-        "height": layout.get("height", 280) - max(margin["t"] - ABOVE, 0),
-        "margin": [margin["l"], min(margin["t"], ABOVE), margin["r"], margin["b"]],
+        "height": layout.get("height", 280) - max(margin["t"] - _ABOVE, 0),
+        "margin": [margin["l"], min(margin["t"], _ABOVE), margin["r"], margin["b"]],
         "smooth": bool(meta.get("smoothing")),
         "grows": bool(meta.get("grows")),  # in height too, where the page is wide
         "pictures": visible(meta.get("pictures", "")),  # what groups of images are called; empty: none
-        "words": visible(meta.get("words", "")) or plot_words(panels, traces),
+        "words": visible(meta.get("words", "")) or _plot_words(panels, traces),
     }
 
 
-def plot_words(panels: Mapping[str, Mapping], traces: Sequence[Mapping]) -> str:
+def _plot_words(panels: Mapping[str, Mapping], traces: Sequence[Mapping]) -> str:
     "What a figure shows, in a sentence a panel"
     sentences = []
     for number, panel in enumerate(panels.values()):
@@ -246,7 +246,7 @@ class PlotView(Pulsed):
 
     def show(self, drawn: Mapping[str, Any]) -> None:
         "Draw this from now on: Plotly JSON with data and layout"
-        self.value = plot_value(drawn)
+        self.value = _plot_value(drawn)
         self.drawn = drawn
 
     @property

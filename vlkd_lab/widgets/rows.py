@@ -40,13 +40,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # %% auto #0
-__all__ = ['SPARK_POINTS', 'RUN_COLUMNS', 'SPARK_SIZE', 'ANSWER_SECONDS', 'FAMILY_SECONDS', 'RunRow', 'read_row', 'run_folders',
-           'RunRows', 'differing', 'runs_frame', 'column_values', 'column_texts', 'spark_points', 'row_sparks',
-           'TreeLine', 'fork_tree', 'Family', 'BenchForks', 'bench_forks', 'start_cell', 'ForksView', 'fork_facts',
+__all__ = ['RUN_COLUMNS', 'ANSWER_SECONDS', 'RunRow', 'run_folders', 'RunRows', 'differing', 'runs_frame', 'column_values',
+           'column_texts', 'row_sparks', 'TreeLine', 'fork_tree', 'Family', 'BenchForks', 'bench_forks', 'ForksView',
            'LiveForks', 'RunForks', 'StaticBoard']
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #runrw006
-SPARK_POINTS = 40  # of a small curve
+_SPARK_POINTS = 40  # of a small curve
 
 
 @dataclass
@@ -72,7 +71,7 @@ class RunRow:
     origin: Mapping[str, Any] = field(default_factory=dict)  # of a fork
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #runrw016
-def read_row(key: str, run: Run, curves: Curves) -> RunRow:
+def _read_row(key: str, run: Run, curves: Curves) -> RunRow:
     "A run's row; what cannot be read is said in it"
     state = "cannot be read"
     try:
@@ -132,7 +131,7 @@ def _scores(curves: Curves, config: Mapping[str, Any]) -> np.ndarray:
 
 
 def _small(values: np.ndarray) -> list[float]:
-    return [float(value) for value in thinned(values, SPARK_POINTS)]
+    return [float(value) for value in thinned(values, _SPARK_POINTS)]
 
 
 def _share(run: Run, curves: Curves) -> float:
@@ -214,7 +213,7 @@ class RunRows:
     def _read(self, key: str, path: Path) -> RunRow | None:  # None: it is no run
         run = Run(path)
         curves = self._curves.pop(key, None) or Curves(run)
-        row = read_row(key, run, curves)
+        row = _read_row(key, run, curves)
         self.read += 1
         if row.state in WORKING:
             self._curves[key] = curves
@@ -325,17 +324,17 @@ def column_texts(row: RunRow, names: Sequence[str] = ()) -> dict[str, str]:
     return texts
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #runrw116
-SPARK_SIZE = (80, 20)  # pixels
+_SPARK_SIZE = (80, 20)  # pixels
 
 
-def spark_points(
+def _spark_points(
     values: Sequence[float],
     low: float | None = None,  # of the axis; None: the least value
 ) -> str:  # of an SVG polyline; empty where there is nothing to draw
     "A course as a line as high as a word"
     if len(values) < 2:
         return ""
-    width, height = SPARK_SIZE
+    width, height = _SPARK_SIZE
     least = min(values) if low is None else low
     span = max(values) - least or 1.0
     points = []
@@ -348,7 +347,7 @@ def spark_points(
 
 def row_sparks(row: RunRow) -> dict[str, str]:  # column -> points
     "The small curves of a row; a score's begins at zero"
-    return {"loss": spark_points(row.losses), "score": spark_points(row.scores, low=0.0)}
+    return {"loss": _spark_points(row.losses), "score": _spark_points(row.scores, low=0.0)}
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #runrw019
 @dataclass(frozen=True)
@@ -457,7 +456,7 @@ def _related(origins: Mapping[Path, tuple], start: Path) -> set[str]:
 
 # %% ../../nbs/library/119_widgets_rows.ipynb #fork0cd1
 ANSWER_SECONDS = 30.0  # that a job has to write a checkpoint of its step
-FAMILY_SECONDS = 2.0  # between two looks at the runs beside
+_FAMILY_SECONDS = 2.0  # between two looks at the runs beside
 
 
 class BenchForks:
@@ -498,7 +497,7 @@ class BenchForks:
         if self.waits and _can_be_made(self):
             _make(self)
         now = time.monotonic()
-        if self._is_new or now - self._looked > FAMILY_SECONDS:
+        if self._is_new or now - self._looked > _FAMILY_SECONDS:
             self._looked = now
             has_changed = bool(self.family.look())
             # of a fork that was made here the state is told anew, whatever the rows had seen of it before
@@ -542,7 +541,7 @@ def bench_forks(watched: Watched) -> BenchForks:
     return watched.memory["forks"]
 
 
-def start_cell(run: Run) -> str:
+def _start_cell(run: Run) -> str:
     "A cell that lets a run go on in a process of its own, and shows its bench"
     lines = ["from vlkd_lab.data import project_root", "from vlkd_lab.runs import Run"]
     lines += ["from vlkd_lab.trainers import start_apart", "from vlkd_lab.widgets import attach"]
@@ -560,7 +559,7 @@ class ForksView(Pulsed):
     "The fork that was made last, what starts it, and the tree of the family"
 
     _esm = script("forks.js")
-    made = traitlets.Dict().tag(sync=True)  # of `fork_facts`; empty: none was made here
+    made = traitlets.Dict().tag(sync=True)  # of `_fork_facts`; empty: none was made here
     tree = traitlets.List().tag(sync=True)  # prefix, name, score, words, state, whether it is this run
     note = traitlets.Unicode("").tag(sync=True)
     failure = traitlets.Unicode("").tag(sync=True)
@@ -575,14 +574,14 @@ class ForksView(Pulsed):
             is_this = bool(line.key) and rows[line.key].folder.resolve() == forks.run.folder.resolve()
             lines.append([line.prefix, line.name, line.score, line.words, state, is_this])
         with self.hold_sync():
-            self.made = {} if forks.child is None else fork_facts(forks)
+            self.made = {} if forks.child is None else _fork_facts(forks)
             self.tree = lines
             self.note = forks.note
             self.failure = forks.problem
             self.waits = forks.waits
 
 
-def fork_facts(forks: BenchForks) -> dict[str, Any]:
+def _fork_facts(forks: BenchForks) -> dict[str, Any]:
     "What a page says of the fork that was made last"
     child = forks.child
     state = child.status()["state"]
@@ -592,7 +591,7 @@ def fork_facts(forks: BenchForks) -> dict[str, Any]:
         "words": visible(origin_in_words(child.config().get("origin", {}))),
         "state": state,
         "command": visible(fork_command(Run(_place_of(child)))),
-        "cell": visible(start_cell(child)),
+        "cell": visible(_start_cell(child)),
         "is_new": state in ("new", "stopped", "lost", "failed"),
         "is_shared": _is_at_work(forks.run),  # the run that is forked has the machine
     }
@@ -675,7 +674,7 @@ def _html_row(row: RunRow, names: Sequence[str]) -> str:
 
 
 def _html_spark(points: str, title: str) -> str:
-    width, height = SPARK_SIZE
+    width, height = _SPARK_SIZE
     line = f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.2"/>'
     return f'<svg role="img" aria-label="{title}" width="{width}" height="{height}">{line}</svg>'
 

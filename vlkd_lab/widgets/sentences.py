@@ -18,10 +18,10 @@ from .parts import LivePart, RunPart
 from .watched import Watched, kept_students, settle
 
 # %% auto #0
-__all__ = ['first_scores', 'sentences_html', 'SentenceTable', 'SentenceBox', 'NearestSentences']
+__all__ = ['SentenceTable', 'SentenceBox', 'NearestSentences']
 
 # %% ../../nbs/library/114_widgets_sentences.ipynb #8433b78b
-def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was
+def _first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, when that was
     "The student's scores of the probe before its training; None when no snapshot was kept"
     for path, labels in kept_students(run)[:1]:
         arrays = read_snapshot(path)[0]
@@ -30,11 +30,11 @@ def first_scores(run: Run) -> tuple[np.ndarray, str] | None:  # (P, S) cosines, 
     return None
 
 
-def sentences_html(
+def _sentences_html(
     watched: Watched,
     rows: Sequence[int],  # of the probe's images
     best: int = 4,  # sentences of each
-    first: tuple[np.ndarray, str] | None = None,  # from `first_scores`; None: not shown
+    first: tuple[np.ndarray, str] | None = None,  # from `_first_scores`; None: not shown
 ) -> str:  # empty for a run without sentences
     "Images with their nearest sentences under the teacher, the student before, and the student now"
     probe = watched.probe
@@ -113,9 +113,9 @@ class SentenceBox(LivePart):
         if "sentences" not in watched.probe:
             return
         self.widget = self.widget or ipywidgets.HTML()
-        self._first = self._first or first_scores(watched.run)
+        self._first = self._first or _first_scores(watched.run)
         row = min(self.image, len(watched.probe["captions"]) - 1)
-        self.widget.value = sentences_html(watched, [row], first=self._first)
+        self.widget.value = _sentences_html(watched, [row], first=self._first)
 
 # %% ../../nbs/library/114_widgets_sentences.ipynb #9c9300ca
 class NearestSentences:
@@ -138,7 +138,7 @@ class NearestSentences:
         settle(watched)
         count = len(watched.probe["captions"])
         rows = [k * count // images for k in range(min(images, count))]
-        self.html = sentences_html(watched, rows, best, first_scores(run))
+        self.html = _sentences_html(watched, rows, best, _first_scores(run))
 
     def _repr_html_(self) -> str:
         return self.html

@@ -22,7 +22,7 @@ from .parts import live_figure, sync_figure
 from .watched import Watched, is_baseline, status_bar
 
 # %% auto #0
-__all__ = ['OVERLAID', 'differences', 'overlay_json', 'RunsView', 'StaticRuns', 'overlay']
+__all__ = ['differences', 'overlay_json', 'RunsView', 'StaticRuns', 'overlay']
 
 # %% ../../nbs/library/122_widgets_several.ipynb #f91381d2
 def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a parameter, a column a run
@@ -45,7 +45,7 @@ def differences(several: Mapping[str, Watched]):  # a pandas DataFrame: a row a 
 
 # %% ../../nbs/library/122_widgets_several.ipynb #sv000001
 # Panels of several runs besides the score: what stands at the side -> column of the metrics
-OVERLAID = {
+_OVERLAID = {
     "total loss, weighted": "total",
     "expected sparsity": "expected_sparsity",
     "learning rate": "learning_rate",
@@ -56,7 +56,7 @@ OVERLAID = {
 def overlay_json(several: Mapping[str, Watched], width: int = WIDTH, height: int = 300) -> dict:
     "Plotly JSON of total loss, validation and what else the runs log; a colour a run, a baseline dotted"
     kept = {}
-    for title, column in OVERLAID.items():
+    for title, column in _OVERLAID.items():
         if column == "total" or _is_logged(several, column):
             kept[title] = column
     titles = list(kept)
