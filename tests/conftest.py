@@ -86,9 +86,9 @@ def pytest_runtest_teardown():
 # The longest files go first; the files that are given test by test go last, the longest pages of them first, so that no process waits
 # for another at the end.
 TEST_BY_TEST = ["test_jobs", "test_notebooks", "test_guides", "test_guards"]
-LONGEST = """test_machines test_lab test_matrix test_sharding test_running test_site test_trainers test_reading test_dime_fm test_dlip test_export
-    test_fusion test_teacher_sets test_reinforced test_precision test_wheel test_teachers test_clip_cid test_figures test_methods test_captions
-    test_transfer test_models""".split()
+LONGEST = """test_lab test_machines test_matrix test_reading test_site test_curation test_corpus_files test_dime_fm test_sharding test_export
+    test_forks test_trainers test_stores test_viewers test_teachers test_dlip test_steps test_precision test_timeline test_reinforced
+    test_figures test_running test_captions test_run_choice test_clip_cid test_teacher_sets test_transfer test_methods test_board test_models""".split()
 LONGEST_PAGES = "tasks trials explorers transfer stores corpus project methods_dlip methods_dime_fm methods_distil methods_tinyclip balancing".split()
 
 
