@@ -672,7 +672,7 @@ def test_a_time_line_grows_with_its_run_and_outlives_a_reload(page, project):
     folder, given = project
     path = folder / "nbs" / "film.ipynb"
     cells = [
-        f"from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip\nfrom vlkd_lab.trainers import start\njob = open_tinyclip(TinyCLIP(**{given | dict(probe_pairs=12, keep_snapshots=60)!r}))\ntraining = start(job)",
+        f"from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip\nfrom vlkd_lab.trainers import start\njob = open_tinyclip(TinyCLIP(**{given | dict(probe_pairs=12, keep_snapshots=30)!r}))\ntraining = start(job)",
         "from vlkd_lab.widgets import timeline\nview = timeline(job.run.folder)\nview",
     ]
     jupyter_page.write_notebook(path, cells, "warm")
