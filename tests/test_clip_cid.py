@@ -70,7 +70,7 @@ def test_an_engine_leaves_out_what_this_process_would_and_finds_clusters(tiny, t
     from distributed import LocalCluster
 
     plain = job_of(tiny)
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", dashboard_address=":0", silence_logs=50) as cluster:
         engines = dict(local=dict(engine_workers=1), dask=dict(engine_address=cluster.scheduler_address))
         jobs = {name: job_of(tiny, engine=name, out=str(tmp_path / name), **given) for name, given in engines.items()}
         for job in jobs.values():

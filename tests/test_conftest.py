@@ -5,8 +5,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
+import psutil
 import pytest
 from pages import listed_pages
 
@@ -31,6 +33,24 @@ def test_a_test_that_passed_leaves_no_folder(tmp_path_factory):
     done = subprocess.run([*command, "--rootdir", str(place), str(place / "test_inner.py")], capture_output=True, text=True, cwd=place)
     assert "1 failed, 1 passed" in done.stdout
     assert [folder.name for folder in (place / "temporary").iterdir() if folder.is_dir() and not folder.is_symlink()] == ["test_b0"]
+
+
+@pytest.mark.parametrize("changes, is_there", [
+    ({}, True),
+    (dict(f_bavail=7 << 30), False),
+    (dict(available=15 << 30), False),
+    (dict(f_flag=os.ST_NOEXEC), False),
+    (dict(TMPDIR="/somewhere"), False),
+])
+def test_files_are_made_in_memory_where_there_is_room(changes, is_there, tmp_path, monkeypatch):
+    machine = SimpleNamespace(**dict(f_bavail=9 << 30, f_frsize=1, f_flag=0, available=17 << 30) | changes)
+    monkeypatch.setattr(os, "statvfs", lambda _: machine)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(conftest, "MEMORY", tmp_path)
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if "TMPDIR" in changes:
+        monkeypatch.setenv("TMPDIR", changes["TMPDIR"])
+    assert conftest.folder_in_memory() == (str(tmp_path) if is_there else None)
 
 
 def test_what_is_handed_out_first_and_last_is_there():

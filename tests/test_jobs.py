@@ -56,6 +56,22 @@ def given(scenes, tiny_teacher, tmp_path, monkeypatch):
     )
 
 
+def a_cluster():
+    "Dask with a worker in this process, which has imported what tasks need; a page finds it by its address as any other"
+    from distributed import LocalCluster
+
+    return LocalCluster(n_workers=1, threads_per_worker=1, processes=False, protocol="tcp://", dashboard_address=":0", silence_logs=50)
+
+
+@pytest.fixture
+def quick_umap(tmp_path, monkeypatch):
+    "A stand-in for UMAP, which takes seconds, where a test asks nothing of it: the first two features"
+    folder = tmp_path / "stand_in"
+    folder.mkdir()
+    (folder / "umap.py").write_text("class UMAP:\n    def __init__(self, **settings): ...\n    def fit_transform(self, rows): return rows[:, :2]\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
+
+
 def test_the_tinyclip_job_tells_its_story(given, tmp_path):
     notebook = execute("train_tinyclip", tmp_path / "out.ipynb", kernel="python3", **given)
     shown = outputs(notebook)
@@ -130,8 +146,6 @@ def test_the_clip_cid_job_tells_its_story_and_its_clusters_can_be_explored(given
 
 
 def test_a_threshold_is_chosen_of_any_number_of_rows(given, tmp_path):
-    from distributed import LocalCluster
-
     common = dict(data=given["data"], teacher=given["teacher"], features=str(tmp_path / "features"), largest_threshold=0.5)
     options = dict(linkage=str(tmp_path / "linkage"), report=str(tmp_path / "report.html"), write=str(tmp_path / "chosen"), threshold=0.05)
     first = execute("explore_balance", tmp_path / "local.ipynb", **common, **options, engine="local", engine_workers=1)
@@ -145,7 +159,7 @@ def test_a_threshold_is_chosen_of_any_number_of_rows(given, tmp_path):
     again = execute("explore_balance", tmp_path / "again.ipynb", **common | dict(linkage=options["linkage"], threshold=0.05))
     assert (tmp_path / "linkage" / "linkage.safetensors").stat().st_mtime_ns == stamp, "opened, not made again"
     assert f"stay: {kept} of 120" in outputs(again)
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+    with a_cluster() as cluster:
         dask = dict(engine="dask", engine_address=cluster.scheduler_address, linkage=str(tmp_path / "dask"), threshold=0.05)
         assert f"stay: {kept} of 120" in outputs(execute("explore_balance", tmp_path / "dask.ipynb", **common | dask))
     drawn = [execute("explore_balance", tmp_path / f"s{seed}.ipynb", **common, sample=40, seed=seed, threshold=0.05) for seed in (1, 2)]
@@ -164,9 +178,7 @@ def test_a_threshold_is_chosen_of_any_number_of_rows(given, tmp_path):
     assert not (tmp_path / "lost").exists()
 
 
-def test_clusters_of_all_images_are_shown_by_a_sample(given, tmp_path):
-    from distributed import LocalCluster
-
+def test_clusters_of_all_images_are_shown_by_a_sample(given, tmp_path, quick_umap):
     common = dict(val=given["data"], teacher=given["teacher"], pairs=30, clusters=4)
     of_sample = execute("explore_clusters", tmp_path / "sample.ipynb", **common)
     assert "on the map: 30 of 120 images" in outputs(of_sample) and "clusters of all" not in outputs(of_sample)
@@ -177,7 +189,7 @@ def test_clusters_of_all_images_are_shown_by_a_sample(given, tmp_path):
     stamp = path.stat().st_mtime_ns
     again = execute("explore_clusters", tmp_path / "again.ipynb", **stored | dict(clusters=9, seed=1))
     assert "4 clusters of all 120 images" in outputs(again) and path.stat().st_mtime_ns == stamp
-    with LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", silence_logs=50) as cluster:
+    with a_cluster() as cluster:
         dask = stored | dict(clustering=str(tmp_path / "dask"), engine="dask", engine_address=cluster.scheduler_address)
         execute("explore_clusters", tmp_path / "dask.ipynb", **dask)
     found = [load_clusters(tmp_path / name / "clusters.safetensors") for name in ("local", "dask")]
@@ -284,7 +296,7 @@ def test_papermill_lists_the_parameters():
         assert re.search(rf"^\s+{name}: \w+ \(default .*\)", shown, re.M), name
 
 
-def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path):
+def test_the_bench_notebooks_show_a_finished_run_without_a_page(given, tmp_path, quick_umap):
     given |= dict(compare_scratch=False, stages=1, steps=12)
     other = given | dict(learning_rate=2e-3, out=str(tmp_path / "other"))
     for parameters in (given, other):

@@ -88,11 +88,14 @@ def project(lab, scenes, tiny_teacher, request):
     return folder, given | dict(stages=2, steps=1500, batch_size=16, device="cpu", out=str(folder / "run"), compare_scratch=False)
 
 
+SHOWS_OFTEN = "from vlkd_lab import runs\nruns.SNAPSHOT_SHARE = 0.2  # of the time, and not 0.01: the next picture need not be waited for"
+
+
 def notebook(name, project, kernel="warm", **parameters):
     "A notebook of the project in its folder, with other parameters; cells by their first words"
     page = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", 4)
     cell = next(c for c in page.cells if "parameters" in c.metadata.get("tags", []))
-    cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    cell.source = "\n".join([SHOWS_OFTEN, cell.source, *(f"{name} = {value!r}" for name, value in parameters.items())])
     page.metadata.kernelspec = dict(name=kernel, display_name=kernel, language="python")
     for c in page.cells:
         c.pop("outputs", None)
@@ -474,7 +477,8 @@ def test_a_bench_fits_a_narrow_page_and_stays_as_it_was_left(page, project):
 
 def test_a_second_notebook_watches_a_papermill_job(page, project):
     folder, given = project
-    command = [forked.python(), "-m", "papermill", str(ROOT / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb"), "-k", "warm"]
+    notebook("train_tinyclip", folder)
+    command = [forked.python(), "-m", "papermill", str(folder / "nbs/train_tinyclip.ipynb"), str(folder / "out.ipynb"), "-k", "warm"]
     command += [part for name, value in given.items() for part in ("-p", name, str(value))]
     job = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     run = Run(given["out"])
@@ -689,7 +693,7 @@ def test_a_time_line_grows_with_its_run_and_outlives_a_reload(page, project):
     folder, given = project
     path = folder / "nbs" / "film.ipynb"
     cells = [
-        f"from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip\nfrom vlkd_lab.trainers import start\njob = open_tinyclip(TinyCLIP(**{given | dict(probe_pairs=12, keep_snapshots=60)!r}))\ntraining = start(job)",
+        f"from vlkd_lab.methods.tinyclip import TinyCLIP, open_tinyclip\nfrom vlkd_lab.trainers import start\njob = open_tinyclip(TinyCLIP(**{given | dict(probe_pairs=12, keep_snapshots=30)!r}))\ntraining = start(job)",
         "from vlkd_lab.widgets import timeline\nview = timeline(job.run.folder)\nview",
     ]
     jupyter_page.write_notebook(path, cells, "warm")

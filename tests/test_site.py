@@ -10,12 +10,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from importlib import import_module
 from pathlib import Path
 
+import forked
 import job_outputs
 import nbformat
 import pytest
@@ -61,9 +60,10 @@ def site(tmp_path_factory):
         project = shared / "project"
         if not (project / "said").exists():
             shutil.rmtree(project, ignore_errors=True)
-            command = [sys.executable, "tools/build_site.py", "_docs"]
-            done = subprocess.run(command, cwd=copy_of_the_project(project), capture_output=True, text=True, timeout=900)
-            (project / "said").write_text(json.dumps([done.returncode, done.stdout + done.stderr[-5000:]]))
+            printed = copy_of_the_project(project) / "printed"
+            builder = forked.start(str(project / "tools" / "build_site.py"), "_docs", output=str(printed), folder=str(project))
+            builder.join(900)
+            (project / "said").write_text(json.dumps([builder.exitcode, printed.read_text()[-5000:]]))
         code, said = json.loads((project / "said").read_text())
     assert code == 0, said
     assert "_docs/index.html" in said
@@ -117,9 +117,7 @@ def test_nbdev_docs_hands_the_same_pages_to_quarto(tmp_path):
     (programs / "quarto").write_text("#!/bin/sh\nmkdir -p _docs && ls *.ipynb */*.ipynb images/*.png _quarto.yml > _docs/given\n")
     (programs / "quarto").chmod(0o755)
     path = os.pathsep.join([str(programs), os.environ["PATH"]])
-    command = [sys.executable, "-c", "from nbdev.quarto import nbdev_docs; nbdev_docs(n_workers=0)"]
-    done = subprocess.run(command, cwd=project, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.run("-c", "from nbdev.quarto import nbdev_docs; nbdev_docs(n_workers=0)", folder=str(project), PATH=path)
     given = (project / "_docs" / "given").read_text().split()
     assert {path.relative_to(NBS).as_posix() for path in NOTEBOOKS.values()} | {"_quarto.yml", "images/bench.png"} <= set(given)
     assert yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["project"] == {"type": "website", "output-dir": "_docs"}
