@@ -23,6 +23,7 @@ SMALL = {
     "losses": dict(sizes=[48, 64], width=16, repeats=1, threads=1),
     "sentences": dict(turns=1, steps=1, depth=1, sentences=300, shards=1, lines=400, keep=20, file_lines=120, engines=[""]),
     "step": dict(steps=2, batch_size=16, repeats=1),
+    "teachers": dict(names="RN50"),
     "views": dict(pairs=1, page_pairs=1, seconds=0.5, updates=20, threads=1, batch_size=16),
 }
 TABLES = {  # of a page: the names of its tables, and how many rows each has at these sizes
@@ -33,6 +34,7 @@ TABLES = {  # of a page: the names of its tables, and how many rows each has at 
     "losses": dict(times=3, peaks=3, ratios=3),
     "sentences": dict(table=2, files=4),
     "step": dict(table=3),
+    "teachers": dict(table=1),
     "views": dict(summary=2, memory=2),
 }
 NOT_MEASURED = {"recall", "pairs"}  # columns that have nothing in the rows of some ways
