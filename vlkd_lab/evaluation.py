@@ -24,7 +24,7 @@ from .features import Features, Texts, distinct_captions, flat_captions, recall
 from .gates import sparsity
 from .losses import affinity_mimicking
 from .methods import all_losses
-from .models import VLM, Latency, count_cost, evaluating, latencies
+from .models import VLM, Latency, count_cost, evaluating, latencies, own_head_widths, tower_shapes
 from .project import former_names, write_text
 from .runs import Curves, Run, loss_terms, read_json, role_in, role_of, to_json
 from .shapes import TOWERS
@@ -378,12 +378,14 @@ def _has_teacher(job: Job) -> bool:
 
 
 def _kept(job: Job, vlm: VLM) -> float:
-    "Share of the teacher's prunable weights; nan for towers that are no transformers"
+    "Share of the teacher's prunable weights; nan for towers of another kind than the teacher's"
     if job.costs is None:
         return math.nan
     try:
-        shapes = vlm.shapes
+        shapes = tower_shapes(vlm.model.state_dict(), own_head_widths(vlm), list(job.shapes))
     except (ValueError, KeyError):
+        return math.nan
+    if any(shape.layout != job.shapes[tower].layout for tower, shape in shapes.items()):
         return math.nan
     return 1.0 if shapes == job.shapes else 1 - sparsity(shapes, job.costs)
 
