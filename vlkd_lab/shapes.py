@@ -41,7 +41,7 @@ class TowerShape:
         "Whether open_clip's configuration can express it"
         equal = len(set(self.heads)) == len(set(self.neurons)) == 1
         fills = equal and self.heads[0] * self.head_width == self.width and self.neurons[0] > 0
-        return fills and self.layout.startswith("open_clip")
+        return fills and self.layout == "open_clip"
 
     @property
     def gate_kinds(self) -> tuple[str, ...]:

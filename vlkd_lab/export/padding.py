@@ -36,15 +36,15 @@ __all__ = ['padded_shapes', 'pad_towers']
 _LEAST_ADDED = 2  # channels before a tower's first norm: what they hold must add up to zero
 
 
-def _padded(shape: TowerShape, least_added: int = 1) -> TowerShape:
-    "The narrowest plain shape that holds a tower"
+def _padded(shape: TowerShape, least_added: int = 1, avoid: int = 0) -> TowerShape:
+    "The narrowest plain shape that holds a tower, of another width than the one to avoid"
     if shape.plain:
         return shape
     least_heads = max(max(shape.heads), 1)
     least_width = shape.head_width if any(shape.heads) else shape.width  # of a head
     for width in count(max(shape.width, least_heads * least_width)):
         fitting = [n for n in range(width // least_width, least_heads - 1, -1) if width % n == 0]
-        if fitting and (width == shape.width or width - shape.width >= least_added):
+        if fitting and width != avoid and (width == shape.width or width - shape.width >= least_added):
             heads = (fitting[0],) * shape.layers
             neurons = (max(max(shape.neurons), 1),) * shape.layers
             head_width = width // fitting[0]
@@ -205,7 +205,9 @@ def _whole_shape(vlm: VLM, tower: str) -> TowerShape:
 def _new_shape(vlm: VLM, tower: str, shape: TowerShape) -> TowerShape:
     "The sizes in which open_clip, or the library behind it, can express a tower"
     if shape.layout.startswith("open_clip"):
-        return _padded(shape, _LEAST_ADDED if tower == "image" else 1)
+        # an attentional pool as wide as its tower has other weights
+        pool = vlm.config["model_cfg"]["embed_dim"] if shape.layout == "open_clip_pooled" else 0
+        return _padded(shape, _LEAST_ADDED if tower == "image" else 1, avoid=pool)
     whole = _whole_shape(vlm, tower)
     changed = {
         "hidden": whole.width != shape.width,
@@ -234,7 +236,10 @@ def pad_towers(vlm: VLM) -> VLM:  # itself when open_clip can express it already
         return vlm
     state = _without_layer_scale(vlm.model.state_dict(), towers)
     growths = {tower: _growth(vlm, tower, shape, state) for tower, shape in towers.items()}
-    plain = {tower: growth.new for tower, growth in growths.items() if growth.new.plain}
+    plain = {}
+    for tower, growth in growths.items():
+        if growth.new.layout.startswith("open_clip"):
+            plain[tower] = replace(growth.new, layout="open_clip")  # a pool stays what its configuration says
     config = plain_config(vlm.config["model_cfg"], plain)
     for tower in plain:
         part = config[TOWERS[tower]]

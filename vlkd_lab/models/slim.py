@@ -16,7 +16,7 @@ from ..layouts import LAYOUTS, PACKED, block_numbers, tower_places, tower_prefix
 from ..shapes import TowerShape, axis_size
 
 # %% auto #0
-__all__ = ['SlimAttention', 'SlimTimmAttention', 'SlimPool', 'narrow_tower', 'own_head_width']
+__all__ = ['SlimAttention', 'own_head_width', 'SlimTimmAttention', 'SlimPool', 'narrow_tower']
 
 # %% ../../nbs/library/024_models_slim.ipynb #slm00007
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -52,14 +52,27 @@ class SlimAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
         return self.out_proj(mixed.transpose(1, 2).reshape(rows, tokens, -1)), None
 
+# %% ../../nbs/library/024_models_slim.ipynb #slm0own1
+def own_head_width(part: nn.Module) -> int | None:  # None: there is no attention in it
+    "Channels of one head of a tower's first attention"
+    for module in part.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            return module.head_dim
+        for name in ("head_width", "head_dim", "attention_head_size"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+        if hasattr(module, "num_heads") and hasattr(module, "proj"):  # of an older timm
+            return module.proj.in_features // module.num_heads
+    return None
+
 # %% ../../nbs/library/024_models_slim.ipynb #slm00011
 class SlimTimmAttention(nn.Module):
     "A timm attention whose heads need not fill the width; it takes over the parts of another"
 
-    def __init__(self, attention: nn.Module, heads: int):
+    def __init__(self, attention: nn.Module, heads: int, head_width: int):
         super().__init__()
         self.heads = heads
-        self.head_width = attention.head_dim
+        self.head_width = head_width
         self.prefix_tokens = getattr(attention, "num_prefix_tokens", 0)  # which are not rotated
         self.rotate_half = getattr(attention, "rotate_half", False)
         for name, part in attention.named_children():
@@ -215,8 +228,8 @@ def _fit_attention(block: nn.Module, heads: int, shape: TowerShape) -> None:
         slim = SlimAttention(shape.width, heads, shape.head_width)
         slim.load_state_dict(block.attn.state_dict())
         block.attn = slim
-    elif hasattr(getattr(block, "attn", None), "head_dim") and LAYOUTS[shape.layout].attention_out:
-        block.attn = SlimTimmAttention(block.attn, heads)
+    elif hasattr(getattr(block, "attn", None), "num_heads") and LAYOUTS[shape.layout].attention_out:
+        block.attn = SlimTimmAttention(block.attn, heads, shape.head_width)
 
 
 def _latent_pools(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -225,14 +238,3 @@ def _latent_pools(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]
         for name, child in list(parent.named_children()):
             if hasattr(child, "latent") and hasattr(child, "kv"):
                 yield parent, name, child
-
-# %% ../../nbs/library/024_models_slim.ipynb #slm0own1
-def own_head_width(part: nn.Module) -> int | None:  # None: there is no attention in it
-    "Channels of one head of a tower's first attention"
-    for module in part.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            return module.head_dim
-        for name in ("head_width", "head_dim", "attention_head_size"):
-            if isinstance(getattr(module, name, None), int):
-                return getattr(module, name)
-    return None
