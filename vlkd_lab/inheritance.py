@@ -116,20 +116,22 @@ class Stack:
     sources: tuple[int, ...]  # the teacher's block for each of the student's
 
 # %% ../nbs/library/057_inheritance.ipynb #a42ac350
-_OUTS = (  # in a block: the maps from its heads and from its neurons back to the stream
-    ("attn.out_proj.weight", "mlp.c_proj.weight"),  # open_clip
-    ("attn.proj.weight", "mlp.fc2.weight"),  # timm
-    ("attention.output.dense.weight", "output.dense.weight"),  # BERT, texts of BLIP
-    ("self_attn.projection.weight", "mlp.fc2.weight"),  # images of BLIP
-    ("", "mlp.fc2.weight"),  # timm, in stages
+_BLIP_OUTS = (  # of its images, of its texts
+    ("self_attn.projection", "mlp.fc2"),
+    ("attention.output.dense", "output.dense"),
 )
 
 
 def _outs(copies: Mapping[str, Copy], block: str) -> tuple[str, str]:
-    "The two maps of a block that say how large it is; the first is empty where it has no attention"
-    for heads, neurons in _OUTS:
-        if block + neurons in copies and (not heads or block + heads in copies):
-            return heads, neurons
+    "The maps of a block, from its heads (empty: it has none) and from its neurons, that say how large it is"
+    known = []
+    for layout in LAYOUTS.values():
+        if re.search(rf"(^|\.){layout.blocks}$", block):
+            known.append((layout.attention_out, layout.mlp_out))
+    for heads, neurons in (*known, *_BLIP_OUTS):
+        names = [f"{block}{out}.weight" for out in (heads, neurons) if out]
+        if all(name in copies for name in names):
+            return (f"{heads}.weight" if heads else "", f"{neurons}.weight")
     raise ValueError(f"{block}… is no block of a kind that is known")
 
 # %% ../nbs/library/057_inheritance.ipynb #375662a9
@@ -142,14 +144,15 @@ def _rows(plan: Plan) -> list[dict[str, Any]]:
         for i, source in enumerate(stack.sources):
             block = f"{stack.prefix}{i}."
             row = dict(tower=stack.tower, block=block[:-1], source=source, blocks_of=stack.of)
-            if block + "conv2.weight" in copies:
-                row["channels"] = _kept_of(copies[block + "conv2.weight"], 0)
+            heads, neurons = _outs(copies, block)
+            inner = _kept_of(copies[block + neurons], 1)
+            if neurons.startswith("conv"):  # of a ResNet
+                row["channels"] = inner
             else:
-                heads, neurons = _outs(copies, block)
                 row["width"] = _kept_of(copies[block + neurons], 0)
-                if heads:
-                    row["heads"] = _kept_of(copies[block + heads], 1, head_width[stack.tower])
-                row["neurons"] = _kept_of(copies[block + neurons], 1)
+                row["neurons"] = inner
+            if heads:
+                row["heads"] = _kept_of(copies[block + heads], 1, head_width[stack.tower])
             rows.append(row)
     return rows
 
@@ -507,12 +510,11 @@ def _panels(plan: Plan, stack: Stack) -> dict[str, list[tuple[int, Tensor]]]:  #
         "What is kept of an axis of a tensor of every block"
         return [(source, _kept_mask(copies[block + tensor].kept[axis], unit)) for source, block in blocks]
 
-    if f"{stack.prefix}0.conv2.weight" in copies:
-        name = re.sub(r"^visual\.(trunk\.)?", "", stack.prefix)[:-1]
-        return {f"{name} channels": masks("conv2.weight", 0)}
     heads, neurons = _outs(copies, blocks[0][1])
     if not heads:  # in stages
-        return {f"{stack.prefix.split('trunk.')[-1].removesuffix('.blocks.')} neurons": masks(neurons, 1)}
+        stage = re.sub(r"^visual\.(trunk\.)?", "", stack.prefix).removesuffix(".").removesuffix(".blocks")
+        inner = "channels" if neurons.startswith("conv") else "neurons"
+        return {f"{stage} {inner}": masks(neurons, 1)}
     return {
         "channels": masks(neurons, 0),
         "heads": masks(heads, 1, dict(plan.head_width)[stack.tower]),

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/031_models_students.ipynb #f31d083f
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from ..features import Batch, Features
 from ..shapes import TowerShape
 from .configs import model_config
-from .image_towers import _first_failure
+from .image_towers import _first_failure, _one_line
 from .pictures import _plain, preprocessing
 from .towers import _build, text_part
 from .vlm import VLM, evaluating
@@ -105,6 +106,22 @@ def send_pair(vlm: VLM) -> Features:  # one row each
 
 # %% ../../nbs/library/031_models_students.ipynb #040f2695
 @torch.no_grad()
+def _caption_failure(vlm: VLM) -> str:  # one line; empty: all is well
+    "Why captions do not go through a text tower"
+    tokens = vlm.tokenizer(["a photo of a thing"])
+    try:
+        with evaluating(vlm.model):
+            vlm.encode_text(tokens)
+    except Exception as error:  # a foreign network may raise anything
+        words = vlm.config["model_cfg"]["text_cfg"].get("vocab_size", math.inf)
+        most = int(tokens.max())
+        if most >= words:
+            return f"its tokenizer gives {most}, its vocabulary ends at {words - 1}"
+        return _one_line(error)
+    return ""
+
+
+@torch.no_grad()
 def _training_failure(
     visual: nn.Module, sides: tuple[int, int], width: int, rows: int
 ) -> str:  # one line; empty: all is well
@@ -145,7 +162,7 @@ def check_student(
     rows: int = 2,  # pictures that go through at once in training, at the fewest
     size_option: str = "",  # name of the parameter that sets the pictures' size; empty: there is none
 ) -> None:
-    "ValueError, with what would work, unless pictures go through a model's image tower"
+    "ValueError, with what would work, unless pictures and captions go through a model"
     sides = vlm.image_shape
     width = vlm.config["model_cfg"]["embed_dim"]
     with evaluating(vlm.model):
@@ -159,6 +176,12 @@ def check_student(
             raise ValueError(
                 f"{name} takes no pictures of {_pixels(sides)} ({failure}); {advice}: choose {choice}"
             )
+    failure = _caption_failure(vlm)
+    if failure:
+        raise ValueError(
+            f"{name} takes no captions ({failure}): name the tokenizer that belongs to it, as "
+            "hf_tokenizer_name, or choose another architecture"
+        )
     failure = _training_failure(vlm.model.visual, sides, width, min(rows, 2))
     if failure:
         pictures = "1 picture" if rows == 1 else f"{rows} pictures"
