@@ -17,7 +17,7 @@ from transformers import BertConfig, CLIPConfig, CLIPModel
 
 from vlkd_lab.evaluation import compare
 from vlkd_lab.explorers import GateHistory, _cut_html
-from vlkd_lab.export import check_onnx, export_student, pad_towers
+from vlkd_lab.export import check_onnx, export_onnx, export_student, pad_towers
 from vlkd_lab.fusion import train_wordpiece
 from vlkd_lab.gates import Gates, budget, close_budget, gate_state, gated, kept_shapes, prunable_weights
 from vlkd_lab.inheritance import inherit, plan_gates
@@ -323,7 +323,7 @@ def test_a_whole_copy_is_the_teacher(name, folder_of):
 
 
 @pytest.mark.parametrize("name", ["layer_scale", "custom_text", "not_square", "norms", *OF_OTHER_KINDS, *LARGE])
-def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of):
+def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of, tmp_path):
     if name in LARGE and not timm_library.is_model(LARGE[name]["vision_cfg"]["timm_model_name"]):
         pytest.skip(f"this timm ({timm_library.__version__}) has no such network")
     teacher = load_model(folder_of(name, (ALL | LARGE)[name]), "cpu")
@@ -345,6 +345,8 @@ def test_a_network_under_gates_is_the_one_that_is_cut_out(name, folder_of):
     assert apart(under_gates, cut) < 2e-5 < 1e-3 < apart(features(teacher.model, teacher.tokenizer, teacher.image_shape), cut)
     cost = shape_cost(teacher.config["model_cfg"], kept_shapes(shapes, values))
     assert cost == count_cost(student)
+    if name in ("siglip", "coca_of_two_towers", "convnext", "eva_with_inner_norms"):
+        assert max(check_onnx(student, export_onnx(student, tmp_path), batch_sizes=(1, 3)).values()) < 1e-5
 
 
 @pytest.mark.parametrize("width", [16, 15])  # that of the joint space, and one that would be padded to it
@@ -617,7 +619,7 @@ def test_a_text_tower_of_transformers_is_cut(kinds, job, tmp_path):
     if "hidden" in kinds:
         with pytest.raises(ValueError, match="cannot be padded: its norm .*LayerNorm looks at what was cut"):
             pad_towers(student)
-        card = (export_student(tmp_path / "run", tmp_path / "out", onnx=False) / "README.md").read_text()
+        card = (export_student(tmp_path / "run", tmp_path / "out", onnx=True) / "README.md").read_text()
         assert "cannot open it" in card and load_model(tmp_path / "out", "cpu").shapes == student.shapes
     else:
         opens_elsewhere(tmp_path / "run" / "stage-1" / "student", tmp_path / "out")

@@ -122,7 +122,7 @@ class SlimPool(nn.Module):
             self.add_module(name, part)
 
     def forward(self, x: Tensor, attn_mask=None) -> Tensor:  # (B, T, W) -> (B, D)
-        asked = self.q(self.latent.expand(len(x), -1, -1))
+        asked = self.q(self.latent.expand(x.shape[0], -1, -1))  # its length would be a constant in ONNX
         q = asked.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.kv(x).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=attn_mask)
