@@ -12,7 +12,8 @@ from conftest import tiny_job
 from PIL import Image
 
 from vlkd_lab.data import thumbnail
-from vlkd_lab.gates import gate_rows
+from vlkd_lab.gates import OpenGates, open_gates
+from vlkd_lab.models import TowerShape
 from vlkd_lab.runs import Run, RunWriter, Snapshots, kept_snapshots, read_snapshot, write_snapshot
 from vlkd_lab.stages import source_shapes
 from vlkd_lab.trainers import open_job, train
@@ -145,7 +146,7 @@ def test_a_frame_is_the_arrays_within_half_a_level(trained):
             shown = line.moments[name].unpacked()
             assert np.abs(shown["student"] - arrays["student"][:64, :128].astype(np.float32)).max() <= 1 / 65534 + 1e-7
             if labels["phase"] == "gates":
-                for (tower, kind), rows in gate_rows(arrays, source_shapes(run, labels["stage"])).items():
+                for (tower, kind), rows in open_gates(arrays, source_shapes(run, labels["stage"])).rows().items():
                     wrong = np.abs(shown[f"gates/{tower}/{kind}"] - rows)
                     assert np.nanmax(wrong) <= 0.5 / 254 + 1e-6 and (np.isnan(wrong) == np.isnan(rows)).all()
             if method == "ClipCid":
@@ -161,11 +162,12 @@ def test_a_frame_is_the_arrays_within_half_a_level(trained):
 
 def test_gates_are_counted_without_what_fills_a_shorter_layer(tmp_path, monkeypatch):
     "The rows of a stage whose layers have kept different numbers of heads"
-    rows = np.array([[1.0, 0.5, 0.25], [0.25, np.nan, np.nan]])
-    monkeypatch.setattr(moments, "gate_rows", lambda *_: {("image", "heads"): rows})
+    keep = np.array([1.0, 0.5, 0.25, 0.25])
+    gates = OpenGates({"image": TowerShape(8, 2, (3, 1), (9, 9))}, {("image", "heads"): keep})
+    monkeypatch.setattr(moments, "open_gates", lambda *_: gates)
     monkeypatch.setattr(moments, "source_shapes", lambda *_: {})
     packed = moments.Packed()
-    moments.pack_gates(packed, {"gates/image/heads": rows}, Run(tmp_path), "stage-2")
+    moments.pack_gates(packed, {"gates/image/heads": keep}, Run(tmp_path), "stage-2")
     assert packed.numbers["gates/image/heads"] == [2.0, 4], "expected to stay, and how many there are"
 
 
@@ -332,10 +334,11 @@ def test_a_slider_is_dragged_and_keys_go_through_the_run(page):
 
 
 def test_it_plays_to_the_end_and_pauses(page):
-    page.locator("select[aria-label=speed]").select_option("4×")
+    page.locator("select[aria-label=speed]").select_option("½×")
     play = page.locator(".vlkd-play")
     play.click()
     assert play.get_attribute("aria-label") == "pause", "from the beginning, as it stood at the end"
+    page.locator("select[aria-label=speed]").select_option("4×")
     at(page, 5)
     until(page, "document.querySelector('.vlkd-play').getAttribute('aria-label') === 'play'")
     page.locator("select[aria-label=speed]").select_option("½×")

@@ -24,7 +24,7 @@ __all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 
            'open_probability', 'sample_gates', 'keep_top', 'final_gates', 'TowerGates', 'gate_state', 'places_of',
            'gated', 'TowerCost', 'budget', 'prunable_weights', 'sparsity', 'target_at', 'sparsity_penalty',
            'GateParameters', 'open_counts', 'keep_counts', 'Gates', 'gate_plot', 'gate_arrays', 'gates_from_arrays',
-           'gate_rows', 'reduced', 'kept_shapes', 'standing_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
+           'OpenGates', 'open_gates', 'reduced', 'kept_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
            'uniform_gates']
 
 # %% ../nbs/library/056_gates.ipynb #4f52b539
@@ -578,20 +578,58 @@ def _matrix(
     return -np.sort(-matrix, axis=1) if ordered else matrix
 
 # %% ../nbs/library/056_gates.ipynb #af6f7dca
-def gate_rows(
+@dataclass(frozen=True)
+class OpenGates:
+    "The gates of a snapshot as keep probabilities"
+
+    shapes: Mapping[str, TowerShape]  # of the gated network
+    keep: Mapping[tuple[str, str], np.ndarray]  # (tower, kind) -> (gates of all layers,) float64
+
+    def rows(
+        self,
+        ordered: bool = True,  # each row in descending order; False: as the units (or layers) stand
+    ) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind the end
+        "A row a layer; hidden channels and each kind of block fill one row"
+        rows = {}
+        for (tower, kind), keep in self.keep.items():
+            rows[tower, kind] = _matrix(keep, _row_sizes(self.shapes[tower], kind), ordered)
+        return rows
+
+    def left(self) -> dict[str, TowerShape]:  # before the budget is closed; a width may be 0
+        "Sizes of what would be left if they were cut as they stand"
+        counts: Counts = {tower: {} for tower in self.shapes}
+        for (tower, kind), keep in self.keep.items():
+            counts[tower][kind] = _count_groups(keep, _group_sizes(self.shapes[tower], kind))
+        for tower, kinds in counts.items():
+            if "neurons" in kinds:
+                kinds["neurons"] = _at_least(self.shapes[tower], kinds["neurons"])
+        return {tower: _left(shape, counts[tower]) for tower, shape in self.shapes.items()}
+
+
+def _count_groups(
+    keep: np.ndarray,  # (gates of all groups,) keep probabilities
+    sizes: Sequence[int],  # gates in each group
+) -> list[int]:
+    "How many gates of each group stay open: all but the expected zeros"
+    if len(set(sizes)) == 1:  # as in a network that nobody has cut yet: summed at once
+        sums = keep.reshape(len(sizes), -1).sum(axis=1).tolist()
+    else:
+        sums = [float(group.sum()) for group in np.split(keep, np.cumsum(sizes)[:-1])]
+    return [size - round(size - open_) for size, open_ in zip(sizes, sums, strict=True)]
+
+# %% ../nbs/library/056_gates.ipynb #gat0open
+def open_gates(
     arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
     shapes: Mapping[str, TowerShape],  # of the gated network
-    ordered: bool = True,  # each row in descending order; False: as the units (or layers) stand
-) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind the end
-    "Open probabilities, a row a layer; hidden channels and each kind of block fill one row"
+) -> OpenGates:
+    "Keep probabilities of a snapshot's gates; ValueError where they are not those of this network"
     kinds = _kinds_in(arrays, shapes)
-    rows = {}
-    for tower, shape in shapes.items():
-        for kind in _of_tower(shape, kinds):
-            log_alpha = torch.tensor(arrays[_array_name(tower, kind)]).float()
-            probabilities = open_probability(log_alpha).numpy()
-            rows[tower, kind] = _matrix(probabilities, _row_sizes(shape, kind), ordered)
-    return rows
+    places = [(tower, kind) for tower, shape in shapes.items() for kind in _of_tower(shape, kinds)]
+    log_alpha = [arrays[_array_name(tower, kind)] for tower, kind in places]
+    together = torch.from_numpy(np.concatenate(log_alpha).astype(np.float64))
+    ends = np.cumsum([len(gates) for gates in log_alpha])[:-1]
+    keep = np.split(open_probability(together).numpy(), ends)
+    return OpenGates(shapes, dict(zip(places, keep, strict=True)))
 
 
 def reduced(
@@ -645,28 +683,6 @@ def _count_sparsity(gates: Gates, counts: Counts) -> float:
     "Sparsity with these numbers open; 1 if nothing is left of a tower"
     shapes = {tower: _left(shape, counts[tower]) for tower, shape in gates.shapes.items()}
     return sparsity(shapes, gates.costs)
-
-# %% ../nbs/library/056_gates.ipynb #st4nd002
-@torch.no_grad()
-def standing_shapes(
-    arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
-    shapes: Mapping[str, TowerShape],  # of the gated network
-) -> dict[str, TowerShape]:  # as TinyCLIP's cut leaves them, before its budget is closed; a width may be 0
-    "Sizes of what would be left if the gates of a snapshot were cut as they stand"
-    kinds = _kinds_in(arrays, shapes)
-    standing = {}
-    for tower, shape in shapes.items():
-        counts = {}
-        for kind in _of_tower(shape, kinds):
-            log_alpha = torch.tensor(arrays[_array_name(tower, kind)])
-            sizes = _group_sizes(shape, kind)
-            alike = len(set(sizes)) == 1  # as in a network that nobody has cut yet: counted at once
-            groups = [log_alpha.view(len(sizes), -1)] if alike else log_alpha.split(sizes)
-            counts[kind] = [int(count) for group in groups for count in _open_counts(group).view(-1)]
-        if "neurons" in counts:
-            counts["neurons"] = _at_least(shape, counts["neurons"])
-        standing[tower] = _left(shape, counts)
-    return standing
 
 # %% ../nbs/library/056_gates.ipynb #c60c43a1
 def close_budget(

@@ -154,7 +154,6 @@ from vlkd_lab.widgets.gates import (
     MOST_COLUMNS,
     GateMatrices,
     LiveGates,
-    OpenGates,
     drawn_gates,
     gate_grid,
     gate_matrices,

@@ -5,26 +5,13 @@
 # %% ../../nbs/library/114_widgets_gates.ipynb #1cef0817
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ipywidgets
 import numpy as np
-import torch
 
-from vlkd_lab.gates import (
-    _at_least,
-    _group_sizes,
-    _kinds_in,
-    _left,
-    _matrix,
-    _of_tower,
-    _row_sizes,
-    open_probability,
-    reduced,
-)
-
+from ..gates import OpenGates, open_gates, reduced
 from ..models import TowerShape
 from ..runs import Run, kept_snapshots, read_snapshot
 from ..stages import source_shapes
@@ -34,62 +21,8 @@ from .parts import LivePart, RunPart
 from .watched import Watched
 
 # %% auto #0
-__all__ = ['MOST_COLUMNS', 'GATE_NAMES', 'KEEP_PROBABILITY', 'OpenGates', 'newest_gates', 'gated_shapes', 'drawn_gates',
-           'gate_matrices', 'gate_views', 'GateMatrices', 'LiveGates', 'gate_grid']
-
-# %% ../../nbs/library/114_widgets_gates.ipynb #g4tes001
-@dataclass(frozen=True)
-class OpenGates:
-    "The gates of a snapshot as keep probabilities"
-
-    shapes: Mapping[str, TowerShape]  # of the gated network
-    keep: Mapping[tuple[str, str], np.ndarray]  # (tower, kind) -> (gates of all layers,) float64
-
-    def rows(
-        self,
-        ordered: bool = True,  # each row in descending order
-    ) -> dict[tuple[str, str], np.ndarray]:  # (tower, kind) -> (rows, most gates) float32, nan behind the end
-        "A row a layer, as `gates.gate_rows` has them"
-        return {
-            (tower, kind): _matrix(keep, _row_sizes(self.shapes[tower], kind), ordered)
-            for (tower, kind), keep in self.keep.items()
-        }
-
-    def left(self) -> dict[str, TowerShape]:
-        "Sizes of what would be left if they were cut as they stand, as `gates.standing_shapes` counts them"
-        counts: dict[str, dict[str, list[int]]] = {tower: {} for tower in self.shapes}
-        for (tower, kind), keep in self.keep.items():
-            counts[tower][kind] = _open_counts(keep, _group_sizes(self.shapes[tower], kind))
-        for tower, kinds in counts.items():
-            if "neurons" in kinds:
-                kinds["neurons"] = _at_least(self.shapes[tower], kinds["neurons"])
-        return {tower: _left(shape, counts[tower]) for tower, shape in self.shapes.items()}
-
-
-def _open_counts(
-    keep: np.ndarray,  # (gates of all groups,)
-    sizes: Sequence[int],  # gates in each group
-) -> list[int]:
-    "How many gates of each group stay open: all but the expected zeros"
-    if len(set(sizes)) == 1:  # as in a network that nobody has cut yet: summed at once
-        sums = keep.reshape(len(sizes), -1).sum(axis=1).tolist()
-    else:
-        sums = [float(group.sum()) for group in np.split(keep, np.cumsum(sizes)[:-1])]
-    return [size - round(size - open_) for size, open_ in zip(sizes, sums, strict=True)]
-
-
-def _open_gates(
-    arrays: Mapping[str, np.ndarray],  # "gates/TOWER/KIND" -> (gates of all layers,) log_alpha
-    shapes: Mapping[str, TowerShape],  # of the gated network
-) -> OpenGates:
-    "Keep probabilities of a snapshot's gates; ValueError where they are not those of this network"
-    kinds = _kinds_in(arrays, shapes)
-    places = [(tower, kind) for tower, shape in shapes.items() for kind in _of_tower(shape, kinds)]
-    log_alpha = [arrays[f"gates/{tower}/{kind}"] for tower, kind in places]
-    together = torch.from_numpy(np.concatenate(log_alpha).astype(np.float64))
-    ends = np.cumsum([len(gates) for gates in log_alpha])[:-1]
-    keep = np.split(open_probability(together).numpy(), ends)
-    return OpenGates(shapes, dict(zip(places, keep, strict=True)))
+__all__ = ['MOST_COLUMNS', 'GATE_NAMES', 'KEEP_PROBABILITY', 'newest_gates', 'gated_shapes', 'drawn_gates', 'gate_matrices',
+           'gate_views', 'GateMatrices', 'LiveGates', 'gate_grid']
 
 # %% ../../nbs/library/114_widgets_gates.ipynb #g4tes004
 def newest_gates(watched: Watched) -> tuple[OpenGates | None, str]:  # None: there were none; the stage
@@ -105,7 +38,7 @@ def _gates_of(watched: Watched, known: tuple | None) -> tuple[OpenGates | None, 
     "The gates of the newest snapshot, those that are known already, or those of a phase that is over"
     stage = watched.labels.get("stage", "")
     if _has_gates(watched.arrays):
-        return _open_gates(watched.arrays, gated_shapes(watched, stage)), stage
+        return open_gates(watched.arrays, gated_shapes(watched, stage)), stage
     if "step" not in watched.labels:
         return None, stage
     if known is not None and known[2] == stage:
@@ -117,7 +50,7 @@ def _gates_of(watched: Watched, known: tuple | None) -> tuple[OpenGates | None, 
     arrays = read_snapshot(path)[0]
     if not _has_gates(arrays):
         return None, stage
-    return _open_gates(arrays, gated_shapes(watched, labels["stage"])), labels["stage"]
+    return open_gates(arrays, gated_shapes(watched, labels["stage"])), labels["stage"]
 
 
 def _has_gates(arrays: Mapping[str, np.ndarray]) -> bool:
@@ -150,7 +83,7 @@ def drawn_gates(
     ordered: bool = True,  # each row in descending order
 ) -> Matrices:  # "image attention heads" and so on: image before text, kinds in the order of GATE_NAMES
     "A snapshot's gates, with no more columns than a canvas has pixels"
-    return _matrices(_open_gates(arrays, source_shapes(run, stage)), ordered)
+    return _matrices(open_gates(arrays, source_shapes(run, stage)), ordered)
 
 
 def _matrices(gates: OpenGates, ordered: bool = True) -> Matrices:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import runs
 from ..data import thumbnail, visible
-from ..gates import gate_rows, reduced
+from ..gates import open_gates, reduced
 from ..runs import Run, read_snapshot, thinned
 from ..stages import source_shapes
 from .attention import CROSS, HEAT, on_grid
@@ -111,7 +111,7 @@ def pack_gates(packed: Packed, arrays: Mapping[str, np.ndarray], run: Run, stage
     "Keep probabilities, a matrix for each tower and kind; how many are expected to stay, of how many"
     if not any(name.startswith("gates/") for name in arrays):
         return
-    for (tower, kind), rows in gate_rows(arrays, source_shapes(run, stage)).items():
+    for (tower, kind), rows in open_gates(arrays, source_shapes(run, stage)).rows().items():
         name = f"gates/{tower}/{kind}"
         packed.add(name, reduced(rows, MOST_COLUMNS), 0, 1)
         packed.numbers[name] = [float(np.nansum(rows)), int((~np.isnan(rows)).sum())]
