@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkd_lab import losses
-from vlkd_lab.features import Features
+from vlkd_lab.features import BiasedFeatures, Features
 from vlkd_lab.losses import (
     LOSSES,
+    AugmentedFeatures,
     ClusterTerms,
     Objective,
     Projection,
@@ -24,12 +25,16 @@ from vlkd_lab.losses import (
     cluster_distribution,
     contrastive,
     feature_mimicking,
+    gradient_mimicking,
     gradient_share,
     instance_discrimination,
     interactive_contrastive,
+    interactive_relational,
     objective_parameters,
     relational,
     sample_classes,
+    sigmoid_contrastive,
+    sigmoid_mimicking,
     tiles,
 )
 from vlkd_lab.waits import count_waits
@@ -547,3 +552,103 @@ def test_one_sentence_is_no_error_and_none_is():
     assert losses.vision_language_score(image, image.flip(0), torch.randn(1, 8)).isfinite()
     with pytest.raises(ValueError, match=r"teacher_text must be \(rows, width\) with at least one row"):
         losses.vision_language_score(image, image, torch.randn(0, 8))
+
+
+def fused_by(arrays, dtype, multiplier):
+    "CLIP-KD's AFD with the archive's layers, its scale given as the multiplier"
+    augmented = AugmentedFeatures(8).to(dtype)
+    for key, layer in {"visual_fusion_proj": augmented.image, "text_fusion_proj": augmented.text}.items():
+        layer.load_state_dict({part: arrays[f"param/{key}.{part}"] for part in ("weight", "bias")})
+    with torch.no_grad():
+        augmented.log_scale.copy_(multiplier.log())
+    return augmented
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("section", ["same_dim/", "same_dim_exp_scale/"])
+def test_terms_across_the_models_are_clip_kds(section, dtype):
+    arrays = golden("clip_kd.npz", "same_dim/")
+    wanted = golden("clip_kd.npz", section)
+    leaves, student = features(arrays, "student", dtype, unit=True)
+    teacher_leaves, teacher = features(arrays, "teacher", dtype)
+    scale = leaf(wanted["cross_logit_scale"], dtype)
+    value = interactive_relational(student, teacher, scale)
+    check(wanted, "cross_kd", value, {**named(leaves), "cross_logit_scale": scale}, dtype)
+
+    leaves, student = features(arrays, "student", dtype, unit=True)
+    augmented = fused_by(arrays, dtype, wanted["fusion_logit_scale"])
+    value = augmented(student, teacher)
+    check_value(value, wanted["afd"], dtype)
+    value.backward()
+    layers = {"visual_fusion_proj": augmented.image, "text_fusion_proj": augmented.text}
+    for key, layer in layers.items():
+        for part in ("weight", "bias"):
+            check_gradient(getattr(layer, part).grad, wanted[f"afd__grad_{key}.{part}"], dtype)
+    for side in ("image", "text"):
+        check_gradient(leaves[side].grad, wanted[f"afd__grad_student_{side}"], dtype)
+    of_multiplier = augmented.log_scale.grad / augmented.log_scale.exp()  # the archive's is of the multiplier itself
+    check_gradient(of_multiplier.detach(), wanted["afd__grad_fusion_logit_scale"], dtype)
+    assert all(value.grad is None for value in teacher_leaves.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_mimicking_is_the_papers_and_the_code_differs_by_its_temperature(dtype):
+    arrays = golden("clip_kd.npz", "same_dim/")
+    leaves, student = features(arrays, "student", dtype, unit=True)
+    _, teacher = features(arrays, "teacher", dtype)
+    check(arrays, "gd_temperature", gradient_mimicking(student, teacher), named(leaves), dtype)
+
+    leaves, student = features(arrays, "student", dtype, unit=True)  # the official code takes the scale for a temperature
+    flat = [replace(model, scale=1 / model.scale) for model in (student, teacher)]
+    check(arrays, "gd", gradient_mimicking(*flat), named(leaves), dtype)
+
+
+@pytest.mark.parametrize("name", ["gd", "cross_kd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_projected_terms_are_clip_kds_too(name, dtype):
+    arrays = golden("clip_kd.npz", "projected/")
+    project = Projection(7, 10).to(dtype)
+    layers = {"visual_proj": project.image, "text_proj": project.text}
+    for key, layer in layers.items():
+        layer.load_state_dict({part: arrays[f"param/{key}.{part}"] for part in ("weight", "bias")})
+    leaves, student = features(arrays, "student", dtype)
+    _, teacher = features(arrays, "teacher", dtype)
+    parameters = {f"{key}.{part}": getattr(layer, part) for key, layer in layers.items() for part in ("weight", "bias")}
+    near, further = project(student), {}
+    if name == "gd":
+        value = gradient_mimicking(replace(near, scale=1 / near.scale), replace(teacher, scale=1 / teacher.scale))
+    else:
+        further = {"cross_logit_scale": leaf(arrays["cross_logit_scale"], dtype)}
+        value = interactive_relational(near, teacher, further["cross_logit_scale"])
+    check(arrays, name, value, {**named(leaves), **parameters, **further}, dtype)
+
+
+def open_clips_sigmoid_loss(image, text, scale, bias):
+    "open_clip's own SigLipLoss, the reference"
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss()(image, text, scale, bias)
+
+
+@pytest.mark.parametrize("chunk", [None, 0, 1, 4, 7])
+def test_the_sigmoid_loss_is_open_clips(chunk):
+    student = random_features(13, 6, 9.0, seed=4)
+    bias = torch.tensor(-8.0, dtype=torch.float64, requires_grad=True)
+    parts = [student.image, student.text, student.scale, bias]
+    wanted = open_clips_sigmoid_loss(*parts)
+    value = sigmoid_contrastive(BiasedFeatures(*parts), chunk)
+    torch.testing.assert_close(value, wanted, rtol=1e-10, atol=0)
+    for ours, theirs in zip(torch.autograd.grad(value, parts), torch.autograd.grad(wanted, parts), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", [sigmoid_contrastive, lambda s, c: sigmoid_mimicking(s, s.detach(), c)])
+def test_a_chunk_bounds_the_memory_of_the_sigmoid_losses(loss):
+    student = random_features(300, 6, 9.0, seed=4)
+    student = BiasedFeatures(student.image, student.text, student.scale, torch.tensor(-8.0).double().requires_grad_())
+    sizes = []
+    for chunk in (10, 0):
+        with Largest() as largest:
+            loss(student, chunk).backward()
+        sizes.append(largest.numel)
+    assert sizes == [300 * 10, 300 * 300]

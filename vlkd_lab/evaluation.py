@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ def encode_pairs(
     texts = flat_captions(pairs.all_captions)[0]
     if every_caption and len(texts) > len(pairs):
         text = encode_captions(vlm, texts, batch_size).cpu()
-    return Features(image, text, parts[0].scale.float().cpu())
+    return replace(parts[0].each(lambda part: part.float().cpu()), image=image, text=text)
 
 # %% ../nbs/library/094_evaluation.ipynb #9c378086
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from .project import former_names
 from .rank_rows import Ranks, all_ranks, join_rows
 
 # %% auto #0
-__all__ = ['Features', 'Ensemble', 'LayerOutputs', 'MomentumOutputs', 'FusedFeatures', 'partner_ranks', 'ranks_by_score',
-           'recall_of_ranks', 'flat_captions', 'distinct_captions', 'recall', 'Texts', 'Batch', 'gather']
+__all__ = ['Features', 'BiasedFeatures', 'as_features', 'Ensemble', 'LayerOutputs', 'MomentumOutputs', 'FusedFeatures',
+           'partner_ranks', 'ranks_by_score', 'recall_of_ranks', 'flat_captions', 'distinct_captions', 'recall',
+           'Texts', 'Batch', 'gather']
 
 # %% ../nbs/library/007_features.ipynb #6e89e228
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Features:
     image: Tensor  # (B, D) unit rows
     text: Tensor  # (B, D) unit rows, row i belongs to image row i
     scale: Tensor  # () multiplier of the cosines, already exponentiated
+    bias: ClassVar[Tensor | None] = None  # added to the scaled cosines; `BiasedFeatures` have one
 
     def logits(self) -> Tensor:  # (B, B) image i against text j
         "Affinities: scaled cosines of every image with every text"
@@ -38,14 +40,36 @@ class Features:
 
     def detach(self) -> Features:
         "The same features, through which no gradient flows"
-        return Features(self.image.detach(), self.text.detach(), self.scale.detach())
+        return self.each(Tensor.detach)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Features:
+        "The same features with every tensor changed"
+        tensors = {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})
 
     def __getitem__(self, rows) -> Features:
         "The pairs at `rows`, a slice or an index"
-        return Features(self.image[rows], self.text[rows], self.scale)
+        return replace(self, image=self.image[rows], text=self.text[rows])
 
     def __len__(self) -> int:
         return len(self.image)
+
+# %% ../nbs/library/007_features.ipynb #bi4sfea2
+@dataclass(frozen=True)
+class BiasedFeatures(Features):
+    "What a model with a bias of the logits says about B image-text pairs"
+
+    bias: Tensor  # () added to the scaled cosines
+
+
+def as_features(
+    image: Tensor,  # (B, D) unit rows
+    text: Tensor,  # (B, D) unit rows
+    scale: Tensor,  # () multiplier
+    bias: Tensor | None = None,  # () added to the scaled cosines; None: the model has none
+) -> Features:
+    "Features, with their bias where there is one"
+    return Features(image, text, scale) if bias is None else BiasedFeatures(image, text, scale, bias)
 
 # %% ../nbs/library/007_features.ipynb #ens3mb1f
 @dataclass(frozen=True)

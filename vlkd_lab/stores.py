@@ -41,7 +41,7 @@ from vlkd_lab.data import (
 
 from . import data
 from .engines import Engine, open_engine, own_gpu
-from .features import Batch, Features
+from .features import Batch, Features, as_features
 from .models import VLM, evaluating, load_model, state_digest
 from .project import alone_in, atomic_write, write_text
 from .shown import progress_bar
@@ -503,9 +503,11 @@ class StoredTeacher:
         device: str | torch.device = "cpu",
         texts: FeatureStore | None = None,  # of texts that belong to no image; None: `store` has them
         crop_scale: float = 1.0,  # of numbered crops
+        bias: Tensor | None = None,  # () of the teacher's logits; None: it has none
     ):
         self.stores = {"image": store, "text": texts or store}
         self.scale = scale.detach().to(device)
+        self.bias = None if bias is None else bias.detach().to(device)
         self.device = device
         self.crop_scale = crop_scale
         self._places = {}
@@ -520,7 +522,7 @@ class StoredTeacher:
         names = batch.text_keys or batch.keys
         numbers = batch.caption_numbers or [0] * len(names)
         text = self._rows("text", zip(names, ["text"] * len(names), numbers, strict=True))
-        return Features(image, text, self.scale)
+        return as_features(image, text, self.scale, self.bias)
 
     def _rows(self, part: str, wanted: Iterable[tuple]) -> Tensor:  # (name, side), and of a text its number
         rows = np.stack([self._row(self.stores[part], *row) for row in wanted]).astype(np.float32)

@@ -44,4 +44,6 @@ from vlkd_lab.losses.tiles import (
 
 from .objective import Objective, Terms, gradient_share, objective_parameters
 from .ranks import over_ranks
+from .relations import AugmentedFeatures, gradient_mimicking, interactive_relational
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
+from .sigmoid import sigmoid_contrastive, sigmoid_mimicking

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -68,15 +68,27 @@ def _mean_number(
     weights: Sequence[float],  # of the teachers
 ) -> Tensor:  # ()
     "A term's mean over the teachers; once where it needs none, or where its centres are the first one's"
+    functions = _functions(term, len(teachers))
     if len(teachers) == 1 or not term.needs_teacher or term.centers:
-        return _number(term, students[0], teachers[0])
-    pairs = zip(weights, students, teachers, strict=True)
-    return sum(weight * _number(term, student, teacher) for weight, student, teacher in pairs)
+        return _number(term, functions[0], students[0], teachers[0])
+    each = zip(weights, functions, students, teachers, strict=True)
+    return sum(weight * _number(term, function, student, teacher) for weight, function, student, teacher in each)
 
 
-def _number(term: Term, student: Features, teacher: Features) -> Tensor:  # ()
+def _functions(term: Term, teachers: int) -> Sequence[Callable]:
+    "A term's function for each teacher: the same, unless there is a list of modules, one each"
+    if not isinstance(term.function, nn.ModuleList):
+        return [term.function] * teachers
+    if len(term.function) != teachers:
+        raise ValueError(
+            f"the loss {term.name} has weights for {len(term.function)} teachers, and here are {teachers}"
+        )
+    return list(term.function)
+
+
+def _number(term: Term, function: Callable, student: Features, teacher: Features) -> Tensor:  # ()
     "A term's value; ValueError if it is not one number"
-    value = term.function(student, teacher)
+    value = function(student, teacher)
     if isinstance(value, Tensor) and value.ndim == 0:
         return value
     kind = f"a {type(value).__name__}"
@@ -208,7 +220,8 @@ def gradient_share(
                 continue
             rows = [student.image.detach().requires_grad_(), student.text.detach().requires_grad_()]
             single = Objective({}, term, project=objective.project)
-            total = single(Features(*rows, student.scale.detach()), teacher.detach()).total
+            near = replace(student.detach(), image=rows[0], text=rows[1])
+            total = single(near, teacher.detach()).total
             pulls = torch.autograd.grad(total, rows, allow_unused=True) if total.requires_grad else ()
             squares = [pull.float().square().sum().item() for pull in pulls if pull is not None]
             norms[term.name] = sum(squares) ** 0.5

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, wraps
 from inspect import signature
 
@@ -23,7 +24,7 @@ from vlkd_lab.rank_rows import (
     shared_rows,
 )
 
-from ..features import Features
+from ..features import Features, as_features
 from .tiles import row_products, tile_size, tiled_cross_entropy
 
 # %% auto #0
@@ -67,15 +68,16 @@ def _widen(features: dict[str, Features]) -> dict[str, Features]:
 
     rows = [each_rows(to, one) for one in shared_rows(*sides)[1]]
     widened = {}
-    for name, image, text in zip(features, rows[::2], rows[1::2], strict=True):
-        widened[name] = Features(image, text, features[name].scale.to(dtype).reshape(()))
+    for (name, model), image, text in zip(features.items(), rows[::2], rows[1::2], strict=True):
+        bias = None if model.bias is None else model.bias.to(dtype).reshape(())
+        widened[name] = as_features(image, text, model.scale.to(dtype).reshape(()), bias)
     return widened
 
 
 def _as_targets(teacher: Features) -> Features:
     "The same features, through which no gradient flows; ranks that share them still do"
     image, text = (each_rows(Tensor.detach, rows) for rows in (teacher.image, teacher.text))
-    return Features(image, text, teacher.scale.detach())
+    return replace(teacher.detach(), image=image, text=text)
 
 # %% ../../nbs/library/046_losses_pairs.ipynb #17a0317b
 def _on_features(loss: Callable) -> Callable:
@@ -194,7 +196,7 @@ class Projection(nn.Module):
         "The student's pairs in the teacher's space; a rank projects its own"
         image = each_own_row(partial(_unit_rows_of, self.image), student.image)
         text = each_own_row(partial(_unit_rows_of, self.text), student.text)
-        return Features(image, text, student.scale)
+        return replace(student, image=image, text=text)
 
 
 def _unit_rows_of(layer: nn.Linear, rows: Tensor) -> Tensor:

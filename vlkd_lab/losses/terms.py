@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlkd_lab.losses.clusters import (
     _check_centers,
@@ -28,7 +28,9 @@ from vlkd_lab.losses.pairs import (
 
 from ..features import Features
 from ..rank_rows import each_own_row
+from .relations import AugmentedFeatures, gradient_mimicking, interactive_relational
 from .scores import pseudo_vision_language_score, unimodal_distance, vision_language_score
+from .sigmoid import sigmoid_contrastive, sigmoid_mimicking
 
 # %% auto #0
 __all__ = ['MODULES', 'TERM_KINDS', 'LOSSES', 'Term', 'score_terms', 'register_losses', 'ClusterTerms']
@@ -53,6 +55,8 @@ class Term:
     module: str = ""  # of MODULES, the part of a fused model that it is about; empty: any two towers will do
     centers: bool = False  # needs the centres of a run that has clustered
     unit: str = "nats"  # of its value, before the weight; empty: a plain number
+    needs_bias: bool = False  # student, and teacher where it needs one, must have a bias of the logits
+    build: Callable[[int], nn.Module] | None = None  # makes a function with weights, for a teacher's width
 
 # %% ../../nbs/library/049_losses_terms.ipynb #c0f1e5e1
 def score_terms(
@@ -103,6 +107,21 @@ def _instances(student: Features, teacher: Features) -> Tensor:
     return instance_discrimination(student, teacher, teacher.scale.detach())
 
 
+def _interactive_relational(student: Features, teacher: Features) -> Tensor:
+    return interactive_relational(student, teacher, teacher.scale.detach())
+
+
+def _sigmoid(student: Features, teacher: Features) -> Tensor:
+    return sigmoid_contrastive(student)
+
+
+def _not_built(student: Features, teacher: Features) -> Tensor:
+    raise ValueError(
+        "augmented_features has weights of its own: a job that begins with it builds them, it cannot join later; in an "
+        "objective of your own give Term a function AugmentedFeatures(width)"
+    )
+
+
 def _no_centers(student: Features, teacher: Features) -> Tensor:
     raise ValueError(
         "cluster terms need centres: only a run that has clustered its teacher's features can weight them "
@@ -110,6 +129,8 @@ def _no_centers(student: Features, teacher: Features) -> Tensor:
     )
 
 
+_SIGMOID = "−1/B Σ log σ(z (s·ITᵀ + b)), z = ±1"
+_SIGMOIDS = "1/B Σ KL(σ(t·VUᵀ + b′) ‖ σ(s·ITᵀ + b))"
 _PAIR_TERMS = (
     Term(
         "affinity_mimicking",
@@ -118,10 +139,17 @@ _PAIR_TERMS = (
     ),
     Term("contrastive", _contrastive, formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]", needs_teacher=False),
     Term("relational", relational, formula="½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]"),
+    Term("sigmoid_contrastive", _sigmoid, formula=_SIGMOID, needs_teacher=False, needs_bias=True),
+    Term("sigmoid_mimicking", sigmoid_mimicking, formula=_SIGMOIDS, needs_bias=True),
 )
+_ACROSS = "½[KL(t·VUᵀ ‖ t·IUᵀ) + KL(t·UVᵀ ‖ t·TVᵀ)]"
+_FUSED = "½[CE(f·HEᵀ, 1) + CE(f·EHᵀ, 1)], H, E fused"
 _ROW_TERMS = (  # these compare rows of the student with rows of the teacher, or with centres of its space
     Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", unit="MSE"),
     Term("interactive_contrastive", _interactive, formula="½[CE(t·IUᵀ, 1) + CE(t·TVᵀ, 1)]"),
+    Term("interactive_relational", _interactive_relational, formula=_ACROSS),
+    Term("gradient_mimicking", gradient_mimicking, formula="Σ mean (∂ of I, T − ∂ of V, U)²", unit="MSE"),
+    Term("augmented_features", _not_built, formula=_FUSED, build=AugmentedFeatures),
     Term(
         "instance_discrimination",
         _instances,

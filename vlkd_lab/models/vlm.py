@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import published
 from ..data.travel import send_pinned
-from ..features import Batch, Features, Texts
+from ..features import Batch, Features, Texts, as_features
 from ..project import atomic_write
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
@@ -112,7 +112,7 @@ class VLM:
 
     def encode(self, batch: Batch) -> Features:
         "Unit-norm features of a batch, with this model's own scale"
-        return Features(self.encode_image(batch.image), self.encode_text(batch.texts), self.scale)
+        return as_features(self.encode_image(batch.image), self.encode_text(batch.texts), self.scale, self.bias)
 
     def encode_image(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D) unit rows
         return _unit_rows(self, self.model.encode_image, image)
@@ -127,6 +127,11 @@ class VLM:
     @property
     def scale(self) -> Tensor:  # () multiplier of the cosines
         return self.model.logit_scale.exp().reshape(())
+
+    @property
+    def bias(self) -> Tensor | None:  # () of the logits, such as a SigLIP's; None: it has none
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.reshape(())
 
     @property
     def image_shape(self) -> tuple[int, int]:  # pixels: (height, width)

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..features import Batch, Features, Texts, gather
+from ..features import Batch, Features, Texts, as_features, gather
 from ..rank_rows import Ranks, all_ranks
 
 # %% auto #0
@@ -30,7 +30,7 @@ def plain_backward(
 ) -> Tensor:  # () the loss, penalty included
     "Gradients of the loss on a batch, in one piece"
     text = _texts_for(accelerator.unwrap_model(learner), batch)
-    total = loss(gather(Features(*learner(batch.image, text, draw)))) + penalty
+    total = loss(gather(as_features(*learner(batch.image, text, draw)))) + penalty
     accelerator.backward(total)
     average_gradients(of_loss)
     return total.detach()
@@ -82,36 +82,38 @@ def cached_backward(
     "Gradients of the loss on a batch, with the memory of a micro-batch"
     plain = accelerator.unwrap_model(learner)
     words = _texts_for(plain, batch)
-    images = len(batch.image) if "image" in plain.reads else 0
-    texts = len(words) if "text" in plain.reads else 0
-    rows = micro_batches(images, texts, micro_batch)
+    image_count = len(batch.image) if "image" in plain.reads else 0
+    text_count = len(words) if "text" in plain.reads else 0
+    rows = micro_batches(image_count, text_count, micro_batch)
     parts = []
     states = []
     with torch.no_grad(), _statistics_kept(learner):
         for r, s in rows:
             states.append(_random_states(batch.image.device))
-            parts.append(Features(*learner(batch.image[r], words[s], draw)))
-    leaves = Features(
-        torch.cat([part.image for part in parts]).requires_grad_(),
-        torch.cat([part.text for part in parts]).requires_grad_(),
-        parts[0].scale.clone().requires_grad_(),
-    )
-    total = loss(gather(leaves))
-    features = (leaves.image, leaves.text, leaves.scale)
-    found = torch.autograd.grad(total, (*features, *of_loss), allow_unused=True)
-    image, text, scale = (_or_zeros(g, x) for g, x in zip(found, features, strict=False))
-    own = [(weight * g).sum() for weight, g in zip(of_loss, found[3:], strict=True) if g is not None]
+            parts.append(learner(batch.image[r], words[s], draw))
+    leaves = [torch.cat(side).requires_grad_() for side in list(zip(*parts, strict=True))[:2]]
+    leaves += [number.clone().requires_grad_() for number in parts[0][2:]]
+    total = loss(gather(as_features(*leaves)))
+    found = torch.autograd.grad(total, (*leaves, *of_loss), allow_unused=True)
+    image, text, *numbers = (_or_zeros(g, x) for g, x in zip(found, leaves, strict=False))
+    of_own = zip(of_loss, found[len(leaves) :], strict=True)
+    own = [(weight * g).sum() for weight, g in of_own if g is not None]
     for k, (r, s) in enumerate(rows):
         is_last = k == len(rows) - 1
         _set_random_states(states[k], batch.image.device)  # dropout leaves out the same units again
         with nullcontext() if is_last else accelerator.no_sync(learner):
-            part = Features(*learner(batch.image[r], words[s], draw))
-            due = (part.image * image[r]).sum() + (part.text * text[s]).sum()
+            images, texts, *others = learner(batch.image[r], words[s], draw)
+            due = (images * image[r]).sum() + (texts * text[s]).sum()
             if is_last:
-                due = due + part.scale * scale + penalty + sum(own)
+                due = due + _products(others, numbers) + penalty + sum(own)
             accelerator.backward(due)
     average_gradients(of_loss)
     return (total + penalty).detach()
+
+
+def _products(numbers: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    "What has these gradients at these numbers"
+    return sum(number * gradient for number, gradient in zip(numbers, gradients, strict=True))
 
 
 def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import cached_property
 from importlib.metadata import version
@@ -381,7 +381,7 @@ def teacher_source(job: Job, teacher: VLM) -> VLM | StoredTeacher:
     if teacher is not job.teacher:
         store = filled_store(job, job.report, job.stored_sides, teacher)
     device = job.accelerator.device
-    return StoredTeacher(store, teacher.scale, device, crop_scale=job.options.crop_scale)
+    return StoredTeacher(store, teacher.scale, device, crop_scale=job.options.crop_scale, bias=teacher.bias)
 
 
 def who_answers(job: Job) -> VLM | StoredTeacher | RowTeacher | Teachers:
@@ -567,7 +567,7 @@ def validation_features(
     texts = flat_captions(pairs.all_captions)[0]
     if every_caption and len(texts) > len(pairs):
         text = encode_captions(model, texts)
-    return Features(image, text, parts[0].scale)
+    return replace(parts[0], image=image, text=text)
 
 
 def validation_scores(student: VLM, pairs: data.Pairs) -> dict[str, float]:

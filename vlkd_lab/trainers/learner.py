@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..features import Batch, Ensemble, Features, Texts, gather
+from ..features import Batch, Ensemble, Features, Texts, as_features, gather
 from ..losses import Objective, gradient_share, objective_parameters, products_in
 from ..models import VLM, encode_texts, evaluating, head_maps
 from ..runs import Run, Snapshots
@@ -117,8 +117,8 @@ class Learner(Hooks):
 
     def forward(
         self, image: Tensor, text: Tensor | Texts, draw: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        "Image features, text features, scale; `draw` seeds what is random"
+    ) -> tuple[Tensor, ...]:
+        "What `as_features` takes: image features, text features, scale, bias; `draw` seeds what is random"
         return encode_sides(self.model, image, text)
 
     def lock(self, options: FitParameters) -> None:
@@ -157,19 +157,21 @@ def encode_sides(
     model: nn.Module,
     image: Tensor,  # (B, 3, H, W), or no rows
     text: Tensor | Texts,  # (M, L), or no rows
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, D) and (M, D) unit rows, () multiplier
+) -> tuple[Tensor, ...]:  # (B, D) and (M, D) unit rows, () multiplier; () bias where the model has one
     "Features of both sides in single precision, and the scale; a side without rows has none"
     images = model.encode_image(image, normalize=True).float() if len(image) else None
     texts = encode_texts(model, text).float() if len(text) else None
     images = texts[:0] if images is None else images
     texts = images[:0] if texts is None else texts
-    return images, texts, model.logit_scale.exp().float()
+    scale = model.logit_scale.exp().float()
+    bias = getattr(model, "logit_bias", None)
+    return (images, texts, scale) if bias is None else (images, texts, scale, bias.float().reshape(()))
 
 # %% ../../nbs/library/086_trainers_learner.ipynb #50695c51
 def probe_features(learner: Learner, batch: Batch) -> Features:
     "Features of a batch as the student would give them if training ended now"
     with learner.final() as model:
-        return Features(*encode_sides(model, batch.image, batch.texts))
+        return as_features(*encode_sides(model, batch.image, batch.texts))
 
 # %% ../../nbs/library/086_trainers_learner.ipynb #f63d2efa
 def parameter_groups(
@@ -293,7 +295,7 @@ def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
     if isinstance(features, Ensemble):
         return features.each(_one_hot)
     rows = torch.eye(2, features.image.shape[1], device=features.image.device)
-    return Features(rows, rows, rows.new_ones(()))
+    return replace(features, image=rows, text=rows, scale=rows.new_ones(()))
 
 # %% ../../nbs/library/086_trainers_learner.ipynb #lr0nprs1
 def learn_from_pairs(
@@ -338,7 +340,7 @@ def train_what_is_reached(loop: Loop, batch: Batch) -> None:
     rows = batch.first(2)
     draw = 0 if loop.learner.draws else None
     with evaluating(loop.learner.model), torch.enable_grad(), loop.accelerator.autocast():
-        student = Features(*loop.learner(rows.image, rows.text, draw))
+        student = as_features(*loop.learner(rows.image, rows.text, draw))
     total = loop.objective(student, _teacher_features(loop, rows)).total
     gradients = torch.autograd.grad(total, loop.trainable, allow_unused=True)
     reached = [gradient is not None for gradient in gradients]

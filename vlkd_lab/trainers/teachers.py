@@ -94,7 +94,7 @@ def ask(
 
 def _single(features: Features) -> Features:
     "Detached, in single precision"
-    return Features(features.image.float(), features.text.float(), features.scale.detach().float())
+    return features.detach().each(Tensor.float)
 
 # %% ../../nbs/library/082_trainers_teachers.ipynb #7ea00012
 def projection(
