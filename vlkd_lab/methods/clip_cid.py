@@ -127,6 +127,7 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
         images = options.batch_size // accelerator.num_processes
         fewest = trainers.fewest_rows(images, options.micro_batch)
         check_student(student, f"student={options.student!r}", fewest)
+        trainers.check_bias(options, student.bias is not None, teachers)
         trainers.check_network(student.model, options)
     about = {
         "objective": weights,
@@ -393,10 +394,8 @@ def cid_objective(job: ClipCidJob, student: VLM) -> Objective:
         centers, options.cluster_scale, options.cluster_margin, options.teacher_cluster_scale, share
     )
     terms = cluster_terms.terms(weights) + _instance_term(options, weights)
-    others = dict(weights)
-    for term in terms:
-        others.pop(term.name, None)
-    return Objective(others, *terms, project=trainers.projections(options, student, job.teachers))
+    project = trainers.projections(options, student, job.teachers)
+    return trainers.teaching_objective(options, job.teachers, project, terms)
 
 
 def _instance_term(options: ClipCid, weights: Mapping[str, float]) -> tuple[Term, ...]:

@@ -15,9 +15,9 @@ from .. import data, trainers
 from ..gates import budget
 from ..losses import LOSSES, Objective
 from ..models import VLM, check_student, new_model
-from ..trainers import Distillation, Phase, StudentJob, finish_fit, one_of, parameter, within
+from ..trainers import Distillation, Learner, Phase, StudentJob, finish_fit, one_of, parameter, within
 from ..widgets.heads import NetworkDrawing
-from . import Method, register
+from . import Method, all_losses, register
 
 # %% auto #0
 __all__ = ['CLIP_KD', 'Distil', 'distil_objective', 'DistilJob', 'open_distil']
@@ -43,6 +43,7 @@ class Distil(Distillation):
 
     def terms(self) -> list[str]:
         "Without clusters, no terms that need their centres; without a teacher, none that needs one"
+        all_losses()  # also those that other methods bring
         names = [name for name in super().terms() if not LOSSES[name].centers]
         is_taught = self.teacher or self.teacher_features == "shards"
         return names if is_taught else [name for name in names if not LOSSES[name].needs_teacher]
@@ -73,13 +74,14 @@ def distil_objective(
     teachers: Sequence[VLM | int],  # one, a set, or none; or the widths of their rows
 ) -> Objective:
     "The weighted terms, with a projection where a teacher's space is not the student's"
-    if not teachers:
-        return Objective(options.weights())
-    return Objective(options.weights(), project=trainers.projections(options, student, teachers))
+    project = trainers.projections(options, student, teachers) if teachers else None
+    return trainers.teaching_objective(options, teachers, project)
 
 # %% ../../nbs/library/133_methods_distil.ipynb #ea073676
 class DistilJob(StudentJob):
     "A student that learns from its teacher, and the same one trained from scratch"
+
+    learner = Learner  # makes one of the student's network
 
     @property
     def teaches(self) -> bool:
@@ -92,19 +94,31 @@ class DistilJob(StudentJob):
             return self.rows["teacher_widths"]
         return self.teachers if self.teaches else ()
 
+    @classmethod
+    def prepare(cls, options: Distil, student: VLM) -> VLM:
+        "A fresh student as the method wants it"
+        return student
+
+    def objective(self, student: VLM) -> Objective:
+        "What the student is to learn"
+        return distil_objective(self.options, student, self.taught_by)
+
     def new_student(self, inherited: bool = True) -> VLM:
         "The student before its training"
+        options = self.options
         if self.teaches:
-            return trainers.smaller_student(self.options, self.teacher, self.start, self.shapes, inherited)
-        return _lone_student(self.options, inherited)
+            student = trainers.smaller_student(options, self.teacher, self.start, self.shapes, inherited)
+        else:
+            student = _lone_student(options, inherited)
+        return self.prepare(options, student)
 
     def work(self) -> None:
         folder = self.run.folder
         if not (folder / "student" / "done.json").exists():
             student = self.new_student()
             phase = Phase("student", "distil" if self.taught_by else "contrast", self.options.steps)
-            objective = distil_objective(self.options, student, self.taught_by)
-            finish_fit(self, phase, student, objective, self.source if self.taught_by else None)
+            teacher = self.source if self.taught_by else None
+            finish_fit(self, phase, student, self.objective(student), teacher, self.learner)
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
             trainers.train_baseline(self, "scratch", self.options.steps, self.new_student(inherited=False))
 
@@ -123,14 +137,17 @@ def _lone_student(options: Distil, inherited: bool = True) -> VLM:
     return new_model(config, like=like, seed=options.seed)
 
 # %% ../../nbs/library/133_methods_distil.ipynb #86540a2b
-def open_distil(options: Distil) -> DistilJob:
+def open_distil(
+    options: Distil,
+    kind: type[DistilJob] = DistilJob,  # of the job
+) -> DistilJob:
     "Check data, models and terms, and write the run's config.json; nothing is trained yet"
     weights = options.weights()
     accelerator = trainers.make_accelerator(options)
     options.check_stored()
     about = {"objective": weights, "terms": options.terms()}
     if not options.teacher:
-        return _open_alone(options, accelerator, about)
+        return _open_alone(options, accelerator, about, kind)
     teachers = trainers.find_teachers(options, accelerator.device)
     trainers.check_teachers(options, teachers)
     teacher, *further = teachers
@@ -138,14 +155,14 @@ def open_distil(options: Distil) -> DistilJob:
     is_copied = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
     if not (trainers.out_folder(options) / "student" / "done.json").exists():
-        student = trainers.smaller_student(options, teacher, start, shapes)
-        _check_student(options, student, accelerator.num_processes)
+        student = kind.prepare(options, trainers.smaller_student(options, teacher, start, shapes))
+        _check_student(options, student, teachers, accelerator.num_processes)
     about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
     report = data.inspect_shards(trainers.find_data(options.data))
     about |= _about_rows(options, report, teachers)
     teacher, *further = trainers.hold_teachers(options, teachers)
-    job = trainers.open_run(options, teacher, accelerator, about, DistilJob, report, start)
+    job = trainers.open_run(options, teacher, accelerator, about, kind, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
 
@@ -154,24 +171,28 @@ def _about_rows(options: Distil, report: data.DataReport, teachers: Sequence[VLM
     return trainers.inspect_rows(options, report, teachers) if options.teacher_features == "shards" else {}
 
 
-def _check_student(options: Distil, student: VLM, world: int) -> None:
-    "ValueError for a student through which no batch goes, or that cannot run as it is to"
+def _check_student(options: Distil, student: VLM, teachers: Sequence[VLM], world: int) -> None:
+    "ValueError for a student through which no batch goes, or that cannot run or learn as it is to"
+    rows = [0] if options.teacher_features == "shards" else []  # which have no bias
+    trainers.check_bias(options, student.bias is not None, [*teachers, *rows])
     fewest = trainers.fewest_rows(options.batch_size // world, options.micro_batch)
     check_student(student, f"student={options.student!r}", fewest)
     trainers.check_network(student.model, options)
 
 # %% ../../nbs/library/133_methods_distil.ipynb #re1nf121
-def _open_alone(options: Distil, accelerator: Accelerator, about: dict) -> DistilJob:
+def _open_alone(
+    options: Distil, accelerator: Accelerator, about: dict, kind: type[DistilJob]
+) -> DistilJob:
     "The same without a teacher's weights: the student learns from pairs, or from rows that they bring along"
     options.check_alone()
-    student = _lone_student(options)
+    student = kind.prepare(options, _lone_student(options))
     inherited = ("image", "text") if options.start_from else ()
     trainers.check_locks(options, inherited, student.config["model_cfg"]["vision_cfg"])
-    _check_student(options, student, accelerator.num_processes)
+    _check_student(options, student, (), accelerator.num_processes)
     about["model"] = student.config["model_cfg"]
     report = data.inspect_shards(trainers.find_data(options.data))
     about |= _about_rows(options, report, ())
-    return trainers.open_run(options, student, accelerator, about, DistilJob, report)
+    return trainers.open_run(options, student, accelerator, about, kind, report)
 
 
 register(

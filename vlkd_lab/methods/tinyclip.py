@@ -40,7 +40,7 @@ from ..runs import Run, read_json
 from ..shapes import TOWERS
 from ..widgets.gates import GateMatrices
 from ..widgets.heads import NetworkDrawing
-from . import Method, register
+from . import Method, all_losses, register
 
 # %% auto #0
 __all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'tinyclip_objective', 'stage_target', 'gate_steps',
@@ -87,6 +87,7 @@ class TinyCLIP(Distillation):
 
     def terms(self) -> list[str]:
         "Without clusters, no terms that need their centres"
+        all_losses()  # also those that other methods bring
         return [name for name in super().terms() if not LOSSES[name].centers]
 
     def targets(self) -> list[float]:  # one a stage
@@ -228,10 +229,8 @@ def cut(
 
 def tinyclip_objective(job: Job, student: VLM) -> Objective:
     "The options' terms; a further teacher's space has a projection, which every phase begins anew"
-    if not job.further:
-        return Objective(job.options.weights())
-    projections = trainers.projections(job.options, student, job.teachers)
-    return Objective(job.options.weights(), project=projections)
+    project = trainers.projections(job.options, student, job.teachers) if job.further else None
+    return trainers.teaching_objective(job.options, job.teachers, project)
 
 
 def stage_target(job: Job, number: int) -> float:
@@ -417,6 +416,9 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
         shapes = _teacher_shapes(teacher, options)
     _check_widths(options, teacher, start if starts_whole else None)
     trainers.check_teachers(options, teachers)
+    own = start or teacher
+    bias = models.model_config(options.student).get("init_logit_bias") if options.student else own.bias
+    trainers.check_bias(options, bias is not None, teachers)
     _try_student(options, teacher)
     if not options.student or options.is_automatic:
         trainers.check_network((start or teacher).model, options)

@@ -180,10 +180,13 @@ from vlkd_lab.trainers.teachers import (
     RowTeacher,
     Teachers,
     ask,
+    built_terms,
+    check_bias,
     projection,
     projections,
     row_teachers,
     teachers_digest,
+    teaching_objective,
 )
 
 from ..methods import METHODS

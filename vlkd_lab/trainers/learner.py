@@ -301,6 +301,7 @@ def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
 def learn_from_pairs(
     loop: Loop,
     batch: Batch,
+    seen: Batch | None = None,  # the same pairs as the student sees them; None: as they are
 ) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
     "Gradients of what two towers are to learn from a batch; terms, student's features, teacher's features"
     teacher = _teacher_features(loop, batch)
@@ -317,7 +318,8 @@ def learn_from_pairs(
         return computed.total
 
     draw = seed_of(loop.options.seed, loop.phase.folder, loop.step) if loop.learner.draws else None
-    arguments = (loop.prepared, batch, loss, loop.accelerator, draw, loop.learner.penalty(loop.step))
+    shown = batch if seen is None else seen
+    arguments = (loop.prepared, shown, loss, loop.accelerator, draw, loop.learner.penalty(loop.step))
     micro_batch = loop.options.micro_batch
     if 0 < micro_batch < max(len(batch), len(batch.text)):
         total = cached_backward(*arguments, micro_batch, _apart(loop))

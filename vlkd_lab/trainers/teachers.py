@@ -6,18 +6,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..features import Batch, Ensemble, Features
-from ..losses import Projection
+from ..losses import LOSSES, Objective, Projection, Term
 from ..models import VLM, model_config, state_digest
 from ..stores import StoredTeacher
 from .options import Distillation, seed_of
 
 # %% auto #0
-__all__ = ['RowTeacher', 'row_teachers', 'Teachers', 'ask', 'projection', 'projections', 'teachers_digest']
+__all__ = ['RowTeacher', 'row_teachers', 'Teachers', 'ask', 'projection', 'projections', 'built_terms', 'teaching_objective',
+           'check_bias', 'teachers_digest']
 
 # %% ../../nbs/library/082_trainers_teachers.ipynb #re1nf102
 class RowTeacher:
@@ -131,6 +133,57 @@ def _new_projection(student: VLM, teacher: VLM | int, seed: int) -> Projection:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Projection(_dimension(student), _dimension(teacher))
+
+# %% ../../nbs/library/082_trainers_teachers.ipynb #teach0b2
+def built_terms(
+    options: Distillation,
+    teachers: Sequence[VLM | int],  # or the widths of their rows
+    names: Sequence[str],  # of LOSSES
+) -> tuple[Term, ...]:
+    "Those terms that have weights of their own, a set for each teacher; their weights are the options', or 0"
+    weights = options.weights()
+    terms = []
+    for name in names:
+        term = LOSSES[name]
+        if term.build is None:
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(options.seed, name))
+            functions = nn.ModuleList([term.build(_dimension(teacher)) for teacher in teachers])
+        terms.append(replace(term, function=functions, weight=weights.get(name, 0.0)))
+    return tuple(terms)
+
+
+def teaching_objective(
+    options: Distillation,
+    teachers: Sequence[VLM | int],  # one, or a set; or the widths of their rows
+    project: Projection | tuple[Projection | None, ...] | None,  # of `projections`
+    own: Sequence[Term] = (),  # the job's own terms, with their weights
+) -> Objective:
+    "The options' terms, the job's own in the place of those of their names"
+    weights = options.weights()
+    named = [name for name in weights if name not in {term.name for term in own}]
+    terms = [*own, *built_terms(options, teachers, named)]
+    others = {name: weights[name] for name in named if LOSSES[name].build is None}
+    return Objective(others, *terms, project=project)
+
+
+def check_bias(
+    options: Distillation,
+    has_bias: bool,  # whether the student's logits have a bias
+    teachers: Sequence[VLM | int],  # or the widths of their rows
+) -> None:
+    "ValueError for terms that need a bias of the logits where student or teacher has none"
+    without = [teacher for teacher in teachers if isinstance(teacher, int) or teacher.bias is None]
+    for name in options.weights():
+        term = LOSSES[name]
+        if not term.needs_bias or (has_bias and not (term.needs_teacher and without)):
+            continue
+        who = "a teacher" if has_bias else "the student"
+        raise ValueError(
+            f"losses={options.losses!r} is not valid here: {name} needs a bias of the logits, and {who} has none: name "
+            "a SigLIP, or choose method SigLIP, which gives its student one"
+        )
 
 # %% ../../nbs/library/082_trainers_teachers.ipynb #7ea00015
 def teachers_digest(
