@@ -72,7 +72,7 @@ def _mean_number(
     if len(teachers) == 1 or not term.needs_teacher or term.centers:
         return _number(term, functions[0], students[0], teachers[0])
     each = zip(weights, functions, students, teachers, strict=True)
-    return sum(weight * _number(term, function, student, teacher) for weight, function, student, teacher in each)
+    return sum(weight * _number(term, *one) for weight, *one in each)
 
 
 def _functions(term: Term, teachers: int) -> Sequence[Callable]:

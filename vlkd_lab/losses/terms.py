@@ -117,8 +117,8 @@ def _sigmoid(student: Features, teacher: Features) -> Tensor:
 
 def _not_built(student: Features, teacher: Features) -> Tensor:
     raise ValueError(
-        "augmented_features has weights of its own: a job that begins with it builds them, it cannot join later; in an "
-        "objective of your own give Term a function AugmentedFeatures(width)"
+        "augmented_features has weights of its own: a job that begins with it builds them, it cannot join "
+        "later; in an objective of your own give Term a function AugmentedFeatures(width)"
     )
 
 
@@ -128,7 +128,7 @@ def _no_centers(student: Features, teacher: Features) -> Tensor:
         "(`ClusterTerms`)"
     )
 
-
+# %% ../../nbs/library/049_losses_terms.ipynb #terms12b
 _SIGMOID = "−1/B Σ log σ(z (s·ITᵀ + b)), z = ±1"
 _SIGMOIDS = "1/B Σ KL(σ(t·VUᵀ + b′) ‖ σ(s·ITᵀ + b))"
 _PAIR_TERMS = (

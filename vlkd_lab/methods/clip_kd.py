@@ -38,10 +38,12 @@ class ClipKd(Distil):
         lambda v: 0 <= v < 1,
     )
     mask_patch: int = parameter(
-        0, "pixels on a side of a masked patch; 0: the student's own patches, 32 where it has none", **at_least(0)
+        0, "pixels on a side of a masked patch; 0: the student's own, 32 where it has none", **at_least(0)
     )
     interactive_scale: float = parameter(
-        1 / 0.07, "where the scale across the models begins, from which it is learnt; 0: the teacher's", **at_least(0.0)
+        1 / 0.07,
+        "where the scale across the models begins, from which it is learnt; 0: the teacher's",
+        **at_least(0.0),
     )
 
     def terms(self) -> list[str]:

@@ -62,7 +62,8 @@ class ClipRd(ClipKd):
     "Parameters of CLIP-RD"
 
     losses: str = parameter(
-        f"{CLIP_KD}, vertical_relational=1, cross_relational=1", "terms and their weights, separated by commas"
+        f"{CLIP_KD}, vertical_relational=1, cross_relational=1",
+        "terms and their weights, separated by commas",
     )
 
 
@@ -77,16 +78,18 @@ def open_clip_rd(options: ClipRd) -> ClipRdJob:
     return open_distil(options, ClipRdJob)
 
 
-_VERTICAL = Term("vertical_relational", vertical_relational, formula="J(p(I, V), p(T, U))", needs_projection=True)
-_CROSS = Term("cross_relational", cross_relational, formula="J(p(I, U), p(T, V))", needs_projection=True)
+_RELATIONS = (
+    Term("vertical_relational", vertical_relational, formula="J(p(I, V), p(T, U))", needs_projection=True),
+    Term("cross_relational", cross_relational, formula="J(p(I, U), p(T, V))", needs_projection=True),
+)
 
 register(
     Method(
         name="CLIP-RD",
-        citation="CLIP-RD: relative distillation for efficient CLIP knowledge distillation (Chung et al., 2026)",
+        citation="CLIP-RD: relative distillation for efficient CLIP distillation (Chung et al., 2026)",
         parameters=ClipRd,
         open=open_clip_rd,
-        losses={term.name: term for term in (_VERTICAL, _CROSS)},
+        losses={term.name: term for term in _RELATIONS},
         views=(NetworkDrawing,),
     )
 )

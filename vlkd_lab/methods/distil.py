@@ -122,7 +122,7 @@ class DistilJob(StudentJob):
         if self.options.compare_scratch and not (folder / "scratch" / "done.json").exists():
             trainers.train_baseline(self, "scratch", self.options.steps, self.new_student(inherited=False))
 
-
+# %% ../../nbs/library/133_methods_distil.ipynb #d1st1l0n
 def _lone_student(options: Distil, inherited: bool = True) -> VLM:
     "A student without a teacher's weights: what it starts as, or the architecture that is named"
     start = trainers.find_start(options)

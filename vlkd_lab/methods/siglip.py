@@ -27,8 +27,8 @@ class SigLip(Distil):
     "Parameters of a training by SigLIP's loss"
 
     losses: str = parameter("sigmoid_contrastive=1", "terms and their weights, separated by commas")
-    first_scale: float = parameter(10.0, "logit scale at the start, of a student that had no bias", **above(0))
-    first_bias: float = parameter(-10.0, "bias of the logits at the start, of a student that had none")
+    first_scale: float = parameter(10.0, "logit scale at the start, if it had no bias", **above(0))
+    first_bias: float = parameter(-10.0, "bias of the logits at the start, if it had none")
 
 
 def with_bias(

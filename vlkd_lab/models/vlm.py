@@ -95,9 +95,26 @@ def encode_texts(
     rows = torch.cat(parts)[original_rows]
     return F.normalize(rows, dim=-1) if normalize else rows
 
+# %% ../../nbs/library/029_models_vlm.ipynb #vlmsee01
+class _Seeing:
+    "What a model wants to see, as its configuration says"
+
+    @property
+    def image_shape(self) -> tuple[int, int]:  # pixels: (height, width)
+        return _both_sides(self.config["preprocess_cfg"]["size"])
+
+    @property
+    def image_size(self) -> int:  # pixels on a side of a square
+        return _one_side(self.image_shape)
+
+    def same_view(self, other: VLM) -> bool:
+        "Whether both want to see images and captions in the same form"
+        same_words = self.tokenizer is other.tokenizer or _same_words(self, other)
+        return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
+
 # %% ../../nbs/library/029_models_vlm.ipynb #90023bbb
 @dataclass(frozen=True)
-class VLM:
+class VLM(_Seeing):
     "A two-tower model together with its own preprocessing and tokenizer"
 
     model: nn.Module  # an open_clip model, or one with slim towers
@@ -112,7 +129,8 @@ class VLM:
 
     def encode(self, batch: Batch) -> Features:
         "Unit-norm features of a batch, with this model's own scale"
-        return as_features(self.encode_image(batch.image), self.encode_text(batch.texts), self.scale, self.bias)
+        image, text = self.encode_image(batch.image), self.encode_text(batch.texts)
+        return as_features(image, text, self.scale, self.bias)
 
     def encode_image(self, image: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D) unit rows
         return _unit_rows(self, self.model.encode_image, image)
@@ -134,14 +152,6 @@ class VLM:
         return None if bias is None else bias.reshape(())
 
     @property
-    def image_shape(self) -> tuple[int, int]:  # pixels: (height, width)
-        return _both_sides(self.config["preprocess_cfg"]["size"])
-
-    @property
-    def image_size(self) -> int:  # pixels on a side of a square
-        return _one_side(self.image_shape)
-
-    @property
     def shapes(self) -> dict[str, TowerShape]:  # "image", "text"; ValueError for a kind that is not known
         return tower_shapes(self.model.state_dict(), own_head_widths(self))
 
@@ -151,11 +161,6 @@ class VLM:
 
     def save(self, folder: str | Path) -> Path:  # for `load_model`
         return save_model(self, folder)
-
-    def same_view(self, other: VLM) -> bool:
-        "Whether both want to see images and captions in the same form"
-        same_words = self.tokenizer is other.tokenizer or _same_words(self, other)
-        return same_words and self.config["preprocess_cfg"] == other.config["preprocess_cfg"]
 
 # %% ../../nbs/library/029_models_vlm.ipynb #vlmheadw
 def own_head_widths(vlm: VLM) -> dict[str, int]:  # "image", "text"

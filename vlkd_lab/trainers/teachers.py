@@ -181,8 +181,8 @@ def check_bias(
             continue
         who = "a teacher" if has_bias else "the student"
         raise ValueError(
-            f"losses={options.losses!r} is not valid here: {name} needs a bias of the logits, and {who} has none: name "
-            "a SigLIP, or choose method SigLIP, which gives its student one"
+            f"losses={options.losses!r} is not valid here: {name} needs a bias of the logits, and {who} has "
+            "none: name a SigLIP, or choose method SigLIP, which gives its student one"
         )
 
 # %% ../../nbs/library/082_trainers_teachers.ipynb #7ea00015
