@@ -22,7 +22,7 @@ from vlkd_lab.runs import Run
 from vlkd_lab.samples import write_shards
 from vlkd_lab.trainers import Learner, Loop, Phase, open_job, take_step, train
 
-METHODS = ["TinyCLIP", "Distil", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"]
+METHODS = ["TinyCLIP", "Distil", "CLIP-KD", "ClipCid", "DimeFm", "Dlip", "Contrastive", "BlipTraining"]
 STUDENT = {"TinyCLIP": "stage-1", "Contrastive": "teacher", "BlipTraining": "teacher"}  # the others: student
 
 
@@ -38,6 +38,9 @@ def parameters_in(scenes, tiny_teacher, tiny_blip):
         own = {
             "TinyCLIP": dict(towers, stages=1, inheritance="manual"),
             "Distil": dict(towers, inheritance="manual"),
+            "CLIP-KD": dict(towers, inheritance="manual"),
+            "CLIP-RD": dict(towers, inheritance="manual"),
+            "SigLIP": dict(towers, inheritance="manual"),
             "ClipCid": dict(towers, clusters=4, removed_share=0.3, map_images=8),
             "DimeFm": dict(towers, sentences=common["data"], sentence_batch=12),
             "Dlip": dict(teacher=str(tiny_blip), student="image:1x16, text:1x16", compare_scratch=False, queue=16),

@@ -42,6 +42,17 @@ def _weighted(name: str, weight: float) -> Term:
     return replace(LOSSES[name], weight=weight)
 
 
+def _joining(name: str, weight: float) -> Term:
+    "The same for an objective that is there already; ValueError for a term that a job makes when it begins"
+    term = _weighted(name, weight)
+    if term.build is not None or term.centers:
+        raise ValueError(
+            f"{name} cannot join an objective: it has weights or centres of its own, which a job makes when it "
+            "begins"
+        )
+    return term
+
+
 def _check_terms(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     "The terms; ValueError unless names are distinct, weights usable and at least one of them positive"
     names = [term.name for term in terms]
@@ -182,7 +193,7 @@ class Objective:
     def with_weights(self, **weights: float) -> Objective:  # a new objective
         "The same objective with some weights replaced; registered losses may join"
         kept = [replace(term, weight=weights.pop(term.name, term.weight)) for term in self.terms]
-        joining = [_weighted(name, weight) for name, weight in weights.items()]
+        joining = [_joining(name, weight) for name, weight in weights.items()]
         return Objective({}, *kept, *joining, project=self.project)
 
     @property

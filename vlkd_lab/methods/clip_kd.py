@@ -16,7 +16,6 @@ from .. import trainers
 from ..features import Batch, Ensemble, Features
 from ..losses import LOSSES, Objective, Term, interactive_contrastive, interactive_relational
 from ..models import VLM
-from ..rank_rows import Ranks, all_ranks
 from ..trainers import Learner, Loop, at_least, learn_from_pairs, parameter, seed_of
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
@@ -52,22 +51,20 @@ class ClipKd(Distil):
 
 # %% ../../nbs/library/methods_clip_kd.ipynb #c1ipkd10
 def masked_pictures(
-    image: Tensor,  # (B, 3, H, W) normalised pictures of this process
+    image: Tensor,  # (B, 3, H, W) normalised pictures
     share: float,  # of the patches that are masked; at least one stays
     patch: int,  # pixels on a side; at the right and lower edge one may be cut
-    seed: int,
-    ranks: Ranks | None = None,  # None: the processes of this job
+    seeds: Sequence[int],  # B, of each picture
 ) -> Tensor:  # (B, 3, H, W)
     "Pictures some of whose patches have the mean colour"
-    ranks = ranks or all_ranks()
     height, width = image.shape[2:]
     grid = (math.ceil(height / patch), math.ceil(width / patch))
     count = grid[0] * grid[1]
-    own = slice(0, len(image)) if ranks is None else ranks.rows(len(image))
-    everywhere = len(image) * (1 if ranks is None else ranks.count)
-    noise = torch.rand(everywhere, count, generator=torch.Generator().manual_seed(seed))[own]
-    order = noise.argsort(dim=1).argsort(dim=1)
-    stays = (order >= min(round(share * count), count - 1)).view(len(image), 1, *grid)
+    masked = min(round(share * count), count - 1)
+    stays = torch.ones(len(image), count)
+    for row, seed in zip(stays, seeds, strict=True):
+        row[torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:masked]] = 0
+    stays = stays.view(len(image), 1, *grid)
     stays = stays.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :height, :width]
     return image * stays.to(image)
 
@@ -91,8 +88,9 @@ class MaskingLearner(Learner):
         if not options.mask_share:
             return learn_from_pairs(loop, batch)
         patch = options.mask_patch or patch_of(self.model)
-        seed = seed_of(options.seed, "mask", loop.phase.folder, loop.step)
-        image = masked_pictures(batch.image, options.mask_share, patch, seed)
+        names = batch.keys or range(len(batch))
+        seeds = [seed_of(options.seed, "mask", loop.phase.folder, loop.step, name) for name in names]
+        image = masked_pictures(batch.image, options.mask_share, patch, seeds)
         teacher_image = batch.for_teacher().image
         return learn_from_pairs(loop, batch.replace(teacher_image=teacher_image), batch.replace(image=image))
 
@@ -121,7 +119,8 @@ def clip_kd_objective(
     "The options' terms; those with weights of their own are all there, if only with the weight 0"
     terms = [*_interactive_terms(options, len(teachers))]
     terms += trainers.built_terms(options, teachers, [name for name in options.terms() if LOSSES[name].build])
-    return trainers.teaching_objective(options, teachers, trainers.projections(options, student, teachers), terms)
+    project = trainers.projections(options, student, teachers)
+    return trainers.teaching_objective(options, teachers, project, terms)
 
 
 def _interactive_terms(options: ClipKd, teachers: int) -> tuple[Term, ...]:
