@@ -465,7 +465,9 @@ def test_cluster_terms_refuse_rows_of_another_width_and_hold_no_gradient():
     weighted = objective(*pair)
     assert weighted.total == weighted["cluster_classification"] + 2 * weighted["cluster_distribution"]
     with pytest.raises(ValueError, match="cluster terms need centres"):
-        Objective({"contrastive": 1.0}).with_weights(cluster_distribution=1.0)(*pair)
+        Objective({"cluster_distribution": 1.0})(*pair)
+    with pytest.raises(ValueError, match="cluster_distribution cannot join an objective"):
+        Objective({"contrastive": 1.0}).with_weights(cluster_distribution=1.0)
 
 
 @pytest.mark.parametrize("tile", [0, 3, 100])

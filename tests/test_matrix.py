@@ -445,6 +445,7 @@ def test_a_locked_blip_tower_stays(parameters):
 STARTS = {  # method -> how a student that starts as another one is asked for
     "TinyCLIP": dict(inheritance="none"),
     "Distil": dict(inheritance="none"),
+    "CLIP-KD": dict(inheritance="none"),
     "ClipCid": {},
     "DimeFm": dict(text_tower="teacher"),
     "Dlip": dict(student="", inheritance="none"),
@@ -537,6 +538,7 @@ SHIPPED = dict(teacher="data_samples/teacher", inheritance="manual")
 RISES = {  # method -> what it takes to learn 48 pairs, in seconds
     "TinyCLIP": dict(SHIPPED, target_sparsity=0.5, steps=12),
     "Distil": dict(SHIPPED, steps=14),
+    "CLIP-KD": dict(SHIPPED, steps=14),
     "ClipCid": dict(SHIPPED, clusters=6, removed_share=0.0, steps=12),
     "DimeFm": dict(SHIPPED, sentence_batch=24, steps=14),
     "Dlip": dict(teacher="data_samples/blip", student="", student_share=0.5, batch_size=12, steps=10),

@@ -13,9 +13,10 @@ from conftest import lines_of, tiny_job
 from safetensors.torch import load_file
 
 from vlkd_lab import blip_losses, trainers
-from vlkd_lab.features import Features
+from vlkd_lab.features import Features, as_features
 from vlkd_lab.losses import (
     LOSSES,
+    AugmentedFeatures,
     ClusterTerms,
     affinity_mimicking,
     contrastive,
@@ -185,10 +186,18 @@ def gradients(loss, student, *teacher):
     return value.detach(), *torch.autograd.grad(value, parts, allow_unused=True, materialize_grads=True)
 
 
+def biased(loss):
+    "A loss that needs a bias of the logits, of features that get one"
+    return lambda *models: loss(*(as_features(model.image, model.text, model.scale, torch.tensor(-10.0)) for model in models))
+
+
 def functions():
     centers = F.normalize(torch.randn(10, 64, generator=torch.Generator().manual_seed(5)), dim=1)
     weights = {name: 1.0 for name, term in LOSSES.items() if term.centers}
-    named = {name: term.function for name, term in LOSSES.items() if not (term.centers or term.module)}
+    plain = {name: term for name, term in LOSSES.items() if not (term.centers or term.module or term.build)}
+    named = {name: biased(term.function) if term.needs_bias else term.function for name, term in plain.items()}
+    torch.manual_seed(0)
+    named["augmented_features"] = AugmentedFeatures(64)
     named |= {term.name: term.function for term in ClusterTerms(centers).terms(weights)}
     named["affinity, tiles"] = lambda s, t: affinity_mimicking(s, t, tile=20)
     named["contrastive, tiles"] = lambda s, t: contrastive(s, tile=20)

@@ -19,9 +19,10 @@ import json, sys
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from vlkd_lab.features import Ensemble, Features
-from vlkd_lab.losses import (LOSSES, ClusterTerms, Objective, Projection, Term, affinity_mimicking, contrastive, feature_mimicking,
+from vlkd_lab.features import Ensemble, Features, as_features
+from vlkd_lab.losses import (AugmentedFeatures, ClusterTerms, Objective, Projection, Term, affinity_mimicking, contrastive, feature_mimicking, sigmoid_contrastive, sigmoid_mimicking,
     interactive_contrastive, over_ranks, relational, score_terms, vision_language_score)
+from vlkd_lab.methods import all_losses
 from vlkd_lab.rank_rows import all_ranks
 
 torch.set_num_threads(1)
@@ -87,7 +88,15 @@ def run(loss_of, shared, width, teachers, count, projection, with_teacher=True):
 
 centers = F.normalize(random_rows(10, W, 3), dim=1)
 clusters = lambda share: ClusterTerms(centers, margin=0.2, share=share).terms({name: 1.0 for name, t in LOSSES.items() if t.centers})
-functions = {name: term.function for name, term in LOSSES.items() if not term.centers and not term.module}
+LOSSES = all_losses()
+functions = {name: term.function for name, term in LOSSES.items() if not (term.centers or term.module or term.build)}
+bias = torch.tensor(-3.0, dtype=torch.float64)
+biased = lambda loss: lambda *models: loss(*(as_features(f.image, f.text, f.scale, bias) for f in models))
+functions |= {name: biased(term.function) for name, term in LOSSES.items() if term.needs_bias}
+functions["sigmoid, chunk"] = biased(lambda s, t: sigmoid_contrastive(s, 3))
+functions["answers, chunk"] = biased(lambda s, t: sigmoid_mimicking(s, t, 3))
+torch.manual_seed(7)
+functions["augmented_features"] = AugmentedFeatures(W).double()
 functions |= {term.name: term.function for term in clusters(1.0)}
 functions |= {f"{term.name}, sampled": term.function for term in clusters(0.6)}
 functions |= {f"{term.name}, both towers": term.function for term in score_terms(own_text=True)}

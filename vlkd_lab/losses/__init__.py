@@ -18,6 +18,7 @@ from vlkd_lab.losses.pairs import (
     contrastive,
     feature_mimicking,
     interactive_contrastive,
+    on_features,
     relational,
 )
 from vlkd_lab.losses.terms import (

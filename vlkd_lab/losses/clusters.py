@@ -14,10 +14,10 @@ from torch import Tensor
 from vlkd_lab.losses.pairs import (
     _as_targets,
     _check_widths,
-    _on_features,
     _row_divergence,
     _wide,
     contrastive,
+    on_features,
 )
 
 from ..features import Features
@@ -99,7 +99,7 @@ def cluster_distribution(
         return mean_of_ranks(part, ranks)
 
 # %% ../../nbs/library/047_losses_clusters.ipynb #ddeeae5c
-@_on_features
+@on_features
 def instance_discrimination(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient

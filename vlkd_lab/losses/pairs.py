@@ -28,7 +28,8 @@ from ..features import Features, as_features
 from .tiles import row_products, tile_size, tiled_cross_entropy
 
 # %% auto #0
-__all__ = ['contrastive', 'affinity_mimicking', 'relational', 'Projection', 'feature_mimicking', 'interactive_contrastive']
+__all__ = ['on_features', 'contrastive', 'affinity_mimicking', 'relational', 'Projection', 'feature_mimicking',
+           'interactive_contrastive']
 
 # %% ../../nbs/library/046_losses_pairs.ipynb #d44c1ba8
 def _check_pairs(features: dict[str, Features]) -> None:
@@ -80,7 +81,7 @@ def _as_targets(teacher: Features) -> Features:
     return replace(teacher.detach(), image=image, text=text)
 
 # %% ../../nbs/library/046_losses_pairs.ipynb #17a0317b
-def _on_features(loss: Callable) -> Callable:
+def on_features(loss: Callable) -> Callable:
     "Check and widen the Features given to `loss`, and switch autocast off while it runs"
     parameters = signature(loss)
 
@@ -107,7 +108,7 @@ def _own_columns(rows: Tensor, ranks: Ranks | None) -> Tensor:  # (b, …) of th
     return torch.arange(first, first + len(rows), device=rows.device)
 
 # %% ../../nbs/library/046_losses_pairs.ipynb #9c87bfbb
-@_on_features
+@on_features
 def contrastive(
     student: Features,  # (B, D) features of the model being trained
     tile: int | None = None,  # side of a tile; 0: no tiles; None: TILE from TILED_ABOVE pairs on
@@ -125,7 +126,7 @@ def contrastive(
     return (image_to_text + F.cross_entropy(logits.T, own)) / 2
 
 # %% ../../nbs/library/046_losses_pairs.ipynb #faf24ebb
-@_on_features
+@on_features
 def affinity_mimicking(
     student: Features,  # (B, D_s) features of the model being trained
     teacher: Features,  # (B, D_t) of the same B pairs; receives no gradient
@@ -166,7 +167,7 @@ def _both_divergences(
     return mean_of_ranks(_row_divergence(student, teacher) + down, ranks)
 
 
-@_on_features
+@on_features
 def relational(
     student: Features,  # (B, D_s) features of the model being trained
     teacher: Features,  # (B, D_t) of the same B pairs; receives no gradient
@@ -214,7 +215,7 @@ def _check_widths(student: Features, teacher: Features, loss: str) -> None:
         )
 
 # %% ../../nbs/library/046_losses_pairs.ipynb #9d7932f4
-@_on_features
+@on_features
 def feature_mimicking(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient
@@ -235,7 +236,7 @@ def _find_own(queries: Tensor, candidates: Tensor, scale: float | Tensor) -> Ten
     return mean_of_ranks(F.cross_entropy(logits, _own_columns(logits, ranks)), ranks)
 
 
-@_on_features
+@on_features
 def interactive_contrastive(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient

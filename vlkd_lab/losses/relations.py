@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from vlkd_lab.losses.pairs import (
     _as_targets,
     _check_widths,
-    _on_features,
     _own_columns,
     _row_divergence,
     contrastive,
+    on_features,
 )
 
 from ..features import Features
@@ -46,7 +46,7 @@ def _all_pulls(model: Features, ranks: Ranks | None) -> list[Tensor]:  # (b, D) 
     return of_images + _pulls(model.text, model.image, model.scale, ranks)
 
 
-@_on_features
+@on_features
 def gradient_mimicking(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient
@@ -59,7 +59,7 @@ def gradient_mimicking(
     return mean_of_ranks(sum(F.mse_loss(own, other) for own, other in pairs), ranks)
 
 # %% ../../nbs/library/losses_relations.ipynb #re1at015
-@_on_features
+@on_features
 def interactive_relational(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient

@@ -10,11 +10,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..features import Features
 from ..rank_rows import mean_of_ranks, own_rows, shared_rows
-from .pairs import _as_targets, _on_features, _own_columns
+from .pairs import _as_targets, _own_columns, on_features
 from .tiles import TILE, row_products
 
 # %% auto #0
@@ -39,19 +38,43 @@ def _chunk_size(rows: int, columns: int, chunk: int | None) -> int:
     return chunk or columns
 
 
-def _sum_of_chunks(
-    part: Callable[[slice], Tensor],  # columns -> () sum over all rows and these columns
-    columns: int,
-    chunk: int,
-) -> Tensor:  # ()
-    "The sum over all columns, of which a chunk is in memory at once"
-    starts = range(0, columns, chunk)
-    if len(starts) == 1:
-        return part(slice(0, columns))
-    return sum(checkpoint(part, slice(k, k + chunk), use_reentrant=False) for k in starts)
+class _SumOfChunks(torch.autograd.Function):
+    "Cross-entropies of the answers about all pairs, summed; gradients are made with each chunk of texts"
+
+    @staticmethod
+    def forward(
+        ctx,
+        images: Tensor,  # (b, D)
+        texts: Tensor,  # (B, D)
+        scale: Tensor,  # ()
+        bias: Tensor,  # ()
+        answers: Callable[[slice], Tensor],  # columns -> (b, columns) right answers, from 0 to 1
+        chunk: int,
+    ) -> Tensor:  # ()
+        total = torch.zeros_like(scale)
+        gradients = [torch.zeros_like(part) for part in (images, texts, scale, bias)]
+        of_images, of_texts, of_scale, of_bias = gradients
+        for start in range(0, len(texts), chunk):
+            columns = slice(start, start + chunk)
+            scaled = row_products(scale * images, texts[columns])
+            logits = scaled + bias
+            right = answers(columns)
+            total += F.binary_cross_entropy_with_logits(logits, right, reduction="sum")
+            wrong = logits.sigmoid() - right
+            of_images += scale * row_products(wrong, texts[columns].T)
+            of_texts[columns] = scale * row_products(wrong.T, images.T)
+            of_scale += (wrong * scaled).sum() / scale
+            of_bias += wrong.sum()
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return *(gradient * part for part in ctx.saved_tensors), None, None
 
 # %% ../../nbs/library/losses_sigmoid.ipynb #s1gmo010
-@_on_features
+@on_features
 def sigmoid_contrastive(
     student: Features,  # (B, D) features of the model being trained, with a bias
     chunk: int | None = None,  # texts at once; 0: all; None: as many as this rank has, at most TILE
@@ -63,17 +86,16 @@ def sigmoid_contrastive(
     texts = student.text.as_subclass(Tensor)
     own = _own_columns(images, ranks)
 
-    def part(columns: slice) -> Tensor:
-        logits = row_products(student.scale * images, texts[columns]) + student.bias
-        place = torch.arange(len(texts), device=logits.device)[columns]
-        sign = torch.where(own[:, None] == place, 1.0, -1.0)
-        return -F.logsigmoid(sign * logits).sum()
+    def answers(columns: slice) -> Tensor:
+        place = torch.arange(len(texts), device=images.device)[columns]
+        return (own[:, None] == place).to(images)
 
     size = _chunk_size(len(images), len(texts), chunk)
-    return mean_of_ranks(_sum_of_chunks(part, len(texts), size) / len(images), ranks)
+    total = _SumOfChunks.apply(images, texts, student.scale, student.bias, answers, size)
+    return mean_of_ranks(total / len(images), ranks)
 
 # %% ../../nbs/library/losses_sigmoid.ipynb #s1gmo016
-@_on_features
+@on_features
 def sigmoid_mimicking(
     student: Features,  # (B, D_s) features of the model being trained, with a bias
     teacher: Features,  # (B, D_t) of the same B pairs, with a bias; receives no gradient
@@ -85,17 +107,17 @@ def sigmoid_mimicking(
     teacher = _as_targets(teacher)
     ranks, _ = shared_rows(student.image, student.text)
 
-    def logits(model: Features, columns: slice) -> Tensor:
-        texts = model.text.as_subclass(Tensor)[columns]
-        return row_products(model.scale * own_rows(model.image), texts) + model.bias
+    images = own_rows(student.image)
+    texts = student.text.as_subclass(Tensor)
+    floors = []  # what nobody can fall below: the teacher's own doubts
 
-    def part(columns: slice) -> Tensor:
-        own = logits(student, columns)
-        target = logits(teacher, columns)
-        yes = F.logsigmoid(target).exp() * (F.logsigmoid(target) - F.logsigmoid(own))
-        no = F.logsigmoid(-target).exp() * (F.logsigmoid(-target) - F.logsigmoid(-own))
-        return (yes + no).sum()
+    def answers(columns: slice) -> Tensor:
+        taught = teacher.text.as_subclass(Tensor)[columns]
+        logits = row_products(teacher.scale * own_rows(teacher.image), taught) + teacher.bias
+        right = logits.sigmoid()
+        floors.append(F.binary_cross_entropy_with_logits(logits, right, reduction="sum"))
+        return right
 
-    rows = len(own_rows(student.image))
-    size = _chunk_size(rows, len(student.text), chunk)
-    return mean_of_ranks(_sum_of_chunks(part, len(student.text), size) / rows, ranks)
+    size = _chunk_size(len(images), len(texts), chunk)
+    total = _SumOfChunks.apply(images, texts, student.scale, student.bias, answers, size)
+    return mean_of_ranks((total - sum(floors)) / len(images), ranks)

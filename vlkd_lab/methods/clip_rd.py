@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..features import Features
-from ..losses import Term, row_products
+from ..losses import Term, on_features, row_products
 from ..rank_rows import mean_of_ranks, own_rows, shared_rows
 from ..trainers import parameter
 from ..widgets.heads import NetworkDrawing
@@ -36,11 +36,12 @@ def _symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:  # (b, B) lo
 def _consistency(student: Features, of_images: Tensor, of_texts: Tensor, scale: Tensor) -> Tensor:  # () nats
     "How far the student's images lie among some rows as its texts lie among others"
     ranks, _ = shared_rows(student.image, student.text)
-    images = row_products(scale * own_rows(student.image).float(), of_images.float())
-    texts = row_products(scale * own_rows(student.text).float(), of_texts.float())
+    images = row_products(scale * own_rows(student.image), of_images)
+    texts = row_products(scale * own_rows(student.text), of_texts)
     return mean_of_ranks(_symmetric_divergence(images, texts), ranks)
 
 
+@on_features
 def vertical_relational(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient
@@ -49,6 +50,7 @@ def vertical_relational(
     return _consistency(student, teacher.image.detach(), teacher.text.detach(), teacher.scale.detach())
 
 
+@on_features
 def cross_relational(
     student: Features,  # (B, D) features of the model being trained, of the teacher's width
     teacher: Features,  # (B, D) of the same B pairs; receives no gradient
