@@ -14,7 +14,7 @@ from test_matrix import parameters_in as parameters_in  # noqa: PLC0414  a fixtu
 from vlkd_lab import trainers
 from vlkd_lab.export import export_student, reinforce
 from vlkd_lab.losses import LOSSES
-from vlkd_lab.methods import find_method
+from vlkd_lab.methods import clip_kd, find_method
 from vlkd_lab.methods.clip_kd import masked_pictures, patch_of
 from vlkd_lab.models import load_model, new_model, save_model
 from vlkd_lab.runs import Run
@@ -114,6 +114,13 @@ def test_a_mask_is_drawn_for_each_picture_and_step():
     kept = one[:, 0].unfold(1, 16, 16).unfold(2, 16, 16)
     assert set(kept.flatten(3).amax(3).unique().tolist()) == {0.0, 1.0}
     assert one.shape == pictures.shape and torch.equal(masked_pictures(pictures, 0.0, 16, range(4)), pictures)
+
+
+def test_every_step_and_picture_has_a_mask_of_its_own(parameters, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(clip_kd, "masked_pictures", lambda image, share, patch, seeds: drawn.append(list(seeds)) or image)
+    trained("CLIP-KD", parameters("CLIP-KD", losses="feature_mimicking=1", mask_share=0.5, data=parameters("CLIP-KD")["val"], batch_size=48))
+    assert len(drawn) == 3 and len({seed for step in drawn for seed in step}) == 3 * 48, "the same pictures in every step"
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.66])
