@@ -123,6 +123,20 @@ def test_every_step_and_picture_has_a_mask_of_its_own(parameters, monkeypatch):
     assert len(drawn) == 3 and len({seed for step in drawn for seed in step}) == 3 * 48, "the same pictures in every step"
 
 
+def test_the_teacher_sees_the_whole_picture(parameters, monkeypatch):
+    learn, seen = clip_kd.learn_from_pairs, []
+
+    def looking(loop, batch, shown=None):
+        seen.append((batch.for_teacher().image, (batch if shown is None else shown).image))
+        return learn(loop, batch, shown)
+
+    monkeypatch.setattr(clip_kd, "learn_from_pairs", looking)
+    trained("CLIP-KD", parameters("CLIP-KD", losses="feature_mimicking=1", mask_share=0.5))
+    for whole, masked in seen:
+        stays = masked != 0
+        assert torch.equal(whole[stays], masked[stays]) and 0.4 < stays.float().mean() < 0.6 < (whole != 0).float().mean()
+
+
 @pytest.mark.parametrize("scale", [0.0, 2.66])
 def test_the_scale_across_the_models_begins_where_one_says(scale, parameters):
     job = trained("CLIP-KD", parameters("CLIP-KD", losses="interactive_contrastive=1", interactive_scale=scale))
