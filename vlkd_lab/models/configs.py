@@ -52,7 +52,7 @@ def model_config(source: str | Path | Mapping) -> dict:  # "embed_dim", "vision_
     name = str(source).removeprefix("local-dir:")
     if name in TINYCLIP_CONFIGS:
         return deepcopy(TINYCLIP_CONFIGS[name])
-    if published.is_clip_model(name):
+    if published.transformers_kind(name):
         return published.read_config(name)
     if releases := published.find_releases(name):
         return deepcopy(TINYCLIP_CONFIGS[releases[0].architecture])

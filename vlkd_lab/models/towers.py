@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..hub_names import timm_arguments
 from ..shapes import TOWERS, TowerShape, tower_shapes
 from .slim import SlimAttention, _linear, narrow_tower
 
@@ -111,6 +112,13 @@ def resize_towers(
     return slim
 
 # %% ../../nbs/library/026_models_towers.ipynb #626e7237
+def _put_timm_tower(vision: dict, folder: str) -> None:
+    "What a configuration says of a tower of timm beyond its name, where timm reads it"
+    tower = dict(architecture=vision["timm_model_name"], pretrained_cfg={}, model_args=timm_arguments(vision))
+    (Path(folder) / "config.json").write_text(json.dumps(tower))
+    vision["timm_model_name"] = f"local-dir:{folder}"
+
+
 def _build(config: Mapping, towers: Mapping[str, TowerShape] | None = None) -> nn.Module:
     "A model of this configuration with fresh weights"
     import open_clip
@@ -122,6 +130,8 @@ def _build(config: Mapping, towers: Mapping[str, TowerShape] | None = None) -> n
     logger = logging.getLogger()
     level = logger.level
     with tempfile.TemporaryDirectory() as folder:
+        if timm_arguments(config["vision_cfg"]):
+            _put_timm_tower(config["vision_cfg"], folder)
         (Path(folder) / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
         logger.setLevel(logging.ERROR)  # open_clip warns that there are no weights; none are wanted
         try:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from .. import published
 from ..data.travel import send_pinned
 from ..features import Batch, Features, Texts
+from ..hub_names import has_own_sizes
 from ..project import atomic_write
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
@@ -232,13 +233,15 @@ def save_model(
     folder.mkdir(parents=True, exist_ok=True)
     towers = config.pop("towers", None)
     plain = plain_config(config["model_cfg"], towers) if towers else config["model_cfg"]
+    if has_own_sizes(config["model_cfg"]):
+        plain = None
     if hasattr(vlm.tokenizer, "save_pretrained"):
         vlm.tokenizer.save_pretrained(str(folder))
         (plain or config["model_cfg"])["text_cfg"].setdefault("hf_tokenizer_name", folder.name)
     if plain:
         config["model_cfg"] = plain
     else:
-        config["towers"] = {tower: asdict(shape) for tower, shape in towers.items()}
+        config["towers"] = {tower: asdict(shape) for tower, shape in (towers or {}).items()}
     name = "open_clip" if plain else "vlkd_lab"
     state = {k: v.detach().contiguous().cpu().clone() for k, v in vlm.model.state_dict().items()}
     with atomic_write(folder / f"{name}_model.safetensors") as unfinished:
@@ -250,7 +253,8 @@ def save_model(
 def _load_slim(folder: Path, name: str) -> VLM:
     "A model that `save_model` wrote in the layout of its own"
     config = json.loads((folder / _SLIM_CONFIG).read_text(encoding="utf-8"))
-    config["towers"] = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
+    shapes = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
+    config["towers"] = shapes or None
     model = _build(config["model_cfg"], config["towers"])
     model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
     tokenizer = _tokenizer_of(config["model_cfg"], folder, name)

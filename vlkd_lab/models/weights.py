@@ -110,15 +110,16 @@ def _find_weights(name: str, folder: Path) -> tuple[str, str | None]:  # open_cl
         return name, None
     if folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} holds no open_clip_config.json, {_SLIM_CONFIG} or CLIPModel: it is no saved model"
+            f"{folder} holds no open_clip_config.json, {_SLIM_CONFIG}, CLIPModel or SiglipModel: it is no "
+            "saved model"
         )
     architecture, _, tag = name.partition("/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if architecture not in open_clip.list_models() or not (tags or Path(tag).is_file()):
         raise ValueError(
-            f"no model {name!r}: give a folder with open_clip_config.json or a CLIPModel's config.json, a "
-            "file of weights, hf-hub:ID, "
-            "NAME/TAG from open_clip.list_pretrained(), NAME/FILE, or a name from vlkd_lab.published.RELEASES"
+            f"no model {name!r}: give a folder with open_clip_config.json or the config.json of a CLIPModel or "
+            "a SiglipModel, a file of weights, hf-hub:ID, NAME/TAG from open_clip.list_pretrained(), NAME/FILE, "
+            "or a name from vlkd_lab.published.RELEASES"
         )
     if not open_clip.pretrained.is_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
         raise ValueError(
@@ -133,7 +134,7 @@ def _find_checkpoint(
 ) -> tuple[Path, dict | None] | None:  # what read_checkpoint takes; None: nothing of this kind
     "A published TinyCLIP, or a file, folder or repository in a layout that is read here"
     if path.is_dir():
-        return (path, None) if published.is_clip_model(path) or published.is_open_clip(path) else None
+        return (path, None) if published.transformers_kind(path) or published.is_open_clip(path) else None
     if path.is_file() and (path.suffix != ".json" or path.name.endswith(".index.json")):
         release = published.RELEASES.get(path.stem)
         return path, release and _release_config(release)
@@ -148,7 +149,7 @@ def _find_checkpoint(
     if releases:
         return published.fetch(releases[0]), _release_config(releases[0])
     repository = name.removeprefix("hf-hub:")
-    if name != repository and published.repository_is_clip_model(repository):
+    if name != repository and published.repository_is_transformers(repository):
         return published.fetch_repository(repository), None
     return None
 

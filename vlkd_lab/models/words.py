@@ -29,6 +29,9 @@ def _words_of(text_cfg: Mapping) -> dict:
     return {name: text_cfg.get(name) or default for name, default in plain.items()}
 
 # %% ../../nbs/library/028_models_words.ipynb #b754ce93
+_NEEDS = "the tokenizer in {place!r} cannot be opened: {error} Install it, or give a folder with its fast form"
+
+
 def _tokenizer_of(
     config: Mapping,
     folder: Path | None = None,  # where one of the model's own lies
@@ -44,6 +47,8 @@ def _tokenizer_of(
     place = str(folder or text["hf_tokenizer_name"])
     try:
         return HFTokenizer(place, tokenizer_mode=text.get("tokenizer_mode"), **options)
+    except ImportError as error:
+        raise ImportError(_NEEDS.format(place=place, error=str(error).strip().partition("\n")[0])) from error
     except (OSError, ValueError) as error:
         whose = f"no tokenizer for {model}" if model else "no tokenizer"
         raise FileNotFoundError(
