@@ -6,6 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/library/107_export.ipynb #9a59bd1b
+from vlkd_lab.export.transformers import (
+    InTransformers,
+    check_transformers,
+    export_transformers,
+    transformers_class,
+    write_transformers,
+)
 from vlkd_lab.export.words import (
     UNKNOWN,
     as_markdown,

@@ -17,6 +17,7 @@ from ..methods import kind_of
 from ..models import VLM, Packing, count_cost
 from .history import evaluation_results, how_made, score_table, training_rows
 from .origin import Origin
+from .transformers import InTransformers
 from .usage import usage_text
 from .words import as_markdown, in_millions, markdown_table, plain_name
 
@@ -174,6 +175,8 @@ class Card:
     repository: str = ""
     licence: str = ""
     datasets: Sequence[str] = ()
+    hub: InTransformers | None = None  # how it fares in transformers; None: not asked for
+    other_gelu: float = 0.0  # how far open_clip is from it, having another GELU in its image tower
 
     def about(self) -> str:
         "What it is, in a sentence"
@@ -182,12 +185,19 @@ class Card:
         name = "CLIP" if kind is None else kind.name
         return f"A {name} of {size} parameters. Method: {how_made(self.origin)}."
 
+    def usage(self) -> str:
+        "Code that opens it"
+        seen = dict(hub=self.hub, other_gelu=self.other_gelu)
+        return usage_text(self.vlm, self.padded, self.apart, self.tasks, self.repository, **seen)
+
     def text(self) -> str:
         "A hub repository's README.md"
         results = evaluation_results(self.origin)
         kind = kind_of(self.vlm)
         packing = None if kind is None else kind.packing
         front = _front(self.title, packing, list(self.tasks), self.licence, self.datasets, results)
+        if packing is None and self.tasks and self.hub and self.hub.name:
+            front.library_name = "transformers"  # the one that opens it
         return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{self.body()}"))
 
     def body(self) -> str:
@@ -199,7 +209,7 @@ class Card:
         shown = {name: value for name, value in parameters.items() if name != "out"}
         rows = [(as_markdown(name), as_markdown(value)) for name, value in shown.items()]
         sections = {
-            "How to open it": usage_text(self.vlm, self.padded, self.apart, self.tasks, self.repository),
+            "How to open it": self.usage(),
             "What it is": _model_table(self.vlm, self.padded),
             "What was measured": score_table(self.origin),
             "How it was made": markdown_table(training_rows(self.origin), ("", "")),

@@ -13,17 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard
 
 from ..data import project_root
+from ..hub_names import has_own_sizes
 from ..methods import kind_of, model_kinds
-from ..models import VLM, Packing, save_model
+from ..models import VLM, Packing, evaluating, new_model, save_model
 from ..runs import read_json
 from ..trainers import load_student
 from .card import Card, check_hub_words
 from .onnx import _need, check_onnx, export_onnx
 from .origin import find_origin
 from .padding import pad_towers
+from .transformers import write_transformers
 
 # %% auto #0
 __all__ = ['export_student', 'push_student']
@@ -41,6 +44,8 @@ _WRITTEN = {
     "config.json",
     "model.safetensors",
     "preprocessor_config.json",
+    "processor_config.json",
+    "spiece.model",
     "vocab.txt",
     "merges.txt",
     "vocab.json",
@@ -89,7 +94,23 @@ def _write_towers(vlm: VLM, folder: Path, repository: str) -> tuple[VLM, str]:
     save_model(_named_tokenizer(padded, repository or folder.name), folder)
     if padded is not vlm:
         save_model(vlm, folder / "slim")
-    return padded, ""
+    problem = "timm has no name for an image tower of its sizes"
+    return padded, problem if has_own_sizes(padded.config["model_cfg"]) else ""
+
+
+@torch.no_grad()
+def _from_open_clip(vlm: VLM) -> float:  # largest difference of an entry of a unit row; 0: there is none
+    "How far an image tower of timm as open_clip builds it is from one whose GELU it cannot be told of"
+    config = deepcopy(vlm.config["model_cfg"])
+    vision = config["vision_cfg"]
+    told = vision.get("timm_model_name") and vision.pop("act_kwargs", None)
+    if not told or has_own_sizes(config) or vlm.config.get("towers"):
+        return 0.0
+    theirs = new_model(config, like=vlm)
+    theirs.model.load_state_dict(vlm.model.state_dict())
+    pictures = torch.randn(3, 3, *vlm.image_shape, generator=torch.Generator().manual_seed(0))
+    with evaluating(theirs.model, vlm.model):
+        return float((theirs.encode_image(pictures) - vlm.encode_image(pictures)).abs().max())
 
 
 def _packing_of(vlm: VLM) -> Packing | None:  # None: two towers
@@ -98,6 +119,7 @@ def _packing_of(vlm: VLM) -> Packing | None:  # None: two towers
     if kind is not None and kind.packing is None:
         raise ValueError(f"a {kind.name} cannot be exported: its kind says no way to write it")
     return None if kind is None else kind.packing
+
 
 # %% ../../nbs/library/105_export_repository.ipynb #5333c597
 def export_student(
@@ -108,6 +130,7 @@ def export_student(
     licence: str = "",  # as the hub names it, such as "apache-2.0"; empty: the card says that it is not known
     datasets: Sequence[str] = (),  # names on the hub of the data it was trained on
     onnx: bool = True,  # whether ONNX files are written and compared with PyTorch
+    transformers: bool = True,  # whether it is written for transformers, too, where that has a class for it
 ) -> Path:  # the folder
     "Write a student as a complete hub repository"
     origin = find_origin(source, stage)
@@ -124,17 +147,21 @@ def export_student(
         folder.mkdir()
         tasks: dict[str, str] = {}
         padded = vlm
+        seen: dict[str, Any] = {}
         if packing is None:
             padded, problem = _write_towers(vlm, folder, repository)
             if problem:
                 tasks["retrieval"] = problem
+            seen["other_gelu"] = _from_open_clip(padded)
+            if transformers:
+                seen["hub"] = write_transformers(padded, folder)
         else:
             tasks = dict(packing.write(vlm, folder))
         two_towers = packing is None or "retrieval" in vlm.tasks
         apart = check_onnx(vlm, export_onnx(vlm, folder / "onnx")) if onnx and two_towers else {}
         title = (repository or out.name).rpartition("/")[2]
-        card = Card(title, origin, vlm, padded, apart, tasks, repository, licence, datasets).text()
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card = Card(title, origin, vlm, padded, apart, tasks, repository, licence, datasets, **seen)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
         if out.exists():
             out.rename(Path(beside) / ".before")
         folder.rename(out)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from ..methods import kind_of
 from ..models import VLM, Packing
+from .transformers import InTransformers
 from .words import as_markdown
 
 # %% auto #0
@@ -62,6 +63,40 @@ image, text = {picture}.numpy(), {words}.numpy()
 image, text = {image}, {text}
 print(scale * image @ text.T{" + bias" if has_bias else ""})  # rows are unit rows already""")
 
+# %% ../../nbs/library/103_export_usage.ipynb #usagehub
+def _transformers_code(name: str, repository: str, has_bias: bool) -> str:
+    "How to open a CLIPModel or a SiglipModel"
+    home = "a copy elsewhere" if repository else "the folder of this file; elsewhere"
+    shares = "softmax(dim=-1))  # of the texts, which is the picture's"
+    alone = "sigmoid())  # of each pair: does it belong together"
+    return _python(f"""
+import torch
+from PIL import Image
+from transformers import AutoProcessor, {name}
+
+name = "{repository or '.'}"  # {home}: FOLDER
+model = {name}.from_pretrained(name)
+processor = AutoProcessor.from_pretrained(name, backend="pil")  # its pixels are those of the training
+texts = dict(text=["a star", "a house"], padding="max_length", truncation=True)
+inputs = processor(images=Image.open("image.jpg"), return_tensors="pt", **texts)
+with torch.no_grad():
+    logits = model(**inputs).logits_per_image
+print(logits.{alone if has_bias else shares}""")
+
+
+def _in_transformers(hub: InTransformers, repository: str, has_bias: bool, is_cropped: bool) -> list[str]:
+    "What there is to say of a model in transformers; nothing where it was not asked for"
+    if hub.problem:
+        return [f"`transformers` has no class for it: {as_markdown(hub.problem)}."]
+    if not hub.name:
+        return []
+    far = f"{max(hub.apart['image'], hub.apart['text']):.0e}"
+    words = f"In transformers it is a `{hub.name}`. Its features were at most {far} away when written."
+    if is_cropped:
+        words += " Of an odd margin transformers may cut the square one pixel from where open_clip cuts it."
+    return [words, _transformers_code(hub.name, repository, has_bias)]
+
+
 # %% ../../nbs/library/103_export_usage.ipynb #3ec90156
 def usage_text(
     vlm: VLM,
@@ -69,6 +104,8 @@ def usage_text(
     apart: Mapping[str, float],  # of ONNX files from PyTorch, by tower; empty where there are none
     tasks: Mapping[str, str],  # of another kind of model: task -> empty, or why its library cannot open it
     repository: str = "",  # USER/NAME on the hub; empty: the folder itself is opened
+    hub: InTransformers | None = None,  # how it fares in transformers; None: not asked for
+    other_gelu: float = 0.0,  # how far open_clip is from it, having another GELU in its image tower
 ) -> str:
     "Code that opens the model"
     can = [task for task, problem in tasks.items() if not problem]
@@ -78,12 +115,19 @@ def usage_text(
     parts = []
     if packing is None and not tasks:
         parts.append(_open_clip_code(repository, has_bias))
+        if other_gelu:
+            parts.append(
+                "open_clip's image tower of this name computes GELU itself, and this model was trained with "
+                f"an approximation of it: its features of images are up to {other_gelu:.0e} away there."
+            )
     elif can:
         parts.append(_python(packing.code(repository, can, vlm)))
     for task, problem in tasks.items():
         if problem:
             library = "open_clip" if packing is None else packing.library
             parts.append(f"`{library}` cannot open it for {task}: {as_markdown(problem)}.")
+    is_cropped = vlm.config.get("preprocess_cfg", {}).get("resize_mode") == "shortest"
+    parts += _in_transformers(hub or InTransformers(), repository, has_bias, is_cropped)
     if apart:
         far = f"{max(apart.values()):.0e}"
         parts.append(
