@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..data import shipped
 from ..methods import find_kind
+from ..published import transformers_kind
 from ..runs import Run, finished_students, read_json
 
 # %% auto #0
@@ -37,7 +38,8 @@ def _is_run(folder: Path) -> bool:
 
 def _is_model(folder: Path) -> bool:
     configs = (folder / "open_clip_config.json", folder / "vlkd_lab_config.json")
-    return any(config.is_file() for config in configs) or find_kind(folder) is not None
+    is_ours = any(config.is_file() for config in configs)
+    return is_ours or bool(transformers_kind(folder)) or find_kind(folder) is not None
 
 
 def _last_stage(run: Run, stage: str) -> str:
@@ -67,7 +69,7 @@ def find_origin(
     if not _is_model(folder):
         raise FileNotFoundError(
             f"{source} is neither a run folder nor a model's: it has no config.json of a run, no "
-            "open_clip_config.json"
+            "open_clip_config.json, and is no CLIPModel or SiglipModel"
         )
     above = folder.parent.parent
     if folder.name == "student" and _is_run(above):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -346,6 +347,20 @@ def _rows(features: Any) -> Tensor:  # (B, D) unit rows
     return F.normalize(getattr(features, "pooler_output", features), dim=-1)
 
 
+@contextmanager
+def _quietly() -> Iterator[None]:
+    "transformers without the bars that it draws while it reads weights"
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 @torch.no_grad()
 def check_transformers(
     vlm: VLM,  # what was written
@@ -356,7 +371,8 @@ def check_transformers(
     from transformers import AutoModel, AutoProcessor
 
     vlm = _float32(vlm)
-    model = AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
+    with _quietly():
+        model = AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(str(folder), backend="pil")
     pictures = torch.randn(3, 3, *vlm.image_shape, generator=torch.Generator().manual_seed(0))
     photo = _odd_picture(vlm.image_size)

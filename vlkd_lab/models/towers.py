@@ -114,7 +114,12 @@ def resize_towers(
 # %% ../../nbs/library/026_models_towers.ipynb #626e7237
 def _put_timm_tower(vision: dict, folder: str) -> None:
     "What a configuration says of a tower of timm beyond its name, where timm reads it"
-    tower = dict(architecture=vision["timm_model_name"], pretrained_cfg={}, model_args=timm_arguments(vision))
+    import timm
+
+    name = vision["timm_model_name"]
+    usual = timm.get_pretrained_cfg(name)  # among others, the size of its pictures
+    about = {} if usual is None else usual.to_dict()
+    tower = dict(architecture=name, pretrained_cfg=about, model_args=timm_arguments(vision))
     (Path(folder) / "config.json").write_text(json.dumps(tower))
     vision["timm_model_name"] = f"local-dir:{folder}"
 
