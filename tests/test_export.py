@@ -249,7 +249,7 @@ def test_a_tinyclip_run_leaves_for_open_clip(trained, tiny_teacher, scenes, tmp_
     files_without(out, str(tmp_path), str(scenes.parent), "/root", "/tmp")
     picture.save(out / "image.jpg")
     monkeypatch.chdir(out)
-    shown = re.findall(r"tensor\(\[\[(.*?)\]\]\)", run_code(out, card.content))
+    shown = re.findall(r"tensor\(\[\[(.*?)\]\]", run_code(out, card.content))
     assert len(shown) == 2, "by open_clip and by transformers"
     by_open_clip, by_transformers = ([float(number) for number in row.split(",")] for row in shown)
     assert by_transformers == pytest.approx(by_open_clip, abs=2e-4) and "as a `CLIPModel`" not in card.content

@@ -198,7 +198,9 @@ SIGLIP_SIZES = {  # timm's word -> width, layers, heads, neurons
     "giantopt": (1536, 40, 16, 6144),
 }
 # timm's towers that compute GELU by its approximation already
-_WITH_TANH = re.compile(r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_\d+|large_patch16_siglip_512)")
+_WITH_TANH = re.compile(
+    r"vit_((base_patch32|so400m_patch16|giantopt_patch16)_siglip_\d+|large_patch16_siglip_512)"
+)
 _OF_ANY_SIZE = "vit_base_patch16_siglip_224"  # what a tower of other sizes is made from
 
 

@@ -605,6 +605,7 @@ class Checkpoint:
     cut: bool = False  # whether layers may be smaller than the configuration says
 
 
+# %% ../nbs/library/022_published.ipynb #pubread1
 def read_checkpoint(
     source: str | Path,  # a file, or a folder in the layout of CLIPModel, SiglipModel or open_clip
     # of a file: a configuration, or "model_cfg" and "preprocess_cfg"; None: as said above

@@ -185,11 +185,6 @@ class Card:
         name = "CLIP" if kind is None else kind.name
         return f"A {name} of {size} parameters. Method: {how_made(self.origin)}."
 
-    def usage(self) -> str:
-        "Code that opens it"
-        seen = dict(hub=self.hub, other_gelu=self.other_gelu)
-        return usage_text(self.vlm, self.padded, self.apart, self.tasks, self.repository, **seen)
-
     def text(self) -> str:
         "A hub repository's README.md"
         results = evaluation_results(self.origin)
@@ -208,8 +203,11 @@ class Card:
             limits += "\n- Its data are generated scenes of coloured shapes: it knows nothing of photographs."
         shown = {name: value for name, value in parameters.items() if name != "out"}
         rows = [(as_markdown(name), as_markdown(value)) for name, value in shown.items()]
+        seen = dict(hub=self.hub, other_gelu=self.other_gelu)
         sections = {
-            "How to open it": self.usage(),
+            "How to open it": usage_text(
+                self.vlm, self.padded, self.apart, self.tasks, self.repository, **seen
+            ),
             "What it is": _model_table(self.vlm, self.padded),
             "What was measured": score_table(self.origin),
             "How it was made": markdown_table(training_rows(self.origin), ("", "")),

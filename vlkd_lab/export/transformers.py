@@ -171,7 +171,7 @@ def _text_sizes(vlm: VLM) -> dict[str, Any]:
         pad_token_id=getattr(inner, "pad_token_id", None),
     )
 
-
+# %% ../../nbs/library/099_export_transformers.ipynb #3ec90a1d
 def _clip_config(vlm: VLM) -> Any:
     "A model's CLIPConfig"
     from transformers import CLIPConfig

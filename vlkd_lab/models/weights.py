@@ -117,9 +117,9 @@ def _find_weights(name: str, folder: Path) -> tuple[str, str | None]:  # open_cl
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if architecture not in open_clip.list_models() or not (tags or Path(tag).is_file()):
         raise ValueError(
-            f"no model {name!r}: give a folder with open_clip_config.json or the config.json of a CLIPModel or "
-            "a SiglipModel, a file of weights, hf-hub:ID, NAME/TAG from open_clip.list_pretrained(), NAME/FILE, "
-            "or a name from vlkd_lab.published.RELEASES"
+            f"no model {name!r}: give a folder with open_clip_config.json or the config.json of a CLIPModel "
+            "or a SiglipModel, a file of weights, hf-hub:ID, NAME/TAG from open_clip.list_pretrained(), "
+            "NAME/FILE, or a name from vlkd_lab.published.RELEASES"
         )
     if not open_clip.pretrained.is_pretrained_cfg(architecture, tag) and not Path(tag).is_file():
         raise ValueError(
