@@ -203,11 +203,9 @@ class Card:
             limits += "\n- Its data are generated scenes of coloured shapes: it knows nothing of photographs."
         shown = {name: value for name, value in parameters.items() if name != "out"}
         rows = [(as_markdown(name), as_markdown(value)) for name, value in shown.items()]
-        seen = dict(hub=self.hub, other_gelu=self.other_gelu)
+        about = (self.vlm, self.padded, self.apart, self.tasks, self.repository)
         sections = {
-            "How to open it": usage_text(
-                self.vlm, self.padded, self.apart, self.tasks, self.repository, **seen
-            ),
+            "How to open it": usage_text(*about, hub=self.hub, other_gelu=self.other_gelu),
             "What it is": _model_table(self.vlm, self.padded),
             "What was measured": score_table(self.origin),
             "How it was made": markdown_table(training_rows(self.origin), ("", "")),

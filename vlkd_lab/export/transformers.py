@@ -360,7 +360,7 @@ def _quietly() -> Iterator[None]:
         if shown:
             logging.enable_progress_bar()
 
-
+# %% ../../nbs/library/099_export_transformers.ipynb #3ec90a1e
 @torch.no_grad()
 def check_transformers(
     vlm: VLM,  # what was written

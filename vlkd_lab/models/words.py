@@ -29,7 +29,7 @@ def _words_of(text_cfg: Mapping) -> dict:
     return {name: text_cfg.get(name) or default for name, default in plain.items()}
 
 # %% ../../nbs/library/028_models_words.ipynb #b754ce93
-_NEEDS = "the tokenizer in {place!r} cannot be opened: {error} Install it, or take a folder with its fast form"
+_NEEDS = "the tokenizer in {place!r} cannot be opened: {error} Install it, or use its fast form"
 
 
 def _tokenizer_of(
