@@ -391,7 +391,8 @@ def check_transformers(
         apart[side] = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("nan")
         if not apart[side] <= tolerance:
             what = "pixels" if side == "pixels" else f"features of {side}s"
-            raise ValueError(f"its {what} are {apart[side]:.2g} away in transformers, more than {tolerance:g}")
+            far = f"{apart[side]:.2g} away in transformers, more than {tolerance:g}"
+            raise ValueError(f"its {what} are {far}")
     return apart
 
 # %% ../../nbs/library/099_export_transformers.ipynb #3ec90a1b
