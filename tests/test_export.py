@@ -18,16 +18,29 @@ import papermill
 import pytest
 import torch
 from conftest import TINY
+from onnx import TensorProto
+from onnx import load as load_onnx_graph
 from papermill.inspection import _infer_parameters, load_notebook_node
 from webdataset import TarWriter
 
 from vlkd_lab.data import load_pairs, raw_samples
-from vlkd_lab.evaluation import accuracy, classifier, compare, encode_pairs, finish, predict
+from vlkd_lab.evaluation import (
+    accuracy,
+    classifier,
+    compare,
+    encode_pairs,
+    find_classes,
+    finish,
+    predict,
+    score,
+)
 from vlkd_lab.export import (
     check_onnx,
+    compare_onnx,
     export_onnx,
     export_student,
     find_origin,
+    load_onnx,
     onnx,
     pad_towers,
     padded_shapes,
@@ -181,6 +194,103 @@ def test_half_precision_leaves_as_float32(tiny_teacher, tmp_path):
     half = replace(student, model=student.model.bfloat16())
     assert max(check_onnx(half, export_onnx(half, tmp_path)).values()) < 3e-6
     assert next(half.model.parameters()).dtype == torch.bfloat16
+
+
+FORMS = ("fp16", "int8", "int8_static")
+
+
+@pytest.mark.parametrize("kind", ["plain", "slim", "resnet", "blip"])
+def test_smaller_forms_lose_little_take_any_batch_and_are_compared_as_files(kind, scenes, tiny_teacher, tiny_blip, tmp_path):
+    vlm = towers_of(kind, tiny_teacher, tiny_blip)
+    calibration, pairs = load_pairs(scenes / "train-000000.tar", limit=20), load_pairs(scenes / "val-000000.tar")
+    export_onnx(vlm, tmp_path, forms=FORMS, calibration=calibration)
+    names = {"image.onnx", "text.onnx"} | {f"{side}.{form}.onnx" for side in ("image", "text") for form in FORMS}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    classes = find_classes(scenes / "val-000000.tar")
+    compared = {one.form: one for one in compare_onnx(vlm, tmp_path, FORMS, pairs, classes)}
+    assert list(compared) == ["PyTorch", "fp32", *FORMS]
+    honest = encode_pairs(vlm, pairs)
+    for form in ("fp32", *FORMS):
+        files = load_onnx(vlm, tmp_path, form, threads=1)
+        rows = encode_pairs(files, pairs, batch_size=7)  # the last one is smaller
+        for side in ("image", "text"):
+            ours, theirs = getattr(honest, side), getattr(rows, side)
+            assert compared[form].cosine[side] == pytest.approx(float((ours * theirs).sum(1).mean()), abs=5e-3)
+            assert float((ours - theirs).abs().max()) <= compared[form].difference[side] + 0.02
+            assert theirs.norm(dim=1).sub(1).abs().max() < 2e-3, "unit rows"
+        scores = score(load_onnx(vlm, tmp_path, form), pairs, classes)[0]
+        assert compared[form].scores == scores and compared[form].pairs == len(pairs)
+        assert files.scale.item() == pytest.approx(float(vlm.scale.detach()))
+        about = files.model.sessions["text"].get_modelmeta().custom_metadata_map
+        assert json.loads(about["scale"]) == pytest.approx(float(vlm.scale.detach())) and json.loads(about["normalised"])
+    assert max(compared["fp32"].difference.values()) < 3e-6 < max(compared["int8"].difference.values())
+    assert compared["int8"].difference != compared["int8_static"].difference
+    assert all(min(compared[form].cosine.values()) > 0.98 for form in FORMS)
+
+
+def types_of(path, kind):
+    "How many stored tensors of a file are of a type"
+    return sum(tensor.data_type == kind for tensor in load_onnx_graph(str(path)).graph.initializer)
+
+
+def test_smaller_forms_hold_halves_and_bytes_with_a_scale_for_each_channel(scenes, tiny_teacher, tmp_path):
+    vlm = load_model(tiny_teacher, "cpu")
+    export_onnx(vlm, tmp_path, forms="int8_static,fp16,int8", calibration=load_pairs(scenes / "train-000000.tar", limit=8))
+    for side in ("image", "text"):
+        assert types_of(tmp_path / f"{side}.onnx", TensorProto.INT8) == types_of(tmp_path / f"{side}.onnx", TensorProto.FLOAT16) == 0
+        assert types_of(tmp_path / f"{side}.fp16.onnx", TensorProto.FLOAT16) > 10
+        for form in ("int8", "int8_static"):
+            graph = load_onnx_graph(str(tmp_path / f"{side}.{form}.onnx")).graph
+            scales = [tensor for tensor in graph.initializer if tensor.name.endswith("_scale") and len(tensor.dims) == 1]
+            assert sum(tensor.dims[0] > 1 for tensor in scales) >= 8, "a scale for each channel of each matrix"
+            dynamic = {node.op_type for node in graph.node} & {"DynamicQuantizeLinear", "QuantizeLinear"}
+            assert dynamic == {"DynamicQuantizeLinear" if form == "int8" else "QuantizeLinear"}
+    reader = onnx._CalibrationRows(vlm, "text", "tokens", load_pairs(scenes / "train-000000.tar", limit=5), batch_size=2)
+    assert [len(batch["tokens"]) for batch in iter(reader.get_next, None)] == [2, 2, 1]
+
+
+def test_a_form_that_is_of_no_use_or_not_there_is_refused(scenes, tiny_teacher, tmp_path):
+    vlm = load_model(tiny_teacher, "cpu")
+    export_onnx(vlm, tmp_path, forms="fp16")
+    other = shaken(load_model(tiny_teacher, "cpu"), seed=5)
+    with pytest.raises(ValueError, match=r"image.onnx is of no use: the mean cosine .* less than least_cosine=0.95"):
+        compare_onnx(other, tmp_path, "fp16", load_pairs(scenes / "val-000000.tar"), least_cosine=0.95)
+    broken = load_model(tiny_teacher, "cpu")
+    broken.model.visual.proj.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="cosine of its features with the model's is nan"):
+        compare_onnx(broken, tmp_path, "fp16")
+    with pytest.raises(FileNotFoundError, match=r"image.int8.onnx: export_onnx\(..., forms='int8'\) writes it"):
+        load_onnx(vlm, tmp_path, "int8")
+    with pytest.raises(ValueError, match="'int4' is not valid: choose from fp32, fp16, int8, int8_static"):
+        export_onnx(vlm, tmp_path, forms="int4")
+    with pytest.raises(ValueError, match="needs pairs that calibrate it"):
+        export_onnx(vlm, tmp_path, forms="int8_static")
+    with pytest.raises(ValueError, match="unit rows"):
+        load_onnx(vlm, tmp_path).model.encode_image(torch.zeros(1, 3, 32, 32), normalize=False)
+
+
+def test_a_runs_own_data_calibrate_and_score_the_forms_of_its_student(trained, tiny_teacher, tmp_path, monkeypatch):
+    job = trained(TinyCLIP, open_tinyclip, teacher=str(tiny_teacher), stages=1)
+    sizes = []
+    honest = repository.export_onnx
+    monkeypatch.setattr(repository, "export_onnx", lambda *a, **k: sizes.append(k) or honest(*a, **k))
+    out = export_student(job.run.folder, tmp_path / "away", onnx_forms=FORMS)
+    assert len(sizes[0]["calibration"]) == 120 and sizes[0]["forms"] == ("fp32", *FORMS)
+    card = (out / "README.md").read_text()
+    student = load_model(job.run.folder / "stage-1" / "student", "cpu")
+    scores = score(load_onnx(student, out / "onnx", "int8_static"), load_pairs(job.options.val))[0]
+    [line] = [line for line in card.splitlines() if line.startswith("| int8_static |")]
+    assert f"| {scores['image_to_text_r1']:.1%} | {scores['text_to_image_r1']:.1%} |" in line and "on 48 pairs" in card
+    assert str(tmp_path) not in card
+    config = json.loads((job.run.folder / "config.json").read_text())
+    config["parameters"] |= dict(data="gone-{000..001}.tar", val="gone.tar")
+    (job.run.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the data of a run do not lie here: name shards as calibration"):
+        export_student(job.run.folder, tmp_path / "b", onnx_forms="int8_static")
+    card = (export_student(job.run.folder, tmp_path / "b", onnx_forms="int8") / "README.md").read_text()
+    assert "on noise and a few texts" in card and "| int8 |" in card and "int8" not in (
+        export_student(job.run.folder, tmp_path / "c", onnx=False, onnx_forms="int8") / "README.md"
+    ).read_text()
 
 
 @pytest.fixture
@@ -498,12 +608,15 @@ def notebook(to, **parameters):
     return "\n".join("".join(o.get("text", "")) + json.dumps(o.get("data", {})) for o in shown)
 
 
-def test_the_job_takes_a_run_or_what_ships_and_uploads_nothing(tiny_teacher, tmp_path, monkeypatch):
+def test_the_job_takes_a_run_or_what_ships_and_uploads_nothing(tiny_teacher, scenes, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "nbs").mkdir()
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "data_samples").symlink_to(ROOT / "data_samples")
-    shown = notebook(tmp_path / "nbs" / "a.ipynb")
+    shards = str(scenes / "val-000000.tar")
+    given = dict(onnx_forms="int8_static, fp16", calibration=shards, validation=shards)
+    shown = notebook(tmp_path / "nbs" / "a.ipynb", **given)
+    assert "image.int8_static.onnx" in shown and "text.fp16.onnx" in shown and "| int8_static |" in shown
     assert "a model without its run" in shown and "nothing was uploaded" in shown and (tmp_path / "runs/exports/teacher/onnx").is_dir()
     run = tmp_path / "runs" / "tiny"
     save_model(slim(tiny_teacher), run / "stage-1" / "student")
@@ -514,8 +627,11 @@ def test_the_job_takes_a_run_or_what_ships_and_uploads_nothing(tiny_teacher, tmp
     assert Run(run).folder.exists() and (tmp_path / "runs/exports/tiny-stage-1/slim").is_dir()
 
 
+FORM_PARAMETERS = ["onnx_forms", "calibration", "validation"]
+
+
 def test_the_job_has_one_parameters_cell_that_papermill_reads():
     node = load_notebook_node(str(ROOT / "nbs" / "export_student.ipynb"))
     found = {p.name: p for p in _infer_parameters(node)}
-    assert list(found) == ["run_folder", "stage", "out", "licence", "datasets", "onnx", "push_to", "private"]
+    assert list(found) == ["run_folder", "stage", "out", "licence", "datasets", "onnx", *FORM_PARAMETERS, "push_to", "private"]
     assert found["push_to"].default == '""' and all(p.help for p in found.values())

@@ -6,6 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/library/105_export.ipynb #9a59bd1b
+from vlkd_lab.export.onnx import (
+    ONNX_FORMS,
+    OnnxForm,
+    check_onnx,
+    check_onnx_forms,
+    compare_onnx,
+    export_onnx,
+    load_onnx,
+)
 from vlkd_lab.export.words import (
     UNKNOWN,
     as_markdown,
@@ -16,8 +25,7 @@ from vlkd_lab.export.words import (
 )
 
 from .card import LICENCES, Card, check_hub_words
-from .history import evaluation_results, how_made, score_table, training_rows
-from .onnx import check_onnx, export_onnx
+from .history import evaluation_results, form_table, how_made, score_table, training_rows
 from .origin import Origin, find_origin, newest_student
 from .padding import pad_towers, padded_shapes
 from .repository import export_student, push_student

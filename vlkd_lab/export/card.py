@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..methods import kind_of
 from ..models import VLM, Packing, count_cost
-from .history import evaluation_results, how_made, score_table, training_rows
+from .history import evaluation_results, form_table, how_made, score_table, training_rows
+from .onnx import OnnxForm
 from .origin import Origin
 from .usage import usage_text
 from .words import as_markdown, in_millions, markdown_table, plain_name
@@ -174,6 +175,7 @@ class Card:
     repository: str = ""
     licence: str = ""
     datasets: Sequence[str] = ()
+    forms: Sequence[OnnxForm] = ()  # of the ONNX files, as `compare_onnx` has them
 
     def about(self) -> str:
         "What it is, in a sentence"
@@ -181,6 +183,11 @@ class Card:
         kind = kind_of(self.vlm)
         name = "CLIP" if kind is None else kind.name
         return f"A {name} of {size} parameters. Method: {how_made(self.origin)}."
+
+    def measured(self) -> str:
+        "Scores of the run, and what smaller forms of the files lose"
+        tables = (score_table(self.origin), form_table(self.forms))
+        return "\n\n".join(table for table in tables if table)
 
     def text(self) -> str:
         "A hub repository's README.md"
@@ -201,7 +208,7 @@ class Card:
         sections = {
             "How to open it": usage_text(self.vlm, self.padded, self.apart, self.tasks, self.repository),
             "What it is": _model_table(self.vlm, self.padded),
-            "What was measured": score_table(self.origin),
+            "What was measured": self.measured(),
             "How it was made": markdown_table(training_rows(self.origin), ("", "")),
             "Uses and limits": limits,
             "Licence": _licence_text(self.licence),

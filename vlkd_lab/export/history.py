@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from huggingface_hub import EvalResult
 from ..methods import METHODS
 from ..runs import role_of
 from ..trainers import origin_in_words, read_teachers, rows_in_words
+from .onnx import ONNX_FORMS, OnnxForm
 from .origin import Origin
 from .words import UNKNOWN, as_markdown, in_millions, markdown_table, plain_name
 
 # %% auto #0
-__all__ = ['how_made', 'training_rows', 'score_table', 'evaluation_results']
+__all__ = ['how_made', 'training_rows', 'score_table', 'form_table', 'evaluation_results']
 
 # %% ../../nbs/library/100_export_history.ipynb #3ec90146
 def how_made(origin: Origin) -> str:
@@ -187,6 +188,35 @@ def score_table(origin: Origin) -> str:
     ]
     lines += [f"\n**Warning of the run:** {as_markdown(warning)}" for warning in warned]
     return "\n".join(lines)
+
+# %% ../../nbs/library/100_export_history.ipynb #onnxtabl2
+_FORM_SCORES = ("zero_shot", "image_to_text_r1", "text_to_image_r1")
+
+
+def form_table(
+    forms: Sequence[OnnxForm],  # of `compare_onnx`, PyTorch first; empty: nothing to say
+) -> str:  # empty where only float32 was written, which is exact
+    "What each form of the ONNX files is worth, as Markdown"
+    if len(forms) < 3:
+        return ""
+    scores = [name for name in _FORM_SCORES if _finite(forms[0].scores.get(name)) is not None]
+    rows = []
+    for form in forms:
+        cells = [form.form, f"{form.megabytes:.1f}", "", "", ""]
+        if form.cosine:
+            largest = f"{max(form.difference.values()):.1g}"
+            cells[2:] = [largest, f"{form.cosine['image']:.4f}", f"{form.cosine['text']:.4f}"]
+        rows.append(cells + [f"{form.scores[name]:.1%}" for name in scores])
+    head = ["form", "MB", "largest difference", "cosine, images", "cosine, texts"]
+    table = markdown_table(rows, head + [_SCORES[name][0] for name in scores])
+    pairs = forms[0].pairs
+    on = f"{pairs} pairs" if pairs else "noise and a few texts, since there were no pairs"
+    files = [f"`{one.form}` ({ONNX_FORMS[one.form]})" for one in forms[2:]]
+    return (
+        f"The ONNX files also come as {', '.join(files)}: put the form's name before `.onnx`, as in "
+        f"`onnx/image.{forms[2].form}.onnx`. Each was compared with PyTorch in onnxruntime on {on}: the "
+        f"largest difference of an entry of a unit row, and the mean cosine of rows.\n\n{table}"
+    )
 
 # %% ../../nbs/library/100_export_history.ipynb #3ec901a3
 _RETRIEVAL = ("image-text-retrieval", "recall")

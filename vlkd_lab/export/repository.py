@@ -9,20 +9,21 @@ import re
 import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
 
-from ..data import project_root
+from ..data import Pairs, load_pairs, project_root
+from ..evaluation import find_classes
 from ..methods import kind_of, model_kinds
 from ..models import VLM, Packing, save_model
 from ..runs import read_json
-from ..trainers import load_student
+from ..trainers import find_data, load_student
 from .card import Card, check_hub_words
-from .onnx import _need, check_onnx, export_onnx
-from .origin import find_origin
+from .onnx import OnnxForm, _need, check_onnx, check_onnx_forms, compare_onnx, export_onnx
+from .origin import Origin, find_origin
 from .padding import pad_towers
 
 # %% auto #0
@@ -99,6 +100,59 @@ def _packing_of(vlm: VLM) -> Packing | None:  # None: two towers
         raise ValueError(f"a {kind.name} cannot be exported: its kind says no way to write it")
     return None if kind is None else kind.packing
 
+# %% ../../nbs/library/103_export_repository.ipynb #onnxrepo2
+_CALIBRATION_PAIRS = 128
+_COMPARED_PAIRS = 1000  # at most
+
+
+def _pairs_of(origin: Origin, where: str, parameter: str, limit: int) -> tuple[Pairs, str] | None:
+    "Pairs that are named, or the run's own where they can still be read; and where that is"
+    place = where
+    if not where and origin.run:
+        place = origin.run.config().get("parameters", {}).get(parameter, "")
+    if not place:
+        return None
+    try:
+        shards = find_data(place, held_out=parameter == "val")
+        return load_pairs(shards[:4] if parameter == "data" else shards, limit), place
+    except (OSError, ValueError):
+        if where:
+            raise
+        return None  # the run's data lie here no more
+
+
+@dataclass(frozen=True)
+class _OnnxPlan:
+    "Which forms of ONNX files are written, by which pairs they are calibrated and compared"
+
+    forms: tuple[str, ...]  # of ONNX_FORMS
+    calibration: tuple[Pairs, str] | None = None  # and where they lie
+    validation: tuple[Pairs, str] | None = None
+
+    def compare(self, vlm: VLM, folder: Path, least_cosine: float) -> list[OnnxForm]:
+        "What the smaller forms lose; empty where there are none"
+        if len(self.forms) == 1:
+            return []
+        pairs, place = self.validation or self.calibration or (None, "")
+        classes = find_classes(place) if place else None
+        return compare_onnx(vlm, folder, self.forms, pairs, classes, least_cosine)
+
+
+def _plan_onnx(origin: Origin, forms: str | Sequence[str], calibration: str, validation: str) -> _OnnxPlan:
+    "Forms and pairs; ValueError for a form that there is not, or that has nothing to be calibrated by"
+    checked = check_onnx_forms(forms)
+    if len(checked) == 1:
+        return _OnnxPlan(checked)
+    calibrating = None
+    if "int8_static" in checked:
+        calibrating = _pairs_of(origin, calibration, "data", _CALIBRATION_PAIRS)
+        if calibrating is None:
+            raise ValueError(
+                "int8_static needs pairs that calibrate it, and the data of a run do not lie here: name "
+                "shards as calibration, such as calibration='data_samples/scenes/train-000000.tar'"
+            )
+    return _OnnxPlan(checked, calibrating, _pairs_of(origin, validation, "val", _COMPARED_PAIRS))
+
 # %% ../../nbs/library/103_export_repository.ipynb #5333c597
 def export_student(
     source: str | Path,  # a run folder, or a model's folder; may begin at the project's root
@@ -108,12 +162,17 @@ def export_student(
     licence: str = "",  # as the hub names it, such as "apache-2.0"; empty: the card says that it is not known
     datasets: Sequence[str] = (),  # names on the hub of the data it was trained on
     onnx: bool = True,  # whether ONNX files are written and compared with PyTorch
+    onnx_forms: str | Sequence[str] = ("fp32",),  # of ONNX_FORMS, or one text with commas
+    calibration: str = "",  # pairs that calibrate int8_static; empty: the run's data
+    validation: str = "",  # pairs on which smaller forms are scored; empty: the run's validation pairs
+    least_cosine: float = 0.9,  # of a smaller form with PyTorch's features, in the mean; else it is refused
 ) -> Path:  # the folder
     "Write a student as a complete hub repository"
     origin = find_origin(source, stage)
     out = (project_root() / out).resolve()
     check_hub_words(repository, licence, datasets)
     _check_out(out)
+    plan = _plan_onnx(origin, onnx_forms if onnx else (), calibration, validation)
     if onnx:
         _need("onnx", "onnxruntime")
     vlm = load_student(origin.folder, "cpu")
@@ -131,10 +190,16 @@ def export_student(
         else:
             tasks = dict(packing.write(vlm, folder))
         two_towers = packing is None or "retrieval" in vlm.tasks
-        apart = check_onnx(vlm, export_onnx(vlm, folder / "onnx")) if onnx and two_towers else {}
+        apart: dict[str, float] = {}
+        forms: list[OnnxForm] = []
+        if onnx and two_towers:
+            pairs = plan.calibration[0] if plan.calibration else None
+            export_onnx(vlm, folder / "onnx", forms=plan.forms, calibration=pairs)
+            apart = check_onnx(vlm, folder / "onnx")
+            forms = plan.compare(vlm, folder / "onnx", least_cosine)
         title = (repository or out.name).rpartition("/")[2]
-        card = Card(title, origin, vlm, padded, apart, tasks, repository, licence, datasets).text()
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        card = Card(title, origin, vlm, padded, apart, tasks, repository, licence, datasets, forms)
+        (folder / "README.md").write_text(card.text(), encoding="utf-8")
         if out.exists():
             out.rename(Path(beside) / ".before")
         folder.rename(out)
