@@ -169,7 +169,7 @@ def _write_half(source: Path, target: Path) -> None:
     graph = convert_float_to_float16(onnx.load(str(source)), keep_io_types=True, op_block_list=kept)
     onnx.save(graph, str(target))
 
-
+# %% ../../nbs/library/097_export_onnx.ipynb #onnxformd
 def _nodes_of_nothing(path: str) -> list[str]:
     "Names of the products of a layer without heads or neurons, whose matrices have no entry to scale"
     import onnx
