@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import numpy as np
 import open_clip
+import pandas as pd
 import papermill
 import pytest
 import torch
@@ -36,6 +37,7 @@ from vlkd_lab.evaluation import (
 )
 from vlkd_lab.export import (
     check_onnx,
+    clip_benchmark,
     compare_onnx,
     export_onnx,
     export_student,
@@ -46,6 +48,7 @@ from vlkd_lab.export import (
     padded_shapes,
     push_student,
     repository,
+    shards,
     to_clip_benchmark,
 )
 from vlkd_lab.features import recall
@@ -243,6 +246,9 @@ def test_smaller_forms_hold_halves_and_bytes_with_a_scale_for_each_channel(scene
             graph = load_onnx_graph(str(tmp_path / f"{side}.{form}.onnx")).graph
             scales = [tensor for tensor in graph.initializer if tensor.name.endswith("_scale") and len(tensor.dims) == 1]
             assert sum(tensor.dims[0] > 1 for tensor in scales) >= 8, "a scale for each channel of each matrix"
+            words = vlm.config["model_cfg"]["text_cfg"]["vocab_size"]
+            tables = [tensor.data_type for tensor in graph.initializer if tensor.dims and tensor.dims[0] == words]
+            assert len(tables) == (side == "text") and set(tables) <= {TensorProto.INT8, TensorProto.UINT8}, "token embeddings too"
             dynamic = {node.op_type for node in graph.node} & {"DynamicQuantizeLinear", "QuantizeLinear"}
             assert dynamic == {"DynamicQuantizeLinear" if form == "int8" else "QuantizeLinear"}
     reader = onnx._CalibrationRows(vlm, "text", "tokens", load_pairs(scenes / "train-000000.tar", limit=5), batch_size=2)
@@ -577,6 +583,88 @@ def test_clip_benchmark_and_open_clip_find_the_accuracy_that_we_find(scenes, tmp
         seen = torch.stack([preprocess(pairs.pil(k)) for k in range(len(pairs))]).split(250)
         images = torch.cat([model.encode_image(part, normalize=True) for part in seen])
     assert accuracy((images @ rows).argmax(dim=1), pairs.sets["colour"]) == pytest.approx(ours, abs=1.01e-3)
+
+
+@pytest.fixture
+def bench(scenes, tmp_path):
+    "The validation scenes in CLIP_benchmark's layout: labelled, and with captions; their pairs and their classes"
+    pytest.importorskip("clip_benchmark")
+    val = scenes / "val-000000.tar"
+    classes = find_classes(val)
+    to_clip_benchmark(val, tmp_path / "bench/wds_vtab-cifar10", classes.names, classes.templates)
+    to_clip_benchmark(val, tmp_path / "bench/flickr8k", parts=2)
+    return load_pairs(val), classes
+
+
+def test_clip_benchmark_from_one_call_finds_a_slim_students_scores_and_keeps_them(bench, tiny_teacher, tmp_path):
+    pairs, classes = bench
+    run = tmp_path / "run"
+    save_model(slim(tiny_teacher), run / "stage-1" / "student")
+    save_model(load_model(tiny_teacher, "cpu"), run / "stage-2" / "student")
+    (run / "config.json").write_text(json.dumps({"method": "TinyCLIP", "parameters": {}}))
+    for stage in ("stage-1", "stage-2"):
+        (run / stage / "done.json").write_text("{}")
+    root = str(tmp_path / "bench")
+    common = dict(root=root, device="cpu", batch_size=7)
+    for stage in ("stage-1", "stage-2"):
+        vlm = load_model(run / stage / "student", "cpu")
+        assert bool(vlm.config.get("towers")) == (stage == "stage-1"), "the first is slim, which open_clip cannot open"
+        table = clip_benchmark(run, "wds/cifar10, flickr8k", stage=stage, **common)
+        assert list(table.index) == ["cifar10", "flickr8k"] and list(table["task"]) == ["zeroshot_classification", "zeroshot_retrieval"]
+        ours = accuracy(predict(encode_pairs(vlm, pairs).image, classifier(vlm, classes)), pairs.labels)
+        assert table.loc["cifar10", "acc1"] == pytest.approx(ours)
+        ranks = recall(encode_pairs(vlm, pairs, every_caption=True), captions=pairs.all_captions)
+        for their, name in (("image", "text_to_image"), ("text", "image_to_text")):
+            for k in (1, 5, 10):
+                assert table.loc["flickr8k", f"{their}_retrieval_recall@{k}"] == pytest.approx(ranks[f"{name}_r{k}"])
+    kept = json.loads((run / "clip_benchmark.json").read_text())
+    assert list(kept) == ["stage-1", "stage-2"] and kept["stage-1"]["cifar10"]["split"] == "test"
+    again = clip_benchmark(run, [str(tmp_path / "bench/flickr8k")], device="cpu")  # the last student
+    assert list(again.index) == ["cifar10", "flickr8k"], "what was measured before stays"
+    rows = pd.read_csv(run / "clip_benchmark.csv", index_col="dataset")
+    assert rows.loc["cifar10", "acc1"] == pytest.approx(kept["stage-2"]["cifar10"]["scores"]["acc1"])
+    card = (export_student(run, tmp_path / "away", onnx=False) / "README.md").read_text()
+    assert f"| cifar10 | {rows.loc['cifar10', 'acc1']:.1%} |" in card and "LAION's CLIP_benchmark" in card
+
+
+def test_clip_benchmark_takes_a_blip_and_a_model_without_its_run(bench, tiny_blip, tmp_path):
+    pairs, _ = bench
+    table = clip_benchmark(tiny_blip, "flickr8k", root=str(tmp_path / "bench"), device="cpu", workers=2, out=tmp_path / "results")
+    blip = load_blip(tiny_blip, "cpu")
+    ranks = recall(encode_pairs(blip, pairs, every_caption=True), captions=pairs.all_captions)
+    assert table.loc["flickr8k", "image_retrieval_recall@5"] == pytest.approx(ranks["text_to_image_r5"])
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"clip_benchmark.json", "clip_benchmark.csv"}
+    before = set(tiny_blip.iterdir())
+    clip_benchmark(tiny_blip, "flickr8k", root=str(tmp_path / "bench"), device="cpu")
+    assert set(tiny_blip.iterdir()) == before, "a model's folder is left alone"
+
+
+@pytest.mark.parametrize(
+    "sets, given, message",
+    [
+        ("imagenet", {}, "data set 'imagenet' is not valid: no folder of that name has test/nshards.txt; .* imagenet1k"),
+        ("wds/cifar10, nowhere", dict(root="bench"), "data set 'nowhere' is not valid: no folder of that name in bench has"),
+        ("winoground", {}, "data set 'winoground' is not valid"),
+        ("", {}, "sets: name at least one"),
+        ("cifar10", dict(root="bench", split="train"), "train/nshards.txt"),
+    ],
+)
+def test_sets_that_there_are_not_are_refused_before_anything_is_loaded(sets, given, message, bench, tiny_teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "load_student", lambda *a: pytest.fail("loaded"))
+    monkeypatch.setattr(shards, "project_root", lambda: tmp_path)
+    with pytest.raises(ValueError, match=message):
+        clip_benchmark(tiny_teacher, sets, **given)
+
+
+def test_names_that_everybody_writes_lead_to_the_hubs_shards(bench, tmp_path):
+    hub = "https://huggingface.co/datasets/clip-benchmark/wds_{}/tree/main"
+    places = {"wds/imagenet1k": "imagenet1k", "mscoco_captions": "mscoco_captions", "cifar10": "vtab-cifar10", "wds/vtab/pets": "vtab-pets"}
+    for name, folder in places.items():
+        assert shards._find_set(name, "", "test").place == hub.format(folder)
+    address = hub.format("imagenet-a")
+    assert shards._find_set(address, "", "test") == shards._BenchmarkSet("imagenet-a", address)
+    assert shards._find_set("cifar10", str(tmp_path / "bench"), "test").place == str(tmp_path / "bench/wds_vtab-cifar10")
+    assert {"mscoco_captions", "flickr8k", "flickr30k"} == set(shards._listed_sets(["retrieval"]))
 
 
 def test_shards_for_clip_benchmark_leave_out_what_is_damaged_or_has_no_label(scenes, tmp_path):

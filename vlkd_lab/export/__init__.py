@@ -6,6 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/library/105_export.ipynb #9a59bd1b
+from vlkd_lab.export.history import (
+    BENCHMARK_FILE,
+    BENCHMARK_SCORES,
+    benchmark_table,
+    evaluation_results,
+    form_table,
+    how_made,
+    score_table,
+    training_rows,
+)
 from vlkd_lab.export.onnx import (
     ONNX_FORMS,
     OnnxForm,
@@ -25,9 +35,8 @@ from vlkd_lab.export.words import (
 )
 
 from .card import LICENCES, Card, check_hub_words
-from .history import evaluation_results, form_table, how_made, score_table, training_rows
 from .origin import Origin, find_origin, newest_student
 from .padding import pad_towers, padded_shapes
 from .repository import export_student, push_student
-from .shards import reinforce, to_clip_benchmark
+from .shards import clip_benchmark, reinforce, to_clip_benchmark
 from .usage import usage_text

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..methods import kind_of
 from ..models import VLM, Packing, count_cost
-from .history import evaluation_results, form_table, how_made, score_table, training_rows
+from .history import benchmark_table, evaluation_results, form_table, how_made, score_table, training_rows
 from .onnx import OnnxForm
 from .origin import Origin
 from .usage import usage_text
@@ -185,8 +185,8 @@ class Card:
         return f"A {name} of {size} parameters. Method: {how_made(self.origin)}."
 
     def measured(self) -> str:
-        "Scores of the run, and what smaller forms of the files lose"
-        tables = (score_table(self.origin), form_table(self.forms))
+        "Scores of the run, those of CLIP_benchmark, and what smaller forms of the files lose"
+        tables = (score_table(self.origin), benchmark_table(self.origin), form_table(self.forms))
         return "\n\n".join(table for table in tables if table)
 
     def text(self) -> str:

@@ -13,14 +13,15 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..methods import METHODS
-from ..runs import role_of
+from ..runs import read_json, role_of
 from ..trainers import origin_in_words, read_teachers, rows_in_words
 from .onnx import ONNX_FORMS, OnnxForm
 from .origin import Origin
 from .words import UNKNOWN, as_markdown, in_millions, markdown_table, plain_name
 
 # %% auto #0
-__all__ = ['how_made', 'training_rows', 'score_table', 'form_table', 'evaluation_results']
+__all__ = ['BENCHMARK_FILE', 'BENCHMARK_SCORES', 'how_made', 'training_rows', 'score_table', 'form_table', 'benchmark_table',
+           'evaluation_results']
 
 # %% ../../nbs/library/100_export_history.ipynb #3ec90146
 def how_made(origin: Origin) -> str:
@@ -217,6 +218,37 @@ def form_table(
         f"`onnx/image.{forms[2].form}.onnx`. Each was compared with PyTorch in onnxruntime on {on}: the "
         f"largest difference of an entry of a unit row, and the mean cosine of rows.\n\n{table}"
     )
+
+# %% ../../nbs/library/100_export_history.ipynb #clipbnch9
+BENCHMARK_FILE = "clip_benchmark.json"  # in a run folder: stage -> data set -> task, split, scores
+BENCHMARK_SCORES = {  # metric, as CLIP_benchmark names it -> words for it
+    "acc1": "accuracy",
+    "acc5": "top-5 accuracy",
+    "mean_per_class_recall": "mean recall of classes",
+    "mean_average_precision": "mean average precision",
+    "image_retrieval_recall@1": "text→image R@1",
+    "image_retrieval_recall@5": "text→image R@5",
+    "image_retrieval_recall@10": "text→image R@10",
+    "text_retrieval_recall@1": "image→text R@1",
+    "text_retrieval_recall@5": "image→text R@5",
+    "text_retrieval_recall@10": "image→text R@10",
+}
+
+
+def benchmark_table(origin: Origin) -> str:  # empty where nothing was measured
+    "What CLIP_benchmark found on data sets of others, as Markdown"
+    if origin.run is None:
+        return ""
+    results = read_json(origin.run.folder / BENCHMARK_FILE, {}).get(origin.stage, {})
+    metrics = [name for name in BENCHMARK_SCORES if any(name in one["scores"] for one in results.values())]
+    rows = []
+    for name, one in results.items():
+        scores = [_finite(one["scores"].get(metric)) for metric in metrics]
+        rows.append([as_markdown(name), *("—" if score is None else f"{score:.1%}" for score in scores)])
+    if not rows:
+        return ""
+    table = markdown_table(rows, ["data set", *(BENCHMARK_SCORES[name] for name in metrics)])
+    return f"Zero-shot, measured by LAION's CLIP_benchmark on whole sets, in float32:\n\n{table}"
 
 # %% ../../nbs/library/100_export_history.ipynb #3ec901a3
 _RETRIEVAL = ("image-text-retrieval", "recall")

@@ -197,9 +197,7 @@ def _write_8_bits(source: Path, target: Path, rows: _CalibrationRows | None) -> 
 
 # %% ../../nbs/library/097_export_onnx.ipynb #onnxformc
 def _write_form(source: Path, target: Path, form: str, rows: _CalibrationRows | None) -> None:
-    "Another form of a file, quietly, with the same metadata"
-    import onnx
-
+    "Another form of a file, quietly; the tools keep its metadata"
     level = logging.root.level
     logging.root.setLevel(logging.ERROR)  # the tools advise steps that were taken
     try:
@@ -209,10 +207,6 @@ def _write_form(source: Path, target: Path, form: str, rows: _CalibrationRows | 
             _write_8_bits(source, target, rows)
     finally:
         logging.root.setLevel(level)
-    graph = onnx.load(str(target))
-    properties = onnx.load(str(source), load_external_data=False).metadata_props
-    onnx.helper.set_model_props(graph, {entry.key: entry.value for entry in properties})
-    onnx.save(graph, str(target))
 
 # %% ../../nbs/library/097_export_onnx.ipynb #44840524
 def _float32(vlm: VLM) -> VLM:
