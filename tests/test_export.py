@@ -40,6 +40,7 @@ from vlkd_lab.export import (
     clip_benchmark,
     compare_onnx,
     export_onnx,
+    export_program,
     export_student,
     find_origin,
     load_onnx,
@@ -297,6 +298,25 @@ def test_a_runs_own_data_calibrate_and_score_the_forms_of_its_student(trained, t
     assert "on noise and a few texts" in card and "| int8 |" in card and "int8" not in (
         export_student(job.run.folder, tmp_path / "c", onnx=False, onnx_forms="int8") / "README.md"
     ).read_text()
+
+
+@pytest.mark.parametrize("kind", ["plain", "slim", "blip"])
+def test_an_exported_program_gives_the_features_for_any_batch_or_for_one(kind, tiny_teacher, tiny_blip):
+    vlm = towers_of(kind, tiny_teacher, tiny_blip)
+    vlm.model.train()
+    picture, words = torch.randn(3, 3, *vlm.image_shape), vlm.tokenizer(["a red star", "a house", ""])
+    of_any = {side: export_program(vlm, side) for side in ("image", "text")}
+    assert vlm.model.training, "as it was"
+    vlm.model.eval()
+    with torch.no_grad():
+        assert torch.allclose(of_any["image"].module()(picture), vlm.encode_image(picture), atol=2e-6)
+        assert torch.allclose(of_any["text"].module()(words), vlm.encode_text(words), atol=2e-6)
+        one = export_program(vlm, "image", batch_size=1).module()
+        assert torch.allclose(one(picture[:1]), vlm.encode_image(picture[:1]), atol=2e-6)
+        with pytest.raises(AssertionError):
+            one(picture)
+    with pytest.raises(ValueError, match="side='images' is not valid: image or text"):
+        export_program(vlm, "images")
 
 
 @pytest.fixture
@@ -710,12 +730,16 @@ def test_the_job_takes_a_run_or_what_ships_and_uploads_nothing(tiny_teacher, sce
     save_model(slim(tiny_teacher), run / "stage-1" / "student")
     (run / "stage-1" / "done.json").write_text("{}")
     (run / "config.json").write_text(json.dumps({"method": "TinyCLIP", "parameters": {"data": "scenes:100"}}))
-    shown = notebook(tmp_path / "nbs" / "b.ipynb", onnx=False, licence="mit")
+    pytest.importorskip("clip_benchmark")
+    to_clip_benchmark(scenes / "val-000000.tar", tmp_path / "sets/flickr8k", parts=1)
+    given = dict(benchmark="wds/flickr8k", benchmark_root="sets")
+    shown = notebook(tmp_path / "nbs" / "b.ipynb", onnx=False, licence="mit", **given)
+    assert "image_retrieval_recall@1" in shown and "| flickr8k |" in shown and (run / "clip_benchmark.csv").is_file()
     assert "tiny-stage-1" in shown and "in open_clip's shapes" in shown and "license: mit" in shown and str(tmp_path) not in shown
     assert Run(run).folder.exists() and (tmp_path / "runs/exports/tiny-stage-1/slim").is_dir()
 
 
-FORM_PARAMETERS = ["onnx_forms", "calibration", "validation"]
+FORM_PARAMETERS = ["onnx_forms", "calibration", "validation", "benchmark", "benchmark_root"]
 
 
 def test_the_job_has_one_parameters_cell_that_papermill_reads():

@@ -23,6 +23,7 @@ from vlkd_lab.export.onnx import (
     check_onnx_forms,
     compare_onnx,
     export_onnx,
+    export_program,
     load_onnx,
 )
 from vlkd_lab.export.words import (

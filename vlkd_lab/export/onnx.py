@@ -26,7 +26,8 @@ from ..features import Features
 from ..models import VLM, evaluating
 
 # %% auto #0
-__all__ = ['ONNX_FORMS', 'check_onnx_forms', 'export_onnx', 'check_onnx', 'load_onnx', 'OnnxForm', 'compare_onnx']
+__all__ = ['ONNX_FORMS', 'check_onnx_forms', 'export_onnx', 'check_onnx', 'load_onnx', 'OnnxForm', 'compare_onnx',
+           'export_program']
 
 # %% ../../nbs/library/097_export_onnx.ipynb #2a259b97
 class _ImageSide(nn.Module):
@@ -391,3 +392,19 @@ def compare_onnx(
         size = sum(_onnx_file(folder, side, form).stat().st_size for side in ("image", "text")) / 1e6
         compared.append(OnnxForm(form, size, difference, cosine, scores, count))
     return compared
+
+# %% ../../nbs/library/097_export_onnx.ipynb #onnxprog2
+@torch.no_grad()
+def export_program(
+    vlm: VLM,  # as for `export_onnx`
+    side: str,  # "image" or "text"
+    batch_size: int | None = None,  # rows; None: any number
+) -> torch.export.ExportedProgram:  # gives unit rows
+    "A tower as `torch.export` has it, for runtimes that start from there"
+    if side not in ("image", "text"):
+        raise ValueError(f"side={side!r} is not valid: image or text")
+    vlm = _float32(vlm)
+    dynamic = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)} if batch_size is None else {}
+    with evaluating(vlm.model):
+        network = _sides(vlm)[side][0]
+        return torch.export.export(network, (_example(vlm, side, batch_size or 2),), **dynamic)
