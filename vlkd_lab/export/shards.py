@@ -193,16 +193,17 @@ def _listed_sets(sets: str | Sequence[str]) -> list[str]:
     "Names one by one; those of a collection in its place"
     from clip_benchmark.datasets.builder import dataset_collection
 
+    listed = sets.split(",") if isinstance(sets, str) else sets
     names: list[str] = []
-    for name in [part.strip() for part in sets.split(",")] if isinstance(sets, str) else sets:
-        names += dataset_collection.get(name, [name])
+    for name in listed:
+        names += dataset_collection.get(name.strip(), [name.strip()])
     if not any(names):
         raise ValueError("sets: name at least one, such as 'wds/imagenet1k' or a folder of to_clip_benchmark")
     return names
 
 
 def _find_set(name: str, root: str, split: str) -> _BenchmarkSet:
-    "Where a data set lies; ValueError for a name that there is not, FileNotFoundError if it is not in root"
+    "Where a data set lies: in a folder, or else on the hub; ValueError for one that is not there"
     plain = name.removeprefix("wds/")
     if "://" in name:
         return _BenchmarkSet(name.partition("wds_")[2].partition("/")[0] or plain_name(name), name)
@@ -217,9 +218,10 @@ def _find_set(name: str, root: str, split: str) -> _BenchmarkSet:
             return _BenchmarkSet(plain if plain in known else folder.name, str(folder))
     if root or plain not in known:
         near = get_close_matches(plain, known, n=3) or ["wds/imagenet1k", "cifar10", "mscoco_captions"]
+        here = f"in {root} " if root else ""
         raise ValueError(
-            f"data set {name!r} is not valid: no folder of that name {f'in {root} ' if root else ''}has "
-            f"{split}/nshards.txt; names on the hub, without root, are such as {', '.join(near)}"
+            f"data set {name!r} is not valid: no folder of that name {here}has {split}/nshards.txt; names on "
+            f"the hub, without root, are such as {', '.join(near)}"
         )
     return _BenchmarkSet(plain, _HUB_SETS.format(known[plain].replace("/", "-")))
 
@@ -286,10 +288,8 @@ def clip_benchmark(
     origin = find_origin(source, stage)
     places = [_find_set(name, root, split) for name in _listed_sets(sets)]
     folder = _results_folder(origin, out)
-    results: dict[str, dict] = {}
-    if folder:
-        everything = read_json(folder / BENCHMARK_FILE, {})
-        results = everything.setdefault(origin.stage or origin.name, {})
+    everything = read_json(folder / BENCHMARK_FILE, {}) if folder else {}
+    results = everything.setdefault(origin.stage or origin.name, {})
     vlm = load_student(origin.folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for one in places:
         results[one.name] = _benchmark_scores(vlm, one, split, batch_size, workers)
