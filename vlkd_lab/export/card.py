@@ -13,9 +13,17 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from vlkd_lab.export.history import (
+    benchmark_table,
+    evaluation_results,
+    form_table,
+    how_made,
+    score_table,
+    training_rows,
+)
+
 from ..methods import kind_of
 from ..models import VLM, Packing, count_cost
-from .history import benchmark_table, evaluation_results, form_table, how_made, score_table, training_rows
 from .onnx import OnnxForm
 from .origin import Origin
 from .usage import usage_text

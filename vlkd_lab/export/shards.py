@@ -201,7 +201,7 @@ def _listed_sets(sets: str | Sequence[str]) -> list[str]:
         raise ValueError("sets: name at least one, such as 'wds/imagenet1k' or a folder of to_clip_benchmark")
     return names
 
-
+# %% ../../nbs/library/104_export_shards.ipynb #clipbnchb
 def _find_set(name: str, root: str, split: str) -> _BenchmarkSet:
     "Where a data set lies: in a folder, or else on the hub; ValueError for one that is not there"
     plain = name.removeprefix("wds/")
