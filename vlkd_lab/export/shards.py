@@ -271,7 +271,7 @@ def _benchmark_rows(results: Mapping[str, Mapping]) -> pd.DataFrame:  # one row 
 # %% ../../nbs/library/104_export_shards.ipynb #clipbnch5
 def clip_benchmark(
     source: str | Path,  # a run folder, or a model's folder; may begin at the project's root
-    sets: str | Sequence[str],  # data sets or collections: folders, names, addresses; one text with commas, or a list
+    sets: str | Sequence[str],  # folders, names, collections, addresses: a list, or one text with commas
     root: str = "",  # folder in which the sets lie; empty: on the hub
     stage: str = "",  # of the run; empty: the last student
     split: str = "test",
