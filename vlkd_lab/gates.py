@@ -22,7 +22,7 @@ from .shown import with_words
 # %% auto #0
 __all__ = ['STRETCH', 'TEMPERATURE', 'EPSILON', 'SHARPNESS', 'LOG_ALPHA_RANGE', 'GateValues', 'Counts', 'closed_below',
            'open_probability', 'sample_gates', 'keep_top', 'final_gates', 'TowerGates', 'gate_state', 'places_of',
-           'gated', 'TowerCost', 'budget', 'prunable_weights', 'sparsity', 'target_at', 'sparsity_penalty',
+           'swapped', 'gated', 'TowerCost', 'budget', 'prunable_weights', 'sparsity', 'target_at', 'sparsity_penalty',
            'GateParameters', 'open_counts', 'keep_counts', 'Gates', 'gate_plot', 'gate_arrays', 'gates_from_arrays',
            'OpenGates', 'open_gates', 'reduced', 'kept_shapes', 'close_budget', 'cuts_at', 'uniform_shapes',
            'uniform_gates']
@@ -166,8 +166,11 @@ def places_of(state: Iterable[str], shapes: Mapping[str, TowerShape]) -> dict[st
 
 # %% ../nbs/library/056_gates.ipynb #4856a36b
 @contextmanager
-def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    "The model with other tensors in its parameters' places"
+def swapped(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],  # name of a parameter -> what stands in its place
+) -> Iterator[nn.Module]:
+    "The model with other tensors in its parameters' places; afterwards it is as it was"
     places = []  # the parameters of a module, the name there, the parameter, what takes its place
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -176,7 +179,7 @@ def _swapped(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     try:
         for parameters, leaf, _, tensor in places:
             parameters[leaf] = tensor
-        yield
+        yield model
     finally:
         for parameters, leaf, original, _ in places:
             parameters[leaf] = original
@@ -221,7 +224,7 @@ def gated(
             if f"{module}.bias" in tensors:
                 tensors[f"{module}.bias"] = tensors[f"{module}.bias"] * kept
             stack.enter_context(_normalised_over(model.get_submodule(module), kept, count))
-        stack.enter_context(_swapped(model, tensors))
+        stack.enter_context(swapped(model, tensors))
         yield model
 
 

@@ -185,6 +185,9 @@ LATER = {  # parameters of later versions -> the value that stands for runs from
     "sentence_column": "",
     "sentence_script": "",
     "similar": 0.0,
+    "map_share": 0.2,
+    "map_learning_rate": 0.001,
+    "map_sharing": "tied",
 }
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs

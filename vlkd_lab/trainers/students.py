@@ -206,8 +206,8 @@ def transformer_shapes(
         if not needed:
             return None
         raise ValueError(
-            "student='' and inheritance='manual' need a teacher whose towers are of a kind that can be cut, "
-            f"and here {error}; name a student's architecture and choose inheritance='none'"
+            "student='' and an inheritance need a teacher whose towers are of a kind that can be cut, and "
+            f"here {error}; name a student's architecture and choose inheritance='none'"
         ) from None
 
 # %% ../../nbs/library/088_trainers_students.ipynb #a77664b0
@@ -278,7 +278,7 @@ def find_smaller_start(
                     f"{name}={value!r} is not valid with start_from={options.start_from!r}: the student is "
                     f"the model that it starts as; choose {name}={empty!r}"
                 )
-    inherited = ("image", "text") if start is not None or options.inheritance == "manual" else ()
+    inherited = ("image", "text") if start is not None or options.inheritance != "none" else ()
     vision = (teacher if start is None else start).config["model_cfg"]["vision_cfg"]
     check_locks(options, inherited, vision, "choose inheritance='manual', or name a model as start_from")
     return start
@@ -299,10 +299,10 @@ def smaller_student(
         return models.new_model(start.config["model_cfg"], like=start, towers=towers, seed=options.seed)
     towers = None if options.student else manual_shapes(shapes, shapes, 1 - options.student_share)
     config = options.student or teacher.config["model_cfg"]
-    if options.student and options.inheritance == "manual":
+    if options.student and options.inheritance != "none":
         config = models.copied_config(config, teacher.config["model_cfg"])
     student = models.new_model(config, like=teacher, towers=towers, seed=options.seed)
-    if inherited and options.inheritance == "manual":
+    if inherited and options.inheritance != "none":
         student.model.load_state_dict(copy_manually(full_teacher(options, teacher), student)[0])
     return student
 
