@@ -182,6 +182,19 @@ def selection(
     matrix[torch.arange(len(positions)), positions] = 1.0
     return matrix
 
+
+def _mapped(
+    weight: Tensor,
+    number: int,  # of an axis
+    matrices: Sequence[Tensor],  # one for each equal part of it
+) -> Tensor:
+    "A tensor with one axis mapped"
+    mapped = []
+    for part, matrix in zip(weight.chunk(len(matrices), number), matrices, strict=True):
+        product = torch.tensordot(matrix, part, dims=([1], [number]))
+        mapped.append(product.movedim(0, number))
+    return torch.cat(mapped, number)
+
 # %% ../../nbs/library/131_methods_mapping.ipynb #map00030
 class WeightMaps(nn.Module):
     "Learned linear maps from a teacher's weights to a student's"
@@ -235,11 +248,7 @@ class WeightMaps(nn.Module):
             if not axis.matrices:
                 weight = axis.kept.take(weight, number)
                 continue
-            mapped = []
-            for part, name in zip(weight.chunk(len(axis.matrices), number), axis.matrices, strict=True):
-                product = torch.tensordot(self.matrices[name], part, dims=([1], [number]))
-                mapped.append(product.movedim(0, number))
-            weight = torch.cat(mapped, number)
+            weight = _mapped(weight, number, [self.matrices[name] for name in axis.matrices])
         return weight
 
 # %% ../../nbs/library/131_methods_mapping.ipynb #map00021
