@@ -276,7 +276,7 @@ def test_towers_without_a_stream_of_one_width_are_refused_by_name(name, given, t
 
 def test_the_share_of_the_maps_leaves_a_step_for_each_phase():
     of = Distil
-    assert mapping_steps(of(inheritance="mapped", map_share=0.2, steps=200)) == 40
-    assert mapping_steps(of(inheritance="mapped", map_share=0.0, steps=10)) == 1
-    assert mapping_steps(of(inheritance="mapped", map_share=1.0, steps=10)) == 9
-    assert mapping_steps(of(inheritance="manual", map_share=0.2, steps=200)) == 0
+    assert mapping_steps(of(inheritance="mapped", map_share=0.2), 200) == 40
+    assert mapping_steps(of(inheritance="mapped", map_share=0.0), 10) == 1
+    assert mapping_steps(of(inheritance="mapped", map_share=1.0), 10) == 9
+    assert mapping_steps(of(inheritance="manual", map_share=0.2), 200) == 0

@@ -17,11 +17,9 @@ from vlkd_lab.trainers import (
     Distillation,
     Phase,
     StudentJob,
-    above,
     finish_fit,
     one_of,
     parameter,
-    share,
     within,
 )
 
@@ -32,7 +30,7 @@ from ..models import VLM, check_student, new_model
 from ..runs import Run
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
-from .mapping import SHARING, check_maps, learn_maps, new_maps, steps_of_maps
+from .mapping import Mapped, check_maps, learn_maps, new_maps, steps_of_maps
 
 # %% auto #0
 __all__ = ['CLIP_KD', 'Distil', 'distil_objective', 'DistilJob', 'open_distil', 'student_under_maps']
@@ -42,7 +40,7 @@ CLIP_KD = "contrastive=1, feature_mimicking=2000, relational=1, interactive_cont
 
 
 @dataclass(frozen=True)
-class Distil(Distillation):
+class Distil(Mapped):
     "Parameters of a distillation by named losses"
 
     teacher: str = parameter(
@@ -56,9 +54,6 @@ class Distil(Distillation):
     inheritance: str = parameter(
         "none", "how the student gets its weights", **one_of("none", "manual", "mapped")
     )
-    map_share: float = parameter(0.2, "share of the steps in which maps are learned (mapped)", **share())
-    map_learning_rate: float = parameter(0.001, "of the maps, with the job's schedule (mapped)", **above(0))
-    map_sharing: str = parameter("tied", "whether tensors share maps (mapped)", **one_of(*SHARING))
     compare_scratch: bool = parameter(True, "also train the same student contrastively, without a teacher")
 
     def terms(self) -> list[str]:
@@ -66,12 +61,6 @@ class Distil(Distillation):
         names = [name for name in super().terms() if not LOSSES[name].centers]
         is_taught = self.teacher or self.teacher_features == "shards"
         return names if is_taught else [name for name in names if not LOSSES[name].needs_teacher]
-
-    def cannot_shard(self) -> str:
-        "Maps are learned on a network that runs with other weights than its own"
-        if self.inheritance != "mapped":
-            return ""
-        return "inheritance='mapped' learns maps on a whole network: choose inheritance='manual' or 'none'"
 
     def check_alone(self) -> None:
         "ValueError for what a student without a teacher cannot have"
@@ -126,7 +115,7 @@ class DistilJob(StudentJob):
         student = self.new_student()
         before = 0
         if options.inheritance == "mapped":
-            before = steps_of_maps(self, "student")
+            before = steps_of_maps(self, "student", options.steps)
             teacher = trainers.full_teacher(options, self.teacher)
             phase = Phase("student", "map", before, 0, options.steps)
             objective = distil_objective(options, student, self.taught_by)

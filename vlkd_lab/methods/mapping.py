@@ -21,9 +21,13 @@ from vlkd_lab.trainers import (
     Job,
     Learner,
     Phase,
+    above,
     encode_sides,
     fit,
+    one_of,
+    parameter,
     plan_copy,
+    share,
     write_network,
 )
 
@@ -38,8 +42,9 @@ from ..runs import Run, read_json
 from ..shown import with_words
 
 # %% auto #0
-__all__ = ['MAPPED_KINDS', 'SHARING', 'MappedAxis', 'MappedTensor', 'map_tensors', 'selection', 'WeightMaps', 'plot_maps',
-           'MapLearner', 'mapping_steps', 'steps_of_maps', 'new_maps', 'check_maps', 'learn_maps', 'stage_maps']
+__all__ = ['MAPPED_KINDS', 'SHARING', 'COPIED', 'MappedAxis', 'MappedTensor', 'map_tensors', 'selection', 'WeightMaps',
+           'plot_maps', 'MapLearner', 'Mapped', 'mapping_steps', 'steps_of_maps', 'new_maps', 'check_maps',
+           'learn_maps', 'stage_maps']
 
 # %% ../../nbs/library/131_methods_mapping.ipynb #map00007
 MAPPED_KINDS = ("hidden", "heads", "neurons")  # of axes that matrices map
@@ -74,13 +79,7 @@ def map_tensors(
     sharing: str = "tied",  # one of SHARING
 ) -> list[MappedTensor]:
     "What each tensor of a student is made of; ValueError for towers that have no maps"
-    for tower, shape in shapes.items():
-        layout = LAYOUTS[shape.layout]
-        if "hidden" not in layout.kinds:
-            raise ValueError(
-                f"the {tower} tower is a {layout.about}, whose layers have no stream of one width to be "
-                "mapped"
-            )
+    _check_streams(shapes)
     places = places_of(teacher_state, shapes)
     groups: dict[tuple[str, str, bool], list[Copy]] = {}
     for copy in plan.copies:
@@ -95,6 +94,17 @@ def map_tensors(
             _check_alike(tower, tensor, copies, plan)
         tensors.append(_mapped_tensor(teacher_state, copies, sources, places, shapes, sharing))
     return tensors
+
+
+def _check_streams(shapes: Mapping[str, TowerShape]) -> None:
+    "ValueError for towers whose layers have widths of their own"
+    for tower, shape in shapes.items():
+        layout = LAYOUTS[shape.layout]
+        if "hidden" not in layout.kinds:
+            raise ValueError(
+                f"the {tower} tower is a {layout.about}, whose layers have no stream of one width to be "
+                "mapped"
+            )
 
 
 def _of_all_layers(places: Mapping[str, Place], tower: str, tensor: str, layers: int) -> list[str]:
@@ -326,20 +336,47 @@ def _tower_of(name: str) -> str:  # "image" or "text"
     "The tower of a map, by its name in a state: matrices.image/hidden, mixes.text"
     return name.partition(".")[2].partition("/")[0]
 
+# %% ../../nbs/library/131_methods_mapping.ipynb #map00031
+COPIED = ("manual", "mapped")  # inheritances that begin with a copied part of the teacher
+
+
+@dataclass(frozen=True)
+class Mapped(Distillation):
+    "Parameters of a method that can map weights; it has an `inheritance`, too"
+
+    map_share: float = parameter(
+        0.2, "share of a stage's steps in which maps are learned (inheritance mapped)", **share()
+    )
+    map_learning_rate: float = parameter(0.001, "of the maps, with the job's schedule", **above(0))
+    map_sharing: str = parameter(
+        "tied", "whether tensors share their maps, or each has its own", **one_of(*SHARING)
+    )
+
+    def cannot_shard(self) -> str:
+        "Maps are learned on a network that runs with other weights than its own"
+        if self.inheritance != "mapped":
+            return ""
+        return "inheritance='mapped' learns maps on a whole network: choose inheritance='manual' or 'none'"
+
 # %% ../../nbs/library/131_methods_mapping.ipynb #map00028
 def mapping_steps(
-    options: Distillation,  # with `inheritance`, `map_share` and `steps`
+    options: Mapped,  # with an `inheritance`
+    steps: int,  # of a stage
 ) -> int:
-    "Steps in which maps are learned"
+    "Steps of a stage in which maps are learned"
     if options.inheritance != "mapped":
         return 0
-    return min(max(round(options.map_share * options.steps), 1), options.steps - 1)
+    return min(max(round(options.map_share * steps), 1), steps - 1)
 
 
-def steps_of_maps(job: Job, stage: str) -> int:
-    "The same of a stage; where its maps are finished, the steps that they took"
+def steps_of_maps(
+    job: Job,
+    stage: str,
+    steps: int,  # of the stage
+) -> int:
+    "The same for a stage of a run; where its maps are finished, the steps that they took"
     done = read_json(job.run.folder / stage / "map" / "done.json", {})
-    return done.get("steps", mapping_steps(job.options))
+    return done.get("steps", mapping_steps(job.options, steps))
 
 
 def new_maps(
@@ -355,7 +392,7 @@ def new_maps(
     return WeightMaps(state, tensors)
 
 
-def check_maps(options: Distillation, teacher: VLM, student: VLM) -> None:
+def check_maps(options: Mapped, teacher: VLM, student: VLM) -> None:
     "ValueError, with what to choose instead, where no maps can be learned"
     if options.lock_image and options.lock_text:
         raise ValueError(

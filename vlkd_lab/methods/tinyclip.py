@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vlkd_lab.trainers import (
-    Distillation,
     FitParameters,
     Job,
     Learner,
@@ -41,6 +40,7 @@ from ..shapes import TOWERS
 from ..widgets.gates import GateMatrices
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
+from .mapping import COPIED, Mapped, check_maps, learn_maps, new_maps, steps_of_maps
 
 # %% auto #0
 __all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'tinyclip_objective', 'stage_target', 'gate_steps',
@@ -49,7 +49,7 @@ __all__ = ['TinyCLIP', 'Target', 'GatedLearner', 'learn_gates', 'cut', 'tinyclip
 
 # %% ../../nbs/library/132_methods_tinyclip.ipynb #e160131a
 @dataclass(frozen=True)
-class TinyCLIP(Distillation):
+class TinyCLIP(Mapped):
     "Parameters of a TinyCLIP distillation"
 
     stages: int = parameter(
@@ -59,9 +59,11 @@ class TinyCLIP(Distillation):
         0.75, "share of prunable weights removed at the end", "from 0 to 0.97", lambda v: 0 <= v <= 0.97
     )
     inheritance: str = parameter(
-        "auto", "how students get their weights", **one_of("auto", "auto_uniform", "manual", "none")
+        "auto",
+        "how students get their weights",
+        **one_of("auto", "auto_uniform", "manual", "mapped", "none"),
     )
-    student: str = parameter("", "architecture for manual and none; empty: one of the target's size")
+    student: str = parameter("", "architecture for manual, mapped and none; empty: one of the target's size")
     compare_scratch: bool = parameter(True, "also train the last student's architecture from nothing")
     losses: str = parameter("affinity_mimicking=1, feature_mimicking=300", "terms and weights, with commas")
     gate_share: float = parameter(0.35, "share of a stage's steps in which gates are learned", **share())
@@ -94,9 +96,10 @@ class TinyCLIP(Distillation):
         return [self.target_sparsity * (k + 1) / self.stages for k in range(self.stages)]
 
     def cannot_shard(self) -> str:
-        "Gates are learned on a network that runs with other weights than its own"
+        "Gates and maps are learned on a network that runs with other weights than its own"
         whole = f"inheritance={self.inheritance!r} learns gates on a whole network"
-        return f"{whole}: choose inheritance='manual' or 'none'" if self.is_automatic else ""
+        instead = f"{whole}: choose inheritance='manual' or 'none'"
+        return instead if self.is_automatic else super().cannot_shard()
 
     @property
     def is_automatic(self) -> bool:
@@ -268,10 +271,12 @@ def stage_student(job: Job, number: int) -> VLM:
         towers = None if options.student else _target_shapes(job, number, source)
         student = _student_of(options, job.like, towers)
         weights = student.model.state_dict()
-        if options.inheritance == "manual":
+        if options.inheritance in COPIED:
             weights, plan = trainers.copy_manually(source, student)
     bias = trainers.shared_numbers(job.like, student, ("logit_bias",))
     student.model.load_state_dict(weights | bias)
+    if options.inheritance == "mapped":
+        student = _map_weights(job, number, source, student)
     if job.accelerator.is_main_process:
         save_model(student, folder / "init")
         about = {
@@ -282,6 +287,15 @@ def stage_student(job: Job, number: int) -> VLM:
         write_text(folder / "plan.json", json.dumps(about))
     job.accelerator.wait_for_everyone()
     return student
+
+
+def _map_weights(job: Job, number: int, source: VLM, student: VLM) -> VLM:
+    "A copied student's weights, made by maps that a part of the stage learns"
+    stage = f"stage-{number}"
+    whole = stage_steps(job.options)
+    steps = steps_of_maps(job, stage, whole)
+    phase = Phase(stage, "map", steps, 0, whole, line_steps(job, number - 1))
+    return learn_maps(job, phase, source, student, tinyclip_objective(job, student))
 
 
 def _target_shapes(job: Job, number: int, source: VLM) -> dict[str, TowerShape]:
@@ -308,7 +322,7 @@ def _student_of(options: TinyCLIP, teacher: VLM, towers: Mapping[str, TowerShape
     "A fresh student of the architecture that is named; one that copies weights computes as the teacher does"
     base = teacher.config["model_cfg"]
     config = options.student or base
-    if options.student and options.inheritance == "manual":
+    if options.student and options.inheritance in COPIED:
         config = models.copied_config(options.student, base)
     return new_model(config, like=teacher, towers=towers, seed=options.seed)
 
@@ -319,7 +333,7 @@ def _sizes(shapes: Mapping[str, TowerShape] | None) -> dict | None:
 # %% ../../nbs/library/132_methods_tinyclip.ipynb #ca0f4ded
 def stage_count(options: TinyCLIP) -> int:
     "Stages that are run: one when there is nothing to hand on"
-    is_one_copy = options.inheritance == "manual" and options.student
+    is_one_copy = options.inheritance in COPIED and options.student
     return 1 if options.inheritance == "none" or is_one_copy else options.stages
 
 
@@ -349,6 +363,7 @@ def run_stage(job: Job, number: int) -> VLM:  # the stage's student
         trainers.drop_checkpoints(job.run.folder / f"stage-{number - 1}")
     steps = stage_steps(options)
     before = read_json(folder / "gates" / "done.json", {"steps": gate_steps(options)})["steps"]
+    before += steps_of_maps(job, f"stage-{number}", steps)
     phase = Phase(f"stage-{number}", "distil", steps - before, before, steps, line_steps(job, number - 1))
     return finish_fit(job, phase, student, tinyclip_objective(job, student), job.source)
 
@@ -418,6 +433,8 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     _check_widths(options, teacher, start if starts_whole else None)
     trainers.check_teachers(options, teachers)
     _try_student(options, teacher)
+    if options.inheritance == "mapped":
+        _check_mapped(options, start or teacher, shapes)
     if not options.student or options.is_automatic:
         trainers.check_network((start or teacher).model, options)
     about = {
@@ -435,6 +452,15 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     teacher, *further = trainers.hold_teachers(options, teachers)
     job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
+
+
+def _check_mapped(options: TinyCLIP, source: VLM, shapes: Mapping[str, TowerShape] | None) -> None:
+    "ValueError where the last stage's weights could not be mapped"
+    towers = None
+    if not options.student:
+        most = tower_shapes(source.model.state_dict(), own_head_widths(source), list(shapes))
+        towers = trainers.manual_shapes(most, shapes, options.targets()[-1])
+    check_maps(options, source, _student_of(options, source, towers))
 
 
 def _check_start(options: FitParameters, start: VLM | None) -> None:
@@ -573,13 +599,40 @@ def _try_student(options: TinyCLIP, teacher: VLM) -> None:
             f"{named}, with the teacher's pictures and captions: {reason}; choose another architecture"
         ) from error
     trainers.check_network(student.model, options)
-    if options.inheritance == "manual":
+    if options.inheritance in COPIED:
         try:
             trainers.plan_copy(teacher, student)
         except ValueError as error:
             raise ValueError(
-                f"{named} with inheritance='manual': {error}; or choose inheritance='none'"
+                f"{named} with inheritance={options.inheritance!r}: {error}; or choose inheritance='none'"
             ) from None
+
+# %% ../../nbs/library/132_methods_tinyclip.ipynb #tcmap003
+def _first_source(run: Run) -> tuple[TinyCLIP, VLM]:
+    "A run's options, as far as they say where a student comes from, and what its first stage starts from"
+    known = ("teacher", "start_from", "student", "inheritance", "map_sharing", "seed")
+    parameters = run.config()["parameters"]
+    options = TinyCLIP(**{name: parameters[name] for name in known if name in parameters})
+    start = trainers.find_start(options)
+    return options, load_model(trainers.local_name(options.first_teacher), "cpu") if start is None else start
+
+
+def _under_maps(run: Run, stage: str, state: Mapping[str, Tensor], device: str | torch.device) -> VLM:
+    "What the maps of a phase would make now"
+    options, like = _first_source(run)
+    number = int(stage.removeprefix("stage-"))
+    source = like
+    if number > 1:
+        source = load_model(run.folder / f"stage-{number - 1}" / "student", "cpu")
+    network = trainers.part_of(state, "network.")  # of the student's sizes
+    towers = None if options.student else tower_shapes(network, own_head_widths(like))
+    student = _student_of(options, like, towers)
+    maps = new_maps(source, student, options.map_sharing)
+    maps.load_state_dict(trainers.part_of(state, "model."))
+    with torch.no_grad():
+        student.model.load_state_dict(network | maps())
+    student.model.to(device).eval()
+    return student
 
 # %% ../../nbs/library/132_methods_tinyclip.ipynb #c0277f67
 def student_under_gates(
@@ -590,15 +643,14 @@ def student_under_gates(
     device: str | torch.device = "cpu",
 ) -> VLM | None:  # None in a phase without gates
     "What would be left if the gates of a phase were cut now"
+    if phase == "map":
+        return _under_maps(run, stage, state, device)
     if phase != "gates":
         return None
     network_gates = stages.new_gates(run, stage)
     network_gates.load_state_dict(trainers.part_of(state, "gates."))
     values = gates.close_budget(network_gates, float(network_gates.expected_sparsity().detach()))
-    parameters = run.config()["parameters"]
-    options = TinyCLIP(teacher=parameters["teacher"], start_from=parameters.get("start_from", ""))
-    start = trainers.find_start(options)
-    like = load_model(trainers.local_name(options.first_teacher), "cpu") if start is None else start
+    like = _first_source(run)[1]
     towers = gates.kept_shapes(network_gates.shapes, values)
     student = new_model(like.config["model_cfg"], like=like, towers=towers)
     weights, _ = cut(trainers.part_of(state, "model."), network_gates.shapes, values)
