@@ -11,10 +11,11 @@ from test_matrix import in_processes, numbers_of
 
 from vlkd_lab import trainers
 from vlkd_lab.export import export_student
-from vlkd_lab.gates import swapped
+from vlkd_lab.gates import TowerGates, kept_shapes, swapped
+from vlkd_lab.inheritance import inherit, plan_gates
 from vlkd_lab.methods.distil import Distil, student_under_maps
 from vlkd_lab.methods.mapping import SHARING, WeightMaps, map_tensors, mapping_steps, new_maps, stage_maps
-from vlkd_lab.models import load_model, new_model
+from vlkd_lab.models import load_model, new_model, save_model
 from vlkd_lab.runs import RunStopped, load_checkpoint
 from vlkd_lab.samples import write_shards
 from vlkd_lab.trainers import current_student, open_job, train
@@ -95,9 +96,6 @@ def test_a_student_of_the_teachers_sizes_begins_as_the_teacher():
 
 
 def test_a_plan_of_gates_begins_the_maps_as_well():
-    from vlkd_lab.gates import TowerGates, kept_shapes
-    from vlkd_lab.inheritance import inherit, plan_gates
-
     teacher = shaken(new_model(PLAIN, seed=3))
     shapes = teacher.shapes
     open_ = torch.arange(shapes["image"].width) % 2 == 0
@@ -171,6 +169,74 @@ def test_a_job_learns_maps_and_then_the_student(name, given, tiny_teacher):
     assert any(not torch.equal(left[key], begun[key]) for key in begun)
 
 
+@pytest.fixture
+def staged(scenes, tiny_teacher, tmp_path):
+    "Parameters of a small TinyCLIP job of two stages with mapped inheritance"
+
+    def of(out="run", **changes):
+        own = dict(inheritance="mapped", stages=2, steps=4, map_share=0.5, target_sparsity=0.6, checkpoint_seconds=0.0)
+        return tiny_job(scenes, tiny_teacher, tmp_path / out, "TinyCLIP", **own | changes)
+
+    return of
+
+
+def test_every_stage_of_a_tinyclip_maps_what_the_one_before_left(staged, tiny_teacher):
+    job = open_job("TinyCLIP", staged(map_sharing="tensor", map_learning_rate=0.01))
+    train(job)
+    stages = ("stage-1", "stage-2")
+    lines = [(line["stage"], line["phase"], line["step"]) for line in job.run.metrics() if "total" in line]
+    assert lines == [(stage, phase, 4 * k + n) for k, stage in enumerate(stages) for n, phase in enumerate(("map", "map", "distil", "distil"), 1)]
+    sources = [load_model(tiny_teacher), load_model(job.run.folder / "stage-1" / "student")]
+    for stage, source in zip(stages, sources, strict=True):
+        begun = load_model(job.run.folder / stage / "init")
+        maps = new_maps(source, begun, "tensor")
+        manual = maps()
+        maps.load_state_dict(stage_maps(job.run, stage))
+        assert all(torch.allclose(weight, begun.model.state_dict()[name], atol=1e-6) for name, weight in maps().items()), stage
+        assert any(not torch.allclose(weight, manual[name], atol=1e-4) for name, weight in maps().items()), stage
+
+
+def test_an_interrupted_tinyclip_ends_as_if_undisturbed(staged, killed_in_its_fourth_step):
+    for share, name in ((0.75, "in the maps"), (0.5, "in the second phase")):
+        changes = dict(map_share=share, stages=1, steps=5, losses="affinity_mimicking=1")
+        whole, killed = staged(f"whole {name}", **changes), staged(f"killed {name}", **changes)
+        train(open_job("TinyCLIP", whole))
+        killed_in_its_fourth_step(lambda killed=killed: open_job("TinyCLIP", killed))
+        assert lines_of(killed["out"]) == lines_of(whole["out"]), name
+
+
+@pytest.mark.parametrize("changes", [{}, dict(student="TEACHER", stages=1)], ids=str)
+def test_a_tinyclip_in_mid_phase_shows_what_the_maps_make(changes, staged, tiny_teacher, monkeypatch):
+    step = trainers.take_step
+
+    def stops(loop, batch):
+        if loop.phase.folder == last and loop.step == 1:
+            raise RunStopped("enough")
+        return step(loop, batch)
+
+    last = "stage-1/map" if changes else "stage-2/map"
+    monkeypatch.setattr(trainers.loop, "take_step", stops)
+    named = {name: str(tiny_teacher) if value == "TEACHER" else value for name, value in changes.items()}
+    job = open_job("TinyCLIP", staged(map_learning_rate=0.01, **named))
+    with pytest.raises(RunStopped):
+        train(job)
+    state = load_checkpoint(job.run, last, cut=False)["learner"]
+    before = trainers.part_of(state, "network.")
+    after = current_student(job.run, stage=last.partition("/")[0]).model.state_dict()
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+    assert after["logit_scale"] == before["logit_scale"]
+
+
+def test_a_tinyclip_with_towers_in_stages_is_refused_by_name(staged, tiny_teacher, tmp_path):
+    tower = dict(TIMM, timm_model_name="test_convnext", image_size=64)
+    config = json.loads((tiny_teacher / "open_clip_config.json").read_text())["model_cfg"]
+    save_model(new_model(config | dict(vision_cfg=tower), like=load_model(tiny_teacher), seed=2), tmp_path / "stages")
+    with pytest.raises(ValueError, match="inheritance='mapped' is not valid here: the image tower is a network of timm in stages"):
+        open_job("TinyCLIP", staged(teacher=str(tmp_path / "stages")))
+    with pytest.raises(ValueError, match="no map would move"):
+        open_job("TinyCLIP", staged(lock_image=True, lock_text=True, unlocked_text_layers=1))
+
+
 def test_interrupted_and_resumed_it_ends_as_if_undisturbed(given, killed_in_its_fourth_step, tmp_path):
     for share, name in ((0.8, "in the maps"), (0.5, "between the phases"), (0.2, "in the student")):
         changes = dict(map_share=share, losses="affinity_mimicking=1, feature_mimicking=1")
@@ -190,19 +256,20 @@ def test_a_finished_run_takes_more_steps_and_its_maps_stay(given):
     assert all(torch.equal(before[name], weight) for name, weight in stage_maps(run).items())
 
 
-def test_two_processes_give_what_one_gives(given, tmp_path):
+def test_two_processes_give_what_one_gives(given, staged, tmp_path):
     write_shards(tmp_path / "whole", 32, 3, split="train", per_shard=16, size=32)
     for count in (1, 2):
-        jobs = []
+        whole = dict(data=f"{tmp_path}/whole/train-{{000000..000001}}.tar", batch_size=32)
+        jobs = [("TinyCLIP", staged(f"stages-{count}", losses="affinity_mimicking=1", **whole))]
         for sharing in SHARING:
-            data = dict(data=f"{tmp_path}/whole/train-{{000000..000001}}.tar", batch_size=32, map_sharing=sharing)
-            jobs.append(("Distil", given(f"{sharing}-{count}", losses="affinity_mimicking=1, contrastive=1", **data)))
+            both = dict(losses="affinity_mimicking=1, contrastive=1", map_sharing=sharing)
+            jobs.append(("Distil", given(f"{sharing}-{count}", **both, **whole)))
         in_processes(count, jobs, tmp_path)
-    for sharing in SHARING:
-        one, two = (numbers_of(tmp_path / f"{sharing}-{count}") for count in (1, 2))
+    for name in (*SHARING, "stages"):
+        one, two = (numbers_of(tmp_path / f"{name}-{count}") for count in (1, 2))
         assert len(one) == len(two) > 5
         for alone, together in zip(one, two, strict=True):
-            assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), sharing
+            assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
 
 
 def test_the_student_in_mid_phase_is_what_the_maps_make(given, monkeypatch):
@@ -261,8 +328,6 @@ def test_what_makes_no_sense_is_refused_before_training(changes, message, given)
 
 @pytest.mark.parametrize("name", ["RN50", "convnext"])
 def test_towers_without_a_stream_of_one_width_are_refused_by_name(name, given, tiny_teacher, tmp_path):
-    from vlkd_lab.models import save_model
-
     tower = dict(layers=[1, 1, 1, 1], width=8, image_size=32, patch_size=None)
     if name == "convnext":
         tower = dict(TIMM, timm_model_name="test_convnext", image_size=64)
