@@ -1,6 +1,7 @@
 """Mapped inheritance: step 0, gradients, kinds of towers, two phases of a job, and the plain model that is left."""
 
 import json
+from dataclasses import replace
 
 import open_clip
 import pytest
@@ -12,13 +13,13 @@ from test_matrix import in_processes, numbers_of
 from vlkd_lab import trainers
 from vlkd_lab.export import export_student
 from vlkd_lab.gates import TowerGates, kept_shapes, swapped
-from vlkd_lab.inheritance import inherit, plan_gates
+from vlkd_lab.inheritance import Kept, inherit, plan_gates
 from vlkd_lab.methods.distil import Distil, student_under_maps
 from vlkd_lab.methods.mapping import SHARING, WeightMaps, map_tensors, mapping_steps, new_maps, stage_maps
 from vlkd_lab.models import load_model, new_model, save_model
 from vlkd_lab.runs import RunStopped, load_checkpoint
 from vlkd_lab.samples import write_shards
-from vlkd_lab.trainers import current_student, open_job, train
+from vlkd_lab.trainers import current_student, open_job, plan_copy, train
 
 PLAIN = TINY | dict(vision_cfg=TINY["vision_cfg"] | dict(layers=4), text_cfg=TINY["text_cfg"] | dict(layers=3))
 TIMM = dict(timm_pool="avg", timm_proj="linear", image_size=32)
@@ -93,6 +94,18 @@ def test_a_student_of_the_teachers_sizes_begins_as_the_teacher():
         whole.model.load_state_dict(whole.model.state_dict() | maps())
     whole.model.eval()
     assert all(torch.equal(one, other) for one, other in zip(features(teacher), features(whole), strict=True))
+
+
+def test_a_width_that_something_else_reads_is_copied():
+    text = TINY["text_cfg"] | dict(vocab_size=49408, embed_cls=True, output_tokens=True)
+    pooled = TINY["vision_cfg"] | dict(attentional_pool=True, attn_pooler_queries=4, attn_pooler_heads=2, output_tokens=True)
+    decoder = dict(width=32, heads=4, layers=1, context_length=24, vocab_size=49408)
+    teacher = new_model(dict(embed_dim=16, vision_cfg=pooled, text_cfg=text, multimodal_cfg=decoder, custom_text=True), seed=3)
+    for weight in teacher.model.parameters():
+        weight.data.nan_to_num_(0, 0, 0).clamp_(-9, 9)  # open_clip leaves some of a CoCa's as they come
+    assert "hidden" not in teacher.shapes["text"].gate_kinds, "a CoCa's decoder reads its text tower"
+    maps = new_maps(teacher, smaller(teacher), "tied")
+    assert "image/hidden" in maps.matrices and "text/hidden" not in maps.matrices and "text/0/neurons" in maps.matrices
 
 
 def test_a_plan_of_gates_begins_the_maps_as_well():
@@ -337,6 +350,25 @@ def test_towers_without_a_stream_of_one_width_are_refused_by_name(name, given, t
     with pytest.raises(ValueError, match="inheritance='mapped' is not valid here: the image tower is a .*choose inheritance='manual'"):
         open_job("Distil", given(teacher=str(tmp_path / name)))
     assert not (tmp_path / "run").exists()
+
+
+def test_layers_that_are_not_alike_are_refused():
+    teacher = shaken(new_model(PLAIN, seed=3))
+    student = smaller(teacher)
+    plan = plan_copy(teacher, student)
+    state = teacher.model.state_dict()
+    names = {name for name, _ in student.model.named_parameters()}
+    name = "visual.transformer.resblocks.0.mlp.c_fc.bias"
+    others = tuple(copy for copy in plan.copies if copy.name != name)
+    with pytest.raises(ValueError, match="not all layers of the student's image tower have a mlp.c_fc.bias of one size"):
+        map_tensors(state, replace(plan, copies=others), teacher.shapes, names)
+    short = tuple(replace(copy, kept=(Kept.leading(8, copy.kept[0].of),)) if copy.name == name else copy for copy in plan.copies)
+    with pytest.raises(ValueError, match="of one size"):
+        map_tensors(state, replace(plan, copies=short), teacher.shapes, names)
+    unused = next(k for k in range(4) if not any(f"visual.transformer.resblocks.{k}." in copy.source for copy in plan.copies))
+    lacking = {name: weight for name, weight in state.items() if name != f"visual.transformer.resblocks.{unused}.mlp.c_fc.bias"}
+    with pytest.raises(ValueError, match=f"layer {unused} of the teacher's image tower has no mlp.c_fc.bias to be mixed"):
+        map_tensors(lacking, plan, teacher.shapes, names)
 
 
 def test_the_share_of_the_maps_leaves_a_step_for_each_phase():

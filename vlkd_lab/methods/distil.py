@@ -30,7 +30,7 @@ from ..models import VLM, check_student, new_model
 from ..runs import Run
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
-from .mapping import Mapped, check_maps, learn_maps, new_maps, steps_of_maps
+from .mapping import COPIED, Mapped, check_maps, learn_maps, new_maps, steps_of_maps
 
 # %% auto #0
 __all__ = ['CLIP_KD', 'Distil', 'distil_objective', 'DistilJob', 'open_distil', 'student_under_maps']
@@ -52,7 +52,7 @@ class Distil(Mapped):
     )
     student_share: float = parameter(0.5, "of the teacher's prunable weights", **within(0.03, 1))
     inheritance: str = parameter(
-        "none", "how the student gets its weights", **one_of("none", "manual", "mapped")
+        "none", "how the student gets its weights", **one_of("none", *COPIED)
     )
     compare_scratch: bool = parameter(True, "also train the same student contrastively, without a teacher")
 

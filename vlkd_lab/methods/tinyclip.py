@@ -59,9 +59,7 @@ class TinyCLIP(Mapped):
         0.75, "share of prunable weights removed at the end", "from 0 to 0.97", lambda v: 0 <= v <= 0.97
     )
     inheritance: str = parameter(
-        "auto",
-        "how students get their weights",
-        **one_of("auto", "auto_uniform", "manual", "mapped", "none"),
+        "auto", "how students get their weights", **one_of("auto", "auto_uniform", *COPIED, "none")
     )
     student: str = parameter("", "architecture for manual, mapped and none; empty: one of the target's size")
     compare_scratch: bool = parameter(True, "also train the last student's architecture from nothing")
