@@ -451,7 +451,7 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     job = trainers.open_run(options, teacher, accelerator, about, TinyClipJob, report, start)
     return replace(job, shapes=shapes, costs=shapes and budget(shapes), further=tuple(further))
 
-
+# %% ../../nbs/library/132_methods_tinyclip.ipynb #tcmap004
 def _check_mapped(options: TinyCLIP, source: VLM, shapes: Mapping[str, TowerShape] | None) -> None:
     "ValueError where the last stage's weights could not be mapped"
     towers = None
@@ -620,7 +620,7 @@ def _under_maps(run: Run, stage: str, state: Mapping[str, Tensor], device: str |
     options, like = _first_source(run)
     number = int(stage.removeprefix("stage-"))
     source = like
-    if number > 1:
+    if number != 1:
         source = load_model(run.folder / f"stage-{number - 1}" / "student", "cpu")
     network = trainers.part_of(state, "network.")  # of the student's sizes
     towers = None if options.student else tower_shapes(network, own_head_widths(like))
