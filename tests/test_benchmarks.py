@@ -15,13 +15,16 @@ from page_cells import run_page
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "nbs" / "results"
+TRAINED = dict(steps=2, batch_size=8, scored_pairs=30)
 SMALL = {
     "balancing": dict(row_counts=[300], exact_rows=400, many_rows=500),
     "curation": dict(most_rows=20_000, scale_down=40),
+    "deploy": dict(model="", students=["auto, half"], many=2, rounds=1, threads=[1], onnx_forms=["fp32", "int8"], compiler="eager", **TRAINED),
     "gpu": {},
     "loader": dict(pictures=60, shards=2, side=64, workers=[1], batch_size=4, batches=2, repeats=1, tried=5),
     "losses": dict(sizes=[48, 64], width=16, repeats=1, threads=1),
     "methods": dict(data="scenes:96", steps=2, batch_size=16, seeds=[0], validate_pairs=32, names="contrastive, no teacher; CLIP-KD, masked (MFD); TinyCLIP, manual"),
+    "mapping": dict(shares="0.2", seeds=1, steps=2, batch_size=8),
     "sentences": dict(turns=1, steps=1, depth=1, sentences=300, shards=1, lines=400, keep=20, file_lines=120, engines=[""]),
     "step": dict(steps=2, batch_size=16, repeats=1),
     "teachers": dict(names="RN50"),
@@ -30,16 +33,18 @@ SMALL = {
 TABLES = {  # of a page: the names of its tables, and how many rows each has at these sizes
     "balancing": dict(table=2),
     "curation": dict(table=5),
+    "deploy": dict(sizes=2, table=10, pruned=9, scores=6),
     "gpu": dict(table=None),
     "loader": dict(table=3, others=None),
     "losses": dict(times=3, peaks=3, ratios=3),
     "methods": dict(table=3),
+    "mapping": dict(table=3),
     "sentences": dict(table=2, files=4),
     "step": dict(table=3),
     "teachers": dict(table=1),
     "views": dict(summary=2, memory=2),
 }
-NOT_MEASURED = {"recall", "pairs"}  # columns that have nothing in the rows of some ways
+NOT_MEASURED = {"recall", "pairs", "MB at the peak", "ms, text of 1", "ms, text of 2"}  # columns that have nothing in the rows of some ways
 
 
 @pytest.fixture
@@ -79,6 +84,10 @@ def test_a_benchmark_fills_its_tables(name, here, monkeypatch):
     if name == "balancing":
         for found in (names["large"], names["million"]):
             assert found["recall"] == 1 and found["seconds"] > 0 and found["groups"] > 100
+    if name == "deploy":
+        sizes = names["scores"].loc["teacher", "MB"]
+        assert sizes["ONNX int8"] < 0.5 * sizes["ONNX fp32"] and (names["scores"].loc["teacher", "R@1"] > 0.5).all()
+        assert (names["pruned"]["fewer products"] > 1.5).all() and (names["table"].groupby("form")["MB on disk"].nunique() == 2).all()
     if name == "sentences":
         assert names["chosen"]["seconds"] > 0 and names["chosen"]["scenes"] > 0.3
 

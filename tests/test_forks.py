@@ -102,6 +102,19 @@ def test_a_fork_of_any_method_gives_the_numbers_of_its_parent(given, tmp_path, m
     assert contents(parent.folder) == before
 
 
+def test_a_fork_in_the_midst_of_maps_gives_the_numbers_of_its_parent(given, tmp_path):
+    own = dict(inheritance="mapped", map_share=0.7, student_share=0.4, keep_checkpoints=1)
+    parent = run_of("Distil", given("Distil", steps=6, validate_every=2, **own))
+    before = contents(parent.folder)
+    names = [point.name for point in fork_points(parent)]
+    assert names == ["student/map/2", "student/distil/5", "student", "newest"]
+    for name in names[:2]:
+        child = fork(parent, tmp_path / name.replace("/", "-"), at=name)
+        assert (child.folder / "student" / "init").exists() == (name == "student/distil/5"), "it depends on nothing that is still to come"
+        assert_same(go_on(child), parent)
+    assert contents(parent.folder) == before
+
+
 def test_a_finished_run_takes_more_steps_in_a_fork_as_it_would_itself(given, tmp_path):
     parent = run_of("Distil", given("Distil", compare_scratch=True))
     copy = Path(shutil.copytree(parent.folder, tmp_path / "copy"))

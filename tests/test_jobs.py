@@ -103,7 +103,7 @@ def test_the_tinyclip_job_tells_its_story(given, tmp_path):
         (dict(stagez=3), "did you mean 'stages'"),
         (dict(stages="three"), "stages must be int"),
         (dict(target_sparsity=7), "target_sparsity must be float"),
-        (dict(inheritance="magic"), "one of 'auto', 'auto_uniform', 'manual', 'none'"),
+        (dict(inheritance="magic"), "one of 'auto', 'auto_uniform', 'manual', 'mapped', 'none'"),
     ],
 )
 def test_a_wrong_parameter_stops_the_job_in_one_line(given, tmp_path, wrong, message):

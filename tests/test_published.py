@@ -1,6 +1,7 @@
 """The way in: random networks written in the official and in the Hugging Face layout give the features of the code they come from."""
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -17,7 +18,16 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 from vlkd_lab import published
 from vlkd_lab.features import Batch
@@ -358,6 +368,15 @@ def test_a_hub_folder_gives_the_features_of_transformers(act, pickled, eos, hugg
     assert not hasattr(vlm.tokenizer, "save_pretrained"), "CLIP's words are open_clip's own tokenizer"
 
 
+def test_norms_and_approximations_of_each_tower_are_those_of_transformers(hugging):
+    folder = hugging(dict(layer_norm_eps=0.3), dict(layer_norm_eps=0.01, hidden_act="gelu_pytorch_tanh"))
+    vlm, picture = load_model(folder, "cpu"), torch.randn(2, 3, 32, 32)
+    tokens = vlm.tokenizer(CAPTIONS[:2])
+    assert furthest(our_features(vlm, picture, tokens), their_features(hugging.model, picture, tokens)) < 2e-6
+    assert vlm.config["model_cfg"]["vision_cfg"]["act_kwargs"] == dict(approximate="tanh") and "act_kwargs" not in vlm.config["model_cfg"]["text_cfg"]
+    assert vlm.config["model_cfg"]["text_cfg"]["norm_kwargs"] == dict(eps=0.3)
+
+
 @pytest.mark.parametrize("name", [r.architecture for r in RELEASES.values() if r.hub])
 def test_a_hub_configuration_of_published_sizes_is_the_labs(name, tmp_path):
     sizes = SIZES["models"][name]
@@ -389,8 +408,7 @@ def test_an_end_token_that_is_not_the_largest_is_found(hugging, tmp_path):
 def test_what_open_clip_cannot_say_is_refused(hugging):
     refused = {
         "same in both towers": (dict(hidden_act="quick_gelu"), {}),
-        "gelu or quick_gelu": (dict(hidden_act="relu"), dict(hidden_act="relu")),
-        "layer_norm_eps must be 1e-05, not 1e-06": ({}, dict(layer_norm_eps=1e-6)),
+        "gelu_pytorch_tanh or quick_gelu": (dict(hidden_act="relu"), dict(hidden_act="relu")),
         "three channels": ({}, dict(num_channels=4)),
     }
     for number, (message, changes) in enumerate(refused.items()):
@@ -409,8 +427,8 @@ def test_a_folder_whose_parts_disagree_is_refused(hugging):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
         load_model(folder, "cpu")
-    (folder / "config.json").write_text(json.dumps(dict(model_type="siglip", vision_config={})))
-    with pytest.raises(FileNotFoundError, match="CLIPModel"):
+    (folder / "config.json").write_text(json.dumps(dict(model_type="blip", vision_config={})))
+    with pytest.raises(FileNotFoundError, match="CLIPModel or SiglipModel"):
         load_model(folder, "cpu")
 
 
@@ -496,6 +514,120 @@ def test_words_of_another_vocabulary_are_not_taken_for_clips(tmp_path, clip_word
     assert own_tokenizer(tmp_path, 49408) == tmp_path
 
 
+# SigLIP
+
+SIGLIP_TEXT = dict(hidden_size=24, intermediate_size=100, num_hidden_layers=2, num_attention_heads=3, projection_size=32)
+SIGLIP_TEXT |= dict(vocab_size=310, max_position_embeddings=16, bos_token_id=1, eos_token_id=2)
+SIGLIP_IMAGE = dict(hidden_size=32, intermediate_size=70, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8)
+
+
+@pytest.fixture
+def siglip(tmp_path):
+    "A function: a random SiglipModel in a folder of the hub's layout, which it keeps as `siglip.model`"
+
+    def write(text=None, image=None, name="siglip", dtype=torch.float32, words=True, **saved):
+        config = SiglipConfig(text_config=SIGLIP_TEXT | (text or {}), vision_config=SIGLIP_IMAGE | (image or {}))
+        torch.manual_seed(0)
+        model = SiglipModel(config).eval()
+        for weight in model.parameters():
+            weight.data += 0.1 * torch.randn_like(weight)
+        folder = tmp_path / name
+        model.to(dtype).save_pretrained(folder, **saved)
+        write.model = model.float()
+        if words:
+            train_tokenizer(["a small red star left of a large blue house"] * 9, folder, 300, 16)
+        size = config.vision_config.image_size
+        SiglipImageProcessorPil(size=dict(height=size, width=size)).save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_siglip_of_any_size_gives_the_features_of_transformers(act, dtype, siglip, tmp_path):
+    folder = siglip(dict(hidden_act=act), dict(hidden_act=act), dtype=dtype, max_shard_size="60KB")
+    assert (folder / "model.safetensors.index.json").is_file() and not (folder / "model.safetensors").exists()
+    vlm, picture = load_model(folder, "cpu"), torch.randn(3, 3, 32, 32)
+    tokens = vlm.tokenizer(CAPTIONS)
+    wanted = their_features(siglip.model, picture, tokens)
+    assert tokens.shape == (4, 16) and furthest(our_features(vlm, picture, tokens), wanted) < 2e-6
+    logits = siglip.model(pixel_values=picture, input_ids=tokens).logits_per_image
+    ours = our_features(vlm, picture, tokens)
+    assert torch.allclose(vlm.scale * ours[0] @ ours[1].T + vlm.model.logit_bias, logits, atol=1e-4)
+    photo = Image.fromarray(GOLDEN["picture"])
+    pixels = SiglipImageProcessorPil.from_pretrained(folder)(photo, return_tensors="pt").pixel_values[0]
+    assert torch.allclose(vlm.preprocess(photo), pixels, atol=1e-5)
+    assert type(vlm.model).__name__ == "CustomTextCLIP" and vlm.config["towers"] is None
+    again = load_model(save_model(vlm, tmp_path / "again"), "cpu")
+    assert furthest(our_features(again, picture, tokens), ours) == 0 and again.same_view(vlm)
+    assert again.config == vlm.config and not (tmp_path / "again" / "open_clip_config.json").exists(), "no name of timm's says its sizes"
+
+
+def test_published_sizes_have_the_names_of_open_clips_own_configurations(tmp_path):
+    layouts = {"ViT-B-16-SigLIP": (768, 12, 12, 3072, 16, 224), "ViT-B-32-SigLIP2-256": (768, 12, 12, 3072, 32, 256),
+               "ViT-L-16-SigLIP-384": (1024, 24, 16, 4096, 16, 384), "ViT-SO400M-14-SigLIP-384": (1152, 27, 16, 4304, 14, 384),
+               "ViT-SO400M-16-SigLIP2-512": (1152, 27, 16, 4304, 16, 512)}  # fmt: skip
+    for name, (width, layers, heads, neurons, patch, size) in layouts.items():
+        sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=neurons)
+        SiglipConfig(text_config=sizes, vision_config=sizes | dict(patch_size=patch, image_size=size)).save_pretrained(tmp_path)
+        ours, theirs = model_config(tmp_path), open_clip.get_model_config(name)
+        assert ours["vision_cfg"]["timm_model_name"] == theirs["vision_cfg"]["timm_model_name"]
+        assert {k: ours["vision_cfg"][k] for k in theirs["vision_cfg"]} == theirs["vision_cfg"] and "width" not in ours["vision_cfg"]
+        text = {k: v for k, v in theirs["text_cfg"].items() if k not in ("hf_tokenizer_name", "tokenizer_kwargs", "vocab_size", "mlp_ratio")}
+        assert {k: ours["text_cfg"][k] for k in text} == text, name
+        neurons_of = int(ours["text_cfg"]["width"] * ours["text_cfg"].get("mlp_ratio", 4))
+        assert neurons_of == neurons and ours["embed_dim"] == theirs["embed_dim"]
+
+
+def test_what_of_siglips_does_not_fit_is_refused(siglip, tmp_path):
+    refused = {
+        "hidden_act must be gelu or gelu_pytorch_tanh, not gelu_pytorch_tanh and relu": (dict(hidden_act="relu"), {}),
+        "must end in a pool": ({}, dict(vision_use_head=False)),
+        "layer_norm_eps of images must be 1e-06, not 1e-05": ({}, dict(layer_norm_eps=1e-5)),
+        "images have 32 features .* and texts 40": (dict(projection_size=40), {}),
+        "three channels": ({}, dict(num_channels=4)),
+    }
+    for number, (message, changes) in enumerate(refused.items()):
+        with pytest.raises(ValueError, match=message):
+            load_model(siglip(*changes, name=f"refused-{number}"), "cpu")
+    folder = siglip(words=False)
+    with pytest.raises(ValueError, match="holds no tokenizer, such as tokenizer.json"):
+        load_model(folder, "cpu")
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | dict(model_type="siglip2")))
+    with pytest.raises(ValueError, match=r"patches of a number that varies \(NaFlex\)"):
+        load_model(folder, "cpu")
+
+
+def test_a_siglips_tokenizer_that_needs_a_package_names_it(siglip):
+    folder = siglip()
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | dict(tokenizer_class="SiglipTokenizer")))
+    (folder / "tokenizer.json").rename(folder / "spiece.model")
+    if importlib.util.find_spec("sentencepiece") is None:
+        with pytest.raises(ImportError, match="cannot be opened: .*SentencePiece.*fast form"):
+            load_model(folder, "cpu")
+
+
+def test_a_siglips_pickle_does_not_act(siglip, tmp_path):
+    folder = siglip()
+    (folder / "model.safetensors").unlink()
+    torch.save({"logit_scale": Intruder(tmp_path / "was here")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="mkdir"):
+        load_model(folder, "cpu")
+    assert not (tmp_path / "was here").exists()
+
+
+def test_a_siglip_of_the_hub_is_fetched_with_its_words(hub, siglip):
+    siglip(name="hub/some/siglip")
+    vlm = load_model("hf-hub:some/siglip", "cpu")
+    assert vlm.image_size == 32 and vlm.name == "hf-hub:some/siglip" and "some/siglip/spiece.model" in hub
+    picture = torch.randn(1, 3, 32, 32)
+    tokens = vlm.tokenizer(["a cat"])
+    assert furthest(our_features(vlm, picture, tokens), their_features(siglip.model, picture, tokens)) < 2e-6
+
+
 # names
 
 UNCUT = {k: v for k, v in json.loads(str(GOLDEN["auto/config"])).items() if "mask" not in k}
@@ -547,7 +679,7 @@ def test_a_repository_of_somebody_else_in_either_layout(hub, hugging):
     assert load_model("hf-hub:some/clip", "cpu").image_size == 32 and "some/clip/pytorch_model.bin" in hub
     both = hugging(name="hub/some/both")
     (both / "open_clip_config.json").write_text("{}")
-    assert not published.repository_is_clip_model("some/both") and not published.is_clip_model(both), "open_clip's own business"
+    assert not published.repository_is_transformers("some/both") and published.transformers_kind(both) == "", "open_clip's own business"
     with pytest.raises(ValueError, match="no model 'some/clip'"):
         load_model("some/clip", "cpu")
 
@@ -602,6 +734,17 @@ def test_a_folder_of_the_hub_is_a_configuration_and_a_teacher(hugging, scenes, t
     train(open_tinyclip(check_parameters(TinyCLIP, given)))
     assert [line["step"] for line in Run(given["out"]).metrics() if "total" in line] == [1, 2]
     assert load_model(tmp_path / "run" / "stage-1" / "student", "cpu").same_view(load_model(folder, "cpu"))
+
+
+def test_a_siglip_of_the_hub_teaches_and_is_cut(siglip, scenes, tmp_path):
+    given = dict(
+        data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", teacher=str(siglip()), inheritance="auto", stages=1,
+        target_sparsity=0.5, steps=2, batch_size=8, validate_pairs=16, device="cpu", out=str(tmp_path / "run"), compare_scratch=False,
+    )  # fmt: skip
+    train(open_tinyclip(check_parameters(TinyCLIP, given)))
+    student, teacher = (load_model(folder, "cpu") for folder in (tmp_path / "run" / "stage-1" / "student", tmp_path / "siglip"))
+    assert student.same_view(teacher) and student.config["towers"]["image"].layout == "timm_pooled"
+    assert count_cost(student).parameters < count_cost(teacher).parameters
 
 
 def test_a_network_cut_by_the_authors_gates_is_a_teacher_too(home):

@@ -224,6 +224,7 @@ def refused(scenes, tiny_teacher, tmp_path):
 def test_what_cannot_be_shared_is_said_before_anything_is_made(refused, tmp_path, tiny_teacher):
     assert "there is one: choose processes=2 or start torchrun; or choose fsdp=False" in refused(processes=1)
     assert "inheritance='auto' learns gates" in refused("TinyCLIP", inheritance="auto")
+    assert "inheritance='mapped' learns maps" in refused("Distil", inheritance="mapped")
     assert "precision='fp16'" in refused(precision="fp16") and "choose bf16" in refused(precision="fp16")
     assert "choose channels_last=False" in refused(channels_last=True)
     assert "choose compile=False" in refused(compile=True, compile_backend="eager")

@@ -15,9 +15,10 @@ from conftest import TINY
 from open_clip.tokenizer import HFTokenizer
 from transformers import BertConfig, CLIPConfig, CLIPModel
 
+from vlkd_lab.data import load_pairs
 from vlkd_lab.evaluation import compare
 from vlkd_lab.explorers import GateHistory, _cut_html
-from vlkd_lab.export import check_onnx, export_onnx, export_student, pad_towers
+from vlkd_lab.export import ONNX_FORMS, check_onnx, compare_onnx, export_onnx, export_student, pad_towers
 from vlkd_lab.fusion import train_wordpiece
 from vlkd_lab.gates import Gates, budget, close_budget, gate_state, gated, kept_shapes, prunable_weights
 from vlkd_lab.inheritance import inherit, plan_gates
@@ -385,7 +386,8 @@ def test_other_methods_make_a_smaller_student_of_a_teacher_of_another_kind(metho
 
 
 @pytest.mark.parametrize("name", ["layer_scale", "not_square", "custom_text", "siglip", "coca"])
-def test_both_exports_compute_what_the_model_computes(name, folder_of, tmp_path):
+def test_both_exports_compute_what_the_model_computes(name, folder_of, scenes, tmp_path):
+    calibration = load_pairs(scenes / "train-000000.tar", limit=12)
     folder = folder_of(name, ALL[name])
     vlm = opens_elsewhere(folder, tmp_path / "out", onnx=True)
     card = (tmp_path / "out" / "README.md").read_text()
@@ -393,6 +395,10 @@ def test_both_exports_compute_what_the_model_computes(name, folder_of, tmp_path)
     assert "{} × {} pixels".format(*vlm.image_shape) in card and count_cost(vlm).macs > 0
     assert measure_latency({"one": vlm}, batch_size=2, repeats=1)["one"] > 0
     assert check_onnx(vlm, tmp_path / "out" / "onnx", batch_sizes=(3,))
+    if name in ("siglip", "coca"):
+        export_onnx(vlm, tmp_path / "onnx", forms="fp16, int8, int8_static", calibration=calibration)
+        for form in compare_onnx(vlm, tmp_path / "onnx", tuple(ONNX_FORMS), calibration)[1:]:
+            assert min(form.cosine.values()) > 0.97, form
 
 
 def test_an_irregular_layer_scale_is_padded_to_the_same_function(folder_of):
