@@ -129,8 +129,6 @@ def _no_centers(student: Features, teacher: Features) -> Tensor:
     )
 
 # %% ../../nbs/library/052_losses_terms.ipynb #terms12b
-_SIGMOID = "−1/B Σ log σ(z (s·ITᵀ + b)), z = ±1"
-_SIGMOIDS = "1/B Σ KL(σ(t·VUᵀ + b′) ‖ σ(s·ITᵀ + b))"
 _PAIR_TERMS = (
     Term(
         "affinity_mimicking",
@@ -139,17 +137,10 @@ _PAIR_TERMS = (
     ),
     Term("contrastive", _contrastive, formula="½[CE(s·ITᵀ, 1) + CE(s·TIᵀ, 1)]", needs_teacher=False),
     Term("relational", relational, formula="½[KL(t·VUᵀ ‖ s·ITᵀ) + KL(t·UVᵀ ‖ s·TIᵀ)]"),
-    Term("sigmoid_contrastive", _sigmoid, formula=_SIGMOID, needs_teacher=False, needs_bias=True),
-    Term("sigmoid_mimicking", sigmoid_mimicking, formula=_SIGMOIDS, needs_bias=True),
 )
-_ACROSS = "½[KL(t·VUᵀ ‖ t·IUᵀ) + KL(t·UVᵀ ‖ t·TVᵀ)]"
-_FUSED = "½[CE(f·HEᵀ, 1) + CE(f·EHᵀ, 1)], H, E fused"
 _ROW_TERMS = (  # these compare rows of the student with rows of the teacher, or with centres of its space
     Term("feature_mimicking", feature_mimicking, formula="mean (I−V)² + mean (T−U)²", unit="MSE"),
     Term("interactive_contrastive", _interactive, formula="½[CE(t·IUᵀ, 1) + CE(t·TVᵀ, 1)]"),
-    Term("interactive_relational", _interactive_relational, formula=_ACROSS),
-    Term("gradient_mimicking", gradient_mimicking, formula="Σ mean (∂ of I, T − ∂ of V, U)²", unit="MSE"),
-    Term("augmented_features", _not_built, formula=_FUSED, build=AugmentedFeatures),
     Term(
         "instance_discrimination",
         _instances,
@@ -159,10 +150,24 @@ _ROW_TERMS = (  # these compare rows of the student with rows of the teacher, or
     Term("cluster_distribution", _no_centers, formula="KL(t·VCᵀ ‖ s·ICᵀ)", centers=True),
 )
 
+
+_SIGMOID = "−1/B Σ log σ(z (s·ITᵀ + b)), z = ±1"
+_SIGMOIDS = "1/B Σ KL(σ(t·VUᵀ + b′) ‖ σ(s·ITᵀ + b))"
+_ACROSS = "½[KL(t·VUᵀ ‖ t·IUᵀ) + KL(t·UVᵀ ‖ t·TVᵀ)]"
+_FUSED = "½[CE(f·HEᵀ, 1) + CE(f·EHᵀ, 1)], H, E fused"
+_PULLS = "Σ mean (∂ of I, T − ∂ of V, U)²"
+_LATER_TERMS = (  # behind the others, since a term's colour follows from its place
+    Term("sigmoid_contrastive", _sigmoid, formula=_SIGMOID, needs_teacher=False, needs_bias=True),
+    Term("sigmoid_mimicking", sigmoid_mimicking, formula=_SIGMOIDS, needs_bias=True),
+    Term("interactive_relational", _interactive_relational, formula=_ACROSS, needs_projection=True),
+    Term("gradient_mimicking", gradient_mimicking, formula=_PULLS, unit="MSE", needs_projection=True),
+    Term("augmented_features", _not_built, formula=_FUSED, build=AugmentedFeatures, needs_projection=True),
+)
+
 # %% ../../nbs/library/052_losses_terms.ipynb #c0f1e5e2
 LOSSES = {term.name: term for term in _PAIR_TERMS}
 LOSSES.update((term.name, replace(term, needs_projection=True)) for term in _ROW_TERMS)
-LOSSES.update((term.name, term) for term in score_terms())
+LOSSES.update((term.name, term) for term in (*score_terms(), *_LATER_TERMS))
 
 
 def register_losses(
