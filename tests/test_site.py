@@ -148,7 +148,7 @@ def test_the_site_names_no_paths_of_this_machine_and_is_small(site, pages):
     for name, text in pages.items():
         for path in (str(ROOT), str(site.parent), str(Path.home() / "."), "/source/"):
             assert path == "/" or path not in text, f"{name} names {path}"
-    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 48e6
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < 45e6
 
 
 def test_links_of_the_readme_hold_in_the_site(site):

@@ -23,7 +23,7 @@ from job_outputs import add_outputs, version
 from pages import only_listed_pages, sections
 from site_checks import faults, read_pages, reading_faults
 from site_names import PublicName, names_page, public_names
-from site_pages import Rewriter, make_thumbnails, page_name, plain, raw, setting
+from site_pages import Code, Rewriter, make_thumbnails, page_name, plain, raw, setting
 from site_search import search_index, sections_of
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace
@@ -220,6 +220,12 @@ def keep_sections(app: Sphinx, document: nodes.document, page: str) -> None:
     app.site_pages[page] = sections_of(document)
 
 
+def prepare(app: Sphinx) -> None:
+    "What a builder is told before it begins; the site has a search of its own"
+    app.builder.search = False
+    app.builder.highlighter.formatter = Code
+
+
 def frame(app: Sphinx, page: str, template: str, context: dict, document) -> None:
     "What the templates around a page's text show"
     nothing = dict(description=app.config.project, links=[])
@@ -237,7 +243,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("doctree-read", quarto_anchors, priority=100)
     app.connect("doctree-resolved", keep_sections)
     app.connect("html-page-context", frame)
-    app.connect("builder-inited", lambda app: setattr(app.builder, "search", False))  # the site has its own
+    app.connect("builder-inited", prepare)
     return dict(parallel_read_safe=True, parallel_write_safe=False)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
+from pygments.token import Name, Punctuation, Text, Whitespace
 
 PLOTLY = "application/vnd.plotly.v1+json"
 THUMBNAIL = (560, 350)  # pixels, about twice what they are shown at
@@ -36,9 +37,18 @@ def raw(text: str, words: str = "") -> str:
     return f"``````{{raw}} html\n{words}\n{text}\n``````"
 
 
+class Code(HtmlFormatter):
+    "Code without marks around names, punctuation and blanks, which have the colour of what surrounds them: a quarter of all pages"
+
+    def format_unencoded(self, tokensource, outfile) -> None:
+        "Write tokens, those of no colour of their own as plain text"
+        plain = (Name, Punctuation, Whitespace)
+        super().format_unencoded(((Text if kind in plain else kind, text) for kind, text in tokensource), outfile)
+
+
 def folded(source: str, summary: str) -> str:
     "A cell's code behind its summary; the search leaves it out"
-    shown = highlight(source, PythonLexer(), HtmlFormatter())
+    shown = highlight(source, PythonLexer(), Code())
     return raw(f'<details class="source"><summary>{html.escape(summary)}</summary>{shown}</details>', ":class: no-search\n")
 
 
