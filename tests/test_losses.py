@@ -150,14 +150,20 @@ def test_same_width_losses_are_clip_kds(section, dtype):
         assert all(value.grad is None for value in teacher_leaves.values())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["icl", "fd"])
-def test_projected_losses_are_clip_kds(name, dtype):
-    arrays = golden("clip_kd.npz", "projected/")
+def projection_of(arrays, dtype):
+    "CLIP-KD's projection with the archive's layers, and these by their names"
     project = Projection(7, 10).to(dtype)
     layers = {"visual_proj": project.image, "text_proj": project.text}
     for key, layer in layers.items():
         layer.load_state_dict({part: arrays[f"param/{key}.{part}"] for part in ("weight", "bias")})
+    return project, layers
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["icl", "fd"])
+def test_projected_losses_are_clip_kds(name, dtype):
+    arrays = golden("clip_kd.npz", "projected/")
+    project, layers = projection_of(arrays, dtype)
     leaves, student = features(arrays, "student", dtype)  # CLIP-KD projects features before they are normalised
     _, teacher = features(arrays, "teacher", dtype)
     parameters = {f"{key}.{part}": getattr(layer, part) for key, layer in layers.items() for part in ("weight", "bias")}
@@ -609,10 +615,7 @@ def test_gradient_mimicking_is_the_papers_and_the_code_differs_by_its_temperatur
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_projected_terms_are_clip_kds_too(name, dtype):
     arrays = golden("clip_kd.npz", "projected/")
-    project = Projection(7, 10).to(dtype)
-    layers = {"visual_proj": project.image, "text_proj": project.text}
-    for key, layer in layers.items():
-        layer.load_state_dict({part: arrays[f"param/{key}.{part}"] for part in ("weight", "bias")})
+    project, layers = projection_of(arrays, dtype)
     leaves, student = features(arrays, "student", dtype)
     _, teacher = features(arrays, "teacher", dtype)
     parameters = {f"{key}.{part}": getattr(layer, part) for key, layer in layers.items() for part in ("weight", "bias")}

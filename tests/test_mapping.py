@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import TINY, lines_of, same_weights, tiny_job
 from safetensors.torch import load_file
-from test_matrix import in_processes, numbers_of
+from test_matrix import check_both, in_processes
 
 from vlkd_lab import trainers
 from vlkd_lab.export import export_student
@@ -278,11 +278,7 @@ def test_two_processes_give_what_one_gives(given, staged, tmp_path):
             both = dict(losses="affinity_mimicking=1, contrastive=1", map_sharing=sharing)
             jobs.append(("Distil", given(f"{sharing}-{count}", **both, **whole)))
         in_processes(count, jobs, tmp_path)
-    for name in (*SHARING, "stages"):
-        one, two = (numbers_of(tmp_path / f"{name}-{count}") for count in (1, 2))
-        assert len(one) == len(two) > 5
-        for alone, together in zip(one, two, strict=True):
-            assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
+    check_both((*SHARING, "stages"), tmp_path, lines=5)
 
 
 def test_the_student_in_mid_phase_is_what_the_maps_make(given, monkeypatch):

@@ -140,6 +140,23 @@ def whole_batches(folder, parameters, method, out, **changes):
     return parameters(method, out, **given | more.get(method, {}))
 
 
+def two_give_what_one_gives(kinds, parameters, folder):
+    "Jobs by name, as method and changes, log the same numbers from one process and from two"
+    for count in (1, 2):
+        jobs = [(method, whole_batches(folder, parameters, method, f"{name}-{count}", **changes)) for name, (method, changes) in kinds.items()]
+        in_processes(count, jobs, folder)
+    check_both(kinds, folder)
+
+
+def check_both(names, folder, lines=3):
+    "Runs of these names logged the same numbers from one process as from two"
+    for name in names:
+        one, two = (numbers_of(folder / f"{name}-{count}") for count in (1, 2))
+        assert len(one) == len(two) > lines
+        for alone, together in zip(one, two, strict=True):
+            assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
+
+
 @pytest.fixture
 def sigmoid_student(tiny_teacher, tmp_path):
     "A configuration with a bias of the logits, as SigLIP's has, which no loss of ours uses"
@@ -184,16 +201,7 @@ def test_two_processes_give_what_one_gives(parameters, sigmoid_student, other_te
         "towers": ("DimeFm", dict(text_tower="student")),
         "contrast": ("Contrastive", dict(learning_rate=1e-3)),
     }
-    for count in (1, 2):
-        jobs = [
-            (method, whole_batches(tmp_path, parameters, method, f"{name}-{count}", **changes)) for name, (method, changes) in kinds.items()
-        ]
-        in_processes(count, jobs, tmp_path)
-    for name in kinds:
-        one, two = (numbers_of(tmp_path / f"{name}-{count}") for count in (1, 2))
-        assert len(one) == len(two) > 3
-        for alone, together in zip(one, two, strict=True):
-            assert together == pytest.approx(alone, rel=2e-3, abs=2e-4), name
+    two_give_what_one_gives(kinds, parameters, tmp_path)
 
 
 def test_the_command_line_says_what_it_reads(parameters, capsys):

@@ -18,7 +18,7 @@ from ..losses import LOSSES, Objective, Term, interactive_contrastive, interacti
 from ..models import VLM
 from ..trainers import Learner, Loop, at_least, learn_from_pairs, parameter, seed_of
 from ..widgets.heads import NetworkDrawing
-from . import Method, register
+from . import Method, name_of, register
 from .distil import Distil, DistilJob, open_distil, student_under_maps
 
 # %% auto #0
@@ -44,10 +44,6 @@ class ClipKd(Distil):
         "where the scale across the models begins, from which it is learnt; 0: the teacher's",
         **at_least(0.0),
     )
-
-    def terms(self) -> list[str]:
-        "Of several teachers as of one, all that two towers can be taught by"
-        return [name for name in super().terms() if not LOSSES[name].needs_bias]
 
 # %% ../../nbs/library/139_methods_clip_kd.ipynb #c1ipkd10
 def masked_pictures(
@@ -150,7 +146,9 @@ class ClipKdJob(DistilJob):
 def open_clip_kd(options: ClipKd) -> ClipKdJob:
     "Check data, models and terms, and write the run's config.json; nothing is trained yet"
     if not options.teacher and options.teacher_features != "shards":
-        raise ValueError("teacher='' is not valid: CLIP-KD has a teacher; method=Distil trains without one")
+        raise ValueError(
+            f"teacher='' is not valid: {name_of(options)} has a teacher; method=Distil trains without one"
+        )
     return open_distil(options, ClipKdJob)
 
 

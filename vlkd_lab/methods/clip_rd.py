@@ -16,11 +16,11 @@ from ..rank_rows import mean_of_ranks, own_rows, shared_rows
 from ..trainers import parameter
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
-from .clip_kd import ClipKd, ClipKdJob
-from .distil import CLIP_KD, open_distil, student_under_maps
+from .clip_kd import ClipKd, open_clip_kd
+from .distil import CLIP_KD, student_under_maps
 
 # %% auto #0
-__all__ = ['vertical_relational', 'cross_relational', 'ClipRd', 'ClipRdJob', 'open_clip_rd']
+__all__ = ['vertical_relational', 'cross_relational', 'ClipRd']
 
 # %% ../../nbs/library/140_methods_clip_rd.ipynb #c1iprd07
 def _symmetric_divergence(first: Tensor, second: Tensor) -> Tensor:  # (b, B) logits each -> () nats
@@ -69,17 +69,6 @@ class ClipRd(ClipKd):
     )
 
 
-class ClipRdJob(ClipKdJob):
-    "A student that is taught in CLIP-RD's ways, and the same one trained from scratch"
-
-
-def open_clip_rd(options: ClipRd) -> ClipRdJob:
-    "Check data, models and terms, and write the run's config.json; nothing is trained yet"
-    if not options.teacher and options.teacher_features != "shards":
-        raise ValueError("teacher='' is not valid: CLIP-RD has a teacher; method=Distil trains without one")
-    return open_distil(options, ClipRdJob)
-
-
 _RELATIONS = (
     Term("vertical_relational", vertical_relational, formula="J(p(I, V), p(T, U))", needs_projection=True),
     Term("cross_relational", cross_relational, formula="J(p(I, U), p(T, V))", needs_projection=True),
@@ -90,7 +79,7 @@ register(
         name="CLIP-RD",
         citation="CLIP-RD: relative distillation for efficient CLIP distillation (Chung et al., 2026)",
         parameters=ClipRd,
-        open=open_clip_rd,
+        open=open_clip_kd,
         losses={term.name: term for term in _RELATIONS},
         views=(NetworkDrawing,),
         unfinished=student_under_maps,
