@@ -17,7 +17,7 @@ readme = here / "README.md"
 BROUGHT = ("data_samples/README.md", "data_samples/*.json", "data_samples/teacher/*", "data_samples/blip/*")
 
 # modules that register methods
-ROOMS = ("tinyclip", "contrastive", "distil", "clip_kd", "clip_rd", "siglip", "clip_cid", "dime_fm", "blip_training", "dlip")
+ROOMS = ("tinyclip", "contrastive", "distil", "clip_kd", "clip_rd", "reinforced", "siglip", "clip_cid", "dime_fm", "blip_training", "dlip")
 CURATION = settings["curation_requirements"].split()
 METHODS = [f"{name} = vlkd_lab.methods.{name}" for name in ROOMS]
 

@@ -27,7 +27,7 @@ from xdist.scheduler import LoadScopeScheduling
 IPYKERNEL6 = Path(__file__).parent.parent / ".cache" / "ipykernel6"  # `make test` puts it there, beside the newest in the environment
 MEMORY = Path("/dev/shm")
 ROOM = 8 << 30  # bytes: more than the files of a run ever take
-SHARED = {"TINY", "TINY_BLIP", "tar", "lines_of", "same_weights", "in_two_processes", "tiny_job"}
+SHARED = {"TINY", "TINY_BLIP", "tar", "lines_of", "same_weights", "in_two_processes", "tiny_job", "any_job", "train_watched"}
 
 
 def folder_in_memory():

@@ -1,5 +1,6 @@
 """What several test files share: a tiny model, tiny scenes, runs that are killed and go on."""
 
+import functools
 import io
 import tarfile
 from pathlib import Path
@@ -22,33 +23,45 @@ TINY = dict(
 )
 
 
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    "A folder with 3 × 40 training scenes and 48 validation scenes of 32 pixels"
-    folder = tmp_path_factory.mktemp("scenes")
+def make_scenes(folder):
+    "3 × 40 training scenes and 48 validation scenes of 32 pixels in a folder"
     write_shards(folder, 120, 0, split="train", per_shard=40, size=32)
     write_shards(folder, 48, 0, split="val", per_shard=48, size=32)
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_teacher(tmp_path_factory):
+def make_teacher(folder):
     "The folder of a tiny untrained teacher with a tokenizer of its own"
-    folder = tmp_path_factory.mktemp("teacher")
     tokenizer = train_tokenizer(["a small red star left of a large blue house"] * 9, folder / "tokenizer", 300, 24)
     config = TINY | dict(text_cfg=TINY["text_cfg"] | dict(vocab_size=len(tokenizer.tokenizer), hf_tokenizer_name="tiny"))
     return save_model(new_model(config, tokenizer=tokenizer, seed=3), folder / "teacher")
 
 
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    "See `make_scenes`"
+    return make_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory):
+    "See `make_teacher`"
+    return make_teacher(tmp_path_factory.mktemp("teacher"))
+
+
 TINY_BLIP = BlipShape(2, 32, 4, 2, 32, 4, 2, 2, image_neurons=64, text_neurons=64, image_size=32, patch_size=8, joint_width=16)
+
+
+def make_blip(folder):
+    "The folder of a tiny untrained BLIP whose words are those of the scenes"
+    said = ["a small red star left of a large blue house on the grass", "what colour is the star?", "how many shapes are there? two"]
+    return save_blip(new_blip(TINY_BLIP, train_wordpiece(said * 9, folder / "words", 120, 32), seed=3), folder / "blip")
 
 
 @pytest.fixture(scope="session")
 def tiny_blip(tmp_path_factory):
-    "The folder of a tiny untrained BLIP whose words are those of the scenes"
-    folder = tmp_path_factory.mktemp("blip")
-    said = ["a small red star left of a large blue house on the grass", "what colour is the star?", "how many shapes are there? two"]
-    return save_blip(new_blip(TINY_BLIP, train_wordpiece(said * 9, folder / "words", 120, 32), seed=3), folder / "blip")
+    "See `make_blip`"
+    return make_blip(tmp_path_factory.mktemp("blip"))
 
 
 def tar(path, members):
@@ -72,11 +85,18 @@ def lines_of(folder):
     return [{k: v for k, v in line.items() if k not in MEASURED} for line in Run(folder).metrics()]
 
 
+def train_watched(job, watch):
+    "Train a job, of which `watch` takes every step: given how it is taken otherwise, the loop and the batch"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainers.loop, "take_step", functools.partial(watch, trainers.take_step))
+        trainers.train(job)
+
+
 @pytest.fixture
 def killed_in_its_fourth_step(monkeypatch):
     "Train a job of six steps that dies in its fourth, and start it again; the steps that were begun"
 
-    def train_twice(open_job):  # () -> the job
+    def train_twice(open_job, meanwhile=lambda: None):  # () -> the job; what is done between
         step, taken = trainers.take_step, []
 
         def dies(loop, batch):
@@ -90,6 +110,7 @@ def killed_in_its_fourth_step(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             trainers.train(job)
         assert job.run.status()["state"] == "stopped"
+        meanwhile()
         trainers.train(open_job())
         return taken
 
@@ -125,6 +146,27 @@ def same_weights(one, other):
     "Whether two runs left the same student, bit for bit"
     a, b = (load_file(next(Path(folder, "student/student").glob("*model.safetensors"))) for folder in (one, other))
     return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def any_job(method, out, scenes, tiny_teacher, tiny_blip):
+    "Parameters of a job of any method that takes a second"
+    common = dict(data=f"{scenes}/train-{{000000..000002}}.tar", val=f"{scenes}/val-000000.tar", device="cpu")
+    common |= dict(steps=3, batch_size=8, warmup=1, validate_every=3, validate_pairs=16, probe_pairs=4, out=str(out))
+    towers = dict(teacher=str(tiny_teacher), compare_scratch=False)
+    blip = dict(image_size=32, sizes="image:1x32, text:1x32, fusion:1, decoder:1", head_width=16, joint_width=8)
+    own = {
+        "TinyCLIP": dict(towers, stages=1, inheritance="manual"),
+        "Distil": dict(towers, inheritance="manual"),
+        "CLIP-KD": dict(towers, inheritance="manual"),
+        "CLIP-RD": dict(towers, inheritance="manual"),
+        "SigLIP": dict(towers, inheritance="manual"),
+        "ClipCid": dict(towers, clusters=4, removed_share=0.3, map_images=8),
+        "DimeFm": dict(towers, sentences=common["data"], sentence_batch=12),
+        "Dlip": dict(teacher=str(tiny_blip), student="image:1x16, text:1x16", compare_scratch=False, queue=16),
+        "Contrastive": dict(image_size=32, vocabulary=300, context_length=24),
+        "BlipTraining": dict(blip, context_length=24, queue=16),
+    }
+    return common | own[method]
 
 
 def tiny_job(scenes, tiny_teacher, out, method, **changes):

@@ -1,5 +1,6 @@
 """The benchmark pages run to their tables, at sizes that take seconds; what they measure is looked at where a machine is quiet."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -90,6 +91,23 @@ def test_a_benchmark_fills_its_tables(name, here, monkeypatch):
         assert (names["pruned"]["fewer products"] > 1.5).all() and (names["table"].groupby("form")["MB on disk"].nunique() == 2).all()
     if name == "sentences":
         assert names["chosen"]["seconds"] > 0 and names["chosen"]["scenes"] > 0.3
+
+
+def test_the_ablation_of_reinforced_data_fills_its_table(here):
+    small = dict(data="scenes:48", second_data="scenes:48", second_steps=1, augmentations=2, steps=2, batch_size=8, validate_pairs=40)
+    names = run_page(RESULTS / "ablation_reinforced.ipynb", small | dict(seeds=[0, 1]))
+    check_table(names["table"], 11)
+    assert names["each"].shape == (22, 2) and list(names["table"].index) == list(names["rows"])
+    stored = {folder: json.loads((names["home"] / folder / "reinforced.json").read_text()) for folder in names["stored"]}
+    assert stored["both, crops"]["augmentations"] == 2 and stored["first"]["augmentations"] == 0
+    assert stored["both"]["teacher_widths"] == "64,64" and stored["second"]["weights"] != stored["first"]["weights"]
+    configs = {name: json.loads((names["home"] / f"runs/{number}-0/config.json").read_text()) for number, name in enumerate(names["rows"])}
+    assert len({config["parameters"]["start_from"] for config in configs.values()}) == 1, "all begin as the same student"
+    assert len({(config["parameters"]["steps"], config["parameters"]["batch_size"]) for config in configs.values()}) == 1
+    taught = {name: "affinity_mimicking" in config["objective"] for name, config in configs.items()}
+    assert [name for name, is_taught in taught.items() if not is_taught] == ["nothing stored", "all but features"]
+    two = {name for name, config in configs.items() if config["parameters"].get("both_captions")}
+    assert two == {name for name in configs if name.startswith("all") or name.endswith("synthetic captions")} - {"all but synthetic captions"}
 
 
 @pytest.mark.skipif(not jupyter_page.find_chromium(), reason="needs Chromium")

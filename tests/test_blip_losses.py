@@ -454,3 +454,21 @@ def test_shares_of_smoothing_and_temperatures_out_of_range_are_refused():
         logit_divergence(noise(2, 3), noise(2, 3), temperature=0.0)
     with pytest.raises(ValueError, match="smoothing"):
         language_modelling(noise(1, 2, 3), torch.tensor([[1, 2]]), smoothing=1.5)
+
+
+@pytest.mark.parametrize("floor", [1e-4, 0.05])
+def test_a_floor_is_added_to_the_shares_among_all(floor):
+    "BLIP's pre-training: a softmax over the whole row, and then the floor; what is no negative is left out at last"
+    names, draws = torch.tensor([0, 1, 2, 1, 3]), 2000
+    similarity = 2.5 * noise(5, 5)
+    fine = names[:, None] != names
+    texts, images = torch.zeros(5, 5), torch.zeros(5, 5)
+    for seed in range(draws):
+        text, image = hard_negatives(similarity, names, seed, floor)
+        texts[torch.arange(5), text] += 1
+        images[torch.arange(5), image] += 1
+    for counts, scores in ((texts, similarity), (images, similarity.T)):
+        chances = (scores.softmax(1) + floor) * fine
+        chances = chances / chances.sum(1, keepdim=True)
+        chi = ((counts - draws * chances) ** 2 / (draws * chances))[fine].sum()
+        assert (counts[~fine] == 0).all() and chi < 45

@@ -12,6 +12,8 @@ from vlkd_lab.balancing import nearest_center
 from vlkd_lab.data import inspect_shards, load_pairs
 from vlkd_lab.engines import job_progress
 from vlkd_lab.evaluation import compare, finish, probe_table
+from vlkd_lab.features import Features
+from vlkd_lab.losses import ClusterTerms, cluster_classification
 from vlkd_lab.methods import tinyclip
 from vlkd_lab.methods.clip_cid import ClipCid, cid_objective, open_clip_cid
 from vlkd_lab.models import image_tower, load_model, new_model, save_model
@@ -252,3 +254,76 @@ def test_snapshots_without_a_teacher_have_no_clusters(tiny):
     train(job)
     found = {labels["stage"]: set(read_snapshot(path)[0]) for path, labels in kept_snapshots(job.run)}
     assert "clusters_student" in found["student"] and "clusters_student" not in found["scratch"]
+
+
+@pytest.mark.parametrize("changes", [dict(cluster_positives=3), dict(cluster_positives=3, class_share=0.7, cluster_margin=0.3)], ids=str)
+def test_several_positive_centres_have_mlcds_loss_in_a_job(changes, tiny, tmp_path):
+    job = job_of(tiny, **changes)
+    student, batch = job.new_student(), next(job.batches(0))
+    with torch.no_grad():
+        taught, seen = job.source.encode(batch), student.encode(batch)
+        centers = job.clusters.centers
+        cosines = (seen.image @ centers.T).double()
+        near = (taught.image @ centers.T).topk(3, dim=1).indices.tolist()
+    objective = cid_objective(job, student)
+    objective.draw(11)
+    found = objective(seen, taught)["cluster_classification"].item()
+    sampled = set(range(6)) if "class_share" not in changes else {k for row in near for k in row}  # a batch has all but a few
+    margin, losses = changes.get("cluster_margin", 0.0), []
+    for k, own in enumerate(near):
+        wrong = [np.exp(32 * cosines[k, c].item()) for c in sampled if c not in own]
+        right = [np.exp(-32 * np.cos(np.arccos(cosines[k, c].item()) + margin)) for c in own]
+        losses.append(np.log1p(sum(wrong)) + np.log1p(sum(right)))
+    assert found == pytest.approx(np.mean(losses), rel=1e-4)
+    train(job)
+    lines = [line for line in lines_of(tiny["out"]) if "total" in line]
+    assert len(lines) == 6 and lines[0]["cluster_classification"] == pytest.approx(np.mean(losses), rel=1e-3)
+
+
+def test_margins_beyond_the_far_side(tiny):
+    "Three forms of ArcFace's margin, against numbers of one's own; they differ where an image lies on the far side"
+    angles = np.deg2rad([20.0, 100.0, 165.0, 178.0])
+    rows = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+    centers = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).double()
+    m, own = 0.4, torch.zeros(4, dtype=torch.long)
+    forms = {
+        "arcface": [np.cos(a + m) if a + m <= np.pi else np.cos(a) - m * np.sin(m) for a in angles],
+        "flat": [np.cos(min(a + m, np.pi)) for a in angles],
+        "cosine": [np.cos(a + m) for a in angles],
+    }
+    values = {}
+    for form, cosines in forms.items():
+        other = np.sin(angles)
+        expected = np.mean([np.log(np.exp(4 * c) + np.exp(4 * o)) - 4 * c for c, o in zip(cosines, other, strict=True)])
+        values[form] = cluster_classification(rows, centers, own, 4.0, m, beyond=form).item()
+        assert values[form] == pytest.approx(expected, rel=1e-5)
+        features = Features(rows, rows, torch.ones(()).double())
+        terms = ClusterTerms(centers, 4.0, m, beyond=form)
+        near = terms.assignment(rows)
+        assert terms.classification(features, features) == cluster_classification(rows, centers, near, 4.0, m, beyond=form)
+    assert values["arcface"] > values["flat"] > values["cosine"]
+    job = job_of(tiny, margin_beyond="cosine", cluster_margin=1.5, steps=2)
+    student = job.new_student()
+    find = next(term for term in cid_objective(job, student).terms if term.name == "cluster_classification")
+    rows = -job.clusters.centers[:2]  # on the far side of their own centres
+    near = Features(job.clusters.centers[:2], job.clusters.centers[:2], torch.ones(()))
+    expected = cluster_classification(rows, job.clusters.centers, torch.tensor([0, 1]), 32.0, 1.5, beyond="cosine")
+    assert find.function(Features(rows, rows, torch.ones(())), near) == expected
+    train(job)
+    assert len([line for line in lines_of(tiny["out"]) if "total" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(cluster_positives=6), "cluster_positives=6 is not valid: there are clusters=6, and one of them must be wrong"),
+        (dict(cluster_positives=8, clusters=0), "cluster_positives=8 is not valid: there are clusters=[2-8], and one of them"),
+        (dict(cluster_positives=0), "at least 1"),
+        (dict(margin_beyond="round"), "one of 'arcface', 'flat', 'cosine'"),
+    ],
+    ids=str,
+)
+def test_positives_and_margins_that_cannot_be(changes, message, tiny):
+    with pytest.raises(ValueError, match=message):
+        job_of(tiny, **changes)
+    assert not Run(tiny["out"]).folder.exists()

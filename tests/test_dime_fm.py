@@ -9,7 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import TINY, in_two_processes, lines_of
+from conftest import TINY, in_two_processes, lines_of, train_watched
 
 from vlkd_lab import trainers
 from vlkd_lab.data import escaped, find_images, inspect_shards, visible
@@ -349,10 +349,9 @@ def test_another_teachers_store_is_refused(tiny, tiny_teacher, tmp_path):
 
 def test_a_term_that_needs_pairs_is_refused_in_mid_run(tiny):
     job, refused = job_of(tiny), []
-    taken = trainers.take_step
 
-    def asks(loop, batch):
-        found = taken(loop, batch)
+    def asks(step, loop, batch):
+        found = step(loop, batch)
         if loop.step == 2:
             for wish in (dict(contrastive=1.0), dict(unimodal_distance=0.5)):
                 try:
@@ -361,11 +360,7 @@ def test_a_term_that_needs_pairs_is_refused_in_mid_run(tiny):
                     refused.append(str(error))
         return found
 
-    trainers.loop.take_step = asks
-    try:
-        train(job)
-    finally:
-        trainers.loop.take_step = taken
+    train_watched(job, asks)
     assert refused == ["contrastive needs pairs: images and texts of this run do not belong together"]
     assert "unimodal_distance" in [line for line in job.run.metrics() if "total" in line][-1]
     assert job.run.config()["terms"] == ["vision_language_score", "pseudo_vision_language_score", "unimodal_distance"]
@@ -443,3 +438,84 @@ def test_broken_lines_are_counted_and_named(tiny, tmp_path):
     named = [json.loads(line) for line in (job.run.folder / "bad_samples.jsonl").read_text().splitlines()]
     assert {entry["reason"] for entry in named} == {f"line {k} is not UTF-8 at byte 3" for k in range(251, 256)}
     assert all(re.fullmatch(r"said-\d{6}/\d{9}", entry["sample"]) for entry in named)
+
+
+AS_PUBLISHED = dict(crop_scale=0.08, flip=True, teacher_sees="whole", weight_decay=0.05, beta2=0.999, eps=1e-8, learning_rate_floor=4e-5)
+
+
+@pytest.mark.parametrize("features", ["stored", "online"])
+def test_the_published_training_teaches_crops_what_the_teacher_says_of_whole_pictures(features, tiny, ends_as_if_undisturbed):
+    given = tiny | AS_PUBLISHED | dict(teacher_features=features, sentence_batch=16)
+    job = job_of(given)
+    student = job.new_student()
+    batches = list(islice(job.unpaired(0), 30))
+    batch, plain = batches[0], next(job_of(tiny | dict(out=f"{tiny['out']}-plain", sentence_batch=16)).unpaired(0))
+    assert batch.keys == plain.keys and not torch.equal(batch.image, plain.image)
+    with torch.no_grad():
+        V, U = (trainers.ask(job.source, batch).image, trainers.ask(job.source, batch).text)
+        assert torch.allclose(V, job.teacher.encode_image(plain.image), atol=2e-3), "of the whole picture, as it is"
+        I = student.encode_image(batch.image)  # noqa: E741
+    divergence = lambda p, q: (p.softmax(1) * (p.log_softmax(1) - q.log_softmax(1))).sum(1).mean()  # noqa: E731
+    expected = 0.7 * (divergence(100 * V @ U.T, 100 * I @ U.T) + divergence(100 * U @ V.T, 100 * U @ I.T))
+    expected += 0.3 * 2 * divergence(100 / 3 * V @ V.T, 100 / 3 * I @ V.T)
+    ends_as_if_undisturbed(lambda out: job_of(given | dict(checkpoint_seconds=0.0, out=out)))
+    train(job)
+    lines = [line for line in lines_of(tiny["out"]) if "total" in line]
+    assert lines[0]["total"] == pytest.approx(float(expected), rel=1e-3)
+    cosine = lambda step: (1 + np.cos(np.pi * step / 6)) / 2  # noqa: E731
+    rates = [min(1, (step + 1) / 2) * (4e-5 + (8e-4 - 4e-5) * cosine(step)) for step in range(6)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(rates, rel=1e-5)
+
+
+def test_adamws_numbers_reach_the_update(tiny, tmp_path):
+    "The first two updates of AdamW by hand, from the gradients that the loop had"
+    given = dict(steps=2, warmup=0, clip_norm=1e9, learning_rate_floor=8e-4, weight_decay=0.05, beta1=0.8, beta2=0.999, eps=1e-4)
+    job = job_of(tiny | given)
+    weights, gradients = [job.new_student().model.state_dict()["visual.proj"]], []
+
+    def watched(step, loop, batch):
+        found = step(loop, batch)
+        proj = loop.learner.model.visual.proj
+        gradients.append(proj.grad.clone()), weights.append(proj.detach().clone())
+        return found
+
+    train_watched(job, watched)
+    weight, mean, square = weights[0].clone(), 0.0, 0.0
+    for step, gradient in enumerate(gradients, 1):
+        mean, square = 0.8 * mean + 0.2 * gradient, 0.999 * square + 0.001 * gradient**2
+        weight = weight * (1 - 8e-4 * 0.05) - 8e-4 * (mean / (1 - 0.8**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-4)
+        assert torch.allclose(weights[step], weight, atol=1e-7), step
+    assert not torch.allclose(weights[2], weights[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(flip=True), "flip=True is not valid with teacher_features='stored'.*teacher_sees='whole'"),
+        (dict(flip=True, crop_scale=0.5, augmentations=2), "numbered crops are not mirrored"),
+        (dict(crop_scale=0.5, augmentations=2, teacher_sees="whole"), "the teacher's features are of no crop"),
+        (dict(learning_rate_floor=1e-3), "learning_rate_floor=0.001 is not valid: it must be at most learning_rate=0.0008"),
+        (dict(beta2=1.0), "from 0, below 1"),
+        (dict(teacher_sees="nothing"), "one of 'same', 'whole'"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_training_that_contradicts_itself_is_refused(changes, message, tiny):
+    with pytest.raises(ValueError, match=message) as error:
+        job_of(tiny, **changes)
+    assert "\n" not in str(error.value) and not Run(tiny["out"]).folder.exists()
+
+
+def test_runs_from_before_these_parameters_are_found_and_go_on(tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.ini").write_text("lib_name = vlkd_lab\n")
+    job = job_of(tiny | dict(out=""))
+    train(job)
+    config = json.loads((job.run.folder / "config.json").read_text())
+    for name in ("beta1", "beta2", "eps", "learning_rate_floor", "flip", "teacher_sees"):
+        assert name in trainers.LATER and trainers.LATER[name] == getattr(DimeFm(), name) == config["parameters"].pop(name)
+    (job.run.folder / "config.json").write_text(json.dumps(config))
+    assert job_of(tiny | dict(out="", steps=8)).run.folder != job.run.folder
+    again = job_of(tiny | dict(out=str(job.run.folder), steps=8))
+    train(again)
+    assert len([line for line in again.run.metrics() if "total" in line]) == 8

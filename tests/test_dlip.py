@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import forked
 import pytest
 import torch
-from conftest import TINY_BLIP, in_two_processes
+from conftest import TINY_BLIP, in_two_processes, train_watched
 from webdataset import TarWriter
 
 from vlkd_lab import fusion, trainers
@@ -34,16 +35,21 @@ def tiny(scenes, tiny_blip, tmp_path):
     return given | dict(out=str(tmp_path / "run"), compare_scratch=False, probe_pairs=6, student="image:1x16, text:1x16")
 
 
+def asked_otherwise(scenes, folder, change):
+    "The scenes, each with the questions that `change` makes of its number in the shard and its own"
+    for number, shard in enumerate(sorted(scenes.glob("train-*.tar"))):
+        with TarWriter(str(folder / f"asked-{number:06d}.tar")) as out:
+            for k, sample in enumerate(raw_samples(shard)):
+                facts = json.loads(sample["json"])
+                facts["questions"] = change(k, facts["questions"])
+                out.write({"__key__": sample["__key__"], **{e: sample[e] for e in ("jpg", "txt")}, "json": json.dumps(facts).encode()})
+    return f"{folder}/asked-{{000000..000002}}.tar"
+
+
 @pytest.fixture
 def partly_asked(scenes, tmp_path):
     "Shards in which few pictures have a question"
-    for number, shard in enumerate(sorted(scenes.glob("train-*.tar"))):
-        with TarWriter(str(tmp_path / f"partly-{number:06d}.tar")) as out:
-            for k, sample in enumerate(raw_samples(shard)):
-                facts = json.loads(sample["json"])
-                facts["questions"] = facts["questions"] if k % 9 == 0 else []
-                out.write({"__key__": sample["__key__"], **{e: sample[e] for e in ("jpg", "txt")}, "json": json.dumps(facts).encode()})
-    return f"{tmp_path}/partly-{{000000..000002}}.tar"
+    return asked_otherwise(scenes, tmp_path, lambda k, questions: questions if k % 9 == 0 else [])
 
 
 def job_of(tiny, **changes):
@@ -153,9 +159,8 @@ def test_what_no_term_asks_for_is_not_run(tiny, monkeypatch):
 def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
     job = job_of(tiny, momentum=0.9, steps=3, checkpoint_seconds=0.0, keep_snapshots=0)
     seen = []
-    step = trainers.take_step
 
-    def watched(loop, batch):
+    def watched(step, loop, batch):
         before = {n: w.clone() for n, w in loop.learner.momentum_encoder.named_parameters()}
         found = step(loop, batch)
         own = dict(loop.learner.model.named_parameters())
@@ -164,11 +169,7 @@ def test_the_momentum_encoder_and_the_queue_are_those_of_the_formula(tiny):
         seen.append((int(loop.learner.queue.seen), len(loop.learner.queue.rows()[0])))
         return found
 
-    trainers.loop.take_step = watched
-    try:
-        train(job)
-    finally:
-        trainers.loop.take_step = step
+    train_watched(job, watched)
     assert seen == [(8, 8), (16, 16), (24, 21)], "a queue of 21 pairs, which 8 does not divide"
 
 
@@ -451,3 +452,128 @@ def test_the_room_of_dlip_brings_the_training_of_a_blip_along():
     code = "import vlkd_lab.methods.dlip; from vlkd_lab.methods import METHODS; print(*sorted(METHODS.known()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["BlipTraining", "Dlip"]
+
+
+@pytest.fixture
+def of_people(scenes, tmp_path):
+    "Shards whose questions have several answers, as VQA's people and as Visual Genome's weights"
+    kinds = [lambda a: [a, a, "yes"], lambda a: {a: 0.2}, lambda a: a, lambda a: [a, "red", "blue", a]]
+    return asked_otherwise(scenes, tmp_path, lambda k, questions: [[asked, kinds[k % 4](text), kind] for asked, text, kind in questions])
+
+
+def answers_by_hand(job, answer_loss):
+    "The loss of answers of a first step, one word at a time"
+    student, batch = make_student(job)[0], next(job.batches(0))
+    words, network = student.tokenizer, student.model.eval()
+    seed = trainers.seed_of(job.options.seed, "student/distil", 0, 0)
+    total, divisor = 0.0, 0.0
+    for picture, (key, questions) in enumerate(zip(batch.keys, batch.questions, strict=True)):
+        question, given, _ = random.Random(f"{seed} {key}").choice(questions)
+        if isinstance(given, str):
+            weights = {given: 1.0}
+        elif isinstance(given[0], str):
+            weights = {text: given.count(text) / len(given) for text in given}
+        else:
+            weights = dict(given)
+        tokens = fusion.with_start_token(words([question]), words.enc)
+        mask = tokens != words.pad
+        read = network.run_text(tokens, mask, network.run_image(batch.image[[picture]]).states)
+        for text, weight in weights.items():
+            ids = fusion.with_start_token(words([text]), words.dec)
+            ids = ids[:, ids[0] != words.pad]
+            shares = network.run_decoder(ids, torch.ones_like(ids).bool(), network.question_states(read), mask).logits[0].log_softmax(1)
+            nats = [-0.9 * shares[place, token] - 0.1 * shares[place].mean() for place, token in enumerate(ids[0, 1:].tolist())]
+            total += weight * float(sum(nats))
+            divisor += weight * len(nats) if answer_loss == "mean" else 0.0
+        divisor += 1.0 if answer_loss == "sum" else 0.0
+    return total / divisor
+
+
+@pytest.mark.parametrize("answer_loss", ["mean", "sum"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_answers_are_weighted_and_summed_as_asked(several, answer_loss, tiny, of_people):
+    given = tiny | (dict(data=of_people) if several else {})
+    job = job_of(given, losses="answering:1, language_modelling:1", answer_loss=answer_loss)
+    with torch.no_grad():
+        expected = answers_by_hand(job, answer_loss)
+    sums, whole, *_ = first_step(job)
+    assert sums["answering"] == pytest.approx(expected, rel=1e-4)
+    for micro in (2, 5):
+        parts, grads, *_ = first_step(job, micro_batch=micro)
+        assert parts == pytest.approx(sums, rel=1e-4)
+        for name, gradient in whole.items():
+            assert (grads[name] - gradient).abs().max() <= 1e-3 * max(float(gradient.abs().max()), 1e-3), name
+    train(job)
+    lines = [line for line in job.run.metrics() if "total" in line]
+    assert len(lines) == 6 and lines[0]["answering"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_two_processes_sum_answers_as_one(tiny, of_people, tmp_path):
+    (tmp_path / "half.py").write_text(HALF)
+    found = []
+    for world in (1, 2):
+        given = tiny | dict(losses="answering:1, language_modelling:1", answer_loss="sum", val=of_people.replace("{000000..000002}", "000000"))
+        forked.run(str(tmp_path / "half.py"), json.dumps(given | dict(out=str(tmp_path / f"of-{world}"))), str(tmp_path / f"{world}.pt"), processes=world)
+        found.append(torch.load(tmp_path / f"{world}.pt", weights_only=True))
+    one, two = found
+    assert one["sums"] == pytest.approx(two["sums"], rel=1e-4)
+    for name, whole in one["grads"].items():
+        if whole is not None:
+            assert (two["grads"][name] - whole).abs().max() <= 1e-3 * max(float(whole.abs().max()), 1e-3), name
+
+
+def test_a_floor_draws_other_hard_negatives_in_a_job(tiny):
+    job = job_of(tiny, losses="image_text_matching:1")
+    drawn = [first_step(job, negative_floor=floor)[3].negatives for floor in (0.0, 0.0, 1.0)]
+    assert all(torch.equal(*sides) for sides in zip(drawn[0], drawn[1], strict=True))
+    assert not all(torch.equal(*sides) for sides in zip(drawn[0], drawn[2], strict=True))
+    train(job_of(tiny, losses="image_text_matching:1", negative_floor=1e-4, out=f"{tiny['out']}-floor"))
+    assert len([line for line in lines_of_run(f"{tiny['out']}-floor") if "total" in line]) == 6
+
+
+def lines_of_run(folder):
+    return Run(folder).metrics()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [(dict(answer_loss="total"), "one of 'mean', 'sum'"), (dict(negative_floor=-1.0), "from 0 to 1")],
+    ids=str,
+)
+def test_answers_and_floors_that_cannot_be(changes, said, tiny):
+    with pytest.raises(ValueError, match=said):
+        job_of(tiny, **changes)
+
+
+def test_a_blip_is_trained_by_its_papers_own_losses(of_people, scenes, tmp_path):
+    given = dict(data=of_people, val=f"{scenes}/val-000000.tar", device="cpu", steps=6, batch_size=8, warmup=1, validate_every=3)
+    given |= dict(validate_pairs=12, sizes="image:1x16, text:1x16, fusion:1, decoder:1", image_size=32, head_width=8, vocabulary=200)
+    given |= dict(joint_width=8, answer_loss="sum", negative_floor=1e-4, crop_scale=0.5, flip=True, beta2=0.999, learning_rate_floor=1e-5)
+    open_ = lambda out: open_blip_training(check_parameters(BlipTraining, given | dict(out=str(out), checkpoint_seconds=0.0)))  # noqa: E731
+    job = open_(tmp_path / "whole")
+    train(job)
+    scored = [line for line in job.run.metrics() if line.get("event") == "validation"]
+    assert all(0 <= line["answer_accuracy"] <= 1 for line in scored)
+    again = open_(tmp_path / "again")
+    again.run.control(stop=True)
+    train(again)
+    again.run.control(stop=False)
+    train(open_(tmp_path / "again"))
+    lines = [[line["total"] for line in run.metrics() if "total" in line] for run in (job.run, again.run)]
+    assert len(lines[0]) == 6 and lines[0] == lines[1]
+
+
+def test_a_student_of_crops_learns_what_the_teacher_says_of_whole_pictures(tiny):
+    job = job_of(tiny, losses="image_features:1", crop_scale=0.4, flip=True, teacher_sees="whole")
+    batch, plain = next(job.batches(0)), next(job_of(tiny, out=f"{tiny['out']}-plain").batches(0))
+    assert torch.equal(batch.teacher_image, plain.image) and not torch.equal(batch.image, plain.image)
+    student = make_student(job)[0].model
+    objective = dlip_objective(job.options, job.teacher, make_student(job)[0], job.tasks)
+    project = next(term for term in objective.terms if term.name == "image_features").function.project
+    with torch.no_grad():
+        rows = project(student.run_image(batch.image).states[:, 0])
+        wanted = job.teacher.model.run_image(plain.image).states[:, 0]
+        expected = float((1 - torch.nn.functional.cosine_similarity(rows, wanted)).mean())
+    sums, *_ = first_step(job)
+    assert sums["image_features"] == pytest.approx(expected, rel=1e-4)
+    train(job)

@@ -644,6 +644,18 @@ def test_a_clip_opens_in_transformers_with_its_pictures_and_words_and_comes_back
     assert again.config["preprocess_cfg"] == student.config["preprocess_cfg"]
 
 
+def test_how_somebody_called_a_tokenizer_does_not_stay_with_it(tiny_teacher, tmp_path):
+    "Those of sentence-transformers remember 128 tokens, which a processor would take for its own"
+    student = slim(tiny_teacher)
+    student.tokenizer.tokenizer.init_kwargs |= dict(max_length=128, stride=0, truncation_strategy="longest_first")
+    save_model(student, tmp_path / "student")
+    assert json.loads((tmp_path / "student" / "tokenizer_config.json").read_text())["max_length"] == 128
+    out = export_student(tmp_path / "student", tmp_path / "away", onnx=False)
+    assert "In transformers it is a `CLIPModel`" in (out / "README.md").read_text()
+    given = CLIPProcessor.from_pretrained(out)(text=CAPTIONS, padding="max_length", truncation=True, return_tensors="pt")
+    assert given["input_ids"].shape[1] == student.config["model_cfg"]["text_cfg"]["context_length"]
+
+
 def test_a_clip_with_clips_own_words_is_a_clip_everywhere(tiny_teacher, tmp_path):
     text = TINY["text_cfg"] | dict(vocab_size=49408, context_length=20)
     student = shaken(new_model(TINY | dict(text_cfg=text)))
@@ -982,10 +994,11 @@ def test_the_job_takes_a_run_or_what_ships_and_uploads_nothing(tiny_teacher, sce
     (run / "config.json").write_text(json.dumps({"method": "TinyCLIP", "parameters": {"data": "scenes:100"}}))
     pytest.importorskip("clip_benchmark")
     to_clip_benchmark(scenes / "val-000000.tar", tmp_path / "sets/flickr8k", parts=1)
-    given = dict(benchmark="wds/flickr8k", benchmark_root="sets")
+    given = dict(benchmark="wds/flickr8k", benchmark_root="sets", timm=True)
     shown = notebook(tmp_path / "nbs" / "b.ipynb", onnx=False, transformers=False, licence="mit", **given)
     assert "image_retrieval_recall@1" in shown and "| flickr8k |" in shown and (run / "clip_benchmark.csv").is_file()
     assert not (tmp_path / "runs/exports/tiny-stage-1/config.json").exists()
+    assert (tmp_path / "runs/exports/tiny-stage-1/timm/config.json").is_file() and "Its image tower alone is timm's" in shown
     assert "tiny-stage-1" in shown and "in open_clip's shapes" in shown and "license: mit" in shown and str(tmp_path) not in shown
     assert Run(run).folder.exists() and (tmp_path / "runs/exports/tiny-stage-1/slim").is_dir()
 
@@ -996,5 +1009,5 @@ FORM_PARAMETERS = ["onnx_forms", "calibration", "validation", "benchmark", "benc
 def test_the_job_has_one_parameters_cell_that_papermill_reads():
     node = load_notebook_node(str(ROOT / "nbs" / "export_student.ipynb"))
     found = {p.name: p for p in _infer_parameters(node)}
-    assert list(found) == ["run_folder", "stage", "out", "licence", "datasets", "onnx", "transformers", *FORM_PARAMETERS, "push_to", "private"]
+    assert list(found) == ["run_folder", "stage", "out", "licence", "datasets", "onnx", "transformers", "timm", *FORM_PARAMETERS, "push_to", "private"]
     assert found["push_to"].default == '""' and all(p.help for p in found.values())

@@ -27,6 +27,7 @@ from vlkd_lab.gates import (
     uniform_shapes,
 )
 from vlkd_lab.inheritance import inherit, plan_gates, plan_uniform
+from vlkd_lab.layouts import LAYOUTS
 from vlkd_lab.models import TowerShape, head_widths, resize_towers, tower_shapes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "l0_masks.npz")
@@ -313,7 +314,7 @@ def test_each_gate_scales_what_it_writes_and_nothing_else():
     half = {"hidden": torch.full((32,), 0.5), "heads": (torch.full((4,), 0.5),) * 3, "neurons": (torch.full((128,), 0.5),) * 3,
             "attention_block": torch.full((3,), 0.5), "mlp_block": torch.full((3,), 0.5)}  # fmt: skip
     written = {
-        "hidden": "conv1.weight class_embedding positional_embedding ln_pre.weight ln_pre.bias attn.out_proj.weight attn.out_proj.bias "
+        "hidden": "conv1.weight class_embedding positional_embedding attn.out_proj.weight attn.out_proj.bias "
         "mlp.c_proj.weight mlp.c_proj.bias",
         "heads": "attn.in_proj_weight attn.in_proj_bias",
         "neurons": "mlp.c_proj.weight",
@@ -355,3 +356,102 @@ def test_gates_stand_in_the_order_in_which_checkpoints_and_draws_have_them():
     drawn = gates.sample(torch.Generator().manual_seed(0))["image"].heads[0]
     noise = torch.rand(2, generator=torch.Generator().manual_seed(0))
     close(drawn, sample_gates(gates.log_alpha["image"]["heads"].detach(), noise).numpy())
+
+
+def norm_over_kept(norm, x, z):
+    "A LayerNorm over the channels whose gate is above zero; zero in the others"
+    if z is None:
+        return norm(x)
+    kept = torch.where(z > 0)[0]
+    some = x[..., kept]
+    some = (some - some.mean(-1, keepdim=True)) / (some.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt()
+    out = torch.zeros_like(x)
+    out[..., kept] = some * norm.weight[kept] + norm.bias[kept]
+    return out
+
+
+def slow_blocks(transformer, x, gates, mask):
+    "Pre-norm blocks head by head, every gate written where the formula has it"
+    z = 1.0 if gates.hidden is None else gates.hidden
+    for i, block in enumerate(transformer.resblocks):
+        y = norm_over_kept(block.ln_1, x, gates.hidden)
+        heads = block.attn.num_heads
+        q, k, v = (y @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, dim=-1)
+        outputs = []
+        for head, (qh, kh, vh) in enumerate(zip(q.chunk(heads, -1), k.chunk(heads, -1), v.chunk(heads, -1), strict=True)):
+            affinity = qh @ kh.mT / qh.shape[-1] ** 0.5 + mask
+            outputs.append(affinity.softmax(-1) @ vh * gates.heads[i][head])
+        written = torch.cat(outputs, -1) @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+        x = x + written * z * gates.attention_block[i]
+        hidden = block.mlp.gelu(block.mlp.c_fc(norm_over_kept(block.ln_2, x, gates.hidden))) * gates.neurons[i]
+        x = x + block.mlp.c_proj(hidden) * z * gates.mlp_block[i]
+    return x
+
+
+def slow_features(model, image, text, values):
+    "Image and text features of a CLIP under gates, from the formula alone"
+    visual, gates = model.visual, values["image"]
+    x = visual.conv1(image).flatten(2).mT
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], dim=1) + visual.positional_embedding
+    x = norm_over_kept(visual.ln_pre, x if gates.hidden is None else x * gates.hidden, gates.hidden)
+    x = slow_blocks(visual.transformer, x, gates, 0.0)
+    image_rows = norm_over_kept(visual.ln_post, x[:, 0], gates.hidden) @ visual.proj
+    gates = values["text"]
+    x = model.token_embedding(text) + model.positional_embedding
+    causal = torch.full((text.shape[1],) * 2, -torch.inf, dtype=x.dtype).triu(1)
+    x = slow_blocks(model.transformer, x if gates.hidden is None else x * gates.hidden, gates, causal)
+    x = norm_over_kept(model.ln_final, x, gates.hidden)
+    return image_rows, x[range(len(text)), text.argmax(-1)] @ model.text_projection
+
+
+@pytest.mark.parametrize("sort", ["soft", "final", "binary"])
+@pytest.mark.parametrize("kinds", [GATE_KINDS, tuple(kind for kind in GATE_KINDS if kind != "hidden")])
+def test_the_gated_forward_and_its_gradients_are_those_of_the_formula(kinds, sort):
+    model = small_model(3)
+    for name, weight in model.named_parameters():
+        if "ln_" in name:  # so that it matters what multiplies a norm
+            weight.data.add_(0.5 * torch.randn_like(weight))
+    gates = random_gates(model, kinds, seed=5, spread=1.0)
+    values = gates.sample(torch.Generator().manual_seed(2)) if sort == "soft" else gates.final()
+    if sort == "binary":
+        values = {t: TowerGates(*(as_binary(getattr(g, k)) for k in GATE_KINDS)) for t, g in values.items()}
+    whole = {}
+    for tower, shape in gates.shapes.items():  # the formula knows open gates as ones
+        one = TowerGates(None, tuple(map(torch.ones, shape.heads)), tuple(map(torch.ones, shape.neurons)), *(torch.ones(shape.layers),) * 2)
+        whole[tower] = TowerGates(*(getattr(one if getattr(values[tower], k) is None else values[tower], k) for k in GATE_KINDS))
+    image = torch.randn(2, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = slow_features(model, image, TEXT, whole)
+    with gated(model, values, gates.shapes):
+        found = (model.encode_image(image), model.encode_text(TEXT))
+        for rows, slow in zip(found, expected, strict=True):
+            assert torch.allclose(rows, slow, rtol=1e-9, atol=1e-11)
+    if sort != "soft":
+        return
+    learned = [*gates.log_alpha.parameters(), *(p for n, p in model.named_parameters() if n != "logit_scale")]
+    of_formula = torch.autograd.grad(sum((rows**2).sum() for rows in expected), learned, retain_graph=True)
+    of_ours = torch.autograd.grad(sum((rows**2).sum() for rows in found), learned)
+    for ours, slow in zip(of_ours, of_formula, strict=True):
+        assert torch.allclose(ours, slow, rtol=1e-8, atol=1e-9 * float(slow.abs().max()) + 1e-12)
+
+
+def as_binary(values):
+    "Ones and zeros in the place of soft gates"
+    if values is None or torch.is_tensor(values):
+        return values if values is None else (values > 0).to(values)
+    return tuple((layer > 0).to(layer) for layer in values)
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS.values() if layout.starts], ids=lambda layout: layout.name)
+def test_no_gate_multiplies_the_norm_that_begins_a_stream(layout):
+    (norm,) = layout.starts
+    assert norm in layout.norms, "it normalises over what is kept"
+    for part in ("weight", "bias"):
+        axes = layout.axes(f"{norm}.{part}", False)
+        assert axes == ("hidden",) and f"{norm}.{part}" in layout.writes and layout.gates(f"{norm}.{part}", axes) == ()
+
+
+def test_every_kind_of_tower_with_a_norm_before_its_blocks_says_so():
+    starts = {name: layout.starts for name, layout in LAYOUTS.items() if "hidden" in layout.kinds}
+    assert starts.pop("bert") == ("transformer.embeddings.LayerNorm",)
+    assert starts.pop("open_clip") == starts.pop("open_clip_pooled") == ("ln_pre",)
+    assert len(starts) == 5 and set(starts.values()) == {("trunk.norm_pre",)}

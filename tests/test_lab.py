@@ -34,11 +34,11 @@ pytestmark = [
 ]
 
 
-def until(condition, seconds=None, every=0.05):
-    "Wait for a condition to become true; the value it had"
+def until(condition, seconds=None, every=0.05, seen=None):
+    "Wait for a condition to become true; the value it had. If it does not, the error says what `seen()` gave"
     deadline = time.monotonic() + (seconds or jupyter_page.PATIENCE)
     while not (value := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"waited in vain; seen: {seen and seen()}"
         time.sleep(every)
     return value
 
@@ -313,7 +313,12 @@ def test_curves_outlive_a_reload_and_take_the_colours_of_the_page(page, project)
     until(lambda: "feature mimicking" in page.kernel_eval(chosen))  # the kernel has heard of it
     page.save()
     page.reload()
-    until(lambda: (points := points_drawn(page))[:1] == [shown] and points[1:] and points[1] > 250)  # and no cell was run again
+
+    def is_as_before():  # and no cell was run again
+        points = points_drawn(page)
+        return points[:1] == [shown] and points[1:] and points[1] > 250
+
+    until(is_as_before, seen=lambda: (shown, points_drawn(page)))
     after = plot.evaluate(LOOK_AT_PLOT)
     assert abs(after["drawn"] / before["drawn"] - 1) < 0.2 and plot.locator('button[aria-pressed="false"]').count() == 1
 

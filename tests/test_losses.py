@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlkd_lab import losses
-from vlkd_lab.features import BiasedFeatures, Features
+from vlkd_lab.features import BiasedFeatures, Ensemble, Features
 from vlkd_lab.losses import (
     LOSSES,
     AugmentedFeatures,
@@ -37,6 +37,7 @@ from vlkd_lab.losses import (
     sigmoid_mimicking,
     tiles,
 )
+from vlkd_lab.methods.clip_kd import LearntScale
 from vlkd_lab.waits import count_waits
 
 torch.set_num_threads(1)  # these tensors are small
@@ -626,6 +627,44 @@ def test_projected_terms_are_clip_kds_too(name, dtype):
         further = {"cross_logit_scale": leaf(arrays["cross_logit_scale"], dtype)}
         value = interactive_relational(near, teacher, further["cross_logit_scale"])
     check(arrays, name, value, {**named(leaves), **parameters, **further}, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["task", "ckd", "icl", "fd", "cross_kd"])
+def test_an_objective_with_a_raw_projection_is_clip_kds(name, dtype):
+    "Raw features in: projected as they are, and of unit length for every term without a projection; the scale learnt as it is"
+    arrays = golden("clip_kd.npz", "projected/")
+    project, layers = projection_of(arrays, dtype)
+    project.raw = True
+    leaves, student = features(arrays, "student", dtype)
+    _, teacher = features(arrays, "teacher", dtype)
+    across = {"icl": interactive_contrastive, "cross_kd": interactive_relational}
+    terms = {"task": {"contrastive": 1.0}, "ckd": {"relational": 1.0}, "fd": {"feature_mimicking": 1.0}}
+    own, further = (), {}
+    if name in across:
+        learnt = LearntScale(across[name], float(arrays["cross_logit_scale"]), exponential=False).to(dtype)
+        with torch.no_grad():
+            learnt.scale.copy_(torch.as_tensor(arrays["cross_logit_scale"]))
+        own, further = (Term(name, learnt, needs_projection=True),), {"cross_logit_scale": learnt.scale}
+    objective = Objective(terms.get(name, {}), *own, project=project)
+    parameters = {}
+    if name not in ("task", "ckd"):
+        parameters = {f"{key}.{part}": getattr(layer, part) for key, layer in layers.items() for part in ("weight", "bias")}
+    check(arrays, name, objective(student, teacher).total, {**named(leaves), **parameters, **further}, dtype)
+
+
+def test_of_a_set_of_teachers_only_raw_projections_see_raw_rows():
+    "The teacher of the same width is compared with unit rows, one behind a plain projection too"
+    student = random_features(5, 6, 9.0, seed=1)
+    long = replace(student, image=3 * student.image.detach(), text=0.5 * student.text.detach())
+    teachers = [random_features(5, width, 9.0, seed=width) for width in (6, 8, 10)]
+    plain, raw = Projection(6, 8).double(), Projection(6, 10, raw=True).double()
+    objective = Objective({"feature_mimicking": 1.0, "contrastive": 1.0}, project=(None, plain, raw))
+    values = objective(long, Ensemble(tuple(teachers), (0.5, 0.3, 0.2)))
+    expected = 0.5 * feature_mimicking(student, teachers[0]) + 0.3 * feature_mimicking(plain(student), teachers[1])
+    expected = expected + 0.2 * feature_mimicking(raw(long), teachers[2])
+    torch.testing.assert_close(values["feature_mimicking"], expected)
+    torch.testing.assert_close(values["contrastive"], contrastive(student))
 
 
 def open_clips_sigmoid_loss(image, text, scale, bias):

@@ -205,3 +205,65 @@ def test_a_bias_and_scale_begin_where_one_says_and_a_clip_has_none(parameters):
         with pytest.raises(ValueError, match=r"sigmoid_contrastive needs a bias of the logits, and the student has none: name a SigLIP"):
             open_job(method, parameters(method, "none", losses="sigmoid_contrastive=1"))
     assert "sigmoid_contrastive" in find_method("CLIP-KD").parameters().terms()
+
+
+@pytest.fixture
+def wide(tiny_teacher, tmp_path):
+    "A student of another width than the teacher's"
+    config = load_model(tiny_teacher, "cpu").config["model_cfg"] | dict(embed_dim=24)
+    (tmp_path / "wide.json").write_text(json.dumps(config))
+    losses = "contrastive=1, feature_mimicking=2000, relational=1, interactive_contrastive=1"
+    return dict(student=str(tmp_path / "wide.json"), inheritance="none", losses=losses)
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "unit"])
+@pytest.mark.parametrize("exponential", [True, False], ids=["exponential", "plain"])
+def test_projection_and_scale_are_as_asked(raw, exponential, wide, parameters):
+    "The first step of a job from the towers' own rows: projected as they are or of unit length, the scale learnt as a logarithm or itself"
+    start = 14.0 if exponential else 2.66
+    given = parameters("CLIP-KD", **wide, raw_projection=raw, exponential_scale=exponential, interactive_scale=start)
+    job = open_job("CLIP-KD", given)
+    student, batch = job.new_student(), next(job.batches(0))
+    objective = job.objective(student)
+    with torch.no_grad():
+        rows = {"image": student.model.encode_image(batch.image), "text": student.model.encode_text(batch.text)}
+        taught = trainers.ask(job.source, batch)
+        unit = {side: one / one.norm(dim=1, keepdim=True) for side, one in rows.items()}
+        near = {}
+        for side, layer in (("image", objective.project.image), ("text", objective.project.text)):
+            mapped = (rows if raw else unit)[side] @ layer.weight.T + layer.bias
+            near[side] = mapped / mapped.norm(dim=1, keepdim=True)
+        s, t, own = student.scale, taught.scale, torch.arange(len(batch))
+        ours, theirs = s * unit["image"] @ unit["text"].T, t * taught.image @ taught.text.T
+        cross, nll = torch.nn.functional.cross_entropy, torch.nn.functional.kl_div
+        total = (cross(ours, own) + cross(ours.T, own)) / 2
+        total += 2000 * ((near["image"] - taught.image).square().mean() + (near["text"] - taught.text).square().mean())
+        for a, b in ((ours, theirs), (ours.T, theirs.T)):
+            total += nll(a.log_softmax(1), b.log_softmax(1), log_target=True, reduction="batchmean") / 2
+        total += (cross(start * near["image"] @ taught.text.T, own) + cross(start * near["text"] @ taught.image.T, own)) / 2
+    train(job)
+    assert totals(given)[0] == pytest.approx(float(total), rel=1e-4)
+    # what is validated and given away has rows of unit length
+    scored = [line for line in Run(given["out"]).metrics() if line.get("event") == "validation"]
+    assert scored and load_model(f"{given['out']}/student/student", "cpu").config["model_cfg"]["embed_dim"] == 24
+
+
+def test_raw_rows_go_through_caching_and_processes(wide, parameters, tmp_path):
+    whole, parts = (parameters("CLIP-KD", f"raw-{size}", **wide, micro_batch=size) for size in (0, 3))
+    for given in (whole, parts):
+        assert isinstance(trained("CLIP-KD", given).learner(load_model(f"{given['out']}/student/student").model), clip_kd.RawLearner)
+    assert totals(parts) == pytest.approx(totals(whole), rel=1e-4)
+    two_give_what_one_gives({"raw": ("CLIP-KD", wide | dict(exponential_scale=False, interactive_scale=2.66))}, parameters, tmp_path)
+
+
+def test_runs_from_before_go_on_as_they_began(wide, parameters):
+    given = parameters("CLIP-KD", "former", **wide, raw_projection=False)
+    trained("CLIP-KD", given)
+    path = Run(given["out"]).folder / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("raw_projection", "exponential_scale"):
+        del config["parameters"][name]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="parameters.raw_projection: it has false, asked for true"):
+        open_job("CLIP-KD", given | dict(raw_projection=True))
+    trained("CLIP-KD", given | dict(steps=given["steps"] + 1))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import zipfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +35,8 @@ from vlkd_lab.data import (
 )
 from vlkd_lab.evaluation import compare, finish
 from vlkd_lab.export import export_student, reinforce
-from vlkd_lab.losses import affinity_mimicking
+from vlkd_lab.losses import affinity_mimicking, contrastive, gradient_share
+from vlkd_lab.methods.reinforced import MobileClip
 from vlkd_lab.models import load_model, new_model, save_model
 from vlkd_lab.runs import Run
 from vlkd_lab.sources import FIELDS, REINFORCED_FIELDS
@@ -400,6 +402,123 @@ def test_shards_without_pictures_say_how_pictures_are_joined(parameters, public,
     tar(tmp_path / "bare/00000.tar", members)
     with pytest.raises(ValueError, match="addresses .* and no pictures: download .* img2dataset with resize_mode=no"):
         open_job("Distil", parameters(data=str(tmp_path / "bare")))
+
+
+# MobileCLIP: two captions a picture in every step
+
+
+def mobile_losses(student, names, batch, share, widths=(16, 24), scales=(100, 100)):
+    "MobileCLIP's two batches, written out: (1 - λ) contrastive + λ distillation, on real and on synthetic captions"
+    total = 0.0
+    for first in (0, 1):
+        part = batch.replace(text=batch.text[first::2], text_rows=batch.text_rows[first::2])
+        s = student.encode(part)
+        logits, right = s.scale * s.image @ s.text.T, torch.arange(len(part))
+        clip = (cross_entropy(logits, right) + cross_entropy(logits.T, right)) / 2
+        total += (1 - share) * clip + share * teacher_losses(student, names, part, widths, scales)
+    return float(total)
+
+
+@pytest.mark.parametrize("share", [0.75, 1.0])
+def test_mobileclip_sums_over_real_and_synthetic_captions(share, parameters, two_widths):
+    losses = f"contrastive={1 - share}, affinity_mimicking={share}" if share < 1 else "affinity_mimicking=1"
+    given = parameters(losses=losses) if share < 1 else parameters(losses=losses, micro_batch=3)
+    job = open_job("MobileCLIP", given)
+    batch = next(job.batches(0))
+    assert (len(batch), len(batch.text), len(batch.captions)) == (8, 16, 16)
+    assert set(batch.caption_numbers[0::2]) == {0} and set(batch.caption_numbers[1::2]) <= {1, 2}
+    with torch.no_grad():
+        expected = mobile_losses(job.new_student(), two_widths, batch, share)
+    train(job)
+    assert totals(job.run.folder)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_default_is_mobileclips_and_a_picture_goes_through_the_student_once(parameters, monkeypatch):
+    given = parameters()
+    del given["losses"]
+    job = open_job("MobileCLIP", given)
+    assert job.options.weights() == dict(contrastive=0.25, affinity_mimicking=0.75)
+    assert isinstance(job.options, MobileClip) and job.options.both_captions
+    assert (job.options.teacher_features, job.options.teacher) == ("shards", "")
+    seen = []
+    from vlkd_lab.trainers import learner
+
+    encode = learner.encode_sides
+    monkeypatch.setattr(learner, "encode_sides", lambda model, image, text: (seen.append((len(image), len(text))), encode(model, image, text))[1])
+    train(job)
+    assert seen.count((8, 16)) == 3, "8 pictures and 16 texts in each of three steps"
+
+
+def test_two_captions_in_two_processes_with_readers_and_killed_in_between(parameters, ends_as_if_undisturbed):
+    whole = dict(steps=6, batch_size=40, shuffle=1, losses="contrastive=0.25, affinity_mimicking=0.5, relational=0.5")
+    two = in_two_processes("MobileCLIP", parameters("two", **whole))
+    one = run_of(parameters("one", **whole), "MobileCLIP").folder
+    read = run_of(parameters("read", workers=2, **whole), "MobileCLIP").folder
+    assert totals(two) == pytest.approx(totals(one), rel=2e-3) and lines_of(read) == lines_of(one)
+    ends_as_if_undisturbed(lambda out: open_job("MobileCLIP", parameters(out=out, steps=6, batch_size=32, checkpoint_seconds=0.0)))
+
+
+def test_two_captions_with_projections_half_precision_and_a_baseline(parameters, two_widths):
+    more = dict(losses="contrastive=0.5, relational=1, feature_mimicking=20, interactive_contrastive=1")
+    run = run_of(parameters("more", compare_scratch=True, precision="bf16", **more), "MobileCLIP")
+    lines = [line for line in run.metrics() if "total" in line]
+    assert [line["stage"] for line in lines] == ["student"] * 3 + ["scratch"] * 3
+    for line in lines[3:]:
+        assert line["total"] == pytest.approx(line["contrastive"]) and line["contrastive"] > 3, "of two batches of 8"
+
+
+def test_weights_change_in_mid_run_and_both_captions_still_count(parameters):
+    job = open_job("MobileCLIP", parameters(steps=4))
+    student = job.new_student()
+    objective = job.objective(student)
+    batch = next(job.batches(0))
+    with torch.no_grad():
+        answer, features = job.source.encode(batch), student.encode(batch)
+        changed = objective.with_weights(contrastive=1.0, affinity_mimicking=0.0)(features, answer)
+        halves = [replace(features, text=features.text[first::2]) for first in (0, 1)]
+        assert float(changed.total) == pytest.approx(float(sum(contrastive(half) for half in halves)), rel=1e-6)
+    shares = gradient_share(objective.with_weights(contrastive=0.5), features, answer)
+    assert set(shares) == {"contrastive", "affinity_mimicking"} and sum(shares.values()) == pytest.approx(1)
+
+
+def test_one_caption_is_what_distil_shows(parameters):
+    same = dict(both_captions=False, synthetic_share=0.25)
+    one = run_of(parameters("one", **same), "MobileCLIP")
+    del same["both_captions"]
+    assert totals(one.folder) == totals(run_of(parameters("distil", **same)).folder)
+
+
+def test_two_captions_are_refused_where_there_are_none(parameters, scenes, two_widths, tmp_path):
+    def bare(number, fields):
+        with np.load(io.BytesIO(fields["npz"])) as stored:
+            arrays = dict(image_emb=stored["image_emb"], text_emb=stored["text_emb"][:1])
+        return {name: content for name, content in fields.items() if name != "syn.json"} | {"npz": npz(**arrays)}
+
+    without = reinforced(scenes, tmp_path / "bare", two_widths, spoil=bare)
+    online = dict(teacher=two_widths[0], student="", teacher_features="online", teacher_widths="")
+    cases = [(dict(data=str(without)), "no synthetic captions"), (dict(synthetic_share=0.1), "shows both"), (online, "told apart")]
+    for changes, message in cases:
+        given = parameters("refused", **changes)
+        with pytest.raises(ValueError, match=message):
+            open_job("MobileCLIP", given)
+        assert not Path(given["out"]).exists()
+
+
+def test_a_picture_without_a_synthetic_caption_shows_the_given_one_twice(parameters, scenes, two_widths, tmp_path):
+    def sometimes(number, fields):
+        if number % 3 or number == 0:
+            return fields
+        with np.load(io.BytesIO(fields["npz"])) as stored:
+            arrays = dict(image_emb=stored["image_emb"], text_emb=stored["text_emb"][:1])
+        return fields | {"syn.json": b'{"syn_text": []}', "npz": npz(**arrays)}
+
+    data = reinforced(scenes, tmp_path / "some", two_widths, spoil=sometimes)
+    job = open_job("MobileCLIP", parameters(data=str(data), batch_size=24))
+    numbers = {}
+    for batch in islice(job.batches(0), 5):
+        for key, pair in zip(batch.keys, zip(batch.caption_numbers[0::2], batch.caption_numbers[1::2], strict=True), strict=True):
+            numbers[int(key[-9:])] = pair
+    assert all((pair == (0, 0)) == (number % 3 == 0 and number > 0) for number, pair in numbers.items()) and len(numbers) == 120
 
 
 # Strangers' files

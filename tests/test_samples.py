@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlkd_lab.data import inspect_shards, load_pairs
+from vlkd_lab.data import find_shards, inspect_shards, load_pairs
 from vlkd_lab.samples import (
     COLOURS,
     HEADLINE,
@@ -160,6 +160,19 @@ def test_there_are_at_least_five_shifts_and_an_unknown_one_is_named(tmp_path):
         write_shards(tmp_path / "x", 4, shift="fog")
     with pytest.raises(ValueError, match="at least 16"):
         render(make_scene(0), 8)
+
+
+def test_copies_are_the_same_pair_again_and_name_the_first(tmp_path):
+    made = [make_sample(i, copies=0.4) for i in range(250)]
+    firsts = {s.key: s for s in made if s.about["duplicate_of"] is None}
+    assert 0.3 < 1 - len(firsts) / 250 < 0.5 and made[7].key == "00000007"
+    for sample in made:
+        first = firsts[sample.about["duplicate_of"] or sample.key]
+        assert sample.image.tobytes() == first.image.tobytes() and sample.caption == first.caption and first.key <= sample.key
+    assert {(s.image.tobytes(), s.caption) for s in firsts.values()} == {(s.image.tobytes(), s.caption) for s in made}
+    assert make_sample(9).image.tobytes() == make_sample(9, copies=0.0).image.tobytes()
+    folder = cached_shards(32, cache=tmp_path, copies=0.4)
+    assert folder != cached_shards(32, cache=tmp_path) and len(find_shards(folder)) == 16
 
 
 def test_near_duplicates_are_near_and_name_their_source():

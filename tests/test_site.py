@@ -578,7 +578,7 @@ def test_results_show_what_came_out_before_the_code(parsed):
         assert code == [], f"{name}: code that is not folded"
     claims = parsed["results/claims"].tree
     shown = claims.xpath("//article//*[self::table or self::details or self::pre]")
-    assert shown[0].tag == "table" and shown[1].tag == "details" and len(shown[0].xpath(".//tr")) == 18, "17 claims, and no code before"
+    assert shown[0].tag == "table" and shown[1].tag == "details" and len(shown[0].xpath(".//tr")) == 20, "19 claims, and no code before"
     assert "holds (3 of 3 seeds)" in shown[0].text_content()
 
 

@@ -14,6 +14,7 @@ from vlkd_lab.fusion import (
     BlipShape,
     answer,
     new_blip,
+    rank_answers,
     student_shape,
     train_wordpiece,
     trimmed,
@@ -31,6 +32,7 @@ from vlkd_lab.tasks import (
     answer_all,
     caption_pairs,
     caption_scores,
+    common_answers,
     compare_tasks,
     hit,
     is_true,
@@ -355,3 +357,34 @@ def test_a_jobs_scores_are_kept(blip, scenes, tmp_path, monkeypatch):
     assert len(json.loads((job.run.folder / "tasks.json").read_text())["tables"]) == 2
     with pytest.raises(TypeError):
         job_tasks(job, job.val[:4], beams=1, questions=1, candidates=2)  # other pairs: asked anew
+
+
+def test_answers_of_a_list_are_ranked_as_one_by_one(blip, pairs):
+    "Two steps: candidates by their first token, then whole texts, against every answer by itself"
+    some = some_questions(pairs[:6], 2)
+    listed = common_answers("data_samples/scenes/val-000000.tar", most=9, samples=60)
+    assert len(listed) == len(set(listed)) == 9
+    answered = answer_all(blip, some, batch_size=4, answer_list=listed, progress=False)
+    images = torch.stack([blip.preprocess(some.pil(row)) for row in answered.rows]).to(blip.device)
+    assert list(answered.written) == rank_answers(blip, images, answered.questions, listed)
+    assert set(answered.written) <= set(listed) and answered.written == answer_all(blip, some, answer_list=listed * 2, progress=False).written
+    only = replace(blip, tasks=("answering",))
+    scores = score_tasks(only, some, 1, progress=False, answer_list=listed)
+    assert scores["answer_accuracy"] == answer_accuracy(answered).loc["all", "accuracy"]
+    assert compare_tasks({"one": only}, some, 1, repeats=1, progress=False, answer_list=listed).loc["one", "answer_accuracy"] == scores["answer_accuracy"]
+
+
+def test_answers_of_people_count_as_in_vqa(blip, pairs):
+    three = (("what?", ("red", "Red", "blue"), "colour"), ("how many?", (("two", 0.2),), "count"), ("where?", "here", "setting"))
+    some = replace(pairs[:1], questions=(three,))
+    truths = answer_all(blip, some, 1, progress=False, answer_list=["red"]).truths
+    assert truths == (("red", "Red", "blue"), ("two",) * 10, ("here",)), "weights are so many of ten people"
+    assert answer_all(blip, some, 1, progress=False, answer_list=["red"]).hits == [2 / 3, 0, 0]
+
+
+def test_weights_of_answers_are_opinions_of_ten_people():
+    "As BLIP's training data has them: what is nearly all of the weight is right, whatever else was said"
+    weighted = tasks._people((("red", 0.6), ("crimson", 0.3), ("dark red", 0.1)))
+    assert [hit(text, weighted) for text in ("red", "crimson", "dark red", "blue")] == [1, 1, 1 / 3, 0]
+    assert hit("yes", tasks._people((("yes", 0.9), ("no", 0.1)))) == 1 and hit("two", tasks._people((("two", 0.2),))) == 1
+    assert tasks._people("red") == ("red",) and tasks._people(("red", "red", "blue")) == ("red", "red", "blue")

@@ -7,11 +7,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import lines_of, tiny_job
+from conftest import lines_of, tiny_job, train_watched
+from transformers import BertConfig, BertModel
 
-from vlkd_lab import models
+from vlkd_lab import models, trainers
 from vlkd_lab.features import Batch, Texts
-from vlkd_lab.models import encode_texts
+from vlkd_lab.models import encode_texts, train_tokenizer
 from vlkd_lab.trainers import Learner, open_job, train
 
 JOBS = {
@@ -136,6 +137,34 @@ def test_towers_that_read_all_places_compute_them_all(monkeypatch):
             assert torch.equal(encode_texts(model, Texts.of(ids)), model.encode_text(ids, normalize=True)), name
 
 
+def hugging(folder, **changes):
+    "A model whose text tower is a small BERT of transformers, with words that are filled up with 0"
+    train_tokenizer(["a red star", "a large blue house on the grass"] * 9, folder, 300, 24)
+    sizes = dict(vocab_size=400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=32)
+    BertModel(BertConfig(**sizes | changes)).save_pretrained(folder)
+    vision = dict(layers=1, width=32, head_width=16, patch_size=16, image_size=32)
+    return models.with_towers(dict(embed_dim=16, vision_cfg=vision, text_cfg={}), text=folder, context_length=24)
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_a_tower_of_transformers_leaves_out_what_its_mask_hides(tmp_path, padding):
+    "Where its mask hides another id than its tokenizer fills up with, every place counts"
+    vlm = hugging(tmp_path, pad_token_id=padding)
+    vlm.model.eval()
+    texts = Texts.read(["a red star" + " red" * (row % 8) for row in range(96)], vlm.tokenizer)
+    assert texts.pad == 0 and max(texts.ends) < 24
+    sizes = []
+    watching = vlm.model.text.transformer.encoder.layer[0].register_forward_hook(
+        lambda block, inputs, output: sizes.append(tuple(inputs[0].shape[:2]))
+    )
+    with torch.no_grad():
+        rows = vlm.encode_text(texts)
+        watching.remove()
+        torch.testing.assert_close(rows, vlm.encode_text(texts.ids), rtol=1e-5, atol=1e-6)
+    ends = sorted(texts.ends)
+    assert sizes == ([(96, 24)] if padding else [(32, ends[31]), (32, ends[63]), (32, ends[95])])
+
+
 def test_a_compiled_tower_is_not_compiled_for_every_length(tiny_teacher):
     vlm = models.load_model(tiny_teacher, "cpu")
     ids = vlm.tokenizer(["a red star", "a blue house on the grass", "a"] * 20)
@@ -143,3 +172,35 @@ def test_a_compiled_tower_is_not_compiled_for_every_length(tiny_teacher):
     vlm.model.transformer.compile(backend="eager")
     assert not models.vlm._reads_to_its_end(vlm.model)
     torch.testing.assert_close(encode_texts(vlm.model, Texts.of(ids)), vlm.model.encode_text(ids, normalize=True))
+
+
+def test_a_teacher_is_asked_only_while_a_term_needs_it(short_captions, tiny_teacher, tmp_path, monkeypatch):
+    "In its first step, for the width of its rows; then when a weight that somebody has raised needs it"
+    ask, asked = trainers.learner.ask, []
+    monkeypatch.setattr(trainers.learner, "ask", lambda teacher, batch: (asked.append(1), ask(teacher, batch))[1])
+    given = dict(batch_size=16, steps=5, losses="contrastive=1, affinity_mimicking=0")
+    job = open_job("Distil", tiny_job(short_captions, tiny_teacher, tmp_path / "run", "Distil", **given))
+    before = []
+
+    def watched(step, loop, batch):
+        before.append(len(asked))
+        if loop.step == 2:
+            job.run.control(weights={"affinity_mimicking": 1.0})
+        return step(loop, batch)
+
+    train_watched(job, watched)
+    counts = [later - earlier for earlier, later in zip(before, [*before[1:], len(asked)], strict=True)]
+    assert counts == [2, 0, 0, 2, 1], "twice where an objective is new, to find which weights it reaches"
+    assert ["affinity_mimicking" in line for line in job.run.metrics() if "total" in line] == [False, False, False, True, True]
+
+
+def test_a_filling_that_is_the_largest_id_costs_no_text_its_end(tiny_teacher, tmp_path):
+    "As where somebody has added [PAD] to a tokenizer that had none: the tower looks for the largest id"
+    config = models.load_model(tiny_teacher, "cpu").config["model_cfg"]
+    words = train_tokenizer(["a red star", "a large blue house on the grass"] * 9, tmp_path, 290, 24)
+    vlm = models.new_model(config | dict(text_cfg=config["text_cfg"] | dict(vocab_size=400)), tokenizer=words)
+    words.tokenizer.add_special_tokens({"pad_token": "[LAST]"})
+    texts = Texts.read(["a red star", "a large blue house on the grass"] * 40 + ["red"] * 16, words)
+    assert texts.pad == int(texts.ids.max()) == len(words.tokenizer) - 1
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.encode_text(texts), vlm.encode_text(texts.ids), rtol=1e-5, atol=1e-6)

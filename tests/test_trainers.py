@@ -217,8 +217,9 @@ def test_missing_data_teacher_and_gpu_stop_before_anything(tiny, tmp_path):
             job_of(tiny, device="cuda")
     with pytest.raises(ValueError, match="workers"):
         job_of(tiny, workers=4)
-    with pytest.raises(ValueError, match="scenes:N"):
-        find_data("scenes:few")
+    for wrong in ("scenes:few", "scenes:9,copies:1", "scenes:9,tail:-1", "scenes:9,rain:0.1"):
+        with pytest.raises(ValueError, match="scenes:N"):
+            find_data(wrong)
     assert not (tmp_path / "run").exists()
 
 

@@ -18,8 +18,8 @@ from .rank_rows import mean_of_ranks, own_rows, shared_rows
 
 # %% auto #0
 __all__ = ['counted_mean', 'counted_rows', 'Queue', 'queued_contrast', 'hard_negatives', 'matching', 'next_tokens',
-           'language_modelling', 'cosine_distance', 'logit_divergence', 'layer_partners', 'attention_divergence',
-           'layers_divergence']
+           'language_modelling', 'text_nats', 'answer_nats', 'cosine_distance', 'logit_divergence', 'layer_partners',
+           'attention_divergence', 'layers_divergence']
 
 # %% ../nbs/library/056_blip_losses.ipynb #8832da87
 def counted_mean(
@@ -130,6 +130,7 @@ def hard_negatives(
     similarity: Tensor,  # (B, B) scaled cosines, image i against text j
     caption_ids: Tensor,  # (B,) int64, equal for equal captions
     seed: int,
+    floor: float = 0.0,  # added to the share of each
 ) -> tuple[Tensor, Tensor]:  # (B,) a wrong text for each image, (B,) a wrong image for each text
     "Draw hard negatives: other texts, similar ones more often"
     if len(similarity) < 2:
@@ -141,6 +142,8 @@ def hard_negatives(
     negatives = []
     for scores in (similarity, similarity.T):
         odds = scores.float().masked_fill(~wrong, -torch.inf).softmax(dim=1)
+        if floor:
+            odds = scores.float().softmax(dim=1).nan_to_num(0.0) + floor
         odds = odds.nan_to_num(0.0).clamp(min=1e-12) * wrong
         negatives.append(_drawn(odds, generator))
     return negatives[0], negatives[1]
@@ -179,18 +182,52 @@ def language_modelling(
     logits: Tensor,  # (B, L, V)
     targets: Tensor,  # (B, L) from `next_tokens`
     smoothing: float = 0.1,  # share of the target that is spread over the vocabulary
+    weights: Tensor | None = None,  # (B,) what each text's tokens count for; None: all the same
 ) -> Tensor:  # () nats a token
     "Cross-entropy of the next token"
+    if weights is not None:
+        words = (targets != -100).sum(dim=1)
+        total = (weights * text_nats(logits, targets, smoothing)).sum()
+        return total / (weights * words).sum().clamp(min=1e-6)
+    _check_words(logits, targets, smoothing)
+    has_target = targets != -100
+    logits = counted_rows(logits, has_target).float().flatten(0, 1)
+    total = F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing, reduction="sum")
+    return total / has_target.sum().clamp(min=1)
+
+# %% ../nbs/library/056_blip_losses.ipynb #answnat1
+def text_nats(
+    logits: Tensor,  # (B, L, V)
+    targets: Tensor,  # (B, L) from `next_tokens`
+    smoothing: float = 0.0,
+) -> Tensor:  # (B,) nats of all asked tokens of each text
+    "How unlikely each text is; with smoothing, as it is trained"
+    _check_words(logits, targets, smoothing)
+    rows = counted_rows(logits, targets != -100).float().flatten(0, 1)
+    nats = F.cross_entropy(rows, targets.flatten(), label_smoothing=smoothing, reduction="none")
+    return nats.view(targets.shape).sum(dim=1)
+
+
+def answer_nats(
+    logits: Tensor,  # (A, L, V)
+    targets: Tensor,  # (A, L) from `next_tokens`
+    questions: int,  # of which these are the answers
+    smoothing: float = 0.1,
+    weights: Tensor | None = None,  # (A,) of the answers; None: 1
+) -> Tensor:  # () nats a question
+    "BLIP's loss of answers: the nats of all words of each, by its weight, added up, a question"
+    nats = text_nats(logits, targets, smoothing)
+    return (nats if weights is None else weights * nats).sum() / max(questions, 1)
+
+
+def _check_words(logits: Tensor, targets: Tensor, smoothing: float) -> None:
+    "ValueError for logits and targets that do not go together"
     if targets.shape != logits.shape[:2]:
         raise ValueError(
             f"targets are {tuple(targets.shape)}, logits {tuple(logits.shape)}: one target a position"
         )
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing={smoothing} is not valid: it must be from 0 to 1")
-    has_target = targets != -100
-    logits = counted_rows(logits, has_target).float().flatten(0, 1)
-    total = F.cross_entropy(logits, targets.flatten(), label_smoothing=smoothing, reduction="sum")
-    return total / has_target.sum().clamp(min=1)
 
 # %% ../nbs/library/056_blip_losses.ipynb #948127c0
 def cosine_distance(

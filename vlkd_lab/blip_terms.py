@@ -15,8 +15,8 @@ from .features import FusedFeatures, LayerOutputs
 from .losses import MODULES, TERM_KINDS, Term, relational
 
 # %% auto #0
-__all__ = ['MODULE_PASSES', 'BLIP_LOSSES', 'GROUPS', 'ModuleFeatures', 'module_logits', 'module_attention', 'base_terms',
-           'distillation_terms', 'blip_terms', 'spread']
+__all__ = ['MODULE_PASSES', 'ANSWER_LOSSES', 'BLIP_LOSSES', 'GROUPS', 'ModuleFeatures', 'module_logits', 'module_attention',
+           'base_terms', 'distillation_terms', 'blip_terms', 'spread']
 
 # %% ../nbs/library/057_blip_terms.ipynb #dd9d6fb4
 MODULE_PASSES = {  # module -> its passes; "both", the joint space of images and texts, has none
@@ -148,7 +148,22 @@ def _words(name: str, smoothing: float) -> Callable:
         if name not in _fused(student).passes:
             raise ValueError(f"no {name} was read in this step")
         outputs = student.passes[name]
-        return blip_losses.language_modelling(outputs.logits, outputs.targets, smoothing)
+        return blip_losses.language_modelling(outputs.logits, outputs.targets, smoothing, outputs.weights)
+
+    return loss
+
+
+def _answers(smoothing: float) -> Callable:
+    "BLIP's sum over the words of each answer, by its weight, a question"
+
+    def loss(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
+        if "answer" not in _fused(student).passes:
+            raise ValueError("no answer was read in this step")
+        outputs = student.passes["answer"]
+        questions = len(student.passes["question"].states)
+        return blip_losses.answer_nats(
+            outputs.logits, outputs.targets, questions, smoothing, outputs.weights
+        )
 
     return loss
 
@@ -158,16 +173,24 @@ def _matched(student: FusedFeatures, teacher: FusedFeatures | None) -> Tensor:
         raise ValueError("no pairs were matched in this step")
     return blip_losses.matching(student.passes["pairs"].logits, student.passes["pairs"].targets)
 
+# %% ../nbs/library/057_blip_terms.ipynb #baseterm
+ANSWER_LOSSES = ("mean", "sum")
+
 
 def base_terms(
     smoothing: float = 0.1,  # share of the words' targets that is spread over the vocabulary
+    answer_loss: str = "mean",  # of ANSWER_LOSSES: over words, or BLIP's sum, a question
 ) -> tuple[Term, ...]:
     "The losses that train a BLIP without a teacher"
+    answering = {
+        "mean": (_words("answer", smoothing), "CE(next word of the answer)"),
+        "sum": (_answers(smoothing), "Σ weight · Σ CE(next word of the answer) / questions"),
+    }
     rows = (  # name, function, formula, module
         ("image_text_contrast", _contrast, "½[CE(s·I[Tm; Tq]ᵀ, target) + CE(s·T[Im; Iq]ᵀ, target)]", "both"),
         ("image_text_matching", _matched, "CE(belongs together)", "fusion"),
         ("language_modelling", _words("caption", smoothing), "CE(next word of the caption)", "decoder"),
-        ("answering", _words("answer", smoothing), "CE(next word of the answer)", "decoder"),
+        ("answering", *answering[answer_loss], "decoder"),
     )
     return tuple(
         Term(name, function, formula=formula, module=module, needs_teacher=False)
@@ -217,9 +240,10 @@ def blip_terms(
     temperature: float = 1.0,
     smoothing: float = 0.1,
     seed: int = 0,
+    answer_loss: str = "mean",
 ) -> tuple[Term, ...]:  # all of them, each with weight 1
     "Base and distillation terms"
-    return (*base_terms(smoothing), *distillation_terms(widths, temperature, seed))
+    return (*base_terms(smoothing, answer_loss), *distillation_terms(widths, temperature, seed))
 
 
 BLIP_LOSSES = {term.name: term for term in blip_terms()}

@@ -102,7 +102,7 @@ def classifier(vlm: VLM, classes: Classes) -> Tensor:  # (C, D) unit rows
         prompts += [template.replace("{}", name) for template in classes.templates]
     parts = []
     for start in range(0, len(prompts), 256):
-        texts = Texts.of(vlm.tokenizer(prompts[start : start + 256]))
+        texts = Texts.read(prompts[start : start + 256], vlm.tokenizer)
         parts.append(vlm.encode_text(texts.to(vlm.device)))
     by_class = torch.cat(parts).float().view(len(classes.names), len(classes.templates), -1)
     return F.normalize(by_class.mean(dim=1), dim=1).cpu()

@@ -104,6 +104,7 @@ class LayerOutputs:
     cross_attention_mask: Tensor | None = None  # (B, K) bool; None: all K count
     logits: Tensor | None = None  # (B, C) of its first position, or (B, L, V) of every position
     targets: Tensor | None = None  # (B,) or (B, L) which class or token is right; -100: nothing is asked
+    weights: Tensor | None = None  # (B,) what each sequence counts for; None: all the same
 
     def first(self, count: int) -> LayerOutputs:
         "The run of the first sequences alone"
@@ -252,12 +253,21 @@ def recall(
     return recall_of_ranks(of_texts, of_images, ks)
 
 # %% ../nbs/library/007_features.ipynb #texts002
+def _filling(tokenizer: Callable) -> int | None:  # None: not known, or a text may end in it
+    "What a tokenizer fills its rows up with"
+    inner = getattr(tokenizer, "tokenizer", None)  # of transformers, under open_clip's
+    pad = getattr(tokenizer, "pad", getattr(inner, "pad_token_id", None))
+    ends = [getattr(inner, f"{name}_token_id", None) for name in ("eos", "sep")]
+    return pad if isinstance(pad, int) and pad not in ends else None
+
+# %% ../nbs/library/007_features.ipynb #texts2in
 @dataclass(frozen=True, eq=False)
 class Texts:
     "Token ids of B texts, and how far each reaches"
 
     ids: Tensor  # (B, L) int64
     ends: tuple[int, ...]  # of each text how many places it takes
+    pad: int | None = None  # id of what stands behind a text; None: not known
 
     @classmethod
     def of(
@@ -272,15 +282,25 @@ class Texts:
         else:
             places = np.arange(1, rows.shape[1] + 1)
             ends = np.where(rows != pad, places, 0).max(axis=1, initial=0)
-        return cls(ids, tuple(ends.tolist()))
+        return cls(ids, tuple(ends.tolist()), pad)
+
+    @classmethod
+    def read(cls, captions: Sequence[str], tokenizer: Callable[[Sequence[str]], Tensor]) -> Texts:
+        "Captions as a tokenizer reads them, and how far each reaches"
+        ids, pad = tokenizer(list(captions)), _filling(tokenizer)
+        texts = cls.of(ids, pad)
+        if pad is None:
+            return texts
+        ends = np.maximum(texts.ends, cls.of(ids).ends)  # where the filling is the largest id, too
+        return cls(ids, tuple(ends.tolist()), pad)
 
     def to(self, device: str | torch.device, non_blocking: bool = True) -> Texts:
         "The same texts on a device; how far they reach stays with the host"
-        return Texts(self.ids.to(device, non_blocking=non_blocking), self.ends)
+        return Texts(self.ids.to(device, non_blocking=non_blocking), self.ends, self.pad)
 
     def pin_memory(self) -> Texts:
         "The same texts in memory from which a GPU copies by itself"
-        return Texts(self.ids.pin_memory(), self.ends)
+        return Texts(self.ids.pin_memory(), self.ends, self.pad)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         "Let the allocator know that the stream reads the ids"
@@ -288,7 +308,7 @@ class Texts:
 
     def __getitem__(self, rows: slice) -> Texts:
         "Neighbouring texts"
-        return Texts(self.ids[rows], self.ends[rows])
+        return Texts(self.ids[rows], self.ends[rows], self.pad)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -326,11 +346,11 @@ class Batch:
     "B image-text pairs, or B images and M texts, as student and teacher want to see them"
 
     image: Tensor = _Column()  # (B, 3, H, W) preprocessed for the student; may be given as Pixels
-    text: Tensor = _Column()  # (B, L) token ids, (M, L) where they belong to no image; may be given as Texts
+    text: Tensor = _Column()  # (B, L) token ids, (kB, L) with k a picture, or (M, L); may be given as Texts
     teacher_image: Tensor | None = _Column(None)  # (B, 3, H', W'); None: the student's serves
     teacher_text: Tensor | None = _Column(None)  # (B, L'); None: the student's serves
     keys: tuple[str, ...] = ()  # B sample names, "shard/key"
-    captions: tuple[str, ...] = ()  # B captions, cleaned, the drawn one of each picture; untrusted text
+    captions: tuple[str, ...] = ()  # of the texts, cleaned, the drawn one of each picture; untrusted text
     labels: tuple[int | None, ...] = ()  # B class indices, None where a sample has none
     crops: tuple[int, ...] = ()  # B numbers of the crops that were cut; empty when they have none
     text_keys: tuple[str, ...] = ()  # M names of texts that belong to no image; empty: row i is image i's
@@ -338,7 +358,7 @@ class Batch:
     caption_numbers: tuple[int, ...] = ()  # which of its captions each text is, from 0; empty: the first
     skipped: tuple[tuple[str, str], ...] = ()  # (sample name, reason) met while this batch was filled
     image_rows: Tensor | None = None  # (B, D) what teachers said of the pictures, where shards hold it
-    text_rows: Tensor | None = None  # (B, D) of the captions
+    text_rows: Tensor | None = None  # (B, D) of the captions, (kB, D) with k a picture
     further: tuple[tuple[Tensor | None, Tensor | None], ...] = _Column(())  # columns of each further teacher
     texts = property(lambda batch: vars(batch)["text"])  # ids with how far they reach, where that is known
 

@@ -22,8 +22,8 @@ from .shapes import BLOCKS, find_layout
 from .shown import with_words
 
 # %% auto #0
-__all__ = ['front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'kept_heads', 'plan_gates',
-           'plan_uniform']
+__all__ = ['LAYER_RULES', 'front_step', 'even_spread', 'Kept', 'Copy', 'Stack', 'Plan', 'inherit', 'plan_manual', 'kept_heads',
+           'plan_gates', 'plan_uniform']
 
 # %% ../nbs/library/060_inheritance.ipynb #2e3dc80d
 def _check_depth(teacher_layers: int, student_layers: int) -> None:
@@ -51,6 +51,9 @@ def even_spread(
     _check_depth(teacher_layers, student_layers)
     gaps = max(student_layers - 1, 1)
     return tuple((2 * i * (teacher_layers - 1) + gaps) // (2 * gaps) for i in range(student_layers))
+
+
+LAYER_RULES = {"even_spread": even_spread, "front_step": front_step}  # as jobs name them
 
 # %% ../nbs/library/060_inheritance.ipynb #22d5f2ed
 @dataclass(frozen=True)

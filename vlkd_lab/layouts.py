@@ -46,6 +46,7 @@ class Layout:
     attention_out: str = ""  # in a block: the map from the heads back to the stream; "": no head is gated
     around: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # the same of what is in no block
     writes: tuple[str, ...] = ()  # tensors that write into the residual stream
+    starts: tuple[str, ...] = ()  # norms that begin the stream, whose output no gate multiplies
     ends: tuple[str, ...] = ()  # tensors that read it where the tower answers; one of them is enough
     norms: tuple[str, ...] = ()  # modules that normalise over what stands along their weight's axis
     values: tuple[str, ...] = ()  # tensors whose last third is multiplied by the heads' gates
@@ -62,7 +63,7 @@ class Layout:
     def gates(self, tensor: str, axes: tuple[str, ...]) -> tuple[tuple[int, str], ...]:
         "By which gates a tensor is multiplied, and along which axis"
         gates = []
-        if tensor in self.writes:
+        if tensor in self.writes and tensor.rpartition(".")[0] not in self.starts:
             gates.append((axes.index("hidden"), "hidden"))
         carries_heads = self.values or (f"{self.attention_out}.weight",)
         if self.attention_out and tensor in carries_heads:
@@ -117,6 +118,7 @@ _OPEN_CLIP = dict(
     mlp_out="mlp.c_proj",
     inside=_OPEN_CLIP_INSIDE,
     writes=(*_OPEN_CLIP_STARTS, *_affine("attn.out_proj", "mlp.c_proj")),
+    starts=("ln_pre",),
     values=("attn.in_proj_weight", "attn.in_proj_bias"),
 )
 
@@ -191,6 +193,7 @@ def _timm_layout(pooled: bool, packed: bool) -> Layout:
         inside=_TIMM_INSIDE | {"mlp.fc1.weight": (first, "hidden"), "mlp.fc1.bias": (first,)},
         around=_TIMM_STARTS | ends | _each(_affine("trunk.norm"), ("hidden",)),
         writes=(*_TIMM_STARTS, *_affine("attn.proj", "mlp.fc2")),
+        starts=("trunk.norm_pre",),
         ends=tuple(name for name, axes in ends.items() if len(axes) == 2),
         norms=(
             *("norm1", "norm2", "attn.norm", "mlp.norm"),
@@ -242,6 +245,7 @@ _BERT = Layout(
         **_each(("proj.weight", "proj.0.weight"), ("", "hidden")),
     },
     writes=(*_BERT_EMBEDDINGS, *_affine("attention.output.dense", "output.dense", *_BERT_NORMS)),
+    starts=_BERT_NORMS[2:],
     ends=("proj.weight", "proj.0.weight"),
     norms=_BERT_NORMS,
     whole=r"proj\.2\.weight",

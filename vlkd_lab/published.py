@@ -450,7 +450,7 @@ def _refuse_siglip(folder: str | Path, image, text) -> None:
     if not acts <= {"gelu", _TANH}:
         raise ValueError(f"{folder}: hidden_act must be gelu or {_TANH}, not {' and '.join(sorted(acts))}")
     _refuse_pictures(folder, image)
-    if not image.vision_use_head:
+    if not getattr(image, "vision_use_head", True):  # not in older releases of transformers
         raise ValueError(f"{folder}: its image tower must end in a pool (vision_use_head)")
     if image.layer_norm_eps != _LEAST:
         raise ValueError(f"{folder}: layer_norm_eps of images must be {_LEAST}, not {image.layer_norm_eps}")
@@ -459,7 +459,6 @@ def _refuse_siglip(folder: str | Path, image, text) -> None:
             f"{folder}: images have {image.hidden_size} features (hidden_size) and texts "
             f"{text.projection_size} (projection_size): they cannot be compared"
         )
-
 
 # %% ../nbs/library/022_published.ipynb #a4345a23
 def read_preprocessing(

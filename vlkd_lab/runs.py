@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'MEASURED', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE',
-           'read_json', 'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped', 'memory_in_use', 'RunWriter',
-           'for_viewers', 'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind', 'keep_checkpoint', 'stage_files',
-           'kept_checkpoints', 'begin', 'stage_roles', 'role_in', 'role_of', 'finished_students', 'Curves',
-           'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched', 'write_snapshot', 'read_snapshot',
-           'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step', 'Snapshots', 'find_run', 'run_table',
-           'lacks_student']
+           'read_json', 'read_json_lines', 'stage_of', 'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped',
+           'memory_in_use', 'RunWriter', 'for_viewers', 'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind',
+           'keep_checkpoint', 'stage_files', 'kept_checkpoints', 'begin', 'stage_roles', 'role_in', 'role_of',
+           'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
+           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step',
+           'Snapshots', 'find_run', 'run_table', 'lacks_student']
 
 # %% ../nbs/library/077_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
@@ -52,6 +52,43 @@ def read_json(path: str | Path, default: Any = None) -> Any:
             return json.load(file)
     except (FileNotFoundError, NotADirectoryError):  # the latter below what is a file itself
         return default
+
+
+def read_json_lines(path: str | Path) -> list[dict]:
+    "The whole lines of a file of JSON, which may be missing; what a crash left half-written is no line"
+    path = Path(path)
+    return _whole_lines(path.read_bytes()) if path.exists() else []
+
+
+def _whole_lines(text: bytes, begins: bool = True) -> list[dict]:
+    "What the lines of a text hold, up to its last end of a line; ValueError where a file begins with none"
+    found = []
+    for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines()):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except ValueError:  # another's end, where a process of an earlier version went on in it
+            if begins and number == 0:
+                raise
+    return found
+
+
+def stage_of(line: str, default: str = "") -> str:  # the default too where a line is none
+    "The stage that a line of metrics.jsonl is about"
+    try:
+        return json.loads(line).get("stage", default)
+    except (ValueError, AttributeError):
+        return default
+
+
+def _end_line(path: Path) -> None:
+    "Cut off what a crash left of a file's last line, so that the next one begins anew"
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 # %% ../nbs/library/077_runs.ipynb #18425d7e
 def to_json(value: Any) -> Any:
@@ -183,9 +220,7 @@ class Run:
 
     def metrics(self) -> list[dict]:
         "Every complete line of metrics.jsonl"
-        path = self.folder / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return read_json_lines(self.folder / "metrics.jsonl")
 
     def status(self) -> dict:
         "State: new, preparing, running, paused, waiting (for a cell), stopped, failed, finished or lost"
@@ -264,6 +299,8 @@ class RunWriter(Run):
                 f"{self.folder} is being written by another process (id {pid}): watch it with Run, or "
                 "choose another `out`"
             )
+        for lines in self.folder.glob("*.jsonl"):
+            _end_line(lines)
         self.set_status(state="running", process=os.getpid(), error=None, traceback=None, lost=None)
         return self
 
@@ -382,7 +419,7 @@ def rewind(
         return
     written = path.read_text(encoding="utf-8").splitlines(keepends=True)
     later = [line for line in written[lines:] if stage and line.endswith("\n")]
-    others = [line for line in later if json.loads(line).get("stage", stage) != stage]
+    others = [line for line in later if stage_of(line, stage) != stage]
     write_text(path, "".join(written[:lines] + others))
 
 # %% ../nbs/library/077_runs.ipynb #k3ptc002
@@ -640,14 +677,13 @@ class Curves:
                 text = handle.read()
         except FileNotFoundError:
             return 0
-        complete = text.rfind(b"\n") + 1
-        self._at += complete
-        lines = text[:complete].splitlines()
+        lines = _whole_lines(text, begins=self._at == 0)
+        self._at += text.rfind(b"\n") + 1
         if lines:
             self.version += 1
             self._whole.clear()
         for line in lines:
-            self._take(json.loads(line))
+            self._take(line)
         return len(lines)
 
     def _take(self, line: dict) -> None:

@@ -16,7 +16,7 @@ import tarfile
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -793,11 +793,16 @@ def make_sample(
     shift: str | None = None,  # name in SHIFTS
     duplicates: float = 0.0,  # share of samples that are near-duplicates of an earlier one
     tail: float = 0.0,  # Zipf exponent of the kinds' frequencies
+    copies: float = 0.0,  # share of samples that are an earlier one again, picture and caption
 ) -> Sample:
     "Sample number `index` of a split"
     if shift is not None and shift not in SHIFTS:
         raise ValueError(f"no shift {shift!r}: there are {', '.join(SHIFTS)}")
     rng = _random("sample", split, seed, index)
+    if copies and index and rng.random() < copies:
+        first = make_sample(int(rng.random() * index), seed, split, size, shift, duplicates, tail, copies)
+        about = {**first.about, "duplicate_of": first.about["duplicate_of"] or first.key}
+        return replace(first, key=f"{index:08d}", about=about)
     name = f"{split}/{seed}"
     source = int(rng.random() * index) if index and rng.random() < duplicates else None
     scene = make_scene(index if source is None else source, name, tail)
@@ -845,12 +850,14 @@ def write_shards(
     shift: str | None = None,  # name in SHIFTS
     duplicates: float = 0.0,  # share of near-duplicates
     tail: float = 0.0,  # Zipf exponent of the kinds' frequencies
+    copies: float = 0.0,  # share of exact copies
     workers: int = 1,  # processes
     quality: int = 88,  # of the JPEGs
 ) -> list[Path]:  # the shards
     "The samples of a split as shards in img2dataset's layout, with classes.txt and templates.txt"
     folder = Path(folder)
-    options = dict(seed=seed, split=split, size=size, shift=shift, duplicates=duplicates, tail=tail)
+    options = dict(seed=seed, split=split, size=size, shift=shift)
+    options |= dict(duplicates=duplicates, tail=tail, copies=copies)
     folder.mkdir(parents=True, exist_ok=True)
     make_sample(0, **options)  # refuses what cannot work
     headline = LABEL_SETS[HEADLINE]
@@ -890,6 +897,7 @@ def cached_shards(
     workers: int | None = None,  # processes; None: one a core
     duplicates: float = 0.0,  # share of near-duplicates
     tail: float = 0.0,  # Zipf exponent of the kinds' frequencies
+    copies: float = 0.0,  # share of exact copies
 ) -> Path:  # the folder that holds the shards
     "Shards of `count` samples, made on first use"
     name = f"{split}-{count}-seed{seed}"
@@ -897,10 +905,12 @@ def cached_shards(
         name += f"-duplicates{duplicates:g}"
     if tail:
         name += f"-tail{tail:g}"
+    if copies:
+        name += f"-copies{copies:g}"
     folder = Path(cache or cache_folder() / "scenes") / f"{name}-v{VERSION}"
     workers = 1 if count < 2000 else workers or min(os.cpu_count() or 1, 8)
     per_shard = max(1, min(1000, count // 16))
-    options = dict(per_shard=per_shard, duplicates=duplicates, tail=tail, workers=workers)
+    options = dict(per_shard=per_shard, duplicates=duplicates, tail=tail, copies=copies, workers=workers)
     return _made_once(folder, lambda beside: write_shards(beside, count, seed, split, **options))
 
 # %% ../nbs/library/008_samples.ipynb #e4b10ba4

@@ -26,6 +26,8 @@ from vlkd_lab.data.decode import (
     BadSample,
     NoSample,
     Reinforcement,
+    answer_texts,
+    answer_weights,
     asked_questions,
     captions_of,
     clean_caption,

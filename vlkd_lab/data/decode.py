@@ -28,7 +28,8 @@ from .archives import raw_samples
 
 # %% auto #0
 __all__ = ['BadSample', 'NoSample', 'clean_caption', 'visible', 'escaped', 'decode_image', 'captions_of', 'decode_sample',
-           'shard_captions', 'label_sets', 'asked_questions', 'Augmentation', 'Reinforcement', 'reinforcement_of']
+           'shard_captions', 'label_sets', 'asked_questions', 'answer_texts', 'answer_weights', 'Augmentation',
+           'Reinforcement', 'reinforcement_of']
 
 # %% ../../nbs/library/011_data_decode.ipynb #5ae5769e
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]+")
@@ -312,21 +313,38 @@ def label_sets(
     return {name: index for name, index in labels.items() if type(index) is int}
 
 # %% ../../nbs/library/011_data_decode.ipynb #8dcab4cb
+_Answer = str | tuple[str, ...] | tuple[tuple[str, float], ...]  # a text, people's, or some with weights
+
+
 def asked_questions(
     fields: Mapping[str, bytes],  # one raw sample
-) -> tuple[tuple[str, str, str], ...]:  # (question, answer, type) each; untrusted text, cleaned
+) -> tuple[tuple[str, _Answer, str], ...]:  # (question, answer, type) each; untrusted text, cleaned
     "The questions that a sample's JSON asks; none where it asks none that can be used"
     questions = _json_of(fields).get("questions")
     if not isinstance(questions, list):
         return ()
     usable = []
     for entry in questions:
-        texts = _question(entry)
-        if len(texts) == 3 and all(isinstance(text, str) for text in texts):
-            question, answer, kind = map(clean_caption, texts)
+        parts = _question(entry)
+        if len(parts) == 3 and isinstance(parts[0], str) and isinstance(parts[2], str):
+            question = clean_caption(parts[0])
+            answer = _answer(parts[1])
             if question and answer:
-                usable.append((question, answer, kind))
+                usable.append((question, answer, clean_caption(parts[2])))
     return tuple(usable)
+
+
+def _answer(answer: Any) -> _Answer:  # empty: none that can be used
+    "What JSON has as an answer, cleaned"
+    if isinstance(answer, str):
+        return clean_caption(answer)
+    if isinstance(answer, list) and all(isinstance(text, str) for text in answer):
+        return tuple(filter(None, map(clean_caption, answer)))
+    if isinstance(answer, dict):
+        weights = [(clean_caption(text), weight) for text, weight in answer.items()]
+        if all(text and type(weight) in (int, float) and 0 < weight < math.inf for text, weight in weights):
+            return tuple((text, float(weight)) for text, weight in weights)
+    return ()
 
 
 def _question(entry: Any) -> list:
@@ -336,6 +354,24 @@ def _question(entry: Any) -> list:
     if not isinstance(entry, list):
         return []
     return [*entry, "other"] if len(entry) == 2 else entry
+
+# %% ../../nbs/library/011_data_decode.ipynb #answer01
+def answer_texts(answer: _Answer) -> tuple[str, ...]:
+    "Everything that was answered to a question, of people one each"
+    if isinstance(answer, str):
+        return (answer,)
+    return tuple(one if isinstance(one, str) else one[0] for one in answer)
+
+
+def answer_weights(answer: _Answer) -> dict[str, float]:  # answer -> weight, in their order
+    "The different answers to a question and what each counts for"
+    if isinstance(answer, str):
+        return {answer: 1.0}
+    weights: dict[str, float] = {}
+    for one in answer:
+        text, weight = (one, 1 / len(answer)) if isinstance(one, str) else one
+        weights[text] = weights.get(text, 0.0) + weight
+    return weights
 
 # %% ../../nbs/library/011_data_decode.ipynb #re1nf0b2
 _MOST_BYTES = 64 << 20  # of a sample's rows or texts, unpacked

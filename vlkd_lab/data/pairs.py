@@ -160,8 +160,9 @@ def show_batch(
 
     images = _displayable(batch.image[:count].detach().float().cpu(), mean, std)
     figure, axes = plt.subplots(1, len(images), figsize=(1.5 * len(images), 2.2), squeeze=False)
-    for row, (axis, image) in enumerate(zip(axes[0], images, strict=True)):
-        caption = batch.captions[row] if batch.captions else ""
+    each = max(len(batch.captions) // len(batch), 1)  # captions a picture, of which the first is shown
+    shown = batch.captions[::each][: len(images)] or ("",) * len(images)
+    for row, (axis, image, caption) in enumerate(zip(axes[0], images, shown, strict=True)):
         lines = textwrap.wrap(visible(caption), 22)[:3] or [""]
         if batch.labels and batch.labels[row] is not None:
             lines.append(f"class {batch.labels[row]}")
@@ -169,7 +170,7 @@ def show_batch(
         axis.set_title("\n".join(lines), fontsize=7, parse_math=False)
         axis.axis("off")
     figure.tight_layout()
-    words = [visible(caption) for caption in (batch.captions or ())[: len(images)]]
+    words = [visible(caption) for caption in shown if caption]
     return with_words(figure, f"{len(images)} pictures of a batch: " + "; ".join(words))
 
 

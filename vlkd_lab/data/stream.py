@@ -233,11 +233,11 @@ class _Seen:
 
     pictures: list[np.ndarray | Tensor]  # one for every preprocess
     captions: tuple[str, ...]  # all that the sample has; one empty text where none is read
-    number: int  # which of them is seen
+    numbers: tuple[int, ...]  # which of them are seen
     label: int | None
     crop: int  # -1 where crops have no numbers
     questions: tuple  # (question, answer, type) each
-    rows: tuple[np.ndarray, np.ndarray] | None = None  # (D,) teachers' of the picture and of the caption
+    rows: tuple[np.ndarray, np.ndarray] | None = None  # teachers' (D,) of the picture, (k, D) of captions
 
 # %% ../../nbs/library/016_data_stream.ipynb #re1nf0g2
 class _SampleDecoder:
@@ -253,6 +253,8 @@ class _SampleDecoder:
         draw_seed: int | None = None,  # of the captions; None: the first of each sample
         row_width: int = 0,  # of the teachers' rows that samples bring along; 0: they are not read
         synthetic_share: float = 0.0,  # of the epochs in which a synthetic caption is seen
+        both_captions: bool = False,  # whether a given and a synthetic one are seen in every epoch
+        whole: bool = False,  # whether teachers see whole pictures, whatever the student sees of them
     ):
         self.max_pixels = max_pixels
         self.crops = crops or Crops()
@@ -260,12 +262,14 @@ class _SampleDecoder:
         self.draw_seed = draw_seed
         self.row_width = row_width
         self.synthetic_share = synthetic_share
-        self.views = _shared_views(student, teacher)
+        self.both_captions = both_captions
+        self.whole = whole and self.crops.changes
+        self.views = _shared_views(student, teacher, apart=self.whole)
         present = {"image": self.views.preprocesses, "text": self.views.tokenizers}
         self.sides = tuple(side for side, models in present.items() if models)
         self.reads_questions = student.questions
         exact = all(preprocess.exact for preprocess in self.views.preprocesses)
-        self.same_pixels = exact and self.crops.scale >= 1 and not row_width  # in every epoch
+        self.same_pixels = exact and not self.crops.changes and not row_width  # in every epoch
 
     def see(self, item: _Item, epoch: int = 0) -> _Seen:
         "What the models see of an item in an epoch; raises BadSample"
@@ -282,24 +286,30 @@ class _SampleDecoder:
         if not self.same_pixels:
             image = Image.fromarray(pictures[0])
             box = self.crops.box(image.size, item.key, item.place, epoch, crop)
-            pictures = [_cut(image, box, preprocess) for preprocess in self.views.preprocesses]
-        return _Seen(pictures, captions, number, label, crop, questions)
+            is_flipped = self.crops.flips(item.place, epoch)
+            pictures = []
+            for place, preprocess in enumerate(self.views.preprocesses):
+                if place and self.whole:
+                    box, is_flipped = None, False
+                pictures.append(_cut(image, box, preprocess, is_flipped))
+        return _Seen(pictures, captions, (number,), label, crop, questions)
 
 # %% ../../nbs/library/016_data_stream.ipynb #61b351db
 def _seen_with_rows(decoder: _SampleDecoder, item: _Item, epoch: int, decoded: tuple) -> _Seen:
-    "A stored augmentation and a caption of an item, with the teachers' rows of both"
+    "A stored augmentation and one caption or two of an item, with the teachers' rows of each"
     pictures, captions, label, questions, stored = decoded
     image = Image.fromarray(pictures[0])
     drawn = Crops(seed=decoder.draw_seed, count=len(stored.augmentations)).number(item.place, epoch)
     augmentation = stored.augmentations[drawn]
-    share = decoder.synthetic_share
-    number = drawn_text(stored.given, stored.synthetic, share, item.place, epoch, decoder.draw_seed)
+    shares = (0.0, 1.0) if decoder.both_captions else (decoder.synthetic_share,)
+    of = (stored.given, stored.synthetic)
+    numbers = tuple(drawn_text(*of, share, item.place, epoch, decoder.draw_seed) for share in shares)
     shown = []
     for preprocess in decoder.views.preprocesses:
         size = (preprocess.width, preprocess.height)
         shown.append(preprocess.picture(augmented(image, augmentation, size)))
-    rows = (stored.image[drawn], stored.text[number])
-    return _Seen(shown, captions, number, label, drawn, questions, rows)
+    rows = (stored.image[drawn], stored.text[list(numbers)])
+    return _Seen(shown, captions, numbers, label, drawn, questions, rows)
 
 
 def _decoded(
@@ -340,17 +350,17 @@ def _as_batch(
 ) -> Batch:
     "Named samples as one batch; a side that is not read has no columns"
     names, samples = zip(*rows, strict=True)
-    captions = tuple(sample.captions[sample.number] for sample in samples)
+    captions = tuple(sample.captions[number] for sample in samples for number in sample.numbers)
     images = []
     for number, preprocess in enumerate(decoder.views.preprocesses):
         images.append(preprocess.column([sample.pictures[number] for sample in samples]))
     texts = [tokenizer(list(captions)) for tokenizer in decoder.views.tokenizers]
     further = {"labels": tuple(sample.label for sample in samples), "skipped": tuple(skipped)}
     if texts:
-        further["caption_numbers"] = tuple(sample.number for sample in samples)
+        further["caption_numbers"] = tuple(number for sample in samples for number in sample.numbers)
     if decoder.row_width:
-        further["image_rows"] = _row_column([sample.rows[0] for sample in samples])
-        further["text_rows"] = _row_column([sample.rows[1] for sample in samples])
+        further["image_rows"] = _row_column(np.stack([sample.rows[0] for sample in samples]))
+        further["text_rows"] = _row_column(np.concatenate([sample.rows[1] for sample in samples]))
     if decoder.crops.fixed or decoder.row_width:
         further["crops"] = tuple(sample.crop for sample in samples)
     if decoder.reads_questions:
@@ -359,9 +369,9 @@ def _as_batch(
     return Batch(**columns, keys=names, captions=captions, **further)
 
 
-def _row_column(rows: list[np.ndarray]) -> Tensor:  # (B, D) float32
+def _row_column(rows: np.ndarray) -> Tensor:  # (B, D) float32
     "Teachers' rows as a column of a batch"
-    return torch.from_numpy(np.stack(rows).astype(np.float32))
+    return torch.from_numpy(rows.astype(np.float32))
 
 # %% ../../nbs/library/016_data_stream.ipynb #a66c3384
 def _good_and_bad(
@@ -419,11 +429,13 @@ class _Reader:
             stream.student,
             stream.teacher,
             stream.max_pixels,
-            Crops(stream.crop_scale, stream.seed, stream.crops),
+            Crops(stream.crop_scale, stream.seed, stream.crops, flip=stream.flip),
             self.cache,
             draw_seed=stream.seed,
             row_width=stream.row_width,
             synthetic_share=stream.synthetic_share,
+            both_captions=stream.both_captions,
+            whole=stream.whole_for_teacher,
         )
         self._last: tuple[int, list[tuple[int, _Item]]] = (-1, [])
 
@@ -468,6 +480,9 @@ class PairStream:
     max_pixels: int = 50_000_000  # as in `decode_image`
     row_width: int = 0  # of the teachers' rows that reinforced samples bring along; 0: they are not read
     synthetic_share: float = 0.0  # of the epochs in which such a sample shows a synthetic caption
+    both_captions: bool = False  # each picture with a given and a synthetic caption, one after the other
+    flip: bool = False  # mirror half of the pictures, left to right, anew in every epoch
+    whole_for_teacher: bool = False  # teachers see whole pictures as they are, whatever the student sees
 
     def __post_init__(self):
         _check_stream(self)
@@ -540,7 +555,9 @@ def _check_stream(stream: PairStream) -> None:
         "crop_scale": (0 < stream.crop_scale <= 1, "above 0, at most 1"),
         "crops": (crops_fit, "0, or more with crop_scale below 1"),
         "row_width": (_rows_fit(stream), "0, or more with pictures, captions and crop_scale=1"),
+        "flip": (not (stream.flip and (stream.crops or stream.row_width)), "False where crops have numbers"),
         "synthetic_share": (0 <= stream.synthetic_share <= 1, "0 to 1"),
+        "both_captions": (stream.row_width > 0 or not stream.both_captions, "only with row_width"),
     }
     for name, (fits, values) in valid.items():
         if not fits:
@@ -644,7 +661,7 @@ def read_once(
                 yield _as_batch(decoder, rows, skipped)
                 rows = []
                 skipped = []
-            rows.append((name, replace(sample, number=number)))
+            rows.append((name, replace(sample, numbers=(number,))))
     if not rows:
         raise _no_sample(skipped)
     yield _as_batch(decoder, rows, skipped)

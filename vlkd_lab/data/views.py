@@ -9,7 +9,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ class Crops:
     seed: int = 0  # of crops that are new in every epoch, and of the order of numbered ones
     count: int = 0  # numbered crops of each picture; 0: new ones
     always: int | None = None  # the one number that is wanted
+    flip: bool = False  # whether half of the pictures are mirrored, left to right, anew in every epoch
 
     @property
     def fixed(self) -> bool:
@@ -166,6 +167,19 @@ class Crops:
             return None
         new = f"crop {self.seed} {epoch} {place}"
         return crop_box(*size, self.scale, new if number < 0 else f"numbered crop {number} {key}")
+
+    def flips(
+        self,
+        place: str,  # of the sample in the data
+        epoch: int,
+    ) -> bool:
+        "Whether an epoch sees a sample mirrored"
+        return self.flip and random.Random(f"flip {self.seed} {epoch} {place}").random() < 0.5
+
+    @property
+    def changes(self) -> bool:
+        "Whether anything but whole pictures as they are is seen"
+        return self.scale < 1 or self.flip
 
 # %% ../../nbs/library/014_data_views.ipynb #9ab4635b
 def drawn_caption(
@@ -264,11 +278,14 @@ def _cut(
     image: Image.Image,
     box: tuple | None,  # None: the whole picture
     preprocess: FastPreprocess,
+    is_flipped: bool = False,
 ) -> np.ndarray | Tensor:  # (3, H, W)
     "One picture for one model, of a box of the image"
     if box:
         size = (preprocess.width, preprocess.height)
         image = image.resize(size, Image.Resampling.BICUBIC, box=box)
+    if is_flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return preprocess.picture(image)
 
 # %% ../../nbs/library/014_data_views.ipynb #1b972522
@@ -279,6 +296,7 @@ class _CachedTokenizer:
         self.tokenizer = tokenizer
         self.most = most  # captions that are remembered
         self.rows = {}  # caption -> token ids, how far they reach
+        self.pad = None  # what stands behind them
 
     def __call__(self, captions: list[str]) -> Texts:
         "Token ids of every caption, and how far it reaches"
@@ -287,10 +305,11 @@ class _CachedTokenizer:
             self.rows = {}
             new = list(dict.fromkeys(captions))
         if new:
-            texts = Texts.of(self.tokenizer(new).clone(), getattr(self.tokenizer, "pad", None))
-            self.rows.update(zip(new, zip(texts.ids, texts.ends, strict=True), strict=True))
+            texts = Texts.read(new, self.tokenizer)
+            self.pad = texts.pad
+            self.rows.update(zip(new, zip(texts.ids.clone(), texts.ends, strict=True), strict=True))
         ids, ends = zip(*(self.rows[caption] for caption in captions), strict=True)
-        return Texts(torch.stack(ids), ends)
+        return Texts(torch.stack(ids), ends, self.pad)
 
 
 def _same_preprocess(a: FastPreprocess, b: FastPreprocess) -> bool:
@@ -328,26 +347,41 @@ class _SharedViews:
         )
 
 
-def _shared_views(student: View, teacher: View | Sequence[View] | None) -> _SharedViews:
+def _shared_views(
+    student: View,
+    teacher: View | Sequence[View] | None,
+    apart: bool = False,  # whether teachers are shown other pictures than the student, even of one view
+) -> _SharedViews:
     "Which preprocesses and tokenizers a student and its teachers need"
     preprocesses = [] if student.preprocess is None else [FastPreprocess(student.preprocess)]
     tokenizers = [] if student.tokenizer is None else [_CachedTokenizer(student.tokenizer)]
     if not preprocesses and not tokenizers:
         raise ValueError("a view needs a preprocess, a tokenizer or both: nothing would be read")
+    if teacher is None and apart:
+        teacher = student
     views = (teacher,) if isinstance(teacher, View) else tuple(teacher or ())
-    places = [(_image_place(preprocesses, view), _text_place(tokenizers, view)) for view in views]
+    own = len(preprocesses) if apart else 0  # pictures that no teacher is shown
+    places = []
+    for view in views:
+        if apart and view.preprocess is None:
+            view = replace(view, preprocess=student.preprocess)
+        places.append((_image_place(preprocesses, view, own), _text_place(tokenizers, view)))
     return _SharedViews(preprocesses, tokenizers, tuple(places))
 
 # %% ../../nbs/library/014_data_views.ipynb #6eb709c2
-def _image_place(preprocesses: list[FastPreprocess], view: View) -> int:
+def _image_place(
+    preprocesses: list[FastPreprocess],
+    view: View,
+    first: int = 0,  # of those in the list that may serve
+) -> int:
     "Where a teacher's preprocess is in the list; a new one joins it"
     if not preprocesses or view.preprocess is None:
         return 0
-    for place, known in enumerate(preprocesses):
+    for place, known in enumerate(preprocesses[first:], first):
         if known.preprocess == view.preprocess:
             return place
     new = FastPreprocess(view.preprocess)
-    for place, known in enumerate(preprocesses):
+    for place, known in enumerate(preprocesses[first:], first):
         if _same_preprocess(known, new):
             return place
     preprocesses.append(new)

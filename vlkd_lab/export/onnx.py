@@ -187,6 +187,7 @@ def _write_8_bits(source: Path, target: Path, rows: _CalibrationRows | None) -> 
 
     common = dict(per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=list(_QUANTISED))
     common["extra_options"] = dict(MatMulConstBOnly=True)
+    common["reduce_range"] = True  # 7 bits of weights: processors without VNNI saturate sums of 8 and 8
     with tempfile.TemporaryDirectory() as folder:
         simple = str(Path(folder) / source.name)
         quant_pre_process(str(source), simple, skip_symbolic_shape=True)

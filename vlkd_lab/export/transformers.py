@@ -279,6 +279,8 @@ def _own_words(vlm: VLM, of_siglip: bool) -> Any:  # one of transformers' tokeni
     if steps and fast is not None:
         fast.normalizer = normalizers.Sequence([*steps, *([fast.normalizer] if fast.normalizer else [])])
     inner.model_max_length = length
+    for name in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of"):
+        inner.init_kwargs.pop(name, None)  # a processor would take what others called it with for its own
     if of_siglip:
         inner.model_input_names = ["input_ids"]
         inner.init_kwargs["model_input_names"] = ["input_ids"]  # which is what gets saved
@@ -361,6 +363,21 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 # %% ../../nbs/library/101_export_transformers.ipynb #3ec90a1e
+def _apart(
+    pairs: Mapping[str, tuple[Tensor, Tensor]],  # what is compared -> theirs and ours
+    tolerance: float,
+    library: str,
+) -> dict[str, float]:
+    "Largest differences; ValueError where one is larger than it may be, or the shapes are others"
+    apart = {}
+    for side, (theirs, ours) in pairs.items():
+        apart[side] = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("nan")
+        if not apart[side] <= tolerance:
+            what = "pixels" if side == "pixels" else f"features of {side}s"
+            raise ValueError(f"its {what} are {apart[side]:.2g} away in {library}, more than {tolerance:g}")
+    return apart
+
+
 @torch.no_grad()
 def check_transformers(
     vlm: VLM,  # what was written
@@ -386,14 +403,7 @@ def check_transformers(
             "image": (_rows(model.get_image_features(pixel_values=pictures)), vlm.encode_image(pictures)),
             "text": (_rows(model.get_text_features(**given)), vlm.encode_text(vlm.tokenizer(list(_TEXTS)))),
         }
-    apart = {}
-    for side, (theirs, ours) in pairs.items():
-        apart[side] = float((theirs - ours).abs().max()) if theirs.shape == ours.shape else float("nan")
-        if not apart[side] <= tolerance:
-            what = "pixels" if side == "pixels" else f"features of {side}s"
-            far = f"{apart[side]:.2g} away in transformers, more than {tolerance:g}"
-            raise ValueError(f"its {what} are {far}")
-    return apart
+    return _apart(pairs, tolerance, "transformers")
 
 # %% ../../nbs/library/101_export_transformers.ipynb #3ec90a1b
 @dataclass(frozen=True)

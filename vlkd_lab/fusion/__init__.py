@@ -6,12 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/library/076_fusion.ipynb #1c5cfc86
+from vlkd_lab.fusion.generation import (
+    MOST_RANKED,
+    answer,
+    generate,
+    rank_answers,
+    rank_texts,
+    write_captions,
+)
+
 from ..project import former_names
 from .checkpoints import export_blip, load_blip
 from .clip_tower import adopt_image_tower, clip_sizes
 from .cost import BlipCost, blip_cost
 from .forward import FusedBatch, forward_batch, fused_batch
-from .generation import answer, generate, write_captions
 from .inheritance import inherit_blip, plan_blip
 from .kind import BLIP
 from .model import MEAN, PARTS, STD, TASKS, Blip, new_blip, save_blip

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..blip_losses import hard_negatives
-from ..data import send_pinned
+from ..data import answer_weights, send_pinned
 from ..features import Batch, FusedFeatures, LayerOutputs
 from .model import TASKS
 from .network import BlipNetwork
@@ -36,8 +36,11 @@ class FusedBatch:
     asks: Tensor  # (Q,) int64, the same on the device
     question: Tensor  # (Q, L') ids
     question_mask: Tensor  # (Q, L') bool
-    answer: Tensor  # (Q, L'') ids
-    answer_mask: Tensor  # (Q, L'') bool
+    answer: Tensor  # (A, L'') ids; A is Q, or more where a question has several answers
+    answer_mask: Tensor  # (A, L'') bool
+    answered: tuple[int, ...]  # A numbers that rise, the question of each answer
+    answers: Tensor  # (A,) int64, the same on the device
+    answer_weights: Tensor | None  # (A,) what each counts for; None: 1
 
 # %% ../../nbs/library/069_fusion_forward.ipynb #7e70e859
 def fused_batch(
@@ -48,18 +51,21 @@ def fused_batch(
     "Texts as one step wants them"
     if len(batch.captions) != len(batch) or batch.questions and len(batch.keys) != len(batch):
         raise ValueError("a step needs captions, and with questions also keys, of every image")
-    rows = []
-    chosen = []  # a question of each of these rows, and its answer
-    if batch.questions:
-        for row, (key, questions) in enumerate(zip(batch.keys, batch.questions, strict=True)):
-            if questions:
-                rows.append(row)
-                chosen.append(random.Random(f"{seed} {key}").choice(questions))
+    rows, chosen = _chosen_questions(batch, seed)
+    answered = []  # the question of each answer
+    texts: list[str] = []
+    weights: list[float] = []
+    for number, (_, given, _) in enumerate(chosen):
+        of_question = answer_weights(given)
+        answered += [number] * len(of_question)
+        texts += of_question
+        weights += of_question.values()
     device = batch.image.device
     text, text_mask = trimmed(batch.texts, tokenizer.pad)
     caption_ids = torch.tensor([_caption_id(caption) for caption in batch.captions])
-    question, question_mask = _padded([texts[0] for texts in chosen], tokenizer, device)
-    answer, answer_mask = _padded([texts[1] for texts in chosen], tokenizer, device)
+    question, question_mask = _padded([entry[0] for entry in chosen], tokenizer, device)
+    answer, answer_mask = _padded(texts, tokenizer, device)
+    is_weighted = any(weight != 1 for weight in weights)
     return FusedBatch(
         batch.image,
         text,
@@ -71,7 +77,22 @@ def fused_batch(
         question_mask=question_mask,
         answer=answer,
         answer_mask=answer_mask,
+        answered=tuple(answered),
+        answers=send_pinned(torch.tensor(answered, dtype=torch.long), device),
+        answer_weights=send_pinned(torch.tensor(weights), device) if is_weighted else None,
     )
+
+
+def _chosen_questions(batch: Batch, seed: int | str) -> tuple[list[int], list[tuple]]:
+    "Pictures that are asked something, and a question of each with its answer and type"
+    rows = []
+    chosen = []
+    if batch.questions:
+        for row, (key, questions) in enumerate(zip(batch.keys, batch.questions, strict=True)):
+            if questions:
+                rows.append(row)
+                chosen.append(random.Random(f"{seed} {key}").choice(questions))
+    return rows, chosen
 
 
 def _caption_id(caption: str) -> int:  # below 2**63
@@ -88,6 +109,7 @@ def forward_batch(
     negatives: tuple[Tensor, Tensor] | None = None,  # texts wrong for images, images for texts; None: drawn
     maps: bool = False,  # keep the attention of every layer
     prompt: int = 0,  # tokens of a caption, after the first, that are given and not asked
+    negative_floor: float = 0.0,  # as in `hard_negatives`
 ) -> FusedFeatures:
     "Everything that a BLIP makes of one step's images and texts"
     for task in tasks:
@@ -104,7 +126,8 @@ def forward_batch(
         text_rows = network.project(passes["text"], "text_proj")
     scale = network.logit_scale.exp()
     if "matching" in tasks:
-        negatives = negatives or hard_negatives(scale * image_rows @ text_rows.T, batch.caption_ids, seed)
+        scores = scale * image_rows @ text_rows.T
+        negatives = negatives or hard_negatives(scores, batch.caption_ids, seed, negative_floor)
         passes["pairs"] = _matched_pairs(network, batch, image, negatives, tokenizer, maps)
     else:
         negatives = None
@@ -123,6 +146,7 @@ def _answered_questions(
 ) -> dict[str, LayerOutputs]:
     "The questions before their images, and the answers; without questions, passes of no rows"
     count = len(batch.asks)
+    count_answers = len(batch.answered)
     if not count:  # one row is run, and none of it kept
         word = batch.question.new_full((1, 1), tokenizer.sep)
         counts = torch.ones_like(word, dtype=torch.bool)
@@ -135,13 +159,17 @@ def _answered_questions(
             question_mask=counts,
             answer=word,
             answer_mask=counts,
+            answered=(0,),
+            answers=row,
         )
     tokens = with_start_token(batch.question, tokenizer.enc)
     question = network.run_text(tokens, batch.question_mask, image.states[batch.asks], maps)
-    states = network.question_states(question)
+    states = network.question_states(question)[batch.answers]
+    mask = batch.question_mask[batch.answers]
     tokens = with_start_token(batch.answer, tokenizer.dec)
-    answer = network.run_decoder(tokens, batch.answer_mask, states, batch.question_mask, maps=maps)
-    return {"question": question.first(count), "answer": answer.first(count)}
+    answer = network.run_decoder(tokens, batch.answer_mask, states, mask, maps=maps)
+    answer = replace(answer, weights=batch.answer_weights)
+    return {"question": question.first(count), "answer": answer.first(count_answers)}
 
 
 def _matched_pairs(

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..blip_losses import text_nats
 from .model import Blip
 from .words import _padded, with_start_token
 
 # %% auto #0
-__all__ = ['generate', 'write_captions', 'answer']
+__all__ = ['MOST_RANKED', 'generate', 'write_captions', 'answer', 'rank_texts', 'rank_answers']
 
 # %% ../../nbs/library/070_fusion_generation.ipynb #b9b1deb5
 def generate(
@@ -77,12 +78,69 @@ def answer(
 ) -> list[str]:  # B answers
     "Answer a question about each image"
     blip.can("answering")
+    if not len(images) and not len(questions):
+        return []
+    states, mask = _question_states(blip, images, questions)
+    return generate(blip, states, mask, beams, longest)
+
+
+def _question_states(
+    blip: Blip, images: Tensor, questions: Sequence[str]
+) -> tuple[Tensor, Tensor]:  # (B, L, W), (B, L) bool
+    "Questions read with their images in sight"
     if len(images) != len(questions):
         raise ValueError(f"{len(images)} images, but {len(questions)} questions: give one for each")
-    if not len(images):
-        return []
     words = blip.tokenizer
     tokens, mask = _padded(list(questions), words, blip.device)
     image = blip.model.run_image(images.to(blip.device))
     question = blip.model.run_text(with_start_token(tokens, words.enc), mask, image.states)
-    return generate(blip, blip.model.question_states(question), mask, beams, longest)
+    return blip.model.question_states(question), mask
+
+# %% ../../nbs/library/070_fusion_generation.ipynb #rank0002
+MOST_RANKED = 1024  # texts that the decoder reads at once
+
+
+@torch.no_grad()
+def rank_texts(
+    blip: Blip,
+    states: Tensor,  # (Q, K, W) of questions: `question_states`, or of images
+    mask: Tensor | None,  # (Q, K) bool; None: all count
+    texts: Sequence[str],  # to choose from, different ones
+    candidates: int = 128,  # texts that are read whole, by their first token; 0: all
+    smoothing: float = 0.0,  # of the targets, when whole texts are compared
+) -> list[str]:  # Q of the texts
+    "The likeliest text of a list, whatever the decoder looks at"
+    if not len(texts) or candidates < 0:
+        raise ValueError(f"{len(texts)} texts, candidates={candidates}: give a text at least, and 0 or more")
+    words = blip.tokenizer
+    tokens, counts = _padded(list(texts), words, blip.device)
+    tokens = with_start_token(tokens, words.dec)
+    count = min(candidates or len(texts), len(texts))
+    start = tokens[:1, :1].expand(len(states), -1)
+    first = blip.model.run_decoder(start, torch.ones_like(start, dtype=torch.bool), states, mask).logits[:, 0]
+    best = first.float().softmax(dim=1)[:, tokens[:, 1]].topk(count, dim=1).indices  # (Q, k)
+    nats = []
+    for some in torch.arange(len(states), device=best.device).repeat_interleave(count).split(MOST_RANKED):
+        rows = best.flatten()[len(nats) * MOST_RANKED :][: len(some)]
+        looked_at = None if mask is None else mask[some]
+        outputs = blip.model.run_decoder(tokens[rows], counts[rows], states[some], looked_at)
+        nats.append(text_nats(outputs.logits, outputs.targets, smoothing))
+    least = torch.cat(nats).view(len(states), count).argmin(dim=1)
+    return [texts[row] for row in best[torch.arange(len(best)), least].tolist()]
+
+
+@torch.no_grad()
+def rank_answers(
+    blip: Blip,
+    images: Tensor,  # (B, 3, H, W) preprocessed
+    questions: Sequence[str],  # B, one an image
+    answers: Sequence[str],  # to choose from
+    candidates: int = 128,  # as in `rank_texts`
+    smoothing: float = 0.0,
+) -> list[str]:  # B of the answers
+    "Answer a question about each image by the likeliest of a list"
+    blip.can("answering")
+    if not len(images) and not len(questions):
+        return []
+    states, mask = _question_states(blip, images, questions)
+    return rank_texts(blip, states, mask, list(dict.fromkeys(answers)), candidates, smoothing)

@@ -5,9 +5,10 @@
 # %% ../../nbs/library/064_fusion_network.ipynb #905c7dee
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,17 @@ def _mask_of_words(mask: Tensor, dtype: torch.dtype) -> Tensor:  # (B, L) bool -
     "The same, and no word sees those that follow"
     following = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool, device=mask.device).triu(1)
     return _mask_of_keys(mask, dtype).masked_fill(following, torch.finfo(dtype).min)
+
+
+def _take_prepared_masks(text_model: nn.Module) -> None:
+    "Let a text model of an older transformers take a prepared mask as it is, as later releases do"
+    if "get_extended_attention_mask" in vars(type(text_model)):
+        for name in ("get_extended_attention_mask", "invert_attention_mask"):
+            setattr(text_model, name, partial(_unless_prepared, getattr(text_model, name)))
+
+
+def _unless_prepared(own: Callable[..., Tensor], mask: Tensor, *given, **named) -> Tensor:
+    return mask if mask.dim() == 4 else own(mask, *given, **named)
 
 # %% ../../nbs/library/064_fusion_network.ipynb #71652287
 class _Parts(nn.Module):
@@ -102,6 +114,8 @@ def _hook(network: _Parts) -> None:
     for module in network.modules():
         if type(module).__name__ == "BlipTextSelfAttention":
             module.register_forward_pre_hook(_hand_over_mask, with_kwargs=True)
+        if type(module).__name__ == "BlipTextModel":
+            _take_prepared_masks(module)
 
 # %% ../../nbs/library/064_fusion_network.ipynb #b24e0fc8
 def _tie(network: _Parts) -> None:

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/library/055_losses.ipynb #ad4d228d
 from vlkd_lab.losses.clusters import (
+    BEYOND_MARGIN,
     cluster_classification,
     cluster_distribution,
     instance_discrimination,
@@ -20,6 +21,7 @@ from vlkd_lab.losses.pairs import (
     interactive_contrastive,
     on_features,
     relational,
+    unit_features,
 )
 from vlkd_lab.losses.terms import (
     LOSSES,

@@ -25,7 +25,7 @@ from ..rank_rows import mean_of_ranks, own_rows, shared_rows
 from .tiles import row_products
 
 # %% auto #0
-__all__ = ['sample_classes', 'cluster_classification', 'cluster_distribution', 'instance_discrimination']
+__all__ = ['BEYOND_MARGIN', 'sample_classes', 'cluster_classification', 'cluster_distribution', 'instance_discrimination']
 
 # %% ../../nbs/library/050_losses_clusters.ipynb #c098b705
 def _check_centers(image: Tensor, centers: Tensor) -> None:
@@ -52,32 +52,67 @@ def sample_classes(
     score[own.cpu()] = 2.0
     return score.topk(count).indices.sort().values.to(assignment.device)
 
-# %% ../../nbs/library/050_losses_clusters.ipynb #91bb26b2
+# %% ../../nbs/library/050_losses_clusters.ipynb #mlcd0001
+BEYOND_MARGIN = ("arcface", "flat", "cosine")  # how an angle above π − margin counts
+
+
+def _behind_margin(
+    cosine: Tensor,  # (B, P) of own centres
+    margin: float,  # radians
+    beyond: str,
+) -> Tensor:  # (B, P)
+    "Cosines of the angles with the margin added"
+    if beyond not in BEYOND_MARGIN:
+        raise ValueError(f"beyond={beyond!r} is not valid: it must be one of {', '.join(BEYOND_MARGIN)}")
+    angle = cosine.clamp(-1 + 1e-6, 1 - 1e-6).acos() + margin
+    if beyond == "flat":
+        return angle.clamp(max=math.pi).cos()
+    if beyond == "cosine":
+        return angle.cos()
+    return torch.where(angle > math.pi, cosine - margin * math.sin(margin), angle.cos())
+
+
+def _separated(
+    logits: Tensor,  # (B, K)
+    own: Tensor,  # (B, P) int64, positive classes
+) -> Tensor:  # () mean nats per row
+    "MLCD's loss: positive and negative classes each for themselves"
+    is_own = torch.zeros_like(logits, dtype=torch.bool).scatter(1, own, True)
+    zero = logits.new_zeros(len(logits), 1)
+    negative = torch.cat([zero, logits.masked_fill(is_own, -torch.inf)], dim=1).logsumexp(dim=1)
+    positive = torch.cat([zero, -logits.gather(1, own)], dim=1).logsumexp(dim=1)
+    return (negative + positive).mean()
+
+# %% ../../nbs/library/050_losses_clusters.ipynb #mlcd0002
 def cluster_classification(
     student_image: Tensor,  # (B, D) unit rows
     centers: Tensor,  # (K, D) unit rows; receive no gradient
-    assignment: Tensor,  # (B,) int64, the cluster of each image
+    assignment: Tensor,  # (B,) int64, the cluster of each image; or (B, P), several different ones
     scale: float = 32.0,  # multiplier of the cosines
-    margin: float = 0.0,  # radians added to the angle to the own centre
+    margin: float = 0.0,  # radians added to the angle to the own centres
     classes: Tensor | None = None,  # (S,) ascending, with every one of assignment's; None: all K
-) -> Tensor:  # () mean nats per row; log K at chance
-    "Cross-entropy of finding each image's cluster among the centres (CLIP-CID, cluster discrimination)"
+    beyond: str = "arcface",  # of BEYOND_MARGIN, how angles above π − margin count
+) -> Tensor:  # () mean nats per row; of one cluster log K at chance
+    "Finding each image's cluster among the centres (CLIP-CID), or its several clusters (MLCD)"
     _check_centers(student_image, centers)
     ranks, (student_image, assignment) = shared_rows(student_image, assignment)
-    assignment = own_rows(assignment)
+    own = own_rows(assignment)
     with torch.autocast(student_image.device.type, enabled=False):
         image, centers = _wide(own_rows(student_image), centers.detach())
         if classes is not None:
             centers = centers[classes]
-            assignment = torch.searchsorted(classes, assignment)
+            own = torch.searchsorted(classes, own)
         cosine = row_products(image, centers)
+        places = own.reshape(len(own), -1)
         if margin:
-            own = assignment[:, None]
-            angle = cosine.gather(1, own).clamp(-1 + 1e-6, 1 - 1e-6).acos()
-            cosine = cosine.scatter(1, own, (angle + margin).clamp(max=math.pi).cos())
-        return mean_of_ranks(F.cross_entropy(scale * cosine, assignment), ranks)
+            harder = _behind_margin(cosine.gather(1, places), margin, beyond)
+            cosine = cosine.scatter(1, places, harder)
+        logits = scale * cosine
+        is_single = places.shape[1] == 1
+        value = F.cross_entropy(logits, places[:, 0]) if is_single else _separated(logits, places)
+        return mean_of_ranks(value, ranks)
 
-
+# %% ../../nbs/library/050_losses_clusters.ipynb #91bb26b2
 def cluster_distribution(
     student_image: Tensor,  # (B, D) unit rows
     teacher_image: Tensor,  # (B, D) unit rows of the same images; receive no gradient

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import Ensemble, Features
-from .pairs import Projection
+from .pairs import Projection, unit_features
 from .terms import LOSSES, Term
 
 # %% auto #0
@@ -135,8 +135,16 @@ def _members(teacher: Features | Ensemble) -> tuple[Sequence[Features], Sequence
     return (teacher,), (1.0,)
 
 
-def _projected(student: Features, project: Projection | None) -> Features:
-    return student if project is None else project(student)
+def _projected(student: Features, rows: Features, project: Projection | None) -> Features:
+    "What a projection makes of the student: of its rows as they came, or as unit rows"
+    if project is None:
+        return rows
+    return project(student if project.raw else rows)
+
+
+def _spaces(project: Projection | tuple[Projection | None, ...] | None) -> int:
+    "Teachers whose rows a projection, or a set of them, stands before"
+    return len(project) if isinstance(project, tuple) else 1
 
 
 def _for_each(
@@ -150,9 +158,23 @@ def _for_each(
         raise ValueError(f"there are projections for {len(project)} teachers, and here are {teachers}")
     return project
 
+# %% ../../nbs/library/053_losses_objective.ipynb #weighted
+class _Weighted:
+    "What an objective says of its terms"
+
+    @property
+    def weights(self) -> dict[str, float]:  # name -> weight, zeros included
+        return {term.name: term.weight for term in self.terms}
+
+    def __repr__(self) -> str:
+        return _text_table(self.terms)
+
+    def _repr_html_(self) -> str:
+        return _html_table(self.terms)
+
 # %% ../../nbs/library/053_losses_objective.ipynb #42c88428
 @dataclass(frozen=True, init=False, repr=False)
-class Objective:
+class Objective(_Weighted):
     "A weighted sum of named losses, returned with every term"
 
     terms: tuple[Term, ...]
@@ -172,17 +194,23 @@ class Objective:
     def __call__(self, student: Features, teacher: Features | Ensemble) -> Terms:
         "The total and every term for one batch; of several teachers each term is the weighted mean"
         teachers, weights = _members(teacher)
-        near = [_projected(student, project) for project in self.projections(len(teachers))]
+        rows = unit_features(student) if self.reads_raw else student  # for all but raw projections
+        near = [_projected(student, rows, project) for project in self.projections(len(teachers))]
         active = [term for term in self.terms if term.weight]
         values = {}
         for term in active:
-            students = near if term.needs_projection else [student] * len(teachers)
+            students = near if term.needs_projection else [rows] * len(teachers)
             values[term.name] = _mean_number(term, students, teachers, weights)
         return Terms(sum(term.weight * values[term.name] for term in active), values)
 
     def projections(self, teachers: int = 1) -> tuple[Projection | None, ...]:
         "What stands before the terms that compare rows, for each of so many teachers"
         return _for_each(self.project, teachers)
+
+    @property
+    def reads_raw(self) -> bool:
+        "Whether the student's rows must come as the towers make them, not of unit length"
+        return any(getattr(one, "raw", False) for one in self.projections(_spaces(self.project)))
 
     def draw(self, seed: int) -> None:
         "Seed the terms that draw at random, before a step"
@@ -194,17 +222,7 @@ class Objective:
         "The same objective with some weights replaced; registered losses may join"
         kept = [replace(term, weight=weights.pop(term.name, term.weight)) for term in self.terms]
         joining = [_joining(name, weight) for name, weight in weights.items()]
-        return Objective({}, *kept, *joining, project=self.project)
-
-    @property
-    def weights(self) -> dict[str, float]:  # name -> weight, zeros included
-        return {term.name: term.weight for term in self.terms}
-
-    def __repr__(self) -> str:
-        return _text_table(self.terms)
-
-    def _repr_html_(self) -> str:
-        return _html_table(self.terms)
+        return type(self)({}, *kept, *joining, project=self.project)
 
 # %% ../../nbs/library/053_losses_objective.ipynb #d93db593
 def objective_parameters(
@@ -230,7 +248,7 @@ def gradient_share(
             if not term.weight:
                 continue
             rows = [student.image.detach().requires_grad_(), student.text.detach().requires_grad_()]
-            single = Objective({}, term, project=objective.project)
+            single = type(objective)({}, term, project=objective.project)
             near = replace(student.detach(), image=rows[0], text=rows[1])
             total = single(near, teacher.detach()).total
             pulls = torch.autograd.grad(total, rows, allow_unused=True) if total.requires_grad else ()

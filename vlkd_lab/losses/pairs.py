@@ -28,7 +28,7 @@ from ..features import Features, as_features
 from .tiles import row_products, tile_size, tiled_cross_entropy
 
 # %% auto #0
-__all__ = ['on_features', 'contrastive', 'affinity_mimicking', 'relational', 'Projection', 'feature_mimicking',
+__all__ = ['on_features', 'contrastive', 'affinity_mimicking', 'relational', 'Projection', 'unit_features', 'feature_mimicking',
            'interactive_contrastive']
 
 # %% ../../nbs/library/047_losses_pairs.ipynb #d44c1ba8
@@ -188,8 +188,10 @@ class Projection(nn.Module):
         self,
         student_width: int,  # D_s
         teacher_width: int,  # D_t
+        raw: bool = False,  # it reads rows as the towers make them, not of unit length
     ):
         super().__init__()
+        self.raw = raw
         self.image = nn.Linear(student_width, teacher_width)
         self.text = nn.Linear(student_width, teacher_width)
 
@@ -198,6 +200,12 @@ class Projection(nn.Module):
         image = each_own_row(partial(_unit_rows_of, self.image), student.image)
         text = each_own_row(partial(_unit_rows_of, self.text), student.text)
         return replace(student, image=image, text=text)
+
+
+def unit_features(features: Features) -> Features:  # (B, D) unit rows
+    "Features whose rows may be of any length, as unit rows"
+    unit = partial(F.normalize, dim=1)
+    return replace(features, image=each_own_row(unit, features.image), text=each_own_row(unit, features.text))
 
 
 def _unit_rows_of(layer: nn.Linear, rows: Tensor) -> Tensor:

@@ -182,8 +182,8 @@ def register_losses(
     LOSSES.update(losses)
 
 # %% ../../nbs/library/052_losses_terms.ipynb #71d9e320
-class ClusterTerms:
-    "CLIP-CID's cluster discrimination over fixed centres"
+class _Clustered:
+    "Fixed centres, and which of them an image belongs to"
 
     def __init__(
         self,
@@ -192,33 +192,45 @@ class ClusterTerms:
         margin: float = 0.0,  # radians
         teacher_scale: float = 32.0,  # multiplier of the teacher's cosines
         share: float = 1.0,  # of the classes that a step runs over, in (0, 1]
+        positives: int = 1,  # nearest centres of an image that are its classes
+        beyond: str = "arcface",  # as in `cluster_classification`
     ):
+        if not 0 < positives < len(centers):
+            raise ValueError(f"{positives} positive centres of {len(centers)}: give 1 to {len(centers) - 1}")
         self.centers = centers
+        self.positives = positives
+        self.beyond = beyond
         self.scale = scale
         self.margin = margin
         self.teacher_scale = teacher_scale
         self.share = share
         self.draw = 0
 
-    def assignment(self, rows: Tensor) -> Tensor:  # (B, D_t) unit rows -> (B,) int64
-        "The nearest centre of each row"
+    def assignment(self, rows: Tensor) -> Tensor:  # (B, D_t) unit rows -> (B,) int64, of several (B, P)
+        "The nearest centre of each row, or its nearest ones"
         _check_centers(rows, self.centers)
         return each_own_row(self._nearest, rows)
 
     def _nearest(self, rows: Tensor) -> Tensor:
-        return (rows.detach().float() @ self.centers.to(rows.device).float().T).argmax(dim=1)
+        cosines = rows.detach().float() @ self.centers.to(rows.device).float().T
+        return cosines.argmax(dim=1) if self.positives == 1 else cosines.topk(self.positives, dim=1).indices
 
     def _classes(self, assignment: Tensor) -> Tensor | None:
         if self.share == 1:
             return None
         return sample_classes(assignment, len(self.centers), self.share, self.draw)
 
+# %% ../../nbs/library/052_losses_terms.ipynb #clusterm
+class ClusterTerms(_Clustered):
+    "CLIP-CID's cluster discrimination over fixed centres"
+
     def classification(self, student: Features, teacher: Features) -> Tensor:
         "The student's images find the clusters of the teacher's"
         centers = self.centers.to(student.image.device)
         own = self.assignment(teacher.image)
+        classes = self._classes(own)
         return cluster_classification(
-            student.image, centers, own, self.scale, self.margin, self._classes(own)
+            student.image, centers, own, self.scale, self.margin, classes, self.beyond
         )
 
     def distribution(self, student: Features, teacher: Features) -> Tensor:

@@ -26,7 +26,7 @@ from .inside import HEAD_PAIRS, head_maps, token_words, towers_inside
 from .kinds import ModelKind, Packing
 from .pictures import preprocessing
 from .slim import SlimAttention, SlimPool, SlimTimmAttention, narrow_tower, own_head_width
-from .students import at_size, check_student, new_model, send_pair
+from .students import at_size, check_student, new_model, send_pair, with_towers
 from .towers import resize_towers, text_part
 from .weights import state_digest
 from .words import train_tokenizer

@@ -5,8 +5,10 @@
 # %% ../../nbs/library/032_models_students.ipynb #f31d083f
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from ..features import Batch, Features
 from ..shapes import TowerShape
-from .configs import model_config
+from .configs import model_config, two_towers
 from .image_towers import _first_failure, _one_line
 from .pictures import _plain, preprocessing
 from .towers import _build, text_part
@@ -24,7 +26,7 @@ from .vlm import VLM, evaluating
 from .words import _end_of_text, _tokenizer_of, _words_of
 
 # %% auto #0
-__all__ = ['new_model', 'at_size', 'send_pair', 'check_student']
+__all__ = ['new_model', 'at_size', 'with_towers', 'send_pair', 'check_student']
 
 # %% ../../nbs/library/032_models_students.ipynb #324072f7
 def _config_like(config: Mapping, like: VLM) -> dict:
@@ -86,6 +88,147 @@ def at_size(
         preprocess=preprocessing(preprocess_cfg),
         config=vlm.config | dict(model_cfg=config, preprocess_cfg=preprocess_cfg),
     )
+
+# %% ../../nbs/library/032_models_students.ipynb #towers02
+def _pooler_of(place: str) -> str:
+    "How sentence-transformers pools an encoder's places, by open_clip's name; the mean where nothing says it"
+    from huggingface_hub import hf_hub_download
+
+    path = Path(place) / "1_Pooling" / "config.json"
+    with suppress(OSError, ValueError):  # nothing of the kind on the hub, or no hub
+        path = path if Path(place).is_dir() else Path(hf_hub_download(place, "1_Pooling/config.json"))
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    chosen = [name for name, is_on in settings.items() if name.startswith("pooling_mode_") and is_on is True]
+    poolers = {
+        "pooling_mode_mean_tokens": "mean_pooler",
+        "pooling_mode_cls_token": "cls_last_hidden_state_pooler",
+    }
+    if len(chosen) > 1 or not set(chosen) <= set(poolers):
+        raise ValueError(
+            f"text_tower={place!r} pools by {' and '.join(chosen)}, which open_clip cannot; it can by "
+            f"{' or '.join(poolers)}"
+        )
+    return poolers[chosen[0]] if chosen else "mean_pooler"
+
+
+def _encoder_config(
+    place: str,  # a folder, or a name on the hub
+    context_length: int,  # tokens of a caption
+) -> dict:  # open_clip's text configuration
+    "How open_clip names an encoder of transformers; ValueError for one of a kind that it does not know"
+    from open_clip.hf_configs import arch_dict
+    from transformers import AutoConfig
+
+    try:
+        about = AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"text_tower={place!r} is neither a folder with an encoder's config.json, model.safetensors and "
+            f"tokenizer.json nor an encoder's name on the hub ({_one_line(error)})"
+        ) from error
+    if about.model_type not in arch_dict:
+        known = ", ".join(sorted(arch_dict))
+        raise ValueError(
+            f"text_tower={place!r} is a {about.model_type}, which open_clip cannot hold; it holds {known}"
+        )
+    most = getattr(about, "max_position_embeddings", context_length)
+    if about.model_type in ("roberta", "xlm-roberta"):  # whose places begin behind that of the filling
+        most -= about.pad_token_id + 1
+    if context_length > most:
+        raise ValueError(f"context_length={context_length} is not valid: {place} reads at most {most} tokens")
+    pooler = _pooler_of(place)
+    return dict(
+        hf_model_name=place,
+        hf_tokenizer_name=place,
+        hf_pooler_type=pooler,
+        hf_proj_type="linear",
+        context_length=context_length,
+    )
+
+# %% ../../nbs/library/032_models_students.ipynb #towers05
+def _encoder_state(place: str) -> dict[str, Tensor]:
+    "Weights of an encoder of transformers"
+    from transformers import AutoModel
+
+    try:
+        network = AutoModel.from_pretrained(place, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"no safetensors of an encoder in {place} ({_one_line(error)})") from error
+    return (network.encoder if network.config.is_encoder_decoder else network).state_dict()
+
+# %% ../../nbs/library/032_models_students.ipynb #towers03
+def _copy_weights(
+    part: nn.Module, theirs: Mapping[str, Tensor], left_out: tuple[str, ...] = ()
+) -> set[str]:  # names of weights that stay as they are, such as a projection of another shape
+    "Their weights into a part, where they fit"
+    own = part.state_dict()
+    fitting = {}
+    for name, weight in theirs.items():
+        if name in own and own[name].shape == weight.shape and not name.startswith(left_out):
+            fitting[name] = weight
+    part.load_state_dict(own | fitting)
+    names = (name for name, _ in part.named_parameters() if not name.startswith(left_out))
+    return {name for name in names if name not in fitting}
+
+
+def _parts_config(config: Mapping, image: VLM | None, text: VLM | dict | None) -> dict:
+    "A configuration with the towers of others; ValueError where they compute differently"
+    config = two_towers(model_config(config))
+    given = {"vision_cfg": image, "text_cfg": text if isinstance(text, VLM) else None}
+    activations = set()
+    for part, vlm in given.items():
+        if vlm is None:
+            continue
+        if vlm.config.get("towers"):
+            raise ValueError(
+                f"{vlm.name}: layers of its towers were cut, so it cannot be a part of a new model"
+            )
+        theirs = two_towers(vlm.config["model_cfg"])
+        config[part] = theirs[part]
+        if not {"timm_model_name", "hf_model_name"} & set(theirs[part]):  # which do not read it
+            activations.add(bool(theirs.get("quick_gelu")))
+        if part == "text_cfg" and theirs.get("custom_text"):
+            config["custom_text"] = True
+    if len(activations) > 1:
+        raise ValueError(
+            "one of the towers computes with QuickGELU and the other with GELU: open_clip has one for both"
+        )
+    if activations:
+        config["quick_gelu"] = activations.pop()
+    return config | (dict(text_cfg=text) if isinstance(text, dict) else {})
+
+# %% ../../nbs/library/032_models_students.ipynb #towers06
+def with_towers(
+    config: str | Path | Mapping,  # anything `model_config` takes; its own towers where none is given
+    image: VLM | None = None,  # whose image tower and preprocessing the model begins with; None: a fresh one
+    text: VLM | str | Path | None = None,  # likewise; or where an encoder of transformers is
+    tokenizer: Callable[[Sequence[str]], Tensor] | None = None,  # for fresh text; None: the configuration's
+    context_length: int = 32,  # tokens of a caption that an encoder of transformers reads
+    seed: int = 0,  # of what is fresh
+) -> VLM:
+    "A model that begins with towers from elsewhere"
+    is_model = isinstance(text, VLM)
+    encoder = None if text is None or is_model else _encoder_config(str(text), context_length)
+    config = _parts_config(config, image, text if is_model else encoder)
+    if is_model or encoder:
+        tokenizer = text.tokenizer if is_model else None
+    vlm = new_model(config, tokenizer=tokenizer, seed=seed)
+    fresh: set[str] = set()
+    if image is not None:
+        left = _copy_weights(vlm.model.visual, image.model.visual.state_dict())
+        fresh |= {f"visual.{name}" for name in left}
+        seen = dict(preprocess_cfg=image.config["preprocess_cfg"])
+        vlm = replace(vlm, preprocess=image.preprocess, config=vlm.config | seen)
+    part = text_part(vlm.model)
+    within = "" if part is vlm.model else "text."
+    if is_model:
+        left = _copy_weights(part, text_part(text.model).state_dict(), ("visual.", "logit_"))
+        fresh |= {within + name for name in left}
+    elif encoder:
+        _copy_weights(part.transformer, _encoder_state(str(text)))
+        fresh |= {f"text.proj.{name}" for name, _ in part.proj.named_parameters()}
+    vlm.model.fresh_weights = frozenset(fresh)  # which a lock leaves open
+    return vlm
 
 # %% ../../nbs/library/032_models_students.ipynb #efa4bd09
 def send_pair(vlm: VLM) -> Features:  # one row each

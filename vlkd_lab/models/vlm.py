@@ -38,20 +38,36 @@ __all__ = ['PRECISIONS', 'encode_texts', 'VLM', 'own_head_widths', 'own_arithmet
            'load_model']
 
 # %% ../../nbs/library/030_models_vlm.ipynb #short002
+def _is_compiled(model: nn.Module) -> bool:
+    "Whether a text tower would be compiled again for each length"
+    tower = getattr(model, "text", model)
+    parts = (tower, getattr(tower, "transformer", None))
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in parts)
+
+
 def _reads_to_its_end(model: nn.Module) -> bool:
     "Whether a model's text tower reads from left to right, and takes what it says at the largest id"
+    if _is_compiled(model):
+        return False
     tower = getattr(model, "text", model)
-    for part in (tower, getattr(tower, "transformer", None)):
-        if getattr(part, "_compiled_call_impl", None) is not None:
-            return False  # it would be compiled again for each length
     pools = getattr(tower, "pool_type", getattr(tower, "text_pool_type", None))
     reads_all = getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False)
     return pools == "argmax" and getattr(tower, "attn_mask", None) is not None and not reads_all
 
 
+def _hides_padding(model: nn.Module, pad: int | None) -> bool:
+    "Whether a model's text tower is one of transformers, which masks what stands behind a text"
+    tower = getattr(model, "text", model)
+    if pad is None or not hasattr(tower, "pooler") or _is_compiled(model):
+        return False
+    return getattr(tower.config, "pad_token_id", None) == pad
+
+
 def _encode_short(model: nn.Module, ids: Tensor) -> Tensor:  # (B, L) -> (B, D) rows of any length
     "Features of texts that reach no further than these places, which may be fewer than the tower has"
     tower = getattr(model, "text", model)
+    if hasattr(tower, "pooler"):
+        return tower(ids)
     places = ids.shape[1]
     kind = tower.transformer.get_cast_dtype()
     states = tower.token_embedding(ids).to(kind) + tower.positional_embedding[:places].to(kind)
@@ -76,12 +92,12 @@ def encode_texts(
 ) -> Tensor:  # (B, D) rows
     "What `model.encode_text` says of texts, computed no further than they reach"
     ids = texts.ids if isinstance(texts, Texts) else texts
-    is_bare = ids is texts or not len(ids)
-    if is_bare or torch.compiler.is_compiling() or not _reads_to_its_end(model):
+    is_bare = ids is texts or not len(ids) or torch.compiler.is_compiling()
+    if is_bare or not (_reads_to_its_end(model) or _hides_padding(model, texts.pad)):
         return model.encode_text(ids, normalize=normalize)
     kind = ids.device.type
     count = min(_MOST_PARTS, max(1, len(ids) // _FEWEST_ROWS.get(kind, 64)))
-    ends = np.array(texts.ends)
+    ends = np.array(texts.ends).clip(min=1)
     order = ends.argsort(kind="stable")
     plan = torch.from_numpy(np.stack([order, order.argsort()]))  # and back
     sorted_rows, original_rows = send_pinned(plan, ids.device)
@@ -232,6 +248,23 @@ def evaluating(*networks: nn.Module) -> Iterator[None]:
         for part, training in modes:
             part.training = training
 
+# %% ../../nbs/library/030_models_vlm.ipynb #0wnenc01
+_ENCODER = "text_encoder"  # beside a saved model's weights: what an encoder of transformers is like
+
+
+def _keep_encoder(vlm: VLM, text_cfg: dict, folder: Path) -> None:
+    "Describe a text tower that came from a folder of its own, so that the model opens without that one"
+    if Path(text_cfg.get("hf_model_name") or " ").is_dir():
+        text_part(vlm.model).config.save_pretrained(folder / _ENCODER)
+        text_cfg["hf_tokenizer_name"] = folder.name
+        _own_encoder(dict(text_cfg=text_cfg), folder)
+
+
+def _own_encoder(config: dict, folder: Path | None) -> None:
+    "Let a configuration take the text tower that its model's own folder describes, wherever that lies"
+    if folder is not None and (folder / _ENCODER / "config.json").is_file():
+        config["text_cfg"]["hf_model_name"] = str((folder / _ENCODER).resolve())
+
 # %% ../../nbs/library/030_models_vlm.ipynb #a8088412
 def save_model(
     vlm: VLM,
@@ -248,6 +281,7 @@ def save_model(
     if hasattr(vlm.tokenizer, "save_pretrained"):
         vlm.tokenizer.save_pretrained(str(folder))
         (plain or config["model_cfg"])["text_cfg"].setdefault("hf_tokenizer_name", folder.name)
+    _keep_encoder(vlm, (plain or config["model_cfg"])["text_cfg"], folder)
     if plain:
         config["model_cfg"] = plain
     else:
@@ -259,12 +293,13 @@ def save_model(
     (folder / f"{name}_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
-
+# %% ../../nbs/library/030_models_vlm.ipynb #l0adslim
 def _load_slim(folder: Path, name: str) -> VLM:
     "A model that `save_model` wrote in the layout of its own"
     config = json.loads((folder / _SLIM_CONFIG).read_text(encoding="utf-8"))
     shapes = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
     config["towers"] = shapes or None
+    _own_encoder(config["model_cfg"], folder)
     model = _build(config["model_cfg"], config["towers"])
     model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
     tokenizer = _tokenizer_of(config["model_cfg"], folder, name)
@@ -301,6 +336,7 @@ def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:
         if plain := plain_config(config, towers):
             config = plain
             towers = None
+    _own_encoder(config, checkpoint.tokenizer)
     if checkpoint.tokenizer is not None:
         config["text_cfg"].setdefault("hf_tokenizer_name", checkpoint.tokenizer.name)
     model = _build(config, towers)

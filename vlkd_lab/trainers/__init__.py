@@ -40,6 +40,7 @@ from vlkd_lab.trainers.jobs import (
     at_work,
     continuing,
     drop_checkpoints,
+    earlier_parameters,
     encode_captions,
     filled_store,
     find_data,
@@ -109,6 +110,7 @@ from vlkd_lab.trainers.options import (
     all_processes,
     at_least,
     check_parameters,
+    check_schedule,
     current_word,
     folder_path,
     is_interactive,
@@ -159,6 +161,7 @@ from vlkd_lab.trainers.students import (
     check_teachers,
     copy_manually,
     current_student,
+    find_finished,
     find_model,
     find_smaller_start,
     find_start,
@@ -192,7 +195,7 @@ from vlkd_lab.trainers.teachers import (
 from ..methods import METHODS
 from ..project import former_names
 from .average import Average
-from .locks import check_locks, lock_towers
+from .locks import check_locks, lock_towers, rest_frozen
 from .loop import Diverged, agree, averaged, change, fit, take_step
 from .numbers import USE_SECONDS, LateLine, LateNumbers, MachineUse, as_numbers
 

@@ -31,14 +31,15 @@ from vlkd_lab.runs import (
     kept_checkpoints,
     kept_snapshots,
     read_json,
+    stage_of,
     stage_roles,
 )
 
 from ..data import project_root
 from ..methods import find_method
 from ..project import link_or_copy, write_text
-from .jobs import FREE
-from .options import check_parameters
+from .jobs import FREE, earlier_parameters
+from .options import check_parameters, check_schedule
 
 # %% auto #0
 __all__ = ['NEWEST', 'STEERED', 'SLIDERS', 'ForkPoint', 'fork_points', 'find_point', 'forked_parameters', 'forked_controls',
@@ -125,7 +126,11 @@ def find_point(
 STEERED = (  # parameters that a fork may have otherwise, beside those that change no result
     "steps",
     "learning_rate",
+    "learning_rate_floor",
     "weight_decay",
+    "beta1",
+    "beta2",
+    "eps",
     "warmup",
     "clip_norm",
     "seed",
@@ -136,14 +141,14 @@ STEERED = (  # parameters that a fork may have otherwise, beside those that chan
 )
 SLIDERS = ("now", "then")
 
-
+# %% ../../nbs/library/093_trainers_forks.ipynb #steered1
 def forked_parameters(
     config: Mapping[str, Any],  # config.json of the run that is forked
     changes: Mapping[str, Any],  # name of a parameter -> its value in the fork
 ) -> tuple[dict[str, Any], dict[str, list]]:  # all parameters; name -> [old, new] of those that differ
     "A fork's parameters; ValueError for one that cannot change, or for a value that is not valid"
     kind = find_method(config["method"]).parameters
-    before = config["parameters"]
+    before = earlier_parameters(kind, config)
     may_change = [name for name in (*STEERED, *FREE) if hasattr(kind, name) and name != "out"]
     for name in changes:
         if name not in may_change:
@@ -151,7 +156,15 @@ def forked_parameters(
                 f"{name} cannot change in a fork: {', '.join(may_change)} can, and as `controls` "
                 f"{', '.join(IN_MID_RUN)}; for anything else begin a run with start_from"
             )
-    after = asdict(check_parameters(kind, {**before, **changes}))
+    checked = check_parameters(kind, {**before, **changes})
+    check_schedule(checked)
+    after = asdict(checked)
+    for name, value in changes.items():
+        if isinstance(value, int | float) and after[name] != value:
+            raise ValueError(
+                f"{name}={value} cannot be in this fork: with recipe={after.get('recipe')!r} it becomes "
+                f"{after[name]}; choose another value"
+            )
     if after["steps"] < before["steps"]:
         more = f"{before['steps']} of the run that is forked, or more"
         raise ValueError(f"steps={after['steps']} is not valid: steps may only grow; choose {more}")
@@ -261,7 +274,7 @@ def _take_records(run: Run, point: ForkPoint, taken: Sequence[str], draft: Path)
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = []
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(keepends=True)):
-        stage = json.loads(line).get("stage", point.stage)
+        stage = stage_of(line, point.stage)
         if stage in taken or (stage == point.stage and number < point.lines):
             lines.append(line)
     write_text(draft / "metrics.jsonl", "".join(lines))

@@ -32,6 +32,7 @@ from vlkd_lab.trainers.options import (
     Distillation,
     FitParameters,
     all_processes,
+    check_schedule,
     list_of_numbers,
     read_numbers,
 )
@@ -56,12 +57,12 @@ from .running import check_compiler, check_products, check_sharding
 from .teachers import RowTeacher, Teachers, row_teachers
 
 # %% auto #0
-__all__ = ['LONGEST_WAIT', 'FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator', 'out_folder',
-           'continuing', 'reopen', 'drop_checkpoints', 'once', 'may_print', 'store_folder', 'filled_store',
-           'open_stream', 'Reading', 'teacher_source', 'who_answers', 'teacher_views', 'inspect_rows', 'Showing',
-           'trained_on', 'rows_in_words', 'encode_captions', 'validation_features', 'validation_scores', 'of_part',
-           'Job', 'open_run', 'network_facts', 'write_network', 'finish_fit', 'train_baseline', 'TeacherJob',
-           'StudentJob', 'at_work', 'write_probe']
+__all__ = ['LONGEST_WAIT', 'FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_validation', 'make_accelerator',
+           'earlier_parameters', 'out_folder', 'continuing', 'reopen', 'drop_checkpoints', 'once', 'may_print',
+           'store_folder', 'filled_store', 'open_stream', 'Reading', 'teacher_source', 'who_answers', 'teacher_views',
+           'inspect_rows', 'Showing', 'trained_on', 'rows_in_words', 'encode_captions', 'validation_features',
+           'validation_scores', 'of_part', 'Job', 'open_run', 'network_facts', 'write_network', 'finish_fit',
+           'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/092_trainers_jobs.ipynb #d91f22ab
 def find_data(
@@ -73,21 +74,22 @@ def find_data(
     if not where.startswith("scenes:"):
         return find(where)
     count, *settings = where.removeprefix("scenes:").replace(" ", "").replace("=", ":").split(",")
-    valid = {"duplicates": lambda value: 0 <= value < 1, "tail": lambda value: value >= 0}
+    below = {"duplicates": 1.0, "copies": 1.0, "tail": float("inf"), "seed": float("inf")}
     extra = {}
     try:
         for setting in settings:
             name, value = setting.split(":")
-            extra[name] = float(value)
+            extra[name] = int(value) if name == "seed" else float(value)
         is_valid = int(count) > 0 and all(
-            name in valid and valid[name](value) for name, value in extra.items()
+            name in below and 0 <= value < below[name] for name, value in extra.items()
         )
     except ValueError:
         is_valid = False
     if not is_valid:
         raise ValueError(
             f"{'val' if held_out else 'data'}={where!r} is not valid: write scenes:N with N pairs to "
-            "generate, and if you like ,duplicates:SHARE (below 1) and ,tail:EXPONENT; or name shards"
+            "generate, and if you like ,duplicates:SHARE, ,copies:SHARE (both below 1), ,tail:EXPONENT and "
+            ",seed:N; or name shards"
         )
     return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 
@@ -132,6 +134,7 @@ def make_accelerator(options: FitParameters) -> Accelerator:
         raise ValueError(
             f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
         )
+    check_schedule(options)
     check_compiler(options, accelerator.device)
     check_products(options, accelerator.device)
     check_sharding(options, processes)
@@ -174,7 +177,9 @@ FREE = (  # parameters that change no result
     "cache_gb",
     "sentence_workers",
 )
-LATER = {  # parameters of later versions -> the value that stands for runs from before
+
+# %% ../../nbs/library/092_trainers_jobs.ipynb #later001
+LATER = {  # parameters of later versions, or KIND.PARAMETER -> the value that stands for runs from before
     "ema": 0.0,
     "teacher_widths": "",
     "teacher_scales": "",
@@ -188,6 +193,31 @@ LATER = {  # parameters of later versions -> the value that stands for runs from
     "map_share": 0.2,
     "map_learning_rate": 0.001,
     "map_sharing": "tied",
+    "beta1": 0.9,
+    "beta2": 0.98,
+    "eps": 1e-6,
+    "learning_rate_floor": 0.0,
+    "flip": False,
+    "teacher_sees": "same",
+    "cluster_positives": 1,
+    "margin_beyond": "arcface",
+    "answer_loss": "mean",
+    "negative_floor": 0.0,
+    "exponential_scale": True,
+    "raw_projection": False,
+    "recipe": "table_top",
+    "schedule": "stage",
+    "target_sparsities": "",
+    "stage_steps": "",
+    "gate_steps": "",
+    "sparsity_ramp": 0,
+    "gate_beta2": 0.98,
+    "gate_epsilon": 1e-6,
+    "layers": "even_spread",
+    "inherit_towers": "image,text",
+    "embed_dim": 64,
+    "Contrastive.image_tower": "",  # other kinds had one before
+    "Contrastive.text_tower": "",
 }
 GROWS = ("steps",)  # parameters that may become larger
 SAME = {  # parameter -> what of config.json must be the same when it differs
@@ -198,13 +228,29 @@ SAME = {  # parameter -> what of config.json must be the same when it differs
     "start_from": "start_sha256",
 }
 
+# %% ../../nbs/library/092_trainers_jobs.ipynb #later002
+def _came_later(kind: type[FitParameters]) -> dict[str, Any]:
+    "Of LATER what a kind of parameters has"
+    found = {}
+    for name, value in LATER.items():
+        owner, _, own = name.rpartition(".")
+        if owner in ("", kind.__name__) and hasattr(kind, own):
+            found[own] = value
+    return found
+
+
+def earlier_parameters(kind: type[FitParameters], config: Mapping[str, Any]) -> dict[str, Any]:
+    "The parameters in a run's config.json, with what stands for those that came after its version"
+    written = config.get("parameters", {})
+    return _came_later(kind) | dict(written) if written else {}
+
 # %% ../../nbs/library/092_trainers_jobs.ipynb #jb000002
 def out_folder(options: FitParameters) -> Path:
     "The run folder: `out`, or runs/METHOD-XXXXXXXX after the parameters of which the result depends"
     if options.out:
         return data.project_root() / Path(options.out).expanduser()
     kept = {name: value for name, value in asdict(options).items() if name not in FREE}
-    for name, before in LATER.items():
+    for name, before in _came_later(type(options)).items():
         if name in kept and kept[name] == before:
             del kept[name]
     for name in kept.keys() & FORMER_WORDS.keys():  # a run is found where an earlier version has put it
@@ -221,11 +267,12 @@ def continuing(options: FitParameters, run: Run) -> dict[str, Any]:  # for `runs
     for part in ("data", "sentences", "validation"):
         places += [f"{part}.shards", f"{part}.damaged"]
     parameters = [f"parameters.{name}" for name in FREE]
+    defaults = {one.name: one.default for one in fields(options)} | _came_later(type(options))
     return dict(
         free=("versions", "terms", "stages", *unknown, *places, *parameters),
         grows=[f"parameters.{name}" for name in GROWS],
         same={f"parameters.{name}": entry for name, entry in SAME.items()},
-        defaults={f"parameters.{option.name}": option.default for option in fields(options)},
+        defaults={f"parameters.{name}": value for name, value in defaults.items()},
         former={f"parameters.{name}": words for name, words in FORMER_WORDS.items()},
     )
 
@@ -311,8 +358,10 @@ def open_stream(
     "A stream of this process's part of some data, as the job's options have it"
     options = job.options
     world = job.accelerator.num_processes
-    defaults = {name: getattr(options, name) for name in ("seed", "workers", "shuffle", "crop_scale")}
-    settings = defaults | settings
+    names = ("seed", "workers", "shuffle", "crop_scale", "flip")
+    settings = {name: getattr(options, name) for name in names} | settings
+    asked = "teacher" in settings and getattr(options, "teacher_features", "") != "stored"
+    settings["whole_for_teacher"] = asked and getattr(options, "teacher_sees", "") == "whole"
     if settings["crop_scale"] < 1:
         settings["crops"] = getattr(options, "augmentations", 0)
     rank = job.accelerator.process_index
@@ -430,7 +479,9 @@ def _row_parts(job: Job) -> dict[str, Any]:  # of `row_teachers`
 
 def _row_settings(job: Job) -> dict[str, Any]:  # of `PairStream`
     "How the stream reads rows and draws captions"
-    return dict(row_width=sum(job.rows["teacher_widths"]), synthetic_share=job.options.synthetic_share)
+    both = getattr(job.options, "both_captions", False)
+    width = sum(job.rows["teacher_widths"])
+    return dict(row_width=width, synthetic_share=job.options.synthetic_share, both_captions=both)
 
 # %% ../../nbs/library/092_trainers_jobs.ipynb #re1nf115
 def inspect_rows(
@@ -440,6 +491,11 @@ def inspect_rows(
 ) -> dict[str, Any]:  # for config.json: the entry "reinforced"
     "What the training shards hold of what teachers said; ValueError where it is not what the options say"
     stored = data.inspect_reinforcement(report)
+    if getattr(options, "both_captions", False) and not stored.synthetic:
+        raise ValueError(
+            "both_captions=True is not valid here: the shards have no synthetic captions; choose "
+            "both_captions=False, or give pictures several captions before `reinforce`"
+        )
     told = {} if teachers else _told_beside(report)
     text = options.teacher_widths or told.get("teacher_widths", "")
     widths = tuple(int(width) for width in read_numbers(text))
@@ -513,9 +569,9 @@ class Showing:
 
     @property
     def about_data(self) -> str:
-        "What the preflight found, how many captions are too long, and whether validation is trained on"
+        "What the preflight found, whether validation is trained on, and the method's advice"
         rows = rows_in_words(self.job.rows) if self.job.in_shards else ""
-        lines = (self.job.report, rows, self.job.truncation, trained_on(self.job.run))
+        lines = (self.job.report, rows, self.job.truncation, trained_on(self.job.run), self.job.advice)
         return "\n".join(str(line) for line in lines if line)
 
 
@@ -550,7 +606,7 @@ def encode_captions(
     parts = []
     with evaluating(model.model):
         for start in range(0, len(captions), batch_size):
-            texts = Texts.of(model.tokenizer(list(captions[start : start + batch_size])))
+            texts = Texts.read(captions[start : start + batch_size], model.tokenizer)
             parts.append(model.encode_text(texts.to(model.device)).float())
     return torch.cat(parts)
 
@@ -641,6 +697,7 @@ class Job(ABC):
     compares = True  # whether teacher and student have one space for images and texts
     baselines: ClassVar[Collection[str]] = ()  # stages that train what a student is compared with
     look = None  # further arrays for the views: a function of the loop
+    advice = ""  # the method's, on parameters with which it is not going to work
     probe_sentences = None  # what the probe's images are scored against; None: their own captions
     teachers = property(_teachers)
     roles = property(_roles)
@@ -658,7 +715,6 @@ class Job(ABC):
     store = of_part("reading", "store")
     source = of_part("reading", "source")
     source_of = teacher_source  # who answers for one teacher of the set
-
     showing = cached_property(Showing)
     probe_rows = of_part("showing", "probe_rows")
     probe = of_part("showing", "probe")
@@ -791,10 +847,11 @@ def train_baseline(
     stage: str,  # of the run
     steps: int,
     student: VLM,  # before its training, with nothing inherited
+    objective: Objective | None = None,  # without a teacher; None: the contrastive loss
 ) -> VLM:
     "The same student trained from scratch, contrastively: what a distilled one is compared with"
     phase = Phase(stage, "contrast", steps, fixed=True)
-    return finish_fit(job, phase, student, Objective({"contrastive": 1.0}), None)
+    return finish_fit(job, phase, student, objective or Objective({"contrastive": 1.0}), None)
 
 # %% ../../nbs/library/092_trainers_jobs.ipynb #40bbc522
 class TeacherJob(Job):
@@ -860,7 +917,7 @@ def _announce(job: Job) -> None:
     if request.get("attention", -1) >= 0:
         job.run.control(attention=-1)
     job.run.set_status(plan=job.plan, freed_bytes=None)
-    for warning in filter(None, (job.truncation, trained_on(job.run))):
+    for warning in filter(None, (job.truncation, trained_on(job.run), job.advice)):
         job.run.warn(str(warning))
     if job.teaches:
         write_network(job.run, job.teacher, job.run.folder)

@@ -30,7 +30,7 @@ from ..methods import DEFAULT_METHOD, METHODS, find_method
 from ..project import project_root
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .companions import Companions
-from .jobs import Job, at_work, may_print
+from .jobs import Job, at_work, earlier_parameters, may_print
 from .options import all_processes, check_parameters, is_interactive, notebook_values
 
 # %% auto #0
@@ -234,7 +234,8 @@ def main(arguments: list[str]) -> None:  # of the command line: a run folder, an
     values = read_settings(changes)
     method = values.pop("method", config.get("method", DEFAULT_METHOD))
     with Companions(folder):
-        job = open_job(method, config.get("parameters", {}) | values | {"out": str(Path(folder).resolve())})
+        given = earlier_parameters(find_method(method).parameters, config) | values
+        job = open_job(method, given | {"out": str(Path(folder).resolve())})
         if job.accelerator.is_main_process:
             print(job.about_data, flush=True)
         train(job)
@@ -256,13 +257,19 @@ def read_settings(
     of: str = "",  # whose they are, as a refusal begins
     form: str = "",  # how several are written
 ) -> dict[str, Any]:
-    "Names and values as people write them; of a name that comes twice the last counts"
+    "Names and values as people write them; of a name that comes twice the last counts, but not of files"
     values = {}
     for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals or not name.strip():
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not name:
             raise ValueError(f"{of}{setting.strip()!r} is not valid: write NAME=VALUE{form}")
-        values[name.strip()] = read_value(value.strip())
+        is_file = value.endswith((".tar", ".gz", ".csv", ".tsv", ".parquet"))
+        if is_file and values.get(name, value) != value:
+            raise ValueError(
+                f"{of}{name} is given twice, as {values[name]!r} and as {value!r}: a shell makes several of "
+                f"what stands in braces, so write '{name}=…' in quotes"
+            )
+        values[name] = read_value(value)
     return values
 
 

@@ -45,17 +45,35 @@ class Phase:
     stage_steps: int = 0  # steps of the whole stage, for the learning rate; 0: those of this phase
     first_step: int = 0  # steps that this student's line took before the stage
     fixed: bool = False  # a baseline: learning rate and weights cannot be changed in mid-run
+    rates: str = "stage"  # what the learning rate follows: "stage", "rise", "fall" or "turns"
 
     @property
     def folder(self) -> str:
         return f"{self.stage}/{self.name}"
 
-    def learning_rate_factor(self, step: int, warmup: int) -> float:  # of the peak, between 0 and 1
-        "Linear warm-up over the stage's first steps, cosine to zero at its end"
+    def learning_rate_factor(
+        self,
+        step: int,
+        warmup: int,  # steps
+        floor: float = 0.0,  # share of the peak at which the cosine ends
+    ) -> float:  # of the peak, between 0 and 1
+        "Linear warm-up over the stage's first steps, cosine to its end; or as `rates` says"
+        if self.rates == "rise":
+            return (step + 1) / self.steps
+        if self.rates in ("fall", "turns"):
+            return self._falling_factor(step, min(warmup, self.steps) if self.rates == "turns" else 0, floor)
         at = self.before + step
         length = self.stage_steps or self.steps
         rise = min(1.0, (at + 1) / max(warmup, 1))
-        return rise * (1 + math.cos(math.pi * min(at / length, 1.0))) / 2
+        fall = (1 + math.cos(math.pi * min(at / length, 1.0))) / 2
+        return rise * (floor + (1 - floor) * fall)
+
+    def _falling_factor(self, step: int, rise: int, floor: float) -> float:
+        "After `rise` steps of the phase a cosine from the peak to the floor over the others"
+        if step < rise:
+            return (step + 1) / rise
+        fall = (1 + math.cos(math.pi * min((step - rise) / max(self.steps - rise, 1), 1.0))) / 2
+        return floor + (1 - floor) * fall
 
 # %% ../../nbs/library/089_trainers_learner.ipynb #75b4899a
 class Hooks(nn.Module):
@@ -157,10 +175,11 @@ def encode_sides(
     model: nn.Module,
     image: Tensor,  # (B, 3, H, W), or no rows
     text: Tensor | Texts,  # (M, L), or no rows
+    normalize: bool = True,  # rows to unit length
 ) -> tuple[Tensor, ...]:  # (B, D) and (M, D) unit rows, () multiplier; () bias where the model has one
     "Features of both sides in single precision, and the scale; a side without rows has none"
-    images = model.encode_image(image, normalize=True).float() if len(image) else None
-    texts = encode_texts(model, text).float() if len(text) else None
+    images = model.encode_image(image, normalize=normalize).float() if len(image) else None
+    texts = encode_texts(model, text, normalize).float() if len(text) else None
     images = texts[:0] if images is None else images
     texts = images[:0] if texts is None else texts
     scale = model.logit_scale.exp().float()
@@ -184,6 +203,7 @@ def parameter_groups(
     matrices = [weight for weight in trained if weight.ndim >= 2]
     vectors = [weight for weight in trained if weight.ndim < 2]
     rate = dict(lr=options.learning_rate, scheduled=True)
+    rate |= dict(betas=(options.beta1, options.beta2), eps=options.eps)
     groups = [
         dict(params=matrices, weight_decay=options.weight_decay) | rate,
         dict(params=vectors, weight_decay=0.0) | rate,
@@ -197,7 +217,7 @@ def _new_optimizer(
     groups: Sequence[dict],
     device: torch.device | None,  # None: they are spread over several
 ) -> torch.optim.AdamW:
-    "TinyCLIP's AdamW; on a GPU one operation a group, elsewhere weight by weight, bit for bit as ever"
+    "AdamW, TinyCLIP's for groups that do not say; on a GPU one operation a group, elsewhere weight by weight"
     fused = True if device is not None and device.type == "cuda" else None
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=fused)
 
@@ -290,6 +310,12 @@ def _teacher_features(loop: Loop, batch: Batch) -> Features | Ensemble | None:
     return features.each(at_scale) if isinstance(features, Ensemble) else at_scale(features)
 
 
+def _asks(loop: Loop) -> bool:
+    "Whether a step needs the teacher: for a term that counts, or to know how wide its rows are"
+    needed = any(term.weight and term.needs_teacher for term in loop.objective.terms)
+    return needed or loop.example is None or isinstance(loop.objective.project, tuple)
+
+
 def _one_hot(features: Features | Ensemble) -> Features | Ensemble:
     "Two rows as wide as these, on which an objective can be tried"
     if isinstance(features, Ensemble):
@@ -304,7 +330,7 @@ def learn_from_pairs(
     seen: Batch | None = None,  # the same pairs as the student sees them; None: as they are
 ) -> tuple[dict[str, Tensor], Features, Features | Ensemble | None]:
     "Gradients of what two towers are to learn from a batch; terms, student's features, teacher's features"
-    teacher = _teacher_features(loop, batch)
+    teacher = _teacher_features(loop, batch) if _asks(loop) else None
     teacher = None if teacher is None else gather(teacher)
     loop.paired = not batch.text_keys
     terms: dict[str, Tensor] = {}

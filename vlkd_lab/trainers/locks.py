@@ -18,14 +18,14 @@ from .. import models
 from .options import FitParameters
 
 # %% auto #0
-__all__ = ['lock_towers', 'check_locks']
+__all__ = ['lock_towers', 'rest_frozen', 'check_locks']
 
 # %% ../../nbs/library/084_trainers_locks.ipynb #1d015e3c
 def lock_towers(
     model: nn.Module,  # an open_clip model; changed
     options: FitParameters,  # what is locked, and how many last layers are not
 ) -> None:
-    "Freeze the weights and the batch statistics of the towers that the options lock"
+    "Freeze weights and batch statistics of the towers that the options lock; they drop nothing"
     text = models.text_part(model)
     lock_text = model.lock_text_tower if text is model else text.lock
     if options.lock_image:
@@ -36,9 +36,22 @@ def lock_towers(
             w for name, w in model.named_parameters() if name not in apart and not name.startswith("visual.")
         ]
         _lock(weights, lock_text, options.unlocked_text_layers, text)
+    for name, weight in model.named_parameters():
+        if name in getattr(model, "fresh_weights", ()):  # behind a tower from elsewhere
+            weight.requires_grad_(True)
+    rest_frozen(model)
+    for locked, tower in ((options.lock_image, model.visual), (options.lock_text, text)):
+        for part in (tower, getattr(tower, "trunk", tower)) if locked else ():
+            for name in ("patch_dropout", "patch_drop", "pos_drop"):  # before the layers
+                if isinstance(dropping := getattr(part, name, None), nn.Module):
+                    dropping.eval()
+
+
+def rest_frozen(model: nn.Module) -> None:  # changed
+    "Evaluation mode for every part whose weights are all frozen: no dropout, no new batch statistics"
     for part in model.modules():
-        weights = [*part.parameters(recurse=False)]
-        if hasattr(part, "running_mean") and weights and not any(w.requires_grad for w in weights):
+        weights = [*part.parameters()]
+        if weights and not any(weight.requires_grad for weight in weights):
             part.eval()
 
 # %% ../../nbs/library/084_trainers_locks.ipynb #33a8c4bc

@@ -53,7 +53,9 @@ __all__ = ['take_step', 'averaged', 'agree', 'change', 'fit', 'Diverged']
 # %% ../../nbs/library/090_trainers_loop.ipynb #093b5eb2
 def take_step(loop: Loop, batch: Batch) -> tuple[LateNumbers, Features, Features | Ensemble | None]:
     "Move the student by one step; the terms by name, and the features they were computed from"
-    rate = loop.factor * loop.phase.learning_rate_factor(loop.step, loop.options.warmup)
+    options = loop.options
+    floor = options.learning_rate_floor / options.learning_rate
+    rate = loop.factor * loop.phase.learning_rate_factor(loop.step, options.warmup, floor)
     for group in loop.optimizer.param_groups:
         group["lr"] = group["peak"] * (rate if group["scheduled"] else 1.0)
     loop.objective.draw(seed_of(loop.options.seed, loop.phase.folder, loop.step, "objective"))
@@ -138,7 +140,7 @@ def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
         return False
     loop.step = state["step"]
     # a fork may have other ones than the run that it comes from
-    names = ("peak", "weight_decay")
+    names = ("peak", "weight_decay", "betas", "eps")
     rates = [{name: group[name] for name in names} for group in loop.optimizer.param_groups]
     if loop.shards is not None:
         load_shards(loop.shards, state["learner"])
@@ -571,7 +573,4 @@ def _validate(loop: Loop, validate: Callable[[], dict[str, float]] | None) -> No
 
 def _known_bad(run: Run) -> list[str]:
     "Names of the samples that bad_samples.jsonl lists already"
-    path = run.folder / "bad_samples.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line)["sample"] for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line["sample"] for line in runs.read_json_lines(run.folder / "bad_samples.jsonl")]

@@ -27,8 +27,8 @@ from ..trackers import named_trackers
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
            'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'list_of_numbers',
-           'read_numbers', 'folder_path', 'all_processes', 'FitParameters', 'Distillation', 'read_teachers',
-           'read_loss_weights', 'seed_of']
+           'read_numbers', 'folder_path', 'check_schedule', 'all_processes', 'FitParameters', 'Distillation',
+           'read_teachers', 'read_loss_weights', 'seed_of']
 
 # %% ../../nbs/library/080_trainers_options.ipynb #f0e4a102
 FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
@@ -77,6 +77,8 @@ def _check_value(option, value: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         value = str(value).lower() == "true"  # papermill's command line knows only True and False
     check = option.metadata["check"]
+    if kind is str and type(value) in (int, float) and check is not None and check(str(value)):
+        value = str(value)  # a list of one number, as papermill reads it
     if type(value) is not kind or is_too_large or not (check is None or check(value)):
         valid = f", {option.metadata['valid']}" if option.metadata["valid"] else ""
         must_be = f"must be {_SIZES[kind] if is_too_large else kind.__name__}{valid}"
@@ -192,9 +194,25 @@ def _can_be_folder(place: str) -> bool:
     above = next(parent for parent in path.parents if os.path.lexists(parent))
     return not os.path.lexists(path) and os.path.isdir(above) and os.access(above, os.W_OK)
 
+# %% ../../nbs/library/080_trainers_options.ipynb #adam0001
+@dataclass(frozen=True)
+class _AdamParameters(CurrentWords):
+    "What AdamW takes beside its rate and decay"
+
+    beta1: float = parameter(
+        0.9, "AdamW's memory of gradients, a share of itself", "from 0, below 1", lambda v: 0 <= v < 1
+    )
+    beta2: float = parameter(
+        0.98, "AdamW's memory of their squares", "from 0, below 1", lambda v: 0 <= v < 1
+    )
+    eps: float = parameter(1e-6, "AdamW's least divisor", **above(0))
+    learning_rate_floor: float = parameter(
+        0.0, "where the cosine of the learning rate ends, at most at `learning_rate`", **at_least(0.0)
+    )
+
 # %% ../../nbs/library/080_trainers_options.ipynb #36a7e139
 @dataclass(frozen=True)
-class _CommonParameters(CurrentWords):
+class _CommonParameters(_AdamParameters):
     "What a training job reads, does and writes"
 
     data: str = parameter(
@@ -220,6 +238,7 @@ class _CommonParameters(CurrentWords):
     crop_scale: float = parameter(
         1.0, "least share of a picture that a random crop keeps", "above 0, at most 1", lambda v: 0 < v <= 1
     )
+    flip: bool = parameter(False, "mirror half of the pictures, each epoch anew; also where words say left")
     max_bad_share: float = parameter(0.05, "share of unusable samples above which the run fails", **share())
     shuffle: int = parameter(4096, "samples of a window within which the order is random", **at_least(1))
     cache_dir: str = parameter(
@@ -248,6 +267,15 @@ class _CommonParameters(CurrentWords):
     nodes: int = parameter(1, "machines that train together, on one file system", **at_least(1))
 
 # %% ../../nbs/library/080_trainers_options.ipynb #a11proce
+def check_schedule(options: FitParameters) -> None:
+    "ValueError if the learning rate would end above its peak"
+    if options.learning_rate_floor > options.learning_rate:
+        raise ValueError(
+            f"learning_rate_floor={options.learning_rate_floor:g} is not valid: it must be at most "
+            f"learning_rate={options.learning_rate:g}"
+        )
+
+
 def all_processes(
     options: FitParameters,
     running: int = 1,  # processes among which this one is already
@@ -333,6 +361,11 @@ class _TeachingParameters(FitParameters):
         "type of the teacher's weights, in which it computes; job: fp32, computed as `precision` says",
         **one_of("job", "fp32", "bf16", "fp16"),
     )
+    teacher_sees: str = parameter(
+        "same",
+        "what is cut and mirrored for the student, or whole pictures, as DIME-FM's",
+        **one_of("same", "whole"),
+    )
     features: str = parameter("", "folder of the feature store; empty: beside the shards", **folder_path())
     augmentations: int = parameter(
         0, "numbered crops of a picture, for a store; 0: new ones in every epoch", **at_least(0)
@@ -354,22 +387,42 @@ class _CheckedTeaching(_TeachingParameters):
 
     def check_stored(self) -> None:
         "ValueError if stored features could not stand for the teacher"
-        if self.augmentations and self.crop_scale == 1:
-            crops_nothing = "with crop_scale=1, which crops nothing; choose one below 1"
-            raise ValueError(f"augmentations={self.augmentations} is not valid {crops_nothing}")
-        if self.teacher_features == "stored" and self.crop_scale < 1 and not self.augmentations:
+        self.check_numbered()
+        if self.teacher_features == "stored" and self.teacher_sees == "same":
+            self.check_same_stored()
+        if self.teacher_features == "shards" and (self.crop_scale < 1 or self.flip):
+            changed = f"crop_scale={self.crop_scale:g}" if self.crop_scale < 1 else "flip=True"
             raise ValueError(
-                f"crop_scale={self.crop_scale:g} is not valid with teacher_features='stored': stored "
-                "features are of whole pictures; choose teacher_features='online', crop_scale=1, or "
-                "augmentations=4 to store four crops of each"
-            )
-        if self.teacher_features == "shards" and self.crop_scale < 1:
-            raise ValueError(
-                f"crop_scale={self.crop_scale:g} is not valid with teacher_features='shards': the shards say "
-                "how each picture is cut; choose crop_scale=1"
+                f"{changed} is not valid with teacher_features='shards': the shards say "
+                "how each picture is cut; choose crop_scale=1 and flip=False"
             )
         if self.teacher_features != "shards":
             self.check_no_rows()
+
+    def check_numbered(self) -> None:
+        "ValueError for numbered crops that are none, that nobody would store, or that are mirrored"
+        reason = ""
+        if self.crop_scale == 1:
+            reason = "with crop_scale=1, which crops nothing; choose one below 1"
+        elif self.flip:
+            reason = "with flip=True: numbered crops are not mirrored; choose flip=False"
+        elif self.teacher_sees == "whole":
+            reason = "with teacher_sees='whole': the teacher's features are of no crop; choose 0"
+        if self.augmentations and reason:
+            raise ValueError(f"augmentations={self.augmentations} is not valid {reason}")
+
+    def check_same_stored(self) -> None:
+        "ValueError if the store has no features of what the student is shown"
+        changed = f"crop_scale={self.crop_scale:g}"
+        unchanged = "crop_scale=1, or augmentations=4 to store four crops of each"
+        if self.flip:
+            changed, unchanged = "flip=True", "flip=False"
+        if self.flip or self.crop_scale < 1 and not self.augmentations:
+            raise ValueError(
+                f"{changed} is not valid with teacher_features='stored': stored features are of whole "
+                "pictures; choose teacher_sees='whole' to learn from these, teacher_features='online', "
+                f"{unchanged}"
+            )
 
     def check_no_rows(self) -> None:
         "ValueError for parameters of rows in the shards, where none are read"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +21,15 @@ from ..inheritance import Plan, even_spread, inherit, plan_manual
 from ..methods import METHODS, find_kind
 from ..models import VLM, TowerShape, load_model, own_head_widths
 from ..runs import Run, load_checkpoint, read_json
+from ..shapes import TOWERS
 from .locks import check_locks
 from .options import Distillation, FitParameters
 
 # %% auto #0
 __all__ = ['local_name', 'find_model', 'load_student', 'find_teachers', 'check_teacher', 'check_teachers', 'first_line',
-           'hold_teachers', 'full_teacher', 'find_start', 'last_student', 'manual_shapes', 'transformer_shapes',
-           'copy_manually', 'shared_numbers', 'plan_copy', 'find_smaller_start', 'smaller_student', 'current_student',
-           'part_of']
+           'hold_teachers', 'full_teacher', 'find_start', 'find_finished', 'last_student', 'manual_shapes',
+           'transformer_shapes', 'copy_manually', 'shared_numbers', 'plan_copy', 'find_smaller_start',
+           'smaller_student', 'current_student', 'part_of']
 
 # %% ../../nbs/library/091_trainers_students.ipynb #6c950591
 def local_name(name: str | Path) -> str:
@@ -130,11 +131,18 @@ def find_start(
     load: Callable[[str | Path, str | torch.device], VLM] | None = None,  # None: `find_model`, for two towers
 ) -> VLM | None:  # None: the student starts as something else
     "The model that a student is to start as, freshly loaded"
-    if not options.start_from:
-        return None
-    folder = data.project_root() / options.start_from
+    return find_finished(options.start_from, device, load) if options.start_from else None
+
+
+def find_finished(
+    name: str,  # a run's folder, or a model by name
+    device: str | torch.device = "cpu",
+    load: Callable[[str | Path, str | torch.device], VLM] | None = None,  # None: `find_model`, for two towers
+) -> VLM:
+    "The student that a run finished last, or a model, freshly loaded"
+    folder = data.project_root() / name
     is_run = "method" in read_json(folder / "config.json", {})
-    return (load or find_model)(last_student(Run(folder)) if is_run else options.start_from, device)
+    return (load or find_model)(last_student(Run(folder)) if is_run else name, device)
 
 
 def last_student(run: Run) -> Path:
@@ -212,10 +220,13 @@ def transformer_shapes(
 
 # %% ../../nbs/library/091_trainers_students.ipynb #a77664b0
 def copy_manually(
-    source: VLM, student: VLM
+    source: VLM,
+    student: VLM,
+    layers: Callable = even_spread,  # which layers are taken: rule(of source, of student)
+    towers: Collection[str] = tuple(TOWERS),  # that are copied; another one keeps the student's weights
 ) -> tuple[dict[str, Tensor], Plan]:  # the student's weights, and where they come from
-    "An even spread of layers, leading heads, channels and neurons; scale and bias are the teacher's"
-    plan = plan_copy(source, student)
+    "Layers by a rule, leading heads, channels and neurons; scale and bias are the source's"
+    plan = plan_copy(source, student, layers, towers)
     copied = inherit(source.model.state_dict(), plan)
     numbers = shared_numbers(source, student, ("logit_scale", "logit_bias"))
     return student.model.state_dict() | copied | numbers, plan
@@ -232,16 +243,20 @@ def shared_numbers(
     both = [name for name in names if name in student_state and name in source_state]
     return {name: source_state[name].reshape(student_state[name].shape).clone() for name in both}
 
-
-def plan_copy(source: VLM, student: VLM) -> Plan:
+# %% ../../nbs/library/091_trainers_students.ipynb #a77664b1
+def plan_copy(
+    source: VLM,
+    student: VLM,
+    layers: Callable = even_spread,  # rule(of source, of student)
+    towers: Collection[str] = tuple(TOWERS),  # that are copied
+) -> Plan:
     "What manual inheritance copies; ValueError where the two cannot compute alike"
-    state = source.model.state_dict()
-    shapes = {name: tensor.shape for name, tensor in student.model.state_dict().items()}
+    state = _in_towers(source.model.state_dict(), towers)
+    shapes = {name: weight.shape for name, weight in _in_towers(student.model.state_dict(), towers).items()}
     widths = own_head_widths(student)
     teacher_widths = own_head_widths(source)
     attention = [name for name in shapes if name.endswith(("in_proj_weight", "attnpool.q_proj.weight"))]
-    towers = {"image" if name.startswith("visual.") else "text" for name in attention}
-    for tower in sorted(towers):
+    for tower in sorted(set(map(_tower_of, attention))):
         if widths[tower] != teacher_widths[tower]:
             raise ValueError(
                 f"heads of the {tower} tower have {widths[tower]} channels in the student and "
@@ -256,7 +271,16 @@ def plan_copy(source: VLM, student: VLM) -> Plan:
                 f"the teacher has {name}, for which the student has no place: the two must be of the same "
                 "kind"
             )
-    return plan_manual(state, shapes, widths, layers=even_spread)
+    return plan_manual(state, shapes, widths, layers=layers)
+
+
+def _tower_of(name: str) -> str:
+    return "image" if name.startswith("visual.") else "text"
+
+
+def _in_towers(state: Mapping[str, Tensor], towers: Collection[str]) -> dict[str, Tensor]:
+    "The weights of some towers; the scale belongs to both"
+    return {name: weight for name, weight in state.items() if _tower_of(name) in towers}
 
 
 def _any_block(name: str) -> str:
