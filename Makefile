@@ -1,10 +1,10 @@
-# make train · make test · make lab · make docs   (each makes the environment first) · make test-gpu · make test-versions   (makes its own)
+# make train · make test · make lab · make docs   (each makes the environment first) · make test-gpu · make campaign · make test-versions   (makes its own)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: train test test-gpu test-versions faults browser lab docs outputs readme export floors lint screenshots site-pictures pictures clean
+.PHONY: train test test-gpu test-versions faults campaign browser lab docs outputs readme export floors lint screenshots site-pictures pictures clean
 
 train: $(READY)
 	$(BIN)/papermill nbs/train_tinyclip.ipynb out.ipynb -p stages 3
@@ -25,6 +25,11 @@ test-versions:
 # who notices a fault: a page, a test or nothing (about an hour; NAMES=losses,gates chooses some of tests/faults/)
 faults: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults.py $(NAMES)
+
+# hostile parameters, shards and run folders, and crashes at every write (about 20 minutes; what is done is not done again)
+# SEED=7 for others, TRIES="shards --tries 5000" for one kind
+campaign: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/campaign --seed $(or $(SEED),0) $(TRIES)
 
 # what the browser tests need: Chromium (Debian's package) and, to try both generations, ipykernel 6 in a folder of its own
 browser: $(READY)

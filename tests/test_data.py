@@ -219,6 +219,21 @@ def test_tar_cut_between_members(tmp_path):
     assert "end mark" in D.count_samples(path)[1]
 
 
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_hole_of_zeros_is_not_taken_for_the_end(count, tmp_path):
+    "In the last record, of which counting does not look at every byte, reading finds it"
+    path = tar(tmp_path / "a.tar", members(range(count)))
+    with tarfile.open(path) as file:
+        start = file.getmembers()[4 if count == 60 else -1].offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 512] = bytes(512)
+    path.write_bytes(content)
+    found, problem = D.count_samples(path)
+    assert found <= count and ("more behind it" in problem) == (count == 60)
+    with pytest.raises(ValueError, match="after sample .*more behind it; repair what is damaged, or leave it out"):
+        list(D.raw_samples(path))
+
+
 def test_arithmetic_of_the_split(report):
     D.check_split(report, workers=5)
     D.check_split(report, workers=0, world_size=5, batch_size=14)

@@ -26,7 +26,7 @@ JOBS = [p for p in NOTEBOOKS if p.name.startswith("train_")]
 BENCH = [p for p in NOTEBOOKS if p.name.startswith(("watch_", "explore_", "export_", "claims"))]
 ROOMS = {  # what may lie in nbs/ and in its folders
     ".": r"index|getting_started|gallery|train_\w+|export_student|watch_run|explore_\w+",
-    "guides": r"guide_\w+|add_a_\w+|bench|run_folder|full_scale|curation|vocabulary",
+    "guides": r"guide_\w+|add_a_\w+|bench|run_folder|full_scale|reliability|curation|vocabulary",
     "results": r"\w+_results|benchmark_\w+|ablation_\w+|claims",
     "library": r"\d+_\w+",  # the number is the floor
 }

@@ -29,7 +29,7 @@ from .balancing import Balance, Linkage, balance_at, find_pictures, link, load_l
 from .curation import balance_rows, near_duplicates
 from .data import DataReport, escaped
 from .engines import ENGINES
-from .project import former_names, write_text
+from .project import former_names, load_json, write_text
 from .widgets import LINE_COLOURS, WIDTH, Live, Panel, picture
 
 # %% auto #0
@@ -92,7 +92,7 @@ def _opened(path: Path, rows: StoreRows) -> Linkage:
     fingerprint = rows.files.fingerprint()
     for name in ("plan.json", "plan-in-memory.json"):
         plan = path.with_name(name)
-        if plan.exists() and json.loads(plan.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+        if plan.exists() and load_json(plan)["fingerprint"] != fingerprint:
             other = "is of other images, or their features were written anew"
             raise ValueError(f"{path} {other}: name another folder")
     return linkage

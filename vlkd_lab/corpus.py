@@ -44,7 +44,7 @@ from .curation.similar import SimilarTexts, check_similar, same_words
 from .data import Pairs, escaped, find_images, inspect_shards, project_root, shipped, thumbnail
 from .engines import Engine, TaskProgress, open_engine, own_gpu
 from .models import PRECISIONS, VLM, evaluating, in_precision, load_model, state_digest
-from .project import alone_in, atomic_write, cache_folder, write_text
+from .project import alone_in, atomic_write, cache_folder, load_json, parse_json, write_text
 from .remote import RemoteFile
 from .shown import progress_bar, with_words
 from .sources import text_lines, unreadable
@@ -353,7 +353,7 @@ def _save_part(path: Path, best: _Candidates, tally: _Scored) -> None:
 def _load_part(path: Path) -> tuple[list[str], dict[str, np.ndarray], _Scored]:
     "Sentences, columns and counts of a part"
     with safe_open(path, "numpy") as file:
-        about = json.loads(file.metadata()["about"])
+        about = parse_json(file.metadata()["about"], path)
         arrays = {name: file.get_tensor(name) for name in file.keys()}
     tally = _Scored()
     tally.histogram = arrays.pop("histogram")
@@ -765,7 +765,7 @@ def read_selection(
 ) -> Selection:
     "A selection as it was written"
     path = project_root() / path
-    about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    about = load_json(path.with_suffix(".json"))
     arrays = load_file(path.with_suffix(".safetensors"))
     texts = tuple(path.read_text(encoding="utf-8").splitlines())
     dropped: dict[str, tuple[Dropped, ...]] = {reason: () for reason in REASONS}

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from .project import keep_locked, try_lock, write_text
+from .project import keep_locked, load_json, try_lock, write_text
 from .shown import progress_bar
 
 # %% auto #0
@@ -418,7 +418,7 @@ def keep_progress(folder: str | Path, path: str | Path) -> None:
 def _read(path: Path, default: Any) -> Any:
     "A JSON file; the default where it is not there or not whole"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return load_json(path)
     except (OSError, ValueError):
         return default
 

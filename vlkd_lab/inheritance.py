@@ -18,6 +18,7 @@ from torch import Tensor
 from .gates import GateValues, TowerGates, kept_shapes, places_of
 from .layouts import LAYOUTS, PACKED, Layout, Place, block_numbers, tower_places, tower_prefixes
 from .models import TowerShape
+from .project import parse_json
 from .shapes import BLOCKS, find_layout
 from .shown import with_words
 
@@ -226,7 +227,7 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         "The plan that `to_json` wrote"
-        return _plan_from_json(json.loads(text))
+        return _plan_from_json(parse_json(text, "the plan"))
 
     def plot(self):  # a matplotlib figure
         "What is kept of every block of the teacher"

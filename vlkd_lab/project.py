@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -25,8 +26,8 @@ import vlkd_lab
 
 # %% auto #0
 __all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'link_or_copy',
-           'user_notebooks', 'copy_notebooks', 'command', 'try_lock', 'keep_locked', 'alone_in', 'works_alone',
-           'former_names']
+           'drop_unfinished', 'parse_json', 'load_json', 'naming', 'user_notebooks', 'copy_notebooks', 'command',
+           'try_lock', 'keep_locked', 'alone_in', 'works_alone', 'former_names']
 
 # %% ../nbs/library/000_project.ipynb #5507879b
 def is_working_copy(folder: Path) -> bool:
@@ -59,8 +60,10 @@ def packaged(name: str | Path) -> Path | None:  # None: it is not part of this i
     return next((folder / name for folder in (package, *beside) if (folder / name).exists()), None)
 
 # %% ../nbs/library/000_project.ipynb #b1f0c2d5
-# what the system, safetensors and NumPy say where a disk or a quota is used up
-_FULL = re.compile(r"No space left on device|quota exceeded|\d+ requested and \d+ written")
+# what the system, safetensors, NumPy and PyTorch say where a disk or a quota is used up
+_FULL = re.compile(
+    r"No space left on device|quota exceeded|\d+ requested and \d+ written|unexpected pos \d+ vs \d+"
+)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:  # where to write, beside 
     "Replace a file or a folder by what the block writes, once it ends without an error"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")  # as _UNFINISHED has it
     try:
         yield unfinished
         if path.is_dir() and not path.is_symlink():  # a folder can only be renamed to where there is none
@@ -103,6 +106,74 @@ def link_or_copy(
         raise
     except OSError:  # another disk, or one that knows one name a file
         shutil.copy2(source, target)
+
+# %% ../nbs/library/000_project.ipynb #unf1n002
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{12}")
+
+
+def drop_unfinished(
+    folder: str | Path,
+    before: float,  # seconds since the epoch: what was touched later may be of a process at work
+) -> list[Path]:  # what is gone
+    "Remove what `atomic_write` has begun below a folder and not ended, since its process was killed"
+    dropped = []
+    for path in sorted(Path(folder).rglob(".*")):
+        with suppress(OSError):  # going at this moment, or not ours to remove
+            if _UNFINISHED.fullmatch(path.name) and path.lstat().st_mtime < before:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+                dropped.append(path)
+    return dropped
+
+# %% ../nbs/library/000_project.ipynb #js0n0002
+_MOST_JSON = 256 << 20  # bytes of a file that is read at once
+
+
+def parse_json(
+    text: str | bytes,
+    source: str | Path = "the text",  # what an error names
+) -> Any:  # numbers may be NaN or infinite
+    "What a text of JSON holds; ValueError where it is none, or is nested too deeply"
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{source} is no JSON that can be read: it is nested too deeply") from None
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source} is no JSON: {reason}") from error
+
+
+def load_json(path: str | Path) -> Any:
+    "What a file of JSON holds; ValueError where it holds none, OSError where it cannot be read"
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "no file of JSON", str(path))
+    if path.stat().st_size > _MOST_JSON:
+        raise ValueError(f"{path} is larger than {_MOST_JSON:,} bytes: it is not read at once")
+    return parse_json(path.read_bytes(), path)
+
+# %% ../nbs/library/000_project.ipynb #nam1ng02
+@contextmanager
+def naming(
+    path: str | Path,
+    what: str = "file of its kind",  # what it should be, such as "safetensors file"
+    advice: str = "",  # what a person can do, without a full stop
+) -> Iterator[None]:
+    "Let what a loader raises name the file: ValueError for other bytes, OSError where it cannot be read"
+    after = f"; {advice}" if advice else ""
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno or errno.EIO, f"{error.strerror or error}{after}", str(path)) from error
+    except Exception as error:  # the loaders have many kinds for damage
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or no {what} ({reason}){after}") from error
 
 # %% ../nbs/library/000_project.ipynb #notebks2
 _FOR_THE_SITE = ("index.ipynb", "gallery.ipynb")  # there is nothing to run in them

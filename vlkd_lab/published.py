@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import pickle
 import re
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .hub_names import from_clip_model, from_siglip_model, siglip_tower
+from .project import load_json, naming
 from .shapes import BLOCKS, layer_numbers, mlp_ratio, read_tower
 
 # %% auto #0
@@ -128,17 +127,15 @@ def _unwrapped(name: str) -> str:
 # %% ../nbs/library/022_published.ipynb #e1d9c533
 def _json(file: Path) -> dict:  # empty: no such file, or something else in it
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = load_json(file)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with naming(file, "safetensors file"):
         return load_file(file)
-    except SafetensorError as problem:
-        raise ValueError(f"{file} is damaged, or no safetensors file: {problem}") from None
 
 
 def _read_pickle(file: Path):  # whatever it holds
@@ -151,9 +148,9 @@ def _read_pickle(file: Path):  # whatever it holds
         reason = f"it calls for {call[1]}" if call else str(problem).partition("\n")[0]
         names = dict(file=file, name=str(file), safe=str(file.with_suffix(".safetensors")))
         raise ValueError(_REFUSED.format(problem=reason, **names)) from problem
-    # what the unpickler makes of other bytes
-    except (LookupError, ValueError, TypeError, AttributeError) as problem:
-        raise ValueError(f"{file} is damaged, or no PyTorch file ({type(problem).__name__})") from None
+    except Exception:  # what the unpickler makes of other bytes
+        with naming(file, "PyTorch file"):
+            raise
 
 # %% ../nbs/library/022_published.ipynb #737ff91b
 def _read_parts(index: Path) -> dict[str, Tensor]:

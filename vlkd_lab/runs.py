@@ -5,6 +5,7 @@
 # %% ../nbs/library/077_runs.ipynb #32e1dc87
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 import traceback
 import uuid
 import warnings
+import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,9 +29,20 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vlkd_lab.project import (
+    atomic_write,
+    drop_unfinished,
+    former_names,
+    link_or_copy,
+    load_json,
+    naming,
+    parse_json,
+    try_lock,
+    write_text,
+)
+
 from .data import project_root
 from .methods import all_losses
-from .project import atomic_write, former_names, link_or_copy, try_lock, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,18 +51,17 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['CONTROLS', 'IN_MID_RUN', 'WORKING', 'ROLES', 'MEASURED', 'WATCH_SECONDS', 'SNAPSHOT_SECONDS', 'SNAPSHOT_SHARE',
            'read_json', 'read_json_lines', 'stage_of', 'to_json', 'check_controls', 'Run', 'is_written', 'RunStopped',
-           'memory_in_use', 'RunWriter', 'for_viewers', 'preparing', 'save_checkpoint', 'load_checkpoint', 'rewind',
-           'keep_checkpoint', 'stage_files', 'kept_checkpoints', 'begin', 'stage_roles', 'role_in', 'role_of',
-           'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch', 'is_watched',
-           'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host', 'is_kept_step',
-           'Snapshots', 'find_run', 'run_table', 'lacks_student']
+           'memory_in_use', 'RunWriter', 'for_viewers', 'preparing', 'save_checkpoint', 'open_checkpoint',
+           'load_checkpoint', 'rewind', 'keep_checkpoint', 'stage_files', 'kept_checkpoints', 'begin', 'stage_roles',
+           'role_in', 'role_of', 'finished_students', 'Curves', 'loss_terms', 'thinned', 'current_values', 'watch',
+           'is_watched', 'write_snapshot', 'read_snapshot', 'newest_snapshot', 'kept_snapshots', 'to_host',
+           'is_kept_step', 'Snapshots', 'find_run', 'run_table', 'lacks_student']
 
 # %% ../nbs/library/077_runs.ipynb #cdd63083
 def read_json(path: str | Path, default: Any = None) -> Any:
     "The contents of a JSON file, or `default` where there is none"
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return load_json(path)
     except (FileNotFoundError, NotADirectoryError):  # the latter below what is a file itself
         return default
 
@@ -57,15 +69,15 @@ def read_json(path: str | Path, default: Any = None) -> Any:
 def read_json_lines(path: str | Path) -> list[dict]:
     "The whole lines of a file of JSON, which may be missing; what a crash left half-written is no line"
     path = Path(path)
-    return _whole_lines(path.read_bytes()) if path.exists() else []
+    return _whole_lines(path.read_bytes(), source=path) if path.exists() else []
 
 
-def _whole_lines(text: bytes, begins: bool = True) -> list[dict]:
+def _whole_lines(text: bytes, begins: bool = True, source: str | Path = "the text") -> list[dict]:
     "What the lines of a text hold, up to its last end of a line; ValueError where a file begins with none"
     found = []
     for number, line in enumerate(text[: text.rfind(b"\n") + 1].splitlines()):
         try:
-            found += [json.loads(line)] if line.strip() else []
+            found += [parse_json(line, source)] if line.strip() else []
         except ValueError:  # another's end, where a process of an earlier version went on in it
             if begins and number == 0:
                 raise
@@ -75,7 +87,7 @@ def _whole_lines(text: bytes, begins: bool = True) -> list[dict]:
 def stage_of(line: str, default: str = "") -> str:  # the default too where a line is none
     "The stage that a line of metrics.jsonl is about"
     try:
-        return json.loads(line).get("stage", default)
+        return parse_json(line).get("stage", default)
     except (ValueError, AttributeError):
         return default
 
@@ -89,6 +101,13 @@ def _end_line(path: Path) -> None:
         if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _tidy(folder: Path) -> None:
+    "Leave nothing of what a killed process had half done: ends of lines, and files that were to be renamed"
+    for lines in folder.glob("*.jsonl"):
+        _end_line(lines)
+    drop_unfinished(folder, time.time() - 10)
 
 # %% ../nbs/library/077_runs.ipynb #18425d7e
 def to_json(value: Any) -> Any:
@@ -281,6 +300,22 @@ def memory_in_use() -> int:  # bytes
         return torch.cuda.memory_allocated()
     return psutil.Process().memory_info().rss
 
+# %% ../nbs/library/077_runs.ipynb #st4tus01
+def _write_status(path: Path, status: Mapping[str, Any]) -> None:
+    "Replace status.json; on a full disk write over it, so that the end of a run can be told"
+    try:
+        write_text(path, json.dumps(status, indent=1))
+    except OSError as error:
+        if error.errno != errno.ENOSPC or not path.exists():
+            raise
+        few = {name: status[name] for name in ("state", "error", "process", "heartbeat") if name in status}
+        for words in (dict(status, traceback=None), few):  # the file's own room, and no more
+            with suppress(OSError), path.open("r+", encoding="utf-8") as file:
+                json.dump(words, file)
+                file.truncate()
+                return
+        raise
+
 # %% ../nbs/library/077_runs.ipynb #3ad6287d
 _one_at_a_time = threading.RLock()  # a tracker's thread and the training both change status.json
 
@@ -291,7 +326,7 @@ class RunWriter(Run):
     def __enter__(self) -> RunWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("a")
-        self._heartbeat = 0.0
+        self._heartbeat, self._since = 0.0, time.time()
         if not _take_lock(self._lock, 0.5):
             self._lock.close()
             pid = read_json(self.folder / "status.json", {}).get("process")
@@ -299,8 +334,7 @@ class RunWriter(Run):
                 f"{self.folder} is being written by another process (id {pid}): watch it with Run, or "
                 "choose another `out`"
             )
-        for lines in self.folder.glob("*.jsonl"):
-            _end_line(lines)
+        _tidy(self.folder)
         self.set_status(state="running", process=os.getpid(), error=None, traceback=None, lost=None)
         return self
 
@@ -313,6 +347,7 @@ class RunWriter(Run):
         else:
             lines = "".join(traceback.format_exception(error))
             self.set_status(state="failed", error=f"{kind.__name__}: {error}", traceback=lines[-6000:])
+        drop_unfinished(self.folder, self._since)
         self._lock.close()
 
     def set_status(self, **changes) -> None:
@@ -320,7 +355,7 @@ class RunWriter(Run):
         with _one_at_a_time:
             status = read_json(self.folder / "status.json", {})
             status |= to_json(changes) | {"heartbeat": time.time()}
-            write_text(self.folder / "status.json", json.dumps(status, indent=1))
+            _write_status(self.folder / "status.json", status)
             self._heartbeat = time.monotonic()
 
     def warn(self, warning: str) -> None:
@@ -397,12 +432,27 @@ def _line_count(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def open_checkpoint(
+    path: Path,
+    whole: bool = True,  # checked; else its tensors stay on the disk until somebody looks at them
+) -> dict[str, Any]:
+    "What a checkpoint holds; ValueError, which names it, where its bytes are not those that were written"
+    advice = "delete it to begin its phase anew, or fork a checkpoint that was kept"
+    with naming(path, "checkpoint", advice):
+        if not whole:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as parts:
+            if (part := parts.testzip()) is not None:  # PyTorch writes checksums and does not look at them
+                raise ValueError(f"the checksum of {part} is another")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(run: Run, stage: str, cut: bool = True) -> dict | None:
     "The last checkpoint of a stage, the metrics cut back to where it was taken; None if there is none"
     path = run.folder / stage / "checkpoint.pt"
     if not path.exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = open_checkpoint(path)
     if cut:
         rewind(run, state["metric_lines"], stage.partition("/")[0])
     return state
@@ -783,18 +833,18 @@ def write_snapshot(path: Path, arrays: Mapping[str, Tensor], labels: Mapping[str
 
 def read_snapshot(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     "A snapshot's arrays and labels"
-    with safe_open(path, "np") as file:
+    with naming(path, "snapshot"), safe_open(path, "np") as file:
         return {k: file.get_tensor(k) for k in file.keys()}, _labels_in(file)
 
 
 def _labels_in(file) -> dict:
     "The labels of a snapshot that is open"
-    return json.loads(file.metadata()["labels"])
+    return parse_json(file.metadata()["labels"], "the snapshot")
 
 
 def _read_labels(path: Path) -> dict:
     "A snapshot's labels alone"
-    with safe_open(path, "np") as file:
+    with naming(path, "snapshot"), safe_open(path, "np") as file:
         return _labels_in(file)
 
 

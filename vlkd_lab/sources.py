@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .project import write_text
+from .project import load_json, parse_json, write_text
 from .shown import progress_bar
 
 # %% auto #0
@@ -295,7 +295,7 @@ def _kept(folder: Path, ending: str, stamp: Any) -> list[Path] | None:
 def read_part(path: Path, whole: bool = True) -> dict:  # the fields of a Part, and the stamp of its source
     "What a part's file says; ValueError if it is damaged"
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = load_json(path)
         if not whole:
             return about
         fields = {name: value for name, value in about.items() if name not in ("stamp", "parts")}
@@ -671,8 +671,8 @@ def _captions_of(cell: str) -> list[str]:
     if not cell.lstrip().startswith("["):
         return [cell]
     try:
-        texts = json.loads(cell)
-    except (ValueError, RecursionError):
+        texts = parse_json(cell)
+    except ValueError:
         texts = _written_by_python(cell)
     return texts if texts and all(isinstance(text, str) for text in texts) else [cell]
 

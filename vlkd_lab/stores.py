@@ -43,7 +43,7 @@ from . import data
 from .engines import Engine, open_engine, own_gpu
 from .features import Batch, Features, as_features
 from .models import VLM, evaluating, load_model, state_digest
-from .project import alone_in, atomic_write, write_text
+from .project import alone_in, atomic_write, load_json, parse_json, write_text
 from .shown import progress_bar
 
 # %% auto #0
@@ -133,7 +133,7 @@ def _about(path: Path) -> dict:
     "What a file says that it was made of; empty when it is no such file"
     try:
         with safe_open(path, "np") as file:
-            return json.loads((file.metadata() or {}).get("about", "{}"))
+            return parse_json((file.metadata() or {}).get("about", "{}"), path)
     except (OSError, SafetensorError, ValueError):
         return {}
 
@@ -265,7 +265,7 @@ def _check_owner(store: FeatureStore) -> None:
         return
     owner = store.where / "store.json"
     if owner.exists():
-        other = json.loads(owner.read_text(encoding="utf-8"))
+        other = load_json(owner)
         if (other["weights"], other["view"]) != (store.key.weights, store.key.view):
             raise ValueError(
                 f"{store.where} holds features of the teacher {other['teacher']} ({other['weights'][:12]}), "

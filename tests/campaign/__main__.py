@@ -28,7 +28,7 @@ import torch
 from given import make_given
 from tries import VERDICTS, WELL, run_tries
 
-KINDS = ("values", "shards", "folders", "crashes")
+KINDS = ("values", "shards", "folders", "crashes", "resources")
 
 
 def main() -> int:
@@ -39,6 +39,7 @@ def main() -> int:
     asked.add_argument("--minutes", type=float, default=20.0, help="for all kinds together")
     asked.add_argument("--out", type=Path, default=Path("runs/campaign"))
     asked.add_argument("--again", default="", help="name of a try")
+    asked.add_argument("--save", type=Path, help="a JSON to which what came out is added, as the docs show it")
     words = asked.parse_args()
     torch.set_num_threads(1)
     out = words.out.resolve()
@@ -68,8 +69,18 @@ def main() -> int:
     for kind in kinds:
         count = {verdict: totals[kind, verdict] for verdict in VERDICTS if totals[kind, verdict]}
         print(f"{kind}: {sum(count.values())} tries;", ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
-    (out / f"seed-{words.seed}.json").write_text(json.dumps({kind: {v: totals[kind, v] for v in VERDICTS} for kind in kinds}, indent=1))
+    if words.save:
+        save(words.save, {kind: {verdict: totals[kind, verdict] for verdict in VERDICTS} for kind in kinds}, words.seed)
     return bool(bad)
+
+
+def save(path: Path, counts: dict[str, dict[str, int]], seed: int) -> None:
+    """Add a campaign to those that the docs show, in the place of an earlier one of its seed and kind."""
+    told = json.loads(path.read_text()) if path.exists() else []
+    rest = [line for line in told if not (line["seed"] == seed and line["kind"] in counts)]
+    about = dict(seed=seed, day=time.strftime("%Y-%m-%d"), torch=torch.__version__, python=sys.version.split()[0])
+    new = [dict(kind=kind, **about, **found) for kind, found in counts.items() if sum(found.values())]
+    path.write_text(json.dumps(rest + new, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def judged(one: Try, error: BaseException) -> tuple[str, str]:
         return "memory", text
     is_ours = isinstance(error, OURS) and not isinstance(error, NotImplementedError)
     where = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if is_ours and len(text) <= LONGEST and any(word in text for word in one.about) and "vlkd_lab" in (where or [""])[-1]:
+    is_ours &= "vlkd_lab" in (where or [""])[-1] or getattr(error, "filename", None) is not None
+    if is_ours and len(text) <= LONGEST and any(word in text for word in one.about):
         return "refused", text
     return "unclear", f"{text}\n{''.join(traceback.format_tb(error.__traceback__)[-4:])}"
 

@@ -29,7 +29,7 @@ from vlkd_lab.balancing import (
 )
 
 from ..engines import Engine, TaskProgress, open_engine
-from ..project import atomic_write, works_alone, write_text
+from ..project import atomic_write, load_json, works_alone, write_text
 from .cells import SCALE, Cells, load_cells, train_cells, whole_numbers
 from .rows import RowFiles, check_counts, read_sorted, row_files, unit_length, write_sorted
 
@@ -78,7 +78,7 @@ def _check_folder(folder: Path) -> None:
 def _read_plan(path: Path) -> LinkPlan:
     "A folder's plan; ValueError for what this version of the lab did not write"
     try:
-        return LinkPlan(**json.loads(path.read_text(encoding="utf-8")))
+        return LinkPlan(**load_json(path))
     except (TypeError, ValueError) as error:
         reason = f"{path} cannot be read, or is of another version of the lab"
         raise ValueError(f"{reason}: name another folder, or delete this one to begin anew") from error

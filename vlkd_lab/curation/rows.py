@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..project import atomic_write
+from ..project import atomic_write, parse_json
 from ..stores import FeatureStore, rows_that_count
 
 # %% auto #0
@@ -224,7 +224,7 @@ def _safetensors_head(path: Path) -> tuple[int, str, tuple]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         try:
-            told = json.loads(file.read(length)) if 0 < length < path.stat().st_size else {}
+            told = parse_json(file.read(length)) if 0 < length < path.stat().st_size else {}
         except ValueError:
             told = {}
     if "rows" not in told:

@@ -9,7 +9,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import sys
 import unicodedata
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..data import captions_of, clean_caption, find_texts, raw_samples
+from ..project import parse_json
 from ..remote import RemoteFile
 from ..sources import CAPTION_COLUMNS, TEXT_FIELDS, other_encoding, unreadable
 
@@ -225,8 +225,8 @@ def _head_column(file: TextFile, head: bytes, column: str) -> str:
 def _record(line: str | bytes) -> dict:
     "What a line of JSON says; nothing where it is none"
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from .. import sources
-from ..project import atomic_write, write_text
+from ..project import atomic_write, load_json, parse_json, write_text
 from ..remote import RemoteFile, Unreachable, is_remote, remote_files
 from ..sources import FIELDS, FILES, LINES, PAIRS, REINFORCED_FIELDS, Grouped
 
@@ -95,6 +95,7 @@ class _Catalogue:
     sizes: np.ndarray  # (M,) int64 bytes
     ignored: Mapping[str, int]
     problem: str  # "" if the shard is sound
+    end: int = -1  # first byte behind the last member; -1: nobody has looked for it
 
     @cached_property
     def first(self) -> np.ndarray:  # (N,) int64
@@ -112,7 +113,7 @@ class _Catalogue:
         return places
 
 
-def _catalogued(grouped: Grouped, places: Sequence[tuple[int, int]], problem: str) -> _Catalogue:
+def _catalogued(grouped: Grouped, places: Sequence[tuple[int, int]], problem: str, end: int) -> _Catalogue:
     "The catalogue of files that were grouped into samples"
     layouts: dict[tuple[str, ...], int] = {}
     layout_of = []
@@ -124,7 +125,7 @@ def _catalogued(grouped: Grouped, places: Sequence[tuple[int, int]], problem: st
             members += numbers
     starts, sizes = np.array(places, np.int64).reshape(-1, 2)[members].T
     keys = tuple(grouped.samples)
-    return _Catalogue(keys, tuple(layouts), layout_of, starts, sizes, dict(grouped.ignored), problem)
+    return _Catalogue(keys, tuple(layouts), layout_of, starts, sizes, dict(grouped.ignored), problem, end)
 
 # %% ../../nbs/library/010_data_archives.ipynb #3b970eb1
 def _plain_member(block: bytes) -> tuple[str, int] | None:
@@ -184,13 +185,30 @@ def _read_headers(
     grouped = sources.group_names(names)
     if unread:
         grouped.ignored["links and special files"] += unread
-    return _catalogued(grouped, places, _problem(grouped, failure, whole))
+    return _catalogued(grouped, places, _problem(grouped, failure, whole), offset if most is None else -1)
 
 # %% ../../nbs/library/010_data_archives.ipynb #hasend01
+_RECORD = 10_240  # bytes of which most programs write a multiple
+_NO_END = "the tar has no end mark there, or more behind it"
+
+
 def _has_end(file: BinaryIO, offset: int) -> bool:
-    "Whether an empty block follows the last member"
+    "Whether an empty block follows the last member, and nothing else as far as the file's size tells"
     block = _read_at(file, offset, 512)
-    return len(block) == 512 and not block.strip(b"\0")
+    if len(block) < 512 or block.strip(b"\0"):
+        return False
+    size = file.seek(0, os.SEEK_END)
+    least = offset + 1024  # two blocks mark the end
+    return size <= least or size == least + -least % _RECORD or _is_empty(file, offset)
+
+
+def _is_empty(file: BinaryIO, offset: int) -> bool:
+    "Whether there is nothing but zeros from a byte on"
+    while block := _read_at(file, offset, 1 << 16):
+        if block.strip(b"\0"):
+            return False
+        offset += len(block)
+    return True
 
 
 def _problem(grouped: Grouped, failure: str, whole: bool) -> str:
@@ -199,7 +217,7 @@ def _problem(grouped: Grouped, failure: str, whole: bool) -> str:
         return f"unreadable after {len(grouped.samples)} samples ({failure})"
     if not whole:
         last = next(reversed(grouped.samples), "the beginning")
-        return f"cut short or damaged after sample {last}: the tar has no end mark"
+        return f"cut short or damaged after sample {last}: {_NO_END}"
     return "" if grouped.samples else f"empty: no image or caption in it{sources.not_read(grouped.ignored)}"
 
 # %% ../../nbs/library/010_data_archives.ipynb #5368b910
@@ -248,7 +266,7 @@ def _keep_catalogue(stamp: tuple, catalogue: _Catalogue) -> _Catalogue:
 
 def _cached_file(stamp: Sequence, ending: str) -> Path:
     "Where something is remembered about a shard; the stamp changes when the shard does"
-    key = hashlib.sha256(f"6|{stamp}".encode()).hexdigest()
+    key = hashlib.sha256(f"7|{stamp}".encode()).hexdigest()
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "vlkd_lab" / "shards" / key[:2] / f"{key}.{ending}"
 
@@ -267,7 +285,7 @@ def _remembered_catalogue(path: Path | RemoteFile) -> tuple[tuple, _Catalogue | 
     if stamp in _CATALOGUES:
         return stamp, _keep_catalogue(stamp, _CATALOGUES[stamp])
     try:
-        about = json.loads(zlib.decompress(_cached_file(stamp, "catalogue").read_bytes()))
+        about = parse_json(zlib.decompress(_cached_file(stamp, "catalogue").read_bytes()))
         sizes = np.array(about.pop("sizes"), np.int64)
         padded = sizes + -sizes % 512
         starts = np.cumsum(np.array(about.pop("gaps"), np.int64) + padded) - padded  # a gap: a header
@@ -279,7 +297,7 @@ def _remembered_catalogue(path: Path | RemoteFile) -> tuple[tuple, _Catalogue | 
 
 def _remember_catalogue(stamp: tuple, catalogue: _Catalogue) -> _Catalogue:
     "In memory and in the cache folder; a cache that cannot be written is no error"
-    named = ("keys", "layouts", "layout_of", "ignored", "problem")
+    named = ("keys", "layouts", "layout_of", "ignored", "problem", "end")
     about = {name: getattr(catalogue, name) for name in named}
     padded = catalogue.sizes + -catalogue.sizes % 512
     ends = np.concatenate([[0], catalogue.starts + padded])[:-1]
@@ -290,6 +308,20 @@ def _remember_catalogue(stamp: tuple, catalogue: _Catalogue) -> _Catalogue:
     except OSError:
         pass
     return _keep_catalogue(stamp, catalogue)
+
+# %% ../../nbs/library/010_data_archives.ipynb #rest0001
+_SOUND: set[tuple] = set()  # stamps of shards whose rest this process has seen
+
+
+def _check_rest(path: Path | RemoteFile, file: BinaryIO, catalogue: _Catalogue) -> None:
+    "ValueError if there is more behind a tar's end mark: once, where samples are read and not only counted"
+    stamp = _stamp(path)
+    if stamp in _SOUND or catalogue.end < 0 or catalogue.problem:
+        return
+    if not _is_empty(file, catalogue.end):
+        last = catalogue.keys[-1] if catalogue.keys else "the beginning"
+        raise ValueError(f"{path}: damaged after sample {last}: {_NO_END}; {_leave_out([path.name])}")
+    _SOUND.add(stamp)
 
 # %% ../../nbs/library/010_data_archives.ipynb #d2f1f249
 class _OpenTar(Sequence):
@@ -318,6 +350,7 @@ class _OpenTar(Sequence):
         return len(self.catalogue.keys)
 
     def __getitem__(self, number: int) -> dict:
+        _check_rest(self.path, self._opened[0], self.catalogue)
         key = self.catalogue.keys[number]
         places = self.catalogue.fields(number)
         wanted = {name: copies for name, copies in places.items() if name in self.only}
@@ -495,7 +528,7 @@ def write_index(
 
 def read_index(path: Path) -> tuple[Path | RemoteFile, set[str]]:
     "The shard that an index stands for, and the keys that it keeps"
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = load_json(path)
     kept = set(content["kept"])
     if is_remote(content["shard"]):
         return remote_files([content["shard"]])[0], kept

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import html
 import io
-import json
 import math
 import re
 import zipfile
@@ -24,6 +23,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .. import sources
+from ..project import parse_json
 from .archives import raw_samples
 
 # %% auto #0
@@ -214,8 +214,8 @@ def captions_of(
 def _json_of(fields: Mapping[str, bytes]) -> dict:
     "What a sample's JSON holds; nothing when it is broken"
     try:
-        extra = json.loads(fields.get("json", b"{}"))
-    except Exception:  # not JSON, not UTF-8, nested too deep
+        extra = parse_json(fields.get("json", b"{}"))
+    except ValueError:
         return {}
     return extra if isinstance(extra, dict) else {}
 
@@ -383,8 +383,8 @@ def _json_content(fields: Mapping[str, bytes], name: str) -> dict:
     if len(content) > _MOST_BYTES:
         raise BadSample(f"{name} is larger than {_MOST_BYTES:,} bytes")
     try:
-        value = json.loads(content)
-    except Exception as error:  # not JSON, not UTF-8, nested too deep
+        value = parse_json(content, name)
+    except ValueError as error:
         raise BadSample(f"{name} is no JSON: {type(error).__name__}") from error
     if not isinstance(value, dict):
         raise BadSample(f"{name} holds no object")

@@ -40,7 +40,7 @@ from vlkd_lab.data.archives import (
 )
 
 from .. import sources
-from ..project import write_text
+from ..project import load_json, parse_json, write_text
 from ..remote import RemoteFile, asked, is_remote
 from ..shown import progress_bar
 from ..sources import REINFORCED, REINFORCED_FIELDS, TEXT_FIELDS, read_part
@@ -56,7 +56,7 @@ def _inspect_index(path: Path, name: str, cache: bool) -> ShardReport:
     "An index, and whether its shard is still the one that it was made of"
     try:
         shard, kept = read_index(path)
-        digest = json.loads(path.read_text(encoding="utf-8"))["digest"]
+        digest = load_json(path)["digest"]
         of_index = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"no index of a shard ({str(error).splitlines()[0]})"
@@ -131,7 +131,7 @@ def _cache_file(path: Path | RemoteFile) -> Path:
 def _remembered(file: Path) -> dict[str, Any]:
     "The facts of a shard from the cache; empty where there are none: a damaged file is no cache file"
     try:
-        facts = json.loads(file.read_text())
+        facts = load_json(file)
         known = ShardReport(Path(), "", **{"count": 0} | facts)
         return facts if known.digest else {}
     except (OSError, ValueError, TypeError):
@@ -178,16 +178,16 @@ def _told_count(kind: str, file: Path | RemoteFile, name: str) -> int:
     "What a file says of the shard of a name; 0 if nothing"
     try:
         if kind == "stats":
-            return max(int(json.loads(file.read_text())["successes"]), 0)
+            return max(int(parse_json(file.read_text(), file)["successes"]), 0)
         return _told_counts(kind, file, *_stamp(file)[1:]).get(name, 0)
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return 0
 
 
 @lru_cache(maxsize=8)
 def _told_counts(kind: str, file: Path | RemoteFile, size: int, changed: int | str) -> dict[str, int]:
     "File name -> count, by a file about all shards of a folder; read once while it does not change"
-    content = json.loads(file.read_text())
+    content = parse_json(file.read_text(), file)
     if kind == "list":
         content = {Path(entry["url"]).name: entry["nsamples"] for entry in content["shardlist"]}
     return {name: max(int(count), 0) for name, count in content.items() if name.endswith(".tar")}

@@ -23,6 +23,7 @@ from ..evaluation import find_classes
 from ..hub_names import has_own_sizes
 from ..methods import kind_of, model_kinds
 from ..models import VLM, Packing, evaluating, new_model, save_model
+from ..project import load_json
 from ..runs import read_json
 from ..trainers import find_data, load_student
 from .card import Card, check_hub_words
@@ -96,7 +97,7 @@ def _name_encoder(folder: Path, home: str) -> None:  # `home`: where it will lie
     for path in (folder / name for name in names):
         if not (path.exists() and (path.parent / "text_encoder").is_dir()):
             continue
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(path)
         is_theirs = path.name == "open_clip_config.json"
         config["model_cfg"]["text_cfg"]["hf_model_name"] = home if is_theirs else "text_encoder"
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

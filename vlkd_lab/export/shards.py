@@ -39,7 +39,7 @@ from vlkd_lab.data import (
 
 from .. import data
 from ..models import VLM, evaluating, load_model
-from ..project import atomic_write, project_root, write_text
+from ..project import atomic_write, load_json, project_root, write_text
 from ..runs import read_json
 from ..shown import progress_bar
 from ..stores import FeatureStore, _first_rows, crop_sides, fill, shard_features, store_key
@@ -502,7 +502,7 @@ def _write_about_rows(
     }
     path = out / "reinforced.json"
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = load_json(path)
         changed = [name for name, value in about.items() if name != "teachers" and earlier.get(name) != value]
         if changed:
             raise ValueError(f"{out} was written with other {', '.join(changed)}: choose a new folder")

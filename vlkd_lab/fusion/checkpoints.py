@@ -5,7 +5,6 @@
 # %% ../../nbs/library/068_fusion_checkpoints.ipynb #6c57112a
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from vlkd_lab.fusion.model import (
     _write_weights,
 )
 
+from ..project import load_json, naming
 from .network import BlipNetwork
 from .original import load_original
 from .shapes import BlipShape, read_shape
@@ -43,7 +43,7 @@ def load_blip(
     if Path(name_or_path).is_file():
         return load_original(Path(name_or_path), device)
     folder = _folder_of(str(name_or_path))
-    plain = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    plain = load_json(folder / "config.json")
     lab = plain.pop(_LAB, {})
     kind = plain.get("model_type")
     if kind != "blip":
@@ -56,7 +56,9 @@ def load_blip(
     _untie(network, state)
     _fill(network, state, folder, is_foreign=not lab)
     length = lab.get("context_length", min(40, shape.positions))
-    tokenizer = BlipTokenizer(AutoTokenizer.from_pretrained(str(folder)), shape.vocabulary, length)
+    with naming(folder / "tokenizer.json", "tokenizer"):
+        words = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = BlipTokenizer(words, shape.vocabulary, length)
     tasks = tuple(lab.get("tasks", _KINDS.get(parts, ())))
     network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _assemble(network, config, _view_of(folder, shape), tokenizer, tasks, str(name_or_path))
@@ -65,7 +67,7 @@ def load_blip(
 def _view_of(folder: Path, shape: BlipShape) -> dict:
     "How a checkpoint preprocesses pictures"
     path = folder / "preprocessor_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config = load_json(path) if path.exists() else {}
     return _preprocess_config(shape.image_size, config.get("image_mean", MEAN), config.get("image_std", STD))
 
 # %% ../../nbs/library/068_fusion_checkpoints.ipynb #3f5db875

@@ -5,7 +5,6 @@
 # %% ../../nbs/library/066_fusion_weights.ipynb #c3798626
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..project import load_json, naming
 from .model import PARTS
 from .network import BlipNetwork
 
@@ -63,7 +63,7 @@ def is_blip(
     if path.is_file():
         return any(name.startswith("visual_encoder.") for name in _names_in(path))
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        config = load_json(path / "config.json")
     except (OSError, ValueError):
         return False
     if not isinstance(config, dict) or config.get("model_type") != "blip":
@@ -103,18 +103,18 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     "Weights by name, from safetensors or by PyTorch's restricted loader"
     safe = folder / "model.safetensors"
     old = folder / "pytorch_model.bin"
-    try:
-        if safe.is_file():
+    if safe.is_file():
+        with naming(safe, "safetensors file"):
             return load_file(safe)
-        if old.is_file():
-            return torch.load(old, map_location="cpu", weights_only=True)
-    except UnpicklingError:
-        raise ValueError(
-            f"{old} holds more than weights, or is damaged: it is not loaded, because loading it could run "
-            "its code"
-        ) from None
-    except _UNREADABLE as error:
-        raise ValueError(f"the weights in {folder} cannot be read: {error}") from None
+    if old.is_file():
+        try:
+            with naming(old, "PyTorch file"):
+                return torch.load(old, map_location="cpu", weights_only=True)
+        except ValueError as error:
+            if not isinstance(error.__cause__, UnpicklingError):
+                raise
+            refused = "it is not loaded, because loading it could run its code"
+            raise ValueError(f"{old} holds more than weights, or is damaged: {refused}") from None
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 # %% ../../nbs/library/066_fusion_weights.ipynb #65799f58

@@ -24,6 +24,7 @@ from vlkd_lab.fusion import (
     fused_batch,
     load_blip,
     new_blip,
+    shape_parameters,
     student_shape,
     with_start_token,
 )
@@ -35,7 +36,7 @@ from ..losses import Objective, Term
 from ..models import evaluating, state_digest
 from ..shown import with_words
 from ..sources import TEXT_FIELDS
-from ..trainers import Job, Loop, Phase, at_least, finish_fit, parameter
+from ..trainers import Job, Loop, Phase, at_least, finish_fit, parameter, within
 from ..widgets.attention import CrossMaps
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
@@ -44,7 +45,7 @@ from .blip_learner import BlipLearner, BlipParameters
 # %% auto #0
 __all__ = ['LOOKED', 'SCORES', 'BlipTraining', 'possible_terms', 'base_objective', 'find_tasks', 'first_answers',
            'attention_arrays', 'BlipJob', 'BlipTrainingJob', 'read_texts', 'open_blip_training', 'find_blip',
-           'progress_curves', 'plot_progress']
+           'check_blip_room', 'progress_curves', 'plot_progress']
 
 # %% ../../nbs/library/147_methods_blip_training.ipynb #2b8e91c6
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class BlipTraining(BlipParameters):
 
     sizes: str = parameter("image:6x128, text:4x128, fusion:4, decoder:4", "layers and width of each module")
     image_size: int = parameter(64, "pixels on a side", **at_least(8))
-    patch_size: int = parameter(8, "pixels on a side of a patch", **at_least(2))
-    head_width: int = parameter(32, "channels of a head", **at_least(4))
-    joint_width: int = parameter(64, "of the features that images and texts are compared by", **at_least(2))
-    vocabulary: int = parameter(1024, "entries of the tokenizer at most", **at_least(64))
-    context_length: int = parameter(40, "tokens of a text", **at_least(4))
+    patch_size: int = parameter(8, "pixels on a side of a patch", **within(2, 2048))
+    head_width: int = parameter(32, "channels of a head", **within(4, 4096))
+    joint_width: int = parameter(
+        64, "of the features that images and texts are compared by", **within(2, 65_536)
+    )
+    vocabulary: int = parameter(1024, "entries of the tokenizer at most", **within(64, 500_000))
+    context_length: int = parameter(40, "tokens of a text", **within(4, 8192))
     validate_pairs: int = parameter(
         200, "pairs among which validation retrieves, captions and answers", **at_least(2)
     )
@@ -297,7 +300,8 @@ def open_blip_training(options: BlipTraining) -> BlipTrainingJob:
     options.named_tasks()
     shape = _first_shape(options)
     accelerator = trainers.make_accelerator(options)
-    shards = trainers.find_data(options.data)
+    check_blip_room(options, shape, f"sizes={options.sizes!r}", accelerator.device)
+    shards = trainers.find_data(options.data, name="data")
     report = data.inspect_shards(shards)
     start = trainers.find_start(options, load=find_blip)
     trainers.check_locks(options, _start_towers(options), {}, "name a BLIP as start_from")
@@ -362,6 +366,23 @@ def find_blip(name: str | Path, device: str | torch.device = "cpu") -> Blip:
     "A BLIP by a folder (its path may begin at the project's root) or the hub's ID"
     folder = data.shipped(name)
     return load_blip(folder if folder.exists() else name, device)
+
+# %% ../../nbs/library/147_methods_blip_training.ipynb #bl1proom
+def check_blip_room(
+    options: BlipParameters,
+    shape: BlipShape,  # of what is trained
+    named: str,  # the parameter that its sizes come from, and its value
+    device: torch.device,
+) -> None:
+    "ValueError where the device has no room for the weights, the queue, or one picture's attention"
+    tokens = (shape.image_size // shape.patch_size) ** 2 + 1
+    needs = {
+        f"image_size={shape.image_size}": 4 * shape.image_heads * tokens**2,
+        f"queue={options.queue}": options.queue * (8 * shape.joint_width + 8),
+        named: 16 * sum(shape_parameters(shape).values()),  # weights, gradients, AdamW's two
+    }
+    for what, size in needs.items():
+        trainers.check_room(what, size, device)
 
 # %% ../../nbs/library/147_methods_blip_training.ipynb #b11p7r41
 register(

@@ -133,7 +133,7 @@ def open_clip_cid(options: ClipCid) -> ClipCidJob:
     start = trainers.find_smaller_start(options, teacher)
     is_copied = start is None and (not options.student or options.inheritance == "manual")
     shapes = trainers.transformer_shapes(teacher, needed=is_copied)
-    report = data.inspect_shards(trainers.find_data(options.data))
+    report = data.inspect_shards(trainers.find_data(options.data, name="data"))
     clusters = options.clusters or balancing.default_clusters(report.total)
     if clusters <= options.cluster_positives:
         raise ValueError(

@@ -15,7 +15,7 @@ from ..losses import Objective
 from ..models import VLM, image_tower, state_digest
 from ..published import find_releases, transformers_kind
 from ..runs import read_json
-from ..trainers import FitParameters, Phase, TeacherJob, at_least, finish_fit, parameter
+from ..trainers import FitParameters, Phase, TeacherJob, finish_fit, parameter, within
 from ..widgets.heads import NetworkDrawing
 from . import Method, register
 
@@ -30,15 +30,15 @@ class Contrastive(FitParameters):
     architecture: str = parameter(
         "", "any configuration `model_config` takes, or timm:NAME, a small one with it; empty: the small one"
     )
-    image_size: int = parameter(64, "pixels on a side (small architecture)", **at_least(16))
-    patch_size: int = parameter(16, "pixels on a side of a patch (small architecture)", **at_least(2))
+    image_size: int = parameter(64, "pixels on a side (small architecture)", **within(16, 2048))
+    patch_size: int = parameter(16, "pixels on a side of a patch (small architecture)", **within(2, 2048))
     vocabulary: int = parameter(
-        1024, "entries of the captions' tokenizer (small architecture)", **at_least(259)
+        1024, "entries of the captions' tokenizer (small architecture)", **within(259, 500_000)
     )
     context_length: int = parameter(
-        32, "tokens of a caption (small architecture, or text_tower)", **at_least(4)
+        32, "tokens of a caption (small architecture, or text_tower)", **within(4, 8192)
     )
-    embed_dim: int = parameter(64, "width of the features (small architecture)", **at_least(2))
+    embed_dim: int = parameter(64, "width of the features (small architecture)", **within(2, 65_536))
     image_tower: str = parameter("", "model or run whose image tower it begins with; empty: a fresh one")
     text_tower: str = parameter(
         "", "encoder of transformers (folder or hub), or model, whose words and text tower it begins with"
@@ -121,7 +121,7 @@ def _new_teacher(options: Contrastive) -> VLM:
     if is_small:
         config = options.small(options.vocabulary)
         if text is None:
-            captions = read_captions(trainers.find_data(options.data))
+            captions = read_captions(trainers.find_data(options.data, name="data"))
             folder = trainers.out_folder(options) / "tokenizer"
             tokenizer = models.train_tokenizer(captions, folder, options.vocabulary, options.context_length)
             config = options.small(len(tokenizer.tokenizer))

@@ -378,7 +378,7 @@ class Sentences:
         if path.exists():
             return corpus.read_selection(path)
         return corpus.select_sentences(
-            trainers.find_data(options.sentences, data.find_texts),
+            trainers.find_data(options.sentences, data.find_texts, name="sentences"),
             self.job.teacher,
             self.judges if options.construction == "grounded" else None,
             options.grounded,
@@ -410,7 +410,7 @@ class Sentences:
         elif job.options.construction == "prompts":
             parts = []
         else:
-            parts = trainers.find_data(job.options.sentences, data.find_sentences)
+            parts = trainers.find_data(job.options.sentences, data.find_sentences, name="sentences")
         report = data.inspect_shards([*parts, *_prompts(job)], progress=trainers.may_print())
         _check_sentences(report, job.options, job.accelerator.num_processes)
         return report
@@ -446,12 +446,12 @@ def _named_sentences(options: DimeFm) -> tuple[dict, data.DataReport | None]:
         prompts = corpus.prompts_of(options.class_names)
         return {"fingerprint": _digest(prompts), "total": len(prompts)}, None
     if options.grounded:
-        paths = trainers.find_data(options.sentences, data.find_texts)
+        paths = trainers.find_data(options.sentences, data.find_texts, name="sentences")
         files = look_at_texts(paths, options.sentence_column)
         if not all(map(_is_plain, files)):
             facts = [[file.path.name, file.size, file.column, *_version(file)] for file in files]
             return {"fingerprint": _digest(facts), "files": [str(file.path) for file in files]}, None
-    parts = trainers.find_data(options.sentences, data.find_sentences)
+    parts = trainers.find_data(options.sentences, data.find_sentences, name="sentences")
     report = data.inspect_shards(parts, progress=False)
     return report.to_json(), report
 
@@ -508,7 +508,8 @@ def open_dime_fm(options: DimeFm) -> DimeFmJob:
     shapes = trainers.transformer_shapes(teacher, needed=_needs_shapes(options))
     _check_construction(options)
     about_sentences, sentences = _named_sentences(options)
-    images = data.inspect_shards(trainers.find_data(options.data, data.find_images), progress=False)
+    shards = trainers.find_data(options.data, data.find_images, name="data")
+    images = data.inspect_shards(shards, progress=False)
     _check_sources(options, images)
     _check_student(options, teacher, shapes, world)
     if sentences and not (options.grounded or options.class_names):

@@ -181,7 +181,7 @@ def open_distil(
             check_maps(options, teacher, student)
     about["teacher_sha256"] = trainers.teachers_digest(options, teachers)
     about["model"] = teacher.config["model_cfg"]
-    report = data.inspect_shards(trainers.find_data(options.data))
+    report = data.inspect_shards(trainers.find_data(options.data, name="data"))
     about |= _about_rows(options, report, teachers)
     teacher, *further = trainers.hold_teachers(options, teachers)
     job = trainers.open_run(options, teacher, accelerator, about, kind, report, start)
@@ -214,7 +214,7 @@ def _open_alone(
     trainers.check_locks(options, inherited, student.config["model_cfg"]["vision_cfg"])
     _check_student(options, student, (), accelerator.num_processes)
     about["model"] = student.config["model_cfg"]
-    report = data.inspect_shards(trainers.find_data(options.data))
+    report = data.inspect_shards(trainers.find_data(options.data, name="data"))
     about |= _about_rows(options, report, ())
     return trainers.open_run(options, student, accelerator, about, kind, report)
 

@@ -17,6 +17,7 @@ from vlkd_lab.methods.blip_training import (
     LOOKED,
     BlipJob,
     attention_arrays,
+    check_blip_room,
     find_blip,
     find_tasks,
     possible_terms,
@@ -37,7 +38,7 @@ from .. import data, fusion, trainers
 from ..blip_terms import BLIP_LOSSES, GROUPS, blip_terms, spread
 from ..fusion import Blip, BlipShape, new_blip, shrunk, student_shape
 from ..losses import Objective
-from ..models import HEAD_PAIRS, state_digest
+from ..models import HEAD_PAIRS, is_saved, state_digest
 from ..project import former_names, write_text
 from ..widgets.attention import CrossMaps
 from ..widgets.heads import NetworkDrawing
@@ -220,7 +221,7 @@ class DlipJob(BlipJob, StudentJob):
         "The student before its training; `fit` loads what an earlier start has left"
         folder = self.run.folder / stage
         student, plan = make_student(self, inherited)
-        if plan is not None and self.accelerator.is_main_process and not (folder / "init").exists():
+        if plan is not None and self.accelerator.is_main_process and not is_saved(folder / "init"):
             write_text(folder / "plan.json", plan.to_json())
         return student
 
@@ -240,8 +241,9 @@ def open_dlip(options: Dlip) -> DlipJob:
     teacher = find_blip(options.teacher, accelerator.device)
     trainers.check_network(teacher.model, options)
     sizes = student_sizes(options, teacher)
+    check_blip_room(options, sizes, f"student={options.student!r}", accelerator.device)
     _check_student(options, teacher.shape, sizes)
-    report = data.inspect_shards(trainers.find_data(options.data))
+    report = data.inspect_shards(trainers.find_data(options.data, name="data"))
     tasks = find_tasks(options, teacher.tasks, report, accelerator.num_processes)
     terms = [term.name for term in possible_terms(blip_terms(), tasks)]
     _check_terms(options, terms, tasks)

@@ -619,7 +619,7 @@ def open_tinyclip(options: TinyCLIP) -> TinyClipJob:
     }
     if start is not None and not starts_whole and shapes and not _is_named_copy(options):
         about["start_towers"] = _sizes(_start_shapes(options, start, shapes))
-    report = data.inspect_shards(trainers.find_data(options.data))
+    report = data.inspect_shards(trainers.find_data(options.data, name="data"))
     if options.teacher_features == "shards":
         about |= _about_rows(options, report, teachers)
     teacher, *further = trainers.hold_teachers(options, teachers)

@@ -12,6 +12,7 @@ from vlkd_lab.models.vlm import (
     encode_texts,
     evaluating,
     in_precision,
+    is_saved,
     load_model,
     own_arithmetic,
     own_head_widths,

@@ -5,12 +5,12 @@
 # %% ../../nbs/library/023_models_configs.ipynb #57095ef7
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
 from .. import published
+from ..project import load_json
 from ..shapes import TOWERS
 
 # %% auto #0
@@ -58,7 +58,7 @@ def model_config(source: str | Path | Mapping) -> dict:  # "embed_dim", "vision_
         return deepcopy(TINYCLIP_CONFIGS[releases[0].architecture])
     path = Path(name) / "open_clip_config.json" if Path(name).is_dir() else Path(name)
     if path.suffix == ".json" and path.is_file():
-        return model_config(json.loads(path.read_text(encoding="utf-8")))
+        return model_config(load_json(path))
     config = open_clip.get_model_config(name) if path.suffix != ".json" else None
     if config is None:
         raise ValueError(

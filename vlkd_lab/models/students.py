@@ -5,7 +5,6 @@
 # %% ../../nbs/library/032_models_students.ipynb #f31d083f
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..features import Batch, Features
+from ..project import load_json
 from ..shapes import TowerShape
 from .configs import model_config, two_towers
 from .image_towers import _first_failure, _one_line
@@ -97,7 +97,7 @@ def _pooler_of(place: str) -> str:
     path = Path(place) / "1_Pooling" / "config.json"
     with suppress(OSError, ValueError):  # nothing of the kind on the hub, or no hub
         path = path if Path(place).is_dir() else Path(hf_hub_download(place, "1_Pooling/config.json"))
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = load_json(path) if path.is_file() else {}
     chosen = [name for name, is_on in settings.items() if name.startswith("pooling_mode_") and is_on is True]
     poolers = {
         "pooling_mode_mean_tokens": "mean_pooler",

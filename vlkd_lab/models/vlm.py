@@ -18,14 +18,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .. import published
 from ..data.travel import send_pinned
 from ..features import Batch, Features, Texts, as_features
 from ..hub_names import has_own_sizes
-from ..project import atomic_write
+from ..project import atomic_write, load_json, write_text
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
 from .slim import own_head_width
@@ -35,7 +35,7 @@ from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'encode_texts', 'VLM', 'own_head_widths', 'own_arithmetic', 'in_precision', 'evaluating', 'save_model',
-           'load_model']
+           'is_saved', 'load_model']
 
 # %% ../../nbs/library/030_models_vlm.ipynb #short002
 def _is_compiled(model: nn.Module) -> bool:
@@ -287,21 +287,26 @@ def save_model(
     else:
         config["towers"] = {tower: asdict(shape) for tower, shape in (towers or {}).items()}
     name = "open_clip" if plain else "vlkd_lab"
+    write_text(folder / f"{name}_config.json", json.dumps(config, indent=2) + "\n")
     state = {k: v.detach().contiguous().cpu().clone() for k, v in vlm.model.state_dict().items()}
-    with atomic_write(folder / f"{name}_model.safetensors") as unfinished:
+    with atomic_write(folder / f"{name}_model.safetensors") as unfinished:  # the last file: see `is_saved`
         save_file(state, unfinished, metadata={"format": "pt"})
-    (folder / f"{name}_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
+
+
+def is_saved(folder: str | Path) -> bool:  # need not exist
+    "Whether a folder holds a model that was saved to its end: of every kind, weights are written last"
+    return any(Path(folder).glob("*model.safetensors"))
 
 # %% ../../nbs/library/030_models_vlm.ipynb #l0adslim
 def _load_slim(folder: Path, name: str) -> VLM:
     "A model that `save_model` wrote in the layout of its own"
-    config = json.loads((folder / _SLIM_CONFIG).read_text(encoding="utf-8"))
+    config = load_json(folder / _SLIM_CONFIG)
     shapes = {tower: tower_shape(sizes) for tower, sizes in config["towers"].items()}
     config["towers"] = shapes or None
     _own_encoder(config["model_cfg"], folder)
     model = _build(config["model_cfg"], config["towers"])
-    model.load_state_dict(load_file(folder / "vlkd_lab_model.safetensors"))
+    model.load_state_dict(published.read_weights(folder / "vlkd_lab_model.safetensors"))
     tokenizer = _tokenizer_of(config["model_cfg"], folder, name)
     return VLM(model, preprocessing(config["preprocess_cfg"]), tokenizer, config, name)
 
@@ -313,16 +318,30 @@ def load_model(
 ) -> VLM:
     "A trained model with its own preprocessing and tokenizer, in evaluation mode"
     name = str(name_or_path)
-    folder = Path(name.removeprefix("local-dir:"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if (folder / _SLIM_CONFIG).is_file():
-        vlm = _load_slim(folder, name)
-    elif (checkpoint := _find_checkpoint(name, folder)) is not None:
-        vlm = _from_checkpoint(published.read_checkpoint(*checkpoint), name)
-    else:
-        vlm = _from_open_clip(*_find_weights(name, folder), name)
+    try:
+        vlm = _open_model(name, Path(name.removeprefix("local-dir:")))
+    except torch.OutOfMemoryError:
+        raise
+    except _NO_MODEL as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        odd = "its configuration or weights are odd"
+        raise ValueError(f"{name} cannot be opened: {odd} ({reason})") from error
     vlm.model.to(device).eval()
     return vlm
+
+# %% ../../nbs/library/030_models_vlm.ipynb #n0m0del1
+# what networks raise when they are built by a configuration that is not theirs
+_NO_MODEL = (RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+
+
+def _open_model(name: str, folder: Path) -> VLM:
+    "Whichever kind of model a name stands for"
+    if (folder / _SLIM_CONFIG).is_file():
+        return _load_slim(folder, name)
+    if (checkpoint := _find_checkpoint(name, folder)) is not None:
+        return _from_checkpoint(published.read_checkpoint(*checkpoint), name)
+    return _from_open_clip(*_find_weights(name, folder), name)
 
 
 def _from_checkpoint(checkpoint: published.Checkpoint, name: str) -> VLM:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import published
+from ..project import load_json
 from .configs import TINYCLIP_CONFIGS, model_config
 
 # %% auto #0
@@ -94,7 +94,7 @@ def _settings_of(
     tags = (open_clip.get_pretrained_cfg(*pair) for pair in open_clip.list_pretrained())
     known = next((cfg for cfg in tags if cfg.get("hf_hub") == f"{repository}/"), {})
     config = Path(open_clip.factory.download_pretrained_from_hf(repository, "open_clip_config.json"))
-    is_silent = not json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg")
+    is_silent = not load_json(config).get("preprocess_cfg")
     view = {key: known[key] for key in _VIEW if key in known} if is_silent else {}
     return dict(quick_gelu=known.get("quick_gelu", False), preprocess=view)
 

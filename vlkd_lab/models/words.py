@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..project import naming
+
 # %% auto #0
 __all__ = ['train_tokenizer']
 
@@ -55,6 +57,9 @@ def _tokenizer_of(
             f"{whose}: its configuration asks for {place!r}, which is neither here nor could the hub give "
             "it; put tokenizer.json and tokenizer_config.json into the folder of the weights"
         ) from error
+    except Exception:  # the tokenizers' own kind, for a file that is none
+        with naming(place, "tokenizer"):
+            raise
 
 
 @cache

@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vlkd_lab.runs import (
     IN_MID_RUN,
     Run,
@@ -30,6 +28,7 @@ from vlkd_lab.runs import (
     is_written,
     kept_checkpoints,
     kept_snapshots,
+    open_checkpoint,
     read_json,
     stage_of,
     stage_roles,
@@ -95,16 +94,11 @@ def _newest(run: Run, roles: Mapping[str, str]) -> ForkPoint | None:  # None: it
         checkpoints = [] if stage in finished else [*(run.folder / stage).glob("*/checkpoint.pt")]
         if checkpoints:
             newest = max(checkpoints, key=lambda path: path.stat().st_mtime)
-            state = _read_checkpoint(newest)
+            state = open_checkpoint(newest, whole=False)
             step = state.get("line_step", state["step"])
             return ForkPoint(NEWEST, stage, newest.parent.name, step, lines=state["metric_lines"])
     students = [stage for stage in finished if roles[stage] != "baseline"]
     return _end(run, students[-1], NEWEST) if students else None
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    "A checkpoint whose tensors stay on the disk until somebody looks at them"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def find_point(
@@ -256,7 +250,7 @@ def _take_stages(run: Run, point: ForkPoint, taken: Sequence[str], draft: Path) 
     if point.checkpoint is None:
         _take_over(begun, draft / point.stage)
         newest = draft / point.stage / point.phase / "checkpoint.pt"
-        state = _read_checkpoint(newest)  # a job at work may have written another one meanwhile
+        state = open_checkpoint(newest, whole=False)  # a job at work may have written another one meanwhile
         step = state.get("line_step", state["step"])
         return ForkPoint(point.name, point.stage, point.phase, step, lines=state["metric_lines"])
     for name in point.files:

@@ -34,6 +34,7 @@ from vlkd_lab.trainers.options import (
     all_processes,
     check_schedule,
     list_of_numbers,
+    naming_parameter,
     read_numbers,
 )
 
@@ -43,7 +44,7 @@ from ..gates import TowerCost
 from ..losses import Objective
 from ..methods import kind_of, name_of
 from ..models import VLM, TowerShape, evaluating, model_config, state_digest
-from ..project import write_text
+from ..project import load_json, write_text
 from ..remote import use_cache
 from ..runs import Run, RunWriter
 from ..samples import cached_shards
@@ -69,10 +70,12 @@ def find_data(
     where: str,
     find: Callable[[str], list[Path]] = data.find_shards,  # or `find_images`, `find_sentences`
     held_out: bool = False,  # for validation: scenes of a split of their own, of which training sees none
+    name: str = "",  # the parameter that says where, for an error
 ) -> list[Path]:
     "Shards by any form of `find_shards`; scenes:N or scenes:N,duplicates:0.6,tail:1 makes N pairs"
     if not where.startswith("scenes:"):
-        return find(where)
+        with naming_parameter(name, where) if name else nullcontext():
+            return find(where)
     count, *settings = where.removeprefix("scenes:").replace(" ", "").replace("=", ":").split(",")
     below = {"duplicates": 1.0, "copies": 1.0, "tail": float("inf"), "seed": float("inf")}
     extra = {}
@@ -533,7 +536,7 @@ def _told_beside(report: data.DataReport) -> dict[str, str]:
     "Widths and scales in a reinforced.json beside the shards, as `export.reinforce` writes it; or nothing"
     valid = list_of_numbers()["check"]
     try:
-        about = json.loads(report.usable[0].path.with_name("reinforced.json").read_text())
+        about = load_json(report.usable[0].path.with_name("reinforced.json"))
         told = {name: str(about[name]) for name in ("teacher_widths", "teacher_scales")}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
@@ -745,10 +748,10 @@ def open_run(
     start: VLM | None = None,  # what the student starts as
 ) -> Job:
     "Find and count the data, check it against the options, and write or compare config.json"
-    report = report or data.inspect_shards(find_data(options.data))
+    report = report or data.inspect_shards(find_data(options.data, name="data"))
     world = all_processes(options, accelerator.num_processes)
     data.check_split(report, options.workers, world, options.batch_size // world)
-    val_report = data.inspect_shards(find_data(options.val, held_out=True))
+    val_report = data.inspect_shards(find_data(options.val, held_out=True, name="val"))
     val = data.load_pairs(val_report, limit=options.validate_pairs)
     before = Run(out_folder(options)).config()
     config = {
@@ -815,7 +818,7 @@ def finish_fit(
     model = student.model.to(job.accelerator.device).train()
     folder = job.run.folder / phase.stage
     if job.accelerator.is_main_process:
-        if not (folder / "init").exists():
+        if not models.is_saved(folder / "init"):
             student.save(folder / "init")
         write_network(job.run, student, folder)
     fit(

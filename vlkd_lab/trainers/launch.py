@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import re
 import shlex
@@ -27,7 +26,7 @@ from torch.distributed import is_torchelastic_launched
 
 from .. import runs
 from ..methods import DEFAULT_METHOD, METHODS, find_method
-from ..project import project_root
+from ..project import parse_json, project_root
 from ..runs import Run, RunStopped, RunWriter, read_json
 from .companions import Companions
 from .jobs import Job, at_work, earlier_parameters, may_print
@@ -276,8 +275,8 @@ def read_settings(
 def read_value(text: str) -> Any:
     "A number or truth value if the text is one, else the text"
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:
         return text
 
 # %% ../../nbs/library/094_trainers_launch.ipynb #st4rtap2

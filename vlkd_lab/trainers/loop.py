@@ -121,10 +121,13 @@ def _save_fit(loop: Loop) -> None:
     if is_first:
         save_checkpoint(loop.run, loop.phase.folder, state)
     if is_first and _is_kept(loop):
-        with runs.for_viewers(loop.run, "a checkpoint could not be kept to be forked from"):
-            keep_checkpoint(
-                loop.run, loop.phase.folder, loop.global_step, loop.options.keep_checkpoints
-            )
+        _keep(loop)
+
+
+def _keep(loop: Loop) -> None:
+    "Keep the checkpoint of this step, to be forked from"
+    with runs.for_viewers(loop.run, "a checkpoint could not be kept to be forked from"):
+        keep_checkpoint(loop.run, loop.phase.folder, loop.global_step, loop.options.keep_checkpoints)
 
 
 def _whole_average(loop: Loop) -> dict[str, Tensor]:
@@ -158,6 +161,9 @@ def _resume_fit(loop: Loop) -> bool:  # whether there was a checkpoint
     with torch.no_grad():
         for weight, saved in zip(loop.extra, state.get("objective", ()), strict=True):
             weight.copy_(saved)
+    kept = loop.run.folder / loop.phase.folder / "kept" / f"{loop.global_step:08d}.json"
+    if loop.accelerator.is_main_process and _is_kept(loop) and not kept.exists():
+        _keep(loop)  # the process ended between the checkpoint and its keeping
     return True
 
 # %% ../../nbs/library/090_trainers_loop.ipynb #28b0946e

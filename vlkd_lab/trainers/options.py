@@ -10,7 +10,8 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from ..trackers import named_trackers
 # %% auto #0
 __all__ = ['FORMER_WORDS', 'current_word', 'CurrentWords', 'parameter', 'check_parameters', 'notebook_parameters',
            'notebook_values', 'is_interactive', 'one_of', 'above', 'at_least', 'within', 'share', 'list_of_numbers',
-           'read_numbers', 'folder_path', 'check_schedule', 'all_processes', 'FitParameters', 'Distillation',
-           'read_teachers', 'read_loss_weights', 'seed_of']
+           'read_numbers', 'folder_path', 'naming_parameter', 'check_schedule', 'all_processes', 'FitParameters',
+           'Distillation', 'read_teachers', 'read_loss_weights', 'seed_of']
 
 # %% ../../nbs/library/080_trainers_options.ipynb #f0e4a102
 FORMER_WORDS = {"teacher_features": {"beside": "online"}}  # parameter -> earlier versions' word -> today's
@@ -193,6 +194,19 @@ def _can_be_folder(place: str) -> bool:
         return True
     above = next(parent for parent in path.parents if os.path.lexists(parent))
     return not os.path.lexists(path) and os.path.isdir(above) and os.access(above, os.W_OK)
+
+# %% ../../nbs/library/080_trainers_options.ipynb #nam1ngp1
+@contextmanager
+def naming_parameter(name: str, value: Any) -> Iterator[None]:
+    "Let an error about what a parameter names say which parameter that is"
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if f"{name}=" in str(error):
+            raise
+        kinds = (FileNotFoundError, OSError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{name}={value!r}: {error}") from error
 
 # %% ../../nbs/library/080_trainers_options.ipynb #adam0001
 @dataclass(frozen=True)

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,9 +20,9 @@ from ..models import text_part
 from .options import FitParameters
 
 # %% auto #0
-__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'check_products', 'check_sharding', 'blocks_of',
-           'Shards', 'load_shards', 'cut_average', 'whole_optimizer', 'load_optimizer', 'clip_shards', 'running_as',
-           'check_network']
+__all__ = ['recomputing', 'in_channels_last', 'check_compiler', 'compiled', 'check_products', 'memory_of', 'check_room',
+           'check_sharding', 'blocks_of', 'Shards', 'load_shards', 'cut_average', 'whole_optimizer', 'load_optimizer',
+           'clip_shards', 'running_as', 'check_network']
 
 # %% ../../nbs/library/088_trainers_running.ipynb #rurun005
 _SWITCHES = ("grad_checkpointing", "gradient_checkpointing")  # of open_clip and timm, of transformers
@@ -125,6 +127,32 @@ def check_products(
         f"loss_precision='tf32' is not valid on {name}: TF32 is of NVIDIA's GPUs from Ampere on, and would "
         "change nothing here; choose fp32, or bf16, which every device computes"
     )
+
+# %% ../../nbs/library/088_trainers_running.ipynb #rurunrm1
+def memory_of(device: torch.device) -> int:  # bytes
+    "What a GPU has; of the host, what this process may have by its container and its limits"
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    bounds = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no container, or one without a bound
+            bounds.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    if hasattr(psutil.Process, "rlimit"):  # Linux
+        limits = [psutil.Process().rlimit(kind)[0] for kind in (psutil.RLIMIT_AS, psutil.RLIMIT_DATA)]
+        bounds += [limit for limit in limits if limit >= 0]
+    return min(bounds)
+
+
+def check_room(
+    what: str,  # a parameter and its value
+    size: float,  # bytes that it takes at least
+    device: torch.device,
+) -> None:
+    "ValueError for what a device has no memory for"
+    room = memory_of(device)
+    if size > room:
+        sizes = f"{size / 2**30:,.1f} GiB of memory at least, and there are {room / 2**30:,.1f}"
+        raise ValueError(f"{what} is not valid here: it takes {sizes}")
 
 # %% ../../nbs/library/088_trainers_running.ipynb #rurunfs1
 def check_sharding(

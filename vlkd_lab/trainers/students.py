@@ -23,7 +23,7 @@ from ..models import VLM, TowerShape, load_model, own_head_widths
 from ..runs import Run, load_checkpoint, read_json
 from ..shapes import TOWERS
 from .locks import check_locks
-from .options import Distillation, FitParameters
+from .options import Distillation, FitParameters, naming_parameter
 
 # %% auto #0
 __all__ = ['local_name', 'find_model', 'load_student', 'find_teachers', 'check_teacher', 'check_teachers', 'first_line',
@@ -131,7 +131,10 @@ def find_start(
     load: Callable[[str | Path, str | torch.device], VLM] | None = None,  # None: `find_model`, for two towers
 ) -> VLM | None:  # None: the student starts as something else
     "The model that a student is to start as, freshly loaded"
-    return find_finished(options.start_from, device, load) if options.start_from else None
+    if not options.start_from:
+        return None
+    with naming_parameter("start_from", options.start_from):
+        return find_finished(options.start_from, device, load)
 
 
 def find_finished(
