@@ -26,8 +26,8 @@ import vlkd_lab
 
 # %% auto #0
 __all__ = ['is_working_copy', 'project_root', 'cache_folder', 'packaged', 'atomic_write', 'write_text', 'link_or_copy',
-           'drop_unfinished', 'parse_json', 'load_json', 'naming', 'user_notebooks', 'copy_notebooks', 'command',
-           'try_lock', 'keep_locked', 'alone_in', 'works_alone', 'former_names']
+           'drop_unfinished', 'parse_json', 'load_json', 'naming', 'opening', 'user_notebooks', 'copy_notebooks',
+           'command', 'try_lock', 'keep_locked', 'alone_in', 'works_alone', 'former_names']
 
 # %% ../nbs/library/000_project.ipynb #5507879b
 def is_working_copy(folder: Path) -> bool:
@@ -174,6 +174,21 @@ def naming(
     except Exception as error:  # the loaders have many kinds for damage
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path} is damaged, or no {what} ({reason}){after}") from error
+
+# %% ../nbs/library/000_project.ipynb #0pen1ng2
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    "Let an error of whoever builds the model of a name say that name; ValueError where it did not"
+    try:
+        yield
+    except (MemoryError, ImportError, OSError):
+        raise
+    except Exception as error:  # a foreign library may raise anything
+        if name in str(error) or type(error).__name__ == "OutOfMemoryError":
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        odd = "its configuration or weights are odd"
+        raise ValueError(f"{name} cannot be opened: {odd} ({reason})") from error
 
 # %% ../nbs/library/000_project.ipynb #notebks2
 _FOR_THE_SITE = ("index.ipynb", "gallery.ipynb")  # there is nothing to run in them

@@ -84,10 +84,14 @@ def _whole_lines(text: bytes, begins: bool = True, source: str | Path = "the tex
     return found
 
 
-def stage_of(line: str, default: str = "") -> str:  # the default too where a line is none
+def stage_of(
+    line: str | bytes,
+    default: str = "",  # also where the line is none
+    key: str = "stage",  # or "phase"
+) -> str:
     "The stage that a line of metrics.jsonl is about"
     try:
-        return parse_json(line).get("stage", default)
+        return parse_json(line).get(key, default)
     except (ValueError, AttributeError):
         return default
 
@@ -451,13 +455,15 @@ def load_checkpoint(run: Run, stage: str, cut: bool = True) -> dict | None:
     "The last checkpoint of a stage, the metrics cut back to where it was taken; None if there is none"
     path = run.folder / stage / "checkpoint.pt"
     if not path.exists():
+        if cut:
+            _forget(run, *stage.partition("/")[::2])
         return None
     state = open_checkpoint(path)
     if cut:
         rewind(run, state["metric_lines"], stage.partition("/")[0])
     return state
 
-
+# %% ../nbs/library/077_runs.ipynb #rew1nd01
 def rewind(
     run: Run,
     lines: int,  # that stay whatever they are about
@@ -467,10 +473,21 @@ def rewind(
     path = run.folder / "metrics.jsonl"
     if not path.exists():
         return
-    written = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    later = [line for line in written[lines:] if stage and line.endswith("\n")]
+    written = path.read_bytes().splitlines(keepends=True)
+    later = [line for line in written[lines:] if stage and line.endswith(b"\n")]
     others = [line for line in later if stage_of(line, stage) != stage]
-    write_text(path, "".join(written[:lines] + others))
+    with atomic_write(path) as unfinished:
+        unfinished.write_bytes(b"".join(written[:lines] + others))
+
+
+def _forget(run: Run, stage: str, phase: str) -> None:
+    "Cut out of metrics.jsonl what a phase wrote whose checkpoint is gone: it begins anew"
+    path = run.folder / "metrics.jsonl"
+    written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in written if not (stage_of(line) == stage and stage_of(line, key="phase") == phase)]
+    if len(kept) < len(written):
+        with atomic_write(path) as unfinished:
+            unfinished.write_bytes(b"".join(kept))
 
 # %% ../nbs/library/077_runs.ipynb #k3ptc002
 def keep_checkpoint(

@@ -24,8 +24,10 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.append(str(Path(__file__).parent.parent))
 
+import open_clip.tokenizer  # noqa: F401  what every try would import anew
 import torch
 from given import make_given
+from transformers import AutoConfig, AutoTokenizer, BlipConfig, CLIPConfig, PreTrainedTokenizerFast  # noqa: F401
 from tries import VERDICTS, WELL, run_tries
 
 KINDS = ("values", "shards", "folders", "crashes", "resources")

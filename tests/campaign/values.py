@@ -63,7 +63,7 @@ def try_value(given: Given, method: str, name: str, value: object, folder: Path)
 
 def words_about(name: str, value: object) -> tuple[str, ...]:
     """What a clear error names: the parameter, or the text that was given for it."""
-    return (name, name.replace("_", " "), *([repr(value), value] if isinstance(value, str) and len(value) > 2 else []))
+    return (name, name.replace("_", " "), *([repr(value), value if len(value) > 2 else name] if isinstance(value, str) and value else []))
 
 
 def all_tries(given: Given, seed: int) -> Iterator[Try]:

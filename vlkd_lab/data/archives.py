@@ -48,7 +48,7 @@ def _some(names: Sequence[str], most: int = 4) -> str:
 # %% ../../nbs/library/010_data_archives.ipynb #890961f0
 _UNPACKED = 64 << 20  # bytes of a compressed shard that are held in memory
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}  # how a compressed file begins
-_UNSOUND = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
+_UNSOUND = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, OverflowError)
 
 
 def _unpacked(path: Path | RemoteFile) -> tuple[BinaryIO, str]:  # to be closed; what went wrong

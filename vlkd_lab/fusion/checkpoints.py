@@ -22,7 +22,8 @@ from vlkd_lab.fusion.model import (
     _write_weights,
 )
 
-from ..project import load_json, naming
+from ..models import check_finite
+from ..project import load_json, naming, opening
 from .network import BlipNetwork
 from .original import load_original
 from .shapes import BlipShape, read_shape
@@ -38,11 +39,19 @@ def load_blip(
     device: str | torch.device | None = None,  # None: the GPU if there is one
 ) -> Blip:
     "A trained BLIP, published or of our own, in evaluation mode"
+    name = str(name_or_path)
+    with opening(name):
+        is_file = Path(name).is_file()
+        blip = load_original(Path(name), device) if is_file else _load_folder(_folder_of(name), name)
+        check_finite(blip.model)
+    blip.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return blip
+
+
+def _load_folder(folder: Path, name: str) -> Blip:
+    "What `export_blip`, a run or transformers wrote"
     from transformers import AutoTokenizer, BlipConfig
 
-    if Path(name_or_path).is_file():
-        return load_original(Path(name_or_path), device)
-    folder = _folder_of(str(name_or_path))
     plain = load_json(folder / "config.json")
     lab = plain.pop(_LAB, {})
     kind = plain.get("model_type")
@@ -60,8 +69,7 @@ def load_blip(
         words = AutoTokenizer.from_pretrained(str(folder))
     tokenizer = BlipTokenizer(words, shape.vocabulary, length)
     tasks = tuple(lab.get("tasks", _KINDS.get(parts, ())))
-    network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _assemble(network, config, _view_of(folder, shape), tokenizer, tasks, str(name_or_path))
+    return _assemble(network, config, _view_of(folder, shape), tokenizer, tasks, name)
 
 
 def _view_of(folder: Path, shape: BlipShape) -> dict:

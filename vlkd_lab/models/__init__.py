@@ -29,5 +29,5 @@ from .pictures import preprocessing
 from .slim import SlimAttention, SlimPool, SlimTimmAttention, narrow_tower, own_head_width
 from .students import at_size, check_student, new_model, send_pair, with_towers
 from .towers import resize_towers, text_part
-from .weights import state_digest
+from .weights import check_finite, state_digest
 from .words import train_tokenizer

@@ -25,12 +25,12 @@ from .. import published
 from ..data.travel import send_pinned
 from ..features import Batch, Features, Texts, as_features
 from ..hub_names import has_own_sizes
-from ..project import atomic_write, load_json, write_text
+from ..project import atomic_write, load_json, opening, write_text
 from ..shapes import TowerShape, head_widths, plain_config, tower_shape, tower_shapes
 from .pictures import _both_sides, _one_side, _plain, preprocessing
 from .slim import own_head_width
 from .towers import _build, text_part
-from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of
+from .weights import _SLIM_CONFIG, _find_checkpoint, _find_weights, _settings_of, check_finite
 from .words import _contents, _tokenizer_of, _words_of
 
 # %% auto #0
@@ -319,22 +319,13 @@ def load_model(
     "A trained model with its own preprocessing and tokenizer, in evaluation mode"
     name = str(name_or_path)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with opening(name):
         vlm = _open_model(name, Path(name.removeprefix("local-dir:")))
-    except torch.OutOfMemoryError:
-        raise
-    except _NO_MODEL as error:
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-        odd = "its configuration or weights are odd"
-        raise ValueError(f"{name} cannot be opened: {odd} ({reason})") from error
+        check_finite(vlm.model)
     vlm.model.to(device).eval()
     return vlm
 
 # %% ../../nbs/library/030_models_vlm.ipynb #n0m0del1
-# what networks raise when they are built by a configuration that is not theirs
-_NO_MODEL = (RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
-
-
 def _open_model(name: str, folder: Path) -> VLM:
     "Whichever kind of model a name stands for"
     if (folder / _SLIM_CONFIG).is_file():

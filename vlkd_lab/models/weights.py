@@ -19,7 +19,7 @@ from ..project import load_json
 from .configs import TINYCLIP_CONFIGS, model_config
 
 # %% auto #0
-__all__ = ['state_digest']
+__all__ = ['state_digest', 'check_finite']
 
 # %% ../../nbs/library/029_models_weights.ipynb #d9c6bb72
 def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits
@@ -29,6 +29,13 @@ def state_digest(model: nn.Module) -> str:  # 64 hexadecimal digits
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+# %% ../../nbs/library/029_models_weights.ipynb #f1n1te02
+def check_finite(model: nn.Module) -> None:
+    "ValueError that names the first parameter with a number that is infinite or none"
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"the weights {name} are not finite: the file is damaged, or training diverged")
 
 # %% ../../nbs/library/029_models_weights.ipynb #32854238
 _VIEW = ("mean", "std", "interpolation", "resize_mode")  # what a tag says about pictures

@@ -135,7 +135,8 @@ def make_accelerator(options: FitParameters) -> Accelerator:
     processes = all_processes(options, accelerator.num_processes)
     if options.batch_size % processes:
         raise ValueError(
-            f"batch_size={options.batch_size} cannot be split over {processes} processes: choose a multiple"
+            f"batch_size={options.batch_size} cannot be split over {processes} processes (nodes="
+            f"{options.nodes}, processes={options.processes}): choose a multiple"
         )
     check_schedule(options)
     check_compiler(options, accelerator.device)
