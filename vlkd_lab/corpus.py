@@ -692,6 +692,8 @@ def prompts_of(
 ) -> list[str]:
     "The prompts of the classes in a file"
     classes = shipped(classes)
+    if classes.exists() and not classes.is_file():
+        raise ValueError(f"{classes} is no file of class names, one a line")
     templates = classes.with_name("templates.txt")
     names = read_lines(classes)
     return class_prompts(names, read_lines(templates)) if templates.exists() else class_prompts(names)

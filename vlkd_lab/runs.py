@@ -484,7 +484,7 @@ def _forget(run: Run, stage: str, phase: str) -> None:
     "Cut out of metrics.jsonl what a phase wrote whose checkpoint is gone: it begins anew"
     path = run.folder / "metrics.jsonl"
     written = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in written if not (stage_of(line) == stage and stage_of(line, key="phase") == phase)]
+    kept = [line for line in written if (stage_of(line), stage_of(line, key="phase")) != (stage, phase)]
     if len(kept) < len(written):
         with atomic_write(path) as unfinished:
             unfinished.write_bytes(b"".join(kept))

@@ -81,6 +81,7 @@ def _work(one: Try, folder: Path, answers: int) -> None:
         os.dup2(log, number)
     limit = psutil.Process().memory_full_info().data + BYTES
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    os.chdir(folder)  # where relative places are
     try:
         one.do(folder)
         found = ("right", "")

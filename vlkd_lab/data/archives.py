@@ -173,6 +173,8 @@ def _read_headers(
                 if member is None:
                     break
                 offset = tar.offset
+                if offset >= 2**62:  # one header can say so
+                    raise tarfile.ReadError(f"{member.name[:80]!r} is said to have {member.size:,} bytes")
                 if not member.isdir():
                     names.append(member.name)
                     places.append(_place(member))

@@ -51,7 +51,7 @@ def _parsed_sizes(sizes: str, named: str) -> dict[str, list[int]]:  # part -> la
             numbers[name] = values
     except (ValueError, KeyError):
         forms = "image:LAYERSxWIDTH, text:LAYERSxWIDTH, fusion:LAYERS, decoder:LAYERS"
-        raise ValueError(f"{named}={sizes!r} is not valid: write {forms}, any of them") from None
+        raise ValueError(f"{named}={sizes[:200]!r} is not valid: write {forms}, any of them") from None
     return numbers
 
 

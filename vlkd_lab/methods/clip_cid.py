@@ -237,8 +237,7 @@ class Balancing(_OnDisk):
     def threshold(self) -> float:
         "The options' threshold, or the one that removes their share; an error if it would do nothing or all"
         options = self.job.options
-        with trainers.naming_parameter("largest_threshold", options.largest_threshold):
-            return balancing.usable_threshold(self.linkage, options.threshold, options.removed_share)
+        return balancing.usable_threshold(self.linkage, options.threshold, options.removed_share)
 
     @cached_property
     def balance(self) -> Balance:

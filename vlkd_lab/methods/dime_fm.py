@@ -102,7 +102,7 @@ class DimeFm(_SentenceChoice):
 
     data: str = parameter("scenes:16000", "images: shards, without their captions; a folder; or scenes:N")
     steps: int = parameter(600, "optimiser steps", **at_least(1))
-    learning_rate: float = parameter(8e-4, "AdamW's peak learning rate (published: 8e-4)", **above(0))
+    learning_rate: float = parameter(8e-4, "AdamW's peak learning rate (published: 8e-4)", **above(0, 1e9))
     batch_size: int = parameter(128, "images a step, over all processes", **at_least(2))
     sentence_batch: int = parameter(256, "sentences a step, over all processes", **at_least(2))
     losses: str = parameter(
@@ -443,7 +443,8 @@ def _check_sentences(report: data.DataReport, options: DimeFm, world: int) -> No
 def _named_sentences(options: DimeFm) -> tuple[dict, data.DataReport | None]:
     "What config.json says of the sentences that are named; their report, if they are text or shards"
     if options.construction == "prompts":
-        prompts = corpus.prompts_of(options.class_names)
+        with trainers.naming_parameter("class_names", options.class_names):
+            prompts = corpus.prompts_of(options.class_names)
         return {"fingerprint": _digest(prompts), "total": len(prompts)}, None
     if options.grounded:
         paths = trainers.find_data(options.sentences, data.find_texts, name="sentences")

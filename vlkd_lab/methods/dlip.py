@@ -58,7 +58,7 @@ class Dlip(BlipParameters, Distillation):
     )
     steps: int = parameter(400, "optimiser steps", **at_least(1))
     batch_size: int = parameter(64, "pairs a step, over all processes", **at_least(2))
-    learning_rate: float = parameter(1e-3, "AdamW's peak learning rate", **above(0))
+    learning_rate: float = parameter(1e-3, "AdamW's peak learning rate", **above(0, 1e9))
     losses: str = parameter(
         "base:1, features:1, similarities:1, logits:1, attention:1",
         "terms or groups, weights; later ones count more",
@@ -238,7 +238,8 @@ def open_dlip(options: Dlip) -> DlipJob:
         )
     if len(options.teachers()) > 1:
         raise ValueError(f"teacher={options.teacher!r} is not valid: a DLIP student learns from one BLIP")
-    teacher = find_blip(options.teacher, accelerator.device)
+    with trainers.naming_parameter("teacher", options.teacher):
+        teacher = find_blip(options.teacher, accelerator.device)
     trainers.check_network(teacher.model, options)
     sizes = student_sizes(options, teacher)
     check_blip_room(options, sizes, f"student={options.student!r}", accelerator.device)

@@ -347,7 +347,7 @@ class Mapped(Distillation):
     map_share: float = parameter(
         0.2, "share of a stage's steps in which maps are learned (inheritance mapped)", **share()
     )
-    map_learning_rate: float = parameter(0.001, "of the maps, with the job's schedule", **above(0))
+    map_learning_rate: float = parameter(0.001, "of the maps, with the job's schedule", **above(0, 1e9))
     map_sharing: str = parameter(
         "tied", "whether tensors share their maps, or each has its own", **one_of(*SHARING)
     )

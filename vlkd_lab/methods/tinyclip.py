@@ -29,6 +29,7 @@ from vlkd_lab.trainers import (
     read_numbers,
     seed_of,
     share,
+    within,
 )
 
 from .. import data, gates, models, runs, stages, trainers
@@ -93,9 +94,11 @@ class _TinyClipParameters(Mapped):
     gate_kinds: str = parameter("hidden,heads,neurons", "what is gated; also attention_block, mlp_block")
     gate_towers: str = parameter("image,text", "towers whose gates are learned; the other stays whole")
     gate_learning_rate: float = parameter(
-        0.2, "of log alpha (recipes: 0.02, thousands of steps)", **at_least(0.0)
+        0.2, "of log alpha (recipes: 0.02, thousands of steps)", **within(0, 1e9)
     )
-    multiplier_learning_rate: float = parameter(0.2, "Lagrange multipliers' (recipes: 0.02)", **at_least(0.0))
+    multiplier_learning_rate: float = parameter(
+        0.2, "Lagrange multipliers' (recipes: 0.02)", **within(0, 1e9)
+    )
     hold_scale: float = parameter(
         0.0, "both scales are held here (recipes: 50); 0: the teacher's own", **at_least(0.0)
     )
@@ -105,7 +108,7 @@ class _TinyClipParameters(Mapped):
 class _RecipeParameters(_TinyClipParameters):
     "What the published recipes say of each stage, of rates and of copies"
 
-    learning_rate: float = parameter(1e-3, "AdamW's peak learning rate (recipes: 1e-4)", **above(0))
+    learning_rate: float = parameter(1e-3, "AdamW's peak learning rate (recipes: 1e-4)", **above(0, 1e9))
     weight_decay: float = parameter(
         0.1, "of matrices; biases, norms and scale have none (recipes: 0.2)", **at_least(0.0)
     )

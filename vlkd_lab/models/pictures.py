@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 # %% auto #0
@@ -38,4 +39,18 @@ def preprocessing(
     "What a configuration does to a picture"
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
+    _check_colours(preprocess_cfg)
     return image_transform_v2(PreprocessCfg(**preprocess_cfg), is_train=False)
+
+
+def _check_colours(preprocess_cfg: Mapping) -> None:
+    "ValueError where a mean or a deviation cannot be one of three channels"
+    for name in ("mean", "std"):
+        numbers = preprocess_cfg.get(name, (1.0, 1.0, 1.0))
+        try:
+            are_numbers = len(numbers) in (1, 3) and all(math.isfinite(number) for number in numbers)
+        except TypeError:
+            are_numbers = False
+        if not are_numbers or (name == "std" and not all(numbers)):
+            valid = "three numbers, one a channel" + (", none of them 0" if name == "std" else "")
+            raise ValueError(f"preprocess_cfg has {name}={numbers!r}: it needs {valid}")

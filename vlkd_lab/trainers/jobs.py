@@ -66,6 +66,9 @@ __all__ = ['LONGEST_WAIT', 'FREE', 'LATER', 'GROWS', 'SAME', 'find_data', 'load_
            'train_baseline', 'TeacherJob', 'StudentJob', 'at_work', 'write_probe']
 
 # %% ../../nbs/library/092_trainers_jobs.ipynb #d91f22ab
+_MOST_SCENES = 100_000_000
+
+
 def find_data(
     where: str,
     find: Callable[[str], list[Path]] = data.find_shards,  # or `find_images`, `find_sentences`
@@ -83,7 +86,7 @@ def find_data(
         for setting in settings:
             name, value = setting.split(":")
             extra[name] = int(value) if name == "seed" else float(value)
-        is_valid = int(count) > 0 and all(
+        is_valid = 0 < int(count) <= _MOST_SCENES and all(
             name in below and 0 <= value < below[name] for name, value in extra.items()
         )
     except ValueError:
@@ -91,8 +94,8 @@ def find_data(
     if not is_valid:
         raise ValueError(
             f"{'val' if held_out else 'data'}={where!r} is not valid: write scenes:N with N pairs to "
-            "generate, and if you like ,duplicates:SHARE, ,copies:SHARE (both below 1), ,tail:EXPONENT and "
-            ",seed:N; or name shards"
+            f"generate, at most {_MOST_SCENES:,}, and if you like ,duplicates:SHARE, ,copies:SHARE (both "
+            "below 1), ,tail:EXPONENT and ,seed:N; or name shards"
         )
     return data.find_shards(cached_shards(int(count), split="val" if held_out else "train", **extra))
 

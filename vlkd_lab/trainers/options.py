@@ -84,9 +84,20 @@ def _check_value(option, value: Any) -> Any:
         valid = f", {option.metadata['valid']}" if option.metadata["valid"] else ""
         must_be = f"must be {_SIZES[kind] if is_too_large else kind.__name__}{valid}"
         raise ValueError(f"{option.name}={value!r} is not valid: {option.name} {must_be}")
+    if kind is str and not _can_be_written(value):
+        odd = "it has a character that no file is named by and no file holds"
+        raise ValueError(f"{option.name}={value[:200]!r} is not valid: {odd}")
     return value
 
 
+def _can_be_written(text: str) -> bool:
+    "Whether a text can stand in a file's name and in config.json"
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+# %% ../../nbs/library/080_trainers_options.ipynb #chkpar01
 def check_parameters(kind: type, values: Mapping[str, Any]):
     "An instance of a parameters dataclass, or one line that names the first wrong name, type or value"
     options = {option.name: option for option in fields(kind)}
@@ -137,9 +148,13 @@ def one_of(*names: str) -> dict:
     return dict(valid="one of " + ", ".join(repr(name) for name in names), check=lambda value: value in names)
 
 
-def above(low: float) -> dict:
-    "A parameter's lower bound, not reached"
-    return dict(valid=f"above {low:g}", check=lambda value: value > low)
+def above(
+    low: float,
+    high: float = math.inf,  # reached
+) -> dict:
+    "A parameter's bounds, of which the lower one is not reached"
+    words = f", at most {high:g}" if high < math.inf else ""
+    return dict(valid=f"above {low:g}{words}", check=lambda value: low < value <= high)
 
 
 def at_least(low: float) -> dict:
@@ -206,7 +221,8 @@ def naming_parameter(name: str, value: Any) -> Iterator[None]:
             raise
         kinds = (FileNotFoundError, OSError, ValueError)
         kind = next(kind for kind in kinds if isinstance(error, kind))
-        raise kind(f"{name}={value!r}: {error}") from error
+        shown = value[:200] if isinstance(value, str) else value
+        raise kind(f"{name}={shown!r}: {str(error)[:600]}") from error
 
 # %% ../../nbs/library/080_trainers_options.ipynb #adam0001
 @dataclass(frozen=True)
@@ -235,7 +251,7 @@ class _CommonParameters(_AdamParameters):
     val: str = parameter("data_samples/scenes/val-000000.tar", "validation shards")
     steps: int = parameter(200, "optimiser steps (of each stage)", **at_least(1))
     batch_size: int = parameter(128, "pairs a step, over all processes", **at_least(2))
-    learning_rate: float = parameter(1e-3, "AdamW's peak learning rate", **above(0))
+    learning_rate: float = parameter(1e-3, "AdamW's peak learning rate", **above(0, 1e9))
     seed: int = parameter(0, "of weights, order of the data and gates", **at_least(0))
     precision: str = parameter("fp32", "arithmetic of the towers", **one_of("fp32", "bf16", "fp16"))
     device: str = parameter("auto", "auto takes the GPU if there is one", **one_of("auto", "cpu", "cuda"))

@@ -66,7 +66,8 @@ def find_teachers(
     device: str | torch.device = "cpu",
 ) -> tuple[VLM, ...]:
     "All teachers that the options name, in their order"
-    return tuple(find_model(name, device) for name in options.teachers())
+    with naming_parameter("teacher", options.teacher):
+        return tuple(find_model(name, device) for name in options.teachers())
 
 
 def check_teacher(
