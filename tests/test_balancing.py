@@ -230,7 +230,7 @@ WRONG = [
     (lambda: B.link(RANDOM, 1.0).groups(1.1), "threshold=1.1 .* from 0.01 to 1$"),
     (lambda: B.link(RANDOM, 1.0).removed(0.001), "threshold=0.001 .* from 0.01 to 1$"),
     (lambda: B.link(RANDOM, 1.0).threshold_for(1.0), "share=1 .* between 0 and 1"),
-    (lambda: B.link(RANDOM[::10], 0.2).threshold_for(0.5), "no threshold up to largest_threshold=0.2 removes 50.0%, but 0.0% at most"),
+    (lambda: B.link(RANDOM[::10], 0.2).threshold_for(0.5), "no threshold up to largest_threshold=0.2 removes 50.0%: 0.0% at most"),
     (lambda: B.balance_at(B.link(RANDOM, 1.0), RANDOM[:9], 0.5), "250 rows, embeddings has 9"),
     (lambda: B.usable_threshold(B.link(RANDOM, 1.0), 0.011), "would remove nothing: the nearest two images are 0"),
     (lambda: B.usable_threshold(B.link(RANDOM[::10], 0.2), 0.1), "would remove nothing: no two images are closer than 0.2"),

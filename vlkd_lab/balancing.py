@@ -81,7 +81,7 @@ class Linkage:
         if rows > len(self.distances):
             most = len(self.distances) / self.count
             raise ValueError(
-                f"no threshold up to largest_threshold={self.most:g} removes {share:.1%}, but {most:.1%} at most"
+                f"no threshold up to largest_threshold={self.most:g} removes {share:.1%}: {most:.1%} at most"
             )
         return float(max(np.nextafter(self.distances[rows - 1], np.inf), self.finest))
 

@@ -115,9 +115,13 @@ def drop_unfinished(
     folder: str | Path,
     before: float,  # seconds since the epoch: what was touched later may be of a process at work
 ) -> list[Path]:  # what is gone
-    "Remove what `atomic_write` has begun below a folder and not ended, since its process was killed"
+    "Remove what killed processes began by `atomic_write` and did not end, in a folder and three below it"
     dropped = []
-    for path in sorted(Path(folder).rglob(".*")):
+    found = []
+    for depth in range(4):
+        with suppress(OSError):  # a folder that went meanwhile
+            found += Path(folder).glob("*/" * depth + ".*")
+    for path in sorted(found):
         with suppress(OSError):  # going at this moment, or not ours to remove
             if _UNFINISHED.fullmatch(path.name) and path.lstat().st_mtime < before:
                 if path.is_dir() and not path.is_symlink():

@@ -111,7 +111,8 @@ def _tidy(folder: Path) -> None:
     "Leave nothing of what a killed process had half done: ends of lines, and files that were to be renamed"
     for lines in folder.glob("*.jsonl"):
         _end_line(lines)
-    drop_unfinished(folder, time.time() - 10)
+    if (folder / "config.json").exists():  # else it is not known to be a run's
+        drop_unfinished(folder, time.time() - 10)
 
 # %% ../nbs/library/077_runs.ipynb #18425d7e
 def to_json(value: Any) -> Any:
@@ -343,13 +344,14 @@ class RunWriter(Run):
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        stopped = isinstance(error, KeyboardInterrupt | RunStopped)
         if error is None:
             self.set_status(state="waiting" if self.result() is None else "finished")
-        elif stopped:
+        elif isinstance(error, KeyboardInterrupt | RunStopped):
             self.set_status(state="stopped")
         else:
             lines = "".join(traceback.format_exception(error))
+            if getattr(error, "errno", 0) == errno.EMFILE:
+                self._lock.close()  # its place among the open files is needed
             self.set_status(state="failed", error=f"{kind.__name__}: {error}", traceback=lines[-6000:])
         drop_unfinished(self.folder, self._since)
         self._lock.close()

@@ -40,7 +40,7 @@ def with_odd_value(content: bytes, chance: random.Random) -> bytes:
     part = told
     for key in place[:-1]:
         part = part[key]
-    if chance.random() < 0.3:
+    if isinstance(part, dict) and chance.random() < 0.3:
         del part[place[-1]]
     else:
         part[place[-1]] = chance.choice(ODD)
@@ -149,7 +149,7 @@ def named(given: Given, kind: str, method: str, seed: str) -> tuple[str, ...]:
         path = pick(given.blip if method == "Dlip" else given.teacher, chance)
         return (path.name, "teacher")
     path = pick(begun(given, method) if kind == "begun" else given.whole(method), chance)
-    return (path.name, f"{path.parent.name}/", path.stem)
+    return (path.name, path.parent.name, path.stem)
 
 
 def all_tries(given: Given, seed: int) -> Iterator[Try]:

@@ -95,7 +95,7 @@ def check_as_whole(given: Given, method: str, run: Path, what: str) -> None:
 def check_told(status: int, told: int, run: Path, folder: Path, what: str) -> None:
     """Wrong, unless an error said what was missing, and the run's status too."""
     log = folder.with_suffix(".log")
-    if status:
+    if status and ": memory," not in what:  # without memory a library may end as the OOM killer ends it
         raise Wrong("unclear", f"{what}: it ended with {status}; {log.read_text()[-700:] if log.exists() else ''}")
     state = Run(run).status()["state"] if (run / "status.json").exists() else "new"
     if told and state not in ("failed", "new", "running"):
@@ -121,7 +121,8 @@ def try_limit(given: Given, method: str, kind: int, share: float, folder: Path) 
     limit = now + int(share * 40) if kind == resource.RLIMIT_NOFILE else resource.getrlimit(kind)[0] - int((1 - share / 8) * (3 << 30))
     job = given.job(method, folder / "run", checkpoint_seconds=0.0)
     status, told = in_child(partial(train_limited, method, job, kind, limit))
-    check_told(status, told, folder / "run", folder, f"limit {kind} is {limit}")
+    word = "open files" if kind == resource.RLIMIT_NOFILE else "memory"
+    check_told(status, told, folder / "run", folder, f"limit: {word}, {limit}")
     train(open_job(method, job))
     check_as_whole(given, method, folder / "run", f"limit {kind} was {limit}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -175,7 +176,9 @@ def try_shard(given: Given, name: str, folder: Path) -> None:
         changed, hit = mutations(chance)[1](members)
         path.write_bytes(packed(changed))
     elif kind == "bytes":
-        path.write_bytes(broken(packed(members), chance))
+        content = broken(packed(members), chance)
+        path.write_bytes(content)
+        before = {key: found for key, found in before.items() if re.search(rf"{key}\.(jpg|png|webp|txt|json|cls)".encode(), content)}  # else nothing is left of it
     else:
         path.write_bytes(packed(members))
         with_file_beside(folder, chance)

@@ -374,10 +374,12 @@ def check_blip_room(
     named: str,  # the parameter that its sizes come from, and its value
     device: torch.device,
 ) -> None:
-    "ValueError where the device has no room for the weights, the queue, or one picture's attention"
+    "ValueError where the device has no room for the weights, the queue, or a layer's attention to a batch"
+    rows = max(options.batch_size // trainers.all_processes(options), 1)
+    rows = min(rows, options.micro_batch or rows)
     tokens = (shape.image_size // shape.patch_size) ** 2 + 1
     needs = {
-        f"image_size={shape.image_size}": 4 * shape.image_heads * tokens**2,
+        f"image_size={shape.image_size}": 4 * rows * shape.image_heads * tokens**2,
         f"queue={options.queue}": options.queue * (8 * shape.joint_width + 8),
         named: 16 * sum(shape_parameters(shape).values()),  # weights, gradients, AdamW's two
     }

@@ -113,8 +113,10 @@ def _new_teacher(options: Contrastive) -> VLM:
             f"architecture={options.architecture!r} is not valid with image_tower={options.image_tower!r}: "
             "both say what it sees with"
         )
-    image = trainers.find_finished(options.image_tower) if options.image_tower else None
-    text = _text_tower(options.text_tower) if options.text_tower else None
+    with trainers.naming_parameter("image_tower", options.image_tower):
+        image = trainers.find_finished(options.image_tower) if options.image_tower else None
+    with trainers.naming_parameter("text_tower", options.text_tower):
+        text = _text_tower(options.text_tower) if options.text_tower else None
     is_small = not options.architecture or options.architecture.startswith("timm:")
     tokenizer = None
     config = options.architecture

@@ -420,7 +420,8 @@ def _prompts(job: Job) -> list[Path]:
     "Parts of a file of prompts, which is made from class names; none without these"
     if not job.options.class_names:
         return []
-    prompts = corpus.prompts_of(job.options.class_names)
+    with trainers.naming_parameter("class_names", job.options.class_names):
+        prompts = corpus.prompts_of(job.options.class_names)
     path = job.run.folder / "prompts.txt"
     text = "".join(f"{prompt}\n" for prompt in prompts)
     trainers.once(job, path, [], lambda: write_text(path, text))

@@ -59,7 +59,11 @@ def model_config(source: str | Path | Mapping) -> dict:  # "embed_dim", "vision_
     path = Path(name) / "open_clip_config.json" if Path(name).is_dir() else Path(name)
     if path.suffix == ".json" and path.is_file():
         return model_config(load_json(path))
-    config = open_clip.get_model_config(name) if path.suffix != ".json" else None
+    try:
+        config = open_clip.get_model_config(name) if path.suffix != ".json" else None
+    except (OSError, ValueError) as error:  # of a name on the hub
+        kind = FileNotFoundError if isinstance(error, OSError) else ValueError
+        raise kind(f"no configuration {name!r}: {str(error).splitlines()[0]}") from error
     if config is None:
         raise ValueError(
             f"no configuration {name!r}: give one of {', '.join(TINYCLIP_CONFIGS)}, a name from "

@@ -83,19 +83,25 @@ def _check_value(option, value: Any) -> Any:
     if type(value) is not kind or is_too_large or not (check is None or check(value)):
         valid = f", {option.metadata['valid']}" if option.metadata["valid"] else ""
         must_be = f"must be {_SIZES[kind] if is_too_large else kind.__name__}{valid}"
-        raise ValueError(f"{option.name}={value!r} is not valid: {option.name} {must_be}")
-    if kind is str and not _can_be_written(value):
-        odd = "it has a character that no file is named by and no file holds"
+        shown = value[:200] if isinstance(value, str) else value
+        raise ValueError(f"{option.name}={shown!r} is not valid: {option.name} {must_be}")
+    if kind is str and not _can_be_written(option.name, value):
+        odd = f"it has {len(value):,} characters, or one that no file is named by"
         raise ValueError(f"{option.name}={value[:200]!r} is not valid: {odd}")
     return value
 
 
-def _can_be_written(text: str) -> bool:
+_LISTS = ("data", "val", "sentences")  # parameters that may name thousands of files
+_LONGEST = 4096  # bytes of any other: no path is longer
+
+
+def _can_be_written(name: str, text: str) -> bool:
     "Whether a text can stand in a file's name and in config.json"
     try:
-        return b"\0" not in os.fsencode(text)
+        encoded = os.fsencode(text)
     except UnicodeEncodeError:
         return False
+    return b"\0" not in encoded and (name in _LISTS or len(encoded) < _LONGEST)
 
 # %% ../../nbs/library/080_trainers_options.ipynb #chkpar01
 def check_parameters(kind: type, values: Mapping[str, Any]):
