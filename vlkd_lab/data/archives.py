@@ -343,6 +343,7 @@ class _OpenTar(Sequence):
             stamp, catalogue = _remembered_catalogue(path)
             self.catalogue = catalogue or _remember_catalogue(stamp, _read_headers(*self._opened))
         self.problem = self.catalogue.problem
+        self.is_sound = False  # whether its rest was looked at
 
     @cached_property
     def _opened(self) -> tuple[BinaryIO, str]:
@@ -352,7 +353,9 @@ class _OpenTar(Sequence):
         return len(self.catalogue.keys)
 
     def __getitem__(self, number: int) -> dict:
-        _check_rest(self.path, self._opened[0], self.catalogue)
+        if not self.is_sound:
+            _check_rest(self.path, self._opened[0], self.catalogue)
+            self.is_sound = True
         key = self.catalogue.keys[number]
         places = self.catalogue.fields(number)
         wanted = {name: copies for name, copies in places.items() if name in self.only}
