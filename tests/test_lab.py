@@ -509,7 +509,7 @@ def test_a_second_notebook_watches_a_papermill_job(page, project):
 
 def test_an_error_in_training_shows_in_the_bench(page, project):
     folder, given = project
-    cells, _ = notebook("train_tinyclip", folder, **given | dict(learning_rate=1e30, inheritance="none", stages=1, steps=60))
+    cells, _ = notebook("train_tinyclip", folder, **given | dict(learning_rate=1e9, inheritance="none", stages=1, steps=60))
     page.open(f"{folder.name}/nbs/train_tinyclip.ipynb")
     run_until(page, cells, "training")
     alert = page.browser_page.locator('.vlkd-messages [role="alert"]')

@@ -385,7 +385,7 @@ def _json_content(fields: Mapping[str, bytes], name: str) -> dict:
     try:
         value = parse_json(content, name)
     except ValueError as error:
-        raise BadSample(f"{name} is no JSON: {type(error).__name__}") from error
+        raise BadSample(f"{name} is no JSON: {type(error.__cause__ or error).__name__}") from error
     if not isinstance(value, dict):
         raise BadSample(f"{name} holds no object")
     return value
